@@ -1,0 +1,130 @@
+"""The readable reference loop for one request: draft, verify, commit, crop.
+
+Plain decoding is the same loop without a drafter: a proposal of length zero, of which the verification rule keeps
+nothing and adds the target's own token. Nothing here is clever; the engine must agree with it.
+
+Shapes: B = 1 request, T tokens, G = gamma drafted tokens, V vocabulary, F = features of all chosen layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftkit.draft.drafter import Drafter, Proposal
+from draftkit.errors import DataError
+from draftkit.ops.sampling import Sampling, processed_probs, request_generator, sample
+from draftkit.ops.verify import TOKEN_RULE, Rule, verify
+from draftkit.target.interface import Target
+
+
+@dataclass(frozen=True)
+class Round:
+    """One draft-verify-commit round.
+
+    `drafted` tokens were proposed and `accepted` of them kept by the verification rule; `emitted` tokens were added to
+    the answer, the bonus token included (fewer than accepted + 1 only when a stop token or the limit cut the round).
+    """
+
+    drafted: int
+    accepted: int
+    emitted: int
+    confidence: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An answer: its tokens (a stop token included), why it ended, its rounds, and the seconds it took."""
+
+    tokens: tuple[int, ...]
+    finish_reason: str  # "stop" or "length"
+    rounds: tuple[Round, ...]
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@torch.inference_mode()
+def decode(
+    target: Target,
+    drafter: Drafter | None,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int = 0,
+    rule: Rule = TOKEN_RULE,
+) -> Decoded:
+    """Answer one prompt (token ids) with at most `max_new_tokens` tokens.
+
+    At temperature 0 the answer equals the target's own greedy decoding; above it, it has exactly the target's
+    distribution. All randomness comes from `seed`. Raises DataError for an empty prompt or one that leaves no room.
+    """
+    if not prompt or max_new_tokens < 1:
+        raise DataError(f"prompt of {len(prompt)} tokens, {max_new_tokens} new tokens: both must be at least 1")
+    gamma = drafter.gamma if drafter else 0
+    if len(prompt) + max_new_tokens + gamma > target.info.max_length:
+        raise DataError(
+            f"prompt of {len(prompt)} + {max_new_tokens} new + {gamma} drafted tokens: "
+            f"the target's maximum is {target.info.max_length}; shorten the prompt or lower the limit"
+        )
+    layers = drafter.config.feature_layers if drafter else ()
+    random = request_generator(seed)
+    started = time.perf_counter()
+
+    # Prefill: the target reads the prompt and makes the first anchor; the drafter listens.
+    cache = target.new_cache()
+    prompt_BT = torch.tensor([list(prompt)])
+    read = target.forward(prompt_BT, cache, layers)
+    first_probs_BV = processed_probs(target.logits(read.last_hidden_BTH[:, -1]), sampling)
+    anchor_B = sample(first_probs_BV, torch.rand(1, generator=random, dtype=torch.float64))
+    context = drafter.new_context() if drafter else None
+    if drafter and context is not None and read.features_BTF is not None:
+        drafter.extend(context, read.features_BTF, torch.cat([prompt_BT[:, 1:], anchor_B[:, None]], dim=1))
+    answer = [int(anchor_B)]
+    rounds: list[Round] = []
+    prefilled = time.perf_counter()
+
+    while len(answer) < max_new_tokens and answer[-1] not in target.info.stop_token_ids:
+        # Draft: gamma tokens after the anchor, with the very probabilities they were drawn from.
+        uniforms_G = torch.rand(gamma + 2, generator=random, dtype=torch.float64)
+        if drafter and context is not None:
+            proposal = drafter.propose(context, anchor_B, sampling, uniforms_G[None, :gamma])
+        else:
+            proposal = _empty_proposal(target.info.vocab_size)
+
+        # Verify: one target pass over the anchor and the proposal.
+        block_BT = torch.cat([anchor_B[:, None], proposal.tokens_BG], dim=1)
+        read = target.forward(block_BT, cache, layers)
+        probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), sampling)
+        lengths_B = torch.tensor([gamma])
+        verdict = verify(rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_G[None, gamma:])
+        accepted = int(verdict.accepted_R)
+        new_tokens = [*proposal.tokens_BG[0, :accepted].tolist(), int(verdict.next_token_R)]
+
+        # Commit what was kept, and crop what was read in vain: cache and context hold all but the new anchor.
+        anchor_B = verdict.next_token_R
+        cache.crop(len(prompt) + len(answer) + accepted)
+        if drafter and context is not None and read.features_BTF is not None:
+            drafter.extend(context, read.features_BTF[:, : accepted + 1], torch.tensor([new_tokens]))
+        kept = _until_stop(new_tokens, target.info.stop_token_ids)[: max_new_tokens - len(answer)]
+        answer += kept
+        confidence = tuple(proposal.confidence_BG[0].tolist()) if proposal.confidence_BG is not None else ()
+        rounds.append(Round(gamma, accepted, len(kept), confidence))
+
+    finished = time.perf_counter()
+    reason = "stop" if answer[-1] in target.info.stop_token_ids else "length"
+    return Decoded(tuple(answer), reason, tuple(rounds), prefilled - started, finished - prefilled)
+
+
+def _empty_proposal(vocab_size: int) -> Proposal:
+    return Proposal(torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0, vocab_size), None)
+
+
+def _until_stop(tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:
+    for index, token in enumerate(tokens):
+        if token in stop_token_ids:
+            return tokens[: index + 1]
+    return tokens

@@ -1,0 +1,45 @@
+"""The errors that draftkit raises on purpose: one line that says what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+
+class DraftkitError(Exception):
+    """Root of all errors that the command line shows as one line; `exit_code` is what the process returns."""
+
+    exit_code = 2
+
+
+class ConfigError(DraftkitError):
+    """A recipe or a setting is wrong."""
+
+
+class DataError(DraftkitError):
+    """Conversations or prompts are wrong."""
+
+
+class TargetError(DraftkitError):
+    """The target cannot be loaded or used."""
+
+
+class CheckpointError(DraftkitError):
+    """A drafter checkpoint or a training state cannot be read."""
+
+
+class FeatureStoreError(DraftkitError):
+    """A feature store is damaged, does not match, or does not fit the disk."""
+
+
+class ScheduleError(DraftkitError):
+    """A step-rate table, a calibration or a plan is wrong."""
+
+
+class ServeError(DraftkitError):
+    """The server or a benchmark of one cannot run."""
+
+
+class Interrupted(DraftkitError):
+    """The run was stopped by a signal; what was finished is kept. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, exit_code: int = 130) -> None:
+        super().__init__("interrupted; run the same command again to go on")
+        self.exit_code = exit_code

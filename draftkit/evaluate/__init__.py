@@ -1,0 +1,1 @@
+"""Measuring a drafter: accepted length, acceptance by position, speed against plain decoding."""

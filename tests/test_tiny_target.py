@@ -1,0 +1,104 @@
+"""The embedded target: its corpus, its training, and the asset that the package carries."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from draftkit.errors import CheckpointError
+from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
+from draftkit.tiny.publish import publish
+from draftkit.tiny.rows import ROW_LENGTH, RowSampler
+from draftkit.tiny.train import TinySettings, train_tiny_target
+
+ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    return build_corpus()
+
+
+def rows_of(name: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (ASSET / name).read_text("utf-8").splitlines()]
+
+
+def prompt_of(row: dict[str, object]) -> str:
+    return row["messages"][0]["content"]  # type: ignore[index]
+
+
+def test_the_corpus_is_the_same_every_time_and_its_halves_share_nothing(corpus: Corpus) -> None:
+    assert build_corpus() == corpus
+    for field in ("prompt", "answer"):
+        assert not {getattr(e, field) for e in corpus.train} & {getattr(e, field) for e in corpus.held_out}
+    assert all(sum(e.domain == d for e in corpus.held_out) >= 120 for d in DOMAINS)
+
+
+def test_held_out_prompts_of_the_asset_are_never_trained_on(corpus: Corpus) -> None:
+    """Whatever Python runs this: neither the training text nor the drafters' prompts hold a held-out prompt or answer.
+
+    The asset was made with one version of Python; another version's library differs, so only the asset's own training
+    prompts and, where the held-out set is the same, the training corpus are compared.
+    """
+    held_out = rows_of("heldout.jsonl")
+    prompts = {prompt_of(r) for r in held_out}
+    assert all(sum(r["domain"] == d for r in held_out) >= 120 for d in DOMAINS)
+    assert not prompts & {prompt_of(r) for r in rows_of("prompts.jsonl")}
+    if prompts == {e.prompt for e in corpus.held_out}:
+        assert not prompts & {e.prompt for e in corpus.train}
+        assert not {r["reference"] for r in held_out} & {e.answer for e in corpus.train}
+
+
+def test_the_asset_loads_with_plain_transformers_and_is_what_its_card_says() -> None:
+    model = AutoModelForCausalLM.from_pretrained(ASSET)
+    tokenizer = AutoTokenizer.from_pretrained(ASSET)
+    weights = (ASSET / "model.safetensors").read_bytes()
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.config.num_hidden_layers >= 12
+    assert len(weights) <= 14 * 2**20
+    assert sum(p.stat().st_size for p in ASSET.iterdir()) <= 16 * 2**20
+    assert hashlib.sha256(weights).hexdigest() in (ASSET / "README.md").read_text()
+    assert tokenizer.mask_token_id is not None and len(tokenizer) == model.config.vocab_size
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}], add_generation_prompt=True, return_tensors="pt"
+    )
+    answer = model.generate(**text, max_new_tokens=80, do_sample=False)[0, text["input_ids"].shape[1] :]
+    assert "The answer is" in tokenizer.decode(answer), "the embedded target has not learnt to answer"
+
+
+def test_rows_begin_with_a_conversation_and_depend_on_the_step_alone(corpus: Corpus) -> None:
+    sampler = RowSampler(corpus.train[:2000], AutoTokenizer.from_pretrained(ASSET), seed=3)
+    ids, weights = sampler.batch(5, 4)
+    again, _ = sampler.batch(5, 4)
+    other, _ = sampler.batch(6, 4)
+    assert ids.shape == weights.shape == (4, ROW_LENGTH + 1)
+    assert torch.equal(ids, again) and not torch.equal(ids, other)
+    assert (ids[:, 0] == ids[0, 0]).all()
+
+
+@pytest.mark.slow
+def test_training_goes_on_exactly_where_it_stopped(tmp_path: Path, corpus: Corpus) -> None:
+    """Four steps in one go, and two runs of which the first is taken away after two steps: the same losses."""
+    settings = TinySettings(steps=4, rows=1, save_every=2, warmup=1)
+    train_tiny_target(tmp_path / "whole", settings)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+
+    class Stopped(Exception):
+        pass
+
+    def stop(step: int) -> None:
+        if step == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train_tiny_target(tmp_path / "parts", settings, before_step=stop)
+    with pytest.raises(CheckpointError, match="not finished"):
+        publish(tmp_path / "parts", corpus, tmp_path / "asset")
+    train_tiny_target(tmp_path / "parts", settings)
+    parts = [json.loads(line)["loss"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert parts == losses

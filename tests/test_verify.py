@@ -1,0 +1,150 @@
+"""Exactness of the verification rules by enumeration: every proposal, every verdict, on a vocabulary of three tokens."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from draftkit.ops.sampling import Sampling, processed_probs, sample
+from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, Rule, verify
+
+VOCAB = 3
+
+
+def random_tree(depth: int, generator: torch.Generator, sharp: float = 2.0) -> dict[tuple[int, ...], Tensor]:
+    """A next-token distribution for every prefix shorter than `depth`, float64."""
+    tree = {}
+    for length in range(depth):
+        for prefix in itertools.product(range(VOCAB), repeat=length):
+            logits = torch.randn(VOCAB, generator=generator, dtype=torch.float64) * sharp
+            tree[prefix] = torch.softmax(logits, -1)
+    return tree
+
+
+def output_law(
+    rule: Rule, target: dict[tuple[int, ...], Tensor], drafter: dict[tuple[int, ...], Tensor], length: int
+) -> dict[tuple[int, ...], float]:
+    """Law of the first `length` + 1 output tokens: one round, then the target's own continuation."""
+    law: dict[tuple[int, ...], float] = dict.fromkeys(itertools.product(range(VOCAB), repeat=length + 1), 0.0)
+    for proposal in itertools.product(range(VOCAB), repeat=length):
+        chance = 1.0
+        for i, token in enumerate(proposal):
+            chance *= float(drafter[proposal[:i]][token])
+        p = torch.stack([target[proposal[:i]] for i in range(length + 1)])[None]
+        q = torch.stack([drafter[proposal[:i]] for i in range(length)])[None]
+        tokens, lengths = torch.tensor([proposal]), torch.tensor([length])
+        by_length = rule.length_law(tokens, p, q, lengths)[0]
+        assert float(by_length.sum()) == pytest.approx(1.0, abs=1e-12)
+        for accepted in range(length + 1):
+            following = rule.next_token_law(torch.tensor([accepted]), tokens, p, q, lengths)[0]
+            for token in range(VOCAB):
+                prefix = (*proposal[:accepted], token)
+                weight = chance * float(by_length[accepted]) * float(following[token])
+                for rest in itertools.product(range(VOCAB), repeat=length + 1 - len(prefix)):
+                    whole, likely = (*prefix, *rest), weight
+                    for i in range(len(prefix), length + 1):
+                        likely *= float(target[whole[:i]][whole[i]])
+                    law[whole] += likely
+    return law
+
+
+def deviation(law: dict[tuple[int, ...], float], target: dict[tuple[int, ...], Tensor]) -> float:
+    worst = 0.0
+    for tokens, found in law.items():
+        wanted = 1.0
+        for i, token in enumerate(tokens):
+            wanted *= float(target[tokens[:i]][token])
+        worst = max(worst, abs(found - wanted))
+    return worst
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("gamma", [1, 2])
+def test_the_output_has_exactly_the_targets_law(rule: Rule, gamma: int) -> None:
+    generator = torch.Generator().manual_seed(gamma)
+    worst = 0.0
+    for _ in range(12):
+        target, drafter = random_tree(gamma + 1, generator), random_tree(gamma, generator)
+        worst = max(worst, deviation(output_law(rule, target, drafter, gamma), target))
+    assert worst < 1e-12
+
+
+def test_a_wrong_rule_is_found_out() -> None:
+    """The check can fail: always accepting, or taking the bonus row in place of the residual, is seen."""
+    generator = torch.Generator().manual_seed(0)
+    target, drafter = random_tree(3, generator), random_tree(2, generator)
+    no_residual = Rule("wrong", TOKEN_RULE.length_law, lambda n, x, p, q, m: p[torch.arange(len(n)), n])
+    assert deviation(output_law(no_residual, target, drafter, 2), target) > 1e-3
+    mixed = Rule("wrong", BLOCK_RULE.length_law, TOKEN_RULE.next_token_law)
+    assert deviation(output_law(mixed, target, drafter, 2), target) > 1e-4
+
+
+def random_batch(requests: int, gamma: int, sharp: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    p = torch.softmax(torch.randn(requests, gamma + 1, VOCAB, generator=generator).double() * sharp, -1)
+    q = torch.softmax(torch.randn(requests, gamma, VOCAB, generator=generator).double() * sharp, -1)
+    uniforms = torch.rand(requests * gamma, generator=generator, dtype=torch.float64)
+    tokens = sample(q.flatten(0, 1), uniforms).view(requests, gamma)
+    return tokens, p, q, torch.full((requests,), gamma)
+
+
+def test_block_verification_accepts_at_least_as_much() -> None:
+    """For every draft distribution, averaged over proposals; here over many random ones, and strictly more in sum."""
+    tokens, p, q, lengths = random_batch(20_000, 4, 1.5)
+    steps = torch.arange(5, dtype=torch.float64)
+    token_wise = (TOKEN_RULE.length_law(tokens, p, q, lengths) * steps).sum(-1).mean()
+    block = (BLOCK_RULE.length_law(tokens, p, q, lengths) * steps).sum(-1).mean()
+    assert block > token_wise
+
+
+def test_the_rules_agree_at_temperature_zero() -> None:
+    tokens, p, q, lengths = random_batch(200, 4, 1.0)
+    greedy = processed_probs(p.log(), Sampling(0.0))
+    one_hot = torch.nn.functional.one_hot(tokens, VOCAB).double()
+    for rule in RULES.values():
+        verdict = verify(rule, tokens, greedy, one_hot, lengths, torch.rand(200, 2, dtype=torch.float64))
+        best = greedy.argmax(-1)
+        kept = (tokens == best[:, :4]).long().cumprod(-1).sum(-1)
+        assert torch.equal(verdict.accepted_R, kept)
+        assert torch.equal(verdict.next_token_R, best[torch.arange(200), kept])
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_ragged_lengths_equal_the_shorter_proposal_alone(rule: Rule) -> None:
+    tokens, p, q, _ = random_batch(6, 3, 1.5)
+    lengths = torch.tensor([0, 1, 2, 3, 1, 0])
+    law = rule.length_law(tokens, p, q, lengths)
+    for r, length in enumerate(lengths.tolist()):
+        alone = rule.length_law(
+            tokens[r : r + 1, :length], p[r : r + 1, : length + 1], q[r : r + 1, :length], torch.tensor([length])
+        )
+        torch.testing.assert_close(law[r, : length + 1], alone[0], atol=1e-14, rtol=0)
+        assert float(law[r, length + 1 :].sum()) == 0.0
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_drawn_verdicts_follow_the_law(rule: Rule) -> None:
+    tokens, p, q, _ = random_batch(1, 3, 1.5, seed=4)
+    count = 40_000
+    uniforms = torch.rand(count, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    verdict = verify(
+        rule,
+        tokens.expand(count, -1),
+        p.expand(count, -1, -1),
+        q.expand(count, -1, -1),
+        torch.full((count,), 3),
+        uniforms,
+    )
+    found = torch.bincount(verdict.accepted_R, minlength=4) / count
+    torch.testing.assert_close(found.double(), rule.length_law(tokens, p, q, torch.tensor([3]))[0], atol=0.01, rtol=0)
+
+
+def test_an_impossible_draft_token_is_rejected_without_nan() -> None:
+    p = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]], dtype=torch.float64)
+    q = torch.tensor([[[1.0, 0.0, 0.0]]], dtype=torch.float64)
+    for rule in RULES.values():
+        law = rule.length_law(torch.tensor([[2]]), p, q, torch.tensor([1]))
+        assert law.tolist() == [[1.0, 0.0]]
