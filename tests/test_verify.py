@@ -75,11 +75,11 @@ def test_the_output_has_exactly_the_targets_law(rule: Rule, gamma: int) -> None:
 def test_a_wrong_rule_is_found_out() -> None:
     """The check can fail: always accepting, or taking the bonus row in place of the residual, is seen."""
     generator = torch.Generator().manual_seed(0)
-    target, drafter = random_tree(3, generator), random_tree(2, generator)
+    tables = [(random_tree(3, generator), random_tree(2, generator)) for _ in range(6)]
     no_residual = Rule("wrong", TOKEN_RULE.length_law, lambda n, x, p, q, m: p[torch.arange(len(n)), n])
-    assert deviation(output_law(no_residual, target, drafter, 2), target) > 1e-3
     mixed = Rule("wrong", BLOCK_RULE.length_law, TOKEN_RULE.next_token_law)
-    assert deviation(output_law(mixed, target, drafter, 2), target) > 1e-4
+    for wrong in (no_residual, mixed):
+        assert max(deviation(output_law(wrong, target, drafter, 2), target) for target, drafter in tables) > 1e-3
 
 
 def random_batch(requests: int, gamma: int, sharp: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,1 @@
+"""Drafters: their layers, heads, losses and checkpoints."""

@@ -1,0 +1,167 @@
+"""The seam behind which a drafter lives, and the plain data that crosses it.
+
+Shapes: B batch, T tokens, G = gamma drafted tokens per round, V vocabulary, H hidden size, F = K * H features of K
+target layers, A anchors, L draft layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from draftkit.errors import ConfigError
+from draftkit.ops.sampling import Sampling
+
+HEADS = ("none", "markov", "gated", "rnn")
+LAYOUTS = ("anchor", "one_plus_n")
+
+
+@dataclass(frozen=True)
+class DrafterConfig:
+    """The shape of a block drafter (DSpark, or DFlash with `head="none"` and no confidence head).
+
+    `block_size` is the number of block positions; `layout` "anchor" drafts from every one of them (the anchor first),
+    "one_plus_n" (z-lab's DFlash) from all but the anchor. `feature_layers` are target layer OUTPUT indices, ascending.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    feature_layers: tuple[int, ...]
+    num_target_layers: int
+    mask_token_id: int
+    block_size: int = 7
+    layout: str = "anchor"
+    head: str = "markov"
+    markov_rank: int = 256
+    confidence: bool = True
+    confidence_with_markov: bool = True
+    confidence_stop_gradient: bool = False
+    rms_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    max_length: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ConfigError(f"drafter.head: {self.head!r} is not known, choose one of {', '.join(HEADS)}")
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"drafter.layout: {self.layout!r} is not known, choose one of {', '.join(LAYOUTS)}")
+        if list(self.feature_layers) != sorted(set(self.feature_layers)):
+            raise ConfigError(f"drafter.feature_layers: {list(self.feature_layers)} must be ascending and distinct")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"drafter.num_heads: {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.gamma < 1:
+            raise ConfigError(f"drafter.block_size: {self.block_size} leaves no token to draft")
+
+    @property
+    def gamma(self) -> int:
+        """Drafted tokens per round."""
+        return self.block_size if self.layout == "anchor" else self.block_size - 1
+
+    @property
+    def algorithm(self) -> str:
+        """The field's name for this combination."""
+        return "dflash" if self.head == "none" and not self.confidence else "dspark"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a drafter offers in one round: int64 [B, G], the very probabilities it drew from [B, G, V], and the
+    estimated probability that each token is accepted given those before, [B, G] or None."""
+
+    tokens_BG: Tensor
+    probs_BGV: Tensor
+    confidence_BG: Tensor | None
+
+
+class DraftContext(Protocol):
+    """A drafter's memory of what the target has read."""
+
+    @property
+    def length(self) -> int:
+        """Committed tokens held; the next anchor sits at this absolute position."""
+        ...
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Padded conversations with chosen anchors.
+
+    Features and last hidden states at position t come from the target after it has read tokens 0..t. `anchors_BA` are
+    absolute positions, `anchor_mask_BA` marks real ones; a drafted token counts where `loss_mask_BT` holds at its place.
+    """
+
+    tokens_BT: Tensor  # int64
+    loss_mask_BT: Tensor  # bool
+    features_BTF: Tensor
+    last_hidden_BTH: Tensor
+    anchors_BA: Tensor  # int64
+    anchor_mask_BA: Tensor  # bool
+    domains: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Numerators and denominators, to be summed over micro-batches and processes before dividing.
+
+    `loss_sum / weight_sum` is the objective; `sums` holds further numerators over `weight_sum` for the log. Per row n =
+    one drafted position that counts: `accept_N` in [0, 1] is the analytic acceptance rate 1 - 1/2 |q - p|_1.
+    """
+
+    loss_sum: Tensor
+    weight_sum: Tensor
+    sums: dict[str, Tensor]
+    accept_N: Tensor
+    rows_N: Tensor  # int64: index into the flattened [B, A, G] grid
+
+
+class Drafter(nn.Module):
+    """What the loop, the trainer and the engine ask of a drafter. Embedding and head are the target's, frozen."""
+
+    config: DrafterConfig
+
+    @property
+    def gamma(self) -> int:
+        """Drafted tokens per round."""
+        return self.config.gamma
+
+    def new_context(self, batch: int = 1) -> DraftContext:
+        """An empty context for `batch` requests of equal length."""
+        raise NotImplementedError
+
+    def extend(self, context: DraftContext, features_BTF: Tensor, next_tokens_BT: Tensor) -> None:
+        """Add T committed positions; `next_tokens_BT[t]` is the token behind position t (EAGLE-3 pairs them)."""
+        raise NotImplementedError
+
+    def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
+        """Draft G tokens behind the anchor, which sits at position `context.length`; uniforms are in [0, 1)."""
+        raise NotImplementedError
+
+    def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
+        """The training objective over all anchors of a batch."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """L = ce L_ce + tv L_tv + confidence L_conf, each weighted over positions by w_k = exp(-(k - 1) / decay)."""
+
+    ce: float = 0.1
+    tv: float = 0.9
+    confidence: float = 1.0
+    decay: float = 4.0
+
+    def position_weights(self, gamma: int) -> Tensor:
+        """w_k for k = 1..gamma, float32 [G]."""
+        return torch.exp(-torch.arange(gamma, dtype=torch.float32) / self.decay)

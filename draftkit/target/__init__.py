@@ -1,0 +1,1 @@
+"""Frozen large models behind one small interface."""
