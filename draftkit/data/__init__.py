@@ -1,0 +1,1 @@
+"""Conversations, the target's answers, and the features captured from them."""

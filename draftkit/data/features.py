@@ -1,0 +1,184 @@
+"""The feature store: what the target thought while it read conversations, in checksummed shards with a manifest.
+
+A store is a folder with `manifest.json` and `shard-00000.safetensors`, ... A shard holds, for its conversations laid end
+to end (N tokens): tokens int64 [N], loss_mask bool [N], features [N, F], last_hidden [N, H]. Features and last hidden
+state at t come from the target after it has read tokens 0..t of the conversation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from draftkit.errors import FeatureStoreError
+
+VERSION = 1
+MANIFEST = "manifest.json"
+CACHE_BYTES = 2 * 2**30  # shards kept in memory
+
+
+@dataclass(frozen=True)
+class SampleEntry:
+    """Where a conversation lies in its shard."""
+
+    id: str
+    domain: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A finished shard."""
+
+    file: str
+    sha256: str
+    bytes: int
+    samples: tuple[SampleEntry, ...]
+
+
+@dataclass(frozen=True)
+class StoreManifest:
+    """What a store was made from; training refuses one that does not match."""
+
+    target: str
+    fingerprint: str
+    feature_layers: tuple[int, ...]
+    template_hash: str
+    tokenizer_hash: str
+    conversations_hash: str
+    dtype: str
+    hidden_size: int
+    version: int = VERSION
+    shards: tuple[ShardEntry, ...] = field(default=())
+
+    def made_from(self) -> dict[str, object]:
+        """Everything but the shards."""
+        return {k: v for k, v in asdict(self).items() if k != "shards"}
+
+
+@dataclass(frozen=True)
+class FeatureSample:
+    """One conversation: tokens int64 [T], loss_mask bool [T], features [T, F], last_hidden [T, H]."""
+
+    id: str
+    domain: str
+    tokens_T: Tensor
+    loss_mask_T: Tensor
+    features_TF: Tensor
+    last_hidden_TH: Tensor
+
+
+def write_manifest(folder: Path, manifest: StoreManifest) -> None:
+    """Replace the manifest in one rename."""
+    partial = folder / (MANIFEST + ".partial")
+    partial.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> StoreManifest:
+    """Raises FeatureStoreError when there is none, or it is damaged or of another version."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise FeatureStoreError(f"{folder}: holds no feature store; make one with `draftkit capture`")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+        if raw["version"] != VERSION:
+            raise FeatureStoreError(f"{path}: is of version {raw['version']}, this draftkit reads {VERSION}; capture again")
+        shards = tuple(
+            ShardEntry(**{**shard, "samples": tuple(SampleEntry(**s) for s in shard["samples"])})
+            for shard in raw.pop("shards")
+        )
+        return StoreManifest(**{**raw, "feature_layers": tuple(raw["feature_layers"]), "shards": shards})
+    except (ValueError, KeyError, TypeError) as error:
+        raise FeatureStoreError(f"{path}: is damaged ({error}); capture again into an empty folder") from error
+
+
+def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tuple[SampleEntry, ...]) -> ShardEntry:
+    """Write one shard in one rename and describe it."""
+    partial = folder / (name + ".partial")
+    save_file(tensors, partial)
+    digest = _sha256(partial)
+    size = partial.stat().st_size
+    partial.replace(folder / name)
+    return ShardEntry(name, digest, size, samples)
+
+
+class FeatureStore:
+    """Reader: `len(store)` conversations, `store[i]` one of them. Shards are checked when they are first read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self._index = [(shard, s) for shard in self.manifest.shards for s in shard.samples]
+        self._loaded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        for shard in self.manifest.shards:
+            path = folder / shard.file
+            if not path.exists() or path.stat().st_size != shard.bytes:
+                found = path.stat().st_size if path.exists() else 0
+                raise FeatureStoreError(f"{path}: has {found} of {shard.bytes} bytes; remove it and run capture again")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index: int) -> FeatureSample:
+        shard, entry = self._index[index]
+        tensors = self._shard(shard)
+        part = slice(entry.start, entry.start + entry.length)
+        return FeatureSample(
+            entry.id,
+            entry.domain,
+            tensors["tokens"][part],
+            tensors["loss_mask"][part],
+            tensors["features"][part],
+            tensors["last_hidden"][part],
+        )
+
+    def lengths(self) -> list[int]:
+        """Tokens of each conversation, without reading a shard."""
+        return [entry.length for _, entry in self._index]
+
+    def check_matches(
+        self, fingerprint: str, feature_layers: tuple[int, ...], template_hash: str, tokenizer_hash: str
+    ) -> None:
+        """Raise FeatureStoreError that says which of target, layers, template or tokenizer differs."""
+        wanted = {
+            "target": (self.manifest.fingerprint, fingerprint),
+            "feature layers": (self.manifest.feature_layers, feature_layers),
+            "chat template": (self.manifest.template_hash, template_hash),
+            "tokenizer": (self.manifest.tokenizer_hash, tokenizer_hash),
+        }
+        for what, (found, asked) in wanted.items():
+            if found != asked:
+                shown = [str(v)[:16] if isinstance(v, str) else list(v) for v in (found, asked)]
+                raise FeatureStoreError(
+                    f"{self.folder}: was captured with another {what} ({shown[0]}, asked for {shown[1]}); capture again"
+                )
+
+    def _shard(self, shard: ShardEntry) -> dict[str, Tensor]:
+        if shard.file in self._loaded:
+            self._loaded.move_to_end(shard.file)
+            return self._loaded[shard.file]
+        path = self.folder / shard.file
+        if _sha256(path) != shard.sha256:
+            raise FeatureStoreError(f"{path}: is damaged (checksum differs); remove it and run capture again")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise FeatureStoreError(f"{path}: is damaged ({error}); remove it and run capture again") from error
+        self._loaded[shard.file] = tensors
+        while len(self._loaded) > 1 and sum(s.bytes for s in self.manifest.shards if s.file in self._loaded) > CACHE_BYTES:
+            self._loaded.popitem(last=False)
+        return tensors
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

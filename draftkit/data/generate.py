@@ -1,0 +1,189 @@
+"""The target answers prompts, in batches, into a JSONL file that can be continued after any interruption.
+
+Randomness is seeded per prompt, and batches are the same on every run, so an interrupted run that is started again ends
+with the very records that an uninterrupted run gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftkit.data.conversations import Conversation
+from draftkit.data.template import render_prompt
+from draftkit.errors import DataError
+from draftkit.ops.sampling import Sampling, processed_probs, request_generator, sample
+from draftkit.target.transformers import DynamicTargetCache, TransformersTarget
+
+COMPACT_AT = 0.25  # share of finished rows at which a batch drops them
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How answers are made."""
+
+    sampling: Sampling = Sampling(temperature=1.0)
+    max_new_tokens: int = 256
+    batch_size: int = 48
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens (the stop token included) and "stop" or "length"."""
+
+    tokens: tuple[int, ...]
+    finish_reason: str
+
+
+def generate_file(
+    target: TransformersTarget,
+    tokenizer: Any,
+    prompts: Sequence[Conversation],
+    out: Path,
+    settings: GenerateSettings,
+    tick: Callable[[int, int], None] = lambda answers, tokens: None,
+) -> int:
+    """Answer all prompts into `out`; returns how many records it holds in the end.
+
+    Records are OpenAI messages with id, domain, finish_reason ("length" marks a truncated answer), seed and token count.
+    `tick(answers, tokens)` is called as batches finish. Raises DataError when `out` was begun with other settings.
+    """
+    _check_manifest(out, target, settings)
+    done = _recover(out)
+    indexed = [(i, p.prompt(), _first_length(tokenizer, p)) for i, p in enumerate(prompts)]
+    indexed.sort(key=lambda item: (item[2], item[0]))
+    with out.open("a", encoding="utf-8") as file:
+        for start in range(0, len(indexed), settings.batch_size):
+            batch = [(i, p) for i, p, _ in indexed[start : start + settings.batch_size]]
+            missing = [p.id for _, p in batch if p.id not in done]
+            tokens = 0
+            if missing:
+                for record in _answer_conversations(target, tokenizer, batch, settings):
+                    if record["id"] in missing:
+                        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        tokens += record["completion_tokens"]
+                file.flush()
+                os.fsync(file.fileno())
+            tick(len(batch), tokens)
+    return len(indexed)
+
+
+def _first_length(tokenizer: Any, prompt: Conversation) -> int:
+    return len(render_prompt(tokenizer, prompt.prompt().as_dicts()))
+
+
+def _answer_conversations(
+    target: TransformersTarget, tokenizer: Any, batch: Sequence[tuple[int, Conversation]], settings: GenerateSettings
+) -> Iterable[dict[str, Any]]:
+    """Records of a batch; a prompt with several user turns is answered turn by turn."""
+    histories: list[list[dict[str, str]]] = [[] for _ in batch]
+    waiting = [[{"role": m.role, "content": m.content} for m in p.messages] for _, p in batch]
+    reasons = ["stop"] * len(batch)
+    counts = [0] * len(batch)
+    turn = 0
+    while open_rows := [r for r in range(len(batch)) if waiting[r] and reasons[r] == "stop"]:
+        for r in open_rows:
+            while waiting[r]:
+                histories[r].append(waiting[r].pop(0))
+                if histories[r][-1]["role"] == "user":
+                    break
+        prompts = [render_prompt(tokenizer, histories[r]) for r in open_rows]
+        seeds = [(settings.seed, batch[r][0] * 64 + turn) for r in open_rows]
+        for r, answer in zip(open_rows, answer_batch(target, prompts, seeds, settings), strict=True):
+            content = tokenizer.decode(answer.tokens, skip_special_tokens=True)
+            reasons[r] = answer.finish_reason if content else "empty"
+            counts[r] += len(answer.tokens)
+            if content:
+                histories[r].append({"role": "assistant", "content": content})
+        turn += 1
+    for r, (index, prompt) in enumerate(batch):
+        yield {
+            "id": prompt.id,
+            "domain": prompt.domain,
+            "messages": histories[r],
+            "finish_reason": reasons[r],
+            "seed": [settings.seed, index],
+            "completion_tokens": counts[r],
+        }
+
+
+@torch.inference_mode()
+def answer_batch(
+    target: TransformersTarget,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[tuple[int, int]],
+    settings: GenerateSettings,
+) -> list[Answer]:
+    """Answer prompts (token ids) together, padded on the left; finished rows are dropped from the batch as it goes."""
+    longest = max(map(len, prompts))
+    room = target.info.max_length - longest
+    if room < 1:
+        raise DataError(f"a prompt has {longest} tokens, the target's maximum is {target.info.max_length}; shorten it")
+    limit = min(settings.max_new_tokens, room)
+    pad = target.info.stop_token_ids[0] if target.info.stop_token_ids else 0
+    tokens_BT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
+    mask_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    uniforms = torch.stack([torch.rand(limit, generator=request_generator(*s), dtype=torch.float64) for s in seeds])
+    stops = torch.tensor(target.info.stop_token_ids, dtype=torch.int64)
+    rows = torch.arange(len(prompts))  # row of the batch -> prompt
+    finished = torch.zeros(len(prompts), dtype=torch.bool)
+    answers: list[list[int]] = [[] for _ in prompts]
+    cache = target.new_cache()
+    for step in range(limit):
+        positions = (mask_BS.cumsum(-1) - 1).clamp_min(0)[:, -tokens_BT.shape[1] :]
+        output = target.forward(tokens_BT, cache, (), mask_BS, positions)
+        probs = processed_probs(target.logits(output.last_hidden_BTH[:, -1]), settings.sampling)
+        drawn_B = sample(probs, uniforms[rows, step])
+        for row, prompt, token in zip(range(len(rows)), rows.tolist(), drawn_B.tolist(), strict=True):
+            if not finished[row]:
+                answers[prompt].append(token)
+        finished |= torch.isin(drawn_B, stops)
+        if finished.all():
+            break
+        tokens_BT, mask_BS = drawn_B[:, None], torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], 1)
+        if finished.float().mean() >= COMPACT_AT:
+            keep = (~finished).nonzero().squeeze(-1)
+            _select(cache, keep)
+            tokens_BT, mask_BS, rows, finished = tokens_BT[keep], mask_BS[keep], rows[keep], finished[keep]
+    stop_ids = set(target.info.stop_token_ids)
+    return [Answer(tuple(a), "stop" if a[-1] in stop_ids else "length") for a in answers]
+
+
+def _select(cache: DynamicTargetCache, keep: Tensor) -> None:
+    cache.inner.batch_select_indices(keep)
+
+
+def _check_manifest(out: Path, target: TransformersTarget, settings: GenerateSettings) -> None:
+    manifest = out.with_suffix(".manifest.json")
+    wanted = json.loads(json.dumps({"target": target.info.fingerprint, "settings": asdict(settings)}))
+    if out.exists() and out.stat().st_size and manifest.exists():
+        found = json.loads(manifest.read_text("utf-8"))
+        if found != wanted:
+            what = "target" if found.get("target") != wanted["target"] else "settings"
+            raise DataError(f"{out}: was begun with another {what}; choose another file or remove it")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+
+def _recover(out: Path) -> set[str]:
+    """Ids already answered; a last line that was torn by a crash is cut off."""
+    if not out.exists():
+        return set()
+    raw = out.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        with out.open("r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return {json.loads(line)["id"] for line in whole.splitlines()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{out}: a line is not a record of answers ({error}); remove the file to start anew") from error
