@@ -1,0 +1,221 @@
+"""The stages of the pipeline, each from files to files, as the command line and the quickstart run them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from draftkit.config import Recipe, dump_recipe
+from draftkit.data.capture import CaptureReport, CaptureSettings, capture
+from draftkit.data.conversations import Conversation, read_conversations
+from draftkit.data.features import FeatureStore
+from draftkit.data.generate import GenerateSettings, generate_file
+from draftkit.data.template import render_prompt
+from draftkit.draft.block import BlockDrafter
+from draftkit.draft.checkpoint import load_drafter, new_drafter, read_provenance
+from draftkit.draft.drafter import DrafterConfig, LossSettings
+from draftkit.errors import CheckpointError, TargetError
+from draftkit.evaluate.metrics import domains_of
+from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
+from draftkit.ops.sampling import Sampling
+from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from draftkit.target.transformers import EMBEDDED, TransformersTarget, load_target, spread_feature_layers
+from draftkit.train import trainer
+from draftkit.train.trainer import TrainReport, TrainSettings
+
+TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
+
+
+@contextmanager
+def progress_bar(title: str, total: float) -> Iterator[tuple[Progress, Any]]:
+    """A bar with rate and remaining time on standard error; on a pipe it stays silent."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    console = Console(stderr=True)
+    with Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()
+    ) as bar:
+        yield bar, bar.add_task(title, total=total, note="")
+
+
+def open_target(recipe: Recipe) -> tuple[TransformersTarget, Any]:
+    """The recipe's target and its tokenizer."""
+    section = recipe.target
+    target = load_target(section.path, section.revision, section.dtype)
+    return target, load_tokenizer(section.path, section.revision)
+
+
+def run_generate(
+    target: TransformersTarget, tokenizer: Any, recipe: Recipe, prompts: Sequence[Conversation], out: Path
+) -> int:
+    """Stage 1: the target answers the prompts."""
+    section = recipe.generate
+    settings = GenerateSettings(
+        Sampling(section.temperature, section.top_k, section.top_p),
+        section.max_new_tokens,
+        section.batch_size,
+        section.seed,
+    )
+    made, began = 0, time.perf_counter()
+    with progress_bar("generate", len(prompts)) as (bar, task):
+
+        def tick(answers: int, tokens: int) -> None:
+            nonlocal made
+            made += tokens
+            bar.update(task, advance=answers, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
+
+        return generate_file(target, tokenizer, prompts, out, settings, tick)
+
+
+def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...]:
+    """The target layers that the drafter listens to."""
+    chosen = recipe.drafter.feature_layers
+    return tuple(chosen) if chosen else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
+
+
+def run_capture(
+    target: TransformersTarget, tokenizer: Any, recipe: Recipe, conversations: Sequence[Conversation], out: Path
+) -> CaptureReport:
+    """Stage 2: the target reads the conversations into a feature store."""
+    section = recipe.capture
+    settings = CaptureSettings(feature_layers(recipe, target), section.max_length, section.batch_tokens, section.dtype)
+    with progress_bar("capture", len(conversations)) as (bar, task):
+        return capture(
+            target, tokenizer, conversations, out, settings, lambda n: bar.update(task, advance=n)
+        )
+
+
+def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterConfig:
+    """The drafter's shape: the recipe's choices, the target's sizes."""
+    section, text = recipe.drafter, target.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    mask = tokenizer.mask_token_id
+    if mask is None:  # an unused row of the embedding, as DeepSpec does it for Qwen3
+        mask = len(tokenizer)
+    if mask >= target.info.vocab_size:
+        raise TargetError(f"{target.info.name}: has neither a mask token nor an unused embedding row to stand for one")
+    dspark = section.algorithm == "dspark"
+    rope = getattr(text, "rope_parameters", None) or {}
+    return DrafterConfig(
+        hidden_size=target.info.hidden_size,
+        intermediate_size=section.intermediate_size or text.intermediate_size,
+        num_layers=section.num_layers,
+        num_heads=text.num_attention_heads,
+        num_kv_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=target.info.vocab_size,
+        feature_layers=feature_layers(recipe, target),
+        num_target_layers=target.info.num_layers,
+        mask_token_id=mask,
+        block_size=section.block_size,
+        head=section.head if dspark else "none",
+        markov_rank=section.markov_rank if dspark else 0,
+        confidence=dspark,
+        confidence_with_markov=section.confidence_with_markov and dspark,
+        confidence_stop_gradient=section.confidence_stop_gradient,
+        rms_eps=text.rms_norm_eps,
+        rope_theta=rope.get("rope_theta", getattr(text, "rope_theta", 10_000.0)),
+        max_length=target.info.max_length,
+    )
+
+
+def run_train(
+    target: TransformersTarget, tokenizer: Any, recipe: Recipe, features: Path, out: Path
+) -> TrainReport:
+    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer."""
+    store = FeatureStore(features)
+    layers = feature_layers(recipe, target)
+    store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer))
+    drafter = new_drafter_for(recipe, target, tokenizer)
+    section = recipe.train.model_dump()
+    settings = TrainSettings(**(section | {"loss": LossSettings(**section["loss"])}))
+    provenance = {
+        "target": target.info.name,
+        "target_fingerprint": target.info.fingerprint,
+        "template_hash": template_hash(tokenizer),
+        "recipe": recipe.model_dump(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    with progress_bar("train", 100) as (bar, task):
+
+        def show(p: trainer.Progress) -> None:
+            note = f"% step {p.step}  {p.step / max(p.seconds, 1e-9):.1f} steps/s  loss {p.loss:.3f}"
+            note += f"  accepted length {p.accepted_len:.2f}" if p.accepted_len else ""
+            bar.update(task, completed=int(100 * p.share), note=note)
+
+        return trainer.train(store, drafter, out, settings, provenance, show)
+
+
+def new_drafter_for(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> BlockDrafter:
+    """A fresh drafter, seeded by the recipe, on the target's embedding and head."""
+    import torch
+
+    torch.manual_seed(recipe.train.seed)
+    return new_drafter(drafter_config(recipe, target, tokenizer), target.embedding_weight(), target.head_weight())
+
+
+def open_drafter(folder: Path, target: TransformersTarget) -> BlockDrafter:
+    """Load a drafter and check that it fits the target. Raises CheckpointError when it does not."""
+    drafter = load_drafter(folder)
+    if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
+        raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")
+    made_for = read_provenance(folder).get("target_fingerprint")
+    if made_for and made_for != target.info.fingerprint:
+        raise CheckpointError(f"{folder}: was trained for another target than {target.info.name}; train it again")
+    return drafter
+
+
+def run_evaluate(
+    target: TransformersTarget,
+    tokenizer: Any,
+    recipe: Recipe,
+    drafter: BlockDrafter,
+    prompts: Sequence[Conversation],
+    threads: int | None = None,
+) -> list[EvalResult]:
+    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain."""
+    section = recipe.evaluate
+    chosen: list[EvalPrompt] = []
+    counts: dict[str, int] = {}
+    for p in prompts:
+        counts[p.domain] = counts.get(p.domain, 0) + 1
+        if counts[p.domain] <= section.prompts_per_domain:
+            first = next(i for i, m in enumerate(p.messages) if m.role == "user")
+            tokens = render_prompt(tokenizer, p.as_dicts()[: first + 1])  # the first turn only, and the table says so
+            chosen.append(EvalPrompt(p.id, p.domain, tokens))
+    results = []
+    for temperature in section.temperatures:
+        settings = EvalSettings(
+            Sampling(temperature), section.max_new_tokens, section.seed, section.speed_prompts, threads
+        )
+        with progress_bar(f"evaluate T={temperature:g}", len(chosen)) as (bar, task):
+            tick = lambda: bar.update(task, advance=1)  # noqa: E731
+            results.append(evaluate(target, drafter, chosen, settings, tick=tick))
+    return results
+
+
+def read_prompts(paths: Sequence[Path]) -> list[Conversation]:
+    """Prompts of one or more files."""
+    return read_conversations(paths)
+
+
+def summary(results: Sequence[EvalResult]) -> str:
+    """The aggregates of evaluations as JSON, for `--json`."""
+    rows = [
+        {
+            "temperature": r.settings["sampling"]["temperature"],
+            "accepted_len": {k: v.value for k, v in r.accepted_len.items()},
+            "speed": r.speed.ratio if r.speed else None,
+            "prompts": len(r.records),
+            "domains": domains_of(r.records),
+        }
+        for r in results
+    ]
+    return json.dumps(rows, indent=1)
