@@ -206,6 +206,13 @@ def read_prompts(paths: Sequence[Path]) -> list[Conversation]:
     return read_conversations(paths)
 
 
+def save_results(results: Sequence[EvalResult], folder: Path) -> None:
+    """One JSON file per temperature."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for result in results:
+        result.save(folder / f"evaluate-T{result.settings['sampling']['temperature']:g}.json")
+
+
 def summary(results: Sequence[EvalResult]) -> str:
     """The aggregates of evaluations as JSON, for `--json`."""
     rows = [

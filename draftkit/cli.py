@@ -1,0 +1,165 @@
+"""The command line: a table of commands. Each imports what it runs when it runs; `--help` imports neither torch nor
+pydantic."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draftkit import __version__
+from draftkit.errors import DraftkitError
+from draftkit.interrupt import raise_on_signals
+
+app = typer.Typer(
+    help="Train, measure and serve drafters that make an unchanged large model answer faster.",
+    epilog="Begin with: draftkit quickstart --out runs/quickstart",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file or packaged recipe")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
+PromptsOption = Annotated[list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    """draftkit."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.command(epilog="Example: draftkit quickstart --out runs/quickstart --minutes 6")
+def quickstart(
+    out: OutOption = Path("runs/quickstart"),
+    minutes: Annotated[float, typer.Option(help="time for all stages together", min=1)] = 6,
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """The whole path on the embedded target: generate, capture, train, evaluate."""
+    from draftkit.config import load_recipe
+    from draftkit.quickstart import run_quickstart
+
+    run_quickstart(load_recipe(recipe, overrides or []), out, minutes, json_output)
+
+
+@app.command(epilog="Example: draftkit generate -p prompts.jsonl -o answers.jsonl --set generate.temperature=0.7")
+def generate(
+    out: OutOption, prompts: PromptsOption = None, recipe: RecipeOption = "tiny-dspark", overrides: SetOption = None
+) -> None:
+    """The target answers prompts; continues where it was interrupted."""
+    from draftkit import stages
+    from draftkit.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    read = stages.read_prompts(prompts or [stages.TINY_PROMPTS])
+    count = stages.run_generate(*stages.open_target(settings), settings, read, out)
+    typer.echo(f"{count} conversations in {out}; next: draftkit capture -c {out} -o features")
+
+
+@app.command(epilog="Example: draftkit capture -c answers.jsonl -o features")
+def capture(
+    out: OutOption,
+    conversations: Annotated[list[Path], typer.Option("--conversations", "-c", help="JSONL with answers")],
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+) -> None:
+    """The target reads conversations into a feature store."""
+    from draftkit import stages
+    from draftkit.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    read = stages.read_prompts(conversations)
+    report = stages.run_capture(*stages.open_target(settings), settings, read, out)
+    typer.echo(
+        f"{report.conversations} conversations, {report.tokens} tokens in {out} ({report.too_long} too long, "
+        f"{report.without_answer} without an answer); next: draftkit train -f {out} -o drafter"
+    )
+
+
+@app.command(epilog="Example: draftkit train -f features -o drafter --set train.epochs=4")
+def train(
+    out: OutOption,
+    features: Annotated[Path, typer.Option("--features", "-f", help="feature store")],
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+) -> None:
+    """Train a drafter on a feature store; continues where it was interrupted."""
+    from draftkit import stages
+    from draftkit.config import load_recipe
+
+    settings = load_recipe(recipe, overrides or [])
+    report = stages.run_train(*stages.open_target(settings), settings, features, out)
+    typer.echo(
+        f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
+        f"next: draftkit evaluate -d {out / 'best'} -o results"
+    )
+
+
+@app.command(epilog="Example: draftkit evaluate -d drafter/best -o results --set evaluate.temperatures=[1.0]")
+def evaluate(
+    out: OutOption,
+    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder")],
+    prompts: PromptsOption = None,
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+    threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on."""
+    from draftkit import stages
+    from draftkit.config import load_recipe
+    from draftkit.evaluate.plots import plot_acceptance
+    from draftkit.evaluate.report import print_report
+
+    settings = load_recipe(recipe, overrides or [])
+    read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
+    target, tokenizer = stages.open_target(settings)
+    results = stages.run_evaluate(target, tokenizer, settings, stages.open_drafter(drafter, target), read, threads)
+    stages.save_results(results, out)
+    plot_acceptance(results, out / "acceptance.png")
+    typer.echo(stages.summary(results)) if json_output else print_report(results)
+
+
+@app.command("tiny-target", epilog="Example: draftkit tiny-target --out runs/tiny --steps 1600 --publish assets/tiny")
+def tiny_target(
+    out: OutOption = Path("runs/tiny"),
+    steps: Annotated[int, typer.Option(min=1)] = 1600,
+    rows: Annotated[int, typer.Option(help="rows of 512 tokens per step", min=1)] = 16,
+    seed: int = 7,
+    device: str = "cpu",
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile; needs a C++ compiler")] = False,
+    publish: Annotated[Path | None, typer.Option(help="also write the asset folder here")] = None,
+) -> None:
+    """Train the embedded target again from this Python's library; continues where it was interrupted."""
+    from draftkit.tiny.corpus import build_corpus
+    from draftkit.tiny.publish import publish as write_asset
+    from draftkit.tiny.train import TinySettings, train_tiny_target
+
+    result = train_tiny_target(out, TinySettings(steps=steps, rows=rows, seed=seed, compile=compile), device)
+    typer.echo(f"held-out loss: {result.held_out_loss}, {result.tokens_seen:,} tokens, {result.seconds / 60:.1f} min")
+    if publish:
+        write_asset(out, build_corpus(), publish)
+
+
+def main() -> None:
+    """Entry point: mistakes end with one line and exit code 2, signals with 130 or 143."""
+    raise_on_signals()
+    try:
+        app()
+    except DraftkitError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
