@@ -128,7 +128,7 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     for key, (place, _) in zip(keys, node.value, strict=True):
         if keys.count(key) > 1:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} is there twice", problem_mark=place.start_mark)
@@ -167,7 +167,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _parse(raw: bytes, where: str) -> Any:
     try:
-        return yaml.load(raw.decode("utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(raw.decode("utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: is not UTF-8 (byte {error.start})") from error
     except yaml.MarkedYAMLError as error:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from draftkit.draft.drafter import Drafter, Proposal
 from draftkit.errors import DataError

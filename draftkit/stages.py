@@ -94,7 +94,7 @@ def run_capture(
 
 def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterConfig:
     """The drafter's shape: the recipe's choices, the target's sizes."""
-    section, text = recipe.drafter, target.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    section, text = recipe.drafter, target.model.config.get_text_config()
     mask = tokenizer.mask_token_id
     if mask is None:  # an unused row of the embedding, as DeepSpec does it for Qwen3
         mask = len(tokenizer)

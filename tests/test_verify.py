@@ -101,7 +101,7 @@ def test_block_verification_accepts_at_least_as_much() -> None:
 
 
 def test_the_rules_agree_at_temperature_zero() -> None:
-    tokens, p, q, lengths = random_batch(200, 4, 1.0)
+    tokens, p, _, lengths = random_batch(200, 4, 1.0)
     greedy = processed_probs(p.log(), Sampling(0.0))
     one_hot = torch.nn.functional.one_hot(tokens, VOCAB).double()
     for rule in RULES.values():

@@ -7,6 +7,7 @@ H hidden, F = K * H features, N rows that count, L layers, M key/value heads, D 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ class BlockDrafter(Drafter):
         self._fused: _Fused | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad and module.out_features > 1:
-                if self.markov_head is None or module is not self.markov_head.markov_w2:
+                w2 = self.markov_head.markov_w2 if self.markov_head is not None else None
+                if module is not w2:  # that one starts at zero
                     nn.init.normal_(module.weight, std=0.02)
 
     def train(self, mode: bool = True) -> BlockDrafter:
@@ -140,7 +142,7 @@ class BlockDrafter(Drafter):
         rope = fused.rope[context.length : context.length + config.block_size]
         cos, sin = rope[:, None, 0], rope[:, None, 1]
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self._blocks()):
             attention = layer.self_attn
             joined = F.linear(layer.input_layernorm(x), fused.qkv[index]).unflatten(-1, (-1, config.head_dim))
             q, k, v = joined.split((heads, kv_heads, kv_heads), -2)
@@ -157,14 +159,18 @@ class BlockDrafter(Drafter):
 
     def _joined(self) -> _Fused:
         if self._fused is None:
-            layers = [layer.self_attn for layer in self.layers]
+            blocks = self._blocks()
+            layers = [block.self_attn for block in blocks]
             context_kv = torch.cat([w for a in layers for w in (a.k_proj.weight, a.v_proj.weight)])
             k_norm = torch.stack([a.k_norm.weight for a in layers])[:, None, None, None]
             qkv = tuple(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]) for a in layers)
-            gate_up = tuple(torch.cat([m.mlp.gate_proj.weight, m.mlp.up_proj.weight]) for m in self.layers)
+            gate_up = tuple(torch.cat([m.mlp.gate_proj.weight, m.mlp.up_proj.weight]) for m in blocks)
             rope = self._rope(self.config.max_length + self.config.block_size)
             self._fused = _Fused(context_kv, k_norm, qkv, gate_up, rope.to(context_kv.dtype))
         return self._fused
+
+    def _blocks(self) -> list[DraftLayer]:
+        return cast(list[DraftLayer], list(self.layers))
 
     def _rope(self, length: int) -> Tensor:
         return rope_table(length, self.config.head_dim, self.config.rope_theta, self.norm.weight.device)
@@ -221,7 +227,7 @@ class BlockDrafter(Drafter):
         length = batch.tokens_BT.shape[1]
         rope = Rope(self._rope(length + size).to(x.dtype), length, positions_BAP.flatten(1))
         hidden_from_BAS = torch.arange(length, device=x.device) >= batch.anchors_BA[..., None]
-        for layer in self.layers:
+        for layer in self._blocks():
             x = layer.train_forward(x, context_BSH, rope, hidden_from_BAS, size)
         hidden: Tensor = self.norm(x).unflatten(1, (-1, size))[:, :, size - self.gamma :]
         return hidden

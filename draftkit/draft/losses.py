@@ -80,5 +80,5 @@ def distillation_loss(
     and TV = |q - p|_1 of every row, float32 [N]. The acceptance rate of a row is 1 - TV / 2."""
     out: tuple[Tensor, Tensor, Tensor] = _ChunkedDistillation.apply(
         hidden_NH, markov_Nr, w2_Vr, head_VH, target_hidden_NH, tokens_N, ce_weight_N, tv_weight_N
-    )  # type: ignore[no-untyped-call]
+    )
     return out

@@ -45,13 +45,13 @@ class DynamicTargetCache:
 class TransformersTarget:
     """A frozen `AutoModelForCausalLM`. Features come from forward hooks on the chosen layers alone."""
 
-    def __init__(self, model: nn.Module, info: TargetInfo) -> None:
+    def __init__(self, model: Any, info: TargetInfo) -> None:
         self.model = model.eval().requires_grad_(False)
         self.info = info
-        self._base: Any = getattr(model, model.base_model_prefix)  # type: ignore[arg-type, call-overload]
+        self._base = getattr(model, model.base_model_prefix)
         self._layers = _decoder_layers(self._base)
-        self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
-        text = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self._head = model.get_output_embeddings()
+        text = model.config.get_text_config()
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
         self._captured: dict[int, Tensor] = {}
         self._hooked: tuple[int, ...] = ()
@@ -60,19 +60,19 @@ class TransformersTarget:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._head.weight.device  # type: ignore[no-any-return]
+        return self._head.weight.device
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [...] to embeddings [..., H]."""
-        return self._base.get_input_embeddings()(tokens)  # type: ignore[no-any-return]
+        return self._base.get_input_embeddings()(tokens)
 
     def embedding_weight(self) -> Tensor:
         """[V, H]."""
-        return self._base.get_input_embeddings().weight  # type: ignore[no-any-return]
+        return self._base.get_input_embeddings().weight
 
     def head_weight(self) -> Tensor:
         """[V, H]."""
-        return self._head.weight  # type: ignore[no-any-return]
+        return self._head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states after the final norm [..., H] to logits [..., V]."""
@@ -149,7 +149,7 @@ def load_target(
     folder = resolve_target(path)
     try:
         config = AutoConfig.from_pretrained(folder, revision=revision)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:

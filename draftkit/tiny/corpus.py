@@ -29,7 +29,7 @@ class Corpus:
 def build_corpus() -> Corpus:
     """Make the corpus. It depends on the version of Python only: the split is by a hash of the answer's text."""
     problems = math_problems(_MATH_SEED)
-    math = {}
+    math: dict[str, Example] = {}
     while len(math) < MATH_EXAMPLES:
         question, answer = next(problems)
         math.setdefault(question, Example("math", question, answer))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -51,12 +52,12 @@ def publish(run: Path, corpus: Corpus, folder: Path) -> None:
     if not (run / "result.json").exists():
         raise CheckpointError(f"{run}: training has not finished; run `draftkit tiny-target --out {run}` again")
     result = json.loads((run / "result.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-    model = new_model(tokenizer, 0)
+    tokenizer: Any = AutoTokenizer.from_pretrained(run / "tokenizer")
+    model: Any = new_model(tokenizer, 0)
     tensors = load_file(run / "state" / "state.safetensors")
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
     model.tie_weights()
-    model = model.to(torch.bfloat16)
+    model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,8 @@ def train_tiny_target(
     tokenizer = tokenizer_for(corpus)
     tokenizer.save_pretrained(out / "tokenizer")
     sampler = RowSampler(corpus.train, tokenizer, settings.seed)
-    model = new_model(tokenizer, settings.seed).to(device)
+    model: Any = new_model(tokenizer, settings.seed)
+    model.to(device)
     optimizers = _optimizers(model, settings)
     start, seconds = _load_state(out / "state", model, optimizers)
     forward = torch.compile(model.model) if settings.compile else model.model
@@ -108,7 +110,7 @@ def _some(examples: Sequence[Example], per_domain: int) -> list[Example]:
 
 
 def _step(
-    forward: nn.Module,
+    forward: Callable[..., Any],
     model: Qwen3ForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
     settings: TinySettings,

@@ -152,7 +152,7 @@ def _step(
     loss_sum = weight_sum = 0.0
     for start in range(0, len(batch.domains), size):
         part = drafter.loss(_rows(batch, slice(start, start + size)), settings.loss)
-        part.loss_sum.backward()  # type: ignore[no-untyped-call]
+        part.loss_sum.backward()
         loss_sum += float(part.loss_sum.detach())
         weight_sum += float(part.weight_sum)
     trained = [p for p in drafter.parameters() if p.requires_grad and p.grad is not None]
