@@ -23,7 +23,7 @@ RECIPES = Path(__file__).parent / "recipes"
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values keep the type that is written, nothing changes afterwards."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class TargetSection(Section):
@@ -128,10 +128,12 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key, (place, _) in zip(keys, node.value, strict=True):
-        if keys.count(key) > 1:
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is there twice", problem_mark=place.start_mark)
+    scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    seen: set[str] = set()
+    for key in scalars:
+        if key.value in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+        seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -144,7 +146,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError: what was given, what is allowed, and the dotted field.
     """
     path = Path(name_or_path)
-    if not path.suffix and not path.exists():
+    if not path.is_file():
         path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         packaged = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
@@ -204,5 +206,7 @@ def _first(error: ValidationError) -> str:
         return f"{field}: is not a known key; {hint}"
     if mistake["type"] == "missing":
         return f"{field}: is missing and must be given"
-    words = mistake["msg"].removeprefix("Input ").removeprefix("should ").strip()
-    return f"{field}: {words[0].lower()}{words[1:]}, got {mistake['input']!r}"
+    if mistake["type"] == "model_type":
+        return f"{field}: must be a section with keys of its own, got {mistake['input']!r}"
+    words = mistake["msg"].removeprefix("Input ").replace("should", "must", 1).replace("a valid ", "a ", 1)
+    return f"{field}: {words[0].lower()}{words[1:].replace('a integer', 'an integer')}, got {mistake['input']!r}"
