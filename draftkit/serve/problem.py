@@ -1,0 +1,58 @@
+"""What the server answers when a request cannot be served: one status code, one body shape, as vLLM's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from draftkit.errors import ServeError
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "PayloadTooLargeError",
+    415: "UnsupportedMediaTypeError",
+    429: "TooManyRequestsError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+
+
+class ApiError(ServeError):
+    """A request ends with `status` and a body that names the wrong field (`param`), when there is one."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.headers = headers or {}
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body: {"error": {message, type, param, code}}."""
+        return error_body(self.status, str(self), self.param)
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """{"error": {message, type, param, code}} for an HTTP status."""
+    kind = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def bad_request(message: str, param: str | None = None) -> ApiError:
+    """A 400: the client must change the request."""
+    return ApiError(400, message, param)
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first mistake that pydantic found, as a 400 that names the dotted field."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        return bad_request(f"the body is not valid JSON: {first['msg']}")
+    field = ".".join(str(part) for part in first["loc"]) or None
+    message = first["msg"].removeprefix("Value error, ")
+    more = error.error_count() - 1
+    return bad_request(f"{field}: {message}" + (f" (and {more} more)" if more else ""), field)
