@@ -1,5 +1,5 @@
 """The command line: a table of commands. Each imports what it runs when it runs; `--help` imports neither torch nor
-pydantic."""
+the recipes."""
 
 from __future__ import annotations
 
@@ -152,13 +152,13 @@ def tiny_target(
 
 
 def main() -> None:
-    """Entry point: mistakes end with one line and exit code 2, signals with 130 or 143."""
+    """Entry point: mistakes end with one line and exit code 2, a disk that fails with 1, signals with 130 or 143."""
     raise_on_signals()
     try:
         app()
-    except DraftkitError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+    except (DraftkitError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(error.exit_code if isinstance(error, DraftkitError) else 1)
 
 
 if __name__ == "__main__":

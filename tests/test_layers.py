@@ -1,57 +1,104 @@
-"""A module imports its own folder and lower levels only."""
+"""The import direction: a module imports its own folder and lower layers only, also inside functions."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1] / "draftkit"
-LEVELS = [
-    {"errors", "config", "interrupt", "recipes", "__init__"},
-    {"ops"},
-    {"target"},
-    {"draft"},
-    {"data", "schedule", "decode"},
-    {"train", "engine"},
-    {"serve", "evaluate", "export"},
-    {"tiny", "stages", "quickstart", "cli"},
-]
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+PACKAGE = Path(__file__).parent.parent / "draftkit"
+
+# From the bottom up. Folders on one line never import each other.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"errors"}),
+    frozenset({"config", "interrupt"}),
+    frozenset({"ops"}),
+    frozenset({"target"}),
+    frozenset({"draft"}),
+    frozenset({"data", "schedule", "decode"}),
+    frozenset({"train", "engine"}),
+    frozenset({"serve", "evaluate", "export"}),
+    frozenset({"stages", "tiny"}),
+    frozenset({"quickstart"}),
+    frozenset({"cli", "__main__"}),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+# Lower layers that a folder must leave alone all the same: models do not see recipes, a server does not train.
+FORBIDDEN = {
+    "ops": {"config"},
+    "target": {"config"},
+    "draft": {"config"},
+    "serve": {"data", "train"},
+}
 
 
-def violations(path: Path, source: str) -> list[str]:
-    """Imports of `path` (relative to the package) that reach up or sideways."""
-    own = path.parts[0].removesuffix(".py")
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module == "draftkit":
-            names = [f"draftkit.{alias.name}" for alias in node.names if alias.name != "__version__"]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] != "draftkit" or len(parts) < 2 or parts[1] == own:
-                continue
-            if own == "cli" or (LEVEL[own] == len(LEVELS) - 1 and LEVEL[parts[1]] == len(LEVELS) - 1):
-                continue  # the top level is one layer
-            if LEVEL[parts[1]] >= LEVEL[own] and LEVEL[own] > 0:
-                found.append(f"{path}:{node.lineno}: {own} imports {name}")
-            if LEVEL[own] == 0 and LEVEL[parts[1]] > 0:
-                found.append(f"{path}:{node.lineno}: {own} imports {name}")
+def imported_units(tree: ast.AST, units: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and first name below `draftkit` of every import in the tree, at any depth; "." for a relative import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield node.lineno, "."
+            continue
+        elif isinstance(node, ast.ImportFrom) and node.module == "draftkit":
+            names = [f"draftkit.{alias.name}" for alias in node.names if alias.name in units]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        yield from ((node.lineno, name.split(".")[1]) for name in names if name.startswith("draftkit."))
+
+
+def violations(package: Path) -> list[str]:
+    """One line for each import that goes sideways or up, and for each module that no layer names."""
+    paths = sorted(p for p in package.rglob("*.py") if p != package / "__init__.py")
+    units = {p.relative_to(package).parts[0].removesuffix(".py") for p in paths}
+    found = [f"{unit}: is in no layer; add it to LAYERS" for unit in sorted(units - LEVEL.keys())]
+    for path in paths:
+        unit = path.relative_to(package).parts[0].removesuffix(".py")
+        for line, other in imported_units(ast.parse(path.read_text("utf-8")), units):
+            place = f"{path.relative_to(package.parent)}:{line}"
+            if other == ".":
+                found.append(f"{place}: relative import; write draftkit.{unit}...")
+            elif other != unit and {unit, other} <= LEVEL.keys():
+                if LEVEL[other] >= LEVEL[unit]:
+                    found.append(f"{place}: {unit} imports {other}, which is not below it")
+                elif other in FORBIDDEN.get(unit, ()):
+                    found.append(f"{place}: {unit} must not import {other}")
     return found
 
 
-def test_imports_go_down() -> None:
-    found = [
-        line
-        for path in sorted(ROOT.rglob("*.py"))
-        for line in violations(path.relative_to(ROOT), path.read_text("utf-8"))
+def write(package: Path, **modules: str) -> Path:
+    for name, text in modules.items():
+        path = package / (name.replace("__", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return package
+
+
+def test_every_import_goes_down() -> None:
+    found = violations(PACKAGE)
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_an_upward_import_is_found_also_inside_a_function(tmp_path: Path) -> None:
+    lazy = "def f():\n    from draftkit.train.trainer import train\n"
+    package = write(tmp_path / "draftkit", draft__block=lazy, train__trainer="import draftkit.draft.block\n")
+    assert violations(package) == ["draftkit/draft/block.py:2: draft imports train, which is not below it"]
+
+
+def test_siblings_of_one_layer_do_not_import_each_other(tmp_path: Path) -> None:
+    package = write(tmp_path / "draftkit", data__capture="from draftkit import decode, __version__\n", decode="")
+    assert violations(package) == ["draftkit/data/capture.py:1: data imports decode, which is not below it"]
+
+
+def test_forbidden_relative_and_unknown_modules_are_found(tmp_path: Path) -> None:
+    package = write(
+        tmp_path / "draftkit", ops__verify="from draftkit.config import Recipe\nfrom . import x\n", config="", extras=""
+    )
+    assert violations(package) == [
+        "extras: is in no layer; add it to LAYERS",
+        "draftkit/ops/verify.py:1: ops must not import config",
+        "draftkit/ops/verify.py:2: relative import; write draftkit.ops...",
     ]
-    assert not found, "\n".join(found)
-
-
-def test_the_check_sees_an_import_that_goes_up() -> None:
-    assert violations(Path("ops/verify.py"), "def f():\n    from draftkit.train import trainer\n")
-    assert violations(Path("data/capture.py"), "import draftkit.decode")
-    assert violations(Path("config.py"), "from draftkit.ops import verify")
-    assert not violations(Path("train/trainer.py"), "from draftkit.data.features import FeatureStore")
