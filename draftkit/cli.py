@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from draftkit import __version__
 from draftkit.errors import DraftkitError
 from draftkit.interrupt import raise_on_signals
+
+if TYPE_CHECKING:
+    from draftkit.config import Recipe
 
 app = typer.Typer(
     help="Train, measure and serve drafters that make an unchanged large model answer faster.",
@@ -37,6 +40,13 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
         raise typer.Exit()
 
 
+def _recipe(name: str, overrides: list[str] | None) -> Recipe:
+    """The recipe, read before anything heavy is imported: a mistake in it shows at once."""
+    from draftkit.config import load_recipe
+
+    return load_recipe(name, overrides or [])
+
+
 @app.command(epilog="Example: draftkit quickstart --out runs/quickstart --minutes 6")
 def quickstart(
     out: OutOption = Path("runs/quickstart"),
@@ -46,10 +56,10 @@ def quickstart(
     json_output: JsonOption = False,
 ) -> None:
     """The whole path on the embedded target: generate, capture, train, evaluate."""
-    from draftkit.config import load_recipe
+    settings = _recipe(recipe, overrides)
     from draftkit.quickstart import run_quickstart
 
-    run_quickstart(load_recipe(recipe, overrides or []), out, minutes, json_output)
+    run_quickstart(settings, out, minutes, json_output)
 
 
 @app.command(epilog="Example: draftkit generate -p prompts.jsonl -o answers.jsonl --set generate.temperature=0.7")
@@ -57,10 +67,9 @@ def generate(
     out: OutOption, prompts: PromptsOption = None, recipe: RecipeOption = "tiny-dspark", overrides: SetOption = None
 ) -> None:
     """The target answers prompts; continues where it was interrupted."""
+    settings = _recipe(recipe, overrides)
     from draftkit import stages
-    from draftkit.config import load_recipe
 
-    settings = load_recipe(recipe, overrides or [])
     read = stages.read_prompts(prompts or [stages.TINY_PROMPTS])
     count = stages.run_generate(*stages.open_target(settings), settings, read, out)
     typer.echo(f"{count} conversations in {out}; next: draftkit capture -c {out} -o features")
@@ -74,10 +83,9 @@ def capture(
     overrides: SetOption = None,
 ) -> None:
     """The target reads conversations into a feature store."""
+    settings = _recipe(recipe, overrides)
     from draftkit import stages
-    from draftkit.config import load_recipe
 
-    settings = load_recipe(recipe, overrides or [])
     read = stages.read_prompts(conversations)
     report = stages.run_capture(*stages.open_target(settings), settings, read, out)
     typer.echo(
@@ -94,10 +102,9 @@ def train(
     overrides: SetOption = None,
 ) -> None:
     """Train a drafter on a feature store; continues where it was interrupted."""
+    settings = _recipe(recipe, overrides)
     from draftkit import stages
-    from draftkit.config import load_recipe
 
-    settings = load_recipe(recipe, overrides or [])
     report = stages.run_train(*stages.open_target(settings), settings, features, out)
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
@@ -116,12 +123,11 @@ def evaluate(
     json_output: JsonOption = False,
 ) -> None:
     """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on."""
+    settings = _recipe(recipe, overrides)
     from draftkit import stages
-    from draftkit.config import load_recipe
     from draftkit.evaluate.plots import plot_acceptance
     from draftkit.evaluate.report import print_report
 
-    settings = load_recipe(recipe, overrides or [])
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
     target, tokenizer = stages.open_target(settings)
     results = stages.run_evaluate(target, tokenizer, settings, stages.open_drafter(drafter, target), read, threads)
