@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_stop_strings_are_found_wherever_pieces_break(text: str, cuts: list[int]
     checker = StopStrings(stops, include)
     edges = sorted({0, len(text), *(min(c, len(text)) for c in cuts)})
     shown = ""
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         shown += checker.add(text[start:end])
         if checker.found:
             break

@@ -1,0 +1,203 @@
+"""The HTTP application: routes, and which errors become which bodies."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from draftkit import __version__
+from draftkit.serve import generate
+from draftkit.serve.metrics import ServerMetrics
+from draftkit.serve.middleware import Envelope
+from draftkit.serve.params import chat_prompt, check_ids, check_model, tokenize
+from draftkit.serve.problem import ApiError, error_body
+from draftkit.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from draftkit.serve.reply import token_name
+from draftkit.serve.settings import ServeSettings
+from draftkit.serve.stream import read_body
+from draftkit.serve.worker import Worker
+
+_STATIC = Path(__file__).parent / "static"
+_FILES = {"": "index.html", "chat.css": "chat.css", "chat.js": "chat.js"}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-cache",
+}
+_BODIES: dict[str, type[Body]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
+
+
+def create_app(worker: Worker, metrics: ServerMetrics, settings: ServeSettings) -> FastAPI:
+    """The application around a worker that is not started yet; it starts and stops with the application."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.get_running_loop().run_in_executor(None, worker.stop)
+
+    app = FastAPI(title="draftkit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Envelope, api_keys=settings.api_keys)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    _add_generation(app, worker, settings)
+    _add_text(app, worker, settings)
+    _add_state(app, worker, metrics, settings)
+    _add_page(app)
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_generation(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
+    """What makes text."""
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await generate.completions(request, worker, settings)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await generate.chat_completions(request, worker, settings)
+
+
+def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
+    """Text to tokens and back."""
+
+    @app.post("/tokenize")
+    async def tokens_of(request: Request) -> Response:
+        body = await read_body(request, TokenizeBody, settings.max_body_bytes)
+        served = worker.ready()
+        check_model(body.model, served)
+        if body.messages is not None:
+            text = chat_prompt(
+                body.messages,
+                served,
+                tools=body.tools,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                template_kwargs=body.chat_template_kwargs,
+            )
+            ids = tokenize(served, text, bool(body.add_special_tokens))
+        else:
+            ids = tokenize(served, body.prompt or "", body.add_special_tokens is not False)
+        names = [token_name(served.texts, i) for i in ids] if body.return_token_strs else None
+        return JSONResponse(
+            {"count": len(ids), "max_model_len": served.engine.info.max_length, "tokens": ids, "token_strs": names}
+        )
+
+    @app.post("/detokenize")
+    async def text_of(request: Request) -> Response:
+        body = await read_body(request, DetokenizeBody, settings.max_body_bytes)
+        served = worker.ready()
+        check_model(body.model, served)
+        check_ids(body.tokens, served, "tokens")
+        return JSONResponse({"prompt": served.texts.decode(body.tokens, skip_special=False)})
+
+
+def _add_state(app: FastAPI, worker: Worker, metrics: ServerMetrics, settings: ServeSettings) -> None:
+    """What monitors and clients ask about the server itself."""
+    started = _now()
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_card(worker, started)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        check_model(name, worker.ready())
+        return _card(worker, started)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the process can work, also when it loads or drains; 503 once the engine has failed."""
+        return JSONResponse({"status": worker.state}, 503 if worker.state in ("failed", "stopped") else 200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 only while requests are taken."""
+        return JSONResponse({"status": worker.state}, 200 if worker.state == "ready" else 503)
+
+    @app.get("/metrics")
+    def scrape() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+
+def _add_page(app: FastAPI) -> None:
+    """The chat page: three files from the package."""
+
+    def page(name: str) -> Callable[[], Awaitable[Response]]:
+        async def send() -> Response:
+            return FileResponse(_STATIC / name, headers=_PAGE_HEADERS)
+
+        return send
+
+    for path, name in _FILES.items():
+        app.add_api_route(f"/{path}", page(name), methods=["GET"], include_in_schema=False)
+
+
+def _now() -> int:
+    import time
+
+    return int(time.time())
+
+
+def _card(worker: Worker, started: int) -> dict[str, Any]:
+    served = worker.ready()
+    info = served.engine.info
+    return {
+        "id": served.name,
+        "object": "model",
+        "created": started,
+        "owned_by": "draftkit",
+        "root": served.name,
+        "parent": None,
+        "max_model_len": info.max_length,
+        "gamma": info.gamma,
+    }
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description: FastAPI's own, and the bodies that we read ourselves."""
+    if app.openapi_schema is None:
+        schema = FastAPI.openapi(app)
+        kinds = list(dict.fromkeys(_BODIES.values()))
+        refs, defs = models_json_schema([(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}")
+        schema.setdefault("components", {}).setdefault("schemas", {}).update(defs.get("$defs", {}))
+        for path, kind in _BODIES.items():
+            schema["paths"][path]["post"]["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": refs[(kind, "validation")]}},
+            }
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,214 @@
+"""The two endpoints that make text: from a request body to an answer, whole or streamed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from draftkit.serve import params as from_body
+from draftkit.serve.choice import Choice, Delta
+from draftkit.serve.problem import ApiError, bad_request
+from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
+from draftkit.serve.reply import ChatReply, CompletionReply, origins, speculation, usage
+from draftkit.serve.settings import ServeSettings
+from draftkit.serve.stream import EventStream, dump, event, read_body, unless_client_leaves
+from draftkit.serve.tools import template_writes_tool_calls
+from draftkit.serve.worker import Served, Ticket, Worker
+
+
+@dataclass
+class Call:
+    """One HTTP request that makes text: `n` choices per prompt, in order."""
+
+    request_id: str
+    created: int
+    served: Served
+    body: SamplingBody
+    reply: CompletionReply | ChatReply
+    prompts: list[tuple[int, ...]]
+    choices: list[Choice]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Each prompt counts once."""
+        return sum(map(len, self.prompts))
+
+    def prompt_of(self, index: int) -> tuple[int, ...]:
+        """The prompt of choice `index`."""
+        return self.prompts[index // self.body.n]
+
+    def echo(self, index: int) -> str:
+        """The prompt's text where the request wants it back."""
+        if not getattr(self.body, "echo", False):
+            return ""
+        return self.served.texts.decode(self.prompt_of(index), self.body.skip_special_tokens)
+
+    def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The fields that all bodies begin with."""
+        return {
+            "id": self.reply.prefix + self.request_id,
+            "object": kind,
+            "created": self.created,
+            "model": self.served.name,
+            "choices": choices,
+        }
+
+
+async def completions(request: Request, worker: Worker, settings: ServeSettings) -> Response:
+    """POST /v1/completions."""
+    body = await read_body(request, CompletionBody, settings.max_body_bytes)
+    served = worker.ready()
+    from_body.check_model(body.model, served)
+    prompts = from_body.completion_prompts(body, served)
+    reply = CompletionReply(served.texts, body.return_tokens_as_token_ids)
+    limit = 16 if body.max_tokens is None else body.max_tokens
+    return await _answer(request, worker, settings, served, body, reply, prompts, limit, body.logprobs)
+
+
+async def chat_completions(request: Request, worker: Worker, settings: ServeSettings) -> Response:
+    """POST /v1/chat/completions."""
+    body = await read_body(request, ChatBody, settings.max_body_bytes)
+    served = worker.ready()
+    from_body.check_model(body.model, served)
+    prompts = from_body.chat_prompts(body, served)
+    wants_tools = bool(body.tools) and body.tool_choice != "none"
+    reply = ChatReply(
+        served.texts, body.return_tokens_as_token_ids, wants_tools and template_writes_tool_calls(served.tokenizer)
+    )
+    limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    logprobs = body.top_logprobs if body.logprobs else None
+    return await _answer(request, worker, settings, served, body, reply, prompts, limit, logprobs)
+
+
+async def _answer(
+    request: Request,
+    worker: Worker,
+    settings: ServeSettings,
+    served: Served,
+    body: SamplingBody,
+    reply: CompletionReply | ChatReply,
+    prompts: list[tuple[int, ...]],
+    limit: int | None,
+    logprobs: int | None,
+) -> Response:
+    if len(prompts) * body.n > settings.max_choices:
+        raise bad_request(
+            f"{len(prompts)} prompts times n={body.n} is more than the {settings.max_choices} answers that this server "
+            "makes per request",
+            "n",
+        )
+    if body.truncate_prompt_tokens is not None:
+        prompts = [p[-body.truncate_prompt_tokens :] for p in prompts]
+    work = []
+    for prompt in prompts:
+        # An unset max_tokens of /v1/completions is 16, or less where the context ends sooner.
+        room = served.engine.info.max_length - len(prompt)
+        own = min(limit, room) if limit is not None and body.max_tokens is None and 0 < room < limit else limit
+        for i in range(body.n):
+            work.append((prompt, from_body.sampling_params(body, served, prompt, i, own, logprobs)))
+    choices = [Choice(served.texts, params, len(prompt)) for prompt, params in work]
+    call = Call(request.state.request_id, int(time.time()), served, body, reply, prompts, choices)
+    ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, work))
+    if body.stream:
+        return EventStream(_stream(call, worker, ticket))
+    try:
+        whole = await unless_client_leaves(request.receive, _collect(call, worker, ticket))
+    finally:
+        worker.cancel(ticket)
+    return Response(dump(whole), media_type="application/json")
+
+
+async def _next(worker: Worker, ticket: Ticket, choices: list[Choice]) -> list[tuple[int, Delta]]:
+    """At least one delta: waits for the first output and takes the others that are there. Raises ApiError."""
+    items = [await ticket.items.get()]
+    while not ticket.items.empty():
+        items.append(ticket.items.get_nowait())
+    deltas = []
+    for item in items:
+        if isinstance(item, ApiError):
+            raise item
+        index, output = item
+        choice = choices[index]
+        if choice.finish_reason is not None:
+            continue  # outputs beyond a stop string
+        deltas.append((index, choice.add(output)))
+        if choice.stopped_by_text:
+            worker.abort(ticket, index)
+    return deltas
+
+
+async def _collect(call: Call, worker: Worker, ticket: Ticket) -> dict[str, Any]:
+    """The whole response."""
+    pieces: list[list[str]] = [[] for _ in call.choices]
+    while any(c.finish_reason is None for c in call.choices):
+        for index, delta in await _next(worker, ticket, call.choices):
+            pieces[index] += delta.pieces
+    answers = []
+    for index, choice in enumerate(call.choices):
+        answer = call.reply.whole(index, choice, pieces[index], call.echo(index))
+        if call.body.return_token_ids:
+            answer["token_ids"] = [e.token_id for e in choice.events]
+            answer["prompt_token_ids"] = list(call.prompt_of(index))
+        answers.append(answer)
+    whole = call.envelope(call.reply.whole_object, answers)
+    whole["usage"] = usage(call.choices, call.prompt_tokens)
+    if call.body.return_spec_stats:
+        whole["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
+    return whole
+
+
+async def _stream(call: Call, worker: Worker, ticket: Ticket) -> AsyncGenerator[bytes, None]:
+    """Server-sent events of a response; aborts what is unfinished when it is closed."""
+    try:
+        yield b"".join(_openings(call))
+        while any(c.finish_reason is None for c in call.choices):
+            # What came in together leaves in one write.
+            yield b"".join(_chunk(call, index, d) for index, d in await _next(worker, ticket, call.choices))
+        options = call.body.stream_options
+        wants_usage = options is not None and options.include_usage
+        if wants_usage or call.body.return_spec_stats:
+            last = call.envelope(call.reply.chunk_object, [])
+            if wants_usage:
+                last["usage"] = usage(call.choices, call.prompt_tokens)
+            if call.body.return_spec_stats:
+                last["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
+            yield event(last)
+        yield b"data: [DONE]\n\n"
+    except ApiError as error:
+        yield event(error.body()) + b"data: [DONE]\n\n"
+    finally:
+        worker.cancel(ticket)
+
+
+def _openings(call: Call) -> Iterator[bytes]:
+    for index in range(len(call.choices)):
+        opening = call.reply.opening(index, call.echo(index))
+        if opening is not None:
+            if call.body.return_token_ids:
+                opening["prompt_token_ids"] = list(call.prompt_of(index))
+            yield event(call.envelope(call.reply.chunk_object, [opening]))
+
+
+def _chunk(call: Call, index: int, delta: Delta) -> bytes:
+    body = call.body
+    shown = call.reply.chunk(index, call.choices[index], delta)
+    if shown is None:
+        if not (delta.events and (body.return_token_origins or body.return_token_ids)):
+            return b""
+        empty = Delta("", (), (), (), None, None)
+        shown = call.reply.chunk(index, call.choices[index], empty) or {"index": index, "finish_reason": None}
+        shown.update({"delta": {}} if isinstance(call.reply, ChatReply) else {"text": ""})
+    if body.return_token_ids:
+        shown["token_ids"] = [e.token_id for e in delta.events]
+    chunk = call.envelope(call.reply.chunk_object, [shown])
+    if body.return_token_origins:
+        shown["origins"] = origins(call.served.texts, delta)
+        chunk["metrics"] = speculation([call.choices[index]], call.served.engine.info.gamma)
+    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
+        chunk["usage"] = usage(call.choices, call.prompt_tokens)
+    return event(chunk)

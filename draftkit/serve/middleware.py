@@ -1,0 +1,89 @@
+"""What happens around every request: its id, its line in the log, the API key, errors that nobody expected."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from draftkit.serve.problem import error_body
+from draftkit.serve.stream import ClientLeft
+
+log = logging.getLogger("draftkit.serve")
+_GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUIET = ("/health", "/ready", "/metrics")
+
+
+class Envelope:
+    """ASGI middleware: gives the request an id (the client's X-Request-Id when it is a plain word), guards /v1 with the
+    API keys, and logs one line when the response is complete.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        began = time.monotonic()
+        status = 0
+
+        async def tag(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        left = False
+        try:
+            if self._may_enter(scope["path"], headers.get("authorization", "")):
+                await self._app(scope, receive, tag)
+            else:
+                await _send_json(tag, 401, error_body(401, "Unauthorized: give the server's API key as a bearer token"))
+        except ClientLeft:
+            left = True
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if not status:
+                await _send_json(tag, 500, error_body(500, f"internal error; the log has it under {request_id}"))
+        finally:
+            level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+            log.log(
+                level,
+                "%s %s %s %s %.0f ms",
+                request_id,
+                scope["method"],
+                scope.get("raw_path", b"").decode("ascii", errors="replace"),  # not decoded: a path may hold line breaks
+                "client left" if left else status,
+                1000 * (time.monotonic() - began),
+            )
+
+    def _may_enter(self, path: str, authorization: str) -> bool:
+        if not self._keys or not (path == "/v1" or path.startswith("/v1/")):
+            return True
+        scheme, _, token = authorization.partition(" ")
+        known = [hmac.compare_digest(token.strip().encode(), key) for key in self._keys]
+        return scheme.lower() == "bearer" and any(known)
+
+
+async def _send_json(send: Send, status: int, body: dict[str, Any]) -> None:
+    raw = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": raw})

@@ -1,0 +1,177 @@
+"""From a request body to prompts and the engine's sampling parameters; everything that can be wrong is a 400 here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from draftkit.engine.request import SamplingParams
+from draftkit.serve.problem import ApiError, bad_request
+from draftkit.serve.protocol import ChatBody, CompletionBody, Message, SamplingBody
+from draftkit.serve.structured import constraint_of
+from draftkit.serve.worker import Served
+
+_PLAIN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+)
+
+
+def check_model(name: str | None, served: Served) -> None:
+    """404 for another model's name; no name means the one that is served."""
+    if name is not None and name != served.name:
+        raise ApiError(404, f"The model `{name}` does not exist; this server has `{served.name}`.", "model")
+
+
+def completion_prompts(body: CompletionBody, served: Served) -> list[tuple[int, ...]]:
+    """Token ids of every prompt of a completion request."""
+    given: Any = body.prompt
+    many = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    prompts = []
+    for prompt in many:
+        if isinstance(prompt, str):
+            prompts.append(tokenize(served, prompt, body.add_special_tokens))
+        else:
+            check_ids(prompt, served, "prompt")
+            prompts.append(tuple(prompt))
+    return prompts
+
+
+def chat_prompt(
+    messages: Sequence[Message],
+    served: Served,
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    documents: list[dict[str, str]] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template_kwargs: dict[str, Any] | None = None,
+) -> str:
+    """The text of a conversation through the target's chat template. Raises ApiError 400 when the template refuses."""
+    extra = dict(template_kwargs or {})
+    if tools:
+        extra["tools"] = tools
+    if documents:
+        extra["documents"] = documents
+    for taken in ("tokenize", "chat_template", "conversation", "return_dict", "return_tensors"):
+        if taken in extra:
+            raise bad_request(f"chat_template_kwargs.{taken} is not allowed", "chat_template_kwargs")
+    try:
+        rendered = [m.for_template() for m in messages]
+        return str(
+            served.tokenizer.apply_chat_template(
+                rendered,
+                **{
+                    "tokenize": False,
+                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
+                    "continue_final_message": continue_final_message,
+                    **extra,
+                },
+            )
+        )
+    except Exception as error:  # templates are programs: they raise whatever they like about their input
+        raise bad_request(f"the chat template cannot render these messages: {error}", "messages") from error
+
+
+def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
+    """Token ids of a chat request's prompt, as a list of one."""
+    kwargs = dict(body.chat_template_kwargs)
+    if body.reasoning_effort is not None:
+        kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+    text = chat_prompt(
+        body.messages,
+        served,
+        tools=body.tools if body.tool_choice != "none" else None,
+        documents=body.documents,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        template_kwargs=kwargs,
+    )
+    return [tokenize(served, text, body.add_special_tokens)]
+
+
+def tokenize(served: Served, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+    """Token ids of a text."""
+    return tuple(served.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def sampling_params(
+    body: SamplingBody, served: Served, prompt: Sequence[int], choice: int, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """Parameters of choice `choice` (0 to n-1) of one prompt. Choices of one request get seeds in a row.
+
+    `max_tokens` None: all the room that is left. Raises ApiError 400.
+    """
+    info = served.engine.info
+    room = info.max_length - len(prompt)
+    if not prompt:
+        raise bad_request("the prompt is empty; give at least one token", "prompt")
+    if room < 1:
+        raise bad_request(
+            f"This model's maximum context length is {info.max_length} tokens. However, your request has {len(prompt)} "
+            "input tokens. Please reduce the length of the input.",
+            "input_tokens",
+        )
+    if max_tokens is not None and max_tokens < 1:
+        raise bad_request(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens")
+    if max_tokens is not None and max_tokens > room:
+        raise bad_request(
+            f"'max_tokens' or 'max_completion_tokens' is too large: {max_tokens}. This model's maximum context length "
+            f"is {info.max_length} tokens and your request has {len(prompt)} input tokens.",
+            "max_tokens",
+        )
+    limit = room if max_tokens is None else max_tokens
+    if body.min_tokens > limit:
+        raise bad_request(f"min_tokens is {body.min_tokens}; it must not exceed max_tokens={limit}", "min_tokens")
+    check_ids(body.stop_token_ids, served, "stop_token_ids")
+    check_ids(body.allowed_token_ids or (), served, "allowed_token_ids")
+    given: dict[str, Any] = {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
+    if given.get("top_k") == -1:
+        given["top_k"] = 0
+    given["top_k"] = min(given.get("top_k", 0), info.vocab_size)
+    if body.seed is not None:
+        given["seed"] = (body.seed + choice) % 2**63
+    constraint = constraint_of(body.response_format, served)
+    if constraint is not None:
+        given["constraint"] = constraint
+    params = SamplingParams(
+        max_tokens=limit,
+        logit_bias=_logit_bias(body.logit_bias, served),
+        allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids else None,
+        stop=tuple(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
+        min_tokens=body.min_tokens,
+        logprobs=logprobs,
+        include_stop_str_in_output=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        draft=body.draft,
+        **given,
+    )
+    return replace(params, n=1)
+
+
+def _logit_bias(given: dict[str, float] | None, served: Served) -> dict[int, float] | None:
+    if not given:
+        return None
+    try:
+        bias = {int(key): value for key, value in given.items()}
+    except ValueError:
+        raise bad_request("logit_bias: keys must be token ids written as integers", "logit_bias") from None
+    check_ids(bias, served, "logit_bias")
+    return bias
+
+
+def check_ids(ids: Any, served: Served, name: str) -> None:
+    """Raises ApiError 400 when an id is not in the vocabulary."""
+    size = served.engine.info.vocab_size
+    wrong = next((i for i in ids if not 0 <= i < size), None)
+    if wrong is not None:
+        raise bad_request(f"{name}: token id {wrong} is out of vocabulary; allowed are 0 to {size - 1}", name)

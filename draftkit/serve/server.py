@@ -1,0 +1,113 @@
+"""The server process: socket, signals, drain, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from draftkit.errors import DraftkitError, ServeError
+from draftkit.serve.app import create_app
+from draftkit.serve.detokenize import TokenTexts
+from draftkit.serve.metrics import ServerMetrics
+from draftkit.serve.settings import ServeSettings
+from draftkit.serve.worker import Served, Worker
+
+log = logging.getLogger("draftkit.serve")
+_FLUSH_SECONDS = 10  # for responses that are made but not yet sent when the last answer is complete
+
+
+def load_served(target: str, drafter: Path | None, name: str | None, engine_settings: Any = None) -> Served:
+    """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError."""
+    from draftkit.engine.engine import Engine, EngineSettings
+    from draftkit.target.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(target)
+    engine = Engine(target, None if drafter is None else str(drafter), engine_settings or EngineSettings())
+    return Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name)
+
+
+def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
+    """Serve until SIGTERM or SIGINT; returns after a drain. Raises DraftkitError when it cannot bind, load or go on.
+
+    The first signal lets running requests finish (new ones get 503) for at most `drain_seconds`; a second one ends all.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    bound = _bind(settings.host, settings.port)
+    metrics = ServerMetrics()
+    worker = Worker(load, metrics, settings.max_waiting)
+    config = uvicorn.Config(
+        create_app(worker, metrics, settings),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+    )
+    host, port = bound.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    log.info("listening on http://%s:%d (loading the model)", shown, port)
+    server = _Server(config, worker, settings.drain_seconds)
+    try:
+        asyncio.run(server.serve(sockets=[bound]))
+    finally:
+        bound.close()
+    if worker.failure is not None:
+        if isinstance(worker.failure, DraftkitError):
+            raise worker.failure
+        raise ServeError(f"the engine stopped: {worker.failure!r}; the log above says where") from worker.failure
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound TCP socket. Raises ServeError when the address is taken or not ours."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
+    return bound
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but a signal drains instead of closing the door on running requests, and the exit code is 0."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._worker = worker
+        self._drain_seconds = drain_seconds
+        self._signals = 0
+        self._deadline: float | None = None
+        self._announced = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Count signals; `on_tick` acts on them in the event loop."""
+        self._signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: has the time come to end?"""
+        worker = self._worker
+        if worker.state == "ready" and not self._announced:
+            self._announced = True
+            log.info("serving %s", worker.ready().name)
+        if self._signals and self._deadline is None:
+            self._deadline = time.monotonic() + self._drain_seconds
+            worker.drain()
+            log.info("%s: %d answers to finish", signal.Signals.SIGTERM.name, worker.in_flight)
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        if late or self._signals > 1:
+            log.warning("ending with %d unfinished answers", worker.in_flight)
+            self.force_exit = self.should_exit = True
+        elif worker.state == "failed" or (self._deadline is not None and not worker.in_flight):
+            self.should_exit = True
+        return await super().on_tick(counter)

@@ -1,0 +1,41 @@
+"""What the operator of a server decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from draftkit.errors import ServeError
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Address, access and limits. Raises ServeError on values that cannot work.
+
+    Attributes:
+        host: address to bind; loopback unless told otherwise.
+        port: TCP port; 0 lets the system choose one (it is in the log).
+        api_keys: any of these opens /v1; empty = open.
+        served_name: model name in the API; None = the target's.
+        max_body_bytes: larger bodies get 413.
+        max_waiting: answers that have not begun; more get 429 with Retry-After.
+        max_choices: prompts times n in one request; more get 400.
+        drain_seconds: how long running requests may take to finish after SIGTERM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    served_name: str | None = None
+    max_body_bytes: int = 16 * 2**20
+    max_waiting: int = 512
+    max_choices: int = 256
+    drain_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ServeError(f"port is {self.port}; allowed are 0 to 65535")
+        for name in ("max_body_bytes", "max_waiting", "max_choices"):
+            if getattr(self, name) < 1:
+                raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if any(not key.strip() for key in self.api_keys):
+            raise ServeError("an API key is empty; give a text or leave --api-key out")

@@ -1,0 +1,253 @@
+"""The engine's thread and what ties it to the event loop.
+
+One thread owns the engine: it takes commands (add, abort) from a queue, calls `engine.step()`, and hands each step's
+outputs to the event loop in one call. All other state here belongs to the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from draftkit.engine.request import SamplingParams, StepOutput
+from draftkit.errors import DraftkitError
+from draftkit.serve.detokenize import TokenTexts
+from draftkit.serve.metrics import ServerMetrics
+from draftkit.serve.problem import ApiError
+
+log = logging.getLogger("draftkit.serve")
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, and the model's public name."""
+
+    engine: Any
+    tokenizer: Any
+    texts: TokenTexts
+    name: str
+
+
+Item = tuple[int, StepOutput] | ApiError
+
+
+@dataclass
+class Ticket:
+    """One HTTP request's answers: `ids[i]` is the engine's name of choice i; outputs arrive in `items`."""
+
+    ids: tuple[str, ...]
+    arrived: float
+    items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
+    last_output: dict[int, float] = field(default_factory=dict)
+    open: set[int] = field(default_factory=set)
+
+
+class Worker:
+    """Runs `load()` and then the engine in a thread of its own; `state` is loading, ready, draining, failed, stopped."""
+
+    def __init__(self, load: Callable[[], Served], metrics: ServerMetrics, max_waiting: int) -> None:
+        self._load = load
+        self._metrics = metrics
+        self._max_waiting = max_waiting
+        self._commands: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._tickets: dict[str, tuple[Ticket, int]] = {}
+        self._waiting: set[str] = set()
+        self._serial = 0
+        self._thread = threading.Thread(target=self._run, name="draftkit-engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._served: Served | None = None
+        self.state = "loading"
+        self.failure: BaseException | None = None
+        self.changed = asyncio.Event()  # set whenever `state` changes
+
+    def start(self) -> None:
+        """Begin loading; call it from the event loop that will serve."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def in_flight(self) -> int:
+        """Answers that are being made or wait to be."""
+        return len(self._tickets)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that have not begun."""
+        return len(self._waiting)
+
+    def ready(self) -> Served:
+        """What is served. Raises ApiError 503 unless requests can be taken now."""
+        if self.state == "ready" and self._served is not None:
+            return self._served
+        if self.state == "draining":
+            raise ApiError(503, "the server is shutting down; send the request elsewhere", headers={"Retry-After": "5"})
+        if self.state == "loading":
+            raise ApiError(503, "the model is still loading; try again soon", headers={"Retry-After": "2"})
+        raise ApiError(503, "the engine has stopped; the server's log says why")
+
+    async def submit(self, name: str, work: Sequence[tuple[Sequence[int], SamplingParams]]) -> Ticket:
+        """Hand answers to the engine; returns when it has taken them all.
+
+        Raises ApiError: 503 when not ready, 429 when too many wait, 400 when the engine refuses.
+        """
+        self.ready()
+        if len(self._waiting) >= self._max_waiting:
+            self._metrics.rejections.labels(reason="queue_full").inc()
+            raise ApiError(429, f"{len(self._waiting)} answers wait already; try again soon", headers={"Retry-After": "1"})
+        self._serial += 1
+        ticket = Ticket(tuple(f"{name}-{self._serial}-{i}" for i in range(len(work))), time.monotonic())
+        for index, request_id in enumerate(ticket.ids):
+            self._tickets[request_id] = (ticket, index)
+            self._waiting.add(request_id)
+            ticket.open.add(index)
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def add(engine: Any) -> None:
+            try:
+                for request_id, (tokens, params) in zip(ticket.ids, work, strict=True):
+                    engine.add_request(request_id, list(tokens), params)
+            except DraftkitError as error:
+                self._call(_settle, taken, ApiError(400, str(error)))
+            except Exception as error:
+                log.exception("the engine could not take a request")
+                self._call(_settle, taken, ApiError(500, f"the engine could not take the request: {error!r}"))
+            else:
+                self._call(_settle, taken, None)
+
+        self._commands.put(add)
+        try:
+            await taken
+        except BaseException:
+            self.cancel(ticket)
+            raise
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Abort what is still open of a ticket; does nothing when all is finished."""
+        self.abort(ticket, *ticket.open)
+
+    def abort(self, ticket: Ticket, *indices: int) -> None:
+        """Abort some answers of a ticket; outputs that are on their way are dropped."""
+        for index in indices:
+            request_id = ticket.ids[index]
+            if request_id in self._tickets:
+                self._forget(request_id)
+                self._commands.put(lambda engine, name=request_id: engine.abort(name))  # type: ignore[misc]
+
+    def drain(self) -> None:
+        """Take no new requests; those in flight go on."""
+        if self.state in ("ready", "loading"):
+            self._change("draining")
+
+    async def drained(self, seconds: float) -> bool:
+        """Wait until nothing is in flight; False when it took longer than `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._tickets and self.state == "draining":
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End the thread after its current step. May be called from any thread."""
+        self._commands.put(None)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
+
+    # ---- the engine's thread ----
+
+    def _run(self) -> None:
+        try:
+            served = self._load()
+            self._call(self._loaded, served)
+            self._serve(served.engine)
+        except BaseException as error:
+            if not isinstance(error, DraftkitError):
+                log.exception("the engine stopped")
+            self._call(self._failed, error)
+        else:
+            self._call(self._change, "stopped")
+
+    def _serve(self, engine: Any) -> None:
+        before = engine.metrics
+        while True:
+            command = None
+            if not engine.has_work():
+                command = self._commands.get()
+                if command is None:
+                    return
+                command(engine)
+            while not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    return
+                command(engine)
+            if engine.has_work():
+                outputs = engine.step()
+                after = engine.metrics
+                self._metrics.on_step(before, after)
+                before = after
+                if outputs:
+                    self._call(self._dispatch, outputs)
+
+    def _call(self, function: Callable[..., None], *args: Any) -> None:
+        """Run a function on the event loop; the loop may be gone when the process ends."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+    # ---- the event loop ----
+
+    def _change(self, state: str) -> None:
+        self.state = state
+        self.changed.set()
+
+    def _loaded(self, served: Served) -> None:
+        self._served = served
+        self._metrics.watch(served.engine, served.name)
+        if self.state == "loading":
+            self._change("ready")
+
+    def _failed(self, error: BaseException) -> None:
+        self.failure = error
+        self._change("failed")
+        for ticket in {id(t): t for t, _ in self._tickets.values()}.values():
+            ticket.items.put_nowait(ApiError(500, f"the engine stopped: {error!r}"))
+        self._tickets.clear()
+        self._waiting.clear()
+
+    def _forget(self, request_id: str) -> None:
+        ticket, index = self._tickets.pop(request_id)
+        ticket.open.discard(index)
+        self._waiting.discard(request_id)
+
+    def _dispatch(self, outputs: Sequence[StepOutput]) -> None:
+        now = time.monotonic()
+        for output in outputs:
+            known = self._tickets.get(output.request_id)
+            if known is None:
+                continue  # aborted while this step ran
+            ticket, index = known
+            if output.events:
+                self._waiting.discard(output.request_id)
+                last = ticket.last_output.get(index)
+                self._metrics.on_tokens(now - (ticket.arrived if last is None else last), len(output.events), last is None)
+                ticket.last_output[index] = now
+            if output.finish_reason is not None:
+                self._metrics.on_finish(now - ticket.arrived, output.finish_reason, output.stats)
+                self._forget(output.request_id)
+            ticket.items.put_nowait((index, output))
+
+
+def _settle(future: asyncio.Future[None], error: ApiError | None) -> None:
+    """Finish a future whose waiter may have left."""
+    if not future.done():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)

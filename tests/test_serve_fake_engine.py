@@ -1,0 +1,266 @@
+"""A stand-in for the engine that follows its seam: tokens are a function of prompt and seed, time is a sleep.
+
+`python tests/test_serve_fake_engine.py --port 0 ...` is a server process over it, for tests of the server alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import types
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+try:
+    from draftkit.engine import request as seam
+except ImportError:  # the engine is not there yet: its seam, word for word
+
+    @dataclass(frozen=True)
+    class SamplingParams:
+        n: int = 1
+        max_tokens: int | None = 16
+        temperature: float = 1.0
+        top_p: float = 1.0
+        top_k: int = 0
+        min_p: float = 0.0
+        presence_penalty: float = 0.0
+        frequency_penalty: float = 0.0
+        repetition_penalty: float = 1.0
+        logit_bias: dict[int, float] | None = None
+        allowed_token_ids: Any = None
+        seed: int | None = None
+        stop: tuple[str, ...] = ()
+        stop_token_ids: tuple[int, ...] = ()
+        ignore_eos: bool = False
+        min_tokens: int = 0
+        logprobs: int | None = None
+        include_stop_str_in_output: bool = False
+        skip_special_tokens: bool = True
+        draft: bool = True
+
+    @dataclass(frozen=True)
+    class TokenEvent:
+        token_id: int
+        origin: str
+        logprob: float | None
+        top_logprobs: tuple[tuple[int, float], ...]
+
+    @dataclass(frozen=True)
+    class RequestStats:
+        prompt_tokens: int = 0
+        cached_tokens: int = 0
+        output_tokens: int = 0
+        rounds: int = 0
+        drafted: int = 0
+        verified: int = 0
+        accepted: int = 0
+        accepted_per_position: tuple[int, ...] = ()
+        queue_seconds: float = 0.0
+        prefill_seconds: float = 0.0
+        decode_seconds: float = 0.0
+
+    @dataclass(frozen=True)
+    class StepOutput:
+        request_id: str
+        events: tuple[TokenEvent, ...]
+        rejected: tuple[int, ...]
+        finish_reason: str | None
+        stop_reason: int | str | None
+        stats: RequestStats
+
+    seam = types.ModuleType("draftkit.engine.request")
+    for kind in (SamplingParams, TokenEvent, RequestStats, StepOutput):
+        setattr(seam, kind.__name__, kind)
+    sys.modules.setdefault("draftkit.engine", types.ModuleType("draftkit.engine"))
+    sys.modules["draftkit.engine.request"] = seam
+
+from draftkit.errors import DraftkitError
+
+ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
+GAMMA = 4
+MAX_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class Info:
+    name: str = "fake"
+    max_length: int = MAX_LENGTH
+    vocab_size: int = 4096
+    gamma: int = GAMMA
+    kv_blocks_total: int = 100
+
+
+@dataclass(frozen=True)
+class Metrics:
+    running: int = 0
+    waiting: int = 0
+    kv_used: int = 0
+    kv_total: int = 100
+    prefix_hits: int = 0
+    prefix_queries: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    wasted: int = 0
+    accepted_per_position: tuple[int, ...] = (0,) * GAMMA
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    other_seconds: float = 0.0
+    preemptions: int = 0
+    calibration_error: float | None = 0.05
+
+
+@dataclass
+class Running:
+    prompt: list[int]
+    params: Any
+    script: list[int]
+    made: list[int] = field(default_factory=list)
+    stats: Any = None
+
+
+class FakeEngine:
+    """Says `script` (token ids, then `eos`) to everybody; every round accepts two of four drafts."""
+
+    def __init__(self, script: list[int], eos: int, step_seconds: float = 0.0) -> None:
+        self.script, self.eos, self.step_seconds = script, eos, step_seconds
+        self.info = Info()
+        self.metrics = Metrics()
+        self.requests: dict[str, Running] = {}
+        self.aborted: list[str] = []
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: Any) -> None:
+        if request_id in self.requests:
+            raise DraftkitError(f"request {request_id} is there already")
+        if params.seed == 666:
+            raise DraftkitError("seed 666 is refused")
+        shift = (params.seed or 0) % max(1, len(self.script)) if params.temperature else 0
+        script = self.script[shift:] + self.script[:shift]
+        self.requests[request_id] = Running(list(prompt_token_ids), params, script)
+
+    def abort(self, request_id: str) -> None:
+        self.requests.pop(request_id, None)
+        self.aborted.append(request_id)
+
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> list[Any]:
+        time.sleep(self.step_seconds)
+        return [self._round(name, r) for name, r in list(self.requests.items())]
+
+    def _round(self, name: str, running: Running) -> Any:
+        params, first = running.params, not running.made
+        if params.seed == 13:
+            raise RuntimeError("seed 13 breaks the engine")
+        drafting = params.draft and not first
+        tokens, reason, why = [], None, None
+        for _ in range(3 if drafting else 1):
+            at = len(running.made)
+            ended = at >= len(running.script) and not params.ignore_eos
+            token = self.eos if ended else running.script[at % len(running.script)]
+            running.made.append(token)
+            tokens.append(token)
+            if ended or (token in params.stop_token_ids and at + 1 > params.min_tokens):
+                reason, why = "stop", None if ended else token
+            elif len(running.made) >= params.max_tokens:
+                reason = "length"
+            if reason:
+                break
+        top = params.logprobs
+        events = tuple(
+            seam.TokenEvent(
+                t,
+                "accepted" if drafting and i < 2 else "target",
+                None if top is None else -0.5,
+                tuple((t + k, -0.5 - k) for k in range(top or 0)),
+            )
+            for i, t in enumerate(tokens)
+        )
+        old = running.stats or seam.RequestStats(
+            prompt_tokens=len(running.prompt),
+            cached_tokens=0,
+            output_tokens=0,
+            rounds=0,
+            drafted=0,
+            verified=0,
+            accepted=0,
+            accepted_per_position=(0,) * GAMMA,
+            queue_seconds=0.0,
+            prefill_seconds=0.0,
+            decode_seconds=0.0,
+        )
+        took = sum(e.origin == "accepted" for e in events)
+        per = tuple(n + (i < took) for i, n in enumerate(old.accepted_per_position))
+        running.stats = replace(old, output_tokens=len(running.made))
+        if drafting:
+            running.stats = replace(
+                running.stats,
+                rounds=old.rounds + 1,
+                drafted=old.drafted + GAMMA,
+                verified=old.verified + 3,
+                accepted=old.accepted + took,
+                accepted_per_position=per,
+            )
+            m = self.metrics
+            self.metrics = replace(
+                m,
+                rounds=m.rounds + 1,
+                drafted=m.drafted + GAMMA,
+                verified=m.verified + 3,
+                accepted=m.accepted + took,
+                wasted=m.wasted + 3 - took,
+                accepted_per_position=tuple(n + (i < took) for i, n in enumerate(m.accepted_per_position)),
+            )
+        if reason:
+            del self.requests[name]
+        return seam.StepOutput(name, events, (7,) if drafting else (), reason, why, running.stats)
+
+
+TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3
+
+
+def fake_served(step_seconds: float = 0.0, text: str = TEXT) -> Any:
+    """A `Served` over the embedded target's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from draftkit.serve.detokenize import TokenTexts
+    from draftkit.serve.worker import Served
+
+    tokenizer = AutoTokenizer.from_pretrained(ASSET)
+    engine = FakeEngine(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds)
+    engine.info = replace(engine.info, vocab_size=len(tokenizer))
+    return Served(engine, tokenizer, TokenTexts(tokenizer), "fake")
+
+
+def main() -> None:
+    from draftkit.errors import ServeError
+    from draftkit.serve.server import run_server
+    from draftkit.serve.settings import ServeSettings
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--step-seconds", type=float, default=0.0)
+    parser.add_argument("--text", default=TEXT)
+    parser.add_argument("--api-key", action="append", default=[])
+    parser.add_argument("--max-waiting", type=int, default=512)
+    parser.add_argument("--max-body-bytes", type=int, default=2**20)
+    given = parser.parse_args()
+    settings = ServeSettings(
+        port=given.port,
+        api_keys=tuple(given.api_key),
+        max_waiting=given.max_waiting,
+        max_body_bytes=given.max_body_bytes,
+    )
+    try:
+        run_server(lambda: fake_served(given.step_seconds, given.text), settings)
+    except ServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
