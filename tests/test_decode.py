@@ -1,0 +1,111 @@
+"""The reference loop: greedy answers are the target's own, sampled answers have its law, for any drafter."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from draftkit.decode import decode
+from draftkit.draft.block import BlockDrafter
+from draftkit.draft.checkpoint import new_drafter
+from draftkit.draft.drafter import HEADS, DrafterConfig
+from draftkit.errors import DataError
+from draftkit.ops.sampling import Sampling, processed_probs
+from draftkit.ops.verify import RULES
+from draftkit.target.transformers import TransformersTarget
+
+PROMPTS = [[4, 20, 31, 7], [9, 9, 9], [40, 41, 42, 43, 44, 45, 46], [300]]
+
+
+def make_drafter(target: TransformersTarget, head: str = "markov", layout: str = "anchor", block: int = 4) -> BlockDrafter:
+    """A random drafter whose proposals are not all wrong: its Markov head is random, its base is the target's head."""
+    torch.manual_seed(1)
+    config = DrafterConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=target.info.vocab_size,
+        feature_layers=(0, 2),
+        num_target_layers=4,
+        mask_token_id=3,
+        block_size=block,
+        layout=layout,
+        head=head,
+        markov_rank=6 if head != "none" else 0,
+        confidence=head != "none",
+        max_length=256,
+    )
+    drafter = new_drafter(config, target.embedding_weight(), target.head_weight())
+    if drafter.markov_head is not None:
+        torch.nn.init.normal_(drafter.markov_head.markov_w2.weight)
+    return drafter.double().eval()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_greedy_equals_the_targets_own_generate(target: TransformersTarget, head: str, rule: object) -> None:
+    drafter = make_drafter(target, head)
+    for prompt in PROMPTS:
+        own = target.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
+        for with_drafter in (None, drafter):
+            answer = decode(target, with_drafter, prompt, Sampling(0.0), 24, rule=rule)  # type: ignore[arg-type]
+            assert list(answer.tokens) == own
+            assert answer.finish_reason == ("stop" if own[-1] in target.info.stop_token_ids else "length")
+            assert sum(r.emitted for r in answer.rounds) + 1 == len(answer.tokens)
+
+
+def test_the_other_layout_drafts_one_token_less(target: TransformersTarget) -> None:
+    drafter = make_drafter(target, "none", "one_plus_n", block=5)
+    answer = decode(target, drafter, PROMPTS[0], Sampling(0.0), 16)
+    assert answer.rounds[0].drafted == 4
+    assert answer.tokens == decode(target, None, PROMPTS[0], Sampling(0.0), 16).tokens
+
+
+class Shrunk(TransformersTarget):
+    """The target with all but three tokens forbidden, so that its law can be enumerated."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = super().logits(hidden)
+        return logits.masked_fill(torch.arange(logits.shape[-1]) >= 8, float("-inf")).masked_fill(
+            torch.arange(logits.shape[-1]) < 5, float("-inf")
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule: object) -> None:
+    """8,000 answers of three tokens from three: every count within five standard deviations of the target's law."""
+    small = Shrunk(target.model, target.info)
+    drafter = make_drafter(target, block=3)
+    prompt, count, sampling = PROMPTS[0], 8000, Sampling(0.8)
+    found: dict[tuple[int, ...], int] = {}
+    for seed in range(count):
+        answer = decode(small, drafter, prompt, sampling, 3, seed, rule)  # type: ignore[arg-type]
+        found[answer.tokens] = found.get(answer.tokens, 0) + 1
+    worst = 0.0
+    for tokens in itertools.product(range(5, 8), repeat=3):
+        read = small.forward(torch.tensor([[*prompt, *tokens]]), None)
+        law = processed_probs(small.logits(read.last_hidden_BTH[0]), sampling)
+        chance = float(torch.stack([law[len(prompt) - 1 + i, t] for i, t in enumerate(tokens)]).prod())
+        sigma = (chance * (1 - chance) / count) ** 0.5
+        worst = max(worst, abs(found.get(tokens, 0) / count - chance) / max(sigma, 1e-9))
+    assert worst < 5
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_seed_another(target: TransformersTarget) -> None:
+    drafter = make_drafter(target)
+    first, again, other = (decode(target, drafter, PROMPTS[2], Sampling(1.0), 20, seed).tokens for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_impossible_requests_are_refused(target: TransformersTarget) -> None:
+    with pytest.raises(DataError, match="at least 1"):
+        decode(target, None, [], Sampling(0.0), 5)
+    with pytest.raises(DataError, match="maximum is 256"):
+        decode(target, None, [1] * 250, Sampling(0.0), 20)
