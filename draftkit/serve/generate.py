@@ -202,7 +202,7 @@ def _chunk(call: Call, index: int, delta: Delta) -> bytes:
             return b""
         empty = Delta("", (), (), (), None, None)
         shown = call.reply.chunk(index, call.choices[index], empty) or {"index": index, "finish_reason": None}
-        shown.update({"delta": {}} if isinstance(call.reply, ChatReply) else {"text": ""})
+        shown["delta" if isinstance(call.reply, ChatReply) else "text"] = {} if isinstance(call.reply, ChatReply) else ""
     if body.return_token_ids:
         shown["token_ids"] = [e.token_id for e in delta.events]
     chunk = call.envelope(call.reply.chunk_object, [shown])

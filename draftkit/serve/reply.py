@@ -98,8 +98,8 @@ class ChatReply:
 
     def chunk(self, index: int, choice: Choice, delta: Delta) -> dict[str, Any] | None:
         """What one step adds; None when there is nothing to show."""
-        content, calls, reason = delta.text, [], delta.finish_reason
-        given = 0
+        content, reason, given = delta.text, delta.finish_reason, 0
+        calls: list[dict[str, Any]] = []
         if self.tools:
             parser = self.parsers.setdefault(index, ToolCalls())
             given = len(parser.calls)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -103,7 +102,7 @@ class _Server(uvicorn.Server):
         if self._signals and self._deadline is None:
             self._deadline = time.monotonic() + self._drain_seconds
             worker.drain()
-            log.info("%s: %d answers to finish", signal.Signals.SIGTERM.name, worker.in_flight)
+            log.info("shutting down: %d answers to finish", worker.in_flight)
         late = self._deadline is not None and time.monotonic() > self._deadline
         if late or self._signals > 1:
             log.warning("ending with %d unfinished answers", worker.in_flight)
