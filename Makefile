@@ -19,8 +19,8 @@ check: $(STAMP)
 	$(VENV)/bin/python -m pytest
 
 bench: $(STAMP)
-	$(VENV)/bin/python benchmarks/greedy_equality.py
-	$(VENV)/bin/python benchmarks/training_step.py
+	$(VENV)/bin/draftkit verify-lossless
+	$(VENV)/bin/python benchmarks/greedy_equality.py runs/quickstart/drafter/best --prompts 60
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -136,6 +136,29 @@ def evaluate(
     typer.echo(stages.summary(results)) if json_output else print_report(results)
 
 
+@app.command("verify-lossless", epilog="Example: draftkit verify-lossless --gamma 3 --tables 50")
+def verify_lossless(
+    vocab: Annotated[int, typer.Option(help="tokens in the vocabulary", min=2, max=4)] = 3,
+    gamma: Annotated[int, typer.Option(help="drafted tokens", min=1, max=4)] = 2,
+    tables: Annotated[int, typer.Option(help="random pairs of target and drafter", min=1)] = 50,
+    json_output: JsonOption = False,
+) -> None:
+    """Prove by enumeration that each verification rule keeps the target's distribution; exit code 1 if one does not."""
+    import json
+
+    from draftkit.evaluate.exactness import largest_deviation
+    from draftkit.ops.verify import RULES
+
+    found = {name: largest_deviation(rule, vocab, gamma, tables) for name, rule in RULES.items()}
+    if json_output:
+        typer.echo(json.dumps({"vocab": vocab, "gamma": gamma, "tables": tables, "largest_deviation": found}))
+    else:
+        for name, worst in found.items():
+            typer.echo(f"{name}: largest deviation {worst:.1e} (vocabulary {vocab}, gamma {gamma}, {tables} tables)")
+    if max(found.values()) > 1e-12:
+        raise typer.Exit(1)
+
+
 @app.command("tiny-target", epilog="Example: draftkit tiny-target --out runs/tiny --steps 1600 --publish assets/tiny")
 def tiny_target(
     out: OutOption = Path("runs/tiny"),

@@ -2,84 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
+from draftkit.evaluate.exactness import deviation, largest_deviation, output_law, random_tree
 from draftkit.ops.sampling import Sampling, processed_probs, sample
 from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, Rule, verify
 
 VOCAB = 3
 
 
-def random_tree(depth: int, generator: torch.Generator, sharp: float = 2.0) -> dict[tuple[int, ...], Tensor]:
-    """A next-token distribution for every prefix shorter than `depth`, float64."""
-    tree = {}
-    for length in range(depth):
-        for prefix in itertools.product(range(VOCAB), repeat=length):
-            logits = torch.randn(VOCAB, generator=generator, dtype=torch.float64) * sharp
-            tree[prefix] = torch.softmax(logits, -1)
-    return tree
-
-
-def output_law(
-    rule: Rule, target: dict[tuple[int, ...], Tensor], drafter: dict[tuple[int, ...], Tensor], length: int
-) -> dict[tuple[int, ...], float]:
-    """Law of the first `length` + 1 output tokens: one round, then the target's own continuation."""
-    law: dict[tuple[int, ...], float] = dict.fromkeys(itertools.product(range(VOCAB), repeat=length + 1), 0.0)
-    for proposal in itertools.product(range(VOCAB), repeat=length):
-        chance = 1.0
-        for i, token in enumerate(proposal):
-            chance *= float(drafter[proposal[:i]][token])
-        p = torch.stack([target[proposal[:i]] for i in range(length + 1)])[None]
-        q = torch.stack([drafter[proposal[:i]] for i in range(length)])[None]
-        tokens, lengths = torch.tensor([proposal]), torch.tensor([length])
-        by_length = rule.length_law(tokens, p, q, lengths)[0]
-        assert float(by_length.sum()) == pytest.approx(1.0, abs=1e-12)
-        for accepted in range(length + 1):
-            following = rule.next_token_law(torch.tensor([accepted]), tokens, p, q, lengths)[0]
-            for token in range(VOCAB):
-                prefix = (*proposal[:accepted], token)
-                weight = chance * float(by_length[accepted]) * float(following[token])
-                for rest in itertools.product(range(VOCAB), repeat=length + 1 - len(prefix)):
-                    whole, likely = (*prefix, *rest), weight
-                    for i in range(len(prefix), length + 1):
-                        likely *= float(target[whole[:i]][whole[i]])
-                    law[whole] += likely
-    return law
-
-
-def deviation(law: dict[tuple[int, ...], float], target: dict[tuple[int, ...], Tensor]) -> float:
-    worst = 0.0
-    for tokens, found in law.items():
-        wanted = 1.0
-        for i, token in enumerate(tokens):
-            wanted *= float(target[tokens[:i]][token])
-        worst = max(worst, abs(found - wanted))
-    return worst
-
-
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("gamma", [1, 2])
 def test_the_output_has_exactly_the_targets_law(rule: Rule, gamma: int) -> None:
-    generator = torch.Generator().manual_seed(gamma)
-    worst = 0.0
-    for _ in range(12):
-        target, drafter = random_tree(gamma + 1, generator), random_tree(gamma, generator)
-        worst = max(worst, deviation(output_law(rule, target, drafter, gamma), target))
-    assert worst < 1e-12
+    assert largest_deviation(rule, VOCAB, gamma, tables=12, seed=gamma) < 1e-12
 
 
 def test_a_wrong_rule_is_found_out() -> None:
     """The check can fail: always accepting, or taking the bonus row in place of the residual, is seen."""
     generator = torch.Generator().manual_seed(0)
-    tables = [(random_tree(3, generator), random_tree(2, generator)) for _ in range(6)]
+    tables = [(random_tree(VOCAB, 3, generator), random_tree(VOCAB, 2, generator)) for _ in range(6)]
     no_residual = Rule("wrong", TOKEN_RULE.length_law, lambda n, x, p, q, m: p[torch.arange(len(n)), n])
     mixed = Rule("wrong", BLOCK_RULE.length_law, TOKEN_RULE.next_token_law)
     for wrong in (no_residual, mixed):
-        assert max(deviation(output_law(wrong, target, drafter, 2), target) for target, drafter in tables) > 1e-3
+        assert max(deviation(output_law(wrong, target, drafter, VOCAB, 2), target) for target, drafter in tables) > 1e-3
 
 
 def random_batch(requests: int, gamma: int, sharp: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

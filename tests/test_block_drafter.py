@@ -1,0 +1,239 @@
+"""The block drafter: drafting and training see the same hidden states, and the loss is what the equations say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from draftkit.draft.block import BlockDrafter
+from draftkit.draft.checkpoint import load_drafter, save_drafter
+from draftkit.draft.drafter import HEADS, DrafterConfig, LossSettings, TrainBatch
+from draftkit.errors import CheckpointError, ConfigError
+from draftkit.ops.sampling import Sampling
+
+CONFIG = DrafterConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    vocab_size=40,
+    feature_layers=(0, 2),
+    num_target_layers=4,
+    mask_token_id=3,
+    block_size=4,
+    markov_rank=6,
+    max_length=64,
+)
+LENGTH = 20
+
+
+def drafter_with(**changes: object) -> BlockDrafter:
+    torch.manual_seed(0)
+    drafter = BlockDrafter(replace(CONFIG, **changes))  # type: ignore[arg-type]
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return drafter
+
+
+def random_batch() -> TrainBatch:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.zeros(2, LENGTH, dtype=torch.bool)
+    mask[0, 5:18] = True
+    mask[1, 8:] = True
+    return TrainBatch(
+        tokens_BT=torch.randint(0, 40, (2, LENGTH), generator=generator),
+        loss_mask_BT=mask,
+        features_BTF=torch.randn(2, LENGTH, 32, generator=generator),
+        last_hidden_BTH=torch.randn(2, LENGTH, 16, generator=generator),
+        anchors_BA=torch.tensor([[6, 15, 0], [9, 12, 17]]),
+        anchor_mask_BA=torch.tensor([[True, True, False], [True, True, True]]),
+        domains=("code", "chat"),
+    )
+
+
+@pytest.mark.parametrize("layout", ["anchor", "one_plus_n"])
+def test_training_and_drafting_compute_the_same_hidden_states(layout: str) -> None:
+    """All anchors at once with a mask, against one anchor at a time with an incrementally grown context."""
+    drafter, batch = drafter_with(layout=layout, head="none", confidence=False).eval(), random_batch()
+    together = drafter._train_hidden(batch)
+    for row, anchor in ((0, 6), (1, 12)):
+        context = drafter.new_context()
+        for start, end in ((0, 3), (3, anchor + 2)):  # in two pieces, and a little too far
+            drafter.extend(context, batch.features_BTF[row : row + 1, start:end], batch.tokens_BT[row : row + 1, start:end])
+        context.crop(anchor)
+        with torch.inference_mode():
+            alone = drafter._block_hidden(context, batch.tokens_BT[row, anchor : anchor + 1])
+        place = batch.anchors_BA[row].tolist().index(anchor)
+        torch.testing.assert_close(alone[0], together[row, place], atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("head", HEADS)
+def test_the_proposal_holds_the_very_distribution_that_was_sampled(head: str) -> None:
+    drafter, batch = drafter_with(head=head, confidence=head != "none").eval(), random_batch()
+    context = drafter.new_context()
+    drafter.extend(context, batch.features_BTF[:1, :8], batch.tokens_BT[:1, :8])
+    anchor = batch.tokens_BT[:1, 8]
+    proposal = drafter.propose(context, anchor, Sampling(0.7), torch.full((1, 4), 0.5, dtype=torch.float64))
+    hidden = drafter._block_hidden(context, anchor)
+    previous, state = anchor, None
+    for k in range(4):
+        logits = hidden[:, k] @ drafter.lm_head.weight.T
+        if drafter.markov_head is not None:
+            row, state = drafter.markov_head.step(hidden[:, k], drafter.markov_head.markov_w1.weight[previous], state)
+            logits = logits + row @ drafter.markov_head.markov_w2.weight.T
+        torch.testing.assert_close(proposal.probs_BGV[:, k], torch.softmax(logits / 0.7, -1))
+        previous = proposal.tokens_BG[:, k]
+    greedy = drafter.propose(context, anchor, Sampling(0.0), torch.zeros(1, 4))
+    assert torch.equal(greedy.probs_BGV.argmax(-1), greedy.tokens_BG)
+    assert torch.equal(greedy.probs_BGV.amax(-1), torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_and_gradients_equal_a_second_implementation(head: str) -> None:
+    """Row by row from the paper's equations, with autograd through whole softmaxes."""
+    settings = LossSettings(ce=0.3, tv=0.6, confidence=0.7, decay=3.0)
+    drafter, batch = drafter_with(head=head, confidence=head != "none").train(), random_batch()
+    report = drafter.loss(batch, settings)
+    report.loss_sum.backward()
+    found = {n: p.grad.clone() for n, p in drafter.named_parameters() if p.grad is not None}
+    drafter.zero_grad()
+
+    hidden, loss, weights, accepts = drafter._train_hidden(batch), torch.zeros(()), 0.0, []
+    for b in range(2):
+        for a, anchor in enumerate(batch.anchors_BA[b].tolist()):
+            if not batch.anchor_mask_BA[b, a]:
+                continue
+            state = None
+            for k in range(4):
+                place = anchor + 1 + k
+                if place >= LENGTH or not batch.loss_mask_BT[b, place]:
+                    break
+                logits = drafter.lm_head.weight @ hidden[b, a, k]
+                features = hidden[b, a, k]
+                if drafter.markov_head is not None:
+                    previous = drafter.markov_head.markov_w1(batch.tokens_BT[b, place - 1])
+                    row, state = drafter.markov_head.step(hidden[b, a, k], previous, state)
+                    logits = logits + drafter.markov_head.markov_w2.weight @ row
+                    features = torch.cat([features, previous])
+                q = torch.softmax(logits, -1)
+                p = torch.softmax(drafter.lm_head.weight @ batch.last_hidden_BTH[b, place - 1], -1)
+                tv, weight = (q - p).abs().sum(), torch.exp(torch.tensor(-k / 3.0))
+                loss = loss + weight * (0.6 * tv - 0.3 * q[batch.tokens_BT[b, place]].log())
+                accept = (1 - tv / 2).detach()
+                if drafter.confidence_head is not None:
+                    guess = torch.sigmoid(drafter.confidence_head.proj(features)).squeeze()
+                    loss = loss + 0.7 * weight * F.binary_cross_entropy(guess, accept)
+                weights += float(weight)
+                accepts.append(float(accept))
+    loss.backward()
+    torch.testing.assert_close(report.loss_sum.detach(), loss.detach(), atol=1e-4, rtol=1e-5)
+    assert float(report.weight_sum) == pytest.approx(weights, rel=1e-5)
+    assert report.accept_N.tolist() == pytest.approx(accepts, abs=1e-5)
+    wanted = {n: p.grad for n, p in drafter.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], atol=2e-4, rtol=1e-3, msg=name)
+
+
+def test_the_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter, batch = drafter_with().train(), random_batch()
+    whole = float(drafter.loss(batch, LossSettings()).loss_sum.detach())
+    monkeypatch.setattr("draftkit.draft.losses.CHUNK_ROWS", 3)
+    assert float(drafter.loss(batch, LossSettings()).loss_sum.detach()) == pytest.approx(whole, rel=1e-6)
+
+
+def test_embedding_and_head_are_frozen() -> None:
+    drafter = drafter_with()
+    drafter.embed_tokens.requires_grad_(False)
+    drafter.lm_head.requires_grad_(False)
+    drafter.loss(random_batch(), LossSettings()).loss_sum.backward()
+    assert drafter.embed_tokens.weight.grad is None
+    assert drafter.lm_head.weight.grad is None
+    fresh = BlockDrafter(CONFIG)
+    assert not fresh.embed_tokens.weight.requires_grad
+    assert not fresh.lm_head.weight.requires_grad
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_checkpoint_comes_back_as_it_was(head: str, tmp_path: Path) -> None:
+    drafter = drafter_with(head=head, markov_rank=6 if head != "none" else 0, confidence=head != "none")
+    save_drafter(drafter, tmp_path, {"target": "x"}, torch.float32)
+    again = load_drafter(tmp_path)
+    assert {k: v.tolist() for k, v in again.state_dict().items()} == {k: v.tolist() for k, v in drafter.state_dict().items()}
+    assert again.config.head == head
+    assert again.config.feature_layers == (0, 2)
+
+
+def test_the_layout_is_the_portable_one(tmp_path: Path) -> None:
+    """Names and fields that vLLM, SGLang and llama.cpp look for."""
+    save_drafter(drafter_with(), tmp_path, {}, torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3DSparkModel"]
+    assert config["target_layer_ids"] == [0, 2]
+    assert config["enable_confidence_head"] is config["confidence_head_with_markov"] is True
+    assert (config["block_size"], config["mask_token_id"], config["markov_rank"]) == (4, 3, 6)
+    assert config["markov_head_type"] == "vanilla"
+    assert config["tie_word_embeddings"] is False
+    tensors = load_file(tmp_path / "model.safetensors")
+    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
+    assert shapes["fc.weight"] == (16, 32)
+    assert shapes["markov_head.markov_w1.weight"] == shapes["markov_head.markov_w2.weight"] == (40, 6)
+    assert shapes["confidence_head.proj.weight"] == (1, 22)
+    assert shapes["layers.1.self_attn.k_norm.weight"] == (8,)
+    assert {"embed_tokens.weight", "lm_head.weight", "hidden_norm.weight", "norm.weight"} <= shapes.keys()
+    assert not [name for name in shapes if name.startswith("model.")]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"fc.weight": torch.zeros(16, 31)}, r"fc\.weight is \(16, 31\), the configuration says \(16, 32\)"),
+        (lambda t: {k: v for k, v in t.items() if k != "norm.weight"}, r"missing norm\.weight"),
+        (lambda t: t | {"extra.weight": torch.zeros(2)}, r"unknown extra\.weight"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: object, message: str, tmp_path: Path) -> None:
+    save_drafter(drafter_with(), tmp_path, {}, torch.float32)
+    save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=message):
+        load_drafter(tmp_path)
+
+
+def test_broken_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_drafter(tmp_path)
+    save_drafter(drafter_with(), tmp_path, {}, torch.float32)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_drafter(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        load_drafter(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    with pytest.raises(CheckpointError, match="GPT2LMHeadModel is not known"):
+        load_drafter(tmp_path)
+
+
+def test_impossible_shapes_are_refused() -> None:
+    for changes, message in (
+        ({"head": "magic"}, "magic"),
+        ({"layout": "diagonal"}, "diagonal"),
+        ({"feature_layers": (2, 0)}, "ascending"),
+        ({"layout": "one_plus_n", "block_size": 1}, "no token"),
+        ({"num_kv_heads": 3}, "no multiple"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(CONFIG, **changes)  # type: ignore[arg-type]
