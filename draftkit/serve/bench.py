@@ -1,0 +1,228 @@
+"""`draftkit bench`: speed of OpenAI-compatible servers under load, one alone or two in one run with ratios."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from draftkit import __version__
+from draftkit.errors import ServeError
+from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
+
+PERCENTILES = (50, 90, 99)
+
+
+def percentile(values: Sequence[float], percent: float) -> float | None:
+    """Linear interpolation between closest ranks; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    at = (len(ordered) - 1) * percent / 100
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def summarise(records: Sequence[Record], seconds: float, counters: dict[str, float]) -> dict[str, Any]:
+    """Numbers of one run. Latencies in seconds; `tokens_per_s` overall, `tokens_per_s_per_user` is the median over
+    requests of output tokens / e2e time; accepted length counts the bonus token, 1 + accepted / rounds.
+    """
+    good = [r for r in records if r.error is None and r.first is not None and r.done is not None]
+    first = [r.first - r.sent for r in good if r.first is not None]
+    whole = [r.done - r.sent for r in good if r.done is not None]
+    gaps = [gap for r in good for gap in r.gaps]
+    tokens = sum(r.output_tokens for r in good)
+
+    def spread(values: Sequence[float]) -> dict[str, float | None]:
+        mean = sum(values) / len(values) if values else None
+        return {"mean": mean, **{f"p{p}": percentile(values, p) for p in PERCENTILES}}
+
+    return {
+        "requests": len(records),
+        "failed": len(records) - len(good),
+        "first_error": next((r.error for r in records if r.error), None),
+        "seconds": seconds,
+        "output_tokens": tokens,
+        "prompt_tokens": sum(r.prompt_tokens for r in good),
+        "requests_per_s": len(good) / seconds,
+        "tokens_per_s": tokens / seconds,
+        "tokens_per_s_per_user": percentile([r.output_tokens / w for r, w in zip(good, whole, strict=True)], 50),
+        "ttft": spread(first),
+        "inter_token": spread(gaps),
+        "e2e": spread(whole),
+        **_speculation(good, counters),
+    }
+
+
+def _speculation(good: Sequence[Record], counters: dict[str, float]) -> dict[str, Any]:
+    """Accepted length from the answers' own statistics (ours, vLLM's), else from the growth of /metrics counters."""
+    told = [r.speculation for r in good if r.speculation]
+    source: str | None = None
+    rounds = drafted = accepted = 0.0
+    if told:
+        source = "responses"
+        rounds = sum(s.get("num_spec_steps") or 0 for s in told)
+        drafted = sum(s.get("num_draft_tokens") or 0 for s in told)
+        accepted = sum(s.get("num_accepted_draft_tokens") or 0 for s in told)
+    elif counters.get("spec_decode_num_drafts_total"):
+        source = "metrics"
+        rounds = counters["spec_decode_num_drafts_total"]
+        drafted = counters.get("spec_decode_num_draft_tokens_total", 0.0)
+        accepted = counters.get("spec_decode_num_accepted_tokens_total", 0.0)
+    return {
+        "accepted_len": 1 + accepted / rounds if rounds else None,
+        "acceptance_rate": accepted / drafted if drafted else None,
+        "accepted_len_source": source if rounds else None,
+    }
+
+
+def ratios(results: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """First server over second: above 1 the first is better (latencies are turned round)."""
+    one, two = results[0], results[1]
+
+    def over(a: float | None, b: float | None) -> float | None:
+        return a / b if a and b else None
+
+    return {
+        "tokens_per_s": over(one["tokens_per_s"], two["tokens_per_s"]),
+        "tokens_per_s_per_user": over(one["tokens_per_s_per_user"], two["tokens_per_s_per_user"]),
+        "ttft_p50": over(two["ttft"]["p50"], one["ttft"]["p50"]),
+        "inter_token_mean": over(two["inter_token"]["mean"], one["inter_token"]["mean"]),
+        "e2e_p50": over(two["e2e"]["p50"], one["e2e"]["p50"]),
+    }
+
+
+async def bench_async(
+    urls: Sequence[str], levels: Sequence[int], settings: LoadSettings, api_keys: Sequence[str | None] = ()
+) -> dict[str, Any]:
+    """Every server at every concurrency, the servers in turn at each level so that both meet the same machine."""
+    from dataclasses import replace
+
+    keys = [*api_keys, *[None] * len(urls)]
+    runs = []
+    for level in levels:
+        here = replace(settings, concurrency=level, requests=max(settings.requests, 2 * level))
+        results = []
+        for url, key in zip(urls, keys, strict=False):
+            endpoint = Endpoint(url, key, here)
+            try:
+                await endpoint.prepare()
+                records, seconds, counters = await run_load(endpoint, here)
+            finally:
+                await endpoint.close()
+            results.append({"url": url, "model": endpoint.model, **summarise(records, seconds, counters)})
+        run: dict[str, Any] = {"concurrency": level, "rate": settings.rate, "servers": results}
+        if len(results) == 2:
+            run["ratios"] = ratios(results)
+        runs.append(run)
+    told = asdict(settings)
+    told["prompts"] = len(settings.prompts)
+    return {
+        "kind": "draftkit bench",
+        "version": __version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {"python": sys.version.split()[0], "system": platform.system(), "cpu": platform.machine()},
+        "settings": told,
+        "runs": runs,
+    }
+
+
+def run_bench(
+    urls: Sequence[str],
+    levels: Sequence[int],
+    settings: LoadSettings,
+    out: Path | None = None,
+    api_keys: Sequence[str | None] = (),
+) -> dict[str, Any]:
+    """Measure; write `bench.json` and `bench.png` into `out`. Raises ServeError when a server fails every request."""
+    if not 1 <= len(urls) <= 2:
+        raise ServeError(f"{len(urls)} servers are given; bench takes one, or two to compare")
+    if not levels or min(levels) < 1:
+        raise ServeError(f"concurrency is {list(levels)}; each level must be 1 or more")
+    results = asyncio.run(bench_async(urls, levels, settings, api_keys))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        plot_bench(results, out / "bench.png")
+    for run in results["runs"]:
+        for server in run["servers"]:
+            if server["failed"] == server["requests"]:
+                raise ServeError(f"{server['url']}: every request failed; the first one with {server['first_error']}")
+    return results
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The first user message of every conversation in a JSONL file. Raises ServeError."""
+    found = []
+    try:
+        for line in path.read_text("utf-8").splitlines():
+            if line.strip():
+                row = json.loads(line)
+                if "messages" in row:
+                    found.append(next(m["content"] for m in row["messages"] if m["role"] == "user"))
+                else:
+                    found.append(row["turns"][0] if "turns" in row else row["prompt"])
+    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
+        raise ServeError(f"{path}: needs JSONL rows with messages, turns or prompt: {error!r}") from error
+    return tuple(found)
+
+
+def print_bench(results: dict[str, Any]) -> None:
+    """A table: one row per server and level, ratios below."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{results['settings']['max_tokens']} new tokens per request; latencies in ms")
+    for column in ("users", "server", "tok/s", "tok/s/user", "TTFT p50", "p99", "per token", "e2e p50", "accepted", "failed"):
+        table.add_column(column, justify="left" if column == "server" else "right")
+
+    def shown(value: float | None, scale: float = 1, digits: int = 1) -> str:
+        return "–" if value is None else f"{value * scale:,.{digits}f}"
+
+    for run in results["runs"]:
+        for server in run["servers"]:
+            table.add_row(
+                str(run["concurrency"]),
+                server["url"].removeprefix("http://"),
+                shown(server["tokens_per_s"]),
+                shown(server["tokens_per_s_per_user"]),
+                shown(server["ttft"]["p50"], 1000),
+                shown(server["ttft"]["p99"], 1000),
+                shown(server["inter_token"]["mean"], 1000, 2),
+                shown(server["e2e"]["p50"], 1000),
+                shown(server["accepted_len"], 1, 2),
+                str(server["failed"]),
+            )
+        if "ratios" in run:
+            first = shown(run["ratios"]["tokens_per_s"], 1, 2)
+            table.add_row("", "first / second", first + " x", shown(run["ratios"]["tokens_per_s_per_user"], 1, 2) + " x")
+    Console().print(table)
+
+
+def plot_bench(results: dict[str, Any], path: Path) -> None:
+    """Tokens per second overall against per user, one point per concurrency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    for place in range(len(results["runs"][0]["servers"])):
+        rows = [(run["concurrency"], run["servers"][place]) for run in results["runs"]]
+        points = [(s["tokens_per_s_per_user"], s["tokens_per_s"], c) for c, s in rows if s["tokens_per_s_per_user"]]
+        axes.plot([p[0] for p in points], [p[1] for p in points], "o-", label=rows[0][1]["url"])
+        for per_user, overall, users in points:
+            axes.annotate(str(users), (per_user, overall), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axes.set(xlabel="tokens/s per user", ylabel="tokens/s overall", title="label: concurrent users")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,229 @@
+"""One load test of one OpenAI-compatible server: requests, when they go out, and what is measured about each.
+
+Times are seconds on one monotonic clock. Tokens are counted by the server's own usage where it tells, so that chunks
+that hold several tokens (speculative decoding) count rightly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from draftkit.errors import ServeError
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """What is sent, and how. `rate` None: closed loop, each of `concurrency` users sends its next request when its last
+    is answered; else arrivals are a Poisson process of `rate` requests per second, `concurrency` at most in flight.
+    """
+
+    prompts: tuple[str, ...]
+    requests: int = 64
+    warmup: int = 4
+    concurrency: int = 1
+    rate: float | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0
+    ignore_eos: bool = True
+    seed: int = 0
+    timeout: float = 600.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ServeError("there are no prompts to send; give a file with at least one conversation")
+        for name in ("requests", "concurrency", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.rate is not None and self.rate <= 0:
+            raise ServeError(f"rate is {self.rate}; it must be above 0 requests per second")
+
+
+@dataclass
+class Record:
+    """One request. `gaps` holds one value per token after the first: a chunk's gap is shared by its tokens."""
+
+    sent: float
+    first: float | None = None
+    done: float | None = None
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    gaps: list[float] = field(default_factory=list)
+    chunks: int = 0
+    speculation: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class Endpoint:
+    """A server under test."""
+
+    def __init__(self, url: str, api_key: str | None, settings: LoadSettings) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
+        self._http = httpx.AsyncClient(headers=headers, timeout=settings.timeout, limits=limits, trust_env=False)
+        self._settings = settings
+        self.model = ""
+
+    async def prepare(self) -> None:
+        """Find the served model. Raises ServeError when the server does not answer as expected."""
+        try:
+            response = await self._http.get(self.url + "/v1/models")
+            response.raise_for_status()
+            self.model = response.json()["data"][0]["id"]
+        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+            raise ServeError(f"{self.url}: /v1/models does not answer: {error}; is the server up, the key right?") from error
+
+    async def counters(self) -> dict[str, float]:
+        """Counters of speculation from /metrics (draftkit, vLLM, llama-server names); empty where there are none."""
+        try:
+            text = (await self._http.get(self.url + "/metrics")).text
+        except httpx.HTTPError:
+            return {}
+        found: dict[str, float] = {}
+        for line in text.splitlines():
+            name, _, rest = line.partition("{") if "{" in line else line.partition(" ")
+            short = name.split(":")[-1]
+            if short.startswith("spec_decode_num_") and short.endswith("_total") and "per_pos" not in short:
+                found[short] = found.get(short, 0.0) + float(rest.rsplit(maxsplit=1)[-1])
+        return found
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def ask(self, prompt: str) -> Record:
+        """One streamed chat completion, measured. Never raises: what went wrong is in `error`."""
+        settings = self._settings
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
+            "ignore_eos": settings.ignore_eos,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+            "return_spec_stats": True,
+            **settings.extra,
+        }
+        record = Record(time.perf_counter())
+        try:
+            async with self._http.stream("POST", self.url + "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    record.error = f"{response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
+                    return record
+                last = record.sent
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        last = self._take(record, json.loads(line[6:]), last)
+            record.done = time.perf_counter()
+            _share_gaps(record)
+            if record.first is None and record.error is None:
+                record.error = "the answer had no tokens"
+        except (httpx.HTTPError, ValueError) as error:
+            record.error = f"{type(error).__name__}: {error}"
+        return record
+
+    @staticmethod
+    def _take(record: Record, chunk: dict[str, Any], last: float) -> float:
+        """Fold one chunk into the record; returns the time of the last chunk that brought tokens."""
+        now = time.perf_counter()
+        if "error" in chunk:
+            record.error = str(chunk["error"])
+            return now
+        used = chunk.get("usage") or {}
+        record.prompt_tokens = used.get("prompt_tokens", record.prompt_tokens)
+        metrics = chunk.get("metrics") or {}
+        record.speculation = metrics.get("speculative_decoding") or record.speculation
+        choices = chunk.get("choices") or []
+        delta = choices[0].get("delta") or {} if choices else {}
+        text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or delta.get("tool_calls")
+        before = record.output_tokens
+        total = used.get("completion_tokens", before + (1 if text else 0))
+        if not choices or total <= before:
+            record.output_tokens = max(before, total)
+            return last
+        record.output_tokens = total
+        record.chunks += 1
+        if record.first is None:
+            record.first = now
+        else:
+            record.gaps += [(now - last) / (total - before)] * (total - before)
+        return now
+
+
+def _share_gaps(record: Record) -> None:
+    """Where only the end of a stream told how many tokens its chunks held, all tokens get the mean gap."""
+    if record.chunks and record.chunks == len(record.gaps) + 1 < record.output_tokens:
+        count = record.output_tokens - 1
+        record.gaps = [sum(record.gaps) / count] * count
+
+
+async def run_load(
+    endpoint: Endpoint, settings: LoadSettings, tick: Callable[[], None] = lambda: None
+) -> tuple[list[Record], float, dict[str, float]]:
+    """Warm up, then measure. Returns the records, the wall seconds, and the growth of the server's counters.
+
+    Prompts and arrival times depend on the seed alone, so two servers get the same load.
+    """
+    order = random.Random(settings.seed)
+    prompts = [order.choice(settings.prompts) for _ in range(settings.requests)]
+    warm = asyncio.Semaphore(settings.concurrency)
+    await asyncio.gather(*(_within(warm, endpoint.ask(order.choice(settings.prompts))) for _ in range(settings.warmup)))
+    before = await endpoint.counters()
+    began = time.perf_counter()
+    if settings.rate is None:
+        records = await _closed_loop(endpoint, prompts, settings.concurrency, tick)
+    else:
+        records = await _poisson(endpoint, prompts, settings, order, tick)
+    seconds = time.perf_counter() - began
+    after = await endpoint.counters()
+    return records, seconds, {name: value - before.get(name, 0.0) for name, value in after.items()}
+
+
+async def _within(limit: asyncio.Semaphore, work: Awaitable[Record]) -> Record:
+    async with limit:
+        return await work
+
+
+async def _closed_loop(endpoint: Endpoint, prompts: Sequence[str], users: int, tick: Callable[[], None]) -> list[Record]:
+    left = iter(prompts)
+    records: list[Record] = []
+
+    async def user() -> None:
+        for prompt in left:
+            records.append(await endpoint.ask(prompt))
+            tick()
+
+    await asyncio.gather(*(user() for _ in range(min(users, len(prompts)))))
+    return records
+
+
+async def _poisson(
+    endpoint: Endpoint, prompts: Sequence[str], settings: LoadSettings, order: random.Random, tick: Callable[[], None]
+) -> list[Record]:
+    limit = asyncio.Semaphore(settings.concurrency)
+    began = time.perf_counter()
+    at = 0.0
+
+    async def one(prompt: str, due: float) -> Record:
+        async with limit:
+            record = await endpoint.ask(prompt)
+        record.sent = due  # waiting for a free connection is the load's doing and counts
+        tick()
+        return record
+
+    tasks = []
+    for prompt in prompts:
+        at += order.expovariate(settings.rate or 1.0)
+        await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
+        tasks.append(asyncio.ensure_future(one(prompt, began + at)))
+    return list(await asyncio.gather(*tasks))
