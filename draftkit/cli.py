@@ -159,6 +159,55 @@ def verify_lossless(
         raise typer.Exit(1)
 
 
+@app.command(epilog="Example: draftkit serve --drafter drafter/best")
+def serve(
+    target: Annotated[str, typer.Option(help="folder or hub name; tiny = the embedded one")] = "tiny",
+    drafter: Annotated[Path | None, typer.Option("--drafter", "-d", help="drafter folder; none = no drafts")] = None,
+    host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 = any free one")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="guards /v1; repeatable")] = None,
+    name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
+    max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = 512,
+    max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = 16 * 2**20,
+    drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = 120,
+) -> None:
+    """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
+    from draftkit.serve.server import load_served, run_server
+    from draftkit.serve.settings import ServeSettings
+
+    settings = ServeSettings(host, port, tuple(api_key or ()), name, max_body, max_waiting, drain_seconds=drain_seconds)
+    run_server(lambda: load_served(target, drafter, name), settings)
+
+
+@app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8")
+def bench(
+    urls: Annotated[list[str], typer.Option("--url", help="server; give two to compare them")],
+    concurrency: Annotated[list[int] | None, typer.Option(help="users at once; repeatable")] = None,
+    rate: Annotated[float | None, typer.Option(help="Poisson arrivals per second instead of waiting users")] = None,
+    requests: Annotated[int, typer.Option(help="per level, at least two per user")] = 64,
+    warmup: int = 4,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    prompts: Annotated[Path | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(help="per server, in order")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for bench.json and bench.png")] = None,
+    seed: int = 0,
+    json_output: JsonOption = False,
+) -> None:
+    """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length."""
+    import json
+
+    from draftkit.serve.bench import print_bench, read_prompts, run_bench
+    from draftkit.serve.load import LoadSettings
+
+    source = prompts or Path(__file__).parent / "assets" / "tiny" / "heldout.jsonl"
+    settings = LoadSettings(
+        read_prompts(source), requests, warmup, 1, rate, max_tokens, temperature, ignore_eos=True, seed=seed
+    )
+    results = run_bench(urls, concurrency or [1], settings, out, api_key or ())
+    typer.echo(json.dumps(results)) if json_output else print_bench(results)
+
+
 @app.command("tiny-target", epilog="Example: draftkit tiny-target --out runs/tiny --steps 1600 --publish assets/tiny")
 def tiny_target(
     out: OutOption = Path("runs/tiny"),

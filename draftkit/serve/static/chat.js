@@ -75,8 +75,13 @@ async function ask(text) {
       if (choice && choice.delta && choice.delta.content) answer += choice.delta.content;
       if (choice && choice.origins) {
         const stick = at("talk").scrollHeight - at("talk").scrollTop - at("talk").clientHeight < 60;
-        for (const [piece, origin] of choice.origins.tokens) put(box, piece, origin);
-        for (const piece of choice.origins.rejected) put(box, piece, "rejected");
+        // A round: accepted drafts, the rejected rest, and what the target made in its place.
+        const made = choice.origins.tokens, drafts = choice.origins.rejected;
+        made.forEach(([piece, origin], i) => {
+          if (i === made.length - 1 && origin === "target") for (const draft of drafts.splice(0)) put(box, draft, "rejected");
+          put(box, piece, origin);
+        });
+        for (const draft of drafts) put(box, draft, "rejected");
         count += choice.origins.tokens.length;
         first = first || performance.now();
         showStats(chunk.metrics, count, (performance.now() - first) / 1000, drafting);
