@@ -203,7 +203,9 @@ def print_bench(results: dict[str, Any]) -> None:
         if "ratios" in run:
             first = shown(run["ratios"]["tokens_per_s"], 1, 2)
             table.add_row("", "first / second", first + " x", shown(run["ratios"]["tokens_per_s_per_user"], 1, 2) + " x")
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 110)  # a pipe is 80 wide, which cuts numbers
+    console.print(table)
 
 
 def plot_bench(results: dict[str, Any], path: Path) -> None:

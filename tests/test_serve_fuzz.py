@@ -1,0 +1,110 @@
+"""Whatever a client sends, the server answers with a clear 2xx or 4xx and stays up."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_serve_harness import Server, serving
+
+from draftkit.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.sampled_from([0, 1, -1, 2, 5, 511, 512, 513, 4096, 0.5, 1e308, -0.0, 5e-324, 2**63 - 1, 2**63]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=12),
+    st.sampled_from(["", "\x00", "<|im_start|>", "<tool_call>", "\U0010ffff", "auto", "text", "json_object", "user"]),
+)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
+)
+likely: dict[str, st.SearchStrategy[Any]] = {
+    "prompt": st.one_of(st.text(max_size=20), st.lists(st.integers(-1, 5000), max_size=5), st.lists(st.text(max_size=5))),
+    "messages": st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "tool", "x"]), "content": scalars}),
+        max_size=3,
+    ),
+    "tokens": st.lists(st.integers(-1, 5000), max_size=5),
+    "max_tokens": st.integers(-1, 600),
+    "n": st.integers(0, 5),
+    "temperature": st.floats(0, 3),
+    "stop": st.lists(st.text(max_size=3), max_size=4),
+    "logprobs": st.one_of(st.booleans(), st.integers(-1, 25)),
+    "stream": st.booleans(),
+    "logit_bias": st.dictionaries(st.integers(-5, 5000).map(str), st.floats(-101, 101), max_size=3),
+    "response_format": st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "json_object", "json_schema", "x"])}, optional={"json_schema": values}
+    ),
+    "tools": st.lists(st.dictionaries(st.sampled_from(["type", "function"]), values, max_size=2), max_size=2),
+    "seed": st.integers(-(2**65), 2**65).filter(lambda s: s not in (13, 666)),  # these break the stand-in on purpose
+}
+
+
+def bodies(kind: Any, needed: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Bodies with some fields right, some wrong, some unknown."""
+    names = [n for n in kind.model_fields if n != needed] + ["unknown"]
+    optional = {n: likely[n] | values if n in likely and n != "seed" else likely.get(n, values) for n in names}
+    return st.lists(st.sampled_from(names), max_size=6, unique=True).flatmap(
+        lambda chosen: st.fixed_dictionaries({needed: likely[needed] | values, **{n: optional[n] for n in chosen}})
+    )
+
+
+ROUTES = [
+    ("/v1/completions", CompletionBody, "prompt"),
+    ("/v1/chat/completions", ChatBody, "messages"),
+    ("/tokenize", TokenizeBody, "prompt"),
+    ("/detokenize", DetokenizeBody, "tokens"),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--max-waiting", "100000") as running:
+        yield running
+
+
+@pytest.mark.parametrize(("path", "kind", "needed"), ROUTES, ids=[r[0] for r in ROUTES])
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_body_breaks_the_server(server: Server, path: str, kind: Any, needed: str, data: st.DataObject) -> None:
+    body = data.draw(bodies(kind, needed))
+    response = server.http.post(path, json=body)
+    assert response.status_code in (200, 400, 404), (response.status_code, response.text, body)
+    if response.status_code != 200:
+        assert response.json()["error"]["message"]
+    elif response.headers["content-type"].startswith("text/event-stream"):
+        assert response.text.endswith("data: [DONE]\n\n") and '"error"' not in response.text
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(raw=st.binary(max_size=60), method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]))
+def test_no_bytes_and_no_method_break_the_server(server: Server, raw: bytes, method: str) -> None:
+    for path in ("/v1/completions", "/v1/models", "/v1/models/%0a%ff", "/metrics", "/"):
+        response = server.http.request(method, path, content=raw, headers={"content-type": "application/json"})
+        assert response.status_code < 500
+
+
+def test_the_server_is_as_it_was(server: Server) -> None:
+    assert server.http.get("/ready").status_code == 200
+    assert not [line for line in server.log if "Traceback" in line]
+    body = {"prompt": "x", "max_tokens": 3}
+    answers: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(httpx.post(server.url + "/v1/completions", json=body, trust_env=False).status_code)
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert answers == [200] * 4
