@@ -27,33 +27,71 @@ values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
 )
 likely: dict[str, st.SearchStrategy[Any]] = {
-    "prompt": st.one_of(st.text(max_size=20), st.lists(st.integers(-1, 5000), max_size=5), st.lists(st.text(max_size=5))),
+    "prompt": st.one_of(
+        st.text(min_size=1, max_size=20), st.lists(st.integers(-1, 5000), max_size=5), st.lists(st.text(max_size=5))
+    ),
     "messages": st.lists(
-        st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "tool", "x"]), "content": scalars}),
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(["user", "system", "assistant", "tool", "x"]), "content": st.text(max_size=9)}
+        ),
+        min_size=1,
         max_size=3,
     ),
     "tokens": st.lists(st.integers(-1, 5000), max_size=5),
-    "max_tokens": st.integers(-1, 600),
-    "n": st.integers(0, 5),
+    "max_tokens": st.integers(0, 400),
+    "n": st.integers(1, 5),
     "temperature": st.floats(0, 3),
-    "stop": st.lists(st.text(max_size=3), max_size=4),
-    "logprobs": st.one_of(st.booleans(), st.integers(-1, 25)),
+    "stop": st.lists(st.text(min_size=1, max_size=3), max_size=4),
+    "logprobs": st.integers(0, 3),
     "stream": st.booleans(),
-    "logit_bias": st.dictionaries(st.integers(-5, 5000).map(str), st.floats(-101, 101), max_size=3),
+    "logit_bias": st.dictionaries(st.integers(0, 300).map(str), st.floats(-100, 100), max_size=3),
     "response_format": st.fixed_dictionaries(
         {"type": st.sampled_from(["text", "json_object", "json_schema", "x"])}, optional={"json_schema": values}
     ),
     "tools": st.lists(st.dictionaries(st.sampled_from(["type", "function"]), values, max_size=2), max_size=2),
+    "model": st.just("fake"),
+    "top_p": st.floats(0.001, 1),
+    "top_k": st.integers(-1, 9999),
+    "min_p": st.floats(0, 1),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.01, 3),
+    "stop_token_ids": st.lists(st.integers(0, 300), max_size=3),
+    "allowed_token_ids": st.lists(st.integers(0, 300), min_size=1, max_size=3),
+    "min_tokens": st.integers(0, 10),
+    "max_completion_tokens": st.integers(1, 100),
+    "truncate_prompt_tokens": st.integers(1, 10),
+    "chat_template_kwargs": st.just({"enable_thinking": False}),
+    "tool_choice": st.sampled_from(["auto", "none"]),
+    "reasoning_effort": st.sampled_from(["low", "high"]),
+    "user": st.text(max_size=5),
+    "unknown": values,
+    **{
+        name: st.booleans()
+        for name in (
+            "echo ignore_eos include_stop_str_in_output skip_special_tokens return_token_ids draft return_spec_stats "
+            "return_tokens_as_token_ids return_token_origins add_special_tokens add_generation_prompt return_token_strs"
+        ).split()
+    },
     "seed": st.integers(-(2**65), 2**65).filter(lambda s: s not in (13, 666)),  # these break the stand-in on purpose
 }
 
 
 def bodies(kind: Any, needed: str) -> st.SearchStrategy[dict[str, Any]]:
     """Bodies with some fields right, some wrong, some unknown."""
-    names = [n for n in kind.model_fields if n != needed] + ["unknown"]
-    optional = {n: likely[n] | values if n in likely and n != "seed" else likely.get(n, values) for n in names}
-    return st.lists(st.sampled_from(names), max_size=6, unique=True).flatmap(
-        lambda chosen: st.fixed_dictionaries({needed: likely[needed] | values, **{n: optional[n] for n in chosen}})
+    names = [n for n in kind.model_fields if n in likely and n != needed]
+    rare = [n for n in kind.model_fields if n not in likely]
+    wild = st.dictionaries(st.sampled_from(rare), values, max_size=1) if rare else st.just({})
+
+    def field(name: str) -> st.SearchStrategy[Any]:
+        """Mostly a right value."""
+        return likely[name] if name == "seed" else st.integers(0, 14).flatmap(lambda dice: likely[name] if dice else values)
+
+    fields = st.lists(st.sampled_from(names), max_size=6, unique=True).flatmap(
+        lambda chosen: st.fixed_dictionaries({n: field(n) for n in [needed, *chosen]})
+    )
+    return st.builds(
+        lambda right, wrong: {**wrong, **right}, fields, st.integers(0, 5).flatmap(lambda dice: st.just({}) if dice else wild)
     )
 
 

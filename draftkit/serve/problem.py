@@ -55,4 +55,5 @@ def from_validation(error: ValidationError) -> ApiError:
     field = ".".join(str(part) for part in first["loc"]) or None
     message = first["msg"].removeprefix("Value error, ")
     more = error.error_count() - 1
-    return bad_request(f"{field}: {message}" + (f" (and {more} more)" if more else ""), field)
+    where = f"{field}: " if field else ""
+    return bad_request(where + message + (f" (and {more} more)" if more else ""), field)
