@@ -1,0 +1,224 @@
+"""Parts of the server without a process: answers in the making, tool calls, bodies, metrics, drain of the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from test_serve_fake_engine import FakeEngine, fake_served, seam
+
+from draftkit.errors import ServeError, TargetError
+from draftkit.serve import params as from_body
+from draftkit.serve.choice import Choice
+from draftkit.serve.metrics import ServerMetrics
+from draftkit.serve.problem import ApiError, from_validation
+from draftkit.serve.protocol import ChatBody, CompletionBody, ResponseFormat
+from draftkit.serve.reply import ChatReply, CompletionReply, usage
+from draftkit.serve.settings import ServeSettings
+from draftkit.serve.structured import constraint_of
+from draftkit.serve.tools import ToolCalls
+from draftkit.serve.worker import Worker
+
+SERVED = fake_served()
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+STATS = seam.RequestStats(1, 0, 0, 0, 0, 0, 0, (), 0.0, 0.0, 0.0)
+
+
+def output(tokens: list[int], reason: str | None = None, **more: Any) -> Any:
+    events = tuple(seam.TokenEvent(t, "accepted", -1.0, ((t, -1.0),)) for t in tokens)
+    return seam.StepOutput("r", events, (), reason, more.get("stop_reason"), STATS)
+
+
+def ids(text: str) -> list[int]:
+    return list(SERVED.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(cuts=st.lists(st.integers(1, 9), max_size=20), stop=st.sampled_from(["jumps", "dog. The", "zzz", "naï", "日"]))
+def test_an_answer_is_the_same_however_its_tokens_are_grouped(cuts: list[int], stop: str) -> None:
+    tokens, eos = SERVED.engine.script, SERVED.engine.eos
+    whole = SERVED.tokenizer.decode(tokens)
+    choice = Choice(SERVED.texts, seam.SamplingParams(stop=(stop,)), 1)
+    left, streamed = [*tokens, eos], ""
+    for cut in [*cuts, len(left)]:
+        now, left = left[:cut], left[cut:]
+        delta = choice.add(output(now, None if left else "stop"))
+        streamed += delta.text
+        if choice.finish_reason or not left:
+            break
+    assert choice.text == streamed == whole.split(stop)[0]
+    assert choice.stop_reason == (stop if stop in whole else None)
+    if stop in whole:  # tokens beyond the stop string are not counted
+        assert SERVED.tokenizer.decode([e.token_id for e in choice.events][:-1]).count(stop) == 0
+    assert choice.add(output([5], "stop")).events == ()
+
+
+def test_the_stop_token_is_counted_and_not_shown() -> None:
+    token = ids("a")[0]
+    for include, text in ((False, "b"), (True, "ba")):
+        params = seam.SamplingParams(include_stop_str_in_output=include, stop_token_ids=(token,))
+        choice = Choice(SERVED.texts, params, 1)
+        choice.add(output([*ids("b"), token], "stop", stop_reason=token))
+        assert choice.text == text and len(choice.events) == 2 and choice.stop_reason == token
+
+
+def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:
+    first = ids("日")[0]
+    choice = Choice(SERVED.texts, seam.SamplingParams(), 1)
+    assert choice.add(output([first])).text == ""
+    assert choice.add(output(ids("x")[:0], "length")).text == "\ufffd"
+
+
+@settings(max_examples=100, deadline=None)
+@given(cuts=st.lists(st.integers(1, 12), max_size=30))
+def test_tool_calls_are_found_wherever_pieces_break(cuts: list[int]) -> None:
+    text = f"Let me look. {CALL}\n{CALL} and <tool_call>not json</tool_call> <tool_cal"
+    parser, content, calls = ToolCalls(), "", []
+    for cut in [*cuts, len(text)]:
+        piece, text = text[:cut], text[cut:]
+        more, found = parser.add(piece)
+        content, calls = content + more, calls + found
+    content += parser.finish()[0]
+    assert content == "Let me look. \n and <tool_call>not json</tool_call> <tool_cal"
+    assert [c["function"]["name"] for c in calls] == ["weather", "weather"] and calls == parser.calls
+    assert json.loads(calls[0]["function"]["arguments"]) == {"city": "Köln"} and calls[0]["id"] != calls[1]["id"]
+
+
+def test_a_tool_call_reaches_the_client_whole_and_streamed() -> None:
+    choice = Choice(SERVED.texts, seam.SamplingParams(), 1)
+    reply = ChatReply(SERVED.texts, False, tools=True)
+    chunks = [reply.chunk(0, choice, choice.add(output([t]))) for t in ids(CALL)]
+    chunks.append(reply.chunk(0, choice, choice.add(output([SERVED.engine.eos], "stop"))))
+    shown = [c for c in chunks if c is not None]
+    assert [c["delta"]["tool_calls"][0]["index"] for c in shown if c["delta"].get("tool_calls")] == [0]
+    assert shown[-1]["finish_reason"] == "tool_calls"
+    whole = reply.whole(0, choice, [], "")
+    assert whole["finish_reason"] == "tool_calls" and whole["message"]["content"] is None
+    assert whole["message"]["tool_calls"][0]["function"]["name"] == "weather"
+    plain = ChatReply(SERVED.texts, False).whole(0, choice, [], "")
+    assert plain["message"]["content"] == CALL and plain["finish_reason"] == "stop"
+
+
+def test_usage_counts_each_prompt_once() -> None:
+    choices = [Choice(SERVED.texts, seam.SamplingParams(), 3) for _ in range(2)]
+    for choice in choices:
+        choice.add(output([5, 6], "length"))
+    assert usage(choices, 3)["total_tokens"] == 3 + 4
+
+
+def test_logprobs_of_completions_line_up_with_the_text() -> None:
+    choice = Choice(SERVED.texts, seam.SamplingParams(logprobs=1), 1)
+    pieces = list(choice.add(output(ids("naïve fox"), "length")).pieces)
+    told = CompletionReply(SERVED.texts, False).whole(0, choice, pieces, "echo")["logprobs"]
+    assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["text_offset"])
+    assert told["text_offset"][0] == 4 and told["text_offset"][-1] <= 4 + len("naïve fox")
+
+
+def test_body_fields_become_sampling_parameters() -> None:
+    body = CompletionBody.model_validate(
+        {"prompt": "a", "seed": 7, "top_k": -1, "logit_bias": {"5": 2.5}, "stop": "x", "temperature": None, "draft": False}
+    )
+    params = from_body.sampling_params(body, SERVED, [1, 2], 2, 9, 3)
+    assert (params.seed, params.top_k, params.logit_bias, params.stop) == (9, 0, {5: 2.5}, ("x",))
+    assert (params.temperature, params.max_tokens, params.logprobs, params.draft) == (1.0, 9, 3, False)
+    room = SERVED.engine.info.max_length - 2
+    assert from_body.sampling_params(body, SERVED, [1, 2], 0, None, None).max_tokens == room
+
+
+def test_messages_become_what_templates_expect() -> None:
+    body = ChatBody.model_validate(
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+            ]
+        }
+    )
+    first, second = (m.for_template() for m in body.messages)
+    assert first == {"role": "user", "content": "a\nb"}
+    assert second["content"] == "" and second["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    body.messages[1].tool_calls = [{"function": {"arguments": "{"}}]
+    with pytest.raises(ApiError, match="not valid JSON"):
+        from_body.chat_prompts(body, SERVED)
+
+
+def test_a_validation_error_names_the_field_on_one_line() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({"prompt": "a", "n": 0, "top_p": 7})
+    error = from_validation(caught.value)
+    assert error.param == "n" and error.status == 400 and "1 more" in str(error) and "\n" not in str(error)
+
+
+def test_json_answers_without_xgrammar_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *more: Any) -> Any:
+        if name == "xgrammar":
+            raise ImportError(name)
+        return real(name, *more)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    assert constraint_of(ResponseFormat(type="text"), SERVED) is None
+    with pytest.raises(ApiError, match="pip install") as caught:
+        constraint_of(ResponseFormat(type="json_object"), SERVED)
+    assert caught.value.status == 400
+
+
+def run_worker(load: Any, use: Any) -> Any:
+    async def main() -> Any:
+        worker = Worker(load, ServerMetrics(), 4)
+        worker.start()
+        await asyncio.wait_for(worker.changed.wait(), 10)
+        try:
+            return await asyncio.wait_for(use(worker), 10)
+        finally:
+            await asyncio.get_running_loop().run_in_executor(None, worker.stop)
+
+    return asyncio.run(main())
+
+
+def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest() -> None:
+    served = fake_served(0.002)
+    engine: FakeEngine = served.engine
+    params = seam.SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
+
+    async def use(worker: Worker) -> None:
+        kept = await worker.submit("kept", [([1], params)])
+        left = await worker.submit("left", [([1], params), ([2], params)])
+        assert worker.in_flight == 3
+        await left.items.get()
+        worker.cancel(left)
+        worker.drain()
+        with pytest.raises(ApiError, match="shutting down"):
+            await worker.submit("new", [([1], params)])
+        assert await worker.drained(10) and worker.in_flight == 0
+        assert sorted(engine.aborted) == sorted(left.ids) and not engine.requests
+        outputs = [kept.items.get_nowait() for _ in range(kept.items.qsize())]
+        assert sum(len(o.events) for _, o in outputs) == 200 and outputs[-1][1].finish_reason == "length"
+
+    run_worker(lambda: served, use)
+
+
+def test_a_model_that_does_not_load_is_reported() -> None:
+    def load() -> Any:
+        raise TargetError("no such model")
+
+    async def use(worker: Worker) -> None:
+        assert worker.state == "failed" and str(worker.failure) == "no such model"
+        with pytest.raises(ApiError) as caught:
+            worker.ready()
+        assert caught.value.status == 503
+
+    run_worker(load, use)
+
+
+@pytest.mark.parametrize("wrong", [{"port": -1}, {"max_waiting": 0}, {"api_keys": ("",)}])
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ServeError):
+        ServeSettings(**wrong)
