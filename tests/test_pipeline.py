@@ -1,0 +1,369 @@
+"""Generate, capture and train from files to files: interruptions, damage and mismatches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_target_folder
+
+from draftkit import stages
+from draftkit.config import Recipe, load_recipe
+from draftkit.data import capture as capture_module
+from draftkit.data.capture import CaptureSettings, capture
+from draftkit.data.conversations import Conversation, Message, read_conversations
+from draftkit.data.features import FeatureStore
+from draftkit.data.generate import GenerateSettings, generate_file
+from draftkit.draft.checkpoint import load_drafter
+from draftkit.errors import CheckpointError, DataError, FeatureStoreError, Interrupted
+from draftkit.ops.sampling import Sampling
+from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from draftkit.target.transformers import TransformersTarget
+from draftkit.train import trainer
+from draftkit.train.trainer import TrainSettings
+
+WORDS = ["list", "value", "holds", "step", "return", "what", "add", "number"]
+SETTINGS = GenerateSettings(Sampling(1.0), max_new_tokens=12, batch_size=4, seed=5)
+
+
+def prompts(count: int = 14) -> list[Conversation]:
+    return [
+        Conversation(f"p{i}", ["code", "chat"][i % 2], (Message("user", " ".join(WORDS[: 1 + i % 7]) + f" {i}"),))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(target_folder: Path) -> Any:
+    return load_tokenizer(str(target_folder))
+
+
+@pytest.fixture(scope="module")
+def answers(target: TransformersTarget, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    generate_file(target, tokenizer, prompts(), out, SETTINGS)
+    return out
+
+
+def records(path: Path) -> dict[str, Any]:
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert len({r["id"] for r in rows}) == len(rows), "a record is there twice"
+    return {r["id"]: r for r in rows}
+
+
+# --- generate
+
+
+def test_every_prompt_is_answered_once_and_truncation_is_marked(answers: Path, target: TransformersTarget) -> None:
+    found = records(answers)
+    assert found.keys() == {p.id for p in prompts()}
+    for record in found.values():
+        assert record["messages"][0]["role"] == "user"
+        assert record["finish_reason"] in ("stop", "length", "empty")
+        assert (record["completion_tokens"] == 12) or record["finish_reason"] != "length"
+    assert {r["finish_reason"] for r in found.values()} >= {"length"}
+
+
+def test_an_answer_does_not_depend_on_its_batch(
+    answers: Path, target: TransformersTarget, tokenizer: Any, tmp_path: Path
+) -> None:
+    """In float64, where rounding cannot move a draw: one by one, the same answers."""
+    alone = tmp_path / "alone.jsonl"
+    generate_file(target, tokenizer, prompts(), alone, replace(SETTINGS, batch_size=1))
+    assert records(alone) == records(answers)
+
+
+def test_several_turns_are_answered_one_after_the_other(target: TransformersTarget, tokenizer: Any, tmp_path: Path) -> None:
+    turns = Conversation("t", "chat", (Message("user", "add"), Message("user", "return"), Message("user", "list")))
+    generate_file(target, tokenizer, [turns], tmp_path / "a.jsonl", replace(SETTINGS, sampling=Sampling(0.0)))
+    record = records(tmp_path / "a.jsonl")["t"]
+    roles = [m["role"] for m in record["messages"]]
+    assert roles == ["user", "assistant"] * (len(roles) // 2) or record["finish_reason"] != "stop"
+
+
+def test_a_torn_line_is_made_again(answers: Path, target: TransformersTarget, tokenizer: Any, tmp_path: Path) -> None:
+    torn = tmp_path / "answers.jsonl"
+    raw = answers.read_bytes()
+    for cut in (1, len(raw) // 3, len(raw) - 1):
+        torn.write_bytes(raw[:cut])
+        torn.with_suffix(".manifest.json").write_bytes(answers.with_suffix(".manifest.json").read_bytes())
+        generate_file(target, tokenizer, prompts(), torn, SETTINGS)
+        assert records(torn) == records(answers)
+
+
+def test_other_settings_are_refused(answers: Path, target: TransformersTarget, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="another settings"):
+        generate_file(target, tokenizer, prompts(), answers, replace(SETTINGS, seed=6))
+
+
+def command(target_folder: Path, *arguments: str) -> list[str]:
+    settings = [f"target.path={target_folder}", "drafter.num_features=2", "generate.max_new_tokens=40", "generate.batch_size=2"]
+    settings += ["train.epochs=100000", "train.validate_every=5", "drafter.num_layers=1"]
+    return [sys.executable, "-m", "draftkit.cli", *arguments, *(x for s in settings for x in ("--set", s))]
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    rows = [{"id": p.id, "domain": p.domain, "messages": p.as_dicts()} for p in prompts(count)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def run_until(arguments: list[str], ready: Path, number: signal.Signals) -> tuple[int, str]:
+    """Start a process, send the signal as soon as `ready` exists and has contents; (exit code, standard error)."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (ready.exists() and ready.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
+
+
+@pytest.mark.slow
+def test_generate_survives_sigkill_with_the_same_records(target_folder: Path, tmp_path: Path) -> None:
+    """A real process, killed again and again the moment it has written something, ends with what one run gives."""
+    source = write_prompts(tmp_path / "prompts.jsonl", 40)
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    arguments = ["generate", "-p", str(source), "-o"]
+    assert subprocess.run(command(target_folder, *arguments, str(whole)), capture_output=True).returncode == 0
+    code, _ = run_until(command(target_folder, *arguments, str(killed)), killed, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert 0 < len(killed.read_bytes().splitlines()) < 40, "it was killed in the middle"
+    assert subprocess.run(command(target_folder, *arguments, str(killed)), capture_output=True).returncode == 0
+    assert records(killed) == records(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_every_stage_in_order_and_it_goes_on(
+    number: signal.Signals, code: int, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_prompts(tmp_path / "prompts.jsonl", 1500)
+    generated, features, drafter = tmp_path / "answers.jsonl", tmp_path / "features", tmp_path / "drafter"
+    ended = run_until(command(target_folder, "generate", "-p", str(source), "-o", str(generated)), generated, number)
+    assert ended[0] == code, ended[1]
+    assert ended[1].splitlines()[-1] == "error: interrupted; run the same command again to go on"
+    small = write_prompts(tmp_path / "small.jsonl", 8)
+    done = subprocess.run(command(target_folder, "generate", "-p", str(small), "-o", str(tmp_path / "a.jsonl")), check=True)
+    assert done.returncode == 0
+    long = tmp_path / "long.jsonl"
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if r["messages"][-1]["role"] == "assistant"]
+    long.write_text("".join(json.dumps(r | {"id": f"{r['id']}-{i}"}) + "\n" for i in range(1500) for r in rows))
+    ended = run_until(
+        command(target_folder, "capture", "-c", str(long), "-o", str(features)), features / "shard-00000.safetensors", number
+    )
+    assert ended[0] == code, ended[1]
+    stop = subprocess.run(command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(features)))
+    assert stop.returncode == 2, "a store of other conversations is not mixed in"
+    subprocess.run(command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "f")), check=True)
+    train = command(target_folder, "train", "-f", str(tmp_path / "f"), "-o", str(drafter))
+    ended = run_until(train, drafter / "log.jsonl", number)
+    assert ended[0] == code, ended[1]
+    before = json.loads((drafter / "state" / "position.json").read_text())["step"]
+    assert before >= 1
+    run_until(train, drafter / "best" / "model.safetensors", number)
+    assert json.loads((drafter / "state" / "position.json").read_text())["step"] > before
+    assert os.path.exists(drafter / "best" / "config.json")
+
+
+# --- capture and the feature store
+
+
+def make_store(
+    target: TransformersTarget, tokenizer: Any, answers: Path, out: Path, layers: tuple[int, ...] = (0, 2)
+) -> FeatureStore:
+    settings = CaptureSettings(layers, dtype="float32", batch_tokens=64)
+    capture(target, tokenizer, read_conversations([answers]), out, settings)
+    return FeatureStore(out)
+
+
+def test_a_store_holds_what_the_target_thinks(
+    target: TransformersTarget, tokenizer: Any, answers: Path, tmp_path: Path
+) -> None:
+    store = make_store(target, tokenizer, answers, tmp_path)
+    assert len(store) == sum(r["messages"][-1]["role"] == "assistant" for r in records(answers).values())
+    for i in range(len(store)):
+        sample = store[i]
+        alone = target.forward(sample.tokens_T[None], None, (0, 2))
+        torch.testing.assert_close(sample.features_TF, alone.features_BTF[0].float(), atol=1e-4, rtol=1e-4)  # type: ignore[index]
+        torch.testing.assert_close(sample.last_hidden_TH, alone.last_hidden_BTH[0].float(), atol=1e-4, rtol=1e-4)
+        assert sample.loss_mask_T.any()
+        assert not sample.loss_mask_T[0]
+
+
+def test_capture_goes_on_after_the_last_whole_shard(
+    target: TransformersTarget, tokenizer: Any, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_module, "SHARD_CONVERSATIONS", 4)
+    whole = make_store(target, tokenizer, answers, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_two(count: int) -> None:
+        stop_after_two.calls += 1  # type: ignore[attr-defined]
+        if stop_after_two.calls == 2:  # type: ignore[attr-defined]
+            raise Stop
+
+    stop_after_two.calls = 0  # type: ignore[attr-defined]
+    settings = CaptureSettings((0, 2), dtype="float32", batch_tokens=64)
+    read = read_conversations([answers])
+    with pytest.raises(Stop):
+        capture(target, tokenizer, read, tmp_path / "parts", settings, stop_after_two)
+    kept = (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns
+    parts = make_store(target, tokenizer, answers, tmp_path / "parts")
+    assert (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns == kept
+    assert parts.manifest == whole.manifest, "the same shards with the same checksums"
+
+
+def test_damage_and_mismatch_are_named(target: TransformersTarget, tokenizer: Any, answers: Path, tmp_path: Path) -> None:
+    store = make_store(target, tokenizer, answers, tmp_path)
+    layers, template, tokens = (0, 2), template_hash(tokenizer), tokenizer_hash(tokenizer)
+    store.check_matches(target.info.fingerprint, layers, template, tokens)
+    for changed, word in (
+        (("other", layers, template, tokens), "target"),
+        ((target.info.fingerprint, (0, 1), template, tokens), "feature layers"),
+        ((target.info.fingerprint, layers, "other", tokens), "chat template"),
+        ((target.info.fingerprint, layers, template, "other"), "tokenizer"),
+    ):
+        with pytest.raises(FeatureStoreError, match=f"another {word}"):
+            store.check_matches(*changed)
+    with pytest.raises(FeatureStoreError, match="another feature_layers"):
+        make_store(target, tokenizer, answers, tmp_path, (1, 2))
+    shard = tmp_path / "shard-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[-5] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(FeatureStoreError, match=r"shard-00000\.safetensors: is damaged"):
+        FeatureStore(tmp_path)[0]
+    shard.write_bytes(raw[:-5])
+    with pytest.raises(FeatureStoreError, match=r"shard-00000\.safetensors: has \d+ of \d+ bytes"):
+        FeatureStore(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged"):
+        FeatureStore(tmp_path)
+    with pytest.raises(FeatureStoreError, match="holds no feature store"):
+        FeatureStore(tmp_path / "nothing")
+
+
+def test_a_full_disk_is_noticed_before_capture_begins(
+    target: TransformersTarget, tokenizer: Any, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 300 * 2**20})
+    monkeypatch.setattr(capture_module, "SPARE_BYTES", 300 * 2**20 - 1000)
+    monkeypatch.setattr(capture_module.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(FeatureStoreError, match=r"GiB are needed, 0\.00 GiB are free"):
+        make_store(target, tokenizer, answers, tmp_path)
+    assert not list(tmp_path.glob("shard-*"))
+
+
+# --- train
+
+
+@pytest.fixture(scope="module")
+def recipe(target_folder: Path) -> Recipe:
+    sizes = ["drafter.num_features=2", "drafter.num_layers=1", "drafter.block_size=4", "drafter.markov_rank=6"]
+    return load_recipe("tiny-dspark", [f"target.path={target_folder}", "train.batch_size=4", *sizes])
+
+
+@pytest.fixture(scope="module")
+def store(target: TransformersTarget, tokenizer: Any, answers: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    folder = tmp_path_factory.mktemp("store")
+    capture(target, tokenizer, read_conversations([answers]), folder, CaptureSettings((0, 2), dtype="float32"))
+    return FeatureStore(folder)
+
+
+FAST = TrainSettings(steps=12, batch_size=4, anchors=8, lr=1e-2, validate_every=4, validation_share=0.2)
+
+
+def fresh(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> Any:
+    return stages.new_drafter_for(recipe, target, tokenizer).float()
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [r["loss"] for r in rows if "loss" in r]
+
+
+def test_training_learns_and_writes_what_it_says(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
+) -> None:
+    settings = replace(FAST, steps=60, validate_every=20)
+    report = trainer.train(store, fresh(recipe, target, tokenizer), tmp_path, settings, {"note": "x"})
+    curve = losses(tmp_path)
+    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
+    assert report.steps == 60
+    assert {"code", "chat", "macro", "loss"} == report.accepted_len.keys()
+    assert report.best == pytest.approx(max(report.best, report.accepted_len["macro"]))
+    for name in ("best", "last"):
+        assert load_drafter(tmp_path / name).config.block_size == 4
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
+) -> None:
+    trainer.train(store, fresh(recipe, target, tokenizer), tmp_path / "whole", FAST, {})
+
+    def stop(progress: trainer.Progress) -> None:
+        if progress.step == 7:
+            raise Interrupted(143)
+
+    with pytest.raises(Interrupted):
+        trainer.train(store, fresh(recipe, target, tokenizer), tmp_path / "parts", FAST, {}, stop)
+    trainer.train(store, fresh(recipe, target, tokenizer), tmp_path / "parts", FAST, {})
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    first, second = (load_drafter(tmp_path / p / "last").state_dict() for p in ("whole", "parts"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_accumulation_gives_the_same_step(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
+) -> None:
+    """Micro-batches of different token counts: what counts is every token once, not every micro-batch once."""
+    results = []
+    for size in (None, 1):
+        drafter = fresh(recipe, target, tokenizer).double()
+        batch = trainer.BatchSampler(store, range(len(store)), 4, 8, 0).batch(0)
+        batch = replace(batch, features_BTF=batch.features_BTF.double(), last_hidden_BTH=batch.last_hidden_BTH.double())
+        optimizer = torch.optim.SGD([p for p in drafter.parameters() if p.requires_grad], lr=1.0)
+        trainer._step(drafter, optimizer, batch, replace(FAST, micro_batch_size=size))
+        results.append(drafter.fc.weight.detach().clone())
+    torch.testing.assert_close(results[0], results[1], atol=1e-7, rtol=1e-6)
+
+
+def test_a_state_of_another_run_is_refused(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
+) -> None:
+    trainer.train(store, fresh(recipe, target, tokenizer), tmp_path, replace(FAST, steps=2), {})
+    with pytest.raises(CheckpointError, match="another recipe or other features"):
+        trainer.train(store, fresh(recipe, target, tokenizer), tmp_path, replace(FAST, lr=1e-3), {})
+
+
+def test_losses_that_are_not_finite_stop_the_run(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
+) -> None:
+    drafter = fresh(recipe, target, tokenizer)
+    drafter.fc.weight.data.fill_(float("nan"))
+    with pytest.raises(DataError, match="without a finite loss"):
+        trainer.train(store, drafter, tmp_path, replace(FAST, steps=100, max_skipped=3), {})
+
+
+def test_a_drafter_of_another_target_is_refused(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
+) -> None:
+    provenance = {"target_fingerprint": target.info.fingerprint}
+    trainer.train(store, fresh(recipe, target, tokenizer), tmp_path / "run", replace(FAST, steps=2), provenance)
+    stages.open_drafter(tmp_path / "run" / "best", target)
+    other = stages.load_target(str(make_target_folder(tmp_path / "other", seed=3)))
+    with pytest.raises(CheckpointError, match="trained for another target"):
+        stages.open_drafter(tmp_path / "run" / "best", other)
