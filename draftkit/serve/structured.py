@@ -18,6 +18,14 @@ def constraint_of(wanted: ResponseFormat | None, served: Served) -> Any | None:
     """A fresh constraint for one answer, or None where any text will do. Raises ApiError 400 when it cannot be had."""
     if wanted is None or wanted.type == "text":
         return None
+    constraint = compile_constraint(wanted, served)
+    if "constraint" not in {f.name for f in dataclasses.fields(SamplingParams)}:
+        raise bad_request(f"response_format {wanted.type} is not supported by this engine", _PARAM)
+    return constraint
+
+
+def compile_constraint(wanted: ResponseFormat, served: Served) -> GrammarConstraint:
+    """The grammar of a response format. Raises ApiError 400: xgrammar is not installed, or the schema is not for it."""
     try:
         import xgrammar
     except ImportError:
@@ -26,8 +34,6 @@ def constraint_of(wanted: ResponseFormat | None, served: Served) -> Any | None:
             "its operator can add it with: pip install 'draftkit[structured]'",
             _PARAM,
         ) from None
-    if "constraint" not in {f.name for f in dataclasses.fields(SamplingParams)}:
-        raise bad_request(f"response_format {wanted.type} is not supported by this engine yet", _PARAM)
     compiler = _compiler(xgrammar, served)
     try:
         if wanted.type == "json_object":
@@ -53,26 +59,37 @@ def _compiler(xgrammar: Any, served: Served) -> Any:
 
 
 class GrammarConstraint:
-    """What may follow in one answer. State is the tokens accepted so far."""
+    """What may follow in one answer; the state is the tokens accepted so far.
+
+    An engine asks `allowed()` before each token, calls `accept` for drafts as it walks through a proposal, and
+    `rollback` for those that were rejected.
+    """
 
     def __init__(self, xgrammar: Any, grammar: Any, vocab_size: int) -> None:
         self._matcher = xgrammar.GrammarMatcher(grammar)
         self._bitmask = xgrammar.allocate_token_bitmask(1, vocab_size)
         self._vocab_size = vocab_size
 
+    @property
+    def finished(self) -> bool:
+        """The grammar is complete and the end token was taken: nothing may follow."""
+        return bool(self._matcher.is_terminated())
+
     def allowed(self) -> Any:
         """bool [V]: tokens that may come next."""
         import torch
 
+        if self.finished:
+            return torch.zeros(self._vocab_size, dtype=torch.bool)
         self._matcher.fill_next_token_bitmask(self._bitmask)
-        shifts = torch.arange(32, dtype=torch.int32)
-        bits = (self._bitmask[0].unsqueeze(-1) >> shifts) & 1
+        bits = (self._bitmask[0].unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)) & 1
         return bits.flatten()[: self._vocab_size].bool()
 
     def accept(self, token: int) -> bool:
-        """Go on by one token; False when the grammar does not allow it (the state is then unchanged)."""
-        return bool(self._matcher.accept_token(token))
+        """Go on by one token; False when the grammar does not allow it, and nothing changes."""
+        return not self.finished and bool(self._matcher.accept_token(token))
 
     def rollback(self, count: int) -> None:
-        """Take back the last `count` tokens."""
-        self._matcher.rollback(count)
+        """Take back the last `count` accepted tokens."""
+        if count:
+            self._matcher.rollback(count)
