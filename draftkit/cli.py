@@ -168,7 +168,7 @@ def serve(
     api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="guards /v1; repeatable")] = None,
     name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
     max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = 512,
-    max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = 16 * 2**20,
+    max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = 8 * 2**20,
     drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = 120,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""

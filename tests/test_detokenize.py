@@ -47,6 +47,7 @@ def pieces_of(tokenizer: Any, tokens: list[int], skip_special: bool) -> list[str
 @given(text=st.text(max_size=60), skip=st.booleans())
 def test_pieces_of_any_text_make_the_full_decode(tokenizer: Any, text: str, skip: bool) -> None:
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert TokenTexts(tokenizer).encode(text, add_special_tokens=False) == tuple(tokens)
     assert "".join(pieces_of(tokenizer, tokens, skip)) == tokenizer.decode(
         tokens, skip_special_tokens=skip, clean_up_tokenization_spaces=False
     )

@@ -122,9 +122,31 @@ def test_an_engine_that_breaks_answers_500_and_ends_the_process_with_an_error() 
         assert "the engine stopped: RuntimeError" in server.logged("error: ")
 
 
-def test_a_port_that_is_taken_is_one_clear_line() -> None:
-    with serving() as server:
-        port = server.url.rsplit(":", 1)[1]
-        second = subprocess.run([sys.executable, str(FAKE), "--port", port], capture_output=True, text=True, timeout=20)
-        assert second.returncode == 2
-        assert "cannot listen on 127.0.0.1" in second.stderr and "Traceback" not in second.stderr
+def test_a_port_that_is_taken_is_one_clear_line(server: Server) -> None:
+    port = server.url.rsplit(":", 1)[1]
+    second = subprocess.run([sys.executable, str(FAKE), "--port", port], capture_output=True, text=True, timeout=20)
+    assert second.returncode == 2
+    assert "cannot listen on 127.0.0.1" in second.stderr and "Traceback" not in second.stderr
+
+
+def test_a_huge_prompt_does_not_hold_up_the_others() -> None:
+    with serving("--step-seconds", "0.005", "--max-body-bytes", "8000000") as server:
+        gaps: list[float] = []
+
+        def watch() -> None:
+            body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+            with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=15, trust_env=False) as response:
+                last = time.monotonic()
+                for _ in response.iter_lines():
+                    gaps.append(time.monotonic() - last)
+                    last = time.monotonic()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        time.sleep(0.3)
+        began = time.monotonic()
+        assert server.http.post("/v1/completions", json={"prompt": "some words " * 100_000}).status_code == 400
+        took = time.monotonic() - began
+        thread.join(15)
+        assert took > 0.3, "the prompt was meant to be slow to tokenise"
+        assert max(gaps[1:]) < took / 2

@@ -18,12 +18,12 @@ from draftkit import __version__
 from draftkit.serve import generate
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.middleware import Envelope
-from draftkit.serve.params import chat_prompt, check_ids, check_model, tokenize
+from draftkit.serve.params import chat_prompt, check_ids, check_model
 from draftkit.serve.problem import ApiError, error_body
 from draftkit.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from draftkit.serve.reply import token_name
 from draftkit.serve.settings import ServeSettings
-from draftkit.serve.stream import read_body
+from draftkit.serve.stream import read_body, unless_long
 from draftkit.serve.worker import Worker
 
 _STATIC = Path(__file__).parent / "static"
@@ -91,9 +91,10 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
                 continue_final_message=body.continue_final_message,
                 template_kwargs=body.chat_template_kwargs,
             )
-            ids = tokenize(served, text, bool(body.add_special_tokens))
+            special = bool(body.add_special_tokens)
         else:
-            ids = tokenize(served, body.prompt or "", body.add_special_tokens is not False)
+            text, special = body.prompt or "", body.add_special_tokens is not False
+        ids = await unless_long(len(text), served.texts.encode, text, special)
         names = [token_name(served.texts, i) for i in ids] if body.return_token_strs else None
         return JSONResponse(
             {"count": len(ids), "max_model_len": served.engine.info.max_length, "tokens": ids, "token_strs": names}

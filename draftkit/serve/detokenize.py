@@ -20,6 +20,8 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         written = json.loads(tokenizer.backend_tokenizer.to_str())
         self.special = frozenset(int(t["id"]) for t in written.get("added_tokens") or [] if t["special"])
         decoder = written.get("decoder") or {}
@@ -43,6 +45,11 @@ class TokenTexts:
         if all(c in _BYTE_OF_CHAR for c in name):
             return bytes(_BYTE_OF_CHAR[c] for c in name)
         return str(name).encode()
+
+    def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of a text. Safe in several threads at once, unlike the Transformers wrapper's own call."""
+        backend = self.tokenizer.backend_tokenizer
+        return tuple(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)  # frees the GIL
 
     def decode(self, tokens: Sequence[int], skip_special: bool) -> str:
         """All tokens at once, without the cleaning of spaces that some tokenizers do: it is not incremental."""

@@ -16,7 +16,7 @@ from draftkit.serve.problem import ApiError, bad_request
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.reply import ChatReply, CompletionReply, origins, speculation, usage
 from draftkit.serve.settings import ServeSettings
-from draftkit.serve.stream import EventStream, dump, event, read_body, unless_client_leaves
+from draftkit.serve.stream import EventStream, dump, event, read_body, unless_client_leaves, unless_long
 from draftkit.serve.tools import template_writes_tool_calls
 from draftkit.serve.worker import Served, Ticket, Worker
 
@@ -64,7 +64,7 @@ async def completions(request: Request, worker: Worker, settings: ServeSettings)
     body = await read_body(request, CompletionBody, settings.max_body_bytes)
     served = worker.ready()
     from_body.check_model(body.model, served)
-    prompts = from_body.completion_prompts(body, served)
+    prompts = await unless_long(_size(request), from_body.completion_prompts, body, served)
     reply = CompletionReply(served.texts, body.return_tokens_as_token_ids)
     limit = 16 if body.max_tokens is None else body.max_tokens
     return await _answer(request, worker, settings, served, body, reply, prompts, limit, body.logprobs)
@@ -75,7 +75,7 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     body = await read_body(request, ChatBody, settings.max_body_bytes)
     served = worker.ready()
     from_body.check_model(body.model, served)
-    prompts = from_body.chat_prompts(body, served)
+    prompts = await unless_long(_size(request), from_body.chat_prompts, body, served)
     wants_tools = bool(body.tools) and body.tool_choice != "none"
     reply = ChatReply(
         served.texts, body.return_tokens_as_token_ids, wants_tools and template_writes_tool_calls(served.tokenizer)
@@ -83,6 +83,12 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None
     return await _answer(request, worker, settings, served, body, reply, prompts, limit, logprobs)
+
+
+def _size(request: Request) -> int:
+    """Bytes of the body as declared; a body in chunks of unknown length counts as long."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdigit() else 2**31
 
 
 async def _answer(

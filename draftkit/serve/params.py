@@ -37,7 +37,7 @@ def completion_prompts(body: CompletionBody, served: Served) -> list[tuple[int, 
     prompts = []
     for prompt in many:
         if isinstance(prompt, str):
-            prompts.append(tokenize(served, prompt, body.add_special_tokens))
+            prompts.append(served.texts.encode(prompt, body.add_special_tokens))
         else:
             check_ids(prompt, served, "prompt")
             prompts.append(tuple(prompt))
@@ -94,12 +94,7 @@ def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
         continue_final_message=body.continue_final_message,
         template_kwargs=kwargs,
     )
-    return [tokenize(served, text, body.add_special_tokens)]
-
-
-def tokenize(served: Served, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-    """Token ids of a text."""
-    return tuple(served.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+    return [served.texts.encode(text, body.add_special_tokens)]
 
 
 def sampling_params(

@@ -26,7 +26,7 @@ class ServeSettings:
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     served_name: str | None = None
-    max_body_bytes: int = 16 * 2**20
+    max_body_bytes: int = 8 * 2**20
     max_waiting: int = 512
     max_choices: int = 256
     drain_seconds: float = 120.0

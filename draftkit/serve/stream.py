@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -17,6 +17,7 @@ from draftkit.serve.protocol import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
 ResultT = TypeVar("ResultT")
+_LONG = 16_384  # bytes; tokenising takes about a microsecond per byte
 
 
 class ClientLeft(Exception):
@@ -47,6 +48,11 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
+
+
+async def unless_long(size: int, work: Callable[..., ResultT], *args: Any) -> ResultT:
+    """`work(*args)`, in a thread when its input of `size` bytes would hold up everybody else's streams."""
+    return work(*args) if size < _LONG else await asyncio.to_thread(work, *args)
 
 
 async def _client_leaves(receive: Receive) -> None:
