@@ -21,6 +21,7 @@ from draftkit.serve.problem import ApiError, from_validation
 from draftkit.serve.protocol import ChatBody, CompletionBody, ResponseFormat
 from draftkit.serve.reply import ChatReply, CompletionReply, usage
 from draftkit.serve.settings import ServeSettings
+from draftkit.serve.stream import ClientLeft, EventStream
 from draftkit.serve.structured import constraint_of
 from draftkit.serve.tools import ToolCalls
 from draftkit.serve.worker import Worker
@@ -222,3 +223,20 @@ def test_a_model_that_does_not_load_is_reported() -> None:
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ServeError):
         ServeSettings(**wrong)
+
+
+def test_a_stream_that_never_began_is_closed_all_the_same() -> None:
+    closed: list[int] = []
+
+    async def events() -> Any:
+        yield b"x"
+
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.sleep(1)
+
+    with pytest.raises(ClientLeft):
+        asyncio.run(EventStream(events(), lambda: closed.append(1))({"type": "http"}, receive, send))
+    assert closed == [1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,6 +35,16 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
     made = server.metric("generation_tokens_total")
     time.sleep(0.15)
     assert server.metric("generation_tokens_total") == made and made - began < 500
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), 5) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: half\r\nContent-Type: application/json\r\n"
+        connection.sendall((head + 'Content-Length: 99\r\n\r\n{"prompt"').encode())
+        time.sleep(0.1)
+    assert "client left" in server.logged("half ")
+    assert not [line for line in server.log if "Traceback" in line]
 
 
 def streamed(text: str) -> str:

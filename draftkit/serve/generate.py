@@ -121,7 +121,7 @@ async def _answer(
     call = Call(request.state.request_id, int(time.time()), served, body, reply, prompts, choices)
     ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, work))
     if body.stream:
-        return EventStream(_stream(call, worker, ticket))
+        return EventStream(_stream(call, worker, ticket), on_close=lambda: worker.cancel(ticket))
     try:
         whole = await unless_client_leaves(request.receive, _collect(call, worker, ticket))
     finally:
@@ -169,7 +169,7 @@ async def _collect(call: Call, worker: Worker, ticket: Ticket) -> dict[str, Any]
 
 
 async def _stream(call: Call, worker: Worker, ticket: Ticket) -> AsyncGenerator[bytes, None]:
-    """Server-sent events of a response; aborts what is unfinished when it is closed."""
+    """Server-sent events of a response."""
     try:
         yield b"".join(_openings(call))
         while any(c.finish_reason is None for c in call.choices):
@@ -187,8 +187,6 @@ async def _stream(call: Call, worker: Worker, ticket: Ticket) -> AsyncGenerator[
         yield b"data: [DONE]\n\n"
     except ApiError as error:
         yield event(error.body()) + b"data: [DONE]\n\n"
-    finally:
-        worker.cancel(ticket)
 
 
 def _openings(call: Call) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -36,10 +37,13 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
     raw = bytearray()
-    async for piece in request.stream():
-        raw += piece
-        if len(raw) > limit:
-            raise _too_large(limit)
+    try:
+        async for piece in request.stream():
+            raw += piece
+            if len(raw) > limit:
+                raise _too_large(limit)
+    except ClientDisconnect:
+        raise ClientLeft from None
     try:
         return kind.model_validate_json(bytes(raw))
     except ValidationError as error:
@@ -76,20 +80,24 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Resul
 
 
 class EventStream(Response):
-    """Server-sent events; the generator is always closed, at once, however the response ends."""
+    """Server-sent events. `on_close` is called at once however the response ends, even when it never began (a generator
+    that was not started runs no `finally`).
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+    def __init__(self, events: AsyncGenerator[bytes, None], on_close: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send events until they end or the client leaves."""
         try:
             await unless_client_leaves(receive, self._write(send))
         finally:
+            self._on_close()
             await self._events.aclose()
 
     async def _write(self, send: Send) -> None:
