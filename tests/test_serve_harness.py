@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ class Server:
 
 
 @contextmanager
-def serving(*options: str) -> Iterator[Server]:
-    process = subprocess.Popen([sys.executable, str(FAKE), *options], stderr=subprocess.PIPE, text=True)
+def serving(*options: str, command: Sequence[str] = (sys.executable, str(FAKE))) -> Iterator[Server]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
     log: list[str] = []
     assert process.stderr is not None
     reader = threading.Thread(target=_read, args=(process.stderr, log), daemon=True)
@@ -50,7 +52,7 @@ def serving(*options: str) -> Iterator[Server]:
         url = re.search(r"http://\S+", server.logged("listening on", 20))
         assert url is not None
         server = Server(process, url.group(), log)
-        for _ in range(400):
+        for _ in range(600):
             if server.http.get("/ready").status_code == 200:
                 break
             time.sleep(0.05)

@@ -1,0 +1,143 @@
+"""The whole server: `draftkit serve` with the embedded target, asked by the openai client."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from test_serve_harness import Server, serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
+SERVE = (sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")
+QUESTIONS = ("Solve for x: 3x + 4 = 19.", "Write a function that adds two numbers.", "What is 17 + 25?")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("draftkit.engine") is None, reason="this checkout has no engine yet")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(command=SERVE) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, str]:
+    """Greedy answers of plain Transformers."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(ASSET), AutoTokenizer.from_pretrained(ASSET)
+    answers = {}
+    for question in QUESTIONS:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
+        )
+        with torch.inference_mode():
+            out = model.generate(**text, max_new_tokens=48, do_sample=False)[0, text["input_ids"].shape[1] :]
+        answers[question] = tokenizer.decode(out, skip_special_tokens=True)
+    return answers
+
+
+def ask(client: openai.OpenAI, question: str, **more: object) -> str:
+    options = {"model": "", "max_tokens": 48, "temperature": 0, **more}
+    options["model"] = client.models.list().data[0].id
+    answer = client.chat.completions.create(messages=[{"role": "user", "content": question}], **options)  # type: ignore[call-overload]
+    return str(answer.choices[0].message.content)
+
+
+def test_greedy_answers_are_transformers_answers(client: openai.OpenAI, reference: dict[str, str]) -> None:
+    assert {q: ask(client, q) for q in QUESTIONS} == reference
+
+
+def test_together_and_streamed_they_are_the_same(server: Server, client: openai.OpenAI, reference: dict[str, str]) -> None:
+    texts: dict[int, str] = {}
+
+    def one(number: int) -> None:
+        question = QUESTIONS[number % 3]
+        stream = client.chat.completions.create(
+            model=client.models.list().data[0].id,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=48,
+            temperature=0,
+            stream=True,
+        )
+        texts[number] = "".join(c.choices[0].delta.content or "" for c in stream if c.choices)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert texts == {i: reference[QUESTIONS[i % 3]] for i in range(9)}
+
+
+def test_a_seed_gives_the_same_sample_alone_and_beside_others(client: openai.OpenAI) -> None:
+    alone = ask(client, QUESTIONS[0], temperature=1.0, seed=5)
+    beside: list[str] = []
+    threads = [
+        threading.Thread(target=lambda i=i: beside.append(ask(client, QUESTIONS[0], temperature=1.0, seed=5 + i % 2 * i)))
+        for i in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert beside.count(alone) >= 3
+
+
+def test_stop_strings_logprobs_and_statistics(server: Server, client: openai.OpenAI, reference: dict[str, str]) -> None:
+    text = reference[QUESTIONS[0]]
+    stop = text[8:12]
+    assert ask(client, QUESTIONS[0], stop=[stop]) == text[: text.index(stop)]
+    body = {"messages": [{"role": "user", "content": QUESTIONS[0]}], "temperature": 0, "max_tokens": 12}
+    told = server.http.post(
+        "/v1/chat/completions", json={**body, "logprobs": True, "top_logprobs": 2, "return_spec_stats": True}
+    ).json()
+    tokens = told["choices"][0]["logprobs"]["content"]
+    assert len(tokens) == told["usage"]["completion_tokens"]
+    assert all(t["logprob"] <= 0 and t["top_logprobs"][0]["logprob"] >= t["logprob"] - 1e-4 for t in tokens)
+    assert "speculative_decoding" in told["metrics"]
+
+
+def test_metrics_count_and_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
+    body = {"prompt": "one two three", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    for _ in range(100):
+        if server.metric("num_requests_running") == 0:
+            break
+        time.sleep(0.05)
+    assert server.metric("num_requests_running") == 0 and server.metric("generation_tokens_total") > 0
+
+
+def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:
+    with serving(command=SERVE) as server:
+        body = {"prompt": "one two three", "max_tokens": 100, "ignore_eos": True}
+        answers: list[httpx.Response] = []
+        threads = [
+            threading.Thread(
+                target=lambda: answers.append(
+                    httpx.post(server.url + "/v1/completions", json=body, timeout=60, trust_env=False)
+                )
+            )
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.15)
+        server.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert [a.json()["usage"]["completion_tokens"] for a in answers] == [100] * 4
+        assert server.process.wait(20) == 0
