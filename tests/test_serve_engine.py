@@ -125,14 +125,11 @@ def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:
     with serving(command=SERVE) as server:
         body = {"prompt": "one two three", "max_tokens": 100, "ignore_eos": True}
         answers: list[httpx.Response] = []
-        threads = [
-            threading.Thread(
-                target=lambda: answers.append(
-                    httpx.post(server.url + "/v1/completions", json=body, timeout=60, trust_env=False)
-                )
-            )
-            for _ in range(4)
-        ]
+
+        def one() -> None:
+            answers.append(httpx.post(server.url + "/v1/completions", json=body, timeout=60, trust_env=False))
+
+        threads = [threading.Thread(target=one) for _ in range(4)]
         for thread in threads:
             thread.start()
         time.sleep(0.15)
