@@ -128,6 +128,8 @@ def test_body_fields_become_sampling_parameters() -> None:
     params = from_body.sampling_params(body, SERVED, [1, 2], 2, 9, 3)
     assert (params.seed, params.top_k, params.logit_bias, params.stop) == (9, 0, {5: 2.5}, ("x",))
     assert (params.temperature, params.max_tokens, params.logprobs, params.draft) == (1.0, 9, 3, False)
+    body.temperature = 1e-300
+    assert from_body.sampling_params(body, SERVED, [1], 0, 9, None).temperature == 0.01
     room = SERVED.engine.info.max_length - 2
     assert from_body.sampling_params(body, SERVED, [1, 2], 0, None, None).max_tokens == room
 

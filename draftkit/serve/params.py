@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from draftkit.engine.request import SamplingParams
+from draftkit.errors import DataError
 from draftkit.serve.problem import ApiError, bad_request
 from draftkit.serve.protocol import ChatBody, CompletionBody, Message, SamplingBody
 from draftkit.serve.structured import constraint_of
 from draftkit.serve.worker import Served
 
+MIN_TEMPERATURE = 0.01  # below it, logits / temperature overflow; vLLM raises such values too
 _PLAIN = (
     "temperature",
     "top_p",
@@ -131,26 +132,30 @@ def sampling_params(
     if given.get("top_k") == -1:
         given["top_k"] = 0
     given["top_k"] = min(given.get("top_k", 0), info.vocab_size)
+    if 0 < given.get("temperature", 1) < MIN_TEMPERATURE:
+        given["temperature"] = MIN_TEMPERATURE
     if body.seed is not None:
         given["seed"] = (body.seed + choice) % 2**63
     constraint = constraint_of(body.response_format, served)
     if constraint is not None:
         given["constraint"] = constraint
-    params = SamplingParams(
-        max_tokens=limit,
-        logit_bias=_logit_bias(body.logit_bias, served),
-        allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids else None,
-        stop=tuple(body.stop),
-        stop_token_ids=tuple(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
-        min_tokens=body.min_tokens,
-        logprobs=logprobs,
-        include_stop_str_in_output=body.include_stop_str_in_output,
-        skip_special_tokens=body.skip_special_tokens,
-        draft=body.draft,
-        **given,
-    )
-    return replace(params, n=1)
+    try:
+        return SamplingParams(
+            max_tokens=limit,
+            logit_bias=_logit_bias(body.logit_bias, served),
+            allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids else None,
+            stop=tuple(body.stop),
+            stop_token_ids=tuple(body.stop_token_ids),
+            ignore_eos=body.ignore_eos,
+            min_tokens=body.min_tokens,
+            logprobs=logprobs,
+            include_stop_str_in_output=body.include_stop_str_in_output,
+            skip_special_tokens=body.skip_special_tokens,
+            draft=body.draft,
+            **given,
+        )
+    except DataError as error:
+        raise bad_request(str(error)) from error
 
 
 def _logit_bias(given: dict[str, float] | None, served: Served) -> dict[int, float] | None:

@@ -70,7 +70,7 @@ class SamplingBody(Body):
     min_p: Finite | None = Field(default=None, ge=0, le=1)
     presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: Finite | None = Field(default=None, gt=0)
+    repetition_penalty: Finite | None = Field(default=None, ge=0.01, le=100)  # beyond, logits overflow
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     seed: int | None = Field(default=None, ge=-INT64 - 1, le=INT64)
