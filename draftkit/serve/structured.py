@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 
-from draftkit.engine.request import SamplingParams
 from draftkit.serve.problem import bad_request
 from draftkit.serve.protocol import ResponseFormat
 from draftkit.serve.worker import Served
@@ -14,14 +12,11 @@ from draftkit.serve.worker import Served
 _PARAM = "response_format"
 
 
-def constraint_of(wanted: ResponseFormat | None, served: Served) -> Any | None:
+def constraint_of(wanted: ResponseFormat | None, served: Served) -> GrammarConstraint | None:
     """A fresh constraint for one answer, or None where any text will do. Raises ApiError 400 when it cannot be had."""
     if wanted is None or wanted.type == "text":
         return None
-    constraint = compile_constraint(wanted, served)
-    if "constraint" not in {f.name for f in dataclasses.fields(SamplingParams)}:
-        raise bad_request(f"response_format {wanted.type} is not supported by this engine", _PARAM)
-    return constraint
+    return compile_constraint(wanted, served)
 
 
 def compile_constraint(wanted: ResponseFormat, served: Served) -> GrammarConstraint:
