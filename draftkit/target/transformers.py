@@ -5,54 +5,43 @@ Shapes: B batch, T new tokens, S cached + new tokens, H hidden size, V vocabular
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.hub import cached_file
 
 from draftkit.errors import TargetError
+from draftkit.target.cache import DynamicTargetCache, ReplayTargetCache, needs_replay
+from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-class DynamicTargetCache:
-    """A Transformers `DynamicCache` that is cropped from its end."""
-
-    def __init__(self) -> None:
-        self.inner = DynamicCache()
-
-    @property
-    def length(self) -> int:
-        """Tokens held."""
-        return int(self.inner.get_seq_length())
-
-    def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens. Raises TargetError where the cache cannot (hybrid models)."""
-        surplus = self.length - length
-        if surplus:
-            try:
-                self.inner.crop(-surplus)  # a negative number removes that many from the end
-            except (NotImplementedError, ValueError) as error:
-                raise TargetError(f"this target's cache cannot be cropped: {error}") from error
-
-
 class TransformersTarget:
-    """A frozen `AutoModelForCausalLM`. Features come from forward hooks on the chosen layers alone."""
+    """A frozen `AutoModelForCausalLM`. Features come from forward hooks on the chosen layers alone.
+
+    Raises TargetError when the model's parts are not where Transformers models have them.
+    """
 
     def __init__(self, model: Any, info: TargetInfo) -> None:
         self.model = model.eval().requires_grad_(False)
         self.info = info
-        self._base = getattr(model, model.base_model_prefix)
+        self._base: Any = getattr(model, model.base_model_prefix, None)
+        self._head: Any = model.get_output_embeddings()
+        if self._base is None or self._head is None:
+            raise TargetError(f"{info.name}: {type(model).__name__} has no base model with an output head; choose another")
         self._layers = _decoder_layers(self._base)
-        self._head = model.get_output_embeddings()
         text = model.config.get_text_config()
-        self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)
+        self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)  # Gemma
+        self._factor: float | None = getattr(text, "logit_scale", None)  # Cohere
+        self._divisor: float | None = getattr(text, "logits_scaling", None)  # Granite
+        self._replay = needs_replay(model)
         self._captured: dict[int, Tensor] = {}
         self._hooked: tuple[int, ...] = ()
         self._handles: list[Any] = []
@@ -63,7 +52,7 @@ class TransformersTarget:
         return self._head.weight.device
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [...] to embeddings [..., H]."""
+        """Token ids [...] to embeddings [..., H], as the embedding module gives them (Gemma 3 and 4: scaled)."""
         return self._base.get_input_embeddings()(tokens)
 
     def embedding_weight(self) -> Tensor:
@@ -75,12 +64,18 @@ class TransformersTarget:
         return self._head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states after the final norm [..., H] to logits [..., V]."""
+        """Hidden states after the final norm [..., H] to logits [..., V], the family's scale and soft cap included."""
         logits: Tensor = self._head(hidden)
+        if self._factor is not None:
+            logits = logits * self._factor
+        if self._divisor is not None:
+            logits = logits / self._divisor
         return torch.tanh(logits / self._soft_cap) * self._soft_cap if self._soft_cap else logits
 
-    def new_cache(self) -> DynamicTargetCache:
-        """An empty cache."""
+    def new_cache(self) -> DynamicTargetCache | ReplayTargetCache:
+        """An empty cache; one that reads again after a crop for families with recurrent states."""
+        if self._replay:
+            return ReplayTargetCache(self.model.config, self._read_again)
         return DynamicTargetCache()
 
     @torch.inference_mode()
@@ -92,8 +87,16 @@ class TransformersTarget:
         mask_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
     ) -> TargetOutput:
-        """Read `tokens_BT` behind what the cache holds (see `Target.forward`)."""
+        """Read `tokens_BT` behind what the cache holds (see `Target.forward`).
+
+        Attention is causal also for several new tokens behind a cache. With a mask and no positions, positions count the
+        real tokens, so that batches padded on the left or on the right read what each row would read alone.
+        """
         self._hook(feature_layers)
+        if mask_BS is not None and positions_BT is None:
+            positions_BT = (mask_BS.cumsum(-1) - 1).clamp_min(0)[:, -tokens_BT.shape[1] :]
+        if isinstance(cache, ReplayTargetCache):
+            cache.remember(tokens_BT, mask_BS, positions_BT)
         output = self._base(
             input_ids=tokens_BT,
             attention_mask=mask_BS,
@@ -104,6 +107,11 @@ class TransformersTarget:
         features = torch.cat([self._captured[i] for i in sorted(feature_layers)], -1) if feature_layers else None
         self._captured.clear()
         return TargetOutput(output.last_hidden_state, features)
+
+    def _read_again(
+        self, tokens_BT: Tensor, cache: TargetCache, mask_BS: Tensor | None, positions_BT: Tensor | None
+    ) -> None:
+        self.forward(tokens_BT, cache, self._hooked, mask_BS, positions_BT)
 
     def _hook(self, layers: tuple[int, ...]) -> None:
         if layers == self._hooked:
@@ -119,6 +127,36 @@ class TransformersTarget:
             self._captured[layer] = output[0] if isinstance(output, tuple) else output
 
         return hook
+
+
+@torch.inference_mode()
+def check_target(target: TransformersTarget) -> None:
+    """Compare the seam with the model itself on four tokens: logits, and reading in pieces with a crop in between.
+
+    A family that scales its logits in a way not known here, or whose memory works differently, would otherwise give
+    wrong answers without a word. Raises TargetError.
+    """
+    vocab, dtype = target.info.vocab_size, target.head_weight().dtype
+    tokens_BT = torch.tensor([[1 % vocab, vocab // 3, vocab // 2, vocab - 1]], device=target.device)
+    name = f"{target.info.name} ({target.info.family})"
+    try:
+        wanted_BTV = target.model(tokens_BT, use_cache=False).logits
+        whole_BTV = target.logits(target.forward(tokens_BT, None).last_hidden_BTH)
+        cache = target.new_cache()
+        target.forward(tokens_BT[:, :1], cache)
+        target.forward(tokens_BT[:, [1, 0, 0]], cache)
+        cache.crop(2)
+        pieces_BTV = target.logits(target.forward(tokens_BT[:, 2:], cache).last_hidden_BTH)
+        held = cache.length
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        raise TargetError(f"{name}: this family does not run behind draftkit's target interface: {_line(error)}") from error
+    scale = float(wanted_BTV.abs().max()) or 1.0
+    single = 1e-3 if dtype in (torch.float32, torch.float64) else 0.03
+    if float((whole_BTV - wanted_BTV).abs().max()) > single * scale:
+        raise TargetError(f"{name}: logits differ from the model's own; this family scales them in a way not known here")
+    # Pieces of other shapes round differently, and experts may then be chosen differently: a coarse bound in half precision.
+    if held != 4 or float((pieces_BTV - wanted_BTV[:, 2:]).abs().max()) > (10 * single) * scale:
+        raise TargetError(f"{name}: reading in pieces differs from reading at once; its cache does not work behind draftkit")
 
 
 def check_feature_layers(layers: tuple[int, ...], num_layers: int) -> None:
@@ -142,23 +180,34 @@ def load_target(
 ) -> TransformersTarget:
     """Load a folder or a hub id; "tiny" is the embedded target.
 
-    Safetensors only, no remote code. Raises TargetError when it is not there, has no weights or an unknown dtype.
+    Safetensors only, no remote code. Raises TargetError when it is not there, has no weights, lacks some of them, does
+    not run behind the interface (`check_target`), or when dtype or device are not available.
     """
     if dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    folder = resolve_target(path)
+    source = resolve_target(path)
     try:
-        config = AutoConfig.from_pretrained(folder, revision=revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, revision=revision, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise TargetError(f"{path}: cannot load a target: {str(error).strip().splitlines()[0]}") from error
+        folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        raise TargetError(f"{path}: cannot load a target: {_line(error)}") from error
+    model, loading = loaded
+    if loading["missing_keys"]:  # Transformers would go on with random numbers in their place
+        missing = sorted(loading["missing_keys"])
+        raise TargetError(f"{path}: {len(missing)} weights are missing, {missing[0]} first; give the complete checkpoint")
     text = config.get_text_config()
     info = TargetInfo(
         name=path,
-        revision=revision,
-        fingerprint=fingerprint(folder, config, model),
+        revision=folder.name if folder.parent.name == "snapshots" else revision,  # the hub's commit
+        fingerprint=fingerprint(folder),
         vocab_size=int(model.get_output_embeddings().weight.shape[0]),
         hidden_size=int(text.hidden_size),
         num_layers=int(text.num_hidden_layers),
@@ -166,13 +215,20 @@ def load_target(
         max_length=int(getattr(text, "max_position_embeddings", 2048)),
         family=str(text.model_type),
     )
-    return TransformersTarget(model.to(device), info)
+    try:
+        target = TransformersTarget(model.to(device), info)
+    except (RuntimeError, AssertionError) as error:
+        raise TargetError(f"{path}: cannot use device {device!r}: {_line(error)}") from error
+    check_target(target)
+    return target
 
 
 def resolve_target(path: str) -> str:
     """The folder of the embedded target for "tiny"; a local folder is checked for a configuration and weights."""
     folder = EMBEDDED if path == "tiny" else Path(path)
     if not folder.is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise TargetError(f"{path}: no such folder; give a folder that `save_pretrained` wrote, a hub id or \"tiny\"")
         return path  # a hub id
     if not (folder / "config.json").exists():
         raise TargetError(f"{path}: has no config.json; give a folder that `save_pretrained` wrote, or a hub id")
@@ -181,20 +237,9 @@ def resolve_target(path: str) -> str:
     return str(folder)
 
 
-def fingerprint(folder: str, config: Any, model: nn.Module) -> str:
-    """sha256 over the configuration's shape and the weights: whole files up to 64 MiB, else size and first MiB."""
-    digest = hashlib.sha256()
-    local = Path(folder)
-    if local.is_dir():
-        for path in sorted([*local.glob("*.safetensors"), local / "config.json", local / "tokenizer.json"]):
-            if path.exists():
-                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-                with path.open("rb") as file:
-                    digest.update(file.read() if path.stat().st_size <= 2**26 else file.read(2**20))
-    else:
-        digest.update(json.dumps([folder, getattr(config, "_commit_hash", None)]).encode())
-        digest.update(str(sum(p.numel() for p in model.parameters())).encode())
-    return digest.hexdigest()
+def _line(error: BaseException) -> str:
+    """The first line of a library's message that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _stop_tokens(model: Any) -> tuple[int, ...]:
