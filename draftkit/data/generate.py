@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from draftkit.data.conversations import Conversation
 from draftkit.data.template import render_prompt
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator, sample
-from draftkit.target.transformers import DynamicTargetCache, TransformersTarget
+from draftkit.target.transformers import TransformersTarget
 
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them
 
@@ -151,14 +150,10 @@ def answer_batch(
         tokens_BT, mask_BS = drawn_B[:, None], torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], 1)
         if finished.float().mean() >= COMPACT_AT:
             keep = (~finished).nonzero().squeeze(-1)
-            _select(cache, keep)
+            cache.select(keep)
             tokens_BT, mask_BS, rows, finished = tokens_BT[keep], mask_BS[keep], rows[keep], finished[keep]
     stop_ids = set(target.info.stop_token_ids)
     return [Answer(tuple(a), "stop" if a[-1] in stop_ids else "length") for a in answers]
-
-
-def _select(cache: DynamicTargetCache, keep: Tensor) -> None:
-    cache.inner.batch_select_indices(keep)
 
 
 def _check_manifest(out: Path, target: TransformersTarget, settings: GenerateSettings) -> None:

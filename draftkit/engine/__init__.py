@@ -1,0 +1,1 @@
+"""The engine: many requests at once, one flattened verification pass per step."""

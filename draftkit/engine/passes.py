@@ -1,0 +1,116 @@
+"""One flattened pass: the tokens of many requests in a row, with structure carried by indices.
+
+Shapes: R requests, T tokens of all requests, Q tokens of the longest request of a group, S key positions, B blocks per
+request, D head size, M key/value heads, N query heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LONG_QUERY = 32  # requests with more new tokens than this (prefill) attend on their own, not padded beside others
+
+
+@dataclass(frozen=True)
+class Group:
+    """Requests whose queries are padded to one rectangle for attention."""
+
+    tokens: Tensor | slice  # flat rows of the group's tokens, [t]
+    pad_RQ: Tensor | None  # flat row of each rectangle cell, padding repeats a row; None when nothing is padded
+    unpad_t: Tensor | None  # cell of each token
+    requests: int
+    blocks_RB: Tensor  # int64 block ids, flattened
+    mask: Tensor  # [R, 1, Q, S] additive
+
+
+class Pass:
+    """Tokens to read, where their keys and values go, and what each may see.
+
+    `tables_RB` are block ids per request (rows may be padded with anything valid), `lengths_R` new tokens per request,
+    `starts_R` the position of the first. Token at position t of a request sees positions 0..t, or, with `block` (a
+    drafter's bidirectional block), all positions up to the request's last one.
+    """
+
+    def __init__(
+        self,
+        tokens_T: np.ndarray,
+        starts_R: np.ndarray,
+        lengths_R: np.ndarray,
+        tables_RB: np.ndarray,
+        block_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        block: bool = False,
+    ) -> None:
+        self.block_size, self.device, self.dtype = block_size, device, dtype
+        self.starts_R, self.lengths_R = starts_R, lengths_R
+        requests = len(lengths_R)
+        self.ends_R = lengths_R.cumsum()
+        self.firsts_R = self.ends_R - lengths_R
+        if (lengths_R == 1).all():
+            self.row_T, self.positions_T = np.arange(requests), starts_R
+        else:
+            self.row_T = np.repeat(np.arange(requests), lengths_R)
+            self.positions_T = np.arange(len(tokens_T)) + (starts_R - self.firsts_R)[self.row_T]
+        last = int((starts_R + lengths_R).max())
+        self.tables_RB = np.ascontiguousarray(tables_RB[:, : -(-last // block_size)])
+        self.slots_T = self.tables_RB[self.row_T, self.positions_T // block_size] * block_size
+        self.slots_T += self.positions_T % block_size
+        seen = (starts_R + lengths_R)[self.row_T] if block else self.positions_T + 1
+        self.seen_T = np.ascontiguousarray(seen)
+        self.tokens_T = np.ascontiguousarray(tokens_T)
+
+    def __len__(self) -> int:
+        return len(self.tokens_T)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Token ids [T] on the device."""
+        return self._there(self.tokens_T)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Absolute positions [T] on the device."""
+        return self._there(self.positions_T)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Where keys and values go: block * block_size + offset, [T] on the device."""
+        return self._there(self.slots_T)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """How attention is done without a kernel for pages: short queries together, each long one alone."""
+        short = np.flatnonzero(self.lengths_R <= LONG_QUERY)
+        rows = ([short] if len(short) else []) + [np.array([r]) for r in np.flatnonzero(self.lengths_R > LONG_QUERY)]
+        return tuple(self._group(r, alone=len(rows) == 1) for r in rows)
+
+    def _group(self, rows_R: np.ndarray, alone: bool) -> Group:
+        lengths, firsts = self.lengths_R[rows_R], self.firsts_R[rows_R]
+        longest = int(lengths.max())
+        blocks = -(-int((self.starts_R[rows_R] + lengths).max()) // self.block_size)
+        cell_RQ = np.arange(longest)
+        real_RQ = cell_RQ < lengths[:, None]
+        flat_RQ = firsts[:, None] + np.minimum(cell_RQ, lengths[:, None] - 1)
+        seen_RQ = self.seen_T[flat_RQ]
+        seen = self._there(seen_RQ)[:, None, :, None]
+        mask = torch.zeros(len(rows_R), 1, longest, blocks * self.block_size, dtype=self.dtype, device=self.device)
+        mask.masked_fill_(torch.arange(mask.shape[-1], device=self.device) >= seen, float("-inf"))
+        padded = not real_RQ.all()
+        index = slice(None) if alone else self._there(flat_RQ[real_RQ])
+        return Group(
+            index,
+            self._there(flat_RQ) if padded or not alone else None,
+            self._there(np.flatnonzero(real_RQ)) if padded else None,
+            len(rows_R),
+            self._there(np.ascontiguousarray(self.tables_RB[rows_R, :blocks]).reshape(-1)),
+            mask,
+        )
+
+    def _there(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
