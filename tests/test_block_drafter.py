@@ -55,7 +55,10 @@ def random_batch() -> TrainBatch:
         last_hidden_BTH=torch.randn(2, LENGTH, 16, generator=generator),
         anchors_BA=torch.tensor([[6, 15, 0], [9, 12, 17]]),
         anchor_mask_BA=torch.tensor([[True, True, False], [True, True, True]]),
-        domains=("code", "chat"),
+        document_BT=torch.zeros(2, LENGTH, dtype=torch.long),
+        positions_BT=torch.arange(LENGTH).expand(2, -1),
+        domain_BA=torch.tensor([[1, 1, 0], [0, 0, 0]]),
+        domains=("chat", "code"),
     )
 
 
@@ -142,6 +145,51 @@ def test_loss_and_gradients_equal_a_second_implementation(head: str) -> None:
     assert found.keys() == wanted.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], atol=2e-4, rtol=1e-3, msg=name)
+
+
+def packed_batch(batch: TrainBatch, lengths: tuple[int, ...]) -> TrainBatch:
+    """The rows of `batch`, cut to `lengths`, as documents of one row with 3 places of padding behind them."""
+    total, room = sum(lengths), sum(lengths) + 3
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+
+    def join(rows: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        out = rows.new_full((1, room, *rows.shape[2:]), fill)
+        out[0, :total] = torch.cat([row[:n] for row, n in zip(rows, lengths, strict=True)])
+        return out
+
+    return TrainBatch(
+        tokens_BT=join(batch.tokens_BT),
+        loss_mask_BT=join(batch.loss_mask_BT),
+        features_BTF=join(batch.features_BTF),
+        last_hidden_BTH=join(batch.last_hidden_BTH),
+        document_BT=join(torch.arange(len(lengths))[:, None].expand(-1, LENGTH), fill=-1),
+        positions_BT=join(batch.positions_BT),
+        anchors_BA=(batch.anchors_BA + torch.tensor(starts)[:, None]).flatten()[None],
+        anchor_mask_BA=batch.anchor_mask_BA.flatten()[None],
+        domain_BA=batch.domain_BA.flatten()[None],
+        domains=batch.domains,
+    )
+
+
+def test_documents_of_one_row_do_not_see_each_other() -> None:
+    """Packed and apart: the same loss, the same gradients; blocks end with their document."""
+    drafter, batch = drafter_with().train(), random_batch()
+    assert bool(batch.loss_mask_BT[0, 17])  # the first document's last token counts,
+    lengths = (18, LENGTH)  # and the next document begins right behind it
+    apart = drafter.loss(batch, LossSettings())
+    apart.loss_sum.backward()
+    wanted = {n: p.grad.clone() for n, p in drafter.named_parameters() if p.grad is not None}
+    drafter.zero_grad()
+    packed = packed_batch(batch, lengths)
+    packed.loss_mask_BT[0, 18:20] = True  # tokens of the second document that would count, were they of the first
+    together = drafter.loss(packed, LossSettings())
+    together.loss_sum.backward()
+    assert together.rows_N.tolist() == apart.rows_N.tolist()
+    torch.testing.assert_close(together.loss_sum, apart.loss_sum, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together.accept_N, apart.accept_N, atol=1e-5, rtol=1e-5)
+    for name, parameter in drafter.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
 def test_the_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,10 +111,9 @@ class DraftLayer(nn.Module):
 class Rope:
     """cos/sin rows for the context positions and for the block positions, each ready to broadcast over heads."""
 
-    def __init__(self, table: Tensor, context_length: int, positions_BQ: Tensor) -> None:
-        context = table[:context_length]
-        block = table[positions_BQ]
-        self.context = (context[:, 0][None, :, None], context[:, 1][None, :, None])
+    def __init__(self, table: Tensor, positions_BS: Tensor, positions_BQ: Tensor) -> None:
+        context, block = table[positions_BS], table[positions_BQ]
+        self.context = (context[..., 0, :][:, :, None], context[..., 1, :][:, :, None])
         self.block = (block[..., 0, :][:, :, None], block[..., 1, :][:, :, None])
 
 

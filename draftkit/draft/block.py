@@ -181,12 +181,14 @@ class BlockDrafter(Drafter):
         """CE, TV and confidence over all drafted positions that count; nothing is reduced over processes."""
         anchors, gamma = batch.anchors_BA, self.gamma
         offsets = torch.arange(gamma, device=anchors.device)
-        places_BAG = anchors[..., None] + 1 + offsets  # absolute positions of the drafted tokens
+        places_BAG = anchors[..., None] + 1 + offsets  # places of the drafted tokens in their row
         length = batch.tokens_BT.shape[1]
         inside = places_BAG < length
         places = places_BAG.clamp_max(length - 1)
+        document_BA = batch.document_BT.gather(1, anchors)
         counted = inside & batch.anchor_mask_BA[..., None] & _pick(batch.loss_mask_BT, places)
-        counted = counted.long().cumprod(-1).bool()  # a block ends where the answer ends
+        counted &= _pick(batch.document_BT, places) == document_BA[..., None]
+        counted = counted.long().cumprod(-1).bool()  # a block ends where the answer or its document ends
         rows_N = counted.flatten().nonzero().squeeze(-1)
 
         hidden_NH = self._train_hidden(batch).flatten(0, 2)[rows_N]
@@ -219,14 +221,16 @@ class BlockDrafter(Drafter):
     def _train_hidden(self, batch: TrainBatch) -> Tensor:
         """Normed hidden states of all drafting positions of all anchors, [B, A, G, H]."""
         size, config = self.config.block_size, self.config
-        positions_BAP = batch.anchors_BA[..., None] + torch.arange(size, device=batch.anchors_BA.device)
+        starts_BA = batch.positions_BT.gather(1, batch.anchors_BA)
+        positions_BAP = starts_BA[..., None] + torch.arange(size, device=starts_BA.device)
         tokens = torch.full_like(positions_BAP, config.mask_token_id)
         tokens[..., 0] = batch.tokens_BT.gather(1, batch.anchors_BA)
         x = self.embed_tokens(tokens).flatten(1, 2)
         context_BSH = self.hidden_norm(self.fc(batch.features_BTF.to(self.fc.weight.dtype)))
         length = batch.tokens_BT.shape[1]
-        rope = Rope(self._rope(length + size).to(x.dtype), length, positions_BAP.flatten(1))
+        rope = Rope(self._rope(length + size).to(x.dtype), batch.positions_BT, positions_BAP.flatten(1))
         hidden_from_BAS = torch.arange(length, device=x.device) >= batch.anchors_BA[..., None]
+        hidden_from_BAS |= batch.document_BT[:, None] != batch.document_BT.gather(1, batch.anchors_BA)[..., None]
         for layer in self._blocks():
             x = layer.train_forward(x, context_BSH, rope, hidden_from_BAS, size)
         hidden: Tensor = self.norm(x).unflatten(1, (-1, size))[:, :, size - self.gamma :]

@@ -96,19 +96,24 @@ class DraftContext(Protocol):
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Padded conversations with chosen anchors.
+    """Rows that hold one or more whole conversations ("documents") end to end, with chosen anchors.
 
-    Features and last hidden states at position t come from the target after it has read tokens 0..t. `anchors_BA` are
-    absolute positions, `anchor_mask_BA` marks real ones; a drafted token counts where `loss_mask_BT` holds at its place.
+    Features and last hidden states at a place come from the target after it has read its document up to there.
+    A block sees its own document only, up to its anchor. A drafted token counts where `loss_mask_BT` holds at its place;
+    a block ends with the first one that does not count, or that belongs to another document. Anchors are places in the
+    row; every tensor has one entry per row.
     """
 
     tokens_BT: Tensor  # int64
     loss_mask_BT: Tensor  # bool
     features_BTF: Tensor
     last_hidden_BTH: Tensor
+    document_BT: Tensor  # int64: number of the token's document within its row, 0, 1, ...; -1 is padding
+    positions_BT: Tensor  # int64: position within the document; 0 on padding
     anchors_BA: Tensor  # int64
-    anchor_mask_BA: Tensor  # bool
-    domains: tuple[str, ...]
+    anchor_mask_BA: Tensor  # bool: a real anchor, not padding
+    domain_BA: Tensor  # int64: index into `domains`; 0 on padding
+    domains: tuple[str, ...]  # names, the same for all rows
 
 
 @dataclass(frozen=True)

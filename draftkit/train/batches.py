@@ -81,6 +81,7 @@ def collate(samples: Sequence[FeatureSample], anchors: int, generator: torch.Gen
         picked = places[torch.randperm(len(places), generator=generator)[:anchors]]
         chosen.append(picked.sort().values)
     most = max(1, *(len(c) for c in chosen))
+    domains = tuple(sorted({s.domain for s in samples}))
     return TrainBatch(
         tokens_BT=_pad([s.tokens_T for s in samples], longest),
         loss_mask_BT=_pad([s.loss_mask_T for s in samples], longest),
@@ -88,12 +89,15 @@ def collate(samples: Sequence[FeatureSample], anchors: int, generator: torch.Gen
         last_hidden_BTH=_pad([s.last_hidden_TH.float() for s in samples], longest),
         anchors_BA=_pad(chosen, most),
         anchor_mask_BA=_pad([torch.ones(len(c), dtype=torch.bool) for c in chosen], most),
-        domains=tuple(s.domain for s in samples),
+        document_BT=_pad([torch.zeros_like(s.tokens_T) for s in samples], longest, fill=-1),
+        positions_BT=_pad([torch.arange(len(s.tokens_T)) for s in samples], longest),
+        domain_BA=_pad([torch.full_like(c, domains.index(s.domain)) for s, c in zip(samples, chosen, strict=True)], most),
+        domains=domains,
     )
 
 
-def _pad(rows: Sequence[Tensor], length: int) -> Tensor:
-    out = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
+def _pad(rows: Sequence[Tensor], length: int, fill: int = 0) -> Tensor:
+    out = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), fill)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out

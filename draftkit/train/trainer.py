@@ -7,12 +7,12 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from draftkit.data.features import FeatureStore
 from draftkit.draft.block import BlockDrafter
@@ -148,9 +148,10 @@ def _step(
     drafter: BlockDrafter, optimizer: torch.optim.Optimizer, batch: TrainBatch, settings: TrainSettings
 ) -> tuple[float, bool]:
     """One optimizer step over all micro-batches, weighted by what counts in each; a non-finite one is skipped."""
-    size = settings.micro_batch_size or len(batch.domains)
+    rows = len(batch.tokens_BT)
+    size = settings.micro_batch_size or rows
     loss_sum = weight_sum = 0.0
-    for start in range(0, len(batch.domains), size):
+    for start in range(0, rows, size):
         part = drafter.loss(_rows(batch, slice(start, start + size)), settings.loss)
         part.loss_sum.backward()
         loss_sum += float(part.loss_sum.detach())
@@ -168,9 +169,8 @@ def _step(
 
 
 def _rows(batch: TrainBatch, part: slice) -> TrainBatch:
-    return TrainBatch(
-        **{f: getattr(batch, f)[part] for f in TrainBatch.__dataclass_fields__}  # every field has one row per sample
-    )
+    tensors: dict[str, Any] = {name: value[part] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors)  # every tensor has one entry per row
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def _expected_lengths(out: LossReport, batch: TrainBatch, gamma: int) -> tuple[l
     grid = accept.view(rows, anchors, gamma)
     whole = ~grid.isnan().any(-1)
     values = 1 + grid.cumprod(-1).sum(-1)
-    domains = [batch.domains[r] for r in whole.nonzero()[:, 0].tolist()]
+    domains = [batch.domains[d] for d in batch.domain_BA.cpu()[whole].tolist()]
     return domains, values[whole].tolist()
 
 
