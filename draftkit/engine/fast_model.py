@@ -70,7 +70,7 @@ class FastModel:
         )
         embedding = base.rotary_emb
         rotary = rotary_table(max_length, embedding.inv_freq, float(embedding.attention_scaling), self.embedding.dtype)
-        layers = tuple(_fuse(layer, shape) for layer in base.layers)
+        layers = tuple(fuse_layer(layer, shape) for layer in base.layers)
         self.stack = Stack(shape, layers, rotary.to(self.embedding.device), slots)
 
     @torch.inference_mode()
@@ -85,7 +85,8 @@ class FastModel:
         return ReadOut(logits, torch.cat(captured, -1) if captured else None)
 
 
-def _fuse(layer: Any, shape: StackShape) -> Layer:
+def fuse_layer(layer: Any, shape: StackShape) -> Layer:
+    """The weights of one decoder layer of a Transformers module, or of a drafter (same names)."""
     attention, mlp, size = layer.self_attn, layer.mlp, shape.head_dim
     return Layer(
         input_norm=layer.input_layernorm.weight,
