@@ -19,9 +19,8 @@ from draftkit.data.conversations import Conversation, read_conversations
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
-from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import load_drafter, new_drafter, read_provenance
-from draftkit.draft.drafter import DrafterConfig, LossSettings
+from draftkit.draft.drafter import Drafter, DrafterConfig, LossSettings
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
@@ -153,7 +152,7 @@ def run_train(
         return trainer.train(store, drafter, out, settings, provenance, show)
 
 
-def new_drafter_for(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> BlockDrafter:
+def new_drafter_for(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> Drafter:
     """A fresh drafter, seeded by the recipe, on the target's embedding and head."""
     import torch
 
@@ -161,7 +160,7 @@ def new_drafter_for(recipe: Recipe, target: TransformersTarget, tokenizer: Any) 
     return new_drafter(drafter_config(recipe, target, tokenizer), target.embedding_weight(), target.head_weight())
 
 
-def open_drafter(folder: Path, target: TransformersTarget) -> BlockDrafter:
+def open_drafter(folder: Path, target: TransformersTarget) -> Drafter:
     """Load a drafter and check that it fits the target. Raises CheckpointError when it does not."""
     drafter = load_drafter(folder)
     if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
@@ -176,7 +175,7 @@ def run_evaluate(
     target: TransformersTarget,
     tokenizer: Any,
     recipe: Recipe,
-    drafter: BlockDrafter,
+    drafter: Drafter,
     prompts: Sequence[Conversation],
     threads: int | None = None,
 ) -> list[EvalResult]:

@@ -64,6 +64,8 @@ class _Fused:
 class BlockDrafter(Drafter):
     """Backbone, optional sequential head, optional confidence head; embedding and head are frozen copies."""
 
+    config: DrafterConfig
+
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.config = config

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from draftkit import __version__
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.drafter import DrafterConfig
+from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.errors import CheckpointError
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
 _HEAD_NAMES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}
 
 
-def new_drafter(config: DrafterConfig, embedding_VH: Tensor, head_VH: Tensor) -> BlockDrafter:
+def new_drafter(config: DrafterConfig, embedding_VH: Tensor, head_VH: Tensor) -> Drafter:
     """A fresh drafter with frozen copies of the target's embedding and head."""
     drafter = BlockDrafter(config)
     for parameter, source in ((drafter.embed_tokens.weight, embedding_VH), (drafter.lm_head.weight, head_VH)):
@@ -38,7 +38,7 @@ def new_drafter(config: DrafterConfig, embedding_VH: Tensor, head_VH: Tensor) ->
     return drafter
 
 
-def save_drafter(drafter: BlockDrafter, folder: Path, provenance: dict[str, Any], dtype: torch.dtype) -> None:
+def save_drafter(drafter: Drafter, folder: Path, provenance: dict[str, Any], dtype: torch.dtype) -> None:
     """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(_to_hf(drafter.config, dtype), indent=1) + "\n", encoding="utf-8")
@@ -51,7 +51,7 @@ def save_drafter(drafter: BlockDrafter, folder: Path, provenance: dict[str, Any]
     partial.replace(folder / WEIGHTS)
 
 
-def load_drafter(folder: Path, dtype: torch.dtype = torch.float32) -> BlockDrafter:
+def load_drafter(folder: Path, dtype: torch.dtype = torch.float32) -> Drafter:
     """Read a folder. Raises CheckpointError naming the file, the field or the tensor that is wrong."""
     config = read_config(folder)
     path = folder / WEIGHTS
@@ -122,7 +122,9 @@ def read_config(folder: Path) -> DrafterConfig:
         raise CheckpointError(f"{path}: field {error} is missing or not known") from error
 
 
-def _to_hf(config: DrafterConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _to_hf(config: DrafterShape, dtype: torch.dtype) -> dict[str, Any]:
+    if not isinstance(config, DrafterConfig):
+        raise TypeError(f"{type(config).__name__}: has no portable form yet")
     names = {v: k for k, v in _HEAD_NAMES.items()}
     return {
         "architectures": ["Qwen3DSparkModel"],

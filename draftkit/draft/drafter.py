@@ -19,13 +19,10 @@ HEADS = ("none", "markov", "gated", "rnn")
 LAYOUTS = ("anchor", "one_plus_n")
 
 
-@dataclass(frozen=True)
-class DrafterConfig:
-    """The shape of a block drafter (DSpark, or DFlash with `head="none"` and no confidence head).
-
-    `block_size` is the number of block positions; `layout` "anchor" drafts from every one of them (the anchor first),
-    "one_plus_n" (z-lab's DFlash) from all but the anchor. `feature_layers` are target layer OUTPUT indices, ascending.
-    """
+@dataclass(frozen=True, kw_only=True)
+class DrafterShape:
+    """What every drafter has. `feature_layers` are target layer OUTPUT indices, ascending; `block_size` sets how many
+    tokens are drafted per round."""
 
     hidden_size: int
     intermediate_size: int
@@ -36,29 +33,52 @@ class DrafterConfig:
     vocab_size: int
     feature_layers: tuple[int, ...]
     num_target_layers: int
-    mask_token_id: int
     block_size: int = 7
-    layout: str = "anchor"
-    head: str = "markov"
-    markov_rank: int = 256
-    confidence: bool = True
-    confidence_with_markov: bool = True
-    confidence_stop_gradient: bool = False
     rms_eps: float = 1e-6
     rope_theta: float = 10_000.0
     max_length: int = 4096
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ConfigError(f"drafter.head: {self.head!r} is not known, choose one of {', '.join(HEADS)}")
-        if self.layout not in LAYOUTS:
-            raise ConfigError(f"drafter.layout: {self.layout!r} is not known, choose one of {', '.join(LAYOUTS)}")
         if list(self.feature_layers) != sorted(set(self.feature_layers)):
             raise ConfigError(f"drafter.feature_layers: {list(self.feature_layers)} must be ascending and distinct")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"drafter.num_heads: {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.gamma < 1:
             raise ConfigError(f"drafter.block_size: {self.block_size} leaves no token to draft")
+
+    @property
+    def gamma(self) -> int:
+        """Drafted tokens per round."""
+        return self.block_size
+
+    @property
+    def algorithm(self) -> str:
+        """The field's name for this kind of drafter."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrafterConfig(DrafterShape):
+    """The shape of a block drafter (DSpark, or DFlash with `head="none"` and no confidence head).
+
+    `block_size` is the number of block positions; `layout` "anchor" drafts from every one of them (the anchor first),
+    "one_plus_n" (z-lab's DFlash) from all but the anchor.
+    """
+
+    mask_token_id: int
+    layout: str = "anchor"
+    head: str = "markov"
+    markov_rank: int = 256
+    confidence: bool = True
+    confidence_with_markov: bool = True
+    confidence_stop_gradient: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.head not in HEADS:
+            raise ConfigError(f"drafter.head: {self.head!r} is not known, choose one of {', '.join(HEADS)}")
+        if self.layout not in LAYOUTS:
+            raise ConfigError(f"drafter.layout: {self.layout!r} is not known, choose one of {', '.join(LAYOUTS)}")
 
     @property
     def gamma(self) -> int:
@@ -134,7 +154,7 @@ class LossReport:
 class Drafter(nn.Module):
     """What the loop, the trainer and the engine ask of a drafter. Embedding and head are the target's, frozen."""
 
-    config: DrafterConfig
+    config: DrafterShape
 
     @property
     def gamma(self) -> int:

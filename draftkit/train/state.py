@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import check_tensors
+from draftkit.draft.drafter import Drafter
 from draftkit.errors import CheckpointError
 
 
@@ -27,7 +27,7 @@ class Position:
     fingerprint: str
 
 
-def save_state(folder: Path, drafter: BlockDrafter, optimizer: torch.optim.Optimizer, position: Position) -> None:
+def save_state(folder: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, position: Position) -> None:
     """Write beside the old state, then swap: a kill at any moment leaves the old state or the new one."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
@@ -45,7 +45,7 @@ def save_state(folder: Path, drafter: BlockDrafter, optimizer: torch.optim.Optim
 
 
 def load_state(
-    folder: Path, drafter: BlockDrafter, optimizer: torch.optim.Optimizer, fingerprint: str
+    folder: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> Position | None:
     """Restore in place; None when there is nothing to go on from.
 

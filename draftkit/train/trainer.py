@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from draftkit.data.features import FeatureStore
-from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import save_drafter
-from draftkit.draft.drafter import LossReport, LossSettings, TrainBatch
+from draftkit.draft.drafter import Drafter, LossReport, LossSettings, TrainBatch
 from draftkit.errors import DataError
 from draftkit.train.batches import BatchSampler, Split, split_store, validation_batches
 from draftkit.train.state import Position, load_state, save_state
@@ -68,7 +67,7 @@ class Progress:
 
 def train(
     store: FeatureStore,
-    drafter: BlockDrafter,
+    drafter: Drafter,
     out: Path,
     settings: TrainSettings,
     provenance: dict[str, Any],
@@ -145,7 +144,7 @@ def _share(settings: TrainSettings, step: int, total: int, seconds: float) -> fl
 
 
 def _step(
-    drafter: BlockDrafter, optimizer: torch.optim.Optimizer, batch: TrainBatch, settings: TrainSettings
+    drafter: Drafter, optimizer: torch.optim.Optimizer, batch: TrainBatch, settings: TrainSettings
 ) -> tuple[float, bool]:
     """One optimizer step over all micro-batches, weighted by what counts in each; a non-finite one is skipped."""
     rows = len(batch.tokens_BT)
@@ -174,7 +173,7 @@ def _rows(batch: TrainBatch, part: slice) -> TrainBatch:
 
 
 @torch.no_grad()
-def validate(drafter: BlockDrafter, store: FeatureStore, split: Split, settings: TrainSettings) -> dict[str, float]:
+def validate(drafter: Drafter, store: FeatureStore, split: Split, settings: TrainSettings) -> dict[str, float]:
     """Simulated accepted length by domain, their mean as "macro", and the loss.
 
     The expected number of tokens of a round whose block follows the conversation: 1 + sum_k prod_{i <= k} (1 - TV_i),
@@ -203,7 +202,7 @@ def _expected_lengths(out: LossReport, batch: TrainBatch, gamma: int) -> tuple[l
     return domains, values[whole].tolist()
 
 
-def _fingerprint(store: FeatureStore, drafter: BlockDrafter, settings: TrainSettings) -> str:
+def _fingerprint(store: FeatureStore, drafter: Drafter, settings: TrainSettings) -> str:
     """Changes when the data, the drafter or anything about the training but its length changes."""
     about = asdict(settings) | {"epochs": 0, "steps": 0, "minutes": 0}
     text = json.dumps([store.manifest.made_from(), asdict(drafter.config), about], sort_keys=True, default=list)
