@@ -1,0 +1,101 @@
+"""How many drafted tokens of each request go into the next target pass.
+
+What a plan may look at decides whether the output keeps the target's law: the admission of a drafted token may depend on
+nothing that was learned from that token or from later ones of its request. Every plan here can be read as a walk that
+knows the admitted tokens only: the confidence of position k was computed before x_k was drawn, survivals fall along a
+request, so the next candidate of a request depends on its admitted tokens alone. (`evaluate/exactness.py` proves it by
+enumeration.) A search over all budgets that uses the survivals of the same step is not such a walk: see
+`budget_from`.
+
+Equal survivals are ordered by position, then by request: never by token value, and a request's prefix stays contiguous.
+
+Shapes: R requests, G = gamma drafted positions. Positions that were not drafted have survival 0 and are never admitted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from draftkit.errors import ScheduleError
+from draftkit.schedule.step_rate import Floats, Ints, StepRate
+
+
+def survival_of(confidence_RG: Floats) -> tuple[Floats, int]:
+    """Probability that a whole prefix is accepted, a_{r,j} = prod_{i <= j} c_{r,i}: float64 [R, G], falling in j.
+
+    Confidences are cut to [0, 1]; NaN counts as zero, and the second value says how many there were.
+    """
+    confidence_RG = np.asarray(confidence_RG, np.float64)
+    missing_RG = np.isnan(confidence_RG)
+    return np.where(missing_RG, 0.0, confidence_RG).clip(0.0, 1.0).cumprod(-1), int(missing_RG.sum())
+
+
+def plan_verification(survival_RG: Floats, step_rate: StepRate) -> Ints:
+    """Lengths [R] by Algorithm 1 of the DSpark paper: admit by falling survival while the estimate of tokens per second
+
+        Theta(B) = (R + sum of admitted survivals) / (seconds of a pass of B tokens + seconds of drafting)
+
+    rises, and stop at the first token that does not raise it. The early stop keeps it lossless. The drafter has run when
+    this is asked, so its time is in every Theta, that of length zero too: the plan is never worse than verifying
+    nothing. Whether drafting pays at all must be known before it: `budget_from` of earlier survivals is above 0.
+    """
+    order_N, gain_N = _by_survival(survival_RG)
+    theta = _rate(gain_N, len(survival_RG), step_rate)
+    falls = np.flatnonzero(theta[1:] <= theta[:-1])
+    admitted = int(falls[0]) if len(falls) else len(order_N)
+    return _lengths(order_N[:admitted], len(survival_RG))
+
+
+def budget_from(stale_survival_RG: Floats, step_rate: StepRate) -> int:
+    """The number K of drafted tokens that the next pass should hold, from survivals of EARLIER steps (the paper: two).
+
+    The best Theta of all K, however jagged the step rate. K = 0 stands for no drafting and is compared without the
+    drafter's time: a budget is never worse than no speculation by its own estimate, and at 0 the drafter can rest.
+    Rows of requests without a past should be ones. With survivals of the same step the search would bias the output
+    (Appendix A of the paper): the end of the search depends on tokens that it decides about.
+    """
+    requests = len(stale_survival_RG)
+    _, gain_N = _by_survival(stale_survival_RG)
+    theta = _rate(gain_N, requests, step_rate)
+    theta[0] = requests / float(step_rate.target_seconds(np.array([requests]))[0]) if requests else 0.0
+    return int(theta.argmax())
+
+
+def admit(survival_RG: Floats, budget: int) -> Ints:
+    """Lengths [R]: the `budget` largest survivals of this step. The budget must not come from this step's survivals."""
+    order_N, _ = _by_survival(survival_RG)
+    return _lengths(order_N[: max(budget, 0)], len(survival_RG))
+
+
+def plan_threshold(confidence_RG: Floats, threshold: float) -> Ints:
+    """Lengths [R]: leading positions whose confidence is at least `threshold` in [0, 1]; NaN is below every one."""
+    if not 0 <= threshold <= 1:
+        raise ScheduleError(f"threshold {threshold}: must be between 0 and 1")
+    return (np.asarray(confidence_RG, np.float64) >= threshold).cumprod(-1).sum(-1)
+
+
+def plan_fixed(requests: int, length: int) -> Ints:
+    """Lengths [R]: the same for all."""
+    if length < 0:
+        raise ScheduleError(f"length {length}: must be 0 or more drafted tokens per request")
+    return np.full(requests, length)
+
+
+def _by_survival(survival_RG: Floats) -> tuple[Ints, Floats]:
+    """Requests of the candidates and their survivals, by falling survival, then position, then request: [N] each."""
+    requests = len(survival_RG)
+    by_position_N = np.asarray(survival_RG, np.float64).T.ravel()
+    order_N = np.argsort(-by_position_N, kind="stable")
+    gain_N = by_position_N[order_N]
+    count = len(gain_N) - int(np.searchsorted(gain_N[::-1], 0.0, side="right"))
+    return order_N[:count] % max(requests, 1), gain_N[:count]
+
+
+def _rate(gain_N: Floats, requests: int, step_rate: StepRate) -> Floats:
+    """Theta of the first 0..N candidates, tokens per second [N + 1]."""
+    tokens = requests + np.concatenate([[0.0], gain_N.cumsum()])
+    return tokens / step_rate.step_seconds(requests, np.arange(requests, requests + len(tokens)))
+
+
+def _lengths(requests_N: Ints, requests: int) -> Ints:
+    return np.bincount(requests_N, minlength=requests)
