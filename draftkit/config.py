@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from draftkit.errors import ConfigError
 
@@ -56,9 +56,9 @@ class CaptureSection(Section):
 class DrafterSection(Section):
     """The drafter's shape; sizes that are null are the target's."""
 
-    algorithm: Literal["dspark", "dflash"] = "dspark"
-    num_layers: int = Field(5, ge=1)
-    block_size: int = Field(7, ge=1, description="gamma: tokens drafted per round")
+    algorithm: Literal["dspark", "dflash", "eagle3"] = "dspark"
+    num_layers: int = Field(5, ge=1, description="eagle3: 1, the default there")
+    block_size: int = Field(7, ge=1, description="gamma: tokens drafted per round; eagle3: the horizon of training too")
     num_features: int = Field(5, ge=1, description="target layers listened to, evenly spread")
     feature_layers: list[int] | None = Field(None, description="layer OUTPUT indices, instead of num_features")
     head: Literal["markov", "gated", "rnn"] = "markov"
@@ -66,6 +66,12 @@ class DrafterSection(Section):
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
     intermediate_size: int | None = Field(None, ge=1)
+    qk_norm: bool = Field(False, description="eagle3: norms of queries and keys, as in Qwen3")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_layer(cls, raw: Any) -> Any:
+        return {"num_layers": 1} | raw if isinstance(raw, dict) and raw.get("algorithm") == "eagle3" else raw
 
 
 class LossSection(Section):

@@ -20,7 +20,8 @@ from draftkit.data.features import FeatureStore
 from draftkit.data.generate import GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
 from draftkit.draft.checkpoint import load_drafter, new_drafter, read_provenance
-from draftkit.draft.drafter import Drafter, DrafterConfig, LossSettings
+from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
+from draftkit.draft.eagle3 import EagleConfig
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
@@ -91,37 +92,46 @@ def run_capture(
         )
 
 
-def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterConfig:
+def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
     """The drafter's shape: the recipe's choices, the target's sizes."""
     section, text = recipe.drafter, target.model.config.get_text_config()
-    mask = tokenizer.mask_token_id
-    if mask is None:  # an unused row of the embedding, as DeepSpec does it for Qwen3
-        mask = len(tokenizer)
-    if mask >= target.info.vocab_size:
-        raise TargetError(f"{target.info.name}: has neither a mask token nor an unused embedding row to stand for one")
-    dspark = section.algorithm == "dspark"
     rope = getattr(text, "rope_parameters", None) or {}
+    sizes: dict[str, Any] = {
+        "hidden_size": target.info.hidden_size,
+        "intermediate_size": section.intermediate_size or text.intermediate_size,
+        "num_layers": section.num_layers,
+        "num_heads": text.num_attention_heads,
+        "num_kv_heads": text.num_key_value_heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "vocab_size": target.info.vocab_size,
+        "feature_layers": feature_layers(recipe, target),
+        "num_target_layers": target.info.num_layers,
+        "block_size": section.block_size,
+        "rms_eps": text.rms_norm_eps,
+        "rope_theta": rope.get("rope_theta", getattr(text, "rope_theta", 10_000.0)),
+        "max_length": target.info.max_length,
+    }
+    if section.algorithm == "eagle3":
+        return EagleConfig(**sizes, qk_norm=section.qk_norm)
+    dspark = section.algorithm == "dspark"
     return DrafterConfig(
-        hidden_size=target.info.hidden_size,
-        intermediate_size=section.intermediate_size or text.intermediate_size,
-        num_layers=section.num_layers,
-        num_heads=text.num_attention_heads,
-        num_kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        vocab_size=target.info.vocab_size,
-        feature_layers=feature_layers(recipe, target),
-        num_target_layers=target.info.num_layers,
-        mask_token_id=mask,
-        block_size=section.block_size,
+        **sizes,
+        mask_token_id=_mask_token(target, tokenizer),
         head=section.head if dspark else "none",
         markov_rank=section.markov_rank if dspark else 0,
         confidence=dspark,
         confidence_with_markov=section.confidence_with_markov and dspark,
         confidence_stop_gradient=section.confidence_stop_gradient,
-        rms_eps=text.rms_norm_eps,
-        rope_theta=rope.get("rope_theta", getattr(text, "rope_theta", 10_000.0)),
-        max_length=target.info.max_length,
     )
+
+
+def _mask_token(target: TransformersTarget, tokenizer: Any) -> int:
+    mask = tokenizer.mask_token_id
+    if mask is None:  # an unused row of the embedding, as DeepSpec does it for Qwen3
+        mask = len(tokenizer)
+    if mask >= target.info.vocab_size:
+        raise TargetError(f"{target.info.name}: has neither a mask token nor an unused embedding row to stand for one")
+    return int(mask)
 
 
 def run_train(
@@ -162,7 +172,7 @@ def new_drafter_for(recipe: Recipe, target: TransformersTarget, tokenizer: Any) 
 
 def open_drafter(folder: Path, target: TransformersTarget) -> Drafter:
     """Load a drafter and check that it fits the target. Raises CheckpointError when it does not."""
-    drafter = load_drafter(folder)
+    drafter = load_drafter(folder, target=target)
     if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
         raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")
     made_for = read_provenance(folder).get("target_fingerprint")

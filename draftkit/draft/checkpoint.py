@@ -1,8 +1,8 @@
-"""Drafter checkpoints: a Hugging Face folder in the portable layout that vLLM, SGLang and llama.cpp load unchanged.
+"""Drafter checkpoints: Hugging Face folders that other engines load unchanged (`checkpoint_forms.py`: which form is what).
 
-Flat `config.json` with architecture `Qwen3DSparkModel`, tensor names without a prefix, embedding and head included,
-feature layers as `target_layer_ids` (layer OUTPUT indices). Format: DeepSpec's published checkpoints. Beside it
-`draftkit.json` records provenance. safetensors only.
+A folder has a flat `config.json`, safetensors in one file or in shards with an index, and, when draftkit wrote it,
+`draftkit.json` with provenance. Embedding and head are the target's, so a folder may leave them out: it is then loaded
+together with its target. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -19,16 +19,29 @@ from torch import Tensor
 
 from draftkit import __version__
 from draftkit.draft.block import BlockDrafter
+from draftkit.draft.checkpoint_forms import Fields, read_shape, tensors_from_form, tensors_to_form, write_shape
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
+from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.errors import CheckpointError
+from draftkit.target.transformers import TransformersTarget
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
-_HEAD_NAMES = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}
+INDEX = WEIGHTS + ".index.json"
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-def new_drafter(config: DrafterConfig, embedding_VH: Tensor, head_VH: Tensor) -> Drafter:
-    """A fresh drafter with frozen copies of the target's embedding and head."""
-    drafter = BlockDrafter(config)
+def new_drafter(
+    config: DrafterShape, embedding_VH: Tensor, head_VH: Tensor, draft_ids_W: Tensor | None = None
+) -> BlockDrafter | EagleDrafter:
+    """A fresh drafter with frozen copies of the target's embedding and head.
+
+    `draft_ids_W` (int64) are the target ids of an EAGLE-3 drafter's reduced vocabulary. Raises CheckpointError when sizes
+    do not fit.
+    """
+    drafter = _build(config)
+    if isinstance(drafter, EagleDrafter):
+        drafter.choose_vocabulary(draft_ids_W, head_VH)
+        head_VH = head_VH if draft_ids_W is None else head_VH[draft_ids_W]
     for parameter, source in ((drafter.embed_tokens.weight, embedding_VH), (drafter.lm_head.weight, head_VH)):
         if parameter.shape != source.shape:
             raise CheckpointError(
@@ -38,39 +51,95 @@ def new_drafter(config: DrafterConfig, embedding_VH: Tensor, head_VH: Tensor) ->
     return drafter
 
 
-def save_drafter(drafter: Drafter, folder: Path, provenance: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(_to_hf(drafter.config, dtype), indent=1) + "\n", encoding="utf-8")
+def save_drafter(
+    drafter: Drafter,
+    folder: Path,
+    provenance: dict[str, Any],
+    dtype: torch.dtype,
+    form: str = "portable",
+    lender: TransformersTarget | None = None,
+) -> None:
+    """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter.
+
+    `form` is one of `checkpoint_forms.FORMS`. With a `lender`, embedding and head are left out. Raises CheckpointError
+    when the form cannot hold this drafter, or when they are not the lender's.
+    """
+    fields = write_shape(drafter.config, form) | {"dtype": str(dtype).removeprefix("torch.")}
     tensors = {k: v.detach().to("cpu", dtype).clone().contiguous() for k, v in drafter.state_dict().items()}
+    if lender is not None:
+        _leave_out_borrowed(drafter, tensors, lender, dtype)
+    if isinstance(drafter, EagleDrafter) and drafter.draft_ids_W is not None:
+        ids_W = drafter.draft_ids_W.cpu()
+        tensors["d2t"] = ids_W - torch.arange(len(ids_W))
+        tensors["t2d"] = torch.zeros(drafter.config.vocab_size, dtype=torch.bool).index_fill_(0, ids_W, True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     partial = folder / (WEIGHTS + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
+    save_file(tensors_to_form(tensors, fields["architectures"][0]), partial, metadata={"format": "pt"})
     digest = hashlib.sha256(partial.read_bytes()).hexdigest()
     note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": digest} | provenance
     (folder / PROVENANCE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / WEIGHTS)
 
 
-def load_drafter(folder: Path, dtype: torch.dtype = torch.float32) -> Drafter:
-    """Read a folder. Raises CheckpointError naming the file, the field or the tensor that is wrong."""
-    config = read_config(folder)
-    path = folder / WEIGHTS
-    if not path.exists():
-        raise CheckpointError(f"{folder}: has no {WEIGHTS}; give the folder that `draftkit train` wrote")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: is damaged ({error}); train or copy it again") from error
-    drafter = BlockDrafter(config)
-    check_tensors(str(path), {k: v.shape for k, v in drafter.state_dict().items()}, tensors)
+def load_drafter(
+    folder: Path, dtype: torch.dtype = torch.float32, target: TransformersTarget | None = None
+) -> BlockDrafter | EagleDrafter:
+    """Read a folder in any known form; what it leaves out is borrowed from `target`.
+
+    Raises CheckpointError naming the file, the field or the tensor that is wrong, or that only the target can give.
+    """
+    config = read_config(folder, target.info.num_layers if target else None)
+    if (folder / "mask_embedding.pt").exists():
+        raise CheckpointError(f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores")
+    tensors = tensors_from_form(read_tensors(folder), config)
+    drafter = _build(config)
+    ids_W = _take_draft_ids(str(folder), config, tensors)
+    for name in (EMBEDDING, HEAD):
+        if name not in tensors:
+            tensors[name] = _borrowed(str(folder), name, target, ids_W)
+    check_tensors(str(folder), {k: v.shape for k, v in drafter.state_dict().items()}, tensors)
     drafter.load_state_dict(tensors)
+    if isinstance(drafter, EagleDrafter):
+        drafter.choose_vocabulary(ids_W, target.head_weight() if target else None)
     return drafter.to(dtype).eval()
+
+
+def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterShape:
+    """The drafter's shape from `config.json`. Raises CheckpointError when it is missing, broken or of another kind."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a drafter")
+    return read_shape(Fields(_read_json(path), str(path)), num_target_layers)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Raises CheckpointError when a file is missing or damaged, or lacks what the index says.
+    """
+    if (folder / WEIGHTS).exists():
+        return _read_file(folder / WEIGHTS)
+    if not (folder / INDEX).exists():
+        pickled = any(folder.glob("*.bin"))
+        reason = "its weights are pickled; convert them to safetensors" if pickled else "give the folder of a drafter"
+        raise CheckpointError(f"{folder}: has no {WEIGHTS}; {reason}")
+    places = Fields(_read_json(folder / INDEX), str(folder / INDEX)).section("weight_map").raw
+    shards = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or not (folder / name).exists():
+            raise CheckpointError(f"{folder}: the index names {name}, which is not in the folder; copy it again")
+        shards[name] = _read_file(folder / name)
+    lost = sorted(tensor for tensor, file in places.items() if tensor not in shards[file])
+    if lost:
+        raise CheckpointError(f"{folder}: the shards lack {', '.join(lost[:4])}, which the index names")
+    return {tensor: value for shard in shards.values() for tensor, value in shard.items()}
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What `draftkit.json` says, or an empty dict for a drafter that draftkit did not train."""
     path = folder / PROVENANCE
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return Fields(_read_json(path), str(path)).raw if path.exists() else {}
 
 
 def check_tensors(where: str, wanted: dict[str, torch.Size], found: dict[str, Tensor]) -> None:
@@ -84,73 +153,58 @@ def check_tensors(where: str, wanted: dict[str, torch.Size], found: dict[str, Te
             raise CheckpointError(f"{where}: {name} is {tuple(found[name].shape)}, the configuration says {tuple(shape)}")
 
 
-def read_config(folder: Path) -> DrafterConfig:
-    """The drafter's shape from `config.json`. Raises CheckpointError when it is missing, broken or of another kind."""
-    path = folder / CONFIG
-    if not path.exists():
-        raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a drafter")
+def _build(config: DrafterShape) -> BlockDrafter | EagleDrafter:
+    if isinstance(config, EagleConfig):
+        return EagleDrafter(config)
+    if isinstance(config, DrafterConfig):
+        return BlockDrafter(config)
+    raise TypeError(f"{type(config).__name__}: no drafter has this shape")
+
+
+def _read_json(path: Path) -> Any:
     try:
-        raw = json.loads(path.read_text("utf-8"))
+        return json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error})") from error
-    architecture = (raw.get("architectures") or ["nothing"])[0]
-    if architecture not in ("Qwen3DSparkModel", "DSparkDraftModel"):
-        raise CheckpointError(f"{path}: architecture {architecture} is not known; Qwen3DSparkModel is")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        rank = raw.get("markov_rank", 0)
-        return DrafterConfig(
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw["num_key_value_heads"],
-            head_dim=raw["head_dim"],
-            vocab_size=raw["vocab_size"],
-            feature_layers=tuple(raw["target_layer_ids"]),
-            num_target_layers=raw["num_target_layers"],
-            mask_token_id=raw["mask_token_id"],
-            block_size=raw["block_size"],
-            head=_HEAD_NAMES[raw.get("markov_head_type", "vanilla")] if rank else "none",
-            markov_rank=rank,
-            confidence=raw.get("enable_confidence_head", False),
-            confidence_with_markov=raw.get("confidence_head_with_markov", True) and rank > 0,
-            rms_eps=raw["rms_norm_eps"],
-            rope_theta=raw.get("rope_theta") or raw["rope_parameters"]["rope_theta"],
-            max_length=raw["max_position_embeddings"],
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path}: field {error} is missing or not known") from error
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); train or copy it again") from error
 
 
-def _to_hf(config: DrafterShape, dtype: torch.dtype) -> dict[str, Any]:
-    if not isinstance(config, DrafterConfig):
-        raise TypeError(f"{type(config).__name__}: has no portable form yet")
-    names = {v: k for k, v in _HEAD_NAMES.items()}
-    return {
-        "architectures": ["Qwen3DSparkModel"],
-        "model_type": "qwen3",
-        "dtype": str(dtype).removeprefix("torch."),
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": config.rms_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": config.max_length,
-        "layer_types": ["full_attention"] * config.num_layers,
-        "tie_word_embeddings": False,
-        "block_size": config.block_size,
-        "target_layer_ids": list(config.feature_layers),
-        "num_target_layers": config.num_target_layers,
-        "mask_token_id": config.mask_token_id,
-        "markov_rank": config.markov_rank if config.head != "none" else 0,
-        "markov_head_type": names.get(config.head, "vanilla"),
-        "enable_confidence_head": config.confidence,
-        "confidence_head_with_markov": config.confidence_with_markov and config.head != "none",
-    }
+def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:
+    """Remove d2t and t2d (what d2t says again) and return the draft vocabulary's target ids, None for the whole."""
+    if not isinstance(config, EagleConfig):
+        return None
+    offsets_W = tensors.pop("d2t", None)
+    tensors.pop("t2d", None)
+    if config.draft_vocab_size is None:
+        if offsets_W is not None and bool(offsets_W.any()):
+            raise CheckpointError(f"{where}: d2t renames tokens, but draft_vocab_size is the whole vocabulary")
+        return None
+    if offsets_W is None or offsets_W.shape != (config.draft_vocab_size,):
+        found = "missing" if offsets_W is None else tuple(offsets_W.shape)
+        raise CheckpointError(f"{where}: d2t is {found}; draft_vocab_size {config.draft_vocab_size} needs one id each")
+    return offsets_W.long() + torch.arange(len(offsets_W))
+
+
+def _borrowed(where: str, name: str, target: TransformersTarget | None, draft_ids_W: Tensor | None) -> Tensor:
+    if target is None:
+        raise CheckpointError(f"{where}: has no {name}, which is its target's; load it together with the target")
+    if name == EMBEDDING:
+        return target.embedding_weight()
+    return target.head_weight() if draft_ids_W is None else target.head_weight()[draft_ids_W]
+
+
+def _leave_out_borrowed(
+    drafter: Drafter, tensors: dict[str, Tensor], lender: TransformersTarget, dtype: torch.dtype
+) -> None:
+    ids_W = drafter.draft_ids_W if isinstance(drafter, EagleDrafter) else None
+    for name in (EMBEDDING, HEAD):
+        if not torch.equal(tensors[name], _borrowed("drafter", name, lender, ids_W).to("cpu", dtype)):
+            raise CheckpointError(f"{name} is not the one of {lender.info.name}: it must be written")
+        if name == EMBEDDING or ids_W is None:  # engines look for a reduced head in the folder
+            del tensors[name]

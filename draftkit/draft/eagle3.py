@@ -1,0 +1,363 @@
+"""EAGLE-3: a drafter of one layer that drafts token by token and feeds its own state back (arXiv 2503.01840).
+
+Row i of its sequence pairs feature f_i = W_c [H_i^(l1); ...; H_i^(lm)] with the embedding of token x_{i+1} at position i:
+    u_i = [RMSNorm(E x_{i+1}) ; RMSNorm(f_i)],  s_i = layer(u_i, residual f_i),  q(x_{i+2}) = softmax(W RMSNorm(s_i)).
+From the anchor's row on there are no features: the state s takes the place of the next row's f. Training unrolls the same
+steps ("training-time test"), with the conversation's own tokens: step k of an anchor sees the context rows up to the
+anchor's and its own steps 1..k. One layer: keys and values of the context need no attention.
+
+A reduced draft vocabulary is a choice of target ids; q is zero outside it.
+
+Shapes: B batch, T new tokens, S context rows, A anchors, G = gamma drafted tokens, V vocabulary, W draft vocabulary,
+H hidden, F = K * H features, N rows that count, Q query heads, M key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from draftkit.draft.backbone import MLP, RMSNorm, rope_table, rotate
+from draftkit.draft.drafter import DraftContext, Drafter, DrafterShape, LossReport, LossSettings, Proposal, TrainBatch
+from draftkit.draft.losses import distillation_loss
+from draftkit.errors import ConfigError
+from draftkit.ops.sampling import Sampling, processed_probs, sample
+
+CONTEXT_GROWTH = 256  # rows by which a context's memory grows
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagleConfig(DrafterShape):
+    """The shape of an EAGLE-3 drafter; `block_size` is the horizon of training and the number of drafted tokens.
+
+    `draft_vocab_size` null is the target's vocabulary. `qk_norm`: RMSNorm of queries and keys, as in Qwen3.
+    `norm_before_residual`: the residual is the normed state instead of the state.
+    """
+
+    num_layers: int = 1
+    draft_vocab_size: int | None = None
+    qk_norm: bool = False
+    norm_before_residual: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_layers != 1:
+            raise ConfigError(f"drafter.num_layers: {self.num_layers}, but an EAGLE-3 drafter has 1 layer")
+        if self.draft_vocab_size is not None and not 1 < self.draft_vocab_size <= self.vocab_size:
+            raise ConfigError(
+                f"drafter.draft_vocab_size: {self.draft_vocab_size} must lie between 2 and the target's {self.vocab_size}"
+            )
+
+    @property
+    def algorithm(self) -> str:
+        """The field's name for this kind of drafter."""
+        return "eagle3"
+
+    @property
+    def head_size(self) -> int:
+        """Tokens that can be drafted."""
+        return self.draft_vocab_size or self.vocab_size
+
+
+class EagleAttention(nn.Module):
+    """Projections of the layer; their input is twice as wide as the hidden state."""
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, size = 2 * config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_heads * size, bias=False)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(size, config.rms_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(size, config.rms_eps) if config.qk_norm else None
+
+    def queries(self, u: Tensor, rope: Tensor) -> Tensor:
+        """[B, T, 2 H] and cos/sin [B or 1, T, 2, D] to [B, Q, T, D], rotated."""
+        return self._rotated(self.q_proj(u), self.q_norm, rope)
+
+    def keys_values(self, u: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T, 2 H] and cos/sin to rotated keys and to values, both [B, M, T, D]."""
+        values = self.v_proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self._rotated(self.k_proj(u), self.k_norm, rope), values
+
+    def _rotated(self, x: Tensor, norm: RMSNorm | None, rope: Tensor) -> Tensor:
+        x = x.unflatten(-1, (-1, self.head_dim))
+        x = norm(x) if norm is not None else x
+        return rotate(x, rope[:, :, None, 0], rope[:, :, None, 1]).transpose(1, 2)
+
+
+class EagleLayer(nn.Module):
+    """The one layer: attention over [embedding ; state], then the MLP, both with residuals on the state."""
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        self.norm_before_residual = config.norm_before_residual
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.self_attn = EagleAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.mlp = MLP(config)
+
+    def join(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings and states [..., H] to the layer's input u [..., 2 H] and its residual [..., H]."""
+        normed = self.hidden_norm(state)
+        return torch.cat([self.input_layernorm(embedded), normed], -1), normed if self.norm_before_residual else state
+
+    def finish(self, mixed: Tensor, residual: Tensor) -> Tensor:
+        """Attention's output [B, Q, T, D] and the residual [B, T, H] to the next state [B, T, H]."""
+        state = residual + self.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = state + self.mlp(self.post_attention_layernorm(state))
+        return out
+
+
+class EagleContext:
+    """Keys and values [B, M, capacity, D] and projected features [B, capacity, H] of the committed rows.
+
+    Row i needs token i + 1, so the anchor's row (the last) is made again when drafting starts from it.
+    """
+
+    def __init__(self, config: EagleConfig, batch: int, like: Tensor) -> None:
+        shape = (batch, config.num_kv_heads, 0, config.head_dim)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.features_BTH = like.new_empty(batch, 0, config.hidden_size)
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Committed tokens held."""
+        return self._length
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self._length = min(self._length, length)
+
+    def append(self, keys: Tensor, values: Tensor, features_BTH: Tensor) -> None:
+        """Commit T more rows."""
+        end = self._length + keys.shape[2]
+        self.make_room(end)
+        self.keys[:, :, self._length : end], self.values[:, :, self._length : end] = keys, values
+        self.features_BTH[:, self._length : end] = features_BTH
+        self._length = end
+
+    def make_room(self, rows: int) -> None:
+        """Grow so that `rows` rows fit; what lies behind `length` is scratch."""
+        missing = rows - self.keys.shape[2]
+        if missing > 0:
+            room = -(-missing // CONTEXT_GROWTH) * CONTEXT_GROWTH
+            self.keys, self.values, self.features_BTH = (
+                F.pad(t, (0, 0, 0, room)) for t in (self.keys, self.values, self.features_BTH)
+            )
+
+
+class EagleDrafter(Drafter):
+    """One layer, a final norm, and frozen copies of the target's embedding and head (its chosen rows).
+
+    `draft_ids_W` are the target ids of the draft vocabulary, None for the whole. `target_head_VH`, the target's head, is
+    needed for training when it is not `lm_head`, and is no part of a checkpoint.
+    """
+
+    config: EagleConfig
+    draft_ids_W: Tensor | None
+    target_head_VH: Tensor | None
+    _rope: Tensor | None
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.fc = nn.Linear(len(config.feature_layers) * hidden, hidden, bias=False)
+        self.midlayer = EagleLayer(config)
+        self.norm = RMSNorm(hidden, config.rms_eps)
+        self.lm_head = nn.Linear(hidden, config.head_size, bias=False)
+        ids = torch.arange(config.head_size) if config.draft_vocab_size else None
+        self.register_buffer("draft_ids_W", ids, persistent=False)
+        self.register_buffer("target_head_VH", None, persistent=False)
+        self.register_buffer("_rope", None, persistent=False)
+        self.embed_tokens.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.weight.requires_grad:
+                nn.init.normal_(module.weight, std=0.02)
+
+    def choose_vocabulary(self, draft_ids_W: Tensor | None, target_head_VH: Tensor | None) -> None:
+        """Set the draft vocabulary and the target's head to train with. Raises ConfigError when the vocabulary has not
+        the configured size, names a token twice, or one that the target does not have."""
+        found = None if draft_ids_W is None else len(draft_ids_W)
+        if found != self.config.draft_vocab_size:
+            raise ConfigError(f"drafter.draft_vocab_size: {self.config.draft_vocab_size}, but {found} tokens were chosen")
+        if draft_ids_W is not None:
+            lowest, highest = int(draft_ids_W.min()), int(draft_ids_W.max())
+            if lowest < 0 or highest >= self.config.vocab_size or len(draft_ids_W.unique()) < len(draft_ids_W):
+                raise ConfigError(f"draft vocabulary: its ids must be distinct and within 0..{self.config.vocab_size - 1}")
+        self.draft_ids_W = draft_ids_W
+        self.target_head_VH = target_head_VH.detach() if target_head_VH is not None else None
+
+    # --- drafting
+
+    def new_context(self, batch: int = 1) -> EagleContext:
+        """An empty context for `batch` requests of equal length."""
+        return EagleContext(self.config, batch, self.norm.weight)
+
+    @torch.inference_mode()
+    def extend(self, context: DraftContext, features_BTF: Tensor, next_tokens_BT: Tensor) -> None:
+        """Write keys and values of T committed rows: feature i with token i + 1."""
+        own = _own(context)
+        features_BTH = self.fc(features_BTF.to(self.fc.weight.dtype))
+        u, _ = self.midlayer.join(self.embed_tokens(next_tokens_BT), features_BTH)
+        rope = self._rope_rows(own.length, u.shape[1])
+        own.append(*self.midlayer.self_attn.keys_values(u, rope), features_BTH)
+
+    @torch.inference_mode()
+    def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
+        """G steps of the layer; the first one is the last committed row, with the anchor as its token.
+
+        Raises ValueError when the context holds no token yet.
+        """
+        own = _own(context)
+        if not own.length:
+            raise ValueError("an EAGLE-3 drafter needs at least one committed token before it drafts")
+        row = own.length - 1
+        own.make_room(row + self.gamma)
+        state_B1H, token_B = own.features_BTH[:, row : row + 1], anchor_B
+        tokens, probs = [], []
+        for k in range(self.gamma):
+            state_B1H = self._step(own, row + k, token_B, state_B1H)
+            q_BV = processed_probs(self._logits(state_B1H[:, 0]), sampling)
+            token_B = q_BV.argmax(-1) if sampling.temperature == 0 else sample(q_BV, uniforms_BG[:, k])
+            tokens.append(token_B)
+            probs.append(q_BV)
+        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1), None)
+
+    def _step(self, context: EagleContext, row: int, token_B: Tensor, state_B1H: Tensor) -> Tensor:
+        """The next state; keys and values of `row` are written into the context's scratch rows."""
+        u, residual = self.midlayer.join(self.embed_tokens(token_B[:, None]), state_B1H)
+        rope, attention = self._rope_rows(row, 1), self.midlayer.self_attn
+        keys, values = attention.keys_values(u, rope)
+        context.keys[:, :, row : row + 1], context.values[:, :, row : row + 1] = keys, values
+        seen = (context.keys[:, :, : row + 1], context.values[:, :, : row + 1])
+        grouped = self.config.num_heads != self.config.num_kv_heads
+        mixed = F.scaled_dot_product_attention(attention.queries(u, rope), *seen, enable_gqa=grouped)
+        return self.midlayer.finish(mixed, residual)
+
+    def _logits(self, state_BH: Tensor) -> Tensor:
+        """Draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B, V]."""
+        logits_BW: Tensor = self.lm_head(self.norm(state_BH))
+        if self.draft_ids_W is None:
+            return logits_BW
+        outside = logits_BW.new_full((len(logits_BW), self.config.vocab_size), float("-inf"))
+        return outside.index_copy_(-1, self.draft_ids_W, logits_BW)
+
+    def _rope_rows(self, start: int, count: int) -> Tensor:
+        """cos and sin of consecutive positions, [1, T, 2, D]; the table is made once, in float32."""
+        if self._rope is None:
+            config = self.config
+            table = rope_table(config.max_length + config.gamma, config.head_dim, config.rope_theta, self.norm.weight.device)
+            self._rope = table.to(self.norm.weight.dtype)
+        return self._rope[None, start : start + count]
+
+    # --- training
+
+    def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
+        """The distillation terms over all drafted positions that count; nothing is reduced over processes."""
+        anchors_BA, gamma = batch.anchors_BA, self.gamma
+        places_BAG, counted_BAG = drafted_places(batch, gamma)
+        counted_BAG &= batch.positions_BT.gather(1, anchors_BA)[..., None] > 0  # a first token has no feature before it
+        rows_N = counted_BAG.flatten().nonzero().squeeze(-1)
+        hidden_NH = self.norm(self._train_states(batch).flatten(0, 2)[rows_N])
+        target_NH = _pick(batch.last_hidden_BTH, places_BAG - 1).flatten(0, 2)[rows_N].to(hidden_NH.dtype)
+        weights_N = settings.position_weights(gamma).to(hidden_NH.device)[rows_N % gamma]
+        loss, ce_N, tv_N = distillation_loss(
+            hidden_NH,
+            None,
+            None,
+            self.lm_head.weight,
+            target_NH,
+            _pick(batch.tokens_BT, places_BAG).flatten()[rows_N],
+            settings.ce * weights_N,
+            settings.tv * weights_N,
+        )
+        sums = {"ce": (weights_N * ce_N).sum(), "tv": (weights_N * tv_N).sum()}
+        return LossReport(loss, weights_N.sum(), sums, (1 - tv_N / 2).clamp(0, 1), rows_N)
+
+    def _train_states(self, batch: TrainBatch) -> Tensor:
+        """States of all unrolled steps of all anchors, before the final norm: [B, A, G, H]."""
+        layer, attention, gamma = self.midlayer, self.midlayer.self_attn, self.gamma
+        length = batch.tokens_BT.shape[1]
+        rows_BA = (batch.anchors_BA - 1).clamp_min(0)
+        starts_BA = batch.positions_BT.gather(1, rows_BA)
+        table = rope_table(length + gamma, self.config.head_dim, self.config.rope_theta, rows_BA.device)
+        table = table.to(self.fc.weight.dtype)
+
+        features_BSH = self.fc(batch.features_BTF.to(self.fc.weight.dtype))
+        next_BS = batch.tokens_BT.roll(-1, 1)  # a document's last row pairs with a stranger; no anchor sees that row
+        u, _ = layer.join(self.embed_tokens(next_BS), features_BSH)
+        context = attention.keys_values(u, table[batch.positions_BT])
+        seen_BAS = torch.arange(length, device=rows_BA.device) <= rows_BA[..., None]
+        seen_BAS &= batch.document_BT[:, None] == batch.document_BT.gather(1, rows_BA)[..., None]
+
+        state_BAH = _pick(features_BSH, rows_BA[..., None])[:, :, 0]
+        states: list[Tensor] = []
+        own: list[tuple[Tensor, Tensor]] = []
+        for k in range(gamma):
+            tokens_BA = batch.tokens_BT.gather(1, (batch.anchors_BA + k).clamp_max(length - 1))
+            u, residual = layer.join(self.embed_tokens(tokens_BA), state_BAH)
+            rope = table[starts_BA + k]
+            if k:  # step 0 is a row of the context
+                own.append(attention.keys_values(u, rope))
+            mixed = unrolled_attention(attention.queries(u, rope), context, own, seen_BAS)
+            state_BAH = layer.finish(mixed, residual)
+            states.append(state_BAH)
+        return torch.stack(states, 2)
+
+
+def unrolled_attention(
+    q_BQAD: Tensor, context: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], seen_BAS: Tensor
+) -> Tensor:
+    """Each anchor's query over its part of the context [B, M, S, D] and its own earlier steps (each [B, M, A, D]).
+
+    One softmax over S + steps keys, in float32; returns [B, Q, A, D].
+    """
+    kv_heads, size = context[0].shape[1], q_BQAD.shape[-1]
+    q = q_BQAD.unflatten(1, (kv_heads, -1)) * size**-0.5  # [B, M, Q / M, A, D]
+    scores = torch.einsum("bmgad,bmsd->bmgas", q, context[0]).float()
+    scores = scores.masked_fill(~seen_BAS[:, None, None], float("-inf"))
+    length = scores.shape[-1]
+    if own:
+        own_k, own_v = (torch.stack(parts, 3) for parts in zip(*own, strict=True))  # [B, M, A, steps, D]
+        scores = torch.cat([scores, torch.einsum("bmgad,bmakd->bmgak", q, own_k).float()], -1)
+    probs = torch.softmax(scores, -1).to(q.dtype)
+    mixed = torch.einsum("bmgas,bmsd->bmgad", probs[..., :length], context[1])
+    if own:
+        mixed = mixed + torch.einsum("bmgak,bmakd->bmgad", probs[..., length:], own_v)
+    return mixed.flatten(1, 2)
+
+
+def drafted_places(batch: TrainBatch, gamma: int) -> tuple[Tensor, Tensor]:
+    """Places of the drafted tokens in their row, clamped to it, and which of them count: int64 and bool [B, A, G].
+
+    A block ends with the first place that does not count or belongs to another document.
+    """
+    anchors_BA, length = batch.anchors_BA, batch.tokens_BT.shape[1]
+    wanted_BAG = anchors_BA[..., None] + 1 + torch.arange(gamma, device=anchors_BA.device)
+    places_BAG = wanted_BAG.clamp_max(length - 1)
+    counted = (wanted_BAG < length) & batch.anchor_mask_BA[..., None] & _pick(batch.loss_mask_BT, places_BAG)
+    counted &= _pick(batch.document_BT, places_BAG) == batch.document_BT.gather(1, anchors_BA)[..., None]
+    return places_BAG, counted.long().cumprod(-1).bool()
+
+
+def _own(context: DraftContext) -> EagleContext:
+    if not isinstance(context, EagleContext):
+        raise TypeError(f"an EAGLE-3 drafter needs its own context, not {type(context).__name__}")
+    return context
+
+
+def _pick(values_BT: Tensor, places_BAG: Tensor) -> Tensor:
+    """values[b, places[b, a, g]]: [B, A, G] or [B, A, G, H]."""
+    rows = torch.arange(len(values_BT), device=values_BT.device)[:, None, None]
+    return values_BT[rows, places_BAG]

@@ -1,0 +1,240 @@
+"""Drafter folders: every form is read as what it is and written as other engines expect it; mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_block_drafter import CONFIG as BLOCK
+from test_eagle3 import CONFIG as EAGLE
+from test_eagle3 import eagle_for
+
+from draftkit.decode import decode
+from draftkit.draft.block import BlockDrafter
+from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, save_drafter
+from draftkit.draft.drafter import DrafterShape
+from draftkit.draft.eagle3 import EagleDrafter
+from draftkit.errors import CheckpointError
+from draftkit.ops.sampling import Sampling
+from draftkit.target.transformers import TransformersTarget
+
+DFLASH: dict[str, Any] = {"head": "none", "markov_rank": 0, "confidence": False, "confidence_with_markov": False}
+SHAPES: dict[str, DrafterShape] = {
+    "dspark": BLOCK,
+    "gated": replace(BLOCK, head="gated", confidence_with_markov=False),
+    "dspark 1+N": replace(BLOCK, head="rnn", layout="one_plus_n"),
+    "dflash": replace(BLOCK, **DFLASH),
+    "dflash 1+N": replace(BLOCK, **DFLASH, layout="one_plus_n"),
+    "eagle3": EAGLE,
+    "eagle3 with norms": replace(EAGLE, qk_norm=True, block_size=5),
+    "eagle3 reduced": replace(EAGLE, draft_vocab_size=12, norm_before_residual=True),
+}
+
+
+def drafter_for(target: TransformersTarget, shape: DrafterShape) -> BlockDrafter | EagleDrafter:
+    torch.manual_seed(2)
+    shape = replace(shape, hidden_size=32, vocab_size=target.info.vocab_size, num_target_layers=4)
+    size = getattr(shape, "draft_vocab_size", None)
+    ids = torch.arange(1, 3 * size, 3) if size else None
+    drafter = new_drafter(shape, target.embedding_weight(), target.head_weight(), ids)
+    for parameter in drafter.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return drafter.eval()
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def edit(folder: Path, **changes: Any) -> dict[str, Any]:
+    fields = json.loads((folder / "config.json").read_text()) | changes
+    fields = {k: v for k, v in fields.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(fields))
+    return fields
+
+
+@pytest.mark.parametrize("lend", [False, True], ids=["whole", "borrowed"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_drafter_comes_back_as_it_was(name: str, lend: bool, target: TransformersTarget, tmp_path: Path) -> None:
+    drafter = drafter_for(target, SHAPES[name])
+    save_drafter(drafter, tmp_path, {}, torch.float32, lender=target if lend else None)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert ("embed_tokens.weight" in names) is (not lend and name != "dflash 1+N")
+    again = load_drafter(tmp_path, target=target)
+    assert again.config == drafter.config
+    assert same(again, drafter)
+    if isinstance(again, EagleDrafter) and isinstance(drafter, EagleDrafter) and drafter.draft_ids_W is not None:
+        assert torch.equal(again.draft_ids_W, drafter.draft_ids_W)  # type: ignore[arg-type]
+
+
+def test_a_folder_without_embedding_needs_its_target(target: TransformersTarget, tmp_path: Path) -> None:
+    save_drafter(drafter_for(target, BLOCK), tmp_path, {}, torch.float32, lender=target)
+    with pytest.raises(CheckpointError, match=r"no embed_tokens\.weight, which is its target's; load it together"):
+        load_drafter(tmp_path)
+    other = drafter_for(target, BLOCK)
+    other.lm_head.weight.data[0, 0] += 1
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not the one of"):
+        save_drafter(other, tmp_path, {}, torch.float32, lender=target)
+
+
+def test_zlabs_dflash_is_written_as_their_loaders_expect(target: TransformersTarget, tmp_path: Path) -> None:
+    save_drafter(drafter_for(target, SHAPES["dflash 1+N"]), tmp_path, {}, torch.bfloat16)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["architectures"] == ["DFlashDraftModel"]
+    assert fields["model_type"] == "qwen3"
+    assert (fields["block_size"], fields["dflash_config"]) == (4, {"mask_token_id": 3, "target_layer_ids": [0, 2]})
+    shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "model.safetensors").items()}
+    assert "embed_tokens.weight" not in shapes
+    assert shapes["fc.weight"] == (32, 64)
+    assert {"hidden_norm.weight", "norm.weight", "layers.1.self_attn.q_norm.weight"} <= shapes.keys()
+
+
+def test_zlabs_nested_block_size_is_read(target: TransformersTarget, tmp_path: Path) -> None:
+    save_drafter(drafter_for(target, SHAPES["dflash 1+N"]), tmp_path, {}, torch.float32)
+    nested = {"block_size": 6, "mask_token_id": 3, "target_layer_ids": [0, 2]}
+    edit(tmp_path, block_size=None, dflash_config=nested)
+    assert read_config(tmp_path).block_size == 6
+    edit(tmp_path, dflash_config=nested | {"final_logit_softcapping": 20.0})
+    with pytest.raises(CheckpointError, match=r"dflash_config: field 'final_logit_softcapping' is 20\.0"):
+        load_drafter(tmp_path, target=target)
+
+
+def test_portable_eagle3_has_the_layer_ids_of_every_engine(target: TransformersTarget, tmp_path: Path) -> None:
+    save_drafter(drafter_for(target, SHAPES["eagle3 reduced"]), tmp_path, {}, torch.bfloat16)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert (fields["model_type"], fields["num_hidden_layers"], fields["draft_vocab_size"]) == ("llama", 1, 12)
+    assert fields["eagle_aux_hidden_state_layer_ids"] == [1, 3]  # vLLM, llama.cpp: indices of hidden_states
+    assert fields["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2]  # SGLang: outputs
+    assert fields["norm_before_residual"] is True
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["midlayer.self_attn.q_proj.weight"].shape == (32, 64)
+    assert tensors["lm_head.weight"].shape == (12, 32)
+    assert tensors["lm_head.weight"].dtype == torch.bfloat16
+    assert (tensors["d2t"] + torch.arange(12)).tolist() == list(range(1, 36, 3))
+    assert tensors["d2t"].dtype == torch.int64
+    assert tensors["t2d"].nonzero().squeeze(-1).tolist() == list(range(1, 36, 3))
+    assert not [n for n in tensors if "q_norm" in n or n.startswith("model.")]
+
+
+def test_eagle3_with_norms_is_vllms_class_and_deepspecs_on_request(target: TransformersTarget, tmp_path: Path) -> None:
+    drafter = drafter_for(target, SHAPES["eagle3 with norms"])
+    save_drafter(drafter, tmp_path / "a", {}, torch.float32)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["architectures"] == ["Eagle3Qwen3ForCausalLM"]
+    save_drafter(drafter, tmp_path / "b", {}, torch.float32, form="deepspec")
+    fields = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert fields["architectures"] == ["Qwen3Eagle3Model"]
+    assert (fields["target_layer_ids"], fields["ttt_length"]) == ([0, 2], 5)
+    assert "layers.0.self_attn.k_norm.weight" in load_file(tmp_path / "b" / "model.safetensors")
+    again = load_drafter(tmp_path / "b")
+    assert again.config == drafter.config
+    assert same(again, drafter)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle3 reduced", "dflash 1+N"])
+def test_a_form_that_cannot_hold_the_drafter_says_so(name: str, target: TransformersTarget, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="DeepSpec"):
+        save_drafter(drafter_for(target, SHAPES[name]), tmp_path, {}, torch.float32, form="deepspec")
+    with pytest.raises(CheckpointError, match="choose one of portable, deepspec"):
+        save_drafter(drafter_for(target, SHAPES[name]), tmp_path, {}, torch.float32, form="gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_eagle3_layers_come_from_wherever_they_are_named(target: TransformersTarget, tmp_path: Path) -> None:
+    save_drafter(drafter_for(target, EAGLE), tmp_path, {}, torch.float32)
+    edit(tmp_path, eagle_aux_hidden_state_layer_ids=None)
+    assert read_config(tmp_path).feature_layers == (0, 2)
+    edit(tmp_path, eagle_config=None, num_target_layers=36, ttt_length=None)
+    assert read_config(tmp_path).feature_layers == (1, 17, 32)  # hidden states 2, n // 2, n - 3
+    assert read_config(tmp_path).block_size == 7
+    edit(tmp_path, num_target_layers=None)
+    with pytest.raises(CheckpointError, match="'num_target_layers'; load it together with its target"):
+        read_config(tmp_path)
+    assert read_config(tmp_path, 12).feature_layers == (1, 5, 8)
+
+
+def test_layer_names_of_both_kinds_and_shards_are_read(target: TransformersTarget, tmp_path: Path) -> None:
+    drafter = drafter_for(target, SHAPES["eagle3 reduced"])
+    save_drafter(drafter, tmp_path, {}, torch.float32)
+    tensors = {k.replace("midlayer.", "layers.0."): v for k, v in load_file(tmp_path / "model.safetensors").items()}
+    (tmp_path / "model.safetensors").unlink()
+    halves = [dict(list(tensors.items())[:5]), dict(list(tensors.items())[5:])]
+    files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name, half in zip(files, halves, strict=True):
+        save_file(half, tmp_path / name)
+    places = {k: name for name, half in zip(files, halves, strict=True) for k in half}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert same(load_drafter(tmp_path), drafter)
+    save_file(dict(list(halves[1].items())[1:]), tmp_path / files[1])
+    with pytest.raises(CheckpointError, match=f"the shards lack {next(iter(halves[1]))}"):
+        load_drafter(tmp_path)
+    (tmp_path / files[0]).unlink()
+    with pytest.raises(CheckpointError, match=r"names model-00001-of-00002\.safetensors, which is not in the folder"):
+        load_drafter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, "field 'hidden_act' is 'gelu'; draftkit runs 'silu'"),
+        ({"attention_bias": True}, "'attention_bias' is True"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "'rope_scaling'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: field 'rope_type' is 'llama3'"),
+        ({"norm_before_fc": True}, "'norm_before_fc' is True; draftkit runs False"),
+        ({"target_hidden_size": 64}, "'target_hidden_size' is 64"),
+        ({"hidden_size": "big"}, "'hidden_size' is 'big', must be of type int"),
+        ({"intermediate_size": None}, "field 'intermediate_size' is missing"),
+        ({"eagle_aux_hidden_state_layer_ids": ["1"]}, "must be a list of integers"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architecture LlamaForCausalLM is not known; known are Qwen3DSparkModel"),
+        ({"speculators_model_type": "eagle3"}, "the speculators form is not known"),
+        ({"num_hidden_layers": 2}, "1 layer"),
+        ({"draft_vocab_size": 13}, r"d2t is \(12,\); draft_vocab_size 13"),
+    ],
+)
+def test_what_is_wrong_in_a_folder_is_named(
+    changes: dict[str, Any], message: str, target: TransformersTarget, tmp_path: Path
+) -> None:
+    save_drafter(drafter_for(target, SHAPES["eagle3 reduced"]), tmp_path, {}, torch.float32)
+    edit(tmp_path, **changes)
+    with pytest.raises(Exception, match=message) as caught:
+        load_drafter(tmp_path)
+    assert caught.type.__module__ == "draftkit.errors"
+
+
+def test_missing_unknown_and_pickled_weights_are_named(target: TransformersTarget, tmp_path: Path) -> None:
+    save_drafter(drafter_for(target, SHAPES["eagle3 reduced"]), tmp_path, {}, torch.float32)
+    path, tensors = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    for changed, message in (
+        ({k: v for k, v in tensors.items() if k != "d2t"}, "d2t is missing"),
+        (tensors | {"midlayer.self_attn.q_norm.weight": torch.ones(8)}, r"unknown midlayer\.self_attn\.q_norm\.weight"),
+        ({k: v for k, v in tensors.items() if k != "norm.weight"}, r"missing norm\.weight"),
+        (tensors | {"d2t": tensors["d2t"] + 10**6}, "distinct and within"),
+    ):
+        save_file(changed, path)
+        with pytest.raises(Exception, match=message) as caught:
+            load_drafter(tmp_path)
+        assert caught.type.__module__ == "draftkit.errors"
+    (tmp_path / "mask_embedding.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="mask_embedding"):
+        load_drafter(tmp_path)
+    (tmp_path / "mask_embedding.pt").unlink()
+    path.rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pickled; convert them to safetensors"):
+        load_drafter(tmp_path)
+
+
+def test_a_drafter_drafts_the_same_after_a_trip_through_its_folder(target: TransformersTarget, tmp_path: Path) -> None:
+    drafter = eagle_for(target, draft_vocab_size=100)
+    save_drafter(drafter, tmp_path, {}, torch.float64, lender=target)
+    again = load_drafter(tmp_path, torch.float64, target)
+    for sampling in (Sampling(0.0), Sampling(1.0)):
+        one, other = (decode(target, d, [9, 9, 9], sampling, 20, seed=3) for d in (drafter, again))
+        assert one.rounds == other.rounds
+        assert one.tokens == other.tokens
