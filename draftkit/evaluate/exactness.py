@@ -1,70 +1,304 @@
-"""Proof by enumeration that a verification rule leaves the target's distribution as it is.
+"""Proof by enumeration that a verification rule, with a planner before it, leaves the target's law as it is.
 
-On a tiny vocabulary every proposal and every verdict is summed over, in float64, with random distributions for target and
-drafter behind every prefix. What comes out is the exact law of the output, not an estimate.
+On a tiny vocabulary every proposal, every plan, every verdict of up to three rounds of one or two requests is summed
+over in float64. What comes out is the joint law of the first tokens of all requests, not an estimate: it must be the
+product of the targets' own. The rules and planners are the functions that decoding and the engine call.
+
+Prefixes are nodes of a tree: the root is 0, the child of node n by token t is V n + 1 + t. A request ends at depth L;
+what the last round leaves open is filled with the target's own continuation.
+
+Shapes: V vocabulary, G = gamma drafted positions, N nodes, S active nodes (depth < L), E nodes up to depth L, M = V^G
+proposals, K = V^(G-1) draft prefixes (all that a confidence may look at), O = V^L outputs, C confidence patterns.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from draftkit.ops.verify import Rule
+from draftkit.ops.verify import RULES, Rule
+from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
+from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
-Tree = dict[tuple[int, ...], Tensor]  # prefix -> next-token distribution, float64 [V]
-
-
-def random_tree(vocab: int, depth: int, generator: torch.Generator, sharpness: float = 2.0) -> Tree:
-    """A random next-token distribution for every prefix shorter than `depth`."""
-    tree = {}
-    for length in range(depth):
-        for prefix in itertools.product(range(vocab), repeat=length):
-            logits = torch.randn(vocab, generator=generator, dtype=torch.float64) * sharpness
-            tree[prefix] = torch.softmax(logits, -1)
-    return tree
+DEVIATION_ALLOWED = 1e-12
+LEVELS = 3  # distinct confidences per table
 
 
-def output_law(rule: Rule, target: Tree, drafter: Tree, vocab: int, gamma: int) -> dict[tuple[int, ...], float]:
-    """Law of the first gamma + 1 output tokens: one round, then the target's own continuation."""
-    law: dict[tuple[int, ...], float] = dict.fromkeys(itertools.product(range(vocab), repeat=gamma + 1), 0.0)
-    for proposal in itertools.product(range(vocab), repeat=gamma):
-        chance = 1.0
-        for i, token in enumerate(proposal):
-            chance *= float(drafter[proposal[:i]][token])
-        p = torch.stack([target[proposal[:i]] for i in range(gamma + 1)])[None]
-        q = torch.stack([drafter[proposal[:i]] for i in range(gamma)])[None]
-        tokens, lengths = torch.tensor([proposal]), torch.tensor([gamma])
-        by_length = rule.length_law(tokens, p, q, lengths)[0]
-        for accepted in range(gamma + 1):
-            following = rule.next_token_law(torch.tensor([accepted]), tokens, p, q, lengths)[0]
-            for token in range(vocab):
-                prefix = (*proposal[:accepted], token)
-                weight = chance * float(by_length[accepted]) * float(following[token])
-                for rest in itertools.product(range(vocab), repeat=gamma + 1 - len(prefix)):
-                    whole = (*prefix, *rest)
-                    law[whole] += weight * _continuation(target, whole, len(prefix))
+@dataclass(frozen=True)
+class Tables:
+    """A target, a drafter and a confidence head by table: what each says behind every prefix, at every block position."""
+
+    vocab: int
+    gamma: int
+    length: int  # L, tokens of the output that are compared
+    target_NV: Floats
+    draft_NGV: Floats
+    level_NG: Ints  # index into `levels`
+    levels: Floats
+
+
+@dataclass(frozen=True)
+class PlannerCase:
+    """A planner under test: `lengths(confidence_RG, budget) -> [R]`; `budget(stale confidence_RG)` is asked with the
+    confidences of `lag` rounds earlier, ones before there are any. Without a budget, lag is 0 and budget 0."""
+
+    name: str
+    lengths: Callable[[Floats, int], Ints]
+    budget: Callable[[Floats], int] | None = None
+    lag: int = 0
+
+
+def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase]:
+    """Every planner of `schedule.planner`."""
+    return [
+        PlannerCase("fixed", lambda c, _: plan_fixed(len(c), gamma)),
+        PlannerCase("threshold", lambda c, _: plan_threshold(c, 0.5)),
+        PlannerCase("algorithm-1", lambda c, _: plan_verification(survival_of(c)[0], step_rate)),
+        PlannerCase(
+            "budget", lambda c, k: admit(survival_of(c)[0], k), lambda c: budget_from(survival_of(c)[0], step_rate), lag
+        ),
+    ]
+
+
+def same_step_search(step_rate: StepRate) -> PlannerCase:
+    """The planner that must fail: the best budget by the survivals of the very step that it cuts."""
+
+    def lengths(confidence_RG: Floats, _: int) -> Ints:
+        survival_RG, _ = survival_of(confidence_RG)
+        return admit(survival_RG, budget_from(survival_RG, step_rate))
+
+    return PlannerCase("same-step search", lengths)
+
+
+def random_tables(vocab: int, gamma: int, length: int, rng: np.random.Generator) -> Tables:
+    """Random sharp distributions behind every prefix; confidences of a few levels, so that ties, 0 and 1 occur."""
+    nodes = _first_of_depth(vocab, length + gamma)
+    levels = rng.uniform(size=LEVELS)
+    levels[rng.uniform(size=LEVELS) < 0.15] = 0.0
+    levels[rng.uniform(size=LEVELS) < 0.15] = 1.0
+    return Tables(
+        vocab,
+        gamma,
+        length,
+        _softmax(rng.normal(size=(nodes, vocab)) * 2),
+        _softmax(rng.normal(size=(nodes, gamma, vocab)) * 2),
+        rng.integers(0, LEVELS, (nodes, gamma)),
+        levels,
+    )
+
+
+def random_step_rate(most_tokens: int, rng: np.random.Generator) -> StepRate:
+    """A jagged one: any step may be dear, some are free."""
+    seconds = (1 + (rng.exponential(0.7, most_tokens) * (rng.uniform(size=most_tokens) < 0.5)).cumsum()).tolist()
+    return StepRate(tuple(range(1, most_tokens + 1)), tuple(seconds))
+
+
+def output_law(rule: Rule, case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
+    """Joint law of the first L tokens of each request, [O] * R."""
+    return _output_law([_Round(rule, t) for t in tables], case, tables, rounds)
+
+
+def deviation(law: Floats, tables: Sequence[Tables]) -> float:
+    """Largest difference between a joint law and the product of the targets' own."""
+    own = np.ones(())
+    for table in tables:
+        own = np.multiply.outer(own, _continuation(table)[0])
+    return float(np.abs(law - own).max())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The largest deviation over all tables of one rule behind one planner."""
+
+    rule: str
+    planner: str
+    requests: int
+    gamma: int
+    rounds: int
+    deviation: float
+
+
+def prove(
+    requests: int, gamma: int, tables: int, vocab: int = 3, seed: int = 0, tick: Callable[[], None] = lambda: None
+) -> list[Finding]:
+    """Every rule behind every planner, over random tables and step rates; `tick` is called after each table.
+
+    One request: three rounds, L = gamma + 2, budgets two rounds old. Two requests that share a pass: two rounds, L = 3,
+    budgets one round old (the harder case for staleness).
+    """
+    rounds, length, lag = (3, gamma + 2, 2) if requests == 1 else (2, 3, 1)
+    rng = np.random.default_rng(seed)
+    worst: dict[tuple[str, str], float] = {}
+    for _ in range(tables):
+        chosen = [random_tables(vocab, gamma, length, rng) for _ in range(requests)]
+        cases = planner_cases(random_step_rate(requests * (gamma + 1), rng), gamma, lag)
+        for rule in RULES.values():
+            ready = [_Round(rule, t) for t in chosen]
+            for case in cases:
+                found = deviation(_output_law(ready, case, chosen, rounds), chosen)
+                worst[rule.name, case.name] = max(found, worst.get((rule.name, case.name), 0.0))
+        tick()
+    return [Finding(rule, planner, requests, gamma, rounds, found) for (rule, planner), found in worst.items()]
+
+
+def appendix_a() -> tuple[Tables, StepRate]:
+    """The paper's example of a search that biases: p = (0.7, 0.3), q = (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 behind the first
+    token and 0 behind the second; 1, 0.5 and 0.45 steps per second for passes of 1, 2 and 3 tokens."""
+    nodes, gamma = _first_of_depth(2, 4), 2
+    level_NG = np.zeros((nodes, gamma), np.int64)
+    level_NG[1, 1], level_NG[2, 1] = 1, 2
+    target_NV, draft_NGV = np.tile([0.7, 0.3], (nodes, 1)), np.full((nodes, gamma, 2), 0.5)
+    tables = Tables(2, gamma, 1, target_NV, draft_NGV, level_NG, np.array([0.8, 0.9, 0.0]))
+    return tables, StepRate((1, 2, 3), (1.0, 1 / 0.5, 1 / 0.45))
+
+
+def _output_law(ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
+    plans = _Plans(case, tables)
+    start = np.zeros((len(ready[0].moves),) * len(tables))
+    start.flat[0] = 1.0
+    groups: dict[tuple[int, ...], Floats] = {(): start}  # patterns of the last `lag` rounds -> mass per joint node
+    for _ in range(rounds):
+        following: dict[tuple[int, ...], Floats] = {}
+        for history, mass in groups.items():
+            for pattern, moved in _advance(mass, ready, plans, history):
+                key = (*history, pattern)[-case.lag :] if case.lag else ()
+                following[key] = following[key] + moved if key in following else moved
+        groups = following
+    law: Floats = np.sum(list(groups.values()), axis=0)
+    for axis, table in enumerate(tables):
+        law = np.moveaxis(np.tensordot(law, _continuation(table), (axis, 0)), -1, axis)
     return law
 
 
-def deviation(law: dict[tuple[int, ...], float], target: Tree) -> float:
-    """Largest difference between an output law and the target's own."""
-    return max(abs(found - _continuation(target, tokens, 0)) for tokens, found in law.items())
+# --- one round of one request, for every node, draft prefix and length
 
 
-def largest_deviation(rule: Rule, vocab: int, gamma: int, tables: int, seed: int = 0) -> float:
-    """Over `tables` random pairs of target and drafter."""
-    generator = torch.Generator().manual_seed(seed)
-    worst = 0.0
-    for _ in range(tables):
-        target, drafter = random_tree(vocab, gamma + 1, generator), random_tree(vocab, gamma, generator)
-        worst = max(worst, deviation(output_law(rule, target, drafter, vocab, gamma), target))
-    return worst
+class _Round:
+    """`moves` [E, K, G + 1, E]: from a node with this draft prefix (probability of the prefix included) and this many
+    verified tokens to the next node. `pattern` [E, K]: which confidences the planner sees. A finished request stays
+    where it is, with draft prefix 0 and the pattern of an empty proposal."""
+
+    def __init__(self, rule: Rule, tables: Tables) -> None:
+        vocab, gamma, length = tables.vocab, tables.gamma, tables.length
+        active, ends = _first_of_depth(vocab, length), _first_of_depth(vocab, length + 1)
+        proposals_MG = np.array(list(itertools.product(range(vocab), repeat=gamma)))
+        path = [np.repeat(np.arange(active)[:, None], len(proposals_MG), 1)]
+        for k in range(gamma):
+            path.append(path[-1] * vocab + 1 + proposals_MG[:, k])
+        path_SMH = np.stack(path, -1)  # H = G + 1: the node before each position, and after the last
+        q_SMGV = tables.draft_NGV[path_SMH[..., :gamma], np.arange(gamma)]
+        chance_SM = np.take_along_axis(q_SMGV, proposals_MG[None, :, :, None], -1)[..., 0].prod(-1)
+        prefixes = len(proposals_MG) // vocab
+        prefix_M = np.arange(len(proposals_MG)) // vocab
+
+        self.moves = np.zeros((ends, prefixes, gamma + 1, ends))
+        rows = active * len(proposals_MG)
+        tokens = torch.from_numpy(proposals_MG).repeat(active, 1)
+        p = torch.from_numpy(tables.target_NV[path_SMH]).reshape(rows, gamma + 1, vocab)
+        q = torch.from_numpy(q_SMGV).reshape(rows, gamma, vocab)
+        source = np.repeat(np.arange(active), len(proposals_MG)) * prefixes + np.tile(prefix_M, active)
+        for verified in range(gamma + 1):
+            lengths = torch.full((rows,), verified)
+            law = rule.length_law(tokens, p, q, lengths).numpy().reshape((*chance_SM.shape, gamma + 1))
+            for accepted in range(verified + 1):
+                following = rule.next_token_law(torch.full((rows,), accepted), tokens, p, q, lengths).numpy()
+                weight = (chance_SM * law[..., accepted]).reshape(rows, 1) * following
+                child = path_SMH[..., accepted].reshape(rows, 1) * vocab + 1 + np.arange(vocab)
+                cell = source[:, None] * ends + _ancestor(child, vocab, ends)
+                moved = np.bincount(cell.ravel(), weight.ravel(), active * prefixes * ends)
+                self.moves[:active, :, verified] += moved.reshape(active, prefixes, ends)
+        finished = np.arange(active, ends)
+        self.moves[finished, 0, :, finished] = 1.0
+
+        self.pattern = np.full((ends, prefixes), LEVELS**gamma)
+        shown_SMG = tables.level_NG[path_SMH[..., :gamma], np.arange(gamma)]
+        digits = LEVELS ** np.arange(gamma)
+        self.pattern[:active] = (shown_SMG * digits).sum(-1)[:, ::vocab]  # the last token is unseen by any confidence
 
 
-def _continuation(target: Tree, tokens: tuple[int, ...], start: int) -> float:
-    chance = 1.0
-    for i in range(start, len(tokens)):
-        chance *= float(target[tokens[:i]][tokens[i]])
+class _Plans:
+    """Lengths [C, ..., R] for every pattern of confidences of all requests, asked once per budget."""
+
+    def __init__(self, case: PlannerCase, tables: Sequence[Tables]) -> None:
+        self.case, self.requests, gamma = case, len(tables), tables[0].gamma
+        self.patterns = LEVELS**gamma + 1
+        digits = np.arange(LEVELS**gamma)[:, None] // LEVELS ** np.arange(gamma) % LEVELS
+        rows = [np.concatenate([t.levels[digits], np.zeros((1, gamma))]) for t in tables]
+        self.confidence = [
+            np.stack([rows[r][i] for r, i in enumerate(c)])
+            for c in itertools.product(range(self.patterns), repeat=self.requests)
+        ]
+        self.unknown = np.ones((self.requests, gamma))
+        self._known: dict[int, Ints] = {}
+
+    def lengths(self, history: tuple[int, ...]) -> Ints:
+        """For a past, given as the joint patterns of the last rounds."""
+        budget = 0
+        if self.case.budget is not None:
+            stale = self.confidence[history[0]] if len(history) == self.case.lag else self.unknown
+            budget = self.case.budget(stale)
+        if budget not in self._known:
+            self._known[budget] = np.array([self.case.lengths(c, budget) for c in self.confidence])
+        return self._known[budget]
+
+
+def _advance(
+    mass: Floats, rounds: Sequence[_Round], plans: _Plans, history: tuple[int, ...]
+) -> list[tuple[int, Floats]]:
+    """One round from the joint nodes: (joint pattern shown, mass per joint node after it); one entry with pattern 0 when
+    the planner keeps no past."""
+    lengths_CR = plans.lengths(history)
+    places = np.nonzero(mass)
+    prefixes = rounds[0].pattern.shape[1]
+    choices = np.array(list(itertools.product(range(prefixes), repeat=len(rounds)))).T  # [R, K^R]
+    nodes = [np.repeat(n, choices.shape[1]) for n in places]
+    chosen = [np.tile(c, len(places[0])) for c in choices]
+    pattern = np.zeros_like(nodes[0])
+    for one, n, k in zip(rounds, nodes, chosen, strict=True):
+        pattern = pattern * plans.patterns + one.pattern[n, k]
+    weight = np.repeat(mass[places], choices.shape[1])
+    moved = [one.moves[n, k, lengths_CR[pattern, r]] for r, (one, n, k) in enumerate(zip(rounds, nodes, chosen, strict=True))]
+    moved[0] = moved[0] * weight[:, None]
+    shown = pattern if plans.case.lag else np.zeros_like(pattern)
+    found = []
+    for one_pattern in np.unique(shown):
+        rows = shown == one_pattern
+        found.append((int(one_pattern), moved[0][rows].T @ moved[1][rows] if len(moved) > 1 else moved[0][rows].sum(0)))
+    return found
+
+
+def _continuation(tables: Tables) -> Floats:
+    """Probability [E, O] that the target goes on from a node to a whole output; 0 for outputs that do not begin so."""
+    vocab, length = tables.vocab, tables.length
+    leaves = np.arange(vocab**length)
+    chance = np.zeros((_first_of_depth(vocab, length + 1), len(leaves)))
+    node = leaves + _first_of_depth(vocab, length)
+    along = np.ones(len(leaves))
+    chance[node, leaves] = along
+    for _ in range(length):
+        parent, token = (node - 1) // vocab, (node - 1) % vocab
+        along = along * tables.target_NV[parent, token]
+        chance[parent, leaves] = along
+        node = parent
     return chance
+
+
+def _first_of_depth(vocab: int, depth: int) -> int:
+    """The first node of a depth, and the number of nodes above it."""
+    return sum(vocab**d for d in range(depth))
+
+
+def _ancestor(node: Ints, vocab: int, ends: int) -> Ints:
+    """The node itself, or where its path leaves the compared output."""
+    while (node >= ends).any():
+        node = np.where(node >= ends, (node - 1) // vocab, node)
+    return node
+
+
+def _softmax(logits: Floats) -> Floats:
+    raised = np.exp(logits - logits.max(-1, keepdims=True))
+    return raised / raised.sum(-1, keepdims=True)
