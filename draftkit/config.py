@@ -58,10 +58,13 @@ class DrafterSection(Section):
 
     algorithm: Literal["dspark", "dflash", "eagle3"] = "dspark"
     num_layers: int = Field(5, ge=1, description="eagle3: 1, the default there")
-    block_size: int = Field(7, ge=1, description="gamma: tokens drafted per round; eagle3: the horizon of training too")
+    style: Literal["auto", "qwen3", "llama", "gemma4"] = Field("auto", description="decoder block; auto: the target's")
+    layout: Literal["anchor", "one_plus_n"] = Field("anchor", description="which block positions draft: all, or the masks")
+    block_size: int = Field(7, ge=1, description="block positions: tokens drafted per round, one less in one_plus_n")
+    window: int | None = Field(None, ge=1, description="context positions before the anchor that are seen; null: all")
     num_features: int = Field(5, ge=1, description="target layers listened to, evenly spread")
     feature_layers: list[int] | None = Field(None, description="layer OUTPUT indices, instead of num_features")
-    head: Literal["markov", "gated", "rnn"] = "markov"
+    head: Literal["markov", "gated", "rnn", "none"] = "markov"
     markov_rank: int = Field(256, ge=1)
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
@@ -75,12 +78,21 @@ class DrafterSection(Section):
 
 
 class LossSection(Section):
-    """L = ce CE + tv |q - p|_1 + confidence BCE, position k weighted by exp(-(k - 1) / decay)."""
+    """L = ce CE + tv |q - p|_1 + kl KL(p, q) + lk LK + confidence BCE, position k weighted by exp(-(k - 1) / decay)."""
 
     ce: float = Field(0.1, ge=0)
     tv: float = Field(0.9, ge=0)
+    kl: float = Field(0.0, ge=0)
+    lk: float = Field(0.0, ge=0, description="KL and TV mixed by the acceptance rate (arXiv 2602.23881)")
     confidence: float = Field(1.0, ge=0)
-    decay: float = Field(4.0, gt=0)
+    decay: float = Field(4.0, gt=0, description="positions")
+    weighting: Literal["decay", "dpace"] = Field("decay", description="dpace: all but confidence, arXiv 2605.18810")
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> LossSection:
+        if not any((self.ce, self.tv, self.kl, self.lk)):
+            raise ValueError("must give one of ce, tv, kl, lk more than 0")
+        return self
 
 
 class TrainSection(Section):
@@ -214,5 +226,6 @@ def _first(error: ValidationError) -> str:
         return f"{field}: is missing and must be given"
     if mistake["type"] == "model_type":
         return f"{field}: must be a section with keys of its own, got {mistake['input']!r}"
-    words = mistake["msg"].removeprefix("Input ").replace("should", "must", 1).replace("a valid ", "a ", 1)
+    words = mistake["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    words = words.replace("should", "must", 1).replace("a valid ", "a ", 1)
     return f"{field}: {words[0].lower()}{words[1:].replace('a integer', 'an integer')}, got {mistake['input']!r}"

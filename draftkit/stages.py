@@ -22,6 +22,7 @@ from draftkit.data.template import render_prompt
 from draftkit.draft.checkpoint import load_drafter, new_drafter, read_provenance
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
 from draftkit.draft.eagle3 import EagleConfig
+from draftkit.draft.families import block_shape, style_of
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
@@ -95,20 +96,23 @@ def run_capture(
 def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
     """The drafter's shape: the recipe's choices, the target's sizes."""
     section, text = recipe.drafter, target.model.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
+    style = style_of(target.info.family) if section.style == "auto" else section.style
+    shape = block_shape(text, style)
     sizes: dict[str, Any] = {
         "hidden_size": target.info.hidden_size,
-        "intermediate_size": section.intermediate_size or text.intermediate_size,
+        "intermediate_size": section.intermediate_size or shape.intermediate_size,
         "num_layers": section.num_layers,
-        "num_heads": text.num_attention_heads,
-        "num_kv_heads": text.num_key_value_heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
         "vocab_size": target.info.vocab_size,
         "feature_layers": feature_layers(recipe, target),
         "num_target_layers": target.info.num_layers,
         "block_size": section.block_size,
-        "rms_eps": text.rms_norm_eps,
-        "rope_theta": rope.get("rope_theta", getattr(text, "rope_theta", 10_000.0)),
+        "rms_eps": shape.rms_eps,
+        "rope_theta": shape.rope_theta,
+        "logit_scale": shape.logit_scale,
+        "soft_cap": shape.soft_cap,
         "max_length": target.info.max_length,
     }
     if section.algorithm == "eagle3":
@@ -117,10 +121,15 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
     return DrafterConfig(
         **sizes,
         mask_token_id=_mask_token(target, tokenizer),
+        style=style,
+        shared_key_value=shape.shared_key_value,
+        rotary_share=shape.rotary_share,
+        layout=section.layout,
+        window=section.window,
         head=section.head if dspark else "none",
-        markov_rank=section.markov_rank if dspark else 0,
+        markov_rank=section.markov_rank if dspark and section.head != "none" else 0,
         confidence=dspark,
-        confidence_with_markov=section.confidence_with_markov and dspark,
+        confidence_with_markov=section.confidence_with_markov and dspark and section.head != "none",
         confidence_stop_gradient=section.confidence_stop_gradient,
     )
 

@@ -1,9 +1,10 @@
 """The transformer of a block drafter: its layers attend to injected context features and to their own block.
 
 Context features are projected once, H_ctx = RMSNorm(W_c [H^(l1); ...; H^(lm)]), and enter every layer as keys and values
-only: K_i = [W_i^K H_ctx ; W_i^K H_d], V_i likewise. Within a block attention is bidirectional.
+only: K_i = [W_i^K H_ctx ; W_i^K H_d], V_i likewise. Within a block attention is bidirectional. What differs between
+families of targets is a row of `draft/families.py`.
 
-Shapes: B batch, S context tokens, A anchors, G block positions, H hidden, N query heads, M key/value heads, D head size.
+Shapes: C context tokens, Q block positions, H hidden, N query heads, M key/value heads, D head size, I intermediate.
 Names of modules are those of the portable checkpoint.
 """
 
@@ -14,6 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
+from draftkit.draft.families import STYLES
+from draftkit.ops.attention import BlockPlan, block_attention
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, ready to broadcast over heads
 
 
 class RMSNorm(nn.Module):
@@ -29,9 +34,15 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_table(length: int, head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """cos and sin of all positions, float32 [length, 2, D]: frequencies are computed here, never stored or cast."""
+def rope_table(
+    length: int, head_dim: int, theta: float, device: torch.device | None = None, share: float = 1.0
+) -> Tensor:
+    """cos and sin of all positions, float32 [length, 2, D]: frequencies are computed here, never stored or cast.
+
+    With a `share` below 1 only that part of the frequencies turns (Transformers calls this rope type "proportional").
+    """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    frequencies[int(share * head_dim // 2) :] = 0
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat([angles, angles], -1)
     return torch.stack([angles.cos(), angles.sin()], 1)
@@ -48,94 +59,92 @@ class Attention(nn.Module):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        self.config = config
+        style = STYLES[config.style]
         hidden, size = config.hidden_size, config.head_dim
+        self.head_dim, self.eps, self.value_norm = size, config.rms_eps, style.value_norm
+        self.scale = size**-0.5 if style.scores_by_size else 1.0
         self.q_proj = nn.Linear(hidden, config.num_heads * size, bias=False)
         self.k_proj = nn.Linear(hidden, config.num_kv_heads * size, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_kv_heads * size, bias=False)
+        self.v_proj = None if config.shared_key_value else nn.Linear(hidden, config.num_kv_heads * size, bias=False)
         self.o_proj = nn.Linear(config.num_heads * size, hidden, bias=False)
-        self.q_norm = RMSNorm(size, config.rms_eps)
-        self.k_norm = RMSNorm(size, config.rms_eps)
+        self.q_norm = RMSNorm(size, config.rms_eps) if style.query_key_norm else None
+        self.k_norm = RMSNorm(size, config.rms_eps) if style.query_key_norm else None
 
-    def queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[B, T, H] to [B, N, T, D], normalised and rotated."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        return rotate(self.q_norm(q), cos, sin).transpose(1, 2)
+    @property
+    def value_weight(self) -> Tensor:
+        """What projects values: the key projection where the two are shared. [M * D, H]."""
+        return self.k_proj.weight if self.v_proj is None else self.v_proj.weight
 
-    def keys_values(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, H] to keys (normalised, rotated) and values, both [B, M, T, D]."""
-        k = self.k_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, self.config.head_dim))
-        return rotate(self.k_norm(k), cos, sin).transpose(1, 2), v.transpose(1, 2)
+    def queries(self, q: Tensor, rotation: Rotation) -> Tensor:
+        """Projected queries [..., N, D], normalised where the style says so and rotated."""
+        return rotate(self.q_norm(q) if self.q_norm is not None else q, *rotation)
+
+    def keys(self, k: Tensor, rotation: Rotation) -> Tensor:
+        """Projected keys [..., M, D], normalised where the style says so and rotated."""
+        return rotate(self.k_norm(k) if self.k_norm is not None else k, *rotation)
+
+    def values(self, v: Tensor) -> Tensor:
+        """Projected values [..., M, D], normalised where the style says so."""
+        return F.rms_norm(v, (self.head_dim,), None, self.eps) if self.value_norm else v
+
+    def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, H] to keys and values, both [T, M, D]."""
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = k if self.v_proj is None else self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        return self.keys(k, rotation), self.values(v)
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """down(act(gate x) * up x)."""
 
-    def __init__(self, config: DrafterShape) -> None:
+    def __init__(self, config: DrafterShape, activation: str = "silu") -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.tanh_gelu = activation == "gelu_pytorch_tanh"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to [..., H]."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, gate_up: Tensor | None = None) -> Tensor:
+        """[..., H] to [..., H]; `gate_up` [2 * I, H] are both input weights joined, where they are at hand."""
+        if gate_up is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = F.linear(x, gate_up).chunk(2, -1)
+        out: Tensor = self.down_proj((F.gelu(gate, approximate="tanh") if self.tanh_gelu else F.silu(gate)) * up)
         return out
 
 
 class DraftLayer(nn.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """Pre-norm attention and MLP with residuals; Gemma's has norms behind both too, and scales what it gives on."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
+        self.output_norms = STYLES[config.style].output_norms
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, STYLES[config.style].activation)
+        if self.output_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+            self.layer_scalar = nn.Buffer(torch.ones(1))
 
-    def train_forward(
-        self, x_BQH: Tensor, context_BSH: Tensor, rope: Rope, hidden_from_BAS: Tensor, gamma: int
+    def forward(
+        self, x_QH: Tensor, context_CH: Tensor, block_rope: Rotation, context_rope: Rotation, plan: BlockPlan
     ) -> Tensor:
-        """All blocks of a batch at once: x is [B, A * G, H]; `hidden_from_BAS` is true where a block must not look."""
-        normed = self.input_layernorm(x_BQH)
-        q = self.self_attn.queries(normed, *rope.block)
-        own = self.self_attn.keys_values(normed, *rope.block)
-        seen = self.self_attn.keys_values(context_BSH, *rope.context)
-        mixed = block_attention(q, own, seen, hidden_from_BAS, gamma)
-        x_BQH = x_BQH + self.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-        out: Tensor = x_BQH + self.mlp(self.post_attention_layernorm(x_BQH))
-        return out
+        """All blocks of a batch at once: [Q, H] to [Q, H], each block over its part of the context and itself."""
+        attention, normed = self.self_attn, self.input_layernorm(x_QH)
+        q = attention.queries(attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim)), block_rope)
+        own = attention.keys_values(normed, block_rope)
+        seen = attention.keys_values(context_CH, context_rope)
+        return self.finish(x_QH, block_attention(q, own, seen, plan, attention.scale).flatten(1))
 
-
-class Rope:
-    """cos/sin rows for the context positions and for the block positions, each ready to broadcast over heads."""
-
-    def __init__(self, table: Tensor, positions_BS: Tensor, positions_BQ: Tensor) -> None:
-        context, block = table[positions_BS], table[positions_BQ]
-        self.context = (context[..., 0, :][:, :, None], context[..., 1, :][:, :, None])
-        self.block = (block[..., 0, :][:, :, None], block[..., 1, :][:, :, None])
-
-
-def block_attention(
-    q_BNQD: Tensor, own: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor], hidden_from_BAS: Tensor, gamma: int
-) -> Tensor:
-    """Attention of every block to its part of the context and to itself: [B, N, A * G, D].
-
-    One softmax over S + G keys per query; no score between two blocks is ever computed, so memory grows with A * G * S,
-    not with (A * G)^2. Scores and softmax are float32.
-    """
-    batch, heads, queries, size = q_BNQD.shape
-    groups = heads // own[0].shape[1]
-    anchors = queries // gamma
-    own_k, own_v = (t.unflatten(2, (anchors, gamma)).repeat_interleave(groups, 1) for t in own)
-    seen_k, seen_v = (t.repeat_interleave(groups, 1) for t in seen)
-    q = q_BNQD * size**-0.5
-    to_context = (q @ seen_k.transpose(-1, -2)).float().view(batch, heads, anchors, gamma, -1)
-    to_context = to_context.masked_fill(hidden_from_BAS[:, None, :, None], float("-inf"))
-    to_block = (q.unflatten(2, (anchors, gamma)) @ own_k.transpose(-1, -2)).float()
-    probs = torch.softmax(torch.cat([to_context, to_block], -1), -1).to(q.dtype)
-    length = seen_k.shape[2]
-    from_context = probs[..., :length].flatten(2, 3) @ seen_v
-    from_block = (probs[..., length:] @ own_v).flatten(2, 3)
-    return from_context + from_block
+    def finish(self, x: Tensor, attended: Tensor, gate_up: Tensor | None = None) -> Tensor:
+        """The layer behind its attention: residual stream [..., H] and attended values [..., N * D] to [..., H]."""
+        update = self.self_attn.o_proj(attended)
+        if not self.output_norms:
+            x = x + update
+            return x + self.mlp(self.post_attention_layernorm(x), gate_up)
+        x = x + self.post_attention_layernorm(update)
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), gate_up))
+        return x * self.layer_scalar

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from draftkit.draft.families import STYLES
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling
 
@@ -22,7 +23,7 @@ LAYOUTS = ("anchor", "one_plus_n")
 @dataclass(frozen=True, kw_only=True)
 class DrafterShape:
     """What every drafter has. `feature_layers` are target layer OUTPUT indices, ascending; `block_size` sets how many
-    tokens are drafted per round."""
+    tokens are drafted per round; `logit_scale` and `soft_cap` are the target's, on the logits of its head."""
 
     hidden_size: int
     intermediate_size: int
@@ -36,6 +37,8 @@ class DrafterShape:
     block_size: int = 7
     rms_eps: float = 1e-6
     rope_theta: float = 10_000.0
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
     max_length: int = 4096
 
     def __post_init__(self) -> None:
@@ -62,7 +65,9 @@ class DrafterConfig(DrafterShape):
     """The shape of a block drafter (DSpark, or DFlash with `head="none"` and no confidence head).
 
     `block_size` is the number of block positions; `layout` "anchor" drafts from every one of them (the anchor first),
-    "one_plus_n" (z-lab's DFlash) from all but the anchor.
+    "one_plus_n" (z-lab's DFlash) from all but the anchor. `window` limits the context to the last so many positions
+    before the anchor. `style` is a row of `draft/families.py`; with `shared_key_value` a layer's values are its key
+    projection; rotary embeddings turn `rotary_share` of the head size.
     """
 
     mask_token_id: int
@@ -72,6 +77,10 @@ class DrafterConfig(DrafterShape):
     confidence: bool = True
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
+    window: int | None = None
+    style: str = "qwen3"
+    shared_key_value: bool = False
+    rotary_share: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +88,10 @@ class DrafterConfig(DrafterShape):
             raise ConfigError(f"drafter.head: {self.head!r} is not known, choose one of {', '.join(HEADS)}")
         if self.layout not in LAYOUTS:
             raise ConfigError(f"drafter.layout: {self.layout!r} is not known, choose one of {', '.join(LAYOUTS)}")
+        if self.style not in STYLES:
+            raise ConfigError(f"drafter.style: {self.style!r} is not known, choose one of {', '.join(STYLES)}")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"drafter.window: {self.window} leaves no context, give 1 or more, or null for all of it")
 
     @property
     def gamma(self) -> int:
@@ -180,12 +193,18 @@ class Drafter(nn.Module):
 
 @dataclass(frozen=True)
 class LossSettings:
-    """L = ce L_ce + tv L_tv + confidence L_conf, each weighted over positions by w_k = exp(-(k - 1) / decay)."""
+    """L = ce L_ce + tv L_tv + kl L_kl + lk L_lk + confidence L_conf (terms: `draft/losses.py`).
+
+    Positions are weighted by w_k = exp(-(k - 1) / decay); with `weighting` "dpace" the first four terms by D-PACE.
+    """
 
     ce: float = 0.1
     tv: float = 0.9
+    kl: float = 0.0
+    lk: float = 0.0
     confidence: float = 1.0
     decay: float = 4.0
+    weighting: str = "decay"
 
     def position_weights(self, gamma: int) -> Tensor:
         """w_k for k = 1..gamma, float32 [G]."""

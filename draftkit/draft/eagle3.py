@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from draftkit.draft.backbone import MLP, RMSNorm, rope_table, rotate
 from draftkit.draft.drafter import DraftContext, Drafter, DrafterShape, LossReport, LossSettings, Proposal, TrainBatch
-from draftkit.draft.losses import distillation_loss
+from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling, processed_probs, sample
 
@@ -247,7 +247,8 @@ class EagleDrafter(Drafter):
 
     def _logits(self, state_BH: Tensor) -> Tensor:
         """Draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B, V]."""
-        logits_BW: Tensor = self.lm_head(self.norm(state_BH))
+        head = Head(self.lm_head.weight, self.config.logit_scale, self.config.soft_cap)
+        logits_BW = head.logits(self.norm(state_BH))
         if self.draft_ids_W is None:
             return logits_BW
         outside = logits_BW.new_full((len(logits_BW), self.config.vocab_size), float("-inf"))
@@ -271,19 +272,21 @@ class EagleDrafter(Drafter):
         rows_N = counted_BAG.flatten().nonzero().squeeze(-1)
         hidden_NH = self.norm(self._train_states(batch).flatten(0, 2)[rows_N])
         target_NH = _pick(batch.last_hidden_BTH, places_BAG - 1).flatten(0, 2)[rows_N].to(hidden_NH.dtype)
-        weights_N = settings.position_weights(gamma).to(hidden_NH.device)[rows_N % gamma]
-        loss, ce_N, tv_N = distillation_loss(
-            hidden_NH,
-            None,
-            None,
-            self.lm_head.weight,
-            target_NH,
-            _pick(batch.tokens_BT, places_BAG).flatten()[rows_N],
-            settings.ce * weights_N,
-            settings.tv * weights_N,
+        head = Head(self.lm_head.weight, self.config.logit_scale, self.config.soft_cap)
+        rows = Rows(
+            hidden_NH=hidden_NH,
+            head=head,
+            markov=None,
+            target_hidden_NH=target_NH,
+            target_head=head,
+            tokens_N=_pick(batch.tokens_BT, places_BAG).flatten()[rows_N],
+            grid_N=rows_N,
+            gamma=gamma,
         )
-        sums = {"ce": (weights_N * ce_N).sum(), "tv": (weights_N * tv_N).sum()}
-        return LossReport(loss, weights_N.sum(), sums, (1 - tv_N / 2).clamp(0, 1), rows_N)
+        losses = distillation_loss(rows, settings)
+        weights_N = settings.position_weights(gamma).to(losses.ce_N)[rows_N % gamma]
+        sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
+        return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, rows_N)
 
     def _train_states(self, batch: TrainBatch) -> Tensor:
         """States of all unrolled steps of all anchors, before the final norm: [B, A, G, H]."""

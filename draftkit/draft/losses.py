@@ -1,84 +1,245 @@
-"""The distillation loss in chunks of rows: no [rows, vocabulary] tensor is ever whole.
+"""The distillation losses, computed in chunks of rows: no [rows, vocabulary] tensor is ever whole.
 
-Draft logits are z = W h + W_2 m with the target's frozen head W; the target's are W t. Both loss terms have closed
-gradients in z, so each chunk computes them while its logits exist, and backward only scales what was kept:
-    CE = -log q(x*)          d CE / dz = q - onehot(x*)
-    TV = sum |q - p|         d TV / dz = q * (s - sum(q s)),  s = sign(q - p)
-Shapes: N rows (drafted positions that count), H hidden, r Markov rank, V vocabulary.
+A row n is one drafted position that counts. Its draft logits are z = head(h) + W_2 m, the target's are head(t), with
+the target's frozen head(x) = cap * tanh(scale W x / cap), or scale W x where the family has no cap. With q = softmax(z),
+p the target's distribution and x* the token that follows, the terms and their gradients are
+    CE = -log q(x*)                d CE / dz = q - onehot(x*)
+    TV = sum |q - p|               d TV / dz = q (s - sum(q s)),  s = sign(q - p)
+    KL = sum p log(p / q)          d KL / dz = q - p
+    LK = l KL + (1 - l) TV / 2     l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant (arXiv 2602.23881)
+so that each chunk leaves its gradients behind while its logits exist, and backward only scales what was kept.
+
+A row's weight is w_k = exp(-(k - 1) / decay) of its position, or D-PACE's (arXiv 2605.18810, eq. 7 and 8): with the
+drafter's own smoothed confidence c_i = (1 - alpha) q_i(x*_i) + alpha, w_k = sum_{m >= k} prod_{i <= m} c_i, a constant.
+D-PACE's credit must not cancel: the denominator of the mean stays that of the fixed weights.
+
+Shapes: N rows, H hidden, r Markov rank, V vocabulary, G block positions.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ROWS = 512
+from draftkit.draft.drafter import LossSettings
+
+CHUNK_ROWS = 512  # rows of one product with the vocabulary, where that many logits are
+CHUNK_LOGITS = 2**25  # no more than this: what bounds the memory
+SLICE_LOGITS = 2**18  # worked on at once on a CPU: what a core's cache holds
+LK_SHARPNESS = 3.0
+DPACE_ALPHA = 0.5
 
 
-class _ChunkedDistillation(torch.autograd.Function):
+@dataclass(frozen=True)
+class Head:
+    """The target's output head: weight [V, H], the family's factor and soft cap on the logits."""
+
+    weight_VH: Tensor
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the final norm [..., H] to logits [..., V]."""
+        raw = F.linear(hidden, self.weight_VH.to(hidden.dtype))
+        if self.scale != 1:
+            raw = raw.mul_(self.scale)
+        return raw.div_(self.soft_cap).tanh_().mul_(self.soft_cap) if self.soft_cap else raw
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that count, in ascending order of `grid_N`.
+
+    `grid_N` is the place of a row in the [blocks, G] grid of all drafted positions; `markov` is (m [N, r], W_2 [V, r])
+    or None; a drafter with a head of its own gives it as W_2, and no `head`.
+    """
+
+    hidden_NH: Tensor | None
+    head: Head | None
+    markov: tuple[Tensor, Tensor] | None
+    target_hidden_NH: Tensor
+    target_head: Head
+    tokens_N: Tensor  # int64, x*
+    grid_N: Tensor  # int64
+    gamma: int
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """The weighted sum with gradients; and every row's CE, TV = |q - p|_1 and KL (0 where not asked for) without,
+    float32 [N]."""
+
+    loss: Tensor
+    ce_N: Tensor
+    tv_N: Tensor
+    kl_N: Tensor
+
+    @property
+    def accept_N(self) -> Tensor:
+        """The analytic acceptance rates 1 - TV / 2."""
+        return (1 - self.tv_N / 2).clamp(0, 1)
+
+
+def distillation_loss(rows: Rows, settings: LossSettings) -> RowLosses:
+    """sum_n w_n (ce CE + tv TV + kl KL + lk LK), differentiable in `hidden`, m and W_2."""
+    m_Nr, w2_Vr = rows.markov or (None, None)
+    inputs = (rows.hidden_NH, m_Nr, w2_Vr)
+    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
+    return RowLosses(*_Distillation.apply(*inputs, rows, settings, wanted))
+
+
+class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_NH: Tensor,
-        markov_Nr: Tensor | None,
+        hidden_NH: Tensor | None,
+        m_Nr: Tensor | None,
         w2_Vr: Tensor | None,
-        head_VH: Tensor,
-        target_hidden_NH: Tensor,
-        tokens_N: Tensor,
-        ce_weight_N: Tensor,
-        tv_weight_N: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = len(tokens_N)
-        ce_N, tv_N = (torch.empty(rows, dtype=torch.float32, device=hidden_NH.device) for _ in range(2))
-        grad_h = torch.empty_like(hidden_NH)
-        grad_m = torch.empty_like(markov_Nr) if markov_Nr is not None else None
-        grad_w2 = torch.zeros_like(w2_Vr) if w2_Vr is not None else None
-        for start in range(0, rows, CHUNK_ROWS):
-            part = slice(start, start + CHUNK_ROWS)
-            logits = hidden_NH[part] @ head_VH.T
-            if markov_Nr is not None and w2_Vr is not None:
-                logits = logits.addmm_(markov_Nr[part], w2_Vr.T)
-            log_q = torch.log_softmax(logits.float(), -1)
-            p = torch.softmax((target_hidden_NH[part] @ head_VH.T).float(), -1)
-            token = tokens_N[part, None]
-            ce_N[part] = -log_q.gather(-1, token).squeeze(-1)
-            q = log_q.exp_()
-            difference = p.sub_(q).neg_()
-            tv_N[part] = difference.abs().sum(-1)
-            sign = difference.sign_()
-            grad = sign.sub_((q * sign).sum(-1, keepdim=True)).mul_(tv_weight_N[part, None]).add_(ce_weight_N[part, None])
-            grad.mul_(q).scatter_add_(-1, token, -ce_weight_N[part, None])
-            grad = grad.to(hidden_NH.dtype)
-            grad_h[part] = grad @ head_VH
-            if markov_Nr is not None and w2_Vr is not None and grad_m is not None and grad_w2 is not None:
-                grad_m[part] = grad @ w2_Vr
-                grad_w2.addmm_(grad.T, markov_Nr[part])
-        ctx.grads = (grad_h, grad_m, grad_w2)
-        loss = (ce_weight_N * ce_N).sum() + (tv_weight_N * tv_N).sum()
-        ctx.mark_non_differentiable(ce_N, tv_N)
-        return loss, ce_N, tv_N
+        rows: Rows,
+        settings: LossSettings,
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.autocast(rows.tokens_N.device.type, enabled=False):
+            values_4N, ctx.gradients = _all_chunks(rows, settings, wanted)
+        loss, ce_N, tv_N, kl_N = values_4N[0].sum(), *values_4N[1:].unbind()
+        ctx.mark_non_differentiable(ce_N, tv_N, kl_N)
+        return loss, ce_N, tv_N, kl_N
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = tuple(None if g is None else g * grad_loss for g in ctx.grads)
-        return (*scaled, None, None, None, None, None)
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second backward would scale them twice
+        if gradients is None:
+            raise RuntimeError("the gradients of this loss were used; compute the loss again")
+        return (*(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None)
 
 
-def distillation_loss(
-    hidden_NH: Tensor,
-    markov_Nr: Tensor | None,
-    w2_Vr: Tensor | None,
-    head_VH: Tensor,
-    target_hidden_NH: Tensor,
-    tokens_N: Tensor,
-    ce_weight_N: Tensor,
-    tv_weight_N: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """sum(ce_weight * CE + tv_weight * TV) with gradients for `hidden`, `markov` and `w2`; and, without gradients, CE
-    and TV = |q - p|_1 of every row, float32 [N]. The acceptance rate of a row is 1 - TV / 2."""
-    out: tuple[Tensor, Tensor, Tensor] = _ChunkedDistillation.apply(
-        hidden_NH, markov_Nr, w2_Vr, head_VH, target_hidden_NH, tokens_N, ce_weight_N, tv_weight_N
-    )
-    return out
+def _all_chunks(rows: Rows, settings: LossSettings, wanted: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
+    """Weighted loss, CE, TV and KL of every row, float32 [4, N]; gradients of hidden, m and W_2 where wanted."""
+    sources = (rows.hidden_NH, *(rows.markov or (None, None)))
+    gradients = [
+        torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32) if i == 2 else t.dtype)
+        if t is not None and need
+        else None
+        for i, (t, need) in enumerate(zip(sources, wanted, strict=True))
+    ]
+    vocabulary, device = len(rows.target_head.weight_VH), rows.tokens_N.device
+    accuracy = torch.promote_types(rows.target_hidden_NH.dtype, torch.float32)
+    values_4N = torch.zeros(4, len(rows.tokens_N), dtype=accuracy, device=device)
+    weights_G = settings.position_weights(rows.gamma).to(device)
+    chunk_rows = min(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
+    slice_rows = SLICE_LOGITS // vocabulary if device.type == "cpu" else chunk_rows
+    for chunk in _whole_blocks(rows.grid_N, rows.gamma, chunk_rows):
+        draft, derivative = _draft_logits(rows, chunk)
+        target = rows.target_head.logits(rows.target_hidden_NH[chunk])
+        for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
+            place = slice(chunk.start + part.start, chunk.start + part.stop)
+            values_4N[:, place], gradient = _slice(
+                draft[part].to(accuracy),
+                target[part].to(accuracy),
+                rows.tokens_N[place, None],
+                rows.grid_N[place],
+                weights_G,
+                settings,
+                any(wanted),
+            )
+            if gradient is not None:
+                draft[part] = gradient
+        if any(wanted):
+            _push_back(rows, chunk, draft, derivative, gradients)
+    return values_4N, [g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, sources, strict=True)]
+
+
+def _whole_blocks(grid_N: Tensor, gamma: int, rows: int) -> list[slice]:
+    """Cut sorted rows into slices of at most `rows` rows that never cut a block; at least one block each."""
+    if not len(grid_N):
+        return []
+    step = max(1, rows // gamma) * gamma
+    first, last = int(grid_N[0]) // gamma * gamma, int(grid_N[-1])
+    borders = torch.arange(first, last + step, step, device=grid_N.device)
+    edges = [*torch.searchsorted(grid_N, borders).tolist(), len(grid_N)]
+    return [slice(a, b) for a, b in pairwise(edges) if a < b]
+
+
+def _draft_logits(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor | None]:
+    """z of a chunk [n, V], and the soft cap's derivative d head(h) / d (scale W h) where there is a cap."""
+    base = derivative = None
+    if rows.hidden_NH is not None and rows.head is not None:
+        base = rows.head.logits(rows.hidden_NH[chunk])
+        if rows.head.soft_cap:
+            derivative = 1 - (base / rows.head.soft_cap).square_()
+    if rows.markov is not None:
+        m_Nr, w2_Vr = rows.markov
+        m, w2 = m_Nr[chunk], w2_Vr.to(m_Nr.dtype)
+        base = m @ w2.T if base is None else base.addmm_(m, w2.T)
+    if base is None:
+        raise ValueError("these rows have no draft logits: give hidden states and a head, or m and W_2")
+    return base, derivative
+
+
+def _slice(
+    logits_nV: Tensor,
+    target_nV: Tensor,
+    token_n1: Tensor,
+    grid_n: Tensor,
+    weights_G: Tensor,
+    settings: LossSettings,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Weighted loss, CE, TV and KL of the rows of whole blocks, [4, n]; and the gradient by z, [n, V]."""
+    needs_kl = settings.kl > 0 or settings.lk > 0
+    log_q, p = torch.log_softmax(logits_nV, -1), torch.softmax(target_nV, -1)
+    ce = -log_q.gather(-1, token_n1).squeeze(-1)
+    kl = (torch.log_softmax(target_nV, -1).sub_(log_q).mul_(p)).sum(-1) if needs_kl else torch.zeros_like(ce)
+    q = log_q.exp_()
+    difference = q - p
+    tv = difference.abs().sum(-1)
+    weight = weights_G[grid_n % len(weights_G)].to(ce.dtype)
+    if settings.weighting == "dpace":
+        weight = dpace_weights(ce, grid_n, len(weights_G))
+    share = torch.exp(-LK_SHARPNESS * (1 - tv / 2).clamp(0, 1))
+    by_ce = weight * settings.ce
+    by_tv = weight * (settings.tv + settings.lk * (1 - share) / 2)
+    by_kl = weight * (settings.kl + settings.lk * share)
+    values = torch.stack([by_ce * ce + by_tv * tv + by_kl * kl, ce, tv, kl])
+    if not with_gradient:
+        return values, None
+    gradient = difference.sign_().mul_(q)
+    inner = by_ce + by_kl - by_tv * gradient.sum(-1)
+    gradient.mul_(by_tv[:, None]).addcmul_(q, inner[:, None])
+    if needs_kl:
+        gradient.addcmul_(p, by_kl[:, None], value=-1)
+    return values, gradient.scatter_add_(-1, token_n1, -by_ce[:, None])
+
+
+def dpace_weights(ce_n: Tensor, grid_n: Tensor, gamma: int) -> Tensor:
+    """D-PACE's weights [n] of the rows of whole blocks, from each row's CE."""
+    block_n, slot_n = grid_n // gamma, grid_n % gamma
+    block_n = block_n - block_n[0]
+    confidence = ce_n.new_zeros(int(block_n[-1]) + 1, gamma)  # 0 behind a block's end: nothing is gained there
+    confidence[block_n, slot_n] = (1 - DPACE_ALPHA) * torch.exp(-ce_n) + DPACE_ALPHA
+    gained = confidence.cumprod(-1)
+    return gained.flip(-1).cumsum(-1).flip(-1)[block_n, slot_n]
+
+
+def _push_back(
+    rows: Rows, chunk: slice, gradient_nV: Tensor, derivative_nV: Tensor | None, gradients: list[Tensor | None]
+) -> None:
+    """Write a chunk's gradients by hidden and m, and add up those by W_2."""
+    of_hidden, of_m, of_w2 = gradients
+    if rows.markov is not None:
+        m_Nr, w2_Vr = rows.markov
+        if of_m is not None:
+            of_m[chunk] = gradient_nV @ w2_Vr.to(gradient_nV.dtype)
+        if of_w2 is not None and of_w2.dtype == gradient_nV.dtype:
+            of_w2.addmm_(gradient_nV.T, m_Nr[chunk])
+        elif of_w2 is not None:
+            of_w2 += gradient_nV.T @ m_Nr[chunk]
+    if of_hidden is not None and rows.head is not None:
+        if derivative_nV is not None:
+            gradient_nV.mul_(derivative_nV)
+        of_hidden[chunk] = (gradient_nV @ rows.head.weight_VH.to(gradient_nV.dtype)).mul_(rows.head.scale)

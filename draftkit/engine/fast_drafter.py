@@ -21,6 +21,7 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.engine.fast_model import fuse_layer
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack, StackShape, pair_rows, rotary_table
+from draftkit.errors import ConfigError
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [R, V], draft index 0..G-1 -> tokens [R], probs [R, V]
 
@@ -29,11 +30,13 @@ class FastDrafter:
     """Weights taken from a loaded `BlockDrafter` (layer matrices are fused copies; embedding and heads are shared).
 
     `slots` positions of memory (blocks * block size, as the target's pool has them); `max_length` is the longest
-    request in tokens, the block behind it not counted.
+    request in tokens, the block behind it not counted. Raises ConfigError for a drafter that this stack cannot run.
     """
 
     def __init__(self, drafter: BlockDrafter, slots: int, max_length: int) -> None:
         config = drafter.config
+        if config.style != "qwen3" or config.window or config.soft_cap or config.logit_scale != 1:
+            raise ConfigError("the engine runs drafters of Qwen3 blocks over the whole context, without soft cap or scale")
         self.config, self.gamma = config, config.gamma
         self.embedding = drafter.embed_tokens.weight
         self.head, self.norm = drafter.lm_head.weight, drafter.norm.weight
@@ -52,8 +55,9 @@ class FastDrafter:
         rotary = rotary_table(max_length + config.block_size, frequencies, 1.0, self.head.dtype).to(self.head.device)
         self.stack = Stack(shape, tuple(fuse_layer(block, shape) for block in blocks), rotary, slots)
         keys = [pair_rows(b.self_attn.k_proj.weight, config.head_dim) for b in blocks]
-        self.context_kv = torch.cat([*keys, *(b.self_attn.v_proj.weight for b in blocks)])  # [2 L M D, H]
-        self.k_norm = torch.stack([pair_rows(b.self_attn.k_norm.weight, config.head_dim) for b in blocks])[:, None, None]
+        self.context_kv = torch.cat([*keys, *(b.self_attn.value_weight for b in blocks)])  # [2 L M D, H]
+        norms = [b.self_attn.k_norm.weight for b in blocks if b.self_attn.k_norm is not None]
+        self.k_norm = torch.stack([pair_rows(weight, config.head_dim) for weight in norms])[:, None, None]
 
     @torch.inference_mode()
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor) -> None:

@@ -1,0 +1,206 @@
+"""The chunked losses: values and gradients are those of the plain formulas, in any chunks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from draftkit.config import load_recipe
+from draftkit.draft import losses
+from draftkit.draft.drafter import LossSettings
+from draftkit.draft.losses import Head, Rows, distillation_loss, dpace_weights
+from draftkit.errors import ConfigError
+
+HIDDEN, RANK, VOCABULARY, GAMMA = 6, 4, 23, 5
+GRID = [0, 1, 2, 3, 4, 5, 6, 10, 15, 16, 17, 18, 19, 20, 30, 31]  # whole and shortened blocks, and two that are absent
+TERMS = {
+    "CE": LossSettings(ce=1, tv=0),
+    "TV": LossSettings(ce=0, tv=1),
+    "KL": LossSettings(ce=0, tv=0, kl=1),
+    "LK": LossSettings(ce=0, tv=0, lk=1),
+    "the paper's mix": LossSettings(),
+    "all at once": LossSettings(ce=0.3, tv=0.5, kl=0.7, lk=0.9, decay=2.0),
+    "D-PACE": LossSettings(ce=1, tv=0, weighting="dpace"),
+    "D-PACE on all": LossSettings(ce=0.3, tv=0.5, kl=0.7, lk=0.9, weighting="dpace"),
+}
+
+
+def make_rows(dtype: torch.dtype = torch.float64, soft_cap: float | None = None, scale: float = 1.0) -> Rows:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, grad: bool = False) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+    head = Head(random(VOCABULARY, HIDDEN), scale, soft_cap)
+    return Rows(
+        hidden_NH=random(len(GRID), HIDDEN, grad=True),
+        head=head,
+        markov=(random(len(GRID), RANK, grad=True), random(VOCABULARY, RANK, grad=True)),
+        target_hidden_NH=random(len(GRID), HIDDEN),
+        target_head=head,
+        tokens_N=torch.randint(0, VOCABULARY, (len(GRID),), generator=generator),
+        grid_N=torch.tensor(GRID),
+        gamma=GAMMA,
+    )
+
+
+def plain(rows: Rows, settings: LossSettings) -> Tensor:
+    """All terms by whole softmaxes and autograd; weights by python loops."""
+
+    def capped(x: Tensor, head: Head) -> Tensor:
+        raw = head.scale * x @ head.weight_VH.T
+        return raw if head.soft_cap is None else head.soft_cap * torch.tanh(raw / head.soft_cap)
+
+    logits = torch.zeros(len(rows.tokens_N), VOCABULARY, dtype=rows.target_hidden_NH.dtype)
+    if rows.hidden_NH is not None and rows.head is not None:
+        logits = logits + capped(rows.hidden_NH, rows.head)
+    if rows.markov is not None:
+        logits = logits + rows.markov[0] @ rows.markov[1].T
+    q, p = torch.softmax(logits, -1), torch.softmax(capped(rows.target_hidden_NH, rows.target_head), -1)
+    own = q.gather(1, rows.tokens_N[:, None])[:, 0]
+    ce, tv, kl = -own.log(), (q - p).abs().sum(-1), (p * (p / q).log()).sum(-1)
+    share = torch.exp(-3 * (1 - tv / 2)).detach()
+    lk = share * kl + (1 - share) * tv / 2
+    weights = [math.exp(-(cell % GAMMA) / settings.decay) for cell in rows.grid_N.tolist()]
+    if settings.weighting == "dpace":
+        weights = plain_dpace(own.tolist(), rows.grid_N.tolist())
+    terms = settings.ce * ce + settings.tv * tv + settings.kl * kl + settings.lk * lk
+    return (torch.tensor(weights, dtype=terms.dtype) * terms).sum()
+
+
+def plain_dpace(own: list[float], cells: list[int]) -> list[float]:
+    out = []
+    for cell in cells:
+        block = [i for i, other in enumerate(cells) if other // GAMMA == cell // GAMMA]
+        k = cell % GAMMA
+        out.append(sum(math.prod(0.5 * own[i] + 0.5 for i in block[: m + 1]) for m in range(k, len(block))))
+    return out
+
+
+def gradients_of(rows: Rows) -> list[Tensor]:
+    inputs = [t for t in (rows.hidden_NH, *(rows.markov or ())) if t is not None]
+    out = []
+    for tensor in inputs:
+        assert tensor.grad is not None
+        out.append(tensor.grad.clone())
+        tensor.grad = None
+    return out
+
+
+@pytest.mark.parametrize("settings", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+def test_every_term_and_its_gradients_equal_the_plain_formula(settings: LossSettings, soft_cap: float | None) -> None:
+    rows = make_rows(soft_cap=soft_cap, scale=0.7)
+    (3 * distillation_loss(rows, settings).loss).backward()
+    found = gradients_of(rows)
+    loss = plain(rows, settings)
+    (3 * loss).backward()
+    torch.testing.assert_close(distillation_loss(rows, settings).loss, loss, atol=1e-7, rtol=1e-7)  # w_k is float32
+    for mine, autograd in zip(found, gradients_of(rows), strict=True):
+        torch.testing.assert_close(mine, autograd, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [TERMS["all at once"], TERMS["D-PACE on all"]], ids=["fixed weights", "D-PACE"])
+@pytest.mark.parametrize(("chunk", "piece"), [(1, 1), (7, 25 * VOCABULARY), (10, 5 * VOCABULARY), (1000, 1000 * VOCABULARY)])
+def test_chunks_and_slices_change_nothing(
+    settings: LossSettings, chunk: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = make_rows()
+    distillation_loss(rows, settings).loss.backward()
+    wanted = gradients_of(rows)
+    monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(losses, "SLICE_LOGITS", piece)
+    sizes = [s.stop - s.start for s in losses._whole_blocks(rows.grid_N, GAMMA, chunk)]
+    assert sum(sizes) == len(GRID) and (len(sizes) > 1) is (chunk < 1000)
+    distillation_loss(rows, settings).loss.backward()
+    for mine, whole in zip(gradients_of(rows), wanted, strict=True):
+        torch.testing.assert_close(mine, whole, atol=1e-12, rtol=1e-12)
+
+
+def test_a_head_of_its_own_and_a_base_alone_work_as_well() -> None:
+    both = make_rows()
+    settings = TERMS["all at once"]
+    for rows in (replace(both, markov=None), replace(both, hidden_NH=None, head=None)):
+        distillation_loss(rows, settings).loss.backward()
+        found = gradients_of(rows)
+        plain(rows, settings).backward()
+        for mine, autograd in zip(found, gradients_of(rows), strict=True):
+            torch.testing.assert_close(mine, autograd, atol=1e-8, rtol=1e-6)
+    with pytest.raises(ValueError, match="no draft logits"):
+        distillation_loss(replace(both, markov=None, hidden_NH=None, head=None), settings)
+
+
+def test_row_values_are_the_textbook_ones_and_carry_no_gradient() -> None:
+    rows = make_rows()
+    found = distillation_loss(rows, LossSettings(kl=0.1))
+    logits = rows.hidden_NH @ rows.head.weight_VH.T + rows.markov[0] @ rows.markov[1].T
+    q, p = torch.softmax(logits, -1), torch.softmax(rows.target_hidden_NH @ rows.target_head.weight_VH.T, -1)
+    torch.testing.assert_close(found.accept_N, torch.minimum(q, p).sum(-1).detach())
+    torch.testing.assert_close(found.ce_N, torch.nn.functional.cross_entropy(logits, rows.tokens_N, reduction="none").detach())
+    torch.testing.assert_close(found.kl_N, torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1).detach())
+    assert not (found.accept_N.requires_grad or found.ce_N.requires_grad or found.kl_N.requires_grad)
+    with torch.no_grad():
+        again = distillation_loss(rows, LossSettings(kl=0.1))
+    torch.testing.assert_close(again.loss, found.loss.detach())
+
+
+def test_bfloat16_rows_are_reduced_in_float32() -> None:
+    """The loss of bfloat16 inputs is that of the same numbers in float64 but for the rounding of the logits."""
+    rows = make_rows(torch.bfloat16)
+    found = distillation_loss(rows, LossSettings())
+    assert found.loss.dtype == found.ce_N.dtype == torch.float32
+    found.loss.backward()
+    assert rows.markov is not None and rows.hidden_NH is not None and rows.head is not None
+    assert rows.markov[1].grad is not None and rows.markov[1].grad.dtype == torch.bfloat16
+    exact = plain(
+        replace(
+            rows,
+            hidden_NH=rows.hidden_NH.double(),
+            head=Head(rows.head.weight_VH.double()),
+            target_head=Head(rows.head.weight_VH.double()),
+            target_hidden_NH=rows.target_hidden_NH.double(),
+            markov=(rows.markov[0].double(), rows.markov[1].double()),
+        ),
+        LossSettings(),
+    )
+    assert float(found.loss.detach()) == pytest.approx(float(exact.detach()), rel=5e-3)
+
+
+def test_dpace_gives_a_sure_prefix_more_weight_and_later_places_what_they_can_still_gain() -> None:
+    """By hand for one block: confidences 1, 0.5, 1 (smoothed from 1, 0, 1) gain 1, 0.5, 0.5 tokens."""
+    ce = torch.tensor([0.0, float("inf"), 0.0])
+    assert dpace_weights(ce, torch.arange(3), 3).tolist() == pytest.approx([2.0, 1.0, 0.5])
+    cut = dpace_weights(ce[:2], torch.tensor([9, 10]), 3)  # the same block without its last token
+    assert cut.tolist() == pytest.approx([1.5, 0.5])
+
+
+def test_gradients_can_be_used_once() -> None:
+    rows = make_rows()
+    loss = distillation_loss(rows, LossSettings()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
+
+
+def test_no_rows_give_no_loss_and_no_gradients() -> None:
+    rows = make_rows()
+    empty = replace(
+        rows,
+        hidden_NH=torch.zeros(0, HIDDEN, dtype=torch.float64, requires_grad=True),
+        markov=None,
+        target_hidden_NH=rows.target_hidden_NH[:0],
+        tokens_N=rows.tokens_N[:0],
+        grid_N=rows.grid_N[:0],
+    )
+    found = distillation_loss(empty, LossSettings())
+    found.loss.backward()
+    assert float(found.loss.detach()) == 0 and found.accept_N.shape == (0,)
+
+
+def test_a_recipe_without_any_loss_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.loss: must give one of ce, tv, kl, lk more than 0"):
+        load_recipe("tiny-dspark", ["train.loss.ce=0", "train.loss.tv=0"])
