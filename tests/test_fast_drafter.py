@@ -41,6 +41,9 @@ def build(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[BlockDraf
     drafter = BlockDrafter(replace(CONFIG, **changes))
     for name, parameter in drafter.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    for name, buffer in drafter.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.7)
     drafter = drafter.to(dtype).eval()
     return drafter, FastDrafter(drafter, slots=24 * PAGE, max_length=40)
 
@@ -68,7 +71,7 @@ def propose_together(
     fast: FastDrafter, features: list[Tensor], anchors: list[int], sampling: Sampling, uniforms_RG: Tensor
 ) -> Proposal:
     """All requests at once; the contexts come in two passes, the second with rejected tokens behind the committed."""
-    dtype = fast.head.dtype
+    dtype = fast.norm.dtype
     cuts = [5, 0, 2]
     for first, last in ((0, 1), (1, 2)):
         bounds = [(0, cut, n) for cut, n in zip(cuts, LENGTHS, strict=True)]
@@ -93,7 +96,25 @@ def propose_together(
 def test_equal_to_the_drafter_for_requests_of_different_lengths(
     head: str, layout: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    drafter, fast = build(dtype, head=head, layout=layout, confidence=head != "none" or layout == "anchor")
+    compare(dtype, tolerance, head=head, layout=layout, confidence=head != "none" or layout == "anchor")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"style": "llama"},
+        {"style": "gemma4", "rotary_share": 0.5, "soft_cap": 4.0, "shared_key_value": True},
+        {"window": 5, "logit_scale": 0.5, "num_kv_heads": 4},
+        {"window": 2, "layout": "one_plus_n"},
+    ],
+    ids=["llama", "gemma4", "window", "short-window"],
+)
+def test_equal_to_the_drafter_in_other_styles_and_with_windows(changes: dict[str, Any]) -> None:
+    compare(torch.float64, 1e-9, **changes)
+
+
+def compare(dtype: torch.dtype, tolerance: float, **changes: Any) -> None:
+    drafter, fast = build(dtype, **changes)
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(n + 2, 32, generator=generator, dtype=dtype) for n in LENGTHS]
     anchors = [11, 30, 2]

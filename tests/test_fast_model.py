@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -31,6 +39,7 @@ SIZES = {
     "max_position_embeddings": 128,
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LAYERS = ["sliding_attention", "full_attention", "full_attention"]
 FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
@@ -38,6 +47,37 @@ FAMILIES = {
         LlamaConfig(**SIZES, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}, attention_bias=True)
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen2-window": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=7, max_window_layers=1)
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, head_dim=24, sliding_window=9)),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(
+            **SIZES,
+            head_dim=32,
+            query_pre_attn_scalar=20,
+            sliding_window=6,
+            attn_logit_softcapping=3.0,
+            final_logit_softcapping=2.0,
+            attn_implementation="eager",
+        )
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, head_dim=32, query_pre_attn_scalar=20, sliding_window=6, layer_types=LAYERS)
+    ),
+    "gemma4": lambda: Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **SIZES,
+            head_dim=16,
+            global_head_dim=32,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            sliding_window=6,
+            layer_types=LAYERS,
+            hidden_size_per_layer_input=0,
+            final_logit_softcapping=2.0,
+        )
+    ),
 }
 
 
@@ -55,6 +95,9 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> tuple[Transformers
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
         elif parameter.ndim == 2:
             parameter.data.mul_(4)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.7)
     target = wrap(model.to(dtype))
     return target, FastModel(target, slots=40 * BLOCK, max_length=128)
 
@@ -124,7 +167,10 @@ def test_a_drafters_block_sees_all_of_itself() -> None:
 
 def test_families_outside_the_table_say_why() -> None:
     target, _ = build("qwen3")
-    target.model.config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    assert unsupported(target) == "layers with sliding windows"
+    target.model.config.rope_parameters = {"rope_type": "dynamic"}
+    assert unsupported(target) == "rotary embedding of type dynamic"
+    gemma, _ = build("gemma4")
+    gemma.model.config.hidden_size_per_layer_input = 8
+    assert unsupported(gemma) == "embeddings per layer"
     target.model.config.model_type = "other"
     assert "not in the table" in str(unsupported(target))

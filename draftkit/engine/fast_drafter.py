@@ -18,10 +18,11 @@ from torch import Tensor
 
 from draftkit.draft.backbone import DraftLayer
 from draftkit.draft.block import BlockDrafter
-from draftkit.engine.fast_model import fuse_layer
+from draftkit.draft.drafter import DrafterConfig
+from draftkit.draft.families import STYLES
+from draftkit.engine.fast_model import fuse_qkv
 from draftkit.engine.passes import Pass
-from draftkit.engine.stack import Stack, StackShape, pair_rows, rotary_table
-from draftkit.errors import ConfigError
+from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [R, V], draft index 0..G-1 -> tokens [R], probs [R, V]
 
@@ -35,29 +36,23 @@ class FastDrafter:
 
     def __init__(self, drafter: BlockDrafter, slots: int, max_length: int) -> None:
         config = drafter.config
-        if config.style != "qwen3" or config.window or config.soft_cap or config.logit_scale != 1:
-            raise ConfigError("the engine runs drafters of Qwen3 blocks over the whole context, without soft cap or scale")
+        style = STYLES[config.style]
         self.config, self.gamma = config, config.gamma
-        self.embedding = drafter.embed_tokens.weight
-        self.head, self.norm = drafter.lm_head.weight, drafter.norm.weight
+        self.embedding, self.head = drafter.embed_tokens.weight, drafter.head()
+        scale = torch.tensor(config.hidden_size**0.5, dtype=self.embedding.dtype)
+        self.embedding_scale = float(scale) if style.scaled_embedding else 1.0
+        self.norm, self.fc, self.hidden_norm = drafter.norm.weight, drafter.fc.weight, drafter.hidden_norm.weight
         self.markov, self.confidence = drafter.markov_head, drafter.confidence_head
-        self.fc, self.hidden_norm = drafter.fc.weight, drafter.hidden_norm.weight
-        shape = StackShape(
-            hidden=config.hidden_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            intermediate=config.intermediate_size,
-            eps=config.rms_eps,
-        )
+        rotary = _rotary(config, max_length, self.norm)
         blocks = cast(list[DraftLayer], list(drafter.layers))
-        frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-        rotary = rotary_table(max_length + config.block_size, frequencies, 1.0, self.head.dtype).to(self.head.device)
-        self.stack = Stack(shape, tuple(fuse_layer(block, shape) for block in blocks), rotary, slots)
-        keys = [pair_rows(b.self_attn.k_proj.weight, config.head_dim) for b in blocks]
-        self.context_kv = torch.cat([*keys, *(b.self_attn.value_weight for b in blocks)])  # [2 L M D, H]
-        norms = [b.self_attn.k_norm.weight for b in blocks if b.self_attn.k_norm is not None]
-        self.k_norm = torch.stack([pair_rows(weight, config.head_dim) for weight in norms])[:, None, None]
+        layers = tuple(_fuse(block, config, rotary) for block in blocks)
+        shape = StackShape(config.hidden_size, config.rms_eps, style.activation == "gelu_pytorch_tanh")
+        self.stack = Stack(shape, layers, slots)
+        attentions = [block.self_attn for block in blocks]
+        keys = [pair_rows(a.k_proj.weight, config.head_dim) for a in attentions]
+        self.context_kv = columns_first(torch.cat([*keys, *(a.value_weight for a in attentions)]))  # [2 L M D, H]
+        norms = [pair_rows(a.k_norm.weight, config.head_dim) for a in attentions if a.k_norm is not None]
+        self.k_norm = torch.stack(norms) if norms else None  # [L, D]
 
     @torch.inference_mode()
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor) -> None:
@@ -71,7 +66,11 @@ class FastDrafter:
         hidden = F.rms_norm(projected, (config.hidden_size,), self.hidden_norm, config.rms_eps)
         kv = F.linear(hidden, self.context_kv).view(len(step), 2, config.num_layers, -1, config.head_dim)
         keys, values = kv.permute(1, 2, 0, 3, 4)  # each [L, T, M, D]
-        keys = F.rms_norm(keys, (config.head_dim,), None, config.rms_eps) * self.k_norm
+        size = (config.head_dim,)
+        if self.k_norm is not None:
+            keys = F.rms_norm(keys, size, None, config.rms_eps) * self.k_norm[:, None, None]
+        if STYLES[config.style].value_norm:
+            values = F.rms_norm(values, size, None, config.rms_eps)
         self.stack.write(step, keys, values)
 
     @torch.inference_mode()
@@ -84,7 +83,7 @@ class FastDrafter:
         order from left to right, and returns the tokens with the distribution they were drawn from.
         """
         hidden_RGH = self._block_hidden(step)
-        base_RGV = F.linear(hidden_RGH, self.head)
+        base_RGV = self.head.logits(hidden_RGH)
         previous_R, state = anchors_R, None
         tokens, probs, embedded = [], [], []
         for k in range(self.gamma):
@@ -105,6 +104,47 @@ class FastDrafter:
     def _block_hidden(self, step: Pass) -> Tensor:
         """Normed hidden states of the G drafting positions, [R, G, H]."""
         size = self.config.block_size
-        x_TH, _ = self.stack.run(F.embedding(step.tokens, self.embedding), step)
+        x_TH = F.embedding(step.tokens, self.embedding)
+        if self.embedding_scale != 1:
+            x_TH = x_TH * self.embedding_scale
+        x_TH, _ = self.stack.run(x_TH, step)
         drafting = x_TH.view(-1, size, self.config.hidden_size)[:, size - self.gamma :]
         return F.rms_norm(drafting, self.norm.shape, self.norm, self.config.rms_eps)
+
+
+def _rotary(config: DrafterConfig, max_length: int, like: Tensor) -> Tensor:
+    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    frequencies[int(config.rotary_share * config.head_dim // 2) :] = 0
+    return rotary_table(max_length + config.block_size, frequencies, 1.0, like.dtype).to(like.device)
+
+
+def _fuse(layer: DraftLayer, config: DrafterConfig, rotary: Tensor) -> Layer:
+    module, size = layer.self_attn, config.head_dim
+    qk_norm = None
+    if module.q_norm is not None and module.k_norm is not None:
+        q, k = (pair_rows(n.weight, size) for n in (module.q_norm, module.k_norm))
+        qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
+    behind = layer.post_attention_layernorm.weight
+    return Layer(
+        attention=AttentionShape(
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=size,
+            scale=module.scale,
+            window=config.window,
+            value_norm=module.value_norm,
+        ),
+        rotary=rotary,
+        input_norm=layer.input_layernorm.weight,
+        qkv=fuse_qkv(module, size),
+        qkv_bias=None,
+        qk_norm=qk_norm,
+        out=columns_first(module.o_proj.weight),
+        out_bias=None,
+        mixed_norm=behind if layer.output_norms else None,
+        mlp_norm=layer.pre_feedforward_layernorm.weight if layer.output_norms else behind,
+        gate_up=columns_first(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
+        down=columns_first(layer.mlp.down_proj.weight),
+        mlp_out_norm=layer.post_feedforward_layernorm.weight if layer.output_norms else None,
+        output_scale=float(layer.layer_scalar) if layer.output_norms else 1.0,
+    )

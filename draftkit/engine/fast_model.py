@@ -13,13 +13,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftkit.engine.passes import Pass
-from draftkit.engine.stack import Layer, Stack, StackShape, pair_rows, rotary_table
+from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, columns_first, pair_rows, rms_norm, rotary_table
 from draftkit.target.transformers import TransformersTarget
 
-# Families whose layers are: RMSNorm, attention with rotary halves, residual, RMSNorm, SwiGLU, residual. Biases and norms of
-# queries and keys are found in the weights; everything else that a family may do differently excludes it.
-FAMILIES = ("qwen3", "qwen2", "llama", "mistral")
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # fixed frequencies: they do not change with the length
+
+@dataclass(frozen=True)
+class Family:
+    """What the code of a family does that its configuration does not say; all else is found in weights and config."""
+
+    output_norms: bool = False  # RMSNorms behind attention and MLP too
+    norms_from_one: bool = False  # a norm multiplies by 1 + its weight
+    value_norm: bool = False
+
+
+FAMILIES = {
+    "qwen3": Family(),
+    "qwen2": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "gemma2": Family(output_norms=True, norms_from_one=True),
+    "gemma3_text": Family(output_norms=True, norms_from_one=True),
+    "gemma4_text": Family(output_norms=True, value_norm=True),
+}
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")  # frequencies that do not change with the length
+_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+# parts that change the forward pass and are not written here: configuration field, what it is
+_MISSING_PARTS = {
+    "mlp_bias": "biases in the MLP",
+    "enable_moe_block": "experts",
+    "hidden_size_per_layer_input": "embeddings per layer",
+    "num_kv_shared_layers": "layers that share keys and values",
+    "use_bidirectional_attention": "bidirectional attention",
+}
 
 
 @dataclass(frozen=True)
@@ -35,18 +60,15 @@ def unsupported(target: TransformersTarget) -> str | None:
     config = target.model.config.get_text_config()
     if config.model_type not in FAMILIES:
         return f"family {config.model_type} is not in the table ({', '.join(FAMILIES)})"
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") not in _ROPE_TYPES:
-        return f"rotary embedding of type {rope.get('rope_type')}"
-    if config.hidden_act != "silu":
-        return f"activation {config.hidden_act}"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return "layers with sliding windows"
-    if config.model_type == "mistral" and getattr(config, "sliding_window", None):
-        return "layers with sliding windows"
-    if getattr(config, "mlp_bias", False):
-        return "biases in the MLP"
-    return None
+    base = getattr(target.model, target.model.base_model_prefix)
+    if not hasattr(base, "layers"):
+        return f"a text model inside {type(base).__name__}"
+    for rope in _rope_types(config):
+        if rope not in _ROPE_TYPES:
+            return f"rotary embedding of type {rope}"
+    if _activation(config) not in _ACTIVATIONS:
+        return f"activation {_activation(config)}"
+    return next((what for name, what in _MISSING_PARTS.items() if getattr(config, name, None)), None)
 
 
 class FastModel:
@@ -56,22 +78,27 @@ class FastModel:
         model = target.model
         base = getattr(model, model.base_model_prefix)
         config = model.config.get_text_config()
+        family = FAMILIES[config.model_type]
         self.embedding = target.embedding_weight()
         self.head = target.head_weight()
-        self.norm = base.norm.weight
-        attention = base.layers[0].self_attn
-        shape = StackShape(
-            hidden=int(config.hidden_size),
-            heads=int(config.num_attention_heads),
-            kv_heads=int(config.num_key_value_heads),
-            head_dim=int(attention.head_dim),
-            intermediate=int(config.intermediate_size),
-            eps=float(config.rms_norm_eps),
-        )
-        embedding = base.rotary_emb
-        rotary = rotary_table(max_length, embedding.inv_freq, float(embedding.attention_scaling), self.embedding.dtype)
-        layers = tuple(fuse_layer(layer, shape) for layer in base.layers)
-        self.stack = Stack(shape, layers, rotary.to(self.embedding.device), slots)
+        self.logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        dtype = self.embedding.dtype
+        scale = getattr(base.embed_tokens, "embed_scale", None)
+        self.embedding_scale = float(scale.to(dtype)) if scale is not None else 1.0
+        self.norm = _norm_weight(base.norm, family)
+        shape = StackShape(int(config.hidden_size), float(config.rms_norm_eps), _activation(config) != "silu")
+        tables: dict[str | None, Tensor] = {}
+        layers = []
+        for layer in base.layers:
+            kind = getattr(layer.self_attn, "layer_type", None)
+            kind = kind if hasattr(base.rotary_emb, f"{kind}_inv_freq") else None
+            if kind not in tables:
+                prefix = f"{kind}_" if kind else ""
+                frequencies = getattr(base.rotary_emb, f"{prefix}inv_freq")
+                scaling = float(getattr(base.rotary_emb, f"{prefix}attention_scaling"))
+                tables[kind] = rotary_table(max_length, frequencies, scaling, dtype).to(self.embedding.device)
+            layers.append(_fuse(layer, family, tables[kind], config))
+        self.stack = Stack(shape, tuple(layers), slots)
 
     @torch.inference_mode()
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
@@ -79,39 +106,61 @@ class FastModel:
 
         Features are outputs of the layers `feature_layers` (0-based output ids), concatenated in ascending order.
         """
-        x, captured = self.stack.run(F.embedding(step.tokens, self.embedding), step, feature_layers)
+        x = F.embedding(step.tokens, self.embedding)
+        if self.embedding_scale != 1:
+            x = x * self.embedding_scale
+        x, captured = self.stack.run(x, step, feature_layers)
         chosen = x if wanted is None else x[wanted]
-        logits = F.linear(F.rms_norm(chosen, self.norm.shape, self.norm, self.stack.shape.eps), self.head)
+        logits = F.linear(rms_norm(chosen, self.norm, self.stack.shape.eps), self.head)
+        if self.logit_cap:
+            logits = torch.tanh(logits / self.logit_cap) * self.logit_cap
         return ReadOut(logits, torch.cat(captured, -1) if captured else None)
 
 
-def fuse_layer(layer: Any, shape: StackShape) -> Layer:
-    """The weights of one decoder layer of a Transformers module, or of a drafter (same names)."""
-    attention, mlp, size = layer.self_attn, layer.mlp, shape.head_dim
+def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:
+    module = layer.self_attn
+    size = int(module.head_dim)
+    attention = AttentionShape(
+        heads=module.q_proj.out_features // size,
+        kv_heads=module.k_proj.out_features // size,
+        head_dim=size,
+        scale=float(module.scaling),
+        score_cap=getattr(module, "attn_logit_softcapping", None),
+        window=_window(module, config),
+        value_norm=family.value_norm,
+    )
+    out_norm = _norm_weight(layer.post_feedforward_layernorm, family) if family.output_norms else None
+    mlp_norm = layer.pre_feedforward_layernorm if family.output_norms else layer.post_attention_layernorm
     return Layer(
-        input_norm=layer.input_layernorm.weight,
-        qkv=fuse_qkv(attention, size),
-        qkv_bias=_fuse_bias(attention, size),
-        qk_norm=fuse_qk_norm(attention, shape),
-        out=attention.o_proj.weight,
-        out_bias=attention.o_proj.bias,
-        post_norm=layer.post_attention_layernorm.weight,
-        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight,
+        attention=attention,
+        rotary=rotary,
+        input_norm=_norm_weight(layer.input_layernorm, family),
+        qkv=fuse_qkv(module, size),
+        qkv_bias=_fuse_bias(module, size),
+        qk_norm=_fuse_qk_norm(module, attention, family),
+        out=columns_first(module.o_proj.weight),
+        out_bias=module.o_proj.bias,
+        mixed_norm=_norm_weight(layer.post_attention_layernorm, family) if family.output_norms else None,
+        mlp_norm=_norm_weight(mlp_norm, family),
+        gate_up=columns_first(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
+        down=columns_first(layer.mlp.down_proj.weight),
+        mlp_out_norm=out_norm,
+        output_scale=float(getattr(layer, "layer_scalar", 1.0)),
     )
 
 
 def fuse_qkv(attention: Any, head_dim: int) -> Tensor:
-    """[(N + 2 M) D, H] from q_proj, k_proj, v_proj, with queries and keys in pair order."""
+    """[(N + 2 M) D, H] from q_proj, k_proj, v_proj (k_proj again where there is none), queries and keys in pair order."""
     q, k = (pair_rows(p.weight, head_dim) for p in (attention.q_proj, attention.k_proj))
-    return torch.cat([q, k, attention.v_proj.weight])
+    values = attention.k_proj if attention.v_proj is None else attention.v_proj
+    return columns_first(torch.cat([q, k, values.weight]))
 
 
-def fuse_qk_norm(attention: Any, shape: StackShape) -> Tensor | None:
+def _fuse_qk_norm(module: Any, shape: AttentionShape, family: Family) -> Tensor | None:
     """[N + M, D] in pair order, or None for a family without norms of queries and keys."""
-    if getattr(attention, "q_norm", None) is None:
+    if getattr(module, "q_norm", None) is None:
         return None
-    q, k = (pair_rows(n.weight, shape.head_dim) for n in (attention.q_norm, attention.k_norm))
+    q, k = (pair_rows(_norm_weight(n, family), shape.head_dim) for n in (module.q_norm, module.k_norm))
     return torch.cat([q.expand(shape.heads, -1), k.expand(shape.kv_heads, -1)])
 
 
@@ -119,4 +168,29 @@ def _fuse_bias(attention: Any, head_dim: int) -> Tensor | None:
     if attention.q_proj.bias is None:
         return None
     q, k = (pair_rows(p.bias, head_dim) for p in (attention.q_proj, attention.k_proj))
-    return torch.cat([q, k, attention.v_proj.bias])
+    values = attention.k_proj if attention.v_proj is None else attention.v_proj
+    return torch.cat([q, k, values.bias])
+
+
+def _norm_weight(norm: Any, family: Family) -> Tensor:
+    """What the norm multiplies by; 1 + weight stays in float32, because bfloat16 would round it."""
+    weight: Tensor = norm.weight
+    return 1.0 + (weight if weight.dtype == torch.float64 else weight.float()) if family.norms_from_one else weight
+
+
+def _window(module: Any, config: Any) -> int | None:
+    """Positions that a layer sees, or None for all of them."""
+    if hasattr(module, "sliding_window"):  # qwen2, qwen3 and gemma say it per layer
+        return int(module.sliding_window) if module.sliding_window else None
+    window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+    return int(window) if window else None
+
+
+def _activation(config: Any) -> str:
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def _rope_types(config: Any) -> set[str]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    return {str(kind.get("rope_type", "default")) for kind in kinds}

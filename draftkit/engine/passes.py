@@ -6,7 +6,7 @@ request, D head size, M key/value heads, N query heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -25,7 +25,23 @@ class Group:
     unpad_t: Tensor | None  # cell of each token
     requests: int
     blocks_RB: Tensor  # int64 block ids, flattened
-    mask: Tensor  # [R, 1, Q, S] additive
+    positions: int  # S
+    seen_RQ: Tensor  # positions 0..seen - 1 are there to be looked at
+    origins_RQ: Tensor  # windows reach back from here
+    dtype: torch.dtype
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> Tensor:
+        """Additive mask [R, 1, Q, S]; with a window only the last so many positions before the origin are seen."""
+        if window not in self.masks:
+            position = torch.arange(self.positions, device=self.seen_RQ.device)
+            hidden = position >= self.seen_RQ[:, None, :, None]
+            if window is not None:
+                hidden = hidden | (position < self.origins_RQ[:, None, :, None] - window)
+            self.masks[window] = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device).masked_fill_(
+                hidden, float("-inf")
+            )
+        return self.masks[window]
 
 
 class Pass:
@@ -33,7 +49,8 @@ class Pass:
 
     `tables_RB` are block ids per request (rows may be padded with anything valid), `lengths_R` new tokens per request,
     `starts_R` the position of the first. Token at position t of a request sees positions 0..t, or, with `block` (a
-    drafter's bidirectional block), all positions up to the request's last one.
+    drafter's bidirectional block), all positions up to the request's last one. In a layer with a window of w positions it
+    sees no position before t - w + 1; a block sees w positions before its first.
     """
 
     def __init__(
@@ -61,8 +78,8 @@ class Pass:
         self.tables_RB = np.ascontiguousarray(tables_RB[:, : -(-last // block_size)])
         self.slots_T = self.tables_RB[self.row_T, self.positions_T // block_size] * block_size
         self.slots_T += self.positions_T % block_size
-        seen = (starts_R + lengths_R)[self.row_T] if block else self.positions_T + 1
-        self.seen_T = np.ascontiguousarray(seen)
+        self.seen_T = (starts_R + lengths_R)[self.row_T] if block else self.positions_T + 1
+        self.origins_T = starts_R[self.row_T] if block else self.seen_T
         self.tokens_T = np.ascontiguousarray(tokens_T)
 
     def __len__(self) -> int:
@@ -97,10 +114,6 @@ class Pass:
         cell_RQ = np.arange(longest)
         real_RQ = cell_RQ < lengths[:, None]
         flat_RQ = firsts[:, None] + np.minimum(cell_RQ, lengths[:, None] - 1)
-        seen_RQ = self.seen_T[flat_RQ]
-        seen = self._there(seen_RQ)[:, None, :, None]
-        mask = torch.zeros(len(rows_R), 1, longest, blocks * self.block_size, dtype=self.dtype, device=self.device)
-        mask.masked_fill_(torch.arange(mask.shape[-1], device=self.device) >= seen, float("-inf"))
         padded = not real_RQ.all()
         index = slice(None) if alone else self._there(flat_RQ[real_RQ])
         return Group(
@@ -109,7 +122,10 @@ class Pass:
             self._there(np.flatnonzero(real_RQ)) if padded else None,
             len(rows_R),
             self._there(np.ascontiguousarray(self.tables_RB[rows_R, :blocks]).reshape(-1)),
-            mask,
+            blocks * self.block_size,
+            self._there(self.seen_T[flat_RQ]),
+            self._there(self.origins_T[flat_RQ]),
+            self.dtype,
         )
 
     def _there(self, array: np.ndarray) -> Tensor:

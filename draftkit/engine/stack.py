@@ -18,30 +18,49 @@ from draftkit.engine.passes import Group, Pass
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Weights of one layer; matrices are [out, in], biases and the norms of queries and keys may be missing."""
+class AttentionShape:
+    """Sizes and habits of one layer's attention. Scores are q . k * scale, then `score_cap` * tanh(scores / score_cap);
+    with `value_norm` values are divided by their root mean square. `window` as in `Pass`."""
 
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    score_cap: float | None = None
+    window: int | None = None
+    value_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of one layer; matrices are [out, in]. Missing parts are None.
+
+    x += mixed_norm(attention(input_norm(x))); x += mlp_out_norm(mlp(mlp_norm(x))); x *= output_scale.
+    """
+
+    attention: AttentionShape
+    rotary: Tensor  # complex [positions, 1, D / 2], see `rotary_table`
     input_norm: Tensor  # [H]
     qkv: Tensor  # [(N + 2 M) D, H], rows of q and k in pair order (see `pair_rows`)
     qkv_bias: Tensor | None
     qk_norm: Tensor | None  # [N + M, D], in pair order
     out: Tensor  # [H, N D]
     out_bias: Tensor | None
-    post_norm: Tensor  # [H]
+    mixed_norm: Tensor | None  # [H]
+    mlp_norm: Tensor  # [H]
     gate_up: Tensor  # [2 I, H]
     down: Tensor  # [H, I]
+    mlp_out_norm: Tensor | None  # [H]
+    output_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class StackShape:
-    """Sizes that all layers share; `eps` of the norms."""
+    """What all layers share: hidden size, `eps` of the norms, and whether the MLP's gate is a tanh GELU or SiLU."""
 
     hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
     eps: float
+    gelu: bool = False
 
 
 def pair_rows(weight: Tensor, head_dim: int) -> Tensor:
@@ -51,6 +70,11 @@ def pair_rows(weight: Tensor, head_dim: int) -> Tensor:
     and keys are reordered alike. Works on [heads * D, ...] and on [D].
     """
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def columns_first(weight: Tensor) -> Tensor:
+    """The same matrix [out, in], stored column by column: what a CPU multiplies faster for 1 to 64 rows of input."""
+    return weight.t().contiguous().t()
 
 
 def rotary_table(positions: int, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -63,51 +87,60 @@ def rotary_table(positions: int, inverse_frequencies: Tensor, scaling: float, dt
 class Stack:
     """The layers, their part of the KV memory, and the forward pass in PyTorch operations."""
 
-    def __init__(self, shape: StackShape, layers: tuple[Layer, ...], rotary: Tensor, slots: int) -> None:
-        self.shape, self.layers, self.rotary = shape, layers, rotary
-        weight = layers[0].qkv
+    def __init__(self, shape: StackShape, layers: tuple[Layer, ...], slots: int) -> None:
+        self.shape, self.layers, self.slots = shape, layers, slots
         # zeros, not empty: what no request has written is masked, and a mask does not hide a NaN
-        self.memory = weight.new_zeros(len(layers), slots, shape.kv_heads, 2 * shape.head_dim)  # [L, P, M, 2 D]
+        sizes = [(layer.attention.kv_heads, 2 * layer.attention.head_dim) for layer in layers]
+        self.memory = tuple(layers[0].qkv.new_zeros(slots, *size) for size in sizes)  # per layer [P, M, 2 D]
 
     @property
     def bytes_per_slot(self) -> int:
         """Memory of one position in all layers."""
-        return self.memory[:, :1].nbytes
+        return sum(memory[:1].nbytes for memory in self.memory)
 
     def run(self, x_TH: Tensor, step: Pass, capture: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """Hidden states after the last layer, before the final norm, [T, H], and the outputs of the layers `capture`."""
-        shape, size = self.shape, (self.shape.hidden,)
-        rotary = self.rotary[step.positions]
+        eps = self.shape.eps
+        turned: dict[int, Tensor] = {}  # one lookup for all layers that share a table
         captured: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            qkv = F.linear(F.rms_norm(x_TH, size, layer.input_norm, shape.eps), layer.qkv, layer.qkv_bias)
-            mixed = self._attend(index, qkv.view(len(step), -1, shape.head_dim), rotary, step)
-            if layer.out_bias is not None:
-                x_TH = x_TH + layer.out_bias
-            x_TH = torch.addmm(x_TH, mixed, layer.out.t())
-            both = F.linear(F.rms_norm(x_TH, size, layer.post_norm, shape.eps), layer.gate_up)
-            gate, up = both.chunk(2, -1)
-            x_TH = torch.addmm(x_TH, F.silu(gate).mul_(up), layer.down.t())
+            if id(layer.rotary) not in turned:
+                turned[id(layer.rotary)] = layer.rotary[step.positions]
+            qkv = F.linear(rms_norm(x_TH, layer.input_norm, eps), layer.qkv, layer.qkv_bias)
+            mixed = self._attend(index, qkv, turned[id(layer.rotary)], step)
+            x_TH = _add(x_TH, mixed, layer.out, layer.out_bias, layer.mixed_norm, eps)
+            gate, up = F.linear(rms_norm(x_TH, layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
+            gate = F.gelu(gate, approximate="tanh") if self.shape.gelu else F.silu(gate)
+            x_TH = _add(x_TH, gate.mul_(up), layer.down, None, layer.mlp_out_norm, eps)
+            if layer.output_scale != 1:
+                x_TH = x_TH * layer.output_scale
             if index in capture:
                 captured.append(x_TH)
         return x_TH, captured
 
     def write(self, step: Pass, keys: Tensor, values: Tensor) -> None:
-        """Put projected keys (not yet rotated, pair order) and values [L, T, M, D] at the pass's slots, all layers."""
-        rotated = rotate(keys, self.rotary[step.positions])
-        self.memory[:, step.slots] = torch.cat([rotated, values], -1)
+        """Put projected keys (not yet rotated, pair order) and values [L, T, M, D] at the pass's slots, all layers.
+
+        The layers must share one rotary table.
+        """
+        rotated = rotate(keys, self.layers[0].rotary[step.positions])
+        for memory, both in zip(self.memory, torch.cat([rotated, values], -1), strict=True):
+            memory[step.slots] = both
 
     def _attend(self, index: int, qkv: Tensor, rotary: Tensor, step: Pass) -> Tensor:
-        """Rotate, store, attend: [T, N + 2 M, D] to [T, N D]."""
-        shape, norm = self.shape, self.layers[index].qk_norm
-        count = shape.heads + shape.kv_heads
+        """Rotate, store, attend: [T, (N + 2 M) D] to [T, N D]."""
+        layer, memory, shape = self.layers[index], self.memory[index], self.layers[index].attention
+        count, size = shape.heads + shape.kv_heads, (shape.head_dim,)
+        qkv = qkv.view(len(step), -1, shape.head_dim)
         qk, v = qkv[:, :count], qkv[:, count:]
-        if norm is not None:
-            qk = F.rms_norm(qk, (shape.head_dim,), None, shape.eps).mul_(norm)
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, size, None, self.shape.eps).mul_(layer.qk_norm)
+        if shape.value_norm:
+            v = F.rms_norm(v, size, None, self.shape.eps)
         qk = rotate(qk, rotary)
-        memory = self.memory[index]
         memory[step.slots] = torch.cat([qk[:, shape.heads :], v], -1)
-        parts = [self._attend_group(memory, qk[:, : shape.heads], group, step.block_size) for group in step.groups]
+        q = qk[:, : shape.heads]
+        parts = [_attend_group(shape, memory, q, group, step.block_size) for group in step.groups]
         if len(parts) == 1:
             return parts[0]
         mixed = parts[0].new_empty(len(step), parts[0].shape[1])
@@ -115,18 +148,41 @@ class Stack:
             mixed[group.tokens] = part
         return mixed
 
-    def _attend_group(self, memory: Tensor, q_TND: Tensor, group: Group, block_size: int) -> Tensor:
-        """One rectangle of queries [R, Q] against gathered pages; query heads of one key head are further queries."""
-        shape, requests = self.shape, group.requests
-        q = q_TND[group.pad_RQ] if group.pad_RQ is not None else q_TND.unflatten(0, (requests, -1))
-        fold = shape.heads // shape.kv_heads
-        q = q.unflatten(2, (shape.kv_heads, fold)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, M, N/M * Q, D]
-        pages = memory.view(-1, block_size * shape.kv_heads * 2 * shape.head_dim).index_select(0, group.blocks_RB)
-        kv = pages.view(requests, -1, shape.kv_heads, 2 * shape.head_dim).transpose(1, 2)
-        mask = group.mask.expand(-1, fold, -1, -1).flatten(1, 2)[:, None] if fold > 1 else group.mask
-        out = F.scaled_dot_product_attention(q, kv[..., : shape.head_dim], kv[..., shape.head_dim :], mask)
-        out = out.unflatten(2, (fold, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)  # [R Q, N D]
-        return out[group.unpad_t] if group.unpad_t is not None else out
+
+def _attend_group(shape: AttentionShape, memory: Tensor, q_TND: Tensor, group: Group, block_size: int) -> Tensor:
+    """One rectangle of queries [R, Q] against gathered pages; query heads of one key head are further queries."""
+    requests, fold = group.requests, shape.heads // shape.kv_heads
+    q = q_TND[group.pad_RQ] if group.pad_RQ is not None else q_TND.unflatten(0, (requests, -1))
+    q = q.unflatten(2, (shape.kv_heads, fold)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, M, N/M * Q, D]
+    pages = memory.view(-1, block_size * shape.kv_heads * 2 * shape.head_dim).index_select(0, group.blocks_RB)
+    kv = pages.view(requests, -1, shape.kv_heads, 2 * shape.head_dim).transpose(1, 2)
+    k, v = kv[..., : shape.head_dim], kv[..., shape.head_dim :]
+    mask = group.mask(shape.window)
+    mask = mask.expand(-1, fold, -1, -1).flatten(1, 2)[:, None] if fold > 1 else mask
+    if shape.score_cap is None:
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=shape.scale)
+    else:
+        scores = torch.tanh(q @ k.transpose(-1, -2) * (shape.scale / shape.score_cap)) * shape.score_cap
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = torch.softmax(scores + mask, -1, dtype=wide).to(q.dtype) @ v
+    out = out.unflatten(2, (fold, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)  # [R Q, N D]
+    return out[group.unpad_t] if group.unpad_t is not None else out
+
+
+def _add(
+    x: Tensor, y: Tensor, matrix: Tensor, bias: Tensor | None, norm: Tensor | None, eps: float
+) -> Tensor:
+    """x + norm(y matrix^T + bias), without a norm in one operation."""
+    if norm is not None:
+        return x + rms_norm(F.linear(y, matrix, bias), norm, eps)
+    return torch.addmm(x if bias is None else x + bias, y, matrix.t())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; weights of a wider dtype than x are applied before rounding."""
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
