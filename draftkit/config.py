@@ -70,6 +70,7 @@ class DrafterSection(Section):
     confidence_stop_gradient: bool = False
     intermediate_size: int | None = Field(None, ge=1)
     qk_norm: bool = Field(False, description="eagle3: norms of queries and keys, as in Qwen3")
+    draft_vocab_size: int | None = Field(None, ge=2, description="eagle3: only the most frequent tokens are drafted")
 
     @model_validator(mode="before")
     @classmethod

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.capture import CaptureReport, CaptureSettings, capture
 from draftkit.data.conversations import Conversation, read_conversations
+from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
@@ -116,7 +117,7 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
         "max_length": target.info.max_length,
     }
     if section.algorithm == "eagle3":
-        return EagleConfig(**sizes, qk_norm=section.qk_norm)
+        return EagleConfig(**sizes, qk_norm=section.qk_norm, draft_vocab_size=section.draft_vocab_size)
     dspark = section.algorithm == "dspark"
     return DrafterConfig(
         **sizes,
@@ -150,7 +151,7 @@ def run_train(
     store = FeatureStore(features)
     layers = feature_layers(recipe, target)
     store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer))
-    drafter = new_drafter_for(recipe, target, tokenizer)
+    drafter = new_drafter_for(recipe, target, tokenizer, store)
     section = recipe.train.model_dump()
     settings = TrainSettings(**(section | {"loss": LossSettings(**section["loss"])}))
     provenance = {
@@ -171,12 +172,20 @@ def run_train(
         return trainer.train(store, drafter, out, settings, provenance, show)
 
 
-def new_drafter_for(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> Drafter:
-    """A fresh drafter, seeded by the recipe, on the target's embedding and head."""
+def new_drafter_for(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore | None = None
+) -> Drafter:
+    """A fresh drafter, seeded by the recipe, on the target's embedding and head.
+
+    A reduced draft vocabulary holds the most frequent tokens of the answers in `store`.
+    """
     import torch
 
     torch.manual_seed(recipe.train.seed)
-    return new_drafter(drafter_config(recipe, target, tokenizer), target.embedding_weight(), target.head_weight())
+    config, ids_W = drafter_config(recipe, target, tokenizer), None
+    if isinstance(config, EagleConfig) and config.draft_vocab_size and store is not None:
+        ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
+    return new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
 
 
 def open_drafter(folder: Path, target: TransformersTarget) -> Drafter:

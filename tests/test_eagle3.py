@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from draftkit import stages
+from draftkit.config import load_recipe
+from draftkit.data.conversations import Conversation, Message, read_conversations
+from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
+from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.drafter import LossSettings, TrainBatch
@@ -139,6 +145,38 @@ def test_states_loss_and_gradients_equal_a_second_implementation(changes: dict[s
         torch.testing.assert_close(gradient, wanted[name], atol=1e-5, rtol=1e-5, msg=name)
 
 
+def test_a_reduced_vocabulary_is_trained_against_the_targets_whole_distribution() -> None:
+    """Every row by hand: acceptance counts the target's mass outside; a token that cannot be drafted has no CE."""
+    drafter, batch = drafter_with(draft_vocab_size=12).train(), random_batch()
+    with pytest.raises(ConfigError, match="together with its target"):
+        drafter.loss(batch, LossSettings())
+    target_head, ids = torch.randn(40, 16, dtype=torch.float64), torch.arange(0, 36, 3)
+    drafter.choose_vocabulary(ids, target_head)
+    report = drafter.loss(batch, LossSettings(ce=1.0, tv=0.5, decay=3.0))
+    states = drafter._train_states(batch).flatten(0, 2)[report.rows_N]
+    q = torch.zeros(len(states), 40, dtype=torch.float64)
+    q[:, ids] = torch.softmax(rms(states, drafter.norm) @ drafter.lm_head.weight.T, -1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for n, cell in enumerate(report.rows_N.tolist()):
+        b, a, k = cell // 12, cell % 12 // STEPS, cell % STEPS
+        place = int(batch.anchors_BA[b, a]) + 1 + k
+        p = torch.softmax(target_head @ batch.last_hidden_BTH[b, place - 1], -1)
+        tv, token = (q[n] - p).abs().sum(), int(batch.tokens_BT[b, place])
+        assert float(report.accept_N[n]) == pytest.approx(float(torch.minimum(q[n], p).sum().detach()))
+        weight = torch.exp(torch.tensor(-k / 3.0))
+        loss = loss + weight * (0.5 * tv - (q[n, token].log() if token in ids else 0))
+    torch.testing.assert_close(report.loss_sum, loss, atol=1e-5, rtol=1e-5)
+    report.loss_sum.backward()
+    assert float(drafter.fc.weight.grad.abs().sum()) > 0  # type: ignore[union-attr]
+    assert drafter.lm_head.weight.grad is None
+
+
+def test_the_draft_vocabulary_is_what_the_target_writes_most() -> None:
+    counts = torch.tensor([3, 0, 7, 7, 1, 3, 0])
+    assert choose_draft_vocabulary(counts, 3).tolist() == [0, 2, 3]
+    assert choose_draft_vocabulary(counts, 7).tolist() == list(range(7))
+
+
 @pytest.mark.parametrize("changes", VARIANTS[:3], ids=lambda c: next(iter(c), "plain"))
 def test_training_and_drafting_take_the_same_steps(changes: dict[str, object]) -> None:
     """All anchors at once, against one at a time with a context that grows in pieces and is cropped."""
@@ -259,3 +297,25 @@ def test_impossible_shapes_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             replace(CONFIG, **changes)  # type: ignore[arg-type]
+
+
+def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Path, tmp_path: Path) -> None:
+    """From prompts to a drafter on disk: its vocabulary is chosen from the answers, and it drafts losslessly."""
+    sizes = ["drafter.num_features=2", "drafter.draft_vocab_size=60", "generate.max_new_tokens=24", "train.steps=3"]
+    recipe = load_recipe("tiny-eagle3", [f"target.path={target_folder}", *sizes, "train.batch_size=4"])
+    target, tokenizer = stages.open_target(recipe)
+    prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
+    stages.run_generate(target, tokenizer, recipe, prompts, tmp_path / "answers.jsonl")
+    answers = read_conversations([tmp_path / "answers.jsonl"])
+    stages.run_capture(target, tokenizer, recipe, answers, tmp_path / "features")
+    report = stages.run_train(target, tokenizer, recipe, tmp_path / "features", tmp_path / "drafter")
+    assert report.steps == 3
+    assert report.accepted_len["macro"] > 1
+    drafter = stages.open_drafter(tmp_path / "drafter" / "best", target)
+    assert isinstance(drafter, EagleDrafter)
+    assert drafter.draft_ids_W is not None
+    counts = count_answer_tokens(FeatureStore(tmp_path / "features"), target.info.vocab_size)
+    assert int(counts[drafter.draft_ids_W].sum()) == int(counts.topk(60).values.sum())
+    prompt = [4, 20, 31, 7]
+    plain = decode(target, None, prompt, Sampling(0.0), 16)
+    assert decode(target, drafter, prompt, Sampling(0.0), 16).tokens == plain.tokens

@@ -204,3 +204,34 @@ def test_no_rows_give_no_loss_and_no_gradients() -> None:
 def test_a_recipe_without_any_loss_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.loss: must give one of ce, tv, kl, lk more than 0"):
         load_recipe("tiny-dspark", ["train.loss.ce=0", "train.loss.tv=0"])
+
+
+@pytest.mark.parametrize("settings", TERMS.values(), ids=TERMS.keys())
+def test_a_reduced_vocabulary_has_the_targets_mass_outside_it_as_distance(settings: LossSettings) -> None:
+    """Against whole softmaxes with q = 0 outside; KL inside alone, no CE where the token lies outside."""
+    whole, ids = make_rows(), torch.tensor([0, 3, 4, 9, 11, 12, 17, 20, 22])
+    counted = torch.full((VOCABULARY,), -1).index_copy(0, ids, torch.arange(len(ids)))
+    assert whole.head is not None and whole.hidden_NH is not None
+    rows = replace(
+        whole, head=Head(whole.head.weight_VH[ids]), markov=None, tokens_N=counted[whole.tokens_N], draft_ids_W=ids
+    )
+    out = distillation_loss(rows, settings)
+    (found,) = torch.autograd.grad(out.loss, [whole.hidden_NH])
+
+    q = torch.softmax(whole.hidden_NH @ whole.head.weight_VH[ids].T, -1)
+    p = torch.softmax(whole.target_hidden_NH @ whole.target_head.weight_VH.T, -1)
+    tv = (q - p[:, ids]).abs().sum(-1) + 1 - p[:, ids].sum(-1)
+    inside = p[:, ids] / p[:, ids].sum(-1, keepdim=True)
+    kl = (inside * (inside / q).log()).sum(-1)
+    own = torch.stack([q[n, i] if i >= 0 else q.new_zeros(()) for n, i in enumerate(rows.tokens_N.tolist())])
+    assert 0 < int((rows.tokens_N >= 0).sum()) < len(own)
+    ce = torch.where(own > 0, -own.clamp_min(1e-30).log(), 0.0)
+    share = torch.exp(-3 * (1 - tv / 2)).detach()
+    weights = [math.exp(-(cell % GAMMA) / settings.decay) for cell in rows.grid_N.tolist()]
+    if settings.weighting == "dpace":
+        weights = plain_dpace(own.tolist(), rows.grid_N.tolist())
+    terms = settings.ce * ce + settings.tv * tv + settings.kl * kl + settings.lk * (share * kl + (1 - share) * tv / 2)
+    loss = (torch.tensor(weights, dtype=torch.float64) * terms).sum()
+    torch.testing.assert_close(out.loss, loss)
+    torch.testing.assert_close(out.accept_N, (1 - tv / 2).detach())
+    torch.testing.assert_close(found, torch.autograd.grad(loss, [whole.hidden_NH])[0])

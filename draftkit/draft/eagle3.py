@@ -247,12 +247,14 @@ class EagleDrafter(Drafter):
 
     def _logits(self, state_BH: Tensor) -> Tensor:
         """Draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B, V]."""
-        head = Head(self.lm_head.weight, self.config.logit_scale, self.config.soft_cap)
-        logits_BW = head.logits(self.norm(state_BH))
+        logits_BW = self._head(self.lm_head.weight).logits(self.norm(state_BH))
         if self.draft_ids_W is None:
             return logits_BW
         outside = logits_BW.new_full((len(logits_BW), self.config.vocab_size), float("-inf"))
         return outside.index_copy_(-1, self.draft_ids_W, logits_BW)
+
+    def _head(self, weight: Tensor) -> Head:
+        return Head(weight, self.config.logit_scale, self.config.soft_cap)
 
     def _rope_rows(self, start: int, count: int) -> Tensor:
         """cos and sin of consecutive positions, [1, T, 2, D]; the table is made once, in float32."""
@@ -272,21 +274,37 @@ class EagleDrafter(Drafter):
         rows_N = counted_BAG.flatten().nonzero().squeeze(-1)
         hidden_NH = self.norm(self._train_states(batch).flatten(0, 2)[rows_N])
         target_NH = _pick(batch.last_hidden_BTH, places_BAG - 1).flatten(0, 2)[rows_N].to(hidden_NH.dtype)
-        head = Head(self.lm_head.weight, self.config.logit_scale, self.config.soft_cap)
         rows = Rows(
             hidden_NH=hidden_NH,
-            head=head,
+            head=self._head(self.lm_head.weight),
             markov=None,
             target_hidden_NH=target_NH,
-            target_head=head,
-            tokens_N=_pick(batch.tokens_BT, places_BAG).flatten()[rows_N],
+            target_head=self._head(self._whole_head()),
+            tokens_N=self._draft_tokens(_pick(batch.tokens_BT, places_BAG).flatten()[rows_N]),
             grid_N=rows_N,
             gamma=gamma,
+            draft_ids_W=self.draft_ids_W,
         )
         losses = distillation_loss(rows, settings)
         weights_N = settings.position_weights(gamma).to(losses.ce_N)[rows_N % gamma]
         sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
         return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, rows_N)
+
+    def _whole_head(self) -> Tensor:
+        """The target's head [V, H]."""
+        if self.target_head_VH is not None:
+            return self.target_head_VH
+        if self.draft_ids_W is not None:
+            raise ConfigError("an EAGLE-3 drafter of a reduced vocabulary is trained together with its target: load it so")
+        return self.lm_head.weight
+
+    def _draft_tokens(self, tokens_N: Tensor) -> Tensor:
+        """Target ids as the head counts them, -1 outside the draft vocabulary."""
+        if self.draft_ids_W is None:
+            return tokens_N
+        places_V = tokens_N.new_full((self.config.vocab_size,), -1)
+        places_V[self.draft_ids_W] = torch.arange(len(self.draft_ids_W), device=tokens_N.device)
+        return places_V[tokens_N]
 
     def _train_states(self, batch: TrainBatch) -> Tensor:
         """States of all unrolled steps of all anchors, before the final norm: [B, A, G, H]."""

@@ -9,6 +9,9 @@ p the target's distribution and x* the token that follows, the terms and their g
     LK = l KL + (1 - l) TV / 2     l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant (arXiv 2602.23881)
 so that each chunk leaves its gradients behind while its logits exist, and backward only scales what was kept.
 
+A drafter with a reduced vocabulary has q = 0 outside it: TV then includes the target's mass there, so that acceptance
+rates stay exact; KL is taken to p renormalised inside, and rows whose x* lies outside have no CE.
+
 A row's weight is w_k = exp(-(k - 1) / decay) of its position, or D-PACE's (arXiv 2605.18810, eq. 7 and 8): with the
 drafter's own smoothed confidence c_i = (1 - alpha) q_i(x*_i) + alpha, w_k = sum_{m >= k} prod_{i <= m} c_i, a constant.
 D-PACE's credit must not cancel: the denominator of the mean stays that of the fixed weights.
@@ -64,9 +67,10 @@ class Rows:
     markov: tuple[Tensor, Tensor] | None
     target_hidden_NH: Tensor
     target_head: Head
-    tokens_N: Tensor  # int64, x*
+    tokens_N: Tensor  # int64, x* as the drafter's head counts; -1 is outside its vocabulary
     grid_N: Tensor  # int64
     gamma: int
+    draft_ids_W: Tensor | None = None  # target ids of a reduced draft vocabulary, the rows of `head`
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def _all_chunks(rows: Rows, settings: LossSettings, wanted: tuple[bool, ...]) ->
                 rows.tokens_N[place, None],
                 rows.grid_N[place],
                 weights_G,
+                rows.draft_ids_W,
                 settings,
                 any(wanted),
             )
@@ -187,22 +192,30 @@ def _slice(
     token_n1: Tensor,
     grid_n: Tensor,
     weights_G: Tensor,
+    draft_ids_W: Tensor | None,
     settings: LossSettings,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted loss, CE, TV and KL of the rows of whole blocks, [4, n]; and the gradient by z, [n, V]."""
     needs_kl = settings.kl > 0 or settings.lk > 0
     log_q, p = torch.log_softmax(logits_nV, -1), torch.softmax(target_nV, -1)
-    ce = -log_q.gather(-1, token_n1).squeeze(-1)
-    kl = (torch.log_softmax(target_nV, -1).sub_(log_q).mul_(p)).sum(-1) if needs_kl else torch.zeros_like(ce)
+    inside, outside_n = p, None
+    if draft_ids_W is not None:
+        target_nV, p = target_nV[:, draft_ids_W], p[:, draft_ids_W]
+        inside, outside_n = torch.softmax(target_nV, -1), 1 - p.sum(-1)
+    known_n, token_n1 = token_n1[:, 0] >= 0, token_n1.clamp_min(0)
+    ce = (-log_q.gather(-1, token_n1).squeeze(-1)).masked_fill(~known_n, float("inf"))
+    kl = (torch.log_softmax(target_nV, -1).sub_(log_q).mul_(inside)).sum(-1) if needs_kl else torch.zeros_like(ce)
     q = log_q.exp_()
     difference = q - p
     tv = difference.abs().sum(-1)
+    if outside_n is not None:
+        tv = tv + outside_n
     weight = weights_G[grid_n % len(weights_G)].to(ce.dtype)
     if settings.weighting == "dpace":
         weight = dpace_weights(ce, grid_n, len(weights_G))
     share = torch.exp(-LK_SHARPNESS * (1 - tv / 2).clamp(0, 1))
-    by_ce = weight * settings.ce
+    ce, by_ce = ce.where(known_n, 0.0), weight * settings.ce * known_n
     by_tv = weight * (settings.tv + settings.lk * (1 - share) / 2)
     by_kl = weight * (settings.kl + settings.lk * share)
     values = torch.stack([by_ce * ce + by_tv * tv + by_kl * kl, ce, tv, kl])
@@ -212,7 +225,7 @@ def _slice(
     inner = by_ce + by_kl - by_tv * gradient.sum(-1)
     gradient.mul_(by_tv[:, None]).addcmul_(q, inner[:, None])
     if needs_kl:
-        gradient.addcmul_(p, by_kl[:, None], value=-1)
+        gradient.addcmul_(inside, by_kl[:, None], value=-1)
     return values, gradient.scatter_add_(-1, token_n1, -by_ce[:, None])
 
 
