@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,23 @@ def write_prompts(path: Path, count: int) -> Path:
     return path
 
 
-def run_until(arguments: list[str], ready: Path, number: signal.Signals) -> tuple[int, str]:
-    """Start a process, send the signal as soon as `ready` exists and has contents; (exit code, standard error)."""
+def has_content(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def steps_done(drafter: Path) -> int:
+    """The step of the saved state; 0 while there is none (or while it is being swapped)."""
+    try:
+        return int(json.loads((drafter / "state" / "position.json").read_text())["step"])
+    except FileNotFoundError:
+        return 0
+
+
+def run_until(arguments: list[str], ready: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
+    """Start a process, send the signal as soon as `ready()`; (exit code, standard error)."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (ready.exists() and ready.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+    while not ready() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
@@ -135,7 +147,7 @@ def test_generate_survives_sigkill_with_the_same_records(target_folder: Path, tm
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     arguments = ["generate", "-p", str(source), "-o"]
     assert subprocess.run(command(target_folder, *arguments, str(whole)), capture_output=True).returncode == 0
-    code, _ = run_until(command(target_folder, *arguments, str(killed)), killed, signal.SIGKILL)
+    code, _ = run_until(command(target_folder, *arguments, str(killed)), lambda: has_content(killed), signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert 0 < len(killed.read_bytes().splitlines()) < 40, "it was killed in the middle"
     assert subprocess.run(command(target_folder, *arguments, str(killed)), capture_output=True).returncode == 0
@@ -149,7 +161,8 @@ def test_signals_end_every_stage_in_order_and_it_goes_on(
 ) -> None:
     source = write_prompts(tmp_path / "prompts.jsonl", 1500)
     generated, features, drafter = tmp_path / "answers.jsonl", tmp_path / "features", tmp_path / "drafter"
-    ended = run_until(command(target_folder, "generate", "-p", str(source), "-o", str(generated)), generated, number)
+    generate = command(target_folder, "generate", "-p", str(source), "-o", str(generated))
+    ended = run_until(generate, lambda: has_content(generated), number)
     assert ended[0] == code, ended[1]
     assert ended[1].splitlines()[-1] == "error: interrupted; run the same command again to go on"
     small = write_prompts(tmp_path / "small.jsonl", 8)
@@ -159,21 +172,20 @@ def test_signals_end_every_stage_in_order_and_it_goes_on(
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     rows = [r for r in rows if r["messages"][-1]["role"] == "assistant"]
     long.write_text("".join(json.dumps(r | {"id": f"{r['id']}-{i}"}) + "\n" for i in range(1500) for r in rows))
-    ended = run_until(
-        command(target_folder, "capture", "-c", str(long), "-o", str(features)), features / "shard-00000.safetensors", number
-    )
+    reading = command(target_folder, "capture", "-c", str(long), "-o", str(features))
+    ended = run_until(reading, lambda: has_content(features / "shard-00000.safetensors"), number)
     assert ended[0] == code, ended[1]
     stop = subprocess.run(command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(features)))
     assert stop.returncode == 2, "a store of other conversations is not mixed in"
     subprocess.run(command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "f")), check=True)
     train = command(target_folder, "train", "-f", str(tmp_path / "f"), "-o", str(drafter))
-    ended = run_until(train, drafter / "log.jsonl", number)
+    ended = run_until(train, lambda: steps_done(drafter) >= 1, number)
     assert ended[0] == code, ended[1]
-    before = json.loads((drafter / "state" / "position.json").read_text())["step"]
-    assert before >= 1
-    run_until(train, drafter / "best" / "model.safetensors", number)
-    assert json.loads((drafter / "state" / "position.json").read_text())["step"] > before
-    assert os.path.exists(drafter / "best" / "config.json")
+    before = steps_done(drafter)
+    ended = run_until(train, lambda: steps_done(drafter) > before, number)
+    assert ended[0] == code, ended[1]
+    assert steps_done(drafter) > before, "it went on, not back"
+    assert (drafter / "best" / "config.json").exists()
 
 
 # --- capture and the feature store
