@@ -9,19 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe
-from draftkit.data.conversations import Conversation
+from draftkit.draft.checkpoint import read_provenance
 from draftkit.evaluate.plots import plot_acceptance
 from draftkit.evaluate.report import print_report
+from draftkit.evaluate.run import EvalResult
+from draftkit.target.transformers import TransformersTarget
 
 GENERATE_SHARE, TRAIN_SHARE = 0.20, 0.45  # of the minutes; the rest is for capture, evaluation and start-up
-TOKENS_PER_SECOND = 1500  # of batched generation on two slow cores: decides how many prompts are answered
-TOKENS_PER_ANSWER = 90
-PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 30, 24  # evaluated at each temperature
+PROBE_PROMPTS = 144  # answered first; their rate decides how many follow
+PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 5, 4  # evaluated at each temperature, per minute of the whole
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
         info = target.info
         notes.append(f"{info.name}: {info.num_layers} layers, hidden size {info.hidden_size}, vocabulary {info.vocab_size}")
     with stage("generate") as notes:
-        prompts = _share(stages.read_prompts([stages.TINY_PROMPTS]), minutes)
+        prompts = stages.read_prompts([stages.TINY_PROMPTS])[: _prompt_count(target, tokenizer, recipe, out, minutes)]
         notes.append(f"{stages.run_generate(target, tokenizer, recipe, prompts, answers)} answers of the target itself")
     with stage("capture") as notes:
         report = stages.run_capture(target, tokenizer, recipe, stages.read_prompts([answers]), features)
@@ -67,10 +69,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
             (run / "done.json").write_text(json.dumps(asdict(trained), indent=1), encoding="utf-8")
             notes.append(f"{trained.steps} steps, simulated accepted length {trained.best:.2f}")
     with stage("evaluate") as notes:
-        drafter = stages.open_drafter(run / "best", target)
-        held_out = stages.read_prompts([stages.TINY_HELD_OUT])
-        results = stages.run_evaluate(target, tokenizer, recipe, drafter, held_out)
-        stages.save_results(results, results_folder)
+        results = _evaluate(target, tokenizer, recipe, run / "best", results_folder)
         plot_acceptance(results, results_folder / "acceptance.png")
         notes.append(f"{len(results[0].records)} held-out prompts at {len(results)} temperatures")
 
@@ -90,10 +89,12 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
 
 NEXT = """
 What to type next:
-  draftkit evaluate -d {drafter} -o results          100 prompts per domain
+  draftkit serve --drafter {drafter}    an OpenAI-compatible server and a chat page on http://127.0.0.1:8000
+  draftkit evaluate -d {drafter} -o results    100 prompts per domain
+and on your own conversations:
   draftkit generate -p your_prompts.jsonl -o answers.jsonl
   draftkit capture -c answers.jsonl -o features
-  draftkit train -f features -o drafter              longer, on your own conversations
+  draftkit train -f features -o drafter
 """
 
 
@@ -101,14 +102,45 @@ def _within(recipe: Recipe, minutes: float) -> Recipe:
     """The recipe with a training time and an evaluation that fit the minutes."""
     train = recipe.train.model_copy(update={"minutes": minutes * TRAIN_SHARE, "epochs": 1000})
     evaluate = recipe.evaluate.model_copy(
-        update={"prompts_per_domain": PROMPTS_PER_DOMAIN, "speed_prompts": SPEED_PROMPTS}
+        update={
+            "prompts_per_domain": max(1, round(PROMPTS_PER_DOMAIN * minutes)),
+            "speed_prompts": max(3, round(SPEED_PROMPTS * minutes)),
+        }
     )
     return recipe.model_copy(update={"train": train, "evaluate": evaluate})
 
 
-def _share(prompts: list[Conversation], minutes: float) -> list[Conversation]:
-    """As many prompts as can be answered in the generation's share of the time; the file is shuffled."""
-    return prompts[: round(60 * minutes * GENERATE_SHARE * TOKENS_PER_SECOND / TOKENS_PER_ANSWER)]
+def _prompt_count(target: TransformersTarget, tokenizer: Any, recipe: Recipe, out: Path, minutes: float) -> int:
+    """How many prompts can be answered in the generation's share of the time, measured once on the first of them.
+
+    The number is kept beside the answers, so that a second run goes on with the same set.
+    """
+    kept = out / "prompts.json"
+    if not kept.exists():
+        probe = stages.read_prompts([stages.TINY_PROMPTS])[:PROBE_PROMPTS]  # the file is shuffled: a fair sample
+        began = time.perf_counter()
+        stages.run_generate(target, tokenizer, recipe, probe, out / "answers.jsonl")
+        rate = PROBE_PROMPTS / (time.perf_counter() - began)
+        count = max(PROBE_PROMPTS, round(60 * minutes * GENERATE_SHARE * rate))
+        kept.write_text(json.dumps(count), encoding="utf-8")
+    return int(json.loads(kept.read_text("utf-8")))
+
+
+def _evaluate(
+    target: TransformersTarget, tokenizer: Any, recipe: Recipe, drafter: Path, folder: Path
+) -> list[EvalResult]:
+    """Results of this drafter under this recipe: those that are there, or new ones."""
+    about, made_from = folder / "made_from.json", json.dumps(
+        {"drafter": read_provenance(drafter).get("sha256"), "evaluate": recipe.evaluate.model_dump()}, indent=1
+    )
+    paths = [stages.result_path(folder, t) for t in recipe.evaluate.temperatures]
+    if about.exists() and about.read_text("utf-8") == made_from and all(p.exists() for p in paths):
+        return [EvalResult.load(p) for p in paths]
+    held_out = stages.read_prompts([stages.TINY_HELD_OUT])
+    results = stages.run_evaluate(target, tokenizer, recipe, stages.open_drafter(drafter, target), held_out)
+    stages.save_results(results, folder)
+    about.write_text(made_from, encoding="utf-8")
+    return results
 
 
 def _same_recipe(run: Path, recipe: Recipe) -> bool:

@@ -237,7 +237,12 @@ def save_results(results: Sequence[EvalResult], folder: Path) -> None:
     """One JSON file per temperature."""
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
-        result.save(folder / f"evaluate-T{result.settings['sampling']['temperature']:g}.json")
+        result.save(result_path(folder, result.settings["sampling"]["temperature"]))
+
+
+def result_path(folder: Path, temperature: float) -> Path:
+    """Where the result of one temperature lies."""
+    return folder / f"evaluate-T{temperature:g}.json"
 
 
 def summary(results: Sequence[EvalResult]) -> str:

@@ -17,6 +17,7 @@ import transformers
 from draftkit import __version__
 from draftkit.decode import Decoded, decode
 from draftkit.draft.drafter import Drafter
+from draftkit.errors import DataError
 from draftkit.evaluate.metrics import (
     Interval,
     PromptRecord,
@@ -82,6 +83,22 @@ class EvalResult:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(text + "\n", encoding="utf-8")
         partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> EvalResult:
+        """Read what `save` wrote. Raises DataError when the file is damaged."""
+        try:
+            raw = json.loads(path.read_text("utf-8"))
+            return cls(
+                environment=raw["environment"],
+                settings=raw["settings"],
+                accepted_len={k: Interval(**_with_nan(v)) for k, v in raw["accepted_len"].items()},
+                acceptance={k: list(_with_nan(dict(enumerate(v))).values()) for k, v in raw["acceptance"].items()},
+                speed=Speed(**raw["speed"]) if raw["speed"] else None,
+                records=tuple(_record(r) for r in raw["records"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: is not an evaluation result ({error}); remove it and evaluate again") from error
 
 
 def evaluate(
@@ -165,6 +182,15 @@ def _spread(prompts: Sequence[EvalPrompt], count: int) -> list[int]:
         by_domain.setdefault(prompt.domain, []).append(index)
     each = -(-count // max(1, len(by_domain)))
     return [i for indices in by_domain.values() for i in indices[:each]]
+
+
+def _record(raw: dict[str, Any]) -> PromptRecord:
+    lists = {k: tuple(tuple(x) if isinstance(x, list) else x for x in v) for k, v in raw.items() if isinstance(v, list)}
+    return PromptRecord(**(raw | lists))
+
+
+def _with_nan(values: dict[Any, Any]) -> dict[Any, float]:
+    return {k: float("nan") if v is None else v for k, v in values.items()}
 
 
 def _without_nan(value: Any) -> Any:

@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S cached + new tokens, H hidden size, V vocabular
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 from draftkit.errors import TargetError
 from draftkit.target.cache import DynamicTargetCache, ReplayTargetCache, needs_replay
@@ -186,6 +188,8 @@ def load_target(
     if dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
     source = resolve_target(path)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # Transformers draws its bar into log files too
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
