@@ -58,7 +58,9 @@ class DrafterSection(Section):
 
     algorithm: Literal["dspark", "dflash", "eagle3"] = "dspark"
     num_layers: int = Field(5, ge=1, description="eagle3: 1, the default there")
-    style: Literal["auto", "qwen3", "llama", "gemma4"] = Field("auto", description="decoder block; auto: the target's")
+    style: Literal["auto", "qwen3", "llama", "gemma4"] = Field(
+        "auto", description="decoder block; auto: the one that engines load for this target"
+    )
     layout: Literal["anchor", "one_plus_n"] = Field("anchor", description="which block positions draft: all, or the masks")
     block_size: int = Field(7, ge=1, description="block positions: tokens drafted per round, one less in one_plus_n")
     window: int | None = Field(None, ge=1, description="context positions before the anchor that are seen; null: all")
@@ -69,7 +71,6 @@ class DrafterSection(Section):
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
     intermediate_size: int | None = Field(None, ge=1)
-    qk_norm: bool = Field(False, description="eagle3: norms of queries and keys, as in Qwen3")
     draft_vocab_size: int | None = Field(None, ge=2, description="eagle3: only the most frequent tokens are drafted")
 
     @model_validator(mode="before")

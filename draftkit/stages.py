@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from draftkit.data.template import render_prompt
 from draftkit.draft.checkpoint import load_drafter, new_drafter, read_provenance
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
 from draftkit.draft.eagle3 import EagleConfig
-from draftkit.draft.families import block_shape, style_of
+from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
@@ -97,34 +98,25 @@ def run_capture(
 def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
     """The drafter's shape: the recipe's choices, the target's sizes."""
     section, text = recipe.drafter, target.model.config.get_text_config()
-    style = style_of(target.info.family) if section.style == "auto" else section.style
-    shape = block_shape(text, style)
-    sizes: dict[str, Any] = {
+    eagle = section.algorithm == "eagle3"
+    automatic = EAGLE_STYLE if eagle else style_of(target.info.family)
+    sizes = asdict(block_shape(text, automatic if section.style == "auto" else section.style)) | {
         "hidden_size": target.info.hidden_size,
-        "intermediate_size": section.intermediate_size or shape.intermediate_size,
         "num_layers": section.num_layers,
-        "num_heads": shape.num_heads,
-        "num_kv_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
         "vocab_size": target.info.vocab_size,
         "feature_layers": feature_layers(recipe, target),
         "num_target_layers": target.info.num_layers,
         "block_size": section.block_size,
-        "rms_eps": shape.rms_eps,
-        "rope_theta": shape.rope_theta,
-        "logit_scale": shape.logit_scale,
-        "soft_cap": shape.soft_cap,
         "max_length": target.info.max_length,
     }
-    if section.algorithm == "eagle3":
-        return EagleConfig(**sizes, qk_norm=section.qk_norm, draft_vocab_size=section.draft_vocab_size)
+    if section.intermediate_size:
+        sizes["intermediate_size"] = section.intermediate_size
+    if eagle:
+        return EagleConfig(**sizes, draft_vocab_size=section.draft_vocab_size)
     dspark = section.algorithm == "dspark"
     return DrafterConfig(
         **sizes,
         mask_token_id=_mask_token(target, tokenizer),
-        style=style,
-        shared_key_value=shape.shared_key_value,
-        rotary_share=shape.rotary_share,
         layout=section.layout,
         window=section.window,
         head=section.head if dspark else "none",

@@ -32,10 +32,13 @@ CONFIG = EagleConfig(
     feature_layers=(0, 2),
     num_target_layers=4,
     block_size=4,
+    style="llama",
     max_length=64,
 )
 LENGTH, STEPS = 20, 4
-VARIANTS = [{}, {"qk_norm": True}, {"norm_before_residual": True}, {"feature_layers": (0, 1, 2)}]
+GEMMA = {"style": "gemma4", "shared_key_value": True, "rotary_share": 0.5, "soft_cap": 5.0}
+VARIANTS = [{}, {"style": "qwen3"}, {"norm_before_residual": True}, GEMMA, {"feature_layers": (0, 1, 2)}]
+ROPE_ERROR = {"atol": 1e-6, "rtol": 1e-6}  # the package turns by float32 angles
 
 
 def drafter_with(**changes: object) -> EagleDrafter:
@@ -43,6 +46,8 @@ def drafter_with(**changes: object) -> EagleDrafter:
     drafter = EagleDrafter(replace(CONFIG, **changes))  # type: ignore[arg-type]
     for parameter in drafter.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    if drafter.config.style == "gemma4":
+        drafter.midlayer.layer_scalar.fill_(0.7)
     return drafter.double()
 
 
@@ -69,9 +74,9 @@ def rms(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
     return x if norm is None else x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
 
 
-def rotated(x_TND: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def rotated(x_TND: torch.Tensor, positions: torch.Tensor, share: float) -> torch.Tensor:
     half = x_TND.shape[-1] // 2
-    angles = positions[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    angles = positions[:, None] * 10_000.0 ** (-torch.arange(half) / half) * (torch.arange(half) < share * half)
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     turned = torch.complex(x_TND[..., :half], x_TND[..., half:]) * turn
     return torch.cat([turned.real, turned.imag], -1)
@@ -82,26 +87,35 @@ def plain_states(drafter: EagleDrafter, tokens_T: torch.Tensor, features_TF: tor
 
     The second implementation: step j's keys of row i are seen by row i alone, those of step 0 causally.
     """
-    layer, attention, length = drafter.midlayer, drafter.midlayer.self_attn, len(tokens_T)
+    layer, attention, length, config = drafter.midlayer, drafter.midlayer.self_attn, len(tokens_T), drafter.config
+    gemma = config.style == "gemma4"
     rows = torch.arange(length)
     state = features_TF @ drafter.fc.weight.T
     keys, values, masks, states = [], [], [], []
     for step in range(STEPS):
-        embedded = drafter.embed_tokens.weight[tokens_T[(rows + 1 + step).clamp_max(length - 1)]]
+        embedded = drafter.embed_tokens.weight[tokens_T[(rows + 1 + step).clamp_max(length - 1)]] * (4 if gemma else 1)
         normed = rms(state, layer.hidden_norm)
         u = torch.cat([rms(embedded, layer.input_layernorm), normed], -1)
-        q, k, v = ((u @ p.weight.T).view(length, -1, 8) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = (rotated(rms(x, n), rows + step) for x, n in ((q, attention.q_norm), (k, attention.k_norm)))
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj or attention.k_proj)
+        q, k, v = ((u @ p.weight.T).view(length, -1, 8) for p in projections)
+        q, k = (
+            rotated(rms(x, n), rows + step, config.rotary_share) for x, n in ((q, attention.q_norm), (k, attention.k_norm))
+        )
+        if gemma:
+            v = v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
         keys.append(k.repeat_interleave(2, 1))
         values.append(v.repeat_interleave(2, 1))
         masks.append(rows[:, None] >= rows if step == 0 else rows[:, None] == rows)
-        scores = torch.einsum("tnd,snd->nts", q, torch.cat(keys)) / 8**0.5
+        scores = torch.einsum("tnd,snd->nts", q, torch.cat(keys)) / (1 if gemma else 8**0.5)
         probs = scores.masked_fill(~torch.cat(masks, 1), float("-inf")).softmax(-1)
         mixed = torch.einsum("nts,snd->tnd", probs, torch.cat(values)).flatten(1)
-        state = (normed if drafter.config.norm_before_residual else state) + mixed @ attention.o_proj.weight.T
-        x = rms(state, layer.post_attention_layernorm)
-        gate = F.silu(x @ layer.mlp.gate_proj.weight.T) * (x @ layer.mlp.up_proj.weight.T)
-        state = state + gate @ layer.mlp.down_proj.weight.T
+        update, x = mixed @ attention.o_proj.weight.T, normed if config.norm_before_residual else state
+        state = x + (rms(update, layer.post_attention_layernorm) if gemma else update)
+        x = rms(state, layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm)
+        gate = x @ layer.mlp.gate_proj.weight.T
+        gate = F.gelu(gate, approximate="tanh") if gemma else F.silu(gate)
+        update = (gate * (x @ layer.mlp.up_proj.weight.T)) @ layer.mlp.down_proj.weight.T
+        state = (state + rms(update, layer.post_feedforward_layernorm)) * 0.7 if gemma else state + update
         states.append(state)
     return torch.stack(states)
 
@@ -126,9 +140,10 @@ def test_states_loss_and_gradients_equal_a_second_implementation(changes: dict[s
                 place = anchor + 1 + k
                 if place >= LENGTH or not batch.loss_mask_BT[b, place]:
                     break
-                torch.testing.assert_close(states_BAGH[b, a, k], states[k, anchor - 1])
-                q = torch.softmax(drafter.lm_head.weight @ rms(states[k, anchor - 1], drafter.norm), -1)
-                p = torch.softmax(drafter.lm_head.weight @ batch.last_hidden_BTH[b, place - 1], -1)
+                torch.testing.assert_close(states_BAGH[b, a, k], states[k, anchor - 1], **ROPE_ERROR)
+                both = torch.stack([rms(states[k, anchor - 1], drafter.norm), batch.last_hidden_BTH[b, place - 1]])
+                logits = both @ drafter.lm_head.weight.T
+                q, p = torch.softmax(5 * torch.tanh(logits / 5) if "soft_cap" in changes else logits, -1)
                 tv, weight = (q - p).abs().sum(), torch.exp(torch.tensor(-k / 3.0))
                 loss = loss + weight * (0.6 * tv - 0.3 * q[batch.tokens_BT[b, place]].log())
                 weights += float(weight)
@@ -177,7 +192,7 @@ def test_the_draft_vocabulary_is_what_the_target_writes_most() -> None:
     assert choose_draft_vocabulary(counts, 7).tolist() == list(range(7))
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:3], ids=lambda c: next(iter(c), "plain"))
+@pytest.mark.parametrize("changes", VARIANTS[:4], ids=lambda c: next(iter(c), "plain"))
 def test_training_and_drafting_take_the_same_steps(changes: dict[str, object]) -> None:
     """All anchors at once, against one at a time with a context that grows in pieces and is cropped."""
     drafter, batch = drafter_with(**changes).eval(), random_batch()
@@ -193,7 +208,7 @@ def test_training_and_drafting_take_the_same_steps(changes: dict[str, object]) -
         with torch.inference_mode():
             for k in range(STEPS):
                 state = drafter._step(context, anchor - 1 + k, tokens[:, anchor + k], state)
-                torch.testing.assert_close(state[0, 0], together[row, place, k])
+                torch.testing.assert_close(state[0, 0], together[row, place, k], **ROPE_ERROR)
 
 
 @torch.inference_mode()
@@ -270,7 +285,7 @@ def eagle_for(target: TransformersTarget, **changes: object) -> EagleDrafter:
     return drafter.double().eval()
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "draft_vocab_size": 100}])
+@pytest.mark.parametrize("changes", [{}, {"style": "qwen3", "draft_vocab_size": 100}])
 def test_greedy_answers_are_the_targets_own(target: TransformersTarget, changes: dict[str, object]) -> None:
     drafter = eagle_for(target, **changes)
     accepted = 0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draftkit.draft.drafter import DrafterConfig, DrafterShape
+from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
 from draftkit.ops.attention import BlockPlan, block_attention
 
@@ -54,19 +54,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
-class Attention(nn.Module):
-    """Projections of one layer; how keys meet queries differs between training and drafting."""
+def embed(table: nn.Embedding, tokens: Tensor, config: DrafterShape) -> Tensor:
+    """Token ids [...] to embeddings [..., H], scaled where the family does so (in the weights' dtype)."""
+    embedded: Tensor = table(tokens)
+    if STYLES[config.style].scaled_embedding:
+        return embedded * torch.tensor(config.hidden_size**0.5, dtype=embedded.dtype, device=embedded.device)
+    return embedded
 
-    def __init__(self, config: DrafterConfig) -> None:
+
+class Attention(nn.Module):
+    """Projections of one layer, from inputs of `width`; how keys meet queries differs between training and drafting."""
+
+    def __init__(self, config: DrafterShape, width: int) -> None:
         super().__init__()
         style = STYLES[config.style]
-        hidden, size = config.hidden_size, config.head_dim
+        size = config.head_dim
         self.head_dim, self.eps, self.value_norm = size, config.rms_eps, style.value_norm
         self.scale = size**-0.5 if style.scores_by_size else 1.0
-        self.q_proj = nn.Linear(hidden, config.num_heads * size, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_kv_heads * size, bias=False)
-        self.v_proj = None if config.shared_key_value else nn.Linear(hidden, config.num_kv_heads * size, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * size, hidden, bias=False)
+        self.q_proj = nn.Linear(width, config.num_heads * size, bias=False)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.v_proj = None if config.shared_key_value else nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(size, config.rms_eps) if style.query_key_norm else None
         self.k_norm = RMSNorm(size, config.rms_eps) if style.query_key_norm else None
 
@@ -88,7 +96,7 @@ class Attention(nn.Module):
         return F.rms_norm(v, (self.head_dim,), None, self.eps) if self.value_norm else v
 
     def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Hidden states [T, H] to keys and values, both [T, M, D]."""
+        """Inputs [..., T, width] to keys and values, both [..., T, M, D]."""
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
         v = k if self.v_proj is None else self.v_proj(x).unflatten(-1, (-1, self.head_dim))
         return self.keys(k, rotation), self.values(v)
@@ -117,11 +125,11 @@ class MLP(nn.Module):
 class DraftLayer(nn.Module):
     """Pre-norm attention and MLP with residuals; Gemma's has norms behind both too, and scales what it gives on."""
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterShape, attention_width: int | None = None) -> None:
         super().__init__()
         self.output_norms = STYLES[config.style].output_norms
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, attention_width or config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.mlp = MLP(config, STYLES[config.style].activation)
         if self.output_norms:

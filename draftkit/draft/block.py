@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, rope_table, rotate
+from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table, rotate
 from draftkit.draft.drafter import DraftContext, Drafter, DrafterConfig, LossReport, LossSettings, Proposal, TrainBatch
-from draftkit.draft.families import STYLES
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
 from draftkit.draft.losses import Head, Rows, distillation_loss
@@ -101,11 +100,8 @@ class BlockDrafter(Drafter):
         return Head(self.lm_head.weight, self.config.logit_scale, self.config.soft_cap)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [...] to embeddings [..., H], scaled where the family does so (in the weights' dtype)."""
-        embedded: Tensor = self.embed_tokens(tokens)
-        if STYLES[self.config.style].scaled_embedding:
-            return embedded * torch.tensor(self.config.hidden_size**0.5, dtype=embedded.dtype, device=embedded.device)
-        return embedded
+        """Token ids [...] to embeddings [..., H]."""
+        return embed(self.embed_tokens, tokens, self.config)
 
     # --- drafting
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from draftkit import __version__
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint_forms import Fields, read_shape, tensors_from_form, tensors_to_form, write_shape
+from draftkit.draft.checkpoint_fields import Fields
+from draftkit.draft.checkpoint_forms import read_shape, tensors_from_form, tensors_to_form, write_shape
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.errors import CheckpointError

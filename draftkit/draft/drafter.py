@@ -23,7 +23,9 @@ LAYOUTS = ("anchor", "one_plus_n")
 @dataclass(frozen=True, kw_only=True)
 class DrafterShape:
     """What every drafter has. `feature_layers` are target layer OUTPUT indices, ascending; `block_size` sets how many
-    tokens are drafted per round; `logit_scale` and `soft_cap` are the target's, on the logits of its head."""
+    tokens are drafted per round; `logit_scale` and `soft_cap` are the target's, on the logits of its head. `style` is a
+    row of `draft/families.py`; with `shared_key_value` a layer's values are its key projection; rotary embeddings turn
+    `rotary_share` of the head size."""
 
     hidden_size: int
     intermediate_size: int
@@ -40,6 +42,9 @@ class DrafterShape:
     logit_scale: float = 1.0
     soft_cap: float | None = None
     max_length: int = 4096
+    style: str = "qwen3"
+    shared_key_value: bool = False
+    rotary_share: float = 1.0
 
     def __post_init__(self) -> None:
         if list(self.feature_layers) != sorted(set(self.feature_layers)):
@@ -48,6 +53,8 @@ class DrafterShape:
             raise ConfigError(f"drafter.num_heads: {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.gamma < 1:
             raise ConfigError(f"drafter.block_size: {self.block_size} leaves no token to draft")
+        if self.style not in STYLES:
+            raise ConfigError(f"drafter.style: {self.style!r} is not known, choose one of {', '.join(STYLES)}")
 
     @property
     def gamma(self) -> int:
@@ -66,8 +73,7 @@ class DrafterConfig(DrafterShape):
 
     `block_size` is the number of block positions; `layout` "anchor" drafts from every one of them (the anchor first),
     "one_plus_n" (z-lab's DFlash) from all but the anchor. `window` limits the context to the last so many positions
-    before the anchor. `style` is a row of `draft/families.py`; with `shared_key_value` a layer's values are its key
-    projection; rotary embeddings turn `rotary_share` of the head size.
+    before the anchor.
     """
 
     mask_token_id: int
@@ -78,9 +84,6 @@ class DrafterConfig(DrafterShape):
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
     window: int | None = None
-    style: str = "qwen3"
-    shared_key_value: bool = False
-    rotary_share: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,8 +91,6 @@ class DrafterConfig(DrafterShape):
             raise ConfigError(f"drafter.head: {self.head!r} is not known, choose one of {', '.join(HEADS)}")
         if self.layout not in LAYOUTS:
             raise ConfigError(f"drafter.layout: {self.layout!r} is not known, choose one of {', '.join(LAYOUTS)}")
-        if self.style not in STYLES:
-            raise ConfigError(f"drafter.style: {self.style!r} is not known, choose one of {', '.join(STYLES)}")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"drafter.window: {self.window} leaves no context, give 1 or more, or null for all of it")
 

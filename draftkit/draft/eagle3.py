@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draftkit.draft.backbone import MLP, RMSNorm, rope_table, rotate
+from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
 from draftkit.draft.drafter import DraftContext, Drafter, DrafterShape, LossReport, LossSettings, Proposal, TrainBatch
 from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.errors import ConfigError
@@ -33,13 +33,12 @@ CONTEXT_GROWTH = 256  # rows by which a context's memory grows
 class EagleConfig(DrafterShape):
     """The shape of an EAGLE-3 drafter; `block_size` is the horizon of training and the number of drafted tokens.
 
-    `draft_vocab_size` null is the target's vocabulary. `qk_norm`: RMSNorm of queries and keys, as in Qwen3.
-    `norm_before_residual`: the residual is the normed state instead of the state.
+    `draft_vocab_size` null is the target's vocabulary. `norm_before_residual`: the residual is the normed state instead
+    of the state.
     """
 
     num_layers: int = 1
     draft_vocab_size: int | None = None
-    qk_norm: bool = False
     norm_before_residual: bool = False
 
     def __post_init__(self) -> None:
@@ -62,57 +61,28 @@ class EagleConfig(DrafterShape):
         return self.draft_vocab_size or self.vocab_size
 
 
-class EagleAttention(nn.Module):
-    """Projections of the layer; their input is twice as wide as the hidden state."""
-
-    def __init__(self, config: EagleConfig) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        width, size = 2 * config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(width, config.num_heads * size, bias=False)
-        self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
-        self.v_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(size, config.rms_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(size, config.rms_eps) if config.qk_norm else None
-
-    def queries(self, u: Tensor, rope: Tensor) -> Tensor:
-        """[B, T, 2 H] and cos/sin [B or 1, T, 2, D] to [B, Q, T, D], rotated."""
-        return self._rotated(self.q_proj(u), self.q_norm, rope)
-
-    def keys_values(self, u: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T, 2 H] and cos/sin to rotated keys and to values, both [B, M, T, D]."""
-        values = self.v_proj(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return self._rotated(self.k_proj(u), self.k_norm, rope), values
-
-    def _rotated(self, x: Tensor, norm: RMSNorm | None, rope: Tensor) -> Tensor:
-        x = x.unflatten(-1, (-1, self.head_dim))
-        x = norm(x) if norm is not None else x
-        return rotate(x, rope[:, :, None, 0], rope[:, :, None, 1]).transpose(1, 2)
-
-
-class EagleLayer(nn.Module):
+class EagleLayer(DraftLayer):
     """The one layer: attention over [embedding ; state], then the MLP, both with residuals on the state."""
 
     def __init__(self, config: EagleConfig) -> None:
-        super().__init__()
+        super().__init__(config, 2 * config.hidden_size)
         self.norm_before_residual = config.norm_before_residual
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.self_attn = EagleAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.mlp = MLP(config)
 
     def join(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings and states [..., H] to the layer's input u [..., 2 H] and its residual [..., H]."""
         normed = self.hidden_norm(state)
         return torch.cat([self.input_layernorm(embedded), normed], -1), normed if self.norm_before_residual else state
 
-    def finish(self, mixed: Tensor, residual: Tensor) -> Tensor:
-        """Attention's output [B, Q, T, D] and the residual [B, T, H] to the next state [B, T, H]."""
-        state = residual + self.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-        out: Tensor = state + self.mlp(self.post_attention_layernorm(state))
-        return out
+    def queries(self, u: Tensor, rope: Tensor) -> Tensor:
+        """Inputs [B, T, 2 H] and cos/sin [B or 1, T, 2, D] to [B, Q, T, D]."""
+        q = self.self_attn.q_proj(u).unflatten(-1, (-1, self.self_attn.head_dim))
+        return self.self_attn.queries(q, _rotation(rope)).transpose(1, 2)
+
+    def keys_values(self, u: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs [B, T, 2 H] and cos/sin to keys and values, both [B, M, T, D]."""
+        keys, values = self.self_attn.keys_values(u, _rotation(rope))
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 class EagleContext:
@@ -209,9 +179,9 @@ class EagleDrafter(Drafter):
         """Write keys and values of T committed rows: feature i with token i + 1."""
         own = _own(context)
         features_BTH = self.fc(features_BTF.to(self.fc.weight.dtype))
-        u, _ = self.midlayer.join(self.embed_tokens(next_tokens_BT), features_BTH)
+        u, _ = self.midlayer.join(self._embed(next_tokens_BT), features_BTH)
         rope = self._rope_rows(own.length, u.shape[1])
-        own.append(*self.midlayer.self_attn.keys_values(u, rope), features_BTH)
+        own.append(*self.midlayer.keys_values(u, rope), features_BTH)
 
     @torch.inference_mode()
     def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
@@ -236,14 +206,18 @@ class EagleDrafter(Drafter):
 
     def _step(self, context: EagleContext, row: int, token_B: Tensor, state_B1H: Tensor) -> Tensor:
         """The next state; keys and values of `row` are written into the context's scratch rows."""
-        u, residual = self.midlayer.join(self.embed_tokens(token_B[:, None]), state_B1H)
-        rope, attention = self._rope_rows(row, 1), self.midlayer.self_attn
-        keys, values = attention.keys_values(u, rope)
-        context.keys[:, :, row : row + 1], context.values[:, :, row : row + 1] = keys, values
-        seen = (context.keys[:, :, : row + 1], context.values[:, :, : row + 1])
-        grouped = self.config.num_heads != self.config.num_kv_heads
-        mixed = F.scaled_dot_product_attention(attention.queries(u, rope), *seen, enable_gqa=grouped)
-        return self.midlayer.finish(mixed, residual)
+        layer = self.midlayer
+        u, residual = layer.join(self._embed(token_B[:, None]), state_B1H)
+        rope, here, seen = self._rope_rows(row, 1), slice(row, row + 1), slice(row + 1)
+        context.keys[:, :, here], context.values[:, :, here] = layer.keys_values(u, rope)
+        mixed = F.scaled_dot_product_attention(
+            layer.queries(u, rope),
+            context.keys[:, :, seen],
+            context.values[:, :, seen],
+            scale=layer.self_attn.scale,
+            enable_gqa=self.config.num_heads != self.config.num_kv_heads,
+        )
+        return layer.finish(residual, mixed.transpose(1, 2).flatten(2))
 
     def _logits(self, state_BH: Tensor) -> Tensor:
         """Draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B, V]."""
@@ -259,10 +233,16 @@ class EagleDrafter(Drafter):
     def _rope_rows(self, start: int, count: int) -> Tensor:
         """cos and sin of consecutive positions, [1, T, 2, D]; the table is made once, in float32."""
         if self._rope is None:
-            config = self.config
-            table = rope_table(config.max_length + config.gamma, config.head_dim, config.rope_theta, self.norm.weight.device)
+            table = self._rope_table(self.config.max_length + self.gamma)
             self._rope = table.to(self.norm.weight.dtype)
         return self._rope[None, start : start + count]
+
+    def _rope_table(self, length: int) -> Tensor:
+        config = self.config
+        return rope_table(length, config.head_dim, config.rope_theta, self.norm.weight.device, config.rotary_share)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        return embed(self.embed_tokens, tokens, self.config)
 
     # --- training
 
@@ -308,17 +288,16 @@ class EagleDrafter(Drafter):
 
     def _train_states(self, batch: TrainBatch) -> Tensor:
         """States of all unrolled steps of all anchors, before the final norm: [B, A, G, H]."""
-        layer, attention, gamma = self.midlayer, self.midlayer.self_attn, self.gamma
+        layer, gamma = self.midlayer, self.gamma
         length = batch.tokens_BT.shape[1]
         rows_BA = (batch.anchors_BA - 1).clamp_min(0)
         starts_BA = batch.positions_BT.gather(1, rows_BA)
-        table = rope_table(length + gamma, self.config.head_dim, self.config.rope_theta, rows_BA.device)
-        table = table.to(self.fc.weight.dtype)
+        table = self._rope_table(length + gamma).to(self.fc.weight.dtype)
 
         features_BSH = self.fc(batch.features_BTF.to(self.fc.weight.dtype))
         next_BS = batch.tokens_BT.roll(-1, 1)  # a document's last row pairs with a stranger; no anchor sees that row
-        u, _ = layer.join(self.embed_tokens(next_BS), features_BSH)
-        context = attention.keys_values(u, table[batch.positions_BT])
+        u, _ = layer.join(self._embed(next_BS), features_BSH)
+        context = layer.keys_values(u, table[batch.positions_BT])
         seen_BAS = torch.arange(length, device=rows_BA.device) <= rows_BA[..., None]
         seen_BAS &= batch.document_BT[:, None] == batch.document_BT.gather(1, rows_BA)[..., None]
 
@@ -327,25 +306,28 @@ class EagleDrafter(Drafter):
         own: list[tuple[Tensor, Tensor]] = []
         for k in range(gamma):
             tokens_BA = batch.tokens_BT.gather(1, (batch.anchors_BA + k).clamp_max(length - 1))
-            u, residual = layer.join(self.embed_tokens(tokens_BA), state_BAH)
+            u, residual = layer.join(self._embed(tokens_BA), state_BAH)
             rope = table[starts_BA + k]
             if k:  # step 0 is a row of the context
-                own.append(attention.keys_values(u, rope))
-            mixed = unrolled_attention(attention.queries(u, rope), context, own, seen_BAS)
-            state_BAH = layer.finish(mixed, residual)
+                own.append(layer.keys_values(u, rope))
+            mixed = unrolled_attention(layer.queries(u, rope), context, own, seen_BAS, layer.self_attn.scale)
+            state_BAH = layer.finish(residual, mixed.transpose(1, 2).flatten(2))
             states.append(state_BAH)
         return torch.stack(states, 2)
 
 
 def unrolled_attention(
-    q_BQAD: Tensor, context: tuple[Tensor, Tensor], own: list[tuple[Tensor, Tensor]], seen_BAS: Tensor
+    q_BQAD: Tensor,
+    context: tuple[Tensor, Tensor],
+    own: list[tuple[Tensor, Tensor]],
+    seen_BAS: Tensor,
+    scale: float,
 ) -> Tensor:
     """Each anchor's query over its part of the context [B, M, S, D] and its own earlier steps (each [B, M, A, D]).
 
     One softmax over S + steps keys, in float32; returns [B, Q, A, D].
     """
-    kv_heads, size = context[0].shape[1], q_BQAD.shape[-1]
-    q = q_BQAD.unflatten(1, (kv_heads, -1)) * size**-0.5  # [B, M, Q / M, A, D]
+    q = q_BQAD.unflatten(1, (context[0].shape[1], -1)) * scale  # [B, M, Q / M, A, D]
     scores = torch.einsum("bmgad,bmsd->bmgas", q, context[0]).float()
     scores = scores.masked_fill(~seen_BAS[:, None, None], float("-inf"))
     length = scores.shape[-1]
@@ -376,6 +358,11 @@ def _own(context: DraftContext) -> EagleContext:
     if not isinstance(context, EagleContext):
         raise TypeError(f"an EAGLE-3 drafter needs its own context, not {type(context).__name__}")
     return context
+
+
+def _rotation(rope: Tensor) -> Rotation:
+    """cos/sin [B, T, 2, D], ready to broadcast over heads."""
+    return rope[:, :, None, 0], rope[:, :, None, 1]
 
 
 def _pick(values_BT: Tensor, places_BAG: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 The style is what a decoder block does differently; everything else is a number. Any causal language model gets the
 Qwen3 block, which engines load in front of every target; Gemma 4 has a block of its own, which they load as well. The
-Llama block is there to be chosen.
+Llama block is EAGLE-3's, and there to be chosen.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ STYLES = {
 }
 STYLE_OF_FAMILY = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), "gemma4")
 PLAIN_STYLE = "qwen3"
+EAGLE_STYLE = "llama"  # what every engine loads as EAGLE-3, in front of any target
 
 
 @dataclass(frozen=True)
