@@ -1,4 +1,4 @@
-"""The readable reference loop for one request: draft, verify, commit, crop.
+"""The readable reference loop for one request: draft, plan, verify, commit, crop.
 
 Plain decoding is the same loop without a drafter: a proposal of length zero, of which the verification rule keeps
 nothing and adds the target's own token. Nothing here is clever; the engine must agree with it.
@@ -8,8 +8,9 @@ Shapes: B = 1 request, T tokens, G = gamma drafted tokens, V vocabulary, F = fea
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +21,20 @@ from draftkit.ops.sampling import Sampling, processed_probs, request_generator, 
 from draftkit.ops.verify import TOKEN_RULE, Rule, verify
 from draftkit.target.interface import Target
 
+Plan = Callable[[Sequence[float]], int]  # from a proposal's confidences (none without a head) to tokens to verify
+
 
 @dataclass(frozen=True)
 class Round:
     """One draft-verify-commit round.
 
-    `drafted` tokens were proposed and `accepted` of them kept by the verification rule; `emitted` tokens were added to
-    the answer, the bonus token included (fewer than accepted + 1 only when a stop token or the limit cut the round).
+    `drafted` tokens were proposed, the first `verified` of them read by the target, and `accepted` of these kept by the
+    verification rule; `emitted` tokens were added to the answer, the bonus token included (fewer than accepted + 1 only
+    when a stop token or the limit cut the round).
     """
 
     drafted: int
+    verified: int
     accepted: int
     emitted: int
     confidence: tuple[float, ...] = ()
@@ -46,6 +51,11 @@ class Decoded:
     decode_seconds: float
 
 
+def verify_all(confidence_G: Sequence[float]) -> int:
+    """The plan that verifies every drafted token."""
+    return sys.maxsize
+
+
 @torch.inference_mode()
 def decode(
     target: Target,
@@ -55,11 +65,13 @@ def decode(
     max_new_tokens: int,
     seed: int = 0,
     rule: Rule = TOKEN_RULE,
+    plan: Plan = verify_all,
 ) -> Decoded:
     """Answer one prompt (token ids) with at most `max_new_tokens` tokens.
 
     At temperature 0 the answer equals the target's own greedy decoding; above it, it has exactly the target's
-    distribution. All randomness comes from `seed`. Raises DataError for an empty prompt or one that leaves no room.
+    distribution. All randomness comes from `seed`. `plan` says how many drafted tokens to verify; it must be one of those
+    that keep the law (see `schedule.planner`). Raises DataError for an empty prompt or one that leaves no room.
     """
     if not prompt or max_new_tokens < 1:
         raise DataError(f"prompt of {len(prompt)} tokens, {max_new_tokens} new tokens: both must be at least 1")
@@ -94,14 +106,18 @@ def decode(
         else:
             proposal = _empty_proposal(target.info.vocab_size)
 
-        # Verify: one target pass over the anchor and the proposal.
-        block_BT = torch.cat([anchor_B[:, None], proposal.tokens_BG], dim=1)
-        read = target.forward(block_BT, cache, layers)
+        # Plan: how much of the proposal is worth verifying, by its confidences alone.
+        confidence = tuple(proposal.confidence_BG[0].tolist()) if proposal.confidence_BG is not None else ()
+        verified = min(plan(confidence), gamma)
+        tokens_BL, draft_probs_BLV = proposal.tokens_BG[:, :verified], proposal.probs_BGV[:, :verified]
+
+        # Verify: one target pass over the anchor and that part of the proposal.
+        read = target.forward(torch.cat([anchor_B[:, None], tokens_BL], dim=1), cache, layers)
         probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), sampling)
-        lengths_B = torch.tensor([gamma])
-        verdict = verify(rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_G[None, gamma:])
+        lengths_B = torch.tensor([verified])
+        verdict = verify(rule, tokens_BL, probs_BTV, draft_probs_BLV, lengths_B, uniforms_G[None, gamma:])
         accepted = int(verdict.accepted_R)
-        new_tokens = [*proposal.tokens_BG[0, :accepted].tolist(), int(verdict.next_token_R)]
+        new_tokens = [*tokens_BL[0, :accepted].tolist(), int(verdict.next_token_R)]
 
         # Commit what was kept, and crop what was read in vain: cache and context hold all but the new anchor.
         anchor_B = verdict.next_token_R
@@ -110,8 +126,7 @@ def decode(
             drafter.extend(context, read.features_BTF[:, : accepted + 1], torch.tensor([new_tokens]))
         kept = _until_stop(new_tokens, target.info.stop_token_ids)[: max_new_tokens - len(answer)]
         answer += kept
-        confidence = tuple(proposal.confidence_BG[0].tolist()) if proposal.confidence_BG is not None else ()
-        rounds.append(Round(gamma, accepted, len(kept), confidence))
+        rounds.append(Round(gamma, verified, accepted, len(kept), confidence))
 
     finished = time.perf_counter()
     reason = "stop" if answer[-1] in target.info.stop_token_ids else "length"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from draftkit.decode import decode
+from draftkit.decode import Plan, decode, verify_all
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.drafter import HEADS, DrafterConfig
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs
-from draftkit.ops.verify import RULES
+from draftkit.ops.verify import RULES, Rule
 from draftkit.target.transformers import TransformersTarget
 
 PROMPTS = [[4, 20, 31, 7], [9, 9, 9], [40, 41, 42, 43, 44, 45, 46], [300]]
@@ -66,6 +67,17 @@ def test_the_other_layout_drafts_one_token_less(target: TransformersTarget) -> N
     assert answer.tokens == decode(target, None, PROMPTS[0], Sampling(0.0), 16).tokens
 
 
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+def test_greedy_answers_do_not_depend_on_the_plan(target: TransformersTarget, rule: Rule) -> None:
+    drafter = make_drafter(target)
+    lengths = iter([0, 1, 4, 2, 3, 0, 9] * 9)
+    plain = decode(target, None, PROMPTS[0], Sampling(0.0), 24)
+    planned = decode(target, drafter, PROMPTS[0], Sampling(0.0), 24, rule=rule, plan=lambda confidence: next(lengths))
+    assert planned.tokens == plain.tokens
+    assert [r.verified for r in planned.rounds[:5]] == [0, 1, 4, 2, 3]
+    assert all(r.accepted <= r.verified <= r.drafted == len(r.confidence) == 4 for r in planned.rounds)
+
+
 class Shrunk(TransformersTarget):
     """The target with all but three tokens forbidden, so that its law can be enumerated."""
 
@@ -76,16 +88,26 @@ class Shrunk(TransformersTarget):
         )
 
 
+def cut_by_confidence(confidence: Sequence[float]) -> int:
+    """Any length, decided by the first confidence, which was there before the first drafted token."""
+    return int(confidence[0] * 1e4) % 4
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", [verify_all, cut_by_confidence])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule: object) -> None:
+def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule: Rule, plan: Plan) -> None:
     """3,000 answers of three tokens from three: every count within five standard deviations of the target's law."""
     small = Shrunk(target.model, target.info)
     drafter = make_drafter(target, block=3)
+    assert drafter.confidence_head is not None
+    torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.5)
     prompt, count, sampling = PROMPTS[0], 3000, Sampling(0.8)
     found: dict[tuple[int, ...], int] = {}
+    verified: set[int] = set()
     for seed in range(count):
-        answer = decode(small, drafter, prompt, sampling, 3, seed, rule)  # type: ignore[arg-type]
+        answer = decode(small, drafter, prompt, sampling, 3, seed, rule, plan)
+        verified |= {r.verified for r in answer.rounds}
         found[answer.tokens] = found.get(answer.tokens, 0) + 1
     worst = 0.0
     for tokens in itertools.product(range(5, 8), repeat=3):
@@ -95,6 +117,7 @@ def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule
         sigma = (chance * (1 - chance) / count) ** 0.5
         worst = max(worst, abs(found.get(tokens, 0) / count - chance) / max(sigma, 1e-9))
     assert worst < 5
+    assert len(verified) >= (1 if plan is verify_all else 3)
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(target: TransformersTarget) -> None:

@@ -51,7 +51,7 @@ def record_of(decoded: Decoded, prompt_id: str, domain: str, gamma: int) -> Prom
         known = min(r.accepted, r.emitted)  # accepted tokens behind a stop token are not part of the answer
         accepted[:known] += 1
         reached = known + 1 if r.emitted > r.accepted else known  # position `known` was rejected, if it exists
-        tried[: min(reached, r.drafted)] += 1
+        tried[: min(reached, r.verified)] += 1
     return PromptRecord(
         prompt_id=prompt_id,
         domain=domain,
