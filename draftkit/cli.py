@@ -154,7 +154,9 @@ def verify_lossless(
 @app.command(epilog="Example: draftkit serve --drafter drafter/best")
 def serve(
     target: Annotated[str, typer.Option(help="folder or hub name; tiny = the embedded one")] = "tiny",
-    drafter: Annotated[Path | None, typer.Option("--drafter", "-d", help="drafter folder; none = no drafts")] = None,
+    drafter: Annotated[
+        str | None, typer.Option("--drafter", "-d", help="drafter folder, or none; default: the embedded target's own")
+    ] = None,
     host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 = any free one")] = 8000,
     api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="guards /v1; repeatable")] = None,
@@ -164,11 +166,12 @@ def serve(
     drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = 120,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
+    from draftkit.engine.settings import EngineSettings
     from draftkit.serve.server import load_served, run_server
     from draftkit.serve.settings import ServeSettings
 
     settings = ServeSettings(host, port, tuple(api_key or ()), name, max_body, max_waiting, drain_seconds=drain_seconds)
-    run_server(lambda: load_served(target, drafter, name), settings)
+    run_server(lambda: load_served(target, drafter, name, EngineSettings()), settings)
 
 
 @app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8")

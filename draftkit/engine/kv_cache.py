@@ -41,7 +41,6 @@ class BlockPool:
         self._unused: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
         self._known: dict[Key, tuple[int, int]] = {}  # key -> (block, link)
         self._next_link = _ROOT + 1
-        self.queries = self.hits = 0  # tokens looked up, tokens found
 
     @property
     def free(self) -> int:
@@ -61,7 +60,6 @@ class BlockPool:
         """Blocks of the longest known prefix, now held by the caller. The last token is never included: it must be
         read again, for its logits."""
         table = BlockTable()
-        self.queries += len(tokens)
         if self.reuse:
             link, size = _ROOT, self.block_size
             for start in range(0, (len(tokens) - 1) // size * size, size):
@@ -72,7 +70,6 @@ class BlockPool:
                 self._hold(block)
                 table.blocks.append(block)
                 table.links.append(link)
-        self.hits += len(table.blocks) * self.block_size
         return table
 
     def grow(self, table: BlockTable, length: int) -> bool:

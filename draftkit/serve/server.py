@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
+from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DraftkitError, ServeError
 from draftkit.serve.app import create_app
 from draftkit.serve.detokenize import TokenTexts
@@ -21,17 +21,35 @@ from draftkit.serve.settings import ServeSettings
 from draftkit.serve.worker import Served, Worker
 
 log = logging.getLogger("draftkit.serve")
+EMBEDDED_NAME = "tiny"
+_OWN_DRAFTERS = (Path(__file__).parents[1] / "assets" / "tiny" / "drafter", Path("runs/quickstart/drafter/best"))
 _FLUSH_SECONDS = 10  # for responses that are made but not yet sent when the last answer is complete
 
 
-def load_served(target: str, drafter: Path | None, name: str | None, engine_settings: Any = None) -> Served:
+def load_served(target: str, drafter: str | None, name: str | None, engine_settings: EngineSettings) -> Served:
     """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError."""
-    from draftkit.engine.engine import Engine, EngineSettings
+    from draftkit.engine.engine import Engine
     from draftkit.target.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(target)
-    engine = Engine(target, None if drafter is None else str(drafter), engine_settings or EngineSettings())
+    folder = find_drafter(target, drafter)
+    engine = Engine(target, folder, engine_settings)
+    info = engine.info
+    log.info("drafter %s (%s), forward %s, %d KV blocks", folder or "none", info.algorithm, info.forward, info.kv_blocks_total)
     return Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name)
+
+
+def find_drafter(target: str, drafter: str | None) -> Path | None:
+    """The folder of the drafter: the one that was named, none for "none", and for the embedded target, where no word was
+    said, the one that came with it or that the quickstart made."""
+    if drafter is not None:
+        return None if drafter == "none" else Path(drafter)
+    if target != EMBEDDED_NAME:
+        return None
+    found = next((f for f in _OWN_DRAFTERS if (f / "config.json").exists()), None)
+    if found is None:
+        log.info("there is no drafter for the embedded target yet; make one with: draftkit quickstart --out runs/quickstart")
+    return found
 
 
 def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:

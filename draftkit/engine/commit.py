@@ -1,0 +1,106 @@
+"""The end of a step: what verification kept becomes part of the answers.
+
+Shapes: A requests that get a token, N rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from draftkit.engine.adjust import Adjustment
+from draftkit.engine.kv_cache import BlockPool
+from draftkit.engine.request import StepOutput, TokenEvent
+from draftkit.engine.round import Offered, log_probs
+from draftkit.engine.running import Running
+from draftkit.engine.scheduler import Work
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The verdict on the host: drafted tokens kept and next token, int64 [A] each, and the logits before adjustments,
+    lengths + 1 rows per request."""
+
+    offered: Offered
+    accepted_A: np.ndarray
+    next_A: np.ndarray
+    logits_NV: Tensor | None
+
+    @staticmethod
+    def nothing(offered: Offered) -> Outcome:
+        """Of a step in which nobody gets a token."""
+        none = np.empty(0, np.int64)
+        return Outcome(offered, none, none, None)
+
+
+def commit(
+    work: Work, outcome: Outcome, adjustments: dict[str, Adjustment], pool: BlockPool
+) -> list[StepOutput]:
+    """Add the tokens to the answers, publish full blocks, and say what is new. Finished requests are not yet removed."""
+    offered = outcome.offered
+    accepted, following = outcome.accepted_A.tolist(), outcome.next_A.tolist()
+    lengths, counts = offered.lengths_A.tolist(), work.counts_R.tolist()
+    drafts = offered.tokens_AG.tolist()
+    outputs: list[StepOutput] = []
+    firsts = np.concatenate([[0], (offered.lengths_A + 1).cumsum()]).tolist()
+    drafted = set(offered.drafting)
+    for index, request in enumerate(work.requests):
+        if index >= work.answering:
+            request.computed += counts[index]
+            pool.register(request.table, request.tokens, request.computed)
+            continue
+        kept = accepted[index]
+        if index in drafted:
+            _count(request, lengths[index], kept, offered.tokens_AG.shape[1])
+        elif index < work.decoding:
+            request.rounds += bool(request.gamma)
+        tokens, reason, why = _cut(request, [*drafts[index][:kept], following[index]], adjustments.get(request.id))
+        request.tokens += tokens
+        request.computed += counts[index] + min(kept, len(tokens))
+        request.answered = request.answered or time.perf_counter()
+        pool.register(request.table, request.tokens, request.computed)
+        events = _events(request, tokens, kept, outcome.logits_NV, firsts[index])
+        rejected = tuple(drafts[index][kept : lengths[index]])
+        outputs.append(StepOutput(request.id, events, rejected, reason, why, request.stats()))
+    return outputs
+
+
+def _count(request: Running, length: int, kept: int, gamma: int) -> None:
+    request.rounds += 1
+    request.drafted += gamma
+    request.verified += length
+    request.accepted += kept
+    for place in range(kept):
+        request.per_position[place] += 1
+
+
+def _cut(
+    request: Running, tokens: list[int], adjustment: Adjustment | None
+) -> tuple[list[int], str | None, int | None]:
+    """The tokens up to the end of the answer, why it ended (None: it goes on), and which stop token ended it."""
+    tokens = tokens[: request.limit - request.made]
+    end = next((i for i, token in enumerate(tokens) if token in request.stop_ids), None)
+    if end is not None:
+        tokens = tokens[: end + 1]
+    if adjustment is not None:
+        taken = adjustment.accept(tokens)
+        if taken < len(tokens) or adjustment.finished:
+            return tokens[:taken], "stop", request.stop_ids.get(tokens[taken - 1])
+    if end is not None:
+        return tokens, "stop", request.stop_ids[tokens[-1]]
+    return tokens, "length" if request.made + len(tokens) >= request.limit else None, None
+
+
+def _events(
+    request: Running, tokens: list[int], kept: int, logits_NV: Tensor | None, first: int
+) -> tuple[TokenEvent, ...]:
+    top = request.params.logprobs
+    if top is None or logits_NV is None:
+        return tuple([TokenEvent(t, "accepted" if i < kept else "target") for i, t in enumerate(tokens)])
+    own, best = log_probs(logits_NV, range(first, first + len(tokens)), tokens, top)
+    return tuple(
+        TokenEvent(t, "accepted" if i < kept else "target", own[i], tuple(best[i])) for i, t in enumerate(tokens)
+    )

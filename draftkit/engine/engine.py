@@ -1,0 +1,277 @@
+"""The engine: many requests at once; each step drafts, plans, verifies everything in one flattened pass, and commits.
+
+Shapes: R requests of a step, A of them get a token, D of them draft, G = gamma drafted tokens, T tokens of the pass,
+N rows of logits, V vocabulary, F features.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from draftkit.draft.drafter import Drafter
+from draftkit.engine.adjust import Adjustment, needs_adjustment
+from draftkit.engine.commit import Outcome, commit
+from draftkit.engine.fast_model import ReadOut
+from draftkit.engine.metrics import EngineMetrics, Tally
+from draftkit.engine.models import build_models
+from draftkit.engine.passes import Pass
+from draftkit.engine.plan import LengthPlanner
+from draftkit.engine.request import SamplingParams, StepOutput
+from draftkit.engine.round import Chooser, Offered, adjust_rows, judge, place
+from draftkit.engine.row_sampling import RowSampling, row_sampling
+from draftkit.engine.running import Running, Uniforms
+from draftkit.engine.scheduler import Scheduler, Work
+from draftkit.engine.settings import EngineSettings
+from draftkit.engine.slow_model import SlowModel
+from draftkit.errors import DataError
+from draftkit.target.transformers import TransformersTarget
+
+
+class Engine:
+    """Answers of many requests, step by step, in one thread.
+
+    `target` and `drafter` are names (folder or hub id) or loaded models. Raises what loading them raises.
+    """
+
+    def __init__(
+        self,
+        target: str | TransformersTarget,
+        drafter: str | Path | Drafter | None = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        settings = settings or EngineSettings()
+        self._models = build_models(target, drafter, settings)
+        self.info = self._models.info
+        self._requests: dict[str, Running] = {}
+        self._adjustments: dict[str, Adjustment] = {}
+        self._scheduler = Scheduler(
+            self._models.pool,
+            settings.max_running,
+            self.info.max_length,
+            self.info.gamma,
+            settings.step_tokens,
+            self._on_release,
+        )
+        self._planner = LengthPlanner(self.info.gamma, None)
+        self._tally = Tally(self.info.gamma)
+
+    def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
+        """Put a request in the queue. Raises DataError for one that cannot be served."""
+        self._check(request_id, tokens, params)
+        stop_ids: dict[int, int | None] = {t: t for t in params.stop_token_ids}
+        if not params.ignore_eos:
+            stop_ids |= dict.fromkeys(self._models.stop_token_ids)
+        gamma = self.info.gamma if params.draft else 0
+        seed = random.getrandbits(63) if params.seed is None else params.seed
+        room = self.info.max_length - len(tokens)
+        self._requests[request_id] = request = Running(
+            request_id,
+            params,
+            list(tokens),
+            len(tokens),
+            min(params.max_tokens or room, room),
+            stop_ids,
+            Uniforms(seed, gamma),
+            gamma,
+            per_position=[0] * gamma,
+        )
+        if needs_adjustment(params):
+            like = torch.empty(0, device=self._models.device)
+            self._adjustments[request_id] = Adjustment(params, tokens, list(stop_ids), self.info.vocab_size, like)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request; nothing happens when it is not there (any more)."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._adjustments.pop(request_id, None)
+            self._scheduler.remove(request)
+
+    def has_work(self) -> bool:
+        """Some request is not finished."""
+        return bool(self._requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """One round for all who decode, one chunk for prompts that are being read; what it adds to each answer."""
+        began, before = time.perf_counter(), self._model_seconds
+        work = self._scheduler.schedule()
+        if not work.requests:
+            return []
+        rows, uniforms = self._randomness(work)
+        offered = self._draft(work, rows, uniforms)
+        step, read = self._read(work, offered)
+        outcome = self._verify(work, offered, read, rows, uniforms)
+        self._extend(work, step, read, outcome)
+        outputs = commit(work, outcome, self._adjustments, self._models.pool)
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.abort(output.request_id)
+        self._tally.other_seconds += time.perf_counter() - began - (self._model_seconds - before)
+        return outputs
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        """A snapshot; may be read from another thread."""
+        tally, scheduler, pool = self._tally, self._scheduler, self._models.pool
+        return EngineMetrics(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_used=pool.used,
+            kv_total=pool.num_blocks,
+            prefix_hits=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefix_queries,
+            rounds=tally.rounds,
+            drafted=tally.drafted,
+            verified=tally.verified,
+            accepted=tally.accepted,
+            wasted=tally.verified - tally.accepted,
+            accepted_per_position=tuple(tally.per_position.tolist()),
+            draft_seconds=tally.draft_seconds,
+            verify_seconds=tally.verify_seconds,
+            other_seconds=tally.other_seconds,
+            preemptions=scheduler.preemptions,
+            calibration_error=tally.calibration_error,
+        )
+
+    # --- the parts of a step
+
+    def _randomness(self, work: Work) -> tuple[RowSampling, np.ndarray]:
+        """Sampling settings of the requests that get a token, and their uniforms [A, G + 2] (drafts, length, token)."""
+        answering = work.requests[: work.answering]
+        rows = row_sampling([r.params for r in answering], self.info.vocab_size, self._models.device)
+        uniforms = np.zeros((work.answering, self.info.gamma + 2))
+        if not rows.greedy:
+            for index, request in enumerate(answering):
+                if index < work.decoding:
+                    drawn = request.uniforms.round()
+                    uniforms[index, -len(drawn) :] = drawn
+                else:
+                    uniforms[index, -1] = request.uniforms.first()
+        return rows, uniforms
+
+    def _draft(self, work: Work, rows: RowSampling, uniforms: np.ndarray) -> Offered:
+        """Proposals of those who draft, with the lengths that the plan lets through."""
+        lengths_A = np.zeros(work.answering, np.int64)
+        chosen = self._planner.choose_drafting(work.requests[: work.decoding])
+        drafter, device = self._models.drafter, self._models.device
+        if drafter is None or not chosen:
+            empty = torch.empty(work.answering, 0, dtype=torch.int64, device=device)
+            probs = None if rows.greedy else torch.empty(work.answering, 0, self.info.vocab_size, device=device)
+            return Offered(empty, probs, lengths_A, [], None)
+        drafting = [work.requests[i] for i in chosen]
+        began, size = time.perf_counter(), drafter.config.block_size
+        tokens_DB = np.full((len(drafting), size), drafter.config.mask_token_id)
+        tokens_DB[:, 0] = [r.tokens[-1] for r in drafting]
+        block = self._pass(
+            tokens_DB.ravel(), work.starts_R[chosen], np.full(len(drafting), size), work.rows_R[chosen], block=True
+        )
+        index = torch.tensor(chosen, device=device)
+        choose = Chooser(
+            rows.take(index), self._there(uniforms[chosen]), [self._adjustments.get(r.id) for r in drafting]
+        )
+        tokens_DG, probs_DGV, confidence_DG = drafter.draft(block, self._there(tokens_DB[:, 0]), choose)
+        self._tally.draft_seconds += time.perf_counter() - began - choose.seconds
+        confidence = confidence_DG.cpu().numpy() if confidence_DG is not None else None
+        lengths_A[chosen] = self._planner.lengths(drafting, confidence)
+        probs_AGV = None if rows.greedy else place(probs_DGV, index, work.answering)
+        return Offered(place(tokens_DG, index, work.answering), probs_AGV, lengths_A, chosen, confidence)
+
+    def _read(self, work: Work, offered: Offered) -> tuple[Pass, ReadOut]:
+        """One pass of the target over everything: anchors with their proposals, and chunks of prompts."""
+        decoding = work.decoding
+        grid = np.empty((decoding, 1 + offered.tokens_AG.shape[1]), np.int64)
+        grid[:, 0] = [r.tokens[-1] for r in work.requests[:decoding]]
+        grid[:, 1:] = offered.tokens_AG[:decoding].cpu().numpy()
+        flat = [grid[np.arange(grid.shape[1]) <= offered.lengths_A[:decoding, None]]]
+        for request, count in zip(work.requests[decoding:], work.counts_R[decoding:], strict=True):
+            flat.append(np.array(request.tokens[request.computed : request.computed + count]))
+        lengths_R = work.counts_R.copy()
+        lengths_R[: work.answering] += offered.lengths_A
+        began = time.perf_counter()
+        step = self._pass(np.concatenate(flat), work.starts_R, lengths_R, work.rows_R)
+        wanted = None
+        if len(work.requests) > decoding:
+            ends, starts = step.ends_R[: work.answering], step.ends_R[: work.answering] - offered.lengths_A - 1
+            wanted = self._there(np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]))
+        read = self._models.model.read(step, wanted, self._models.feature_layers)
+        self._tally.verify_seconds += time.perf_counter() - began
+        return step, read
+
+    def _verify(
+        self, work: Work, offered: Offered, read: ReadOut, rows: RowSampling, uniforms: np.ndarray
+    ) -> Outcome:
+        """The verdict on every proposal, and the next token of everybody who gets one; on the host."""
+        if not work.answering:
+            return Outcome.nothing(offered)
+        adjustments = [self._adjustments.get(r.id) for r in work.requests[: work.answering]]
+        logits = adjust_rows(read.logits_WV, offered, adjustments)
+        accepted_A, next_A = judge(logits, offered, rows, self._there(uniforms[:, -2:]))
+        accepted, following = torch.stack([accepted_A, next_A]).cpu().numpy()
+        speculating = [i for i, r in enumerate(work.requests[: work.decoding]) if r.gamma]
+        drafted = len(offered.drafting) * self.info.gamma
+        self._tally.add_rounds(drafted, offered.lengths_A[speculating], accepted[speculating])
+        if offered.confidence_DG is not None:
+            chosen = offered.drafting
+            self._tally.add_confidences(offered.confidence_DG, offered.lengths_A[chosen], accepted[chosen])
+        return Outcome(offered, accepted, following, read.logits_WV)
+
+    def _extend(self, work: Work, step: Pass, read: ReadOut, outcome: Outcome) -> None:
+        """The drafter listens to everything that the target has read."""
+        if self._models.drafter is None or read.features_TF is None:
+            return
+        began = time.perf_counter()
+        next_tokens = np.roll(step.tokens_T, -1)
+        last_kept = step.ends_R[: work.answering] - 1 - outcome.offered.lengths_A + outcome.accepted_A
+        next_tokens[last_kept] = outcome.next_A
+        for index in range(work.answering, len(work.requests)):
+            request = work.requests[index]
+            next_tokens[step.ends_R[index] - 1] = request.tokens[request.computed + int(work.counts_R[index])]
+        self._models.drafter.extend(step, read.features_TF, self._there(next_tokens))
+        self._tally.draft_seconds += time.perf_counter() - began
+
+    def _pass(
+        self, tokens_T: np.ndarray, starts_R: np.ndarray, lengths_R: np.ndarray, rows_R: np.ndarray, block: bool = False
+    ) -> Pass:
+        models = self._models
+        tables = self._scheduler.tables_SB[rows_R]
+        return Pass(tokens_T, starts_R, lengths_R, tables, models.pool.block_size, models.device, models.dtype, block)
+
+    def _there(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._models.device)
+
+    @property
+    def _model_seconds(self) -> float:
+        return self._tally.draft_seconds + self._tally.verify_seconds
+
+    def _on_release(self, request: Running) -> None:
+        if isinstance(self._models.model, SlowModel) and request.table.blocks:
+            self._models.model.forget(request.table.blocks[0])
+
+    def _check(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
+        vocab, longest = self.info.vocab_size, self.info.max_length
+        if request_id in self._requests:
+            raise DataError(f"request {request_id} is there already; give every request a name of its own")
+        if not 1 <= len(tokens) < longest:
+            raise DataError(f"a prompt of {len(tokens)} tokens: give 1 to {longest - 1} (the context is {longest})")
+        if params.max_tokens is not None and len(tokens) + params.max_tokens > longest:
+            raise DataError(f"{len(tokens)} prompt + {params.max_tokens} new tokens: the context is {longest}; ask for less")
+        allowed = params.allowed_token_ids
+        for name, ids in (
+            ("prompt", tokens),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", allowed or ()),
+        ):
+            wrong = next((t for t in ids if not 0 <= t < vocab), None)
+            if wrong is not None:
+                raise DataError(f"{name}: token id {wrong} is out of vocabulary; allowed are 0 to {vocab - 1}")
+        if allowed is not None and not allowed:
+            raise DataError("allowed_token_ids is empty: no token could follow; leave it out or give at least one id")

@@ -1,0 +1,97 @@
+"""From names to the two models in memory: the target behind its pass, the drafter beside it, and the blocks they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from draftkit.draft.block import BlockDrafter
+from draftkit.draft.checkpoint import load_drafter, read_provenance
+from draftkit.draft.drafter import Drafter
+from draftkit.engine.fast_drafter import FastDrafter
+from draftkit.engine.fast_model import FastModel, unsupported
+from draftkit.engine.kv_cache import BlockPool
+from draftkit.engine.settings import EngineInfo, EngineSettings
+from draftkit.engine.slow_model import SlowModel
+from draftkit.errors import CheckpointError, ServeError
+from draftkit.target.transformers import TransformersTarget, load_target
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both models over one pool of blocks. `feature_layers` is empty and `drafter` None without a drafter."""
+
+    info: EngineInfo
+    model: FastModel | SlowModel
+    drafter: FastDrafter | None
+    feature_layers: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]
+    pool: BlockPool
+    device: torch.device
+    dtype: torch.dtype
+
+
+def build_models(
+    target: str | TransformersTarget, drafter: str | Path | Drafter | None, settings: EngineSettings
+) -> Models:
+    """Load what is given by name, and lay out the memory. Raises TargetError, CheckpointError or ServeError."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
+    loaded = load_target(target, dtype=dtype, device=device) if isinstance(target, str) else target
+    weight = loaded.head_weight()
+    if isinstance(drafter, str | Path):
+        drafter = _load_fitting(Path(drafter), loaded)
+    if drafter is not None:
+        drafter = drafter.to(weight.device, weight.dtype).eval()
+        if not isinstance(drafter, BlockDrafter):
+            raise ServeError(f"the engine cannot run a {drafter.config.algorithm} drafter yet; leave --drafter out")
+    max_length = min(settings.max_length or loaded.info.max_length, loaded.info.max_length)
+    gamma = drafter.gamma if drafter is not None else 0
+    reason = unsupported(loaded)
+    blocks = _count_blocks(loaded, drafter, settings, max_length + gamma + 1)
+    slots = blocks * settings.block_size
+    model = SlowModel(loaded) if reason else FastModel(loaded, slots, max_length + gamma + 1)
+    fast = FastDrafter(drafter, slots, max_length) if drafter is not None else None
+    info = EngineInfo(
+        name=loaded.info.name,
+        max_length=max_length,
+        vocab_size=loaded.info.vocab_size,
+        gamma=gamma,
+        kv_blocks_total=blocks,
+        algorithm=drafter.config.algorithm if drafter is not None else "none",
+        forward=f"Transformers ({reason})" if reason else "lean",
+    )
+    pool = BlockPool(blocks, settings.block_size, settings.prefix_reuse and not reason)
+    layers = drafter.config.feature_layers if drafter is not None else ()
+    return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
+
+
+def _load_fitting(folder: Path, target: TransformersTarget) -> Drafter:
+    drafter = load_drafter(folder, target.head_weight().dtype, target)
+    if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
+        raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")
+    made_for = read_provenance(folder).get("target_fingerprint")
+    if made_for and made_for != target.info.fingerprint:
+        raise CheckpointError(f"{folder}: was trained for another target than {target.info.name}; train it again")
+    return drafter
+
+
+def _count_blocks(target: TransformersTarget, drafter: Drafter | None, settings: EngineSettings, longest: int) -> int:
+    """Blocks that fit `kv_bytes`, at most what all requests at their longest need. Raises ServeError for less than one."""
+    config = target.model.config.get_text_config()
+    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    numbers = int(config.num_hidden_layers) * heads * head_dim
+    if drafter is not None:
+        numbers += drafter.config.num_layers * drafter.config.num_kv_heads * drafter.config.head_dim
+    block_bytes = 2 * numbers * target.head_weight().element_size() * settings.block_size
+    per_request = -(-longest // settings.block_size)
+    blocks = min(settings.kv_bytes // block_bytes, settings.max_running * per_request)
+    if blocks < per_request:
+        raise ServeError(
+            f"kv_bytes {settings.kv_bytes} hold {blocks * settings.block_size} tokens and one request may have {longest}; "
+            f"give {per_request * block_bytes} bytes or a smaller max_length"
+        )
+    return blocks

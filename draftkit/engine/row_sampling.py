@@ -1,0 +1,91 @@
+"""Sampling settings that differ by row: `ops.sampling.processed_probs` for a whole batch of requests at once.
+
+Shapes: R requests, N rows of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from draftkit.engine.request import SamplingParams
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """Settings per row, [N, 1] each; None where no row uses the setting. `greedy` when every temperature is 0."""
+
+    greedy: bool
+    temperature: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+
+    def repeat(self, times_N: Tensor) -> RowSampling:
+        """Row n becomes times_N[n] equal rows."""
+        many = [None if t is None else t.repeat_interleave(times_N, 0) for t in self._tensors()]
+        return RowSampling(self.greedy, *many)
+
+    def take(self, rows: Tensor) -> RowSampling:
+        """The rows of these indices."""
+        return RowSampling(self.greedy, *[None if t is None else t[rows] for t in self._tensors()])
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+
+def row_sampling(params_R: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> RowSampling:
+    """The settings of many requests."""
+    if all(p.temperature == 0 for p in params_R):
+        return RowSampling(True)
+
+    def column(values: Sequence[float], off: float, dtype: type) -> Tensor | None:
+        if all(v == off for v in values):
+            return None
+        return torch.from_numpy(np.array(values, dtype)[:, None]).to(device)
+
+    top_k = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params_R]
+    return RowSampling(
+        False,
+        column([p.temperature for p in params_R], -1.0, np.float64),
+        column(top_k, 0, np.int64),
+        column([p.top_p for p in params_R], 1.0, np.float64),
+        column([p.min_p for p in params_R], 0.0, np.float64),
+    )
+
+
+def processed_rows(logits_NV: Tensor, rows: RowSampling) -> Tensor:
+    """The distribution [N, V] of each row under its own settings; see `processed_probs` for their order and meaning."""
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    if rows.temperature is None:
+        return _one_hot(logits_NV)
+    warm_N1 = rows.temperature > 0
+    probs_NV = torch.softmax(logits_NV / rows.temperature.where(warm_N1, 1.0).to(logits_NV.dtype), -1)
+    if rows.top_k is not None:
+        active_N1 = rows.top_k > 0
+        most = int(rows.top_k.max())
+        smallest_N1 = probs_NV.topk(most, -1).values.gather(-1, (rows.top_k - 1).clamp_min(0))
+        probs_NV = _keep(probs_NV, probs_NV >= smallest_N1, active_N1)
+    if rows.top_p is not None:
+        ordered, order = probs_NV.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens
+        kept = torch.zeros_like(probs_NV, dtype=torch.bool).scatter_(-1, order, before < rows.top_p.to(probs_NV.dtype))
+        probs_NV = _keep(probs_NV, kept, rows.top_p < 1)
+    if rows.min_p is not None:
+        floor_N1 = rows.min_p.to(probs_NV.dtype) * probs_NV.amax(-1, keepdim=True)
+        probs_NV = _keep(probs_NV, probs_NV >= floor_N1, rows.min_p > 0)
+    return torch.where(warm_N1, probs_NV, _one_hot(logits_NV))
+
+
+def _keep(probs_NV: Tensor, kept_NV: Tensor, active_N1: Tensor) -> Tensor:
+    """Where the setting is active: only the kept tokens, scaled to sum 1."""
+    cut_NV = probs_NV.where(kept_NV, 0.0)
+    return torch.where(active_N1, cut_NV / cut_NV.sum(-1, keepdim=True), probs_NV)
+
+
+def _one_hot(logits_NV: Tensor) -> Tensor:
+    return torch.zeros_like(logits_NV).scatter_(-1, logits_NV.argmax(-1, keepdim=True), 1.0)

@@ -1,0 +1,60 @@
+"""What the operator of an engine decides, and what an engine says about itself: plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from draftkit.errors import ServeError
+
+Plan = Literal["planned", "fixed"]
+PLANS = ("planned", "fixed")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Sizes and limits. Raises ServeError on values that cannot work.
+
+    Attributes:
+        plan: how many drafted tokens are verified: "planned" by confidence and load, "fixed" all of them.
+        dtype: float32, bfloat16 or float64 for both models; None = float32 on a CPU, bfloat16 on a GPU.
+        device: a torch device; None = a GPU where there is one.
+        max_running: requests that are worked on at the same time; more wait.
+        max_length: tokens of one request, prompt and answer; None = all that the target allows.
+        step_tokens: tokens that one step reads at most while prompts are waiting to be read (they are cut into chunks).
+        kv_bytes: memory for keys and values of target and drafter together.
+        block_size: positions per block of that memory.
+        prefix_reuse: let requests share the memory of equal beginnings.
+    """
+
+    plan: Plan = "planned"
+    dtype: str | None = None
+    device: str | None = None
+    max_running: int = 64
+    max_length: int | None = None
+    step_tokens: int = 512
+    kv_bytes: int = 2**30
+    block_size: int = 16
+    prefix_reuse: bool = True
+
+    def __post_init__(self) -> None:
+        if self.plan not in PLANS:
+            raise ServeError(f"plan is {self.plan!r}; choose one of {', '.join(PLANS)}")
+        for name in ("max_running", "step_tokens", "kv_bytes", "block_size"):
+            if getattr(self, name) < 1:
+                raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.max_length is not None and self.max_length < 2:
+            raise ServeError(f"max_length is {self.max_length}; it must be 2 or more")
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What is being served; `gamma` is 0 without a drafter, `forward` says which pass of the target runs."""
+
+    name: str
+    max_length: int
+    vocab_size: int
+    gamma: int
+    kv_blocks_total: int
+    algorithm: str
+    forward: str

@@ -1,0 +1,142 @@
+"""The engine agrees with the reference loop: any batch, any cutting of prompts, with and without a drafter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_decode import make_drafter
+
+from draftkit.decode import decode
+from draftkit.engine.engine import Engine
+from draftkit.engine.request import SamplingParams, StepOutput
+from draftkit.engine.settings import EngineSettings
+from draftkit.errors import DataError
+from draftkit.ops.sampling import Sampling
+from draftkit.target.transformers import TransformersTarget
+
+PROMPTS = [[4, 20, 31, 7], [9, 9, 9], list(range(40, 90)), [100], [4, 20, 31, 8, 9, 10], [77] * 33]
+
+
+def finish(engine: Engine, steps: int = 10_000) -> dict[str, list[StepOutput]]:
+    """Run until nothing is left to do; the outputs of each request."""
+    outputs: dict[str, list[StepOutput]] = {}
+    for _ in range(steps):
+        if not engine.has_work():
+            return outputs
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    raise AssertionError(f"not finished after {steps} steps")
+
+
+def tokens_of(outputs: list[StepOutput]) -> list[int]:
+    return [event.token_id for output in outputs for event in output.events]
+
+
+def small(**changes: object) -> EngineSettings:
+    given = {"dtype": "float64", "device": "cpu", "kv_bytes": 2**22, "block_size": 4, "step_tokens": 16} | changes
+    return EngineSettings(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("head", [None, "none", "markov", "gated", "rnn"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_answers_are_those_of_the_reference_loop(target: TransformersTarget, head: str | None, temperature: float) -> None:
+    drafter = make_drafter(target, head) if head else None
+    engine = Engine(target, drafter, small())
+    for seed, prompt in enumerate(PROMPTS):
+        params = SamplingParams(max_tokens=30, temperature=temperature, seed=seed, top_k=20, top_p=0.95)
+        engine.add_request(str(seed), prompt, params)
+    outputs = finish(engine)
+    sampling = Sampling(temperature, top_k=20, top_p=0.95)
+    for seed, prompt in enumerate(PROMPTS):
+        wanted = decode(target, drafter, prompt, sampling, 30, seed)
+        assert tokens_of(outputs[str(seed)]) == list(wanted.tokens)
+        assert outputs[str(seed)][-1].finish_reason == wanted.finish_reason
+    assert engine.metrics.kv_used == 0 and engine.metrics.running == engine.metrics.waiting == 0
+
+
+def test_a_request_without_drafts_is_plain_decoding(target: TransformersTarget) -> None:
+    engine = Engine(target, make_drafter(target), small())
+    for seed, prompt in enumerate(PROMPTS):
+        engine.add_request(str(seed), prompt, SamplingParams(max_tokens=12, seed=seed, draft=seed % 2 == 0))
+    outputs = finish(engine)
+    for seed in (1, 3, 5):
+        wanted = decode(target, None, PROMPTS[seed], Sampling(1.0), 12, seed)
+        assert tokens_of(outputs[str(seed)]) == list(wanted.tokens)
+        assert outputs[str(seed)][-1].stats.drafted == 0
+    assert outputs["2"][-1].stats.drafted > 0
+
+
+def test_when_memory_runs_out_requests_are_read_again_with_the_same_answers(target: TransformersTarget) -> None:
+    """Six requests that need up to 84 positions each, in a memory of 160."""
+    drafter = make_drafter(target)
+    one_block = 2 * (4 + 2) * 2 * 8 * 8 * 4
+    engine = Engine(target, drafter, small(kv_bytes=40 * one_block, max_length=100))
+    assert engine.info.kv_blocks_total == 40
+    for seed, prompt in enumerate(PROMPTS):
+        engine.add_request(str(seed), prompt, SamplingParams(max_tokens=40, seed=seed, ignore_eos=True))
+    outputs = finish(engine)
+    assert engine.metrics.preemptions > 0
+    roomy = Engine(target, drafter, small())
+    for seed, prompt in enumerate(PROMPTS):
+        roomy.add_request(str(seed), prompt, SamplingParams(max_tokens=40, seed=seed, ignore_eos=True))
+    wanted = finish(roomy)
+    assert {k: tokens_of(v) for k, v in outputs.items()} == {k: tokens_of(v) for k, v in wanted.items()}
+    assert engine.metrics.kv_used == 0
+
+
+def test_a_known_prefix_is_not_read_again_and_drafts_are_as_good(target: TransformersTarget) -> None:
+    drafter = make_drafter(target)
+    engine = Engine(target, drafter, small())
+    prompt = PROMPTS[2]
+    results = []
+    for name in ("cold", "warm"):
+        engine.add_request(name, prompt, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
+        results.append(finish(engine)[name])
+    cold, warm = results
+    assert tokens_of(cold) == tokens_of(warm)
+    assert (cold[-1].stats.cached_tokens, warm[-1].stats.cached_tokens) == (0, 48)
+    assert cold[-1].stats.accepted == warm[-1].stats.accepted > 0
+
+
+def test_aborts_free_everything_at_any_step(target: TransformersTarget) -> None:
+    engine = Engine(target, make_drafter(target), small(max_running=3))
+    for step in range(30):
+        engine.add_request(str(step), PROMPTS[step % 6], SamplingParams(max_tokens=20, seed=step))
+        if step % 2:
+            engine.abort(str(step - step % 5))
+        engine.step()
+    for step in range(30):
+        engine.abort(str(step))
+    engine.abort("never there")
+    assert not engine.has_work() and engine.step() == []
+    assert (engine.metrics.kv_used, engine.metrics.running, engine.metrics.waiting) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "params", "message"),
+    [
+        ([], SamplingParams(), "prompt of 0"),
+        ([1] * 256, SamplingParams(), "prompt of 256"),
+        ([1] * 250, SamplingParams(max_tokens=7), "context is 256"),
+        ([10**6], SamplingParams(), "out of vocabulary"),
+        ([1], SamplingParams(logit_bias={-1: 1.0}), "out of vocabulary"),
+        ([1], SamplingParams(allowed_token_ids=()), "empty"),
+        ([1], SamplingParams(seed=7), "there already"),
+    ],
+)
+def test_impossible_requests_are_refused(
+    target: TransformersTarget, tokens: list[int], params: SamplingParams, message: str
+) -> None:
+    engine = Engine(target, None, small())
+    engine.add_request("taken", [1], SamplingParams())
+    with pytest.raises(DataError, match=message):
+        engine.add_request("taken" if "already" in message else "new", tokens, params)
+
+
+def test_an_answer_may_fill_the_context_to_its_last_token(target: TransformersTarget) -> None:
+    engine = Engine(target, make_drafter(target), small())
+    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
+    outputs = finish(engine)["a"]
+    assert len(tokens_of(outputs)) == 252 and outputs[-1].finish_reason == "length"
+    plain = target.model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=252, do_sample=False, eos_token_id=-1)
+    assert tokens_of(outputs) == plain[0, 4:].tolist()
