@@ -21,11 +21,13 @@ from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
+from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import load_drafter, new_drafter, read_provenance
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
-from draftkit.errors import CheckpointError, TargetError
+from draftkit.draft.warm_start import start_from_target
+from draftkit.errors import CheckpointError, ConfigError, TargetError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
 from draftkit.ops.sampling import Sampling
@@ -177,7 +179,12 @@ def new_drafter_for(
     config, ids_W = drafter_config(recipe, target, tokenizer), None
     if isinstance(config, EagleConfig) and config.draft_vocab_size and store is not None:
         ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
-    return new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
+    drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
+    if recipe.drafter.start == "target":
+        if not isinstance(drafter, BlockDrafter):
+            raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
+        start_from_target(drafter, target.layers, target.final_norm())
+    return drafter
 
 
 def open_drafter(folder: Path, target: TransformersTarget) -> Drafter:

@@ -38,7 +38,7 @@ class TransformersTarget:
         self._head: Any = model.get_output_embeddings()
         if self._base is None or self._head is None:
             raise TargetError(f"{info.name}: {type(model).__name__} has no base model with an output head; choose another")
-        self._layers = _decoder_layers(self._base)
+        self.layers, self._layer_owner = _decoder_layers(self._base)
         text = model.config.get_text_config()
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)  # Gemma
         self._factor: float | None = getattr(text, "logit_scale", None)  # Cohere
@@ -52,6 +52,13 @@ class TransformersTarget:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._head.weight.device
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last layer. Raises TargetError when the family has none where most have it."""
+        norm = getattr(self._layer_owner, "norm", None)
+        if not isinstance(norm, nn.Module):
+            raise TargetError(f"{self.info.name}: family {self.info.family} has no final norm that draftkit knows")
+        return norm
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [...] to embeddings [..., H], as the embedding module gives them (Gemma 3 and 4: scaled)."""
@@ -121,7 +128,7 @@ class TransformersTarget:
         check_feature_layers(layers, self.info.num_layers)
         for handle in self._handles:
             handle.remove()
-        self._handles = [self._layers[i].register_forward_hook(self._capture(i)) for i in layers]
+        self._handles = [self.layers[i].register_forward_hook(self._capture(i)) for i in layers]
         self._hooked = layers
 
     def _capture(self, layer: int) -> Any:
@@ -253,10 +260,11 @@ def _stop_tokens(model: Any) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
 
 
-def _decoder_layers(base: Any) -> nn.ModuleList:
+def _decoder_layers(base: Any) -> tuple[nn.ModuleList, nn.Module]:
+    """The decoder layers and the module that holds them."""
     for owner in (base, getattr(base, "language_model", None), getattr(base, "decoder", None)):
         for name in ("layers", "h", "blocks"):
             layers = getattr(owner, name, None)
             if isinstance(layers, nn.ModuleList):
-                return layers
+                return layers, owner
     raise TargetError(f"{type(base).__name__}: no list of decoder layers found; features cannot be captured")

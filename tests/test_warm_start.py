@@ -1,0 +1,52 @@
+"""A drafter that starts from its target: whose weights it takes, and when it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from draftkit import stages
+from draftkit.config import load_recipe
+from draftkit.errors import ConfigError
+from draftkit.target.tokenizer import load_tokenizer
+from draftkit.target.transformers import load_target
+
+SIZES = ["drafter.num_features=2", "drafter.num_layers=2", "drafter.start=target", "drafter.intermediate_size=null"]
+
+
+def started(folder: Path, *changes: str) -> tuple[object, object]:
+    recipe = load_recipe("tiny-dspark", [f"target.path={folder}", *SIZES, *changes])
+    target = load_target(str(folder))
+    return target, stages.new_drafter_for(recipe, target, load_tokenizer(str(folder)))
+
+
+def test_layers_and_final_norm_are_copies_of_the_targets_last(target_folder: Path) -> None:
+    target, drafter = started(target_folder)
+    for own, source in zip(drafter.layers, target.layers[-2:], strict=True):  # type: ignore[attr-defined]
+        for name, weight in source.state_dict().items():
+            assert torch.equal(own.state_dict()[name], weight)
+    assert torch.equal(drafter.norm.weight, target.final_norm().weight)  # type: ignore[attr-defined]
+    hidden = drafter.config.hidden_size  # type: ignore[attr-defined]
+    passed = drafter.fc.weight[:, -hidden:].diagonal()  # type: ignore[attr-defined]
+    assert (passed - 1).abs().max() < 0.1, "the deepest feature passes through"
+    drafter.layers[0].mlp.gate_proj.weight.data.zero_()  # type: ignore[attr-defined]
+    assert target.layers[-2].mlp.gate_proj.weight.abs().max() > 0, "copies, not the target's own"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ("drafter.intermediate_size=64", "do not fit"),
+        ("drafter.num_layers=9", "a target of 4"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_line(target_folder: Path, change: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        started(target_folder, change)
+
+
+def test_an_eagle_drafter_begins_at_random(target_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="begins at random"):
+        started(target_folder, "drafter.algorithm=eagle3", "drafter.num_layers=1")
