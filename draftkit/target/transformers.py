@@ -260,7 +260,7 @@ def _stop_tokens(model: Any) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
 
 
-def _decoder_layers(base: Any) -> tuple[nn.ModuleList, nn.Module]:
+def _decoder_layers(base: Any) -> tuple[nn.ModuleList, Any]:
     """The decoder layers and the module that holds them."""
     for owner in (base, getattr(base, "language_model", None), getattr(base, "decoder", None)):
         for name in ("layers", "h", "blocks"):
