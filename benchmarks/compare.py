@@ -46,6 +46,7 @@ def plan_run(group: dict[str, Any], arm: str, seed: int, options: argparse.Names
     """The commands of one arm and seed."""
     folder = options.out / f"{arm}-s{seed}"
     values = {"train.steps": options.steps, "train.validate_every": max(1, options.steps // 4), "train.seed": seed}
+    values |= {"train.decode_prompts": 0, "train.keep_checkpoints": 0}
     values |= {"evaluate.temperatures": [1.0], "evaluate.speed_prompts": 0}
     values |= {"evaluate.max_new_tokens": options.tokens, "evaluate.prompts_per_domain": options.prompts}
     values |= group["arms"][arm]

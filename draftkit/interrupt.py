@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from draftkit.errors import Interrupted
@@ -18,3 +21,28 @@ def raise_on_signals() -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+
+
+@contextmanager
+def noted_signals() -> Iterator[Callable[[], int]]:
+    """Within, the first SIGINT or SIGTERM is only noted: the given function returns its exit code (130, 143), or 0.
+
+    The loop inside asks at a good moment, ends, and raises `Interrupted`. A second signal ends the process at once. Outside
+    the main thread, which alone gets signals, nothing changes.
+    """
+    code = 0
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal code
+        code = 128 + number
+        for name in before:
+            signal.signal(name, signal.SIG_DFL)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: code
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -34,6 +34,7 @@ from draftkit.ops.sampling import Sampling
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import EMBEDDED, TransformersTarget, load_target, spread_feature_layers
 from draftkit.train import trainer
+from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport, TrainSettings
 
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
@@ -146,8 +147,6 @@ def run_train(
     layers = feature_layers(recipe, target)
     store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer))
     drafter = new_drafter_for(recipe, target, tokenizer, store)
-    section = recipe.train.model_dump()
-    settings = TrainSettings(**(section | {"loss": LossSettings(**section["loss"])}))
     provenance = {
         "target": target.info.name,
         "target_fingerprint": target.info.fingerprint,
@@ -156,14 +155,20 @@ def run_train(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    with progress_bar("train", 100) as (bar, task):
+    with progress_bar("train", 100) as (bar, task), join_world() as world:
 
         def show(p: trainer.Progress) -> None:
             note = f"% step {p.step}  {p.step / max(p.seconds, 1e-9):.1f} steps/s  loss {p.loss:.3f}"
             note += f"  accepted length {p.accepted_len:.2f}" if p.accepted_len else ""
             bar.update(task, completed=int(100 * p.share), note=note)
 
-        return trainer.train(store, drafter, out, settings, provenance, show)
+        return trainer.train(store, drafter, target, out, train_settings(recipe), provenance, world, show)
+
+
+def train_settings(recipe: Recipe) -> TrainSettings:
+    """The recipe's train section as the trainer takes it."""
+    section = recipe.train.model_dump()
+    return TrainSettings(**(section | {"loss": LossSettings(**section["loss"]), "track": tuple(section["track"])}))
 
 
 def new_drafter_for(

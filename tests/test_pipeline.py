@@ -14,22 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_target_folder
 
-from draftkit import stages
-from draftkit.config import Recipe, load_recipe
 from draftkit.data import capture as capture_module
 from draftkit.data.capture import CaptureSettings, capture
 from draftkit.data.conversations import Conversation, Message, read_conversations
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import GenerateSettings, generate_file
-from draftkit.draft.checkpoint import load_drafter
-from draftkit.errors import CheckpointError, DataError, FeatureStoreError, Interrupted
+from draftkit.errors import DataError, FeatureStoreError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import TransformersTarget
-from draftkit.train import trainer
-from draftkit.train.trainer import TrainSettings
 
 WORDS = ["list", "value", "holds", "step", "return", "what", "add", "number"]
 SETTINGS = GenerateSettings(Sampling(1.0), max_new_tokens=12, batch_size=4, seed=5)
@@ -277,105 +271,3 @@ def test_a_full_disk_is_noticed_before_capture_begins(
     with pytest.raises(FeatureStoreError, match=r"GiB are needed, 0\.00 GiB are free"):
         make_store(target, tokenizer, answers, tmp_path)
     assert not list(tmp_path.glob("shard-*"))
-
-
-# --- train
-
-
-@pytest.fixture(scope="module")
-def recipe(target_folder: Path) -> Recipe:
-    sizes = ["drafter.num_features=2", "drafter.num_layers=1", "drafter.block_size=4", "drafter.markov_rank=6"]
-    return load_recipe("tiny-dspark", [f"target.path={target_folder}", "train.batch_size=4", *sizes])
-
-
-@pytest.fixture(scope="module")
-def store(target: TransformersTarget, tokenizer: Any, answers: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    folder = tmp_path_factory.mktemp("store")
-    capture(target, tokenizer, read_conversations([answers]), folder, CaptureSettings((0, 2), dtype="float32"))
-    return FeatureStore(folder)
-
-
-FAST = TrainSettings(steps=12, batch_size=4, anchors=8, lr=1e-2, validate_every=4, validation_share=0.2)
-
-
-def fresh(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> Any:
-    return stages.new_drafter_for(recipe, target, tokenizer).float()
-
-
-def losses(folder: Path) -> list[float]:
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [r["loss"] for r in rows if "loss" in r]
-
-
-def test_training_learns_and_writes_what_it_says(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
-) -> None:
-    settings = replace(FAST, steps=60, validate_every=20)
-    report = trainer.train(store, fresh(recipe, target, tokenizer), tmp_path, settings, {"note": "x"})
-    curve = losses(tmp_path)
-    assert sum(curve[-5:]) < 0.8 * sum(curve[:5])
-    assert report.steps == 60
-    assert {"code", "chat", "macro", "loss"} == report.accepted_len.keys()
-    assert report.best == pytest.approx(max(report.best, report.accepted_len["macro"]))
-    for name in ("best", "last"):
-        assert load_drafter(tmp_path / name).config.block_size == 4
-
-
-def test_an_interrupted_run_goes_on_bit_for_bit(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
-) -> None:
-    trainer.train(store, fresh(recipe, target, tokenizer), tmp_path / "whole", FAST, {})
-
-    def stop(progress: trainer.Progress) -> None:
-        if progress.step == 7:
-            raise Interrupted(143)
-
-    with pytest.raises(Interrupted):
-        trainer.train(store, fresh(recipe, target, tokenizer), tmp_path / "parts", FAST, {}, stop)
-    trainer.train(store, fresh(recipe, target, tokenizer), tmp_path / "parts", FAST, {})
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    first, second = (load_drafter(tmp_path / p / "last").state_dict() for p in ("whole", "parts"))
-    assert all(torch.equal(first[k], second[k]) for k in first)
-
-
-def test_accumulation_gives_the_same_step(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
-) -> None:
-    """Micro-batches of different token counts: what counts is every token once, not every micro-batch once."""
-    results = []
-    for size in (None, 1):
-        drafter = fresh(recipe, target, tokenizer).double()
-        batch = trainer.BatchSampler(store, range(len(store)), 4, 8, 0).batch(0)
-        batch = replace(batch, features_BTF=batch.features_BTF.double(), last_hidden_BTH=batch.last_hidden_BTH.double())
-        optimizer = torch.optim.SGD([p for p in drafter.parameters() if p.requires_grad], lr=1.0)
-        trainer._step(drafter, optimizer, batch, replace(FAST, micro_batch_size=size))
-        results.append(drafter.fc.weight.detach().clone())
-    torch.testing.assert_close(results[0], results[1], atol=1e-7, rtol=1e-6)
-
-
-def test_a_state_of_another_run_is_refused(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
-) -> None:
-    trainer.train(store, fresh(recipe, target, tokenizer), tmp_path, replace(FAST, steps=2), {})
-    with pytest.raises(CheckpointError, match="another recipe or other features"):
-        trainer.train(store, fresh(recipe, target, tokenizer), tmp_path, replace(FAST, lr=1e-3), {})
-
-
-def test_losses_that_are_not_finite_stop_the_run(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
-) -> None:
-    drafter = fresh(recipe, target, tokenizer)
-    drafter.fc.weight.data.fill_(float("nan"))
-    with pytest.raises(DataError, match="without a finite loss"):
-        trainer.train(store, drafter, tmp_path, replace(FAST, steps=100, max_skipped=3), {})
-
-
-def test_a_drafter_of_another_target_is_refused(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, tmp_path: Path
-) -> None:
-    provenance = {"target_fingerprint": target.info.fingerprint}
-    trainer.train(store, fresh(recipe, target, tokenizer), tmp_path / "run", replace(FAST, steps=2), provenance)
-    stages.open_drafter(tmp_path / "run" / "best", target)
-    other = stages.load_target(str(make_target_folder(tmp_path / "other", seed=3)))
-    with pytest.raises(CheckpointError, match="trained for another target"):
-        stages.open_drafter(tmp_path / "run" / "best", other)

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from draftkit.errors import FeatureStoreError
 
 VERSION = 1
 MANIFEST = "manifest.json"
-CACHE_BYTES = 2 * 2**30  # shards kept in memory
+PARTS = ("tokens", "loss_mask", "features", "last_hidden")
 
 
 @dataclass(frozen=True)
@@ -112,13 +112,14 @@ def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tu
 
 
 class FeatureStore:
-    """Reader: `len(store)` conversations, `store[i]` one of them. Shards are checked when they are first read."""
+    """Reader: `len(store)` conversations, `store[i]` one of them. Shards are checked when they are first read; they stay
+    on disk, mapped into memory, and only the conversation that is asked for is copied. Threads may share a store."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.manifest = read_manifest(folder)
         self._index = [(shard, s) for shard in self.manifest.shards for s in shard.samples]
-        self._loaded: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._opened: dict[str, Any] = {}
         for shard in self.manifest.shards:
             path = folder / shard.file
             if not path.exists() or path.stat().st_size != shard.bytes:
@@ -130,20 +131,18 @@ class FeatureStore:
 
     def __getitem__(self, index: int) -> FeatureSample:
         shard, entry = self._index[index]
-        tensors = self._shard(shard)
-        part = slice(entry.start, entry.start + entry.length)
-        return FeatureSample(
-            entry.id,
-            entry.domain,
-            tensors["tokens"][part],
-            tensors["loss_mask"][part],
-            tensors["features"][part],
-            tensors["last_hidden"][part],
-        )
+        opened = self._shard(shard)
+        end = entry.start + entry.length
+        parts = (opened.get_slice(name)[entry.start : end] for name in PARTS)
+        return FeatureSample(entry.id, entry.domain, *parts)
 
     def lengths(self) -> list[int]:
         """Tokens of each conversation, without reading a shard."""
         return [entry.length for _, entry in self._index]
+
+    def domains(self) -> list[str]:
+        """The domain of each conversation."""
+        return [entry.domain for _, entry in self._index]
 
     def check_matches(
         self, fingerprint: str, feature_layers: tuple[int, ...], template_hash: str, tokenizer_hash: str
@@ -162,21 +161,16 @@ class FeatureStore:
                     f"{self.folder}: was captured with another {what} ({shown[0]}, asked for {shown[1]}); capture again"
                 )
 
-    def _shard(self, shard: ShardEntry) -> dict[str, Tensor]:
-        if shard.file in self._loaded:
-            self._loaded.move_to_end(shard.file)
-            return self._loaded[shard.file]
-        path = self.folder / shard.file
-        if _sha256(path) != shard.sha256:
-            raise FeatureStoreError(f"{path}: is damaged (checksum differs); remove it and run capture again")
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise FeatureStoreError(f"{path}: is damaged ({error}); remove it and run capture again") from error
-        self._loaded[shard.file] = tensors
-        while len(self._loaded) > 1 and sum(s.bytes for s in self.manifest.shards if s.file in self._loaded) > CACHE_BYTES:
-            self._loaded.popitem(last=False)
-        return tensors
+    def _shard(self, shard: ShardEntry) -> Any:
+        if shard.file not in self._opened:
+            path = self.folder / shard.file
+            if _sha256(path) != shard.sha256:
+                raise FeatureStoreError(f"{path}: is damaged (checksum differs); remove it and run capture again")
+            try:
+                self._opened[shard.file] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise FeatureStoreError(f"{path}: is damaged ({error}); remove it and run capture again") from error
+        return self._opened[shard.file]
 
 
 def _sha256(path: Path) -> str:

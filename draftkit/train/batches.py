@@ -1,16 +1,26 @@
-"""Batches of conversations with random anchors; batch `step` depends on the seed and `step` alone."""
+"""What a step trains on: its conversations, packed into rows, with random anchors.
+
+Which conversations a step takes and which anchors they get depends on the seed and the step alone: neither on the number
+of processes, nor on rows and micro-batches. So the objective is the same however it is cut, and a run can go on with
+another number of processes.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from queue import Queue
+from threading import Event, Thread
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftkit.data.features import FeatureSample, FeatureStore
 from draftkit.draft.drafter import TrainBatch
+
+PREFETCH = 2  # steps whose batches are ready ahead of time
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,8 @@ class Split:
 def split_store(store: FeatureStore, share: float, seed: int) -> Split:
     """Set aside about `share` of every domain, at least one conversation each, for validation."""
     by_domain: dict[str, list[int]] = {}
-    for shard in store.manifest.shards:
-        for entry in shard.samples:
-            by_domain.setdefault(entry.domain, []).append(sum(map(len, by_domain.values())))
+    for index, domain in enumerate(store.domains()):
+        by_domain.setdefault(domain, []).append(index)
     validation: list[int] = []
     rng = random.Random(seed)
     for indices in by_domain.values():
@@ -35,65 +44,168 @@ def split_store(store: FeatureStore, share: float, seed: int) -> Split:
     return Split(tuple(i for i in range(len(store)) if i not in kept), tuple(sorted(validation)))
 
 
-class BatchSampler:
-    """Groups conversations of similar length; every epoch shuffles within lengths and the order of the groups."""
+@dataclass(frozen=True)
+class Cut:
+    """How conversations become micro-batches: tokens per row (null: the longest conversation), rows per forward pass
+    (null: all), and this process's share of the rows."""
 
-    def __init__(self, store: FeatureStore, indices: Sequence[int], size: int, anchors: int, seed: int) -> None:
-        self.store, self.indices, self.size, self.anchors, self.seed = store, tuple(indices), size, anchors, seed
+    row_tokens: int | None = None
+    micro_batch_size: int | None = None
+    rank: int = 0
+    processes: int = 1
+
+
+class BatchMaker:
+    """Makes the micro-batches of a step, or of the validation, from a store."""
+
+    def __init__(self, store: FeatureStore, indices: Sequence[int], size: int, anchors: int, seed: int, cut: Cut) -> None:
+        self.store, self.indices, self.size, self.anchors, self.seed, self.cut = store, indices, size, anchors, seed, cut
         self.lengths = store.lengths()
-        self._epoch = -1
-        self._groups: list[list[int]] = []
+        self.domains = tuple(sorted(set(store.domains())))
 
     @property
     def per_epoch(self) -> int:
-        """Batches that hold every conversation once; the last one may be smaller."""
+        """Steps that take every conversation once; the last one may be smaller."""
         return -(-len(self.indices) // self.size)
 
-    def batch(self, step: int) -> TrainBatch:
-        """The batch of a step, with random anchors among the answers' tokens."""
+    def conversations(self, step: int) -> list[int]:
+        """The conversations of a step: every epoch is a shuffle of its own."""
         epoch, place = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            rng = random.Random(self.seed * 7919 + epoch)
-            order = sorted(self.indices, key=lambda i: self.lengths[i] * (1 + 0.1 * rng.random()))
-            self._groups = [order[i : i + self.size] for i in range(0, len(order), self.size)]
-            rng.shuffle(self._groups)
-            self._epoch = epoch
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return collate([self.store[i] for i in self._groups[place]], self.anchors, generator)
+        order = list(self.indices)
+        random.Random(self.seed * 7919 + epoch).shuffle(order)
+        return order[place * self.size : (place + 1) * self.size]
+
+    def batches(self, step: int) -> list[TrainBatch]:
+        """This process's micro-batches of a step: the same number in every process, empty ones where rows run out."""
+        return self._made(self.conversations(step), self.seed * 1_000_003 + step)
+
+    def validation(self) -> Iterator[TrainBatch]:
+        """All conversations in order, with the same anchors every time."""
+        for start in range(0, len(self.indices), self.size):
+            yield from self._made(list(self.indices[start : start + self.size]), -1)
+
+    def _made(self, chosen: list[int], seed: int) -> list[TrainBatch]:
+        longest = max(self.lengths[i] for i in chosen)
+        rows = pack([self.lengths[i] for i in chosen], max(longest, self.cut.row_tokens or 0))
+        own = rows[self.cut.rank :: self.cut.processes]
+        most = -(-len(rows) // self.cut.processes)  # rows of the first process
+        size = min(self.cut.micro_batch_size or most, most)
+        groups = [own[start : start + size] for start in range(0, most, size)]
+        return [self._collated([[chosen[place] for place in row] for row in group], seed) for group in groups]
+
+    def _collated(self, rows: list[list[int]], seed: int) -> TrainBatch:
+        if not rows:
+            return empty_batch(self.store[self.indices[0]], self.domains)
+        samples = [[self.store[i] for i in row] for row in rows]
+        anchors = [
+            [choose_anchors(s.loss_mask_T, self.anchors, seed * 2_097_143 + i) for i, s in zip(*row, strict=True)]
+            for row in zip(rows, samples, strict=True)
+        ]
+        return collate(samples, anchors, self.domains)
 
 
-def validation_batches(store: FeatureStore, indices: Sequence[int], size: int, anchors: int) -> Iterator[TrainBatch]:
-    """The same batches with the same anchors every time."""
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, len(indices), size):
-        yield collate([store[i] for i in indices[start : start + size]], anchors, generator)
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best fit, longest first: places of the lengths that share a row of `capacity`. Longest rows come first.
 
-
-def collate(samples: Sequence[FeatureSample], anchors: int, generator: torch.Generator) -> TrainBatch:
-    """Pad on the right and choose up to `anchors` anchors per conversation.
-
-    An anchor is a token the assistant wrote that is followed by another one: what the drafter sees in use.
+    A length above the capacity has a row of its own.
     """
-    longest = max(len(s.tokens_T) for s in samples)
-    chosen = []
-    for s in samples:
-        places = (s.loss_mask_T[:-1] & s.loss_mask_T[1:]).nonzero().squeeze(-1)
-        picked = places[torch.randperm(len(places), generator=generator)[:anchors]]
-        chosen.append(picked.sort().values)
-    most = max(1, *(len(c) for c in chosen))
-    domains = tuple(sorted({s.domain for s in samples}))
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [r for r in range(len(rows)) if room[r] >= lengths[place]]
+        if fitting:
+            best = min(fitting, key=lambda r: room[r])
+            rows[best].append(place)
+            room[best] -= lengths[place]
+        else:
+            rows.append([place])
+            room.append(capacity - lengths[place])
+    return rows
+
+
+def choose_anchors(loss_mask_T: Tensor, count: int, seed: int) -> Tensor:
+    """Up to `count` random places, int64 [A], ascending: tokens the assistant wrote that are followed by another one,
+    which is what the drafter starts from in use."""
+    places = (loss_mask_T[:-1] & loss_mask_T[1:]).nonzero().squeeze(-1)
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    return places[torch.randperm(len(places), generator=generator)[:count]].sort().values
+
+
+def collate(
+    rows: Sequence[Sequence[FeatureSample]], anchors: Sequence[Sequence[Tensor]], domains: tuple[str, ...]
+) -> TrainBatch:
+    """Lay the conversations of every row end to end and pad rows on the right; anchors [A] are places in a conversation."""
+    lengths = [[len(s.tokens_T) for s in row] for row in rows]
+    starts = [[sum(row[:i]) for i in range(len(row))] for row in lengths]
+    longest = max(sum(row) for row in lengths)
+    placed = [torch.cat([a + s for a, s in zip(*row, strict=True)]) for row in zip(anchors, starts, strict=True)]
+    most = max(1, *(len(a) for a in placed))
+    owner = [
+        torch.cat([torch.full_like(a, domains.index(s.domain)) for a, s in zip(*row, strict=True)])
+        for row in zip(anchors, rows, strict=True)
+    ]
+    numbers = [torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths]
+    positions = [torch.cat([torch.arange(n) for n in row]) for row in lengths]
     return TrainBatch(
-        tokens_BT=_pad([s.tokens_T for s in samples], longest),
-        loss_mask_BT=_pad([s.loss_mask_T for s in samples], longest),
-        features_BTF=_pad([s.features_TF.float() for s in samples], longest),
-        last_hidden_BTH=_pad([s.last_hidden_TH.float() for s in samples], longest),
-        anchors_BA=_pad(chosen, most),
-        anchor_mask_BA=_pad([torch.ones(len(c), dtype=torch.bool) for c in chosen], most),
-        document_BT=_pad([torch.zeros_like(s.tokens_T) for s in samples], longest, fill=-1),
-        positions_BT=_pad([torch.arange(len(s.tokens_T)) for s in samples], longest),
-        domain_BA=_pad([torch.full_like(c, domains.index(s.domain)) for s, c in zip(samples, chosen, strict=True)], most),
+        tokens_BT=_pad([torch.cat([s.tokens_T for s in row]) for row in rows], longest),
+        loss_mask_BT=_pad([torch.cat([s.loss_mask_T for s in row]) for row in rows], longest),
+        features_BTF=_pad([torch.cat([s.features_TF for s in row]) for row in rows], longest),
+        last_hidden_BTH=_pad([torch.cat([s.last_hidden_TH for s in row]) for row in rows], longest),
+        document_BT=_pad(numbers, longest, fill=-1),
+        positions_BT=_pad(positions, longest),
+        anchors_BA=_pad(placed, most),
+        anchor_mask_BA=_pad([torch.ones(len(a), dtype=torch.bool) for a in placed], most),
+        domain_BA=_pad(owner, most),
         domains=domains,
     )
+
+
+def empty_batch(like: FeatureSample, domains: tuple[str, ...]) -> TrainBatch:
+    """A batch without an anchor: no loss, no gradient, but a forward pass that keeps step with other processes."""
+    first = replace(
+        like,
+        tokens_T=like.tokens_T[:1],
+        loss_mask_T=like.loss_mask_T[:1],
+        features_TF=like.features_TF[:1],
+        last_hidden_TH=like.last_hidden_TH[:1],
+    )
+    return collate([[first]], [[torch.zeros(0, dtype=torch.int64)]], domains)
+
+
+def to_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
+    """The batch on a device."""
+    tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **tensors)
+
+
+def prefetched(maker: BatchMaker, first: int) -> Generator[list[TrainBatch]]:
+    """The micro-batches of step `first` and all that follow, read and packed in a thread while the last step computes."""
+    ready: Queue[list[TrainBatch] | BaseException] = Queue(PREFETCH)
+    ended = Event()
+
+    def work() -> None:
+        step = first
+        try:
+            while not ended.is_set():
+                ready.put(maker.batches(step))
+                step += 1
+        except BaseException as error:
+            ready.put(error)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+        while thread.is_alive():  # it may wait for room
+            while not ready.empty():
+                ready.get()
+            thread.join(0.05)
 
 
 def _pad(rows: Sequence[Tensor], length: int, fill: int = 0) -> Tensor:

@@ -1,4 +1,7 @@
-"""The resumable state of a training run: parameters, AdamW moments and position; safetensors and JSON only."""
+"""The resumable state of a training run: parameters, AdamW moments and position; safetensors and JSON only.
+
+Tensors are stored whole, whatever the number of processes, so that another number of them can go on.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,44 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftkit.draft.checkpoint import check_tensors
-from draftkit.draft.drafter import Drafter
 from draftkit.errors import CheckpointError
+from draftkit.train.parallel import ParallelDrafter, to_part, to_whole
+
+WEIGHT = "model."  # before the names of parameters; moments are NAME.exp_avg and so on, behind "adam."
+MOMENT = "adam."
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run is. `fingerprint` ties the state to its recipe and data."""
+    """Where a run is. `fingerprint` ties the state to its recipe and data.
+
+    `best` is the best validation's accepted length so far, `stale` the validations since, `skipped` all skipped steps.
+    """
 
     step: int
     seconds: float
     best: float
+    stale: int
+    skipped: int
     fingerprint: str
 
 
-def save_state(folder: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, position: Position) -> None:
-    """Write beside the old state, then swap: a kill at any moment leaves the old state or the new one."""
+def save_state(folder: Path, parallel: ParallelDrafter, optimizer: torch.optim.Optimizer, position: Position) -> None:
+    """Write beside the old state, then swap: a kill at any moment leaves the old state or the new one.
+
+    All processes call it; the first one writes.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parallel.trained.items():
+        tensors[WEIGHT + name] = to_whole(parameter.detach())
+        for kind, value in optimizer.state[parameter].items():
+            tensors[f"{MOMENT}{name}.{kind}"] = to_whole(torch.as_tensor(value))
+    if not parallel.world.first:
+        return
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    tensors = {f"model.{n}": p.detach().clone() for n, p in drafter.named_parameters() if p.requires_grad}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
-    save_file(tensors, new / "state.safetensors")
+    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, new / "state.safetensors")
     (new / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -45,33 +63,34 @@ def save_state(folder: Path, drafter: Drafter, optimizer: torch.optim.Optimizer,
 
 
 def load_state(
-    folder: Path, drafter: Drafter, optimizer: torch.optim.Optimizer, fingerprint: str
+    folder: Path, parallel: ParallelDrafter, optimizer: torch.optim.Optimizer, fingerprint: str
 ) -> Position | None:
-    """Restore in place; None when there is nothing to go on from.
+    """Restore in place; None when there is nothing to go on from. All processes read the same folder.
 
     Raises CheckpointError when the state is damaged or belongs to another recipe or other data.
     """
     old = folder.with_name(folder.name + ".old")
-    if not folder.exists() and old.exists():  # killed between the two renames of a swap
-        old.rename(folder)
-    if not folder.exists():
+    source = folder if folder.exists() else old  # killed between the two renames of a swap
+    if not source.exists():
         return None
     try:
-        position = Position(**json.loads((folder / "position.json").read_text("utf-8")))
-        tensors = load_file(folder / "state.safetensors")
+        position = Position(**json.loads((source / "position.json").read_text("utf-8")))
+        tensors = load_file(source / "state.safetensors")
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: is damaged ({error}); remove it to start anew") from error
+        raise CheckpointError(f"{source}: is damaged ({error}); remove it to start anew") from error
     if position.fingerprint != fingerprint:
-        raise CheckpointError(f"{folder}: belongs to another recipe or other features; remove it or choose another folder")
-    trained = {n: p for n, p in drafter.named_parameters() if p.requires_grad}
-    weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    check_tensors(str(folder), {n: p.shape for n, p in trained.items()}, weights)
-    for name, parameter in trained.items():
-        parameter.data.copy_(weights[name])
+        raise CheckpointError(f"{source}: belongs to another recipe or other features; remove it or choose another folder")
+    trained = parallel.trained
+    weights = {k.removeprefix(WEIGHT): v for k, v in tensors.items() if k.startswith(WEIGHT)}
+    check_tensors(str(source), {n: p.shape for n, p in trained.items()}, weights)
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("adam."):
-            _, index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = value
+    for index, (name, parameter) in enumerate(trained.items()):
+        with torch.no_grad():
+            parameter.copy_(to_part(weights[name], parameter))
+        for key, value in tensors.items():
+            before, _, kind = key.rpartition(".")
+            if before == MOMENT + name:
+                like = parameter if value.shape == parameter.shape and value.ndim else value
+                moments.setdefault(index, {})[kind] = to_part(value, like)
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return position

@@ -1,0 +1,86 @@
+"""One optimizer step: learning rate, token-correct gradients, clipping, and a guard against what is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from draftkit.draft.drafter import LossSettings, TrainBatch
+from draftkit.train.parallel import ParallelDrafter, to_whole
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over all processes. `finite` is false when it was skipped; `stop` when some process wants to end.
+
+    `loss` and `terms` are per unit of weight; `rows` counts the supervised drafted tokens.
+    """
+
+    loss: float
+    terms: dict[str, float]
+    rows: int
+    grad_norm: float
+    finite: bool
+    stop: bool
+
+
+def new_optimizer(parallel: ParallelDrafter, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over what is trained."""
+    return torch.optim.AdamW(parallel.trained.values(), lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True)
+
+
+def lr_scale(share: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` of the run, then a cosine to zero."""
+    if share < warmup:
+        return max(share / warmup, 0.01)
+    return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+
+
+def take_step(
+    parallel: ParallelDrafter,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[TrainBatch],
+    loss: LossSettings,
+    grad_clip: float,
+    stop: bool = False,
+) -> StepResult:
+    """One step over the micro-batches of this process, which belongs to one step of all processes.
+
+    The gradient is that of (sum of losses) / (sum of weights) over all tokens of all micro-batches and processes. Where
+    it is not finite the step is skipped. The host waits for the device once. Every process must give the same number of
+    micro-batches (at least one), and `stop` on any of them is seen by all.
+    """
+    device = parallel.world.device
+    sums: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        report = parallel.loss(batch, loss, last=i + 1 == len(batches))
+        report.loss_sum.backward()
+        found = {"loss": report.loss_sum.detach(), "weight": report.weight_sum, **report.sums}
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0) + value.double()
+        rows = torch.tensor(len(report.rows_N), dtype=torch.float64, device=device)
+        sums["rows"] = sums.get("rows", 0) + rows
+    sums["stop"] = torch.tensor(float(stop), dtype=torch.float64, device=device)
+    totals = parallel.world.add_up(torch.stack(list(sums.values())))
+    names = list(sums)
+    gradients = [p.grad for p in parallel.trained.values() if p.grad is not None]
+    weight = totals[names.index("weight")].clamp_min(1e-9).float()
+    for gradient in gradients:
+        gradient.div_(weight)
+    norm = to_whole(nn.utils.get_total_norm(gradients))
+    nn.utils.clip_grads_with_norm_(parallel.trained.values(), grad_clip, norm)
+    values = torch.cat([totals, norm.double()[None]]).tolist()  # the one wait
+    told = dict(zip([*names, "norm"], values, strict=True))
+    finite = math.isfinite(told["loss"]) and math.isfinite(told["norm"]) and told["weight"] > 0
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    per_weight = {k: v / max(told["weight"], 1e-9) for k, v in told.items()}
+    terms = {k: per_weight[k] for k in names if k not in ("loss", "weight", "rows", "stop")}
+    return StepResult(per_weight["loss"], terms, int(told["rows"]), told["norm"], finite, told["stop"] > 0)
