@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from draftkit.draft.backbone import DraftLayer
 from draftkit.draft.drafter import Drafter, LossReport, LossSettings, TrainBatch
 
 TIMEOUT = timedelta(minutes=60)  # the first process decodes and writes checkpoints while the others wait
@@ -135,7 +134,7 @@ def to_part(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _wrap(objective: Objective, world: World, shard: bool, compute: torch.dtype) -> None:
-    """One FSDP2 group per draft layer, so that only one is whole at a time, and one for the rest."""
+    """One FSDP2 group per layer of a stack, so that only one is whole at a time, and one for the rest."""
     if not dist.is_initialized():  # bfloat16 in a process on its own
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
@@ -143,7 +142,7 @@ def _wrap(objective: Objective, world: World, shard: bool, compute: torch.dtype)
     mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("copies", "parts"))
     rounded = None if compute == torch.float32 else compute
     policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32)
-    groups = [m for m in objective.modules() if isinstance(m, DraftLayer)]
+    groups = [layer for stack in objective.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
     for module in (*groups, objective):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     for wrapped in objective.modules():
