@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from conftest import TEXTS
 from test_decode import make_drafter
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from draftkit.decode import decode
 from draftkit.engine.engine import Engine
@@ -12,7 +16,9 @@ from draftkit.engine.request import SamplingParams, StepOutput
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling
-from draftkit.target.transformers import TransformersTarget
+from draftkit.schedule.step_rate import StepRate
+from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.tiny.tokenizer import train_tokenizer
 
 PROMPTS = [[4, 20, 31, 7], [9, 9, 9], list(range(40, 90)), [100], [4, 20, 31, 8, 9, 10], [77] * 33]
 
@@ -33,8 +39,8 @@ def tokens_of(outputs: list[StepOutput]) -> list[int]:
 
 
 def small(**changes: object) -> EngineSettings:
-    given = {"dtype": "float64", "device": "cpu", "kv_bytes": 2**22, "block_size": 4, "step_tokens": 16} | changes
-    return EngineSettings(**given)  # type: ignore[arg-type]
+    given = {"plan": "fixed", "dtype": "float64", "device": "cpu", "kv_bytes": 2**22, "block_size": 4, "step_tokens": 16}
+    return EngineSettings(**given | changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("head", [None, "none", "markov", "gated", "rnn"])
@@ -52,6 +58,26 @@ def test_answers_are_those_of_the_reference_loop(target: TransformersTarget, hea
         assert tokens_of(outputs[str(seed)]) == list(wanted.tokens)
         assert outputs[str(seed)][-1].finish_reason == wanted.finish_reason
     assert engine.metrics.kv_used == 0 and engine.metrics.running == engine.metrics.waiting == 0
+
+
+def test_a_target_that_the_lean_forward_cannot_run_gives_the_same_answers(tmp_path: Path) -> None:
+    """GPT-2's layers are in no table: the Transformers module runs, with a drafter beside it."""
+    tokenizer = train_tokenizer(TEXTS)
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256}
+    config = GPT2Config(vocab_size=len(tokenizer), **sizes, bos_token_id=2, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    other = load_target(str(tmp_path), dtype="float64")
+    for drafter in (None, make_drafter(other)):
+        engine = Engine(other, drafter, small(plan="planned"))
+        assert engine.info.forward.startswith("Transformers (family gpt2")
+        for seed, prompt in enumerate(PROMPTS):
+            engine.add_request(str(seed), prompt, SamplingParams(max_tokens=20, temperature=seed % 2, seed=seed))
+        outputs = finish(engine)
+        for seed, prompt in enumerate(PROMPTS):
+            wanted = decode(other, drafter, prompt, Sampling(seed % 2), 20, seed)
+            assert tokens_of(outputs[str(seed)]) == list(wanted.tokens)
 
 
 def test_a_request_without_drafts_is_plain_decoding(target: TransformersTarget) -> None:
@@ -140,3 +166,39 @@ def test_an_answer_may_fill_the_context_to_its_last_token(target: TransformersTa
     assert len(tokens_of(outputs)) == 252 and outputs[-1].finish_reason == "length"
     plain = target.model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=252, do_sample=False, eos_token_id=-1)
     assert tokens_of(outputs) == plain[0, 4:].tolist()
+
+
+FLAT = StepRate((1, 2, 1000), (0.01, 0.01, 0.0100001))  # tokens cost nothing: everything is verified
+STEEP = StepRate((1, 2, 1000), (0.01, 0.04, 30.0))  # a token more costs more than a whole pass of one: nothing is
+
+
+@pytest.mark.parametrize("head", ["markov", "none"])
+@pytest.mark.parametrize(("rate", "verified"), [(FLAT, "most"), (STEEP, "none"), (None, "some")])
+def test_planned_lengths_change_the_work_and_not_the_answer(
+    target: TransformersTarget, head: str, rate: StepRate | None, verified: str
+) -> None:
+    drafter = make_drafter(target, head)
+    engine = Engine(target, drafter, small(plan="planned", step_rate=rate))
+    for seed, prompt in enumerate(PROMPTS):
+        engine.add_request(str(seed), prompt, SamplingParams(max_tokens=30, temperature=seed % 2, seed=seed, ignore_eos=True))
+    outputs = finish(engine)
+    whole = Engine(target, drafter, small())
+    for seed, prompt in enumerate(PROMPTS):
+        whole.add_request(str(seed), prompt, SamplingParams(max_tokens=30, temperature=seed % 2, seed=seed, ignore_eos=True))
+    assert {k: tokens_of(v) for k, v in outputs.items()} == {k: tokens_of(v) for k, v in finish(whole).items()}
+    greedy = [outputs[k][-1].stats for k in "024"]
+    share = sum(s.verified for s in greedy) / max(sum(s.drafted for s in greedy), 1)
+    if verified == "none":
+        assert share < 0.1
+    elif verified == "most":
+        assert share > 0.9
+    assert all(s.verified == s.drafted for s in (outputs[k][-1].stats for k in "135"))  # seeded samples keep all
+
+
+def test_a_drafter_that_rests_is_tried_again(target: TransformersTarget) -> None:
+    certain_only = StepRate((1, 2, 1000), (0.01, 0.016, 6.004))  # pays for sure tokens, as new requests are taken to draft
+    engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=certain_only))
+    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=200, temperature=0, ignore_eos=True))
+    finish(engine)
+    rounds, gamma = engine.metrics.rounds, engine.info.gamma
+    assert 0 < engine.metrics.drafted / gamma < rounds / 4

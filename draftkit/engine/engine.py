@@ -19,6 +19,7 @@ from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
 from draftkit.engine.fast_model import ReadOut
+from draftkit.engine.measure import measure_step_rate
 from draftkit.engine.metrics import EngineMetrics, Tally
 from draftkit.engine.models import build_models
 from draftkit.engine.passes import Pass
@@ -59,8 +60,10 @@ class Engine:
             settings.step_tokens,
             self._on_release,
         )
-        self._planner = LengthPlanner(self.info.gamma, None)
         self._tally = Tally(self.info.gamma)
+        planned = settings.plan == "planned" and self._models.drafter is not None
+        step_rate = settings.step_rate or measure_step_rate(self._models, settings.max_running) if planned else None
+        self._planner = LengthPlanner(self._tally, step_rate)
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""

@@ -72,6 +72,11 @@ class Tally:
             sums += np.bincount(bins, weights, minlength=_BINS)
 
     @property
+    def acceptance_G(self) -> np.ndarray:
+        """How often a position was accepted when verification reached it; 1 at the start, float64 [G]."""
+        return (self.per_position + 1) / (self.reached + 1)
+
+    @property
     def calibration_error(self) -> float | None:
         """Expected calibration error of the confidences, 0 to 1."""
         count, said, kept = self._bins

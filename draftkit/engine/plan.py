@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from draftkit.engine.metrics import Tally
 from draftkit.engine.running import Running
 from draftkit.schedule.planner import admit, budget_from, survival_of
 from draftkit.schedule.step_rate import StepRate
@@ -18,14 +19,16 @@ RETRY_STEPS = 32  # steps without drafting after which a drafter that did not pa
 
 class LengthPlanner:
     """Fixed lengths without a `step_rate`. With one, lengths are planned as the paper does in production: survivals of
-    EARLIER steps set how many drafted tokens the pass holds, the survivals of this step say which.
+    EARLIER steps set how many drafted tokens the pass holds, the survivals of this step say which. Without a confidence
+    head, how often each position was accepted so far stands in.
 
     A seeded sample keeps its whole proposal (its tokens must not depend on the load). Nobody verifies more tokens than
     the answer may still have.
     """
 
-    def __init__(self, gamma: int, step_rate: StepRate | None) -> None:
-        self.gamma, self.step_rate = gamma, step_rate
+    def __init__(self, tally: Tally, step_rate: StepRate | None) -> None:
+        self._tally, self.step_rate = tally, step_rate
+        self.gamma = len(tally.per_position)
         self._rested = 0
         self._budget = 0
 
@@ -47,8 +50,10 @@ class LengthPlanner:
     def lengths(self, drafting: Sequence[Running], confidence_DG: np.ndarray | None) -> np.ndarray:
         """How many drafted tokens of each are verified, int64 [D]; `survival_G` of each request is renewed."""
         most_D = np.array([self.most(r) for r in drafting], np.int64)
-        if self.step_rate is None or confidence_DG is None:
+        if self.step_rate is None:
             return most_D
+        if confidence_DG is None:
+            confidence_DG = np.broadcast_to(self._tally.acceptance_G, (len(drafting), self.gamma))
         survival_DG, _ = survival_of(confidence_DG)
         for request, survival_G in zip(drafting, survival_DG, strict=True):
             request.survival_G = survival_G

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from draftkit.errors import ServeError
+from draftkit.schedule.step_rate import StepRate
 
 Plan = Literal["planned", "fixed"]
 PLANS = ("planned", "fixed")
@@ -17,6 +18,7 @@ class EngineSettings:
 
     Attributes:
         plan: how many drafted tokens are verified: "planned" by confidence and load, "fixed" all of them.
+        step_rate: what a step costs, for "planned"; None = a short measurement at the start.
         dtype: float32, bfloat16 or float64 for both models; None = float32 on a CPU, bfloat16 on a GPU.
         device: a torch device; None = a GPU where there is one.
         max_running: requests that are worked on at the same time; more wait.
@@ -28,6 +30,7 @@ class EngineSettings:
     """
 
     plan: Plan = "planned"
+    step_rate: StepRate | None = None
     dtype: str | None = None
     device: str | None = None
     max_running: int = 64

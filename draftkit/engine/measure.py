@@ -1,0 +1,87 @@
+"""A short measurement of what a step costs on this machine, for planning: passes of the target, and drafting.
+
+`draftkit profile` measures more points for longer; this one takes about a second at the start of an engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from draftkit.engine.models import Models
+from draftkit.engine.passes import Pass
+from draftkit.engine.slow_model import SlowModel
+from draftkit.schedule.step_rate import StepRate
+
+_SECONDS = 0.5  # for each of the two tables
+_CONTEXT = 128  # tokens in memory behind which the passes read
+_REPEATS = 5
+
+
+def measure_step_rate(models: Models, max_running: int) -> StepRate:
+    """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up.
+
+    The memory must be unused: the passes write to it.
+    """
+    gamma = models.info.gamma
+    tokens, pass_seconds = _measure(max_running * (gamma + 1), lambda n: _read(models, n))
+    requests, draft_seconds = _measure(max_running, lambda n: _draft(models, n))
+    return StepRate(tokens, pass_seconds, requests, draft_seconds)
+
+
+def _measure(largest: int, run: Callable[[int], None]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Sizes 1, 2, 4, ... and the fastest of a few runs each: the others were disturbed."""
+    sizes: list[int] = []
+    seconds: list[float] = []
+    size, until = 1, time.perf_counter() + _SECONDS
+    while not sizes or (size <= largest and time.perf_counter() < until):
+        run(size)  # the first of a size may compile or reserve memory
+        taken = []
+        for _ in range(_REPEATS):
+            began = time.perf_counter()
+            run(size)
+            taken.append(time.perf_counter() - began)
+        sizes.append(size)
+        seconds.append(max(min(taken), seconds[-1] if seconds else 0.0))  # more tokens never cost less: that is noise
+        size *= 2
+    return tuple(sizes), tuple(seconds)
+
+
+@torch.inference_mode()
+def _read(models: Models, tokens: int) -> None:
+    width = models.info.gamma + 1
+    requests = -(-tokens // width)
+    lengths = np.full(requests, width)
+    lengths[-1] = tokens - width * (requests - 1)
+    models.model.read(_some_pass(models, lengths), None, models.feature_layers)
+    _wait(models)
+
+
+@torch.inference_mode()
+def _draft(models: Models, requests: int) -> None:
+    drafter = models.drafter
+    assert drafter is not None
+    step = _some_pass(models, np.full(requests, drafter.config.block_size), block=True)
+    anchors = torch.zeros(requests, dtype=torch.int64, device=models.device)
+    drafter.draft(step, anchors, lambda logits, _: (logits.argmax(-1), logits[:, :0]))
+    _wait(models)
+
+
+def _some_pass(models: Models, lengths: np.ndarray, block: bool = False) -> Pass:
+    """Tokens behind a context whose blocks may be shared: only the time matters."""
+    pool = models.pool
+    room = models.info.max_length - int(lengths.max())
+    context = 0 if isinstance(models.model, SlowModel) else min(_CONTEXT, room)  # that one has no caches yet
+    blocks = np.arange(pool.blocks_for(context + int(lengths.max()))) % pool.num_blocks
+    tables = np.tile(blocks, (len(lengths), 1))
+    starts = np.full(len(lengths), context)
+    tokens = np.zeros(int(lengths.sum()), np.int64)
+    return Pass(tokens, starts, lengths, tables, pool.block_size, models.device, models.dtype, block)
+
+
+def _wait(models: Models) -> None:
+    if models.device.type == "cuda":
+        torch.cuda.synchronize(models.device)
