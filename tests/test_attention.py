@@ -60,9 +60,9 @@ def test_groups_equal_the_dense_mask_in_values_and_gradients(
 def test_groups_stay_within_documents_and_meet_no_key_behind_their_last_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "GROUP_BLOCKS", 3)
     groups = plan().groups
-    found = [(g.first, g.last, g.start, g.stop) for g in groups]
-    assert found == [(0, 3, 0, 11), (3, 6, 11, 22), (6, 7, 19, 30), (7, 9, 30, 38)]
-    assert groups[2].front.shape[-1] == groups[2].back.shape[-1] == 0  # one block alone needs no mask
+    found = [(g.queries.start, g.queries.stop, g.start, g.stop) for g in groups]
+    assert found == [(0, 9, 0, 11), (9, 18, 11, 22), (18, 21, 19, 30), (21, 27, 30, 38)]
+    assert groups[2].front.shape[-1] == 0 and not groups[2].back.any()  # one block alone needs no mask
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

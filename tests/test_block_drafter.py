@@ -231,6 +231,48 @@ def test_documents_of_one_row_do_not_see_each_other() -> None:
             torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
+def test_only_anchors_with_tokens_that_count_and_tokens_that_are_seen_are_kept() -> None:
+    """What is not in the layout costs nothing: neither the backbone nor the head meets it."""
+    batch = packed_batch(random_batch(), (18, LENGTH))
+    batch = replace(batch, anchors_BA=torch.tensor([[6, 17, 0, 27, 30, 36]]))  # 17 ends its answer, 0 is padding
+    layout = lay_out(batch, 4, None)
+    assert layout.anchor_X.tolist() == [6, 27, 30, 36]
+    assert layout.block_X.tolist() == [0, 3, 4, 5]
+    assert layout.context_C.tolist() == [*range(6), *range(18, 36)]  # the tokens before each document's last anchor
+    assert (layout.start_X.tolist(), layout.stop_X.tolist()) == ([0, 6, 6, 6], [6, 15, 18, 24])
+    assert layout.row_N.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # the last block has one token left
+    assert layout.grid_N.tolist() == [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19, 20]
+    seen = lay_out(batch, 4, 5)
+    assert seen.context_C.tolist() == [*range(1, 6), *range(22, 30), *range(31, 36)]
+    assert (seen.start_X.tolist(), seen.stop_X.tolist()) == ([0, 5, 8, 13], [5, 10, 13, 18])
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_batch_without_anything_to_learn_has_a_loss_of_zero(count: int) -> None:
+    """A share of a larger batch may have no anchor at all; it must still reach backward."""
+    drafter, batch = drafter_with().train(), random_batch()
+    nothing = replace(batch, anchor_mask_BA=torch.zeros_like(batch.anchor_mask_BA))
+    if count:
+        nothing = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
+    report = drafter.loss(nothing, LossSettings())
+    report.loss_sum.backward()
+    assert float(report.loss_sum.detach()) == float(report.weight_sum) == 0 and len(report.rows_N) == 0
+    assert all(p.grad is None or not p.grad.any() for p in drafter.parameters())
+
+
+def test_bfloat16_changes_rounding_alone_and_leaves_the_rotary_table_in_float32() -> None:
+    exact, rounded, batch = drafter_with().train(), drafter_with().bfloat16().train(), random_batch()
+    assert torch.equal(exact._rope(2000), rounded._rope(2000))
+    losses, gradients = [], []
+    for drafter in (exact, rounded):
+        report = drafter.loss(batch, LossSettings())
+        report.loss_sum.backward()
+        losses.append(float(report.loss_sum.detach()))
+        gradients.append(drafter.layers[0].self_attn.q_proj.weight.grad.float().flatten())
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.99
+
+
 def test_the_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, batch = drafter_with().train(), random_batch()
     whole = float(drafter.loss(batch, LossSettings()).loss_sum.detach())

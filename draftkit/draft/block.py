@@ -256,7 +256,7 @@ class BlockDrafter(Drafter):
         cells = layout.drafted_XG.numel()
         grids = [t.new_zeros(cells, t.shape[1]).index_copy(0, layout.row_N, t) for t in (hidden_NH, embedded_Nr)]
         unrolled = self.markov_head.unroll(*(g.unflatten(0, (-1, self.gamma)) for g in grids))
-        return embedded_Nr, unrolled.flatten(0, 1)[layout.row_N]
+        return embedded_Nr, unrolled.flatten(0, 1)[layout.row_N].to(hidden_NH.dtype)
 
 
 def _own(context: DraftContext) -> BlockContext:

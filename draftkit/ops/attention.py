@@ -6,7 +6,7 @@ is never written down: on a CPU, and on a GPU without the shared memory that fle
 neighbouring blocks meet the keys up to their last stop and nothing behind; elsewhere flex_attention skips empty tiles.
 
 Shapes: X blocks, G positions per block, C context keys, N query heads, M key/value heads, D head size; within a group
-x blocks, L keys, R = x * (N / M) * G rows that share a key/value head.
+x blocks, L keys, R = x * G * N / M rows that share a key/value head.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-GROUP_BLOCKS = 16  # blocks that meet the same keys at once: more is fewer operations, but more keys behind a stop
+GROUP_BLOCKS = 8  # blocks that meet the same keys at once: more is fewer operations, but more scores for nothing
 FLEX_SHARED_MEMORY = 106_496  # bytes that flex_attention's kernels ask for; RTX 30 and 40 have 101,376
 FLEX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """Neighbouring blocks [first, last) of one document and the keys [start, stop) that some of them see.
+    """Neighbouring blocks of one document and the keys [start, stop) that some of them see, with their own behind.
 
-    `front` and `back` mark, bool [x, 1, ...], which of the first and of the last of these keys a block must not see.
+    `front` and `back` mark, bool [x, 1, ...], which of the first and of the last of all these keys a block must not see.
     """
 
-    first: int
-    last: int
+    queries: slice
     start: int
     stop: int
     front: Tensor
@@ -55,7 +54,7 @@ def plan_blocks(start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int,
     """
     if flex_fits(start_X.device, head_dim):
         return BlockPlan(gamma, (), flex_mask(start_X, stop_X, gamma, keys))
-    return BlockPlan(gamma, _groups(start_X, stop_X, document_X), None)
+    return BlockPlan(gamma, _groups(start_X, stop_X, document_X, gamma), None)
 
 
 def block_attention(
@@ -74,20 +73,20 @@ def block_attention(
 # --- groups of blocks
 
 
-def _groups(start_X: Tensor, stop_X: Tensor, document_X: Tensor) -> tuple[BlockGroup, ...]:
+def _groups(start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int) -> tuple[BlockGroup, ...]:
     starts, stops, documents = start_X.tolist(), stop_X.tolist(), document_X.tolist()
-    groups, first = [], 0
+    device, groups, first = start_X.device, [], 0
     for i in range(1, len(starts) + 1):
         if i < len(starts) and documents[i] == documents[first] and i - first < GROUP_BLOCKS:
             continue
         part = slice(first, i)
         start, stop = min(starts[part]), max(stops[part])
-        latest_start, earliest_stop = max(starts[part]), min(stops[part])
-        front_keys = torch.arange(start, min(latest_start, stop), device=start_X.device)
-        back_keys = torch.arange(max(earliest_stop, start), stop, device=start_X.device)
-        front = front_keys < start_X[part, None, None]
-        back = back_keys >= stop_X[part, None, None]
-        groups.append(BlockGroup(first, i, start, stop, front, back))
+        front_keys = torch.arange(start, min(max(starts[part]), stop), device=device)
+        back_keys = torch.arange(max(min(stops[part]), start), stop, device=device)
+        others = ~torch.eye(i - first, dtype=torch.bool, device=device).repeat_interleave(gamma, 1)
+        front = front_keys < start_X[part, None]
+        back = torch.cat([back_keys >= stop_X[part, None], others], 1)
+        groups.append(BlockGroup(slice(first * gamma, i * gamma), start, stop, front[:, None], back[:, None]))
         first = i
     return tuple(groups)
 
@@ -108,85 +107,61 @@ class _GroupedAttention(torch.autograd.Function):
     ) -> Tensor:
         out_QND = torch.empty_like(q_QND)
         for group in plan.groups:
-            part = _Part(group, plan.gamma, q_QND, own_k_QMD, own_v_QMD, seen_k_CMD, seen_v_CMD)
-            probs = part.probabilities(scale)
-            mixed = probs[..., : part.length] @ part.seen_v
-            part.scatter(mixed.add_(part.by_block(probs[..., part.length :], part.own_v)), out_QND)
+            q, k = _gather(q_QND, group, own_k_QMD.shape[1]), _keys(own_k_QMD, seen_k_CMD, group)
+            _scatter(_probabilities(q, k, group, scale) @ _keys(own_v_QMD, seen_v_CMD, group), out_QND, group)
         ctx.save_for_backward(q_QND, own_k_QMD, own_v_QMD, seen_k_CMD, seen_v_CMD, out_QND)
         ctx.plan, ctx.scale = plan, scale
         return out_QND
 
     @staticmethod
     def backward(ctx: Any, grad_QND: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out_QND = ctx.saved_tensors
+        q_QND, own_k, own_v, seen_k, seen_v, out_QND = ctx.saved_tensors
         wide = torch.promote_types(out_QND.dtype, torch.float32)  # several groups add up in the context's gradients
-        by_q, by_own_k, by_own_v = (torch.empty_like(t) for t in inputs[:3])
-        by_seen_k, by_seen_v = (torch.zeros_like(t, dtype=wide) for t in inputs[3:])
+        by_q, by_own_k, by_own_v = (torch.empty_like(t) for t in (q_QND, own_k, own_v))
+        by_seen_k, by_seen_v = (torch.zeros_like(t, dtype=wide) for t in (seen_k, seen_v))
         for group in ctx.plan.groups:
-            part = _Part(group, ctx.plan.gamma, *inputs)
-            length, probs = part.length, part.probabilities(ctx.scale)
-            grad = part.gather(grad_QND)
-            inner = (grad * part.gather(out_QND)).sum(-1, keepdim=True)
-            by_probs = torch.cat([grad @ part.seen_v.mT, part.by_block(grad, part.own_v.mT)], -1)
-            by_scores = by_probs.sub_(inner).mul_(probs).mul_(ctx.scale)
-            by_part_q = by_scores[..., :length] @ part.seen_k
-            part.scatter(by_part_q.add_(part.by_block(by_scores[..., length:], part.own_k)), by_q)
-            keys = slice(group.start, group.stop)
-            by_seen_k[keys] += (by_scores[..., :length].mT @ part.q).transpose(0, 1)
-            by_seen_v[keys] += (probs[..., :length].mT @ grad).transpose(0, 1)
-            part.scatter_own(by_scores[..., length:], part.q, by_own_k)
-            part.scatter_own(probs[..., length:], grad, by_own_v)
-        by_seen = (t.to(out_QND.dtype) for t in (by_seen_k, by_seen_v))
-        return by_q, by_own_k, by_own_v, *by_seen, None, None
+            q, grad, out = (_gather(t, group, own_k.shape[1]) for t in (q_QND, grad_QND, out_QND))
+            k, v = _keys(own_k, seen_k, group), _keys(own_v, seen_v, group)
+            probs = _probabilities(q, k, group, ctx.scale)
+            inner = (grad * out).sum(-1, keepdim=True)
+            by_scores = (grad @ v.mT).sub_(inner).mul_(probs).mul_(ctx.scale)
+            _scatter(by_scores @ k, by_q, group)
+            _add_keys(by_scores.mT @ q, by_own_k, by_seen_k, group)
+            _add_keys(probs.mT @ grad, by_own_v, by_seen_v, group)
+        return by_q, by_own_k, by_own_v, by_seen_k.to(q_QND.dtype), by_seen_v.to(q_QND.dtype), None, None
 
 
-class _Part:
-    """One group's share of the tensors. Rows are ordered (block, query head of the key/value head, position)."""
+def _gather(x_QND: Tensor, group: BlockGroup, kv_heads: int) -> Tensor:
+    """The group's queries by key/value head: [M, R, D], rows ordered (query, query head)."""
+    return x_QND[group.queries].unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
 
-    def __init__(
-        self, group: BlockGroup, gamma: int, q: Tensor, own_k: Tensor, own_v: Tensor, seen_k: Tensor, seen_v: Tensor
-    ) -> None:
-        self.group, self.gamma, self.kv_heads = group, gamma, own_k.shape[1]
-        self.queries = slice(group.first * gamma, group.last * gamma)
-        self.blocks, self.length = group.last - group.first, group.stop - group.start
-        self.q = self.gather(q)
-        keys = slice(group.start, group.stop)
-        self.seen_k, self.seen_v = seen_k[keys].transpose(0, 1), seen_v[keys].transpose(0, 1)  # [M, L, D]
-        self.own_k, self.own_v = (
-            t[self.queries].unflatten(0, (-1, gamma)).permute(2, 0, 1, 3) for t in (own_k, own_v)  # [M, x, G, D]
-        )
 
-    def gather(self, x_QND: Tensor) -> Tensor:
-        """The group's queries as [M, R, D]."""
-        grid = x_QND[self.queries].unflatten(1, (self.kv_heads, -1)).unflatten(0, (-1, self.gamma))
-        return grid.permute(2, 0, 3, 1, 4).flatten(1, 3)
+def _scatter(x_MRD: Tensor, out_QND: Tensor, group: BlockGroup) -> None:
+    """Write [M, R, D] back to the group's queries."""
+    count = group.queries.stop - group.queries.start
+    out_QND[group.queries] = x_MRD.unflatten(1, (count, -1)).transpose(0, 1).flatten(1, 2)
 
-    def scatter(self, x_MRD: Tensor, out_QND: Tensor) -> None:
-        """Write [M, R, D] back to the group's queries."""
-        grid = x_MRD.unflatten(1, (self.blocks, -1, self.gamma)).permute(1, 3, 0, 2, 4)
-        out_QND[self.queries] = grid.flatten(2, 3).flatten(0, 1)
 
-    def by_block(self, x_MRK: Tensor, y_Mx: Tensor) -> Tensor:
-        """The product of each block's rows with that block's own matrix [M, x, K, E]: [M, R, E]."""
-        return (x_MRK.unflatten(1, (self.blocks, -1)) @ y_Mx).flatten(1, 2)
+def _keys(own_QMD: Tensor, seen_CMD: Tensor, group: BlockGroup) -> Tensor:
+    """The group's context keys (or values) with its own behind: [M, L, D]."""
+    return torch.cat([seen_CMD[group.start : group.stop], own_QMD[group.queries]]).transpose(0, 1)
 
-    def scatter_own(self, x_MRG: Tensor, y_MRD: Tensor, out_QMD: Tensor) -> None:
-        """Write each block's x^T y, one row for each of its own keys."""
-        x, y = (t.unflatten(1, (self.blocks, -1)) for t in (x_MRG, y_MRD))
-        out_QMD[self.queries] = (x.mT @ y).permute(1, 2, 0, 3).flatten(0, 1)
 
-    def probabilities(self, scale: float) -> Tensor:
-        """Context and own probabilities side by side, [M, R, L + G]."""
-        to_context = self.q @ self.seen_k.mT
-        grid = to_context.unflatten(1, (self.blocks, -1))
-        front, back = self.group.front, self.group.back
-        if front.shape[-1]:
-            grid[..., : front.shape[-1]].masked_fill_(front, float("-inf"))
-        if back.shape[-1]:
-            grid[..., -back.shape[-1] :].masked_fill_(back, float("-inf"))
-        scores = torch.cat([to_context, self.by_block(self.q, self.own_k.mT)], -1)
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        return torch.softmax(scores.to(wide).mul_(scale), -1).to(scores.dtype)
+def _add_keys(by_keys_MLD: Tensor, by_own_QMD: Tensor, by_seen_CMD: Tensor, group: BlockGroup) -> None:
+    """Add to the context's gradients, write the group's own."""
+    by_keys, length = by_keys_MLD.transpose(0, 1), group.stop - group.start
+    by_seen_CMD[group.start : group.stop] += by_keys[:length]
+    by_own_QMD[group.queries] = by_keys[length:]
+
+
+def _probabilities(q_MRD: Tensor, k_MLD: Tensor, group: BlockGroup, scale: float) -> Tensor:
+    """[M, R, L]."""
+    scores = q_MRD @ k_MLD.mT
+    grid, front, back = scores.unflatten(1, (len(group.back), -1)), group.front, group.back
+    grid[..., : front.shape[-1]].masked_fill_(front, float("-inf"))
+    grid[..., -back.shape[-1] :].masked_fill_(back, float("-inf"))
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    return torch.softmax(scores.to(wide).mul_(scale), -1).to(scores.dtype)
 
 
 # --- flex_attention
