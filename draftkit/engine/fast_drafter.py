@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +22,7 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterConfig
 from draftkit.draft.families import STYLES
 from draftkit.engine.fast_model import fuse_qkv
+from draftkit.engine.native import Ends, NativeContext, NativeStack
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
 
@@ -53,6 +55,13 @@ class FastDrafter:
         self.context_kv = columns_first(torch.cat([*keys, *(a.value_weight for a in attentions)]))  # [2 L M D, H]
         norms = [pair_rows(a.k_norm.weight, config.head_dim) for a in attentions if a.k_norm is not None]
         self.k_norm = torch.stack(norms) if norms else None  # [L, D]
+        self.native: NativeDrafter | None = None  # set when it is compiled, see compiled.py
+
+    @property
+    def ends(self) -> Ends:
+        """What lies before and behind the layers."""
+        head = self.head
+        return Ends(self.embedding, self.embedding_scale, self.norm, head.weight_VH, head.scale, head.soft_cap)
 
     @torch.inference_mode()
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor) -> None:
@@ -61,6 +70,9 @@ class FastDrafter:
         The pass may be the one that the target has just read, rejected tokens included: what lies behind the committed
         positions is overwritten before anything looks at it.
         """
+        if self.native is not None:
+            self.native.stack.write_context(self.native.context, step, features_TF)
+            return
         config = self.config
         projected = F.linear(features_TF.to(self.fc.dtype), self.fc)
         hidden = F.rms_norm(projected, (config.hidden_size,), self.hidden_norm, config.rms_eps)
@@ -82,8 +94,7 @@ class FastDrafter:
         at the first position that `extend` has not written. `choose` gets the logits of one position of every block, in
         order from left to right, and returns the tokens with the distribution they were drawn from.
         """
-        hidden_RGH = self._block_hidden(step)
-        base_RGV = self.head.logits(hidden_RGH)
+        hidden_RGH, base_RGV = self._read_block(step)
         previous_R, state = anchors_R, None
         tokens, probs, embedded = [], [], []
         for k in range(self.gamma):
@@ -101,15 +112,28 @@ class FastDrafter:
             confidence = torch.sigmoid(self.confidence(hidden_RGH, markov).float())
         return torch.stack(tokens, 1), torch.stack(probs, 1), confidence
 
-    def _block_hidden(self, step: Pass) -> Tensor:
-        """Normed hidden states of the G drafting positions, [R, G, H]."""
-        size = self.config.block_size
+    def _read_block(self, step: Pass) -> tuple[Tensor, Tensor]:
+        """Normed hidden states and base logits of the drafting positions, [R, G, H] and [R, G, V]."""
+        size, gamma = self.config.block_size, self.gamma
+        if self.native is not None:
+            rows_RG = np.arange(len(step)).reshape(-1, size)[:, size - gamma :]
+            base, hidden, _ = self.native.stack.run(step, rows_RG.ravel())
+            return hidden.unflatten(0, (-1, gamma)), base.unflatten(0, (-1, gamma))
         x_TH = F.embedding(step.tokens, self.embedding)
         if self.embedding_scale != 1:
             x_TH = x_TH * self.embedding_scale
         x_TH, _ = self.stack.run(x_TH, step)
-        drafting = x_TH.view(-1, size, self.config.hidden_size)[:, size - self.gamma :]
-        return F.rms_norm(drafting, self.norm.shape, self.norm, self.config.rms_eps)
+        drafting = x_TH.view(-1, size, self.config.hidden_size)[:, size - gamma :]
+        hidden_RGH = F.rms_norm(drafting, self.norm.shape, self.norm, self.config.rms_eps)
+        return hidden_RGH, self.head.logits(hidden_RGH)
+
+
+class NativeDrafter:
+    """The C++ passes of a drafter: over its blocks, and from features to keys and values. Raises NoNative."""
+
+    def __init__(self, drafter: FastDrafter, stack: Stack) -> None:
+        self.stack = NativeStack(stack, drafter.ends)
+        self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
 
 
 def _rotary(config: DrafterConfig, max_length: int, like: Tensor) -> Tensor:

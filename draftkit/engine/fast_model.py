@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftkit.engine.native import Ends, NativeStack
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, columns_first, pair_rows, rms_norm, rotary_table
 from draftkit.target.transformers import TransformersTarget
@@ -99,6 +101,12 @@ class FastModel:
                 tables[kind] = rotary_table(max_length, frequencies, scaling, dtype).to(self.embedding.device)
             layers.append(_fuse(layer, family, tables[kind], config))
         self.stack = Stack(shape, tuple(layers), slots)
+        self.native: NativeStack | None = None  # set when it is compiled, see compiled.py
+
+    @property
+    def ends(self) -> Ends:
+        """What lies before and behind the layers."""
+        return Ends(self.embedding, self.embedding_scale, self.norm, self.head, logit_cap=self.logit_cap)
 
     @torch.inference_mode()
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
@@ -106,6 +114,10 @@ class FastModel:
 
         Features are outputs of the layers `feature_layers` (0-based output ids), concatenated in ascending order.
         """
+        if self.native is not None:
+            rows_W = np.arange(len(step)) if wanted is None else wanted.numpy()
+            logits_WV, _, features_TF = self.native.run(step, rows_W, feature_layers)
+            return ReadOut(logits_WV, features_TF)
         x = F.embedding(step.tokens, self.embedding)
         if self.embedding_scale != 1:
             x = x * self.embedding_scale

@@ -1,0 +1,93 @@
+"""Compiled passes beside eager ones: built in the background while requests are served, used from when they are ready."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from draftkit.engine.fast_drafter import FastDrafter, NativeDrafter
+from draftkit.engine.fast_model import FastModel
+from draftkit.engine.native import NativeStack, NoNative
+from draftkit.engine.passes import Pass
+from draftkit.engine.stack import Stack
+
+_BLOCK, _SLOTS = 4, 24  # block size and positions of the check's own memory
+_TOLERANCE = 1e-3  # of the largest number, between two orders of summing in float32
+
+
+class CompiledPasses:
+    """Builds the C++ passes of a target and, where there is one, its drafter, in a thread of its own.
+
+    Each model switches by itself, between two passes, after the new pass gave the eager one's numbers on a small memory
+    aside. Where that cannot be, `reason` says why, and the PyTorch operations go on.
+    """
+
+    def __init__(self, model: FastModel, drafter: FastDrafter | None = None) -> None:
+        self.reason: str | None = None
+        self._thread = threading.Thread(target=self._build, args=(model, drafter), name="compile", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end of building, at most `timeout` seconds; whether the compiled passes are in use."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive() and self.reason is None
+
+    def _build(self, model: FastModel, drafter: FastDrafter | None) -> None:
+        try:
+            with torch.inference_mode():
+                model.native = _native_model(model)
+                if drafter is not None:
+                    drafter.native = _native_drafter(drafter)
+        except NoNative as error:
+            self.reason = str(error)
+
+
+def _native_model(model: FastModel) -> NativeStack:
+    trial = copy.copy(model)
+    trial.stack = Stack(model.stack.shape, model.stack.layers, _SLOTS)
+    lengths_R = np.minimum([3, 5], len(model.stack.layers[0].rotary))
+    step = _trial_pass(len(model.embedding), np.zeros(2, np.int64), lengths_R)
+    eager = trial.read(step, None).logits_WV
+    trial.native = NativeStack(trial.stack, model.ends)
+    _compare("target", eager, trial.read(step, None).logits_WV)
+    trial.native.attach(model.stack)
+    return trial.native
+
+
+def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
+    trial, size, vocab = copy.copy(drafter), drafter.config.block_size, drafter.config.vocab_size
+    trial.stack = Stack(drafter.stack.shape, drafter.stack.layers, _SLOTS + 2 * size)
+    lengths_R = np.minimum([3, 5], len(drafter.stack.layers[0].rotary) - size)
+    context = _trial_pass(vocab, np.zeros(2, np.int64), lengths_R, size)
+    block = _trial_pass(vocab, lengths_R, np.full(2, size), size)
+    features_TF = torch.randn(len(context), drafter.fc.shape[1], generator=torch.Generator().manual_seed(0))
+    anchors_R = torch.zeros(2, dtype=torch.int64)
+
+    def draft() -> Tensor:
+        trial.extend(context, features_TF, anchors_R)
+        return trial.draft(block, anchors_R, lambda logits_RV, _: (anchors_R, logits_RV))[1]
+
+    eager = draft()
+    trial.native = native = NativeDrafter(drafter, trial.stack)
+    _compare("drafter", eager, draft())
+    native.stack.attach(drafter.stack)
+    return native
+
+
+def _trial_pass(vocab: int, starts_R: np.ndarray, lengths_R: np.ndarray, block: int = 0) -> Pass:
+    """Two requests in blocks out of order; behind a context it is a drafter's block of `block` tokens."""
+    tokens = np.arange(lengths_R.sum()) % vocab
+    width = -(-(8 + block) // _BLOCK)
+    tables = np.arange(2 * width)[::-1].reshape(width, 2).T
+    behind = bool(starts_R.any())
+    return Pass(tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), torch.float32, block=behind)
+
+
+def _compare(what: str, eager: Tensor, native: Tensor) -> None:
+    difference = float((eager - native).abs().max())
+    if not difference <= _TOLERANCE * max(1.0, float(eager.abs().max())):
+        raise NoNative(f"the compiled {what} differs from the eager one by {difference:.2g}")

@@ -1,0 +1,249 @@
+"""The C++ forward pass (`step.cpp`) behind Python: building the library, laying out weights, calling it.
+
+Why not `torch.compile`: at 1 to 8 tokens a pass is bound by reading weights and by starting operations. One function needs
+no padded shapes, compiles once in seconds for every target, and weights that are bfloat16 numbers are read as such.
+
+Shapes: T tokens, W wanted rows, H hidden, V vocabulary, F = K * H features, L layers, M key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from draftkit.engine.passes import Pass
+from draftkit.engine.stack import Layer, Stack
+
+SOURCE = Path(__file__).with_name("step.cpp")
+PANEL, LANES = 16, 8  # rows per panel of a matrix, numbers per vector: as in the source
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
+_int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class NoNative(Exception):
+    """Why the C++ pass cannot be used here; the PyTorch operations go on."""
+
+
+def _structure(*fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    """A C structure from (names, type) pairs; the order is that of the source."""
+    flat = [(name, kind) for names, kind in fields for name in names.split()]
+    return type("Structure", (ctypes.Structure,), {"_fields_": flat})
+
+
+_Matrix = _structure(("panels", _pointer), ("rows cols half", _int))
+_Layer = _structure(
+    ("heads kv_heads head_dim window value_norm", _int),
+    ("scale score_cap output_scale", _float),
+    ("input_norm qkv_bias qk_norm out_bias mixed_norm mlp_norm mlp_out_norm rotary memory", _pointer),
+    ("qkv out gate_up down", _Matrix),
+)
+_Stack = _structure(("layers hidden gelu", _int), ("eps", _float), ("layer", _pointer))
+_Ends = _structure(("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix))
+_Step = _structure(
+    ("tokens requests block_size table_width wanted captures threads", _int),
+    ("token position slot seen origin first length table want capture", _pointer),
+    ("features hidden logits", _pointer),
+)
+_Context = _structure(("fc kv", _Matrix), ("norm k_norm", _pointer))
+
+
+def load_library() -> ctypes.CDLL:
+    """The compiled source, from the user's cache or built now (seconds). Raises NoNative."""
+    compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        raise NoNative("no C++ compiler found (g++, clang++ or $CXX)")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]  # torch's own threads, not a second pool
+    command = [compiler, *_FLAGS, str(SOURCE), *map(str, openmp)]
+    key = hashlib.sha256("\n".join([SOURCE.read_text("utf-8"), version, _processor(), *command]).encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftkit"
+    library = folder / f"step-{key[:20]}.so"
+    try:
+        if not library.exists():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _build(command, library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise NoNative(f"{library}: {error}") from error
+
+
+def _build(command: list[str], library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise NoNative(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+        made.replace(library)  # several processes may build at once
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by different machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    telling = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return "\n".join([platform.machine(), *telling[:2]])
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What lies before and behind the layers: embedding [V, H] and its factor, final norm [H], head [V, H]; logits are
+    cap * tanh(scale * x / cap), without a cap scale * x."""
+
+    embedding: Tensor
+    embedding_scale: float
+    norm: Tensor
+    head: Tensor
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+
+
+class NativeStack:
+    """One stack and its ends as `step.cpp` wants them; float32 on the CPU.
+
+    Keys and values are those of `stack`, so that passes of both kinds may follow each other. Raises NoNative when a size
+    or dtype does not fit, or nothing can be compiled.
+    """
+
+    def __init__(self, stack: Stack, ends: Ends) -> None:
+        if ends.embedding.device.type != "cpu":
+            raise NoNative(f"the C++ pass runs on the CPU, not on {ends.embedding.device.type}")
+        sizes = [stack.shape.hidden, *(layer.attention.head_dim for layer in stack.layers)]
+        if any(size % LANES for size in sizes):
+            raise NoNative(f"hidden and head sizes {sorted(set(sizes))} must be multiples of {LANES}")
+        self._kept: list[Tensor] = []
+        self.hidden, self.vocab = stack.shape.hidden, len(ends.head)
+        self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
+        layers = ctypes.cast(self._layers, _pointer)
+        self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, stack.shape.eps, layers)
+        self._ends = _Ends(
+            self._at(ends.embedding),
+            self._at(ends.norm),
+            ends.embedding_scale,
+            ends.logit_scale,
+            ends.logit_cap or 0.0,
+            self.matrix(ends.head),
+        )
+        self._library = load_library()
+        self.attach(stack)
+
+    def attach(self, stack: Stack) -> None:
+        """Read and write the memory of `stack` from now on (a stack of the same layers)."""
+        self._memory = stack.memory
+        for layer, memory in zip(self._layers, stack.memory, strict=True):
+            layer.memory = memory.data_ptr()
+
+    def run(
+        self, step: Pass, wanted_W: np.ndarray, capture: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits [W, V] and normed hidden states [W, H] of the wanted rows, features [T, F] of the layers `capture`."""
+        count = len(wanted_W)
+        logits_WV = torch.empty(count, -(-self.vocab // LANES) * LANES)
+        hidden_WH = torch.empty(count, self.hidden)
+        features_TF = torch.empty(len(step), len(capture) * self.hidden) if capture else None
+        captured = np.array(sorted(capture), dtype=np.int64)
+        native = _native_step(step, np.ascontiguousarray(wanted_W, dtype=np.int64), captured)
+        native.logits, native.hidden = logits_WV.data_ptr(), hidden_WH.data_ptr()
+        native.features = features_TF.data_ptr() if features_TF is not None else None
+        self._library.run_step(ctypes.byref(self._stack), ctypes.byref(self._ends), ctypes.byref(native))
+        return logits_WV[:, : self.vocab], hidden_WH, features_TF
+
+    def write_context(self, context: NativeContext, step: Pass, features_TF: Tensor) -> None:
+        """Keys and values of context features at the pass's slots, all layers."""
+        native, features_TF = _native_step(step), features_TF.contiguous()
+        self._library.write_context(
+            ctypes.byref(self._stack), ctypes.byref(context.structure), ctypes.byref(native), _pointer(features_TF.data_ptr())
+        )
+
+    def matrix(self, weight: Tensor) -> ctypes.Structure:
+        """A matrix [out, in] in panels; kept alive with this object."""
+        panels = pack_panels(weight)
+        self._kept.append(panels)
+        rows = -(-len(weight) // LANES) * LANES
+        return _Matrix(panels.data_ptr(), rows, panels.shape[1], panels.dtype == torch.bfloat16)
+
+    def _layer(self, layer: Layer) -> ctypes.Structure:
+        shape = layer.attention
+        gate_up, down = _interleave(layer)
+        return _Layer(
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.window or 0,
+            shape.value_norm,
+            shape.scale,
+            shape.score_cap or 0.0,
+            layer.output_scale,
+            *(self._at(w) for w in (layer.input_norm, layer.qkv_bias, layer.qk_norm, layer.out_bias)),
+            *(self._at(w) for w in (layer.mixed_norm, layer.mlp_norm, layer.mlp_out_norm)),
+            self._at(torch.view_as_real(layer.rotary)),
+            None,  # the memory: see `attach`
+            *(self.matrix(w) for w in (layer.qkv, layer.out, gate_up, down)),
+        )
+
+    def _at(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        if tensor.dtype != torch.float32:
+            raise NoNative(f"the C++ pass computes in float32, not {tensor.dtype}")
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+
+class NativeContext:
+    """A drafter's projections of context features: fc [H, F], its norm [H], kv [2 L M D, H], norms of keys [L, D] or None."""
+
+    def __init__(self, stack: NativeStack, fc: Tensor, norm: Tensor, kv: Tensor, k_norm: Tensor | None) -> None:
+        self._kept = (norm, k_norm)
+        k_norm_at = k_norm.data_ptr() if k_norm is not None else None
+        self.structure = _Context(stack.matrix(fc), stack.matrix(kv), norm.data_ptr(), k_norm_at)
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """[out, in] to [out / 16, in, 16], rows filled up with zeros; bfloat16 when that loses nothing, then with rows 0, 8, 1,
+    9, ... of a panel as neighbours."""
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    half = padded.to(torch.bfloat16)
+    if not torch.equal(half.to(padded.dtype), padded):
+        return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    return half.unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1).flatten(2).contiguous()
+
+
+def _interleave(layer: Layer) -> tuple[Tensor, Tensor]:
+    """gate/up with 8 rows of each in turn, and down, the intermediate size filled up to a multiple of 8."""
+    gate, up = layer.gate_up.chunk(2)
+    fill = -len(gate) % LANES
+    gate, up = (F.pad(w, (0, 0, 0, fill)).unflatten(0, (-1, LANES)) for w in (gate, up))
+    return torch.stack([gate, up], 1).flatten(0, 2), F.pad(layer.down, (0, fill))
+
+
+_NONE = np.empty(0, dtype=np.int64)
+
+
+def _native_step(step: Pass, wanted_W: np.ndarray = _NONE, captured: np.ndarray = _NONE) -> ctypes.Structure:
+    arrays = (step.tokens_T, step.positions_T, step.slots_T, step.seen_T, step.origins_T, step.firsts_R, step.lengths_R)
+    native = _Step(
+        len(step),
+        len(step.lengths_R),
+        step.block_size,
+        step.tables_RB.shape[1],
+        len(wanted_W),
+        len(captured),
+        torch.get_num_threads(),
+        *(a.ctypes.data for a in (*arrays, step.tables_RB, wanted_W, captured)),
+    )
+    native.kept = (step, wanted_W, captured)  # the addresses stay valid as long as this does
+    return native

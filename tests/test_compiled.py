@@ -1,0 +1,174 @@
+"""The C++ pass gives the eager pass's numbers, for every family and drafter, and every token's own to the bit."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_fast_drafter import CONFIG, LENGTHS, block_pass, propose_together
+from test_fast_drafter import build as build_drafter
+from test_fast_model import FAMILIES, build, one_pass
+
+from draftkit.engine.compiled import CompiledPasses
+from draftkit.engine.native import NativeStack, NoNative, pack_panels
+from draftkit.ops.sampling import Sampling
+
+TEXTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (50, 9, 23)]
+TABLES = [[5, 30, 2, 17, 9, 33, 0, 21, 12, 3, 7, 26, 14], [1, 4, 6], [8, 10, 11, 13, 15, 16]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_compiled_pass_equals_the_eager_one(family: str) -> None:
+    _, fast = build(family)
+    native = NativeStack(fast.stack, fast.ends)
+    step = one_pass([(text, 0, table) for text, table in zip(TEXTS, TABLES, strict=True)])
+    eager = fast.read(step, None, (0, 1))
+    for memory in fast.stack.memory:
+        memory.zero_()
+    logits, _, features = native.run(step, np.arange(len(step)), (0, 1))
+    torch.testing.assert_close(logits, eager.logits_WV, atol=1e-4, rtol=1e-4)
+    assert features is not None and eager.features_TF is not None
+    torch.testing.assert_close(features, eager.features_TF, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(family: str, threads: int) -> None:
+    """So the same request gives the same answer alone, beside others, with a drafter or without."""
+    _, fast = build(family)
+    fast.native = NativeStack(fast.stack, fast.ends)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        step = one_pass([(text, 0, table) for text, table in zip(TEXTS, TABLES, strict=True)])
+        together = fast.read(step, None).logits_WV
+        for (first, last), text, table in zip(zip(step.firsts_R, step.ends_R, strict=True), TEXTS, TABLES, strict=True):
+            for size in (1, 4, 7):
+                cuts = range(0, len(text), size)
+                pieces = [fast.read(one_pass([(text[i : i + size], i, table)]), None).logits_WV for i in cuts]
+                assert torch.equal(torch.cat(pieces), together[first:last])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": "one_plus_n"},
+        {"style": "gemma4", "rotary_share": 0.5, "soft_cap": 4.0, "shared_key_value": True, "logit_scale": 0.5},
+        {"style": "llama", "window": 5, "num_kv_heads": 4, "head": "rnn"},
+    ],
+    ids=["one_plus_n", "gemma4", "llama-window"],
+)
+def test_the_compiled_drafter_equals_the_eager_one(changes: dict[str, Any]) -> None:
+    _, fast = build_drafter(**changes)
+    generator = torch.Generator().manual_seed(5)
+    features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
+    uniforms_RG = torch.rand(3, fast.gamma, generator=generator, dtype=torch.float64)
+    eager = propose_together(fast, features, [11, 30, 2], Sampling(0.8), uniforms_RG)
+    for memory in fast.stack.memory:
+        memory.zero_()
+    passes = CompiledPasses(build("qwen3")[1], fast)
+    assert passes.wait(), passes.reason
+    assert fast.native is not None
+    compiled = propose_together(fast, features, [11, 30, 2], Sampling(0.8), uniforms_RG)
+    assert torch.equal(eager.tokens_BG, compiled.tokens_BG)
+    torch.testing.assert_close(eager.probs_BGV, compiled.probs_BGV, atol=1e-4, rtol=1e-4)
+    assert eager.confidence_BG is not None and compiled.confidence_BG is not None
+    torch.testing.assert_close(eager.confidence_BG, compiled.confidence_BG, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_numbers_are_packed_as_such_and_others_are_not_rounded() -> None:
+    weight = torch.randn(20, 8)
+    assert pack_panels(weight).dtype == torch.float32
+    rounded = weight.to(torch.bfloat16).float()
+    packed = pack_panels(rounded)
+    assert packed.dtype == torch.bfloat16 and packed.shape == (2, 8, 16)
+    order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
+    assert torch.equal(packed[0, 3].float(), rounded[order, 3])
+    _, fast = build("qwen3")
+    for layer in fast.stack.layers:
+        for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            matrix.copy_(matrix.to(torch.bfloat16))
+    step = one_pass([(TEXTS[0], 0, TABLES[0])])
+    eager = fast.read(step, None).logits_WV
+    fast.native = NativeStack(fast.stack, fast.ends)
+    torch.testing.assert_close(fast.read(step, None).logits_WV, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_requests_are_served_eagerly_until_the_compiled_pass_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The compiler is held up; reading goes on, and later passes go on where eager ones stopped."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    held, compile_it = threading.Event(), NativeStack.__init__
+    monkeypatch.setattr(NativeStack, "__init__", lambda *a: (held.wait(60), compile_it(*a))[1])
+    _, fast = build("qwen3")
+    passes = CompiledPasses(fast)
+    table, text = TABLES[0], TEXTS[0]
+    wanted = fast.read(one_pass([(text, 0, table)]), None).logits_WV
+    fast.read(one_pass([(text[:20], 0, table)]), None)
+    assert fast.native is None and not passes.wait(0)
+    held.set()
+    assert passes.wait(), passes.reason
+    assert fast.native is not None and list(tmp_path.glob("draftkit/step-*.so"))
+    later = fast.read(one_pass([(text[20:], 20, table)]), None).logits_WV
+    torch.testing.assert_close(later, wanted[20:], atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_compiler_or_with_a_broken_one_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    _, fast = build("qwen3")
+    passes = CompiledPasses(fast)
+    assert not passes.wait(60) and passes.reason == "no C++ compiler found (g++, clang++ or $CXX)"
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
+    broken.chmod(0o755)
+    passes = CompiledPasses(fast)
+    assert not passes.wait(60) and passes.reason == f"{broken} failed: no space left"
+    assert fast.native is None
+
+
+def test_what_does_not_fit_the_compiled_pass_is_said() -> None:
+    _, wide = build("qwen3", torch.float64)
+    with pytest.raises(NoNative, match=r"computes in float32, not torch\.float64"):
+        NativeStack(wide.stack, wide.ends)
+
+
+def test_a_compiled_pass_with_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("draftkit.engine.native.pack_panels", lambda weight: pack_panels(weight * 1.1))
+    _, fast = build("qwen3")
+    passes = CompiledPasses(fast)
+    assert not passes.wait(60) and "differs from the eager one" in str(passes.reason)
+    assert fast.native is None
+
+
+def test_a_drafted_block_is_the_same_to_the_bit_alone_and_beside_others() -> None:
+    _, fast = build_drafter()
+    assert CompiledPasses(build("qwen3")[1], fast).wait()
+    generator = torch.Generator().manual_seed(5)
+    features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
+    uniforms = torch.zeros(3, fast.gamma, dtype=torch.float64)
+    together = propose_together(fast, features, [11, 30, 2], Sampling(1.0), uniforms)
+    for row in range(3):
+        step = block_pass([11, 30, 2], list(LENGTHS), CONFIG, torch.float32)
+        alone = type(step)(
+            step.tokens_T[row * 4 : row * 4 + 4],
+            step.starts_R[row : row + 1],
+            step.lengths_R[row : row + 1],
+            step.tables_RB[row : row + 1],
+            step.block_size,
+            step.device,
+            step.dtype,
+            block=True,
+        )
+        _, base = fast._read_block(alone)
+        _, beside = fast._read_block(step)
+        assert torch.equal(base[0], beside[row])
+    assert together.probs_BGV.shape == (3, 4, 40)
