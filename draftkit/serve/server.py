@@ -7,7 +7,6 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -21,35 +20,15 @@ from draftkit.serve.settings import ServeSettings
 from draftkit.serve.worker import Served, Worker
 
 log = logging.getLogger("draftkit.serve")
-EMBEDDED_NAME = "tiny"
-_OWN_DRAFTERS = (Path(__file__).parents[1] / "assets" / "tiny" / "drafter", Path("runs/quickstart/drafter/best"))
 _FLUSH_SECONDS = 10  # for responses that are made but not yet sent when the last answer is complete
 
 
-def load_served(target: str, drafter: str | None, name: str | None, engine_settings: EngineSettings) -> Served:
+def load_served(target: str, drafter: str | None, name: str | None, settings: EngineSettings) -> Served:
     """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError."""
-    from draftkit.engine.engine import Engine
-    from draftkit.target.tokenizer import load_tokenizer
+    from draftkit.serve.pair import open_pair
 
-    tokenizer = load_tokenizer(target)
-    folder = find_drafter(target, drafter)
-    engine = Engine(target, folder, engine_settings)
-    info = engine.info
-    log.info("drafter %s (%s), forward %s, %d KV blocks", folder or "none", info.algorithm, info.forward, info.kv_blocks_total)
+    engine, tokenizer = open_pair(target, drafter, settings)
     return Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name)
-
-
-def find_drafter(target: str, drafter: str | None) -> Path | None:
-    """The folder of the drafter: the one that was named, none for "none", and for the embedded target, where no word was
-    said, the one that came with it or that the quickstart made."""
-    if drafter is not None:
-        return None if drafter == "none" else Path(drafter)
-    if target != EMBEDDED_NAME:
-        return None
-    found = next((f for f in _OWN_DRAFTERS if (f / "config.json").exists()), None)
-    if found is None:
-        log.info("there is no drafter for the embedded target yet; make one with: draftkit quickstart --out runs/quickstart")
-    return found
 
 
 def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:

@@ -1,0 +1,222 @@
+"""The engine for Python programs: prompts in, texts out, whole or streamed.
+
+    from draftkit import LLM, SamplingParams
+    llm = LLM("tiny")
+    [answer] = llm.chat([{"role": "user", "content": "What is 17 + 25?"}], SamplingParams(max_tokens=64, temperature=0))
+    print(answer.outputs[0].text)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from draftkit.engine.request import RequestStats, SamplingParams, StepOutput, TokenEvent
+from draftkit.engine.settings import EngineSettings
+from draftkit.errors import DataError
+from draftkit.serve.choice import Choice
+from draftkit.serve.detokenize import TokenTexts
+from draftkit.serve.pair import open_pair
+
+_SHOW_AFTER = 2.0  # seconds until a progress bar appears
+
+Message = dict[str, Any]
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer; `events` say where each token came from, and hold log probabilities where they were asked for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stop_reason: int | str | None
+    events: tuple[TokenEvent, ...]
+    stats: RequestStats
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The `n` answers to one prompt."""
+
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to a streamed answer; `finish_reason` is None but in the last one."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+
+
+@dataclass
+class _Open:
+    """An answer in the making, and outputs that nobody has looked at."""
+
+    prompt: tuple[int, ...]
+    choice: Choice
+    outputs: deque[StepOutput]
+
+
+class LLM:
+    """A target with a drafter, ready to answer. Several threads or tasks may ask at the same time; they share batches.
+
+    `target` is "tiny", a folder or a hub id; `drafter` a folder, "none", or None (the embedded target's own, if there is
+    one). Raises TargetError or CheckpointError.
+    """
+
+    def __init__(self, target: str = "tiny", drafter: str | None = None, settings: EngineSettings | None = None) -> None:
+        self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings())
+        self._texts = TokenTexts(self.tokenizer)
+        self._lock = threading.Lock()  # the engine runs one thing at a time
+        self._open: dict[str, _Open] = {}
+        self._serial = itertools.count()
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Generation]:
+        """Answer prompts (texts or token ids), each `n` times, with the same parameters or one set per prompt.
+
+        Raises DataError for requests that cannot be served; nothing is then generated.
+        """
+        given: Any = prompts
+        many = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        return self._run([self._texts.encode(p, True) if isinstance(p, str) else tuple(p) for p in many], params)
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Generation]:
+        """Answer one conversation (a list of messages) or several, through the target's chat template."""
+        given: Any = conversations
+        many = [given] if given and isinstance(given[0], dict) else list(given)
+        return self._run([self._render(messages) for messages in many], params)
+
+    async def stream(
+        self, prompt: Prompt | Sequence[Message], params: SamplingParams | None = None
+    ) -> AsyncGenerator[Piece, None]:
+        """The answer to one prompt or conversation as it is made; closing the iterator ends it.
+
+        The engine steps in a worker thread, so the event loop stays free.
+        """
+        given: Any = prompt
+        if isinstance(given, str):
+            tokens = self._texts.encode(given, True)
+        else:
+            tokens = self._render(given) if given and isinstance(given[0], dict) else tuple(given)
+        params = params or SamplingParams()
+        if params.n != 1:
+            raise DataError(f"n is {params.n}; a stream is one answer, open several streams")
+        [name] = await asyncio.to_thread(self._add, [(tokens, params)])
+        try:
+            while True:
+                for output in await asyncio.to_thread(self._next, name):
+                    delta = self._open[name].choice.add(output)
+                    yield Piece(delta.text, tuple(e.token_id for e in delta.events), delta.finish_reason)
+                    if delta.finish_reason is not None:
+                        return
+        finally:
+            self._drop(name)
+
+    def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        try:
+            text = str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # templates are programs: they raise whatever they like about their input
+            raise DataError(f"the chat template cannot render these messages: {error}") from error
+        return self._texts.encode(text, False)
+
+    def _run(
+        self, prompts: list[tuple[int, ...]], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Generation]:
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise DataError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one for all or one for each")
+        if any(p.constraint is not None for p in each) and sum(p.n for p in each) > 1:
+            raise DataError("a constraint belongs to one answer; ask for one at a time")
+        work = [
+            (tokens, p if p.seed is None else replace(p, seed=p.seed + i))
+            for tokens, p in zip(prompts, each, strict=True)
+            for i in range(p.n)
+        ]
+        names = self._add(work)
+        try:
+            self._finish(names)
+            answers = iter([self._completion(name) for name in names])
+        finally:
+            for name in names:
+                self._drop(name)
+        return [
+            Generation(tokens, tuple(itertools.islice(answers, p.n))) for tokens, p in zip(prompts, each, strict=True)
+        ]
+
+    def _add(self, work: list[tuple[tuple[int, ...], SamplingParams]]) -> list[str]:
+        names: list[str] = []
+        with self._lock:
+            try:
+                for tokens, params in work:
+                    name = f"llm-{next(self._serial)}"
+                    self.engine.add_request(name, tokens, params)
+                    self._open[name] = _Open(tokens, Choice(self._texts, params, len(tokens)), deque())
+                    names.append(name)
+            except DataError:
+                for name in names:
+                    self.engine.abort(name)
+                    del self._open[name]
+                raise
+        return names
+
+    def _finish(self, names: list[str]) -> None:
+        """Step until all of these are complete; a progress bar appears when it takes long."""
+        began, left = time.monotonic(), list(names)
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("answers", total=len(names), visible=False)
+            while left:
+                for output in self._next(left[0]):
+                    self._open[left[0]].choice.add(output)
+                    if self._open[left[0]].choice.stopped_by_text:
+                        self._abort(left[0])
+                done = self._open[left[0]].choice.finish_reason is not None
+                left = left[1:] if done else left
+                shown = time.monotonic() - began > _SHOW_AFTER
+                progress.update(bar, completed=len(names) - len(left), visible=shown)
+
+    def _next(self, name: str) -> list[StepOutput]:
+        """Outputs of one answer; steps the engine, for everybody, when there are none yet."""
+        with self._lock:
+            own = self._open[name].outputs
+            while not own:
+                for output in self.engine.step():
+                    if output.request_id in self._open:
+                        self._open[output.request_id].outputs.append(output)
+            outputs = list(own)
+            own.clear()
+        return outputs
+
+    def _abort(self, name: str) -> None:
+        with self._lock:
+            self.engine.abort(name)
+
+    def _drop(self, name: str) -> None:
+        self._abort(name)
+        self._open.pop(name, None)
+
+    def _completion(self, name: str) -> Completion:
+        choice = self._open[name].choice
+        assert choice.finish_reason is not None and choice.stats is not None
+        events = tuple(choice.events)
+        ids = tuple(e.token_id for e in events)
+        return Completion(choice.text, ids, choice.finish_reason, choice.stop_reason, events, choice.stats)
