@@ -6,6 +6,8 @@ is the peak resident size during loss and backward less what was resident before
 probabilities of both models: no loss and no gradients, so its time is no comparison.
 
     python benchmarks/loss_memory.py --out benchmarks/results/loss_memory.json
+
+Runs are added to those of the same setting that the file already holds.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from draftkit.draft.drafter import LossSettings
@@ -114,17 +118,20 @@ def main() -> None:
         run_arm("sliced", make_rows(1000, 16, args.hidden, args.rank))  # whatever is loaded once is loaded now
         print(json.dumps(run_arm(args.arm, rows)))
         return
-    runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    for _ in range(args.repeats):
-        for arm in ARMS:
-            command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
-            runs[arm].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    pairs = list(zip(*runs.values(), strict=True))
-    result = {
+    setting = {
         "cpu": cpu_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "sizes": {k: getattr(args, k) for k in ("vocabulary", "anchors", "hidden", "rank")} | {"gamma": GAMMA},
+    }
+    earlier = json.loads(args.out.read_text("utf-8")) if args.out and args.out.exists() else {}
+    same = all(earlier.get(name) == value for name, value in setting.items())
+    runs: dict[str, list[dict[str, float]]] = earlier["runs"] if same else {arm: [] for arm in ARMS}
+    for _, arm in track([(i, arm) for i in range(args.repeats) for arm in ARMS], "arms", console=Console(stderr=True)):
+        command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
+        runs[arm].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    pairs = list(zip(*runs.values(), strict=True))
+    result = setting | {
         "runs": runs,
         "memory_ratio_to_whole": median(a["peak_mib"] / b["peak_mib"] for a, b, _ in pairs),
         "memory_ratio_to_whole_forward_only": median(a["peak_mib"] / c["peak_mib"] for a, _, c in pairs),

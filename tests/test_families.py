@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from draftkit.config import load_recipe
+from draftkit.config import RECIPES, Recipe, load_recipe
 from draftkit.decode import decode
 from draftkit.draft.backbone import DraftLayer, Rotation, rope_table
 from draftkit.draft.block import BlockDrafter
@@ -190,3 +191,85 @@ def test_greedy_answers_stay_the_targets_own_with_any_block(family: str, style: 
         logits = target.logits(target.forward(torch.tensor([tokens]), None).last_hidden_BTH[0, -1])
         tokens.append(int(logits.argmax()))
     assert list(decoded.tokens) == tokens[len(prompt) :]
+
+
+# --- recipes
+
+TARGETS = ("qwen3-4b", "qwen3-8b", "qwen3-14b", "gemma4-12b")
+PAPER = [f"{target}-{kind}" for target in TARGETS for kind in ("dspark", "dflash", "eagle3")]
+RECIPE_NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_a_packaged_recipe_loads_and_says_only_what_differs_from_the_defaults(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    written = leaves(yaml.safe_load((RECIPES / f"{name}.yaml").read_text("utf-8")))
+    written.pop("name")
+    defaults = leaves(Recipe(name=name).model_dump())
+    assert [field for field, value in written.items() if str(defaults[field]) == str(value)] == []
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_of_the_paper_have_its_values(name: str) -> None:
+    recipe = load_recipe(name)
+    drafter, train, kind = recipe.drafter, recipe.train, name.rsplit("-", 1)[1]
+    assert (drafter.algorithm, drafter.block_size, drafter.num_layers) == (kind, 7, 1 if kind == "eagle3" else 5)
+    assert (drafter.head, drafter.markov_rank, len(drafter.feature_layers or ())) == ("markov", 256, 5)
+    assert (train.anchors, train.lr, train.warmup, train.batch_size, train.epochs) == (512, 6e-4, 0.04, 512, 10)
+    assert (train.dtype, recipe.target.dtype, recipe.capture.max_length) == ("bfloat16", "bfloat16", 4096)
+    loss = train.loss
+    mixes = {"dspark": (0.1, 0.9, 0.0, 1.0, 4.0), "dflash": (1.0, 0.0, 0.0, 1.0, 4.0), "eagle3": (0.0, 0.0, 1.0, 1.0, 4.48)}
+    assert (loss.ce, loss.tv, loss.kl, loss.confidence, loss.decay) == mixes[kind]
+
+
+QWEN3_4B = {
+    "vocab_size": 151_936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+
+
+def test_the_qwen3_4b_recipe_gives_the_published_drafters_tensors() -> None:
+    """Shapes of dspark_qwen3_4b_block7, without memory for any of them."""
+    text = AutoConfig.for_model("qwen3", **QWEN3_4B)
+    info = TargetInfo("Qwen/Qwen3-4B", None, "f", 151_936, 2560, 36, (151_645,), 40_960, "qwen3")
+    target = SimpleNamespace(model=SimpleNamespace(config=text), info=info)
+    tokenizer = AddedTokens(151_669)
+    config = drafter_config(load_recipe("qwen3-4b-dspark"), target, tokenizer)  # type: ignore[arg-type]
+    assert isinstance(config, DrafterConfig)
+    assert (config.mask_token_id, config.feature_layers, config.rope_theta) == (151_669, (1, 9, 17, 25, 33), 1e6)
+    with torch.device("meta"):
+        drafter = BlockDrafter(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
+    assert shapes["fc.weight"] == (2560, 5 * 2560)
+    assert shapes["layers.4.self_attn.q_proj.weight"] == (4096, 2560)
+    assert shapes["layers.4.self_attn.v_proj.weight"] == (1024, 2560)
+    assert shapes["layers.0.mlp.down_proj.weight"] == (2560, 9728)
+    assert shapes["markov_head.markov_w1.weight"] == shapes["markov_head.markov_w2.weight"] == (151_936, 256)
+    assert shapes["confidence_head.proj.weight"] == (1, 2560 + 256)
+    assert len(shapes) == 5 * 11 + 9
+
+
+class AddedTokens:
+    """A tokenizer of so many tokens, none of them a mask."""
+
+    mask_token_id = None
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
