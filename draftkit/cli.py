@@ -136,6 +136,22 @@ def evaluate(
     typer.echo(stages.summary(results)) if json_output else print_report(results)
 
 
+@app.command(epilog="Example: draftkit export -d drafter/best -o packaged --target Qwen/Qwen3-4B --borrow --dtype bfloat16")
+def export(
+    out: OutOption,
+    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder, in any known form")],
+    form: Annotated[str, typer.Option(help="portable or deepspec, see docs/checkpoints.md")] = "portable",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    target: Annotated[str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")] = None,
+    borrow: Annotated[bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")] = False,
+) -> None:
+    """Write a drafter in another form, for another engine, or without the weights that its target has anyway."""
+    from draftkit import stages
+
+    count = stages.run_export(drafter, out, form, dtype, target, borrow)
+    typer.echo(f"{count / 1e6:.1f} MB in {out}")
+
+
 @app.command("verify-lossless", epilog="Example: draftkit verify-lossless --tables 200")
 def verify_lossless(
     vocab: Annotated[int, typer.Option(help="tokens in the vocabulary", min=2, max=3)] = 3,

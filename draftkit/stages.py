@@ -22,7 +22,7 @@ from draftkit.data.features import FeatureStore
 from draftkit.data.generate import GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import load_drafter, new_drafter, read_provenance
+from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, read_provenance, save_drafter
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
@@ -32,7 +32,7 @@ from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
 from draftkit.ops.sampling import Sampling
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
-from draftkit.target.transformers import EMBEDDED, TransformersTarget, load_target, spread_feature_layers
+from draftkit.target.transformers import DTYPES, EMBEDDED, TransformersTarget, load_target, spread_feature_layers
 from draftkit.train import trainer
 from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport, TrainSettings
@@ -201,6 +201,24 @@ def open_drafter(folder: Path, target: TransformersTarget) -> Drafter:
     if made_for and made_for != target.info.fingerprint:
         raise CheckpointError(f"{folder}: was trained for another target than {target.info.name}; train it again")
     return drafter
+
+
+def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool) -> int:
+    """Write a drafter's folder again, in another form or dtype, with or without the target's weights; bytes of weights.
+
+    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, or one folder for both.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: is not known, choose one of {', '.join(DTYPES)}")
+    if out.resolve() == folder.resolve():
+        raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
+    if borrow and target_path is None:
+        raise ConfigError("--borrow: needs the --target that lends embedding and head")
+    target = load_target(target_path) if target_path else None
+    drafter = open_drafter(folder, target) if target else load_drafter(folder)
+    note = {k: v for k, v in read_provenance(folder).items() if k not in ("draftkit", "algorithm", "sha256")}
+    save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow else None)
+    return (out / WEIGHTS).stat().st_size
 
 
 def run_evaluate(

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from test_block_drafter import CONFIG as BLOCK
 from test_eagle3 import CONFIG as EAGLE
 from test_eagle3 import GEMMA, eagle_for
+from typer.testing import CliRunner
 
+from draftkit import cli
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, save_drafter
@@ -259,3 +261,27 @@ def test_a_drafter_drafts_the_same_after_a_trip_through_its_folder(target: Trans
         one, other = (decode(target, d, [9, 9, 9], sampling, 20, seed=3) for d in (drafter, again))
         assert one.rounds == other.rounds
         assert one.tokens == other.tokens
+
+
+def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: TransformersTarget, tmp_path: Path) -> None:
+    drafter = drafter_for(target, SHAPES["eagle3 with norms"])
+    save_drafter(drafter, tmp_path / "a", {"target_fingerprint": target.info.fingerprint}, torch.float32)
+    runner, base = CliRunner(), ["export", "-d", str(tmp_path / "a")]
+    done = runner.invoke(cli.app, [*base, "-o", str(tmp_path / "b"), "--form", "deepspec", "--dtype", "float32"])
+    assert done.exit_code == 0, done.output
+    assert same(load_drafter(tmp_path / "b"), drafter)
+    done = runner.invoke(cli.app, [*base, "-o", str(tmp_path / "c"), "--target", str(target_folder), "--borrow"])
+    assert done.exit_code == 0, done.output
+    tensors = load_file(tmp_path / "c" / "model.safetensors")
+    assert not {"embed_tokens.weight", "lm_head.weight"} & tensors.keys()
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    note = json.loads((tmp_path / "c" / "draftkit.json").read_text())
+    assert (note["algorithm"], note["target_fingerprint"]) == ("eagle3", target.info.fingerprint)
+    for arguments, message in (
+        (["-o", str(tmp_path / "a")], "the drafter's own folder"),
+        (["-o", str(tmp_path / "d"), "--borrow"], "needs the --target"),
+        (["-o", str(tmp_path / "d"), "--dtype", "int8"], "choose one of float32"),
+        (["-o", str(tmp_path / "d"), "--form", "gguf"], "choose one of portable"),
+    ):
+        assert message in str(runner.invoke(cli.app, [*base, *arguments]).exception)
+    assert not (tmp_path / "d").exists()
