@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from draftkit.decode import Plan, decode, verify_all
+from draftkit.decode import Plan, Round, decode, verify_all
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import new_drafter
-from draftkit.draft.drafter import HEADS, DrafterConfig
+from draftkit.draft.drafter import HEADS, Drafter, DrafterConfig
+from draftkit.draft.eagle3 import EagleConfig
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs
-from draftkit.ops.verify import RULES, Rule
+from draftkit.ops.verify import RULES, TOKEN_RULE, Rule
 from draftkit.target.transformers import TransformersTarget
 
 PROMPTS = [[4, 20, 31, 7], [9, 9, 9], [40, 41, 42, 43, 44, 45, 46], [300]]
@@ -44,6 +45,27 @@ def make_drafter(target: TransformersTarget, head: str = "markov", layout: str =
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight())
     if drafter.markov_head is not None:
         torch.nn.init.normal_(drafter.markov_head.markov_w2.weight)
+    return drafter.double().eval()
+
+
+def make_eagle(target: TransformersTarget, ids: tuple[int, ...]) -> Drafter:
+    """A random EAGLE-3 drafter with a draft vocabulary of `ids`."""
+    torch.manual_seed(1)
+    config = EagleConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        vocab_size=target.info.vocab_size,
+        feature_layers=(0, 2),
+        num_target_layers=4,
+        block_size=3,
+        style="llama",
+        max_length=256,
+        draft_vocab_size=len(ids),
+    )
+    drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), torch.tensor(ids))
     return drafter.double().eval()
 
 
@@ -98,16 +120,30 @@ def cut_by_confidence(confidence: Sequence[float]) -> int:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule: Rule, plan: Plan) -> None:
     """3,000 answers of three tokens from three: every count within five standard deviations of the target's law."""
-    small = Shrunk(target.model, target.info)
     drafter = make_drafter(target, block=3)
     assert drafter.confidence_head is not None
     torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.5)
-    prompt, count, sampling = PROMPTS[0], 3000, Sampling(0.8)
+    rounds = check_law(target, drafter, rule, plan)
+    assert len({r.verified for r in rounds}) >= (1 if plan is verify_all else 3)
+
+
+@pytest.mark.slow
+def test_sampled_answers_of_eagle3_follow_the_targets_law(target: TransformersTarget) -> None:
+    """Its draft vocabulary knows two of the three tokens, and one that the target never says."""
+    rounds = check_law(target, make_eagle(target, (5, 7, 9)), TOKEN_RULE, verify_all, count=1000)
+    assert {r.accepted for r in rounds} >= {0, 1, 2}
+
+
+def check_law(
+    target: TransformersTarget, drafter: Drafter, rule: Rule, plan: Plan, count: int = 3000
+) -> list[Round]:
+    small = Shrunk(target.model, target.info)
+    prompt, sampling = PROMPTS[0], Sampling(0.8)
     found: dict[tuple[int, ...], int] = {}
-    verified: set[int] = set()
+    rounds: list[Round] = []
     for seed in range(count):
         answer = decode(small, drafter, prompt, sampling, 3, seed, rule, plan)
-        verified |= {r.verified for r in answer.rounds}
+        rounds += answer.rounds
         found[answer.tokens] = found.get(answer.tokens, 0) + 1
     worst = 0.0
     for tokens in itertools.product(range(5, 8), repeat=3):
@@ -117,7 +153,7 @@ def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule
         sigma = (chance * (1 - chance) / count) ** 0.5
         worst = max(worst, abs(found.get(tokens, 0) / count - chance) / max(sigma, 1e-9))
     assert worst < 5
-    assert len(verified) >= (1 if plan is verify_all else 3)
+    return rounds
 
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(target: TransformersTarget) -> None:
