@@ -14,7 +14,8 @@ from test_fast_drafter import build as build_drafter
 from test_fast_model import FAMILIES, build, one_pass
 
 from draftkit.engine.compiled import CompiledPasses
-from draftkit.engine.native import NativeStack, NoNative, pack_panels
+from draftkit.engine.native import NativeStack, pack_panels
+from draftkit.engine.native_build import NoNative
 from draftkit.ops.sampling import Sampling
 
 TEXTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (50, 9, 23)]
@@ -55,10 +56,36 @@ def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(family
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"vocab_size": 77, "confidence_with_markov": False}, {"head": "none", "confidence": False}, {"head": "gated"}],
+    ids=["markov", "odd-vocabulary", "none", "gated"],
+)
+def test_compiled_greedy_drafting_takes_what_the_eager_one_takes(changes: dict[str, Any], threads: int) -> None:
+    _, fast = build_drafter(**changes)
+    generator = torch.Generator().manual_seed(5)
+    features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
+    uniforms_RG = torch.zeros(3, fast.gamma, dtype=torch.float64)
+    eager = propose_together(fast, features, [11, 30, 2], Sampling(0.0), uniforms_RG)
+    assert CompiledPasses(build("qwen3")[1], fast).wait()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        step = block_pass([11, 30, 2], list(LENGTHS), fast.config, torch.float32)
+        tokens, probs, confidence = fast.draft(step, torch.tensor([11, 30, 2]), None)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(tokens, eager.tokens_BG) and probs.shape == (3, fast.gamma, 0)
+    assert (confidence is None) == (eager.confidence_BG is None)
+    if confidence is not None and eager.confidence_BG is not None:
+        torch.testing.assert_close(confidence, eager.confidence_BG, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"layout": "one_plus_n"},
+        {"layout": "one_plus_n", "block_size": 7},
         {"style": "gemma4", "rotary_share": 0.5, "soft_cap": 4.0, "shared_key_value": True, "logit_scale": 0.5},
         {"style": "llama", "window": 5, "num_kv_heads": 4, "head": "rnn"},
     ],

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from draftkit.engine.fast_drafter import FastDrafter, NativeDrafter
 from draftkit.engine.fast_model import FastModel
-from draftkit.engine.native import NativeStack, NoNative
+from draftkit.engine.native import NativeStack
+from draftkit.engine.native_build import NoNative
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack
 
@@ -44,6 +45,8 @@ class CompiledPasses:
                     drafter.native = _native_drafter(drafter)
         except NoNative as error:
             self.reason = str(error)
+        except Exception as error:  # whatever a machine may come up with, serving goes on
+            self.reason = f"{type(error).__name__}: {error}"
 
 
 def _native_model(model: FastModel) -> NativeStack:
@@ -60,7 +63,7 @@ def _native_model(model: FastModel) -> NativeStack:
 
 def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
     trial, size, vocab = copy.copy(drafter), drafter.config.block_size, drafter.config.vocab_size
-    trial.stack = Stack(drafter.stack.shape, drafter.stack.layers, _SLOTS + 2 * size)
+    trial.stack = Stack(drafter.stack.shape, drafter.stack.layers, _SLOTS + 2 * _BLOCK * size)
     lengths_R = np.minimum([3, 5], len(drafter.stack.layers[0].rotary) - size)
     context = _trial_pass(vocab, np.zeros(2, np.int64), lengths_R, size)
     block = _trial_pass(vocab, lengths_R, np.full(2, size), size)

@@ -22,7 +22,7 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterConfig
 from draftkit.draft.families import STYLES
 from draftkit.engine.fast_model import fuse_qkv
-from draftkit.engine.native import Ends, NativeContext, NativeStack
+from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
 
@@ -86,15 +86,20 @@ class FastDrafter:
         self.stack.write(step, keys, values)
 
     @torch.inference_mode()
-    def draft(self, step: Pass, anchors_R: Tensor, choose: Choose) -> tuple[Tensor, Tensor, Tensor | None]:
+    def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Propose for every request: tokens [R, G], the probabilities that `choose` returned [R, G, V], and the
         confidences in (0, 1) [R, G] or None.
 
         `step` is a pass with `block=True` that holds, per request, the anchor and `block_size` - 1 mask tokens, the anchor
         at the first position that `extend` has not written. `choose` gets the logits of one position of every block, in
-        order from left to right, and returns the tokens with the distribution they were drawn from.
+        order from left to right, and returns the tokens with the distribution they were drawn from. None drafts greedily and
+        returns no distributions, [R, G, 0].
         """
         hidden_RGH, base_RGV = self._read_block(step)
+        if choose is None and self.native is not None and self.native.head is not None:
+            tokens_RG, confidence_RG = self.native.head.draft(hidden_RGH, base_RGV, anchors_R)
+            return tokens_RG, hidden_RGH.new_empty(*tokens_RG.shape, 0), confidence_RG
+        choose = choose or _take_largest
         previous_R, state = anchors_R, None
         tokens, probs, embedded = [], [], []
         for k in range(self.gamma):
@@ -128,12 +133,19 @@ class FastDrafter:
         return hidden_RGH, self.head.logits(hidden_RGH)
 
 
+def _take_largest(logits_RV: Tensor, _: int) -> tuple[Tensor, Tensor]:
+    return logits_RV.argmax(-1), logits_RV.new_empty(len(logits_RV), 0)
+
+
 class NativeDrafter:
-    """The C++ passes of a drafter: over its blocks, and from features to keys and values. Raises NoNative."""
+    """The C++ passes of a drafter: over its blocks, from features to keys and values, and greedily along the head (None
+    for a head that is not among the compiled ones). Raises NoNative."""
 
     def __init__(self, drafter: FastDrafter, stack: Stack) -> None:
         self.stack = NativeStack(stack, drafter.ends)
         self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
+        compiled = drafter.markov is None or drafter.markov.kind == "markov"
+        self.head = NativeHead(self.stack, drafter.markov, drafter.confidence) if compiled else None
 
 
 def _rotary(config: DrafterConfig, max_length: int, like: Tensor) -> Tensor:

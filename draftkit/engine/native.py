@@ -1,4 +1,4 @@
-"""The C++ forward pass (`step.cpp`) behind Python: building the library, laying out weights, calling it.
+"""The C++ forward pass (`cpp/step.cpp`) behind Python: laying out weights and calling it.
 
 Why not `torch.compile`: at 1 to 8 tokens a pass is bound by reading weights and by starting operations. One function needs
 no padded shapes, compiles once in seconds for every target, and weights that are bfloat16 numbers are read as such.
@@ -9,15 +9,9 @@ Shapes: T tokens, W wanted rows, H hidden, V vocabulary, F = K * H features, L l
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,17 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftkit.draft.heads import ConfidenceHead, MarkovHead
+from draftkit.engine.native_build import NoNative, load_library
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Layer, Stack
 
-SOURCE = Path(__file__).with_name("step.cpp")
 PANEL, LANES = 16, 8  # rows per panel of a matrix, numbers per vector: as in the source
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-
-
-class NoNative(Exception):
-    """Why the C++ pass cannot be used here; the PyTorch operations go on."""
 
 
 def _structure(*fields: tuple[str, Any]) -> type[ctypes.Structure]:
@@ -58,44 +48,13 @@ _Step = _structure(
     ("token position slot seen origin first length table want capture", _pointer),
     ("features hidden logits", _pointer),
 )
+_SequentialHead = _structure(
+    ("w1", _pointer), ("w2", _Matrix), ("confidence", _pointer), ("confidence_size", _int), ("confidence_bias", _float)
+)
+_Draft = _structure(
+    ("requests positions hidden vocab row threads", _int), ("states logits confidence anchors tokens", _pointer)
+)
 _Context = _structure(("fc kv", _Matrix), ("norm k_norm", _pointer))
-
-
-def load_library() -> ctypes.CDLL:
-    """The compiled source, from the user's cache or built now (seconds). Raises NoNative."""
-    compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
-    if compiler is None:
-        raise NoNative("no C++ compiler found (g++, clang++ or $CXX)")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]  # torch's own threads, not a second pool
-    command = [compiler, *_FLAGS, str(SOURCE), *map(str, openmp)]
-    key = hashlib.sha256("\n".join([SOURCE.read_text("utf-8"), version, _processor(), *command]).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftkit"
-    library = folder / f"step-{key[:20]}.so"
-    try:
-        if not library.exists():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _build(command, library)
-        return ctypes.CDLL(str(library))
-    except OSError as error:
-        raise NoNative(f"{library}: {error}") from error
-
-
-def _build(command: list[str], library: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise NoNative(f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
-        made.replace(library)  # several processes may build at once
-
-
-def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by different machines."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    telling = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
-    return "\n".join([platform.machine(), *telling[:2]])
 
 
 @dataclass(frozen=True)
@@ -112,7 +71,7 @@ class Ends:
 
 
 class NativeStack:
-    """One stack and its ends as `step.cpp` wants them; float32 on the CPU.
+    """One stack and its ends as `cpp/step.cpp` wants them; float32 on the CPU.
 
     Keys and values are those of `stack`, so that passes of both kinds may follow each other. Raises NoNative when a size
     or dtype does not fit, or nothing can be compiled.
@@ -130,14 +89,14 @@ class NativeStack:
         layers = ctypes.cast(self._layers, _pointer)
         self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, stack.shape.eps, layers)
         self._ends = _Ends(
-            self._at(ends.embedding),
-            self._at(ends.norm),
+            self.at(ends.embedding),
+            self.at(ends.norm),
             ends.embedding_scale,
             ends.logit_scale,
             ends.logit_cap or 0.0,
             self.matrix(ends.head),
         )
-        self._library = load_library()
+        self.library = load_library()
         self.attach(stack)
 
     def attach(self, stack: Stack) -> None:
@@ -158,13 +117,13 @@ class NativeStack:
         native = _native_step(step, np.ascontiguousarray(wanted_W, dtype=np.int64), captured)
         native.logits, native.hidden = logits_WV.data_ptr(), hidden_WH.data_ptr()
         native.features = features_TF.data_ptr() if features_TF is not None else None
-        self._library.run_step(ctypes.byref(self._stack), ctypes.byref(self._ends), ctypes.byref(native))
+        self.library.run_step(ctypes.byref(self._stack), ctypes.byref(self._ends), ctypes.byref(native))
         return logits_WV[:, : self.vocab], hidden_WH, features_TF
 
     def write_context(self, context: NativeContext, step: Pass, features_TF: Tensor) -> None:
         """Keys and values of context features at the pass's slots, all layers."""
         native, features_TF = _native_step(step), features_TF.contiguous()
-        self._library.write_context(
+        self.library.write_context(
             ctypes.byref(self._stack), ctypes.byref(context.structure), ctypes.byref(native), _pointer(features_TF.data_ptr())
         )
 
@@ -187,14 +146,15 @@ class NativeStack:
             shape.scale,
             shape.score_cap or 0.0,
             layer.output_scale,
-            *(self._at(w) for w in (layer.input_norm, layer.qkv_bias, layer.qk_norm, layer.out_bias)),
-            *(self._at(w) for w in (layer.mixed_norm, layer.mlp_norm, layer.mlp_out_norm)),
-            self._at(torch.view_as_real(layer.rotary)),
+            *(self.at(w) for w in (layer.input_norm, layer.qkv_bias, layer.qk_norm, layer.out_bias)),
+            *(self.at(w) for w in (layer.mixed_norm, layer.mlp_norm, layer.mlp_out_norm)),
+            self.at(torch.view_as_real(layer.rotary)),
             None,  # the memory: see `attach`
             *(self.matrix(w) for w in (layer.qkv, layer.out, gate_up, down)),
         )
 
-    def _at(self, tensor: Tensor | None) -> int | None:
+    def at(self, tensor: Tensor | None) -> int | None:
+        """The address of a float32 tensor that is kept alive with this object; None stays None."""
         if tensor is None:
             return None
         if tensor.dtype != torch.float32:
@@ -210,6 +170,32 @@ class NativeContext:
         self._kept = (norm, k_norm)
         k_norm_at = k_norm.data_ptr() if k_norm is not None else None
         self.structure = _Context(stack.matrix(fc), stack.matrix(kv), norm.data_ptr(), k_norm_at)
+
+
+class NativeHead:
+    """A drafter's Markov head of kind "markov" (or none) and confidence head (or none), for greedy drafting."""
+
+    def __init__(self, stack: NativeStack, markov: MarkovHead | None, confidence: ConfidenceHead | None) -> None:
+        self._library, self._kept = stack.library, stack  # weights stay alive with the stack
+        self.structure, self._confident = _SequentialHead(), confidence is not None
+        if markov is not None:
+            self.structure.w1, self.structure.w2 = stack.at(markov.markov_w1.weight), stack.matrix(markov.markov_w2.weight)
+        if confidence is not None:
+            self.structure.confidence = stack.at(confidence.proj.weight)
+            self.structure.confidence_size = confidence.proj.in_features
+            self.structure.confidence_bias = float(confidence.proj.bias)
+
+    def draft(self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Greedy tokens [R, G] and confidences [R, G] or None. The base logits are overwritten; their rows may be apart."""
+        requests, positions, hidden = hidden_RGH.shape
+        tokens_RG = torch.empty(requests, positions, dtype=torch.int64)
+        confidence_RG = torch.empty(requests, positions) if self._confident else None
+        native = _Draft(requests, positions, hidden, base_RGV.shape[2], base_RGV.stride(1), torch.get_num_threads())
+        native.states, native.logits, native.anchors = hidden_RGH.data_ptr(), base_RGV.data_ptr(), anchors_R.data_ptr()
+        native.tokens = tokens_RG.data_ptr()
+        native.confidence = confidence_RG.data_ptr() if confidence_RG is not None else None
+        self._library.draft_greedily(ctypes.byref(self.structure), ctypes.byref(native))
+        return tokens_RG, confidence_RG
 
 
 def pack_panels(weight: Tensor) -> Tensor:
@@ -234,16 +220,13 @@ _NONE = np.empty(0, dtype=np.int64)
 
 
 def _native_step(step: Pass, wanted_W: np.ndarray = _NONE, captured: np.ndarray = _NONE) -> ctypes.Structure:
-    arrays = (step.tokens_T, step.positions_T, step.slots_T, step.seen_T, step.origins_T, step.firsts_R, step.lengths_R)
-    native = _Step(
-        len(step),
-        len(step.lengths_R),
-        step.block_size,
-        step.tables_RB.shape[1],
-        len(wanted_W),
-        len(captured),
-        torch.get_num_threads(),
-        *(a.ctypes.data for a in (*arrays, step.tables_RB, wanted_W, captured)),
-    )
-    native.kept = (step, wanted_W, captured)  # the addresses stay valid as long as this does
+    """The pass as the source wants it: all indices in one array, since asking for an address costs more than copying."""
+    of_tokens = (step.tokens_T, step.positions_T, step.slots_T, step.seen_T, step.origins_T)
+    parts = (*of_tokens, step.firsts_R, step.lengths_R, step.tables_RB.ravel(), wanted_W, captured)
+    joined = np.concatenate(parts)
+    at = list(itertools.accumulate((8 * len(part) for part in parts[:-1]), initial=joined.ctypes.data))
+    width = step.tables_RB.shape[1]
+    counts = (len(step), len(step.lengths_R), step.block_size, width, len(wanted_W), len(captured), torch.get_num_threads())
+    native = _Step(*counts, *at)
+    native.kept = joined  # the addresses stay valid as long as this does
     return native

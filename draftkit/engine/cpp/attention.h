@@ -1,0 +1,117 @@
+// Attention of one layer over paged keys and values; the memory of a layer is [slots, M, 2 D].
+#pragma once
+#include "matrix.h"
+
+// Norm (when there is one) and rotation of one head in pair order; `table` is (cos, sin) pairs of the position.
+void turn(float *x, const float *norm, const float *table, int64_t size, float eps) {
+    if (norm) rms_norm(x, x, norm, size, eps);
+    for (int64_t i = 0; i < size; i += 2) {
+        float a = x[i], b = x[i + 1], c = table[i], s = table[i + 1];
+        x[i] = a * c - b * s;
+        x[i + 1] = a * s + b * c;
+    }
+}
+
+// Puts one head's new key (normed, rotated) and value into the memory.
+void store_key_value(const Layer &layer, float *k, float *v, const float *k_norm, int64_t position, float *to, float eps) {
+    int64_t D = layer.head_dim;
+    turn(k, k_norm, layer.rotary + position * D, D, eps);
+    std::memcpy(to, k, D * sizeof(float));
+    if (layer.value_norm) rms_norm(to + D, v, nullptr, D, eps);
+    else std::memcpy(to + D, v, D * sizeof(float));
+}
+
+// A query of one head: where it is, what it may see, where its result goes.
+struct Query {
+    const float *q;
+    float *scores, *out;
+    int64_t oldest, seen;
+};
+
+// Scores of N queries against positions first..end, four at a time (a few beyond the end are written, too).
+template <int N>
+void score(const Layer &layer, const Query *queries, const float *const *rows, int64_t first, int64_t end) {
+    for (int64_t s = first; s < end; s += 4) {
+        const float *k[4];
+        for (int j = 0; j < 4; j++) k[j] = rows[s + j < end ? s + j : end - 1];
+        Vec sums[N][4] = {};
+        for (int64_t i = 0; i < layer.head_dim; i += LANES)
+            for (int n = 0; n < N; n++)
+                for (int j = 0; j < 4; j++) sums[n][j] += load(queries[n].q + i) * load(k[j] + i);
+        for (int n = 0; n < N; n++)
+            *(Quad *)(queries[n].scores + s - first) = totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]) * layer.scale;
+    }
+}
+
+// Softmax in place over what the query may see, 0 elsewhere, not yet divided by the sum that it returns.
+float soften(const Layer &layer, const Query &query, int64_t first, int64_t end) {
+    float *scores = query.scores, top = -INFINITY;
+    int64_t from = query.oldest - first, to = query.seen - first, count = end - first;
+    for (int64_t i = 0; i < from; i++) scores[i] = -INFINITY;
+    for (int64_t i = to; i < count || i % LANES; i++) scores[i] = -INFINITY;
+    if (layer.score_cap > 0)
+        for (int64_t i = from; i < to; i++) scores[i] = cap(scores[i], layer.score_cap);
+    for (int64_t i = from; i < to; i++) top = scores[i] > top ? scores[i] : top;
+    Vec sums = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        Vec x = load(scores + i) - top, e = x > spread(-87.f) ? exponential(x) : spread(0.f);
+        store(scores + i, e);
+        sums += e;
+    }
+    return total(sums);
+}
+
+// Results of N queries: values weighed with their scores, C vectors at once.
+template <int N, int C>
+void mix(const Query *queries, const float *factors, const float *const *rows, int64_t count, int64_t values, int64_t at) {
+    Vec sums[N][C] = {};
+    for (int64_t s = 0; s < count; s++)
+        for (int c = 0; c < C; c++) {
+            Vec value = load(rows[s] + values + at + c * LANES);
+            for (int n = 0; n < N; n++) sums[n][c] += queries[n].scores[s] * value;
+        }
+    for (int n = 0; n < N; n++)
+        for (int c = 0; c < C; c++) store(queries[n].out + at + c * LANES, sums[n][c] * factors[n]);
+}
+
+template <int N>
+void answer(const Layer &layer, const Query *queries, const float *const *rows) {
+    int64_t first = queries[0].oldest, end = queries[0].seen, D = layer.head_dim, at = 0;
+    for (int n = 1; n < N; n++) first = std::min(first, queries[n].oldest), end = std::max(end, queries[n].seen);
+    first -= first % LANES;  // sums are then grouped alike, whichever query is beside
+    score<N>(layer, queries, rows, first, end);
+    float factors[N];
+    for (int n = 0; n < N; n++) factors[n] = 1.f / soften(layer, queries[n], first, end);
+    for (; at + 4 * LANES <= D; at += 4 * LANES) mix<N, 4>(queries, factors, rows + first, end - first, D, at);
+    for (; at < D; at += LANES) mix<N, 1>(queries, factors, rows + first, end - first, D, at);
+}
+
+// One request and one key/value head: rotate and store the new keys and values, then attend for every query, in pairs.
+void attend(const Stack &stack, const Layer &layer, const Step &step, int64_t request, int64_t kv_head, float *qkv,
+            float *mixed, float *scores, int64_t positions, const float **rows) {
+    int64_t D = layer.head_dim, fold = layer.heads / layer.kv_heads, width = (layer.heads + 2 * layer.kv_heads) * D;
+    int64_t row = layer.kv_heads * 2 * D, first = step.first[request], end = first + step.length[request], longest = 0;
+    const int64_t *table = step.table + request * step.table_width;
+    int64_t key_at = (layer.heads + kv_head) * D, value_at = key_at + layer.kv_heads * D;
+    for (int64_t t = first; t < end; t++) {
+        float *k = qkv + t * width + key_at, *v = qkv + t * width + value_at;
+        store_key_value(layer, k, v, layer.qk_norm ? layer.qk_norm + key_at : nullptr, step.position[t],
+                        layer.memory + step.slot[t] * row + kv_head * 2 * D, stack.eps);
+        longest = std::max(longest, step.seen[t]);
+    }
+    for (int64_t block = 0; block * step.block_size < longest; block++)
+        for (int64_t i = 0; i < step.block_size; i++)
+            rows[block * step.block_size + i] =
+                layer.memory + (table[block] * step.block_size + i) * row + kv_head * 2 * D;
+    Query pair[2];
+    int64_t waiting = 0;
+    for (int64_t t = first; t < end; t++)
+        for (int64_t h = kv_head * fold; h < (kv_head + 1) * fold; h++) {
+            float *q = qkv + t * width + h * D;
+            turn(q, layer.qk_norm ? layer.qk_norm + h * D : nullptr, layer.rotary + step.position[t] * D, D, stack.eps);
+            int64_t oldest = layer.window ? std::max<int64_t>(0, step.origin[t] - layer.window) : 0;
+            pair[waiting] = {q, scores + waiting * positions, mixed + (t * layer.heads + h) * D, oldest, step.seen[t]};
+            if (++waiting == 2) answer<2>(layer, pair, rows), waiting = 0;
+        }
+    if (waiting) answer<1>(layer, pair, rows);
+}

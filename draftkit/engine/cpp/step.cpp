@@ -1,0 +1,215 @@
+// One pass of a transformer stack over flattened tokens and paged keys and values, as one function: what `Stack.run` does in
+// a hundred PyTorch operations. Compiled at first use (see native.py); plain C interface, no padding, any number of tokens.
+//
+// The threads share one parallel region. Each keeps its own copy of the residual stream and of the normed input, so that a
+// layer needs five barriers only: behind qkv, attention, out, gate/up and down. Every sum is taken in one order, so a token's
+// result is the same to the bit alone, in any batch and with any number of threads.
+#include <vector>
+
+#include <omp.h>
+
+#include "attention.h"
+
+namespace {
+
+// Cuts pieces from one allocation that the calling thread keeps; the first round of `take` only counts.
+struct Workspace {
+    float *base = nullptr;
+    int64_t used = 0;
+    float *take(int64_t count) {
+        float *piece = base ? base + used : nullptr;
+        used += (count + PANEL - 1) / PANEL * PANEL;
+        return piece;
+    }
+};
+float *reserve(int64_t count) {
+    static thread_local std::vector<float> memory;
+    if ((int64_t)memory.size() < count) memory.resize(count);
+    return memory.data();
+}
+
+struct Shared {
+    float *qkv, *mixed, *y, *act;
+};
+struct Own {
+    float *x, *normed, *scores;
+    int64_t positions;  // room for scores of one query
+    const float **rows;
+};
+
+// x = (x + y) * scale, with a norm of y first where the family has one; then normed = norm(x).
+void add(const Stack &stack, const Step &step, const float *y, const float *y_norm, float scale, const float *next_norm,
+         Own &own) {
+    int64_t H = stack.hidden;
+    for (int64_t t = 0; t < step.tokens; t++) {
+        float *x = own.x + t * H, *normed = own.normed + t * H;
+        const float *from = y + t * H;
+        if (y_norm) rms_norm(normed, from, y_norm, H, stack.eps), from = normed;
+        for (int64_t i = 0; i < H; i += LANES) store(x + i, (load(x + i) + load(from + i)) * scale);
+        if (next_norm) rms_norm(normed, x, next_norm, H, stack.eps);
+    }
+}
+
+void run_layers(const Stack &stack, const Step &step, const Shared &shared, Own &own, int64_t thread, int64_t threads) {
+    int64_t T = step.tokens, H = stack.hidden;
+    for (int64_t t = 0; t < T; t++) rms_norm(own.normed + t * H, own.x + t * H, stack.layer[0].input_norm, H, stack.eps);
+    for (int64_t index = 0, captured = 0; index < stack.layers; index++) {
+        const Layer &layer = stack.layer[index];
+        multiply(layer.qkv, own.normed, T, thread, threads, Into{shared.qkv, layer.qkv.rows, layer.qkv_bias});
+#pragma omp barrier
+        for (int64_t unit = thread; unit < step.requests * layer.kv_heads; unit += threads)
+            attend(stack, layer, step, unit / layer.kv_heads, unit % layer.kv_heads, shared.qkv, shared.mixed, own.scores,
+                   own.positions, own.rows);
+#pragma omp barrier
+        multiply(layer.out, shared.mixed, T, thread, threads, Into{shared.y, H, layer.out_bias});
+#pragma omp barrier
+        add(stack, step, shared.y, layer.mixed_norm, 1.f, layer.mlp_norm, own);
+        bool gelu = stack.gelu;
+        float *act = shared.act;
+        int64_t inner = layer.down.cols;
+        multiply(layer.gate_up, own.normed, T, thread, threads, [=](int64_t panel, int64_t t, Vec gate, Vec up) {
+            store(act + t * inner + panel * LANES, activate(gate, gelu) * up);  // a panel holds 8 rows of each
+        });
+#pragma omp barrier
+        multiply(layer.down, shared.act, T, thread, threads, Into{shared.y, H, nullptr});
+#pragma omp barrier
+        bool last = index + 1 == stack.layers;
+        add(stack, step, shared.y, layer.mlp_out_norm, layer.output_scale, last ? nullptr : stack.layer[index + 1].input_norm, own);
+        if (captured < step.captures && step.capture[captured] == index) {
+            if (thread == 0)
+                for (int64_t t = 0; t < T; t++)
+                    std::memcpy(step.features + (t * step.captures + captured) * H, own.x + t * H, H * sizeof(float));
+            captured++;
+        }
+    }
+}
+
+}  // namespace
+
+// Reads the step's tokens into the layers' memories; fills features, normed hidden states and logits of the wanted rows.
+extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *step) {
+    int64_t T = step->tokens, H = stack->hidden, threads = step->threads;
+    int64_t rows = T > step->wanted ? T : step->wanted, positions = step->table_width * step->block_size + PANEL;
+    int64_t qkv = 0, mixed = 0, inner = 0;
+    for (const Layer *layer = stack->layer; layer < stack->layer + stack->layers; layer++) {
+        qkv = std::max(qkv, layer->qkv.rows), mixed = std::max(mixed, layer->out.cols);
+        inner = std::max(inner, layer->down.cols);
+    }
+    Shared shared;
+    std::vector<Own> owns(threads);
+    for (Workspace space;; space.used = 0) {
+        shared.qkv = space.take(T * qkv + PANEL);
+        shared.mixed = space.take(T * mixed);
+        shared.y = space.take(T * H + PANEL);
+        shared.act = space.take(T * inner + PANEL);
+        for (Own &own : owns) {
+            own.x = space.take(T * H);
+            own.normed = space.take(rows * H);
+            own.scores = space.take(2 * positions);
+            own.positions = positions;
+            own.rows = (const float **)space.take(2 * positions);
+        }
+        if (space.base) break;
+        space.base = reserve(space.used);
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+        Own &own = owns[thread];
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t i = 0; i < H; i += LANES)
+                store(own.x + t * H + i, load(ends->embedding + step->token[t] * H + i) * ends->embedding_scale);
+        run_layers(*stack, *step, shared, own, thread, count);
+        for (int64_t w = 0; w < step->wanted; w++)
+            rms_norm(own.normed + w * H, own.x + step->want[w] * H, ends->norm, H, stack->eps);
+        if (thread == 0) std::memcpy(step->hidden, own.normed, step->wanted * H * sizeof(float));
+        float scale = ends->logit_scale, limit = ends->logit_cap;
+        Into into{step->logits, ends->head.rows, nullptr};
+        multiply(ends->head, own.normed, step->wanted, thread, count, [=](int64_t p, int64_t t, Vec low, Vec high) {
+            low *= scale, high *= scale;
+            for (int i = 0; limit > 0 && i < LANES; i++) low[i] = cap(low[i], limit), high[i] = cap(high[i], limit);
+            into(p, t, low, high);
+        });
+    }
+}
+
+// Projects context features [T, F] and writes the keys and values of every layer at the step's slots.
+extern "C" void write_context(const Stack *stack, const Context *context, const Step *step, const float *features) {
+    int64_t T = step->tokens, H = stack->hidden, L = stack->layers;
+    int64_t M = stack->layer->kv_heads, D = stack->layer->head_dim;
+    int64_t width = context->kv.rows;
+    float *y, *kv;
+    std::vector<Own> owns(step->threads);
+    for (Workspace space;; space.used = 0) {
+        y = space.take(T * H + PANEL);
+        kv = space.take(T * width + PANEL);
+        for (Own &own : owns) own.normed = space.take(T * H);
+        if (space.base) break;
+        space.base = reserve(space.used);
+    }
+#pragma omp parallel num_threads(step->threads)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        Own &own = owns[thread];
+        multiply(context->fc, features, T, thread, threads, Into{y, H, nullptr});
+#pragma omp barrier
+        for (int64_t t = 0; t < T; t++) rms_norm(own.normed + t * H, y + t * H, context->norm, H, stack->eps);
+        multiply(context->kv, own.normed, T, thread, threads, Into{kv, width, nullptr});
+#pragma omp barrier
+        for (int64_t unit = thread; unit < L * T; unit += threads) {
+            int64_t l = unit / T, t = unit % T;
+            const Layer &layer = stack->layer[l];
+            for (int64_t m = 0; m < M; m++) {
+                float *k = kv + t * width + (l * M + m) * D;
+                store_key_value(layer, k, k + L * M * D, context->k_norm ? context->k_norm + l * D : nullptr,
+                                step->position[t], layer.memory + (step->slot[t] * M + m) * 2 * D, stack->eps);
+            }
+        }
+    }
+}
+
+// From base logits to greedy tokens, left to right: x_k = argmax(base_k + W2 W1[x_(k-1)]), the first of equal ones.
+extern "C" void draft_greedily(const SequentialHead *head, const Draft *draft) {
+    int64_t R = draft->requests, G = draft->positions, H = draft->hidden, rank = head->w1 ? head->w2.cols : 0;
+    std::vector<int64_t> best(draft->threads * R);
+    std::vector<float> previous(R * rank + PANEL);
+#pragma omp parallel num_threads(draft->threads)
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        int64_t panels = (draft->vocab + PANEL - 1) / PANEL, from = panels * thread / threads * PANEL;
+        int64_t to = std::min(panels * (thread + 1) / threads * PANEL, draft->vocab);
+        for (int64_t k = 0; k < G; k++) {
+            auto logits = [=](int64_t r) { return draft->logits + (r * G + k) * draft->row; };
+            for (int64_t r = thread; r < R && rank; r += threads) {
+                int64_t token = k ? draft->tokens[r * G + k - 1] : draft->anchors[r];
+                std::memcpy(&previous[r * rank], head->w1 + token * rank, rank * sizeof(float));
+            }
+#pragma omp barrier
+            if (rank)
+                multiply(head->w2, previous.data(), R, thread, threads, [&](int64_t panel, int64_t r, Vec low, Vec high) {
+                    float *to = logits(r) + panel * PANEL;
+                    store(to, load(to) + low);
+                    if (panel * PANEL + LANES < head->w2.rows) store(to + LANES, load(to + LANES) + high);
+                });
+            for (int64_t r = 0; r < R; r++) {
+                const float *values = logits(r);
+                int64_t top = from;
+                for (int64_t i = from; i < to; i++) top = values[i] > values[top] ? i : top;
+                best[thread * R + r] = top;
+            }
+#pragma omp barrier
+            for (int64_t r = thread; r < R; r += threads) {
+                int64_t top = best[r];
+                for (int64_t other = 1; other < threads; other++)
+                    if (logits(r)[best[other * R + r]] > logits(r)[top]) top = best[other * R + r];
+                draft->tokens[r * G + k] = top;
+                if (!draft->confidence) continue;
+                float sum = head->confidence_bias;
+                const float *state = draft->states + (r * G + k) * H;
+                for (int64_t i = 0; i < H; i++) sum += head->confidence[i] * state[i];
+                for (int64_t i = H; i < head->confidence_size; i++) sum += head->confidence[i] * previous[r * rank + i - H];
+                draft->confidence[r * G + k] = 1.f / (1.f + std::exp(-sum));
+            }
+        }
+    }
+}

@@ -1,0 +1,50 @@
+// What Python hands over; native.py has the same structures, field by field.
+#pragma once
+#include <cstdint>
+
+extern "C" {
+struct Matrix {
+    const void *panels;
+    int64_t rows, cols, half;
+};
+struct Layer {  // names as in stack.py; null (window, score_cap: 0) where a family has no such part
+    int64_t heads, kv_heads, head_dim, window, value_norm;
+    float scale, score_cap, output_scale;
+    const float *input_norm, *qkv_bias, *qk_norm, *out_bias, *mixed_norm, *mlp_norm, *mlp_out_norm, *rotary;
+    float *memory;  // [slots, M, 2 D]
+    Matrix qkv, out, gate_up, down;
+};
+struct Stack {
+    int64_t layers, hidden, gelu;
+    float eps;
+    const Layer *layer;
+};
+struct Ends {  // what lies before and behind the layers
+    const float *embedding, *norm;
+    float embedding_scale, logit_scale, logit_cap;
+    Matrix head;
+};
+struct Step {
+    int64_t tokens, requests, block_size, table_width, wanted, captures, threads;
+    const int64_t *token, *position, *slot, *seen, *origin, *first, *length, *table, *want, *capture;
+    float *features, *hidden, *logits;  // [T, captures H], [W, H], [W, V]
+};
+struct Context {  // a drafter's context features to keys and values of all its layers
+    Matrix fc, kv;  // [H, F], [2 L M D, H]
+    const float *norm, *k_norm;  // [H], [L, D]
+};
+struct SequentialHead {  // Markov: W1 [V, r], W2 [V, r]; confidence: weights [H (+ r)] and bias; null where there is none
+    const float *w1;
+    Matrix w2;
+    const float *confidence;
+    int64_t confidence_size;
+    float confidence_bias;
+};
+struct Draft {
+    int64_t requests, positions, hidden, vocab, row, threads;  // `row`: numbers from one row of logits to the next
+    const float *states;  // [R, G, H]
+    float *logits, *confidence;  // base logits [R, G, row], those of the chosen prefix when done; [R, G] or null
+    const int64_t *anchors;
+    int64_t *tokens;  // [R, G]
+};
+}
