@@ -66,10 +66,39 @@ def test_groups_stay_within_documents_and_meet_no_key_behind_their_last_stop(mon
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("own", [0, 1, 4])
+def test_a_block_of_one_query_may_have_other_numbers_of_own_keys(own: int) -> None:
+    """As a drafter has that is unrolled: no own key in its first step, one more in each later one."""
+    blocks, stops = len(STARTS), torch.maximum(STOPS, STARTS + 1)
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((blocks, HEADS), *[(blocks * own, KV_HEADS)] * 2, *[(KEYS, KV_HEADS)] * 2)
+    q, own_k, own_v, seen_k, seen_v = inputs = [
+        torch.randn(*s, SIZE, generator=generator).requires_grad_() for s in shapes
+    ]
+    found = block_attention(
+        q, (own_k, own_v), (seen_k, seen_v), plan_blocks(STARTS, stops, DOCUMENTS, 1, KEYS, SIZE, own=own), 0.5
+    )
+    rows = []
+    for x in range(blocks):
+        part, mine = slice(int(STARTS[x]), int(stops[x])), slice(x * own, (x + 1) * own)
+        k, v = (torch.cat([s[part], o[mine]]).repeat_interleave(2, 1) for s, o in ((seen_k, own_k), (seen_v, own_v)))
+        rows.append(torch.einsum("nk,knd->nd", torch.softmax(0.5 * torch.einsum("nd,knd->nk", q[x], k), -1), v))
+    wanted = torch.stack(rows)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for mine, autograd in zip(
+        torch.autograd.grad(found.square().sum(), inputs), torch.autograd.grad(wanted.square().sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, autograd, atol=1e-5, rtol=1e-5)
+    q, own_k, own_v, seen_k, seen_v = (t.detach() for t in inputs)
+    flexible = flex_block_attention(q, (own_k, own_v), (seen_k, seen_v), flex_mask(STARTS, stops, 1, KEYS, own), 0.5)
+    torch.testing.assert_close(flexible, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention_masks_the_same_keys() -> None:
     """Without a GPU flex_attention runs as plain operations, forward only; the mask is the one its kernels get."""
     q, own_k, own_v, seen_k, seen_v = inputs = tensors(grad=False)
-    mask = flex_mask(STARTS, STOPS, GAMMA, KEYS)
+    mask = flex_mask(STARTS, STOPS, GAMMA, KEYS, GAMMA)
     found = flex_block_attention(q, (own_k, own_v), (seen_k, seen_v), mask, 0.5)
     torch.testing.assert_close(found, dense(*inputs, 0.5), atol=1e-5, rtol=1e-5)
 

@@ -18,6 +18,7 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.drafter import LossSettings, TrainBatch
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.draft.layout import lay_out
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
@@ -128,9 +129,10 @@ def test_states_loss_and_gradients_equal_a_second_implementation(changes: dict[s
     report.loss_sum.backward()
     found = {n: p.grad.clone() for n, p in drafter.named_parameters() if p.grad is not None}
     drafter.zero_grad()
-    states_BAGH = drafter._train_states(batch)
+    states_XGH = drafter._train_states(batch, lay_out(batch, STEPS, None))
 
     loss, weights, accepts, rows = torch.zeros(()), 0.0, [], []
+    anchors = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
     for b in range(2):
         states = plain_states(drafter, batch.tokens_BT[b], batch.features_BTF[b])
         for a, anchor in enumerate(batch.anchors_BA[b].tolist()):
@@ -140,7 +142,7 @@ def test_states_loss_and_gradients_equal_a_second_implementation(changes: dict[s
                 place = anchor + 1 + k
                 if place >= LENGTH or not batch.loss_mask_BT[b, place]:
                     break
-                torch.testing.assert_close(states_BAGH[b, a, k], states[k, anchor - 1], **ROPE_ERROR)
+                torch.testing.assert_close(states_XGH[anchors.index((b, a)), k], states[k, anchor - 1], **ROPE_ERROR)
                 both = torch.stack([rms(states[k, anchor - 1], drafter.norm), batch.last_hidden_BTH[b, place - 1]])
                 logits = both @ drafter.lm_head.weight.T
                 q, p = torch.softmax(5 * torch.tanh(logits / 5) if "soft_cap" in changes else logits, -1)
@@ -168,7 +170,8 @@ def test_a_reduced_vocabulary_is_trained_against_the_targets_whole_distribution(
     target_head, ids = torch.randn(40, 16, dtype=torch.float64), torch.arange(0, 36, 3)
     drafter.choose_vocabulary(ids, target_head)
     report = drafter.loss(batch, LossSettings(ce=1.0, tv=0.5, decay=3.0))
-    states = drafter._train_states(batch).flatten(0, 2)[report.rows_N]
+    layout = lay_out(batch, STEPS, None)
+    states = drafter._train_states(batch, layout).flatten(0, 1)[layout.row_N]
     q = torch.zeros(len(states), 40, dtype=torch.float64)
     q[:, ids] = torch.softmax(rms(states, drafter.norm) @ drafter.lm_head.weight.T, -1)
     loss = torch.zeros((), dtype=torch.float64)
@@ -196,19 +199,19 @@ def test_the_draft_vocabulary_is_what_the_target_writes_most() -> None:
 def test_training_and_drafting_take_the_same_steps(changes: dict[str, object]) -> None:
     """All anchors at once, against one at a time with a context that grows in pieces and is cropped."""
     drafter, batch = drafter_with(**changes).eval(), random_batch()
-    together = drafter._train_states(batch)
-    for row, anchor in ((0, 6), (1, 12)):
+    together = drafter._train_states(batch, lay_out(batch, STEPS, None))
+    for block, row, anchor in ((0, 0, 6), (3, 1, 12)):
         tokens, features = batch.tokens_BT[row : row + 1], batch.features_BTF[row : row + 1]
         context = drafter.new_context()
         for start, end in ((0, 3), (3, anchor + 2)):  # in two pieces, and a little too far
             drafter.extend(context, features[:, start:end], tokens[:, start + 1 : end + 1])
         context.crop(anchor)
         context.make_room(anchor + STEPS)
-        place, state = batch.anchors_BA[row].tolist().index(anchor), context.features_BTH[:, anchor - 1 : anchor]
+        state = context.features_BTH[:, anchor - 1 : anchor]
         with torch.inference_mode():
             for k in range(STEPS):
                 state = drafter._step(context, anchor - 1 + k, tokens[:, anchor + k], state)
-                torch.testing.assert_close(state[0, 0], together[row, place, k], **ROPE_ERROR)
+                torch.testing.assert_close(state[0, 0], together[block, k], **ROPE_ERROR)
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ H hidden, F = K * H features, N rows that count, Q query heads, M key/value head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
 from draftkit.draft.drafter import DraftContext, Drafter, DrafterShape, LossReport, LossSettings, Proposal, TrainBatch
+from draftkit.draft.layout import TrainLayout, lay_out
 from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.errors import ConfigError
+from draftkit.ops.attention import block_attention, plan_blocks
 from draftkit.ops.sampling import Sampling, processed_probs, sample
 
 CONTEXT_GROWTH = 256  # rows by which a context's memory grows
@@ -74,15 +76,13 @@ class EagleLayer(DraftLayer):
         normed = self.hidden_norm(state)
         return torch.cat([self.input_layernorm(embedded), normed], -1), normed if self.norm_before_residual else state
 
-    def queries(self, u: Tensor, rope: Tensor) -> Tensor:
-        """Inputs [B, T, 2 H] and cos/sin [B or 1, T, 2, D] to [B, Q, T, D]."""
-        q = self.self_attn.q_proj(u).unflatten(-1, (-1, self.self_attn.head_dim))
-        return self.self_attn.queries(q, _rotation(rope)).transpose(1, 2)
+    def queries(self, u: Tensor, rotation: Rotation) -> Tensor:
+        """Inputs [..., T, 2 H] to [..., T, Q, D]."""
+        return self.self_attn.queries(self.self_attn.q_proj(u).unflatten(-1, (-1, self.self_attn.head_dim)), rotation)
 
-    def keys_values(self, u: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs [B, T, 2 H] and cos/sin to keys and values, both [B, M, T, D]."""
-        keys, values = self.self_attn.keys_values(u, _rotation(rope))
-        return keys.transpose(1, 2), values.transpose(1, 2)
+    def keys_values(self, u: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Inputs [..., T, 2 H] to keys and values, both [..., T, M, D]."""
+        return self.self_attn.keys_values(u, rotation)
 
 
 class EagleContext:
@@ -180,8 +180,8 @@ class EagleDrafter(Drafter):
         own = _own(context)
         features_BTH = self.fc(features_BTF.to(self.fc.weight.dtype))
         u, _ = self.midlayer.join(self._embed(next_tokens_BT), features_BTH)
-        rope = self._rope_rows(own.length, u.shape[1])
-        own.append(*self.midlayer.keys_values(u, rope), features_BTH)
+        keys, values = self.midlayer.keys_values(u, self._rotation_at(own.length, u.shape[1]))
+        own.append(keys.transpose(1, 2), values.transpose(1, 2), features_BTH)
 
     @torch.inference_mode()
     def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
@@ -208,12 +208,13 @@ class EagleDrafter(Drafter):
         """The next state; keys and values of `row` are written into the context's scratch rows."""
         layer = self.midlayer
         u, residual = layer.join(self._embed(token_B[:, None]), state_B1H)
-        rope, here, seen = self._rope_rows(row, 1), slice(row, row + 1), slice(row + 1)
-        context.keys[:, :, here], context.values[:, :, here] = layer.keys_values(u, rope)
+        rotation = self._rotation_at(row, 1)
+        keys, values = layer.keys_values(u, rotation)
+        context.keys[:, :, row], context.values[:, :, row] = keys[:, 0], values[:, 0]
         mixed = F.scaled_dot_product_attention(
-            layer.queries(u, rope),
-            context.keys[:, :, seen],
-            context.values[:, :, seen],
+            layer.queries(u, rotation).transpose(1, 2),
+            context.keys[:, :, : row + 1],
+            context.values[:, :, : row + 1],
             scale=layer.self_attn.scale,
             enable_gqa=self.config.num_heads != self.config.num_kv_heads,
         )
@@ -230,12 +231,12 @@ class EagleDrafter(Drafter):
     def _head(self, weight: Tensor) -> Head:
         return Head(weight, self.config.logit_scale, self.config.soft_cap)
 
-    def _rope_rows(self, start: int, count: int) -> Tensor:
-        """cos and sin of consecutive positions, [1, T, 2, D]; the table is made once, in float32."""
+    def _rotation_at(self, start: int, count: int) -> Rotation:
+        """cos and sin of consecutive positions; the table is made once, in float32."""
         if self._rope is None:
             table = self._rope_table(self.config.max_length + self.gamma)
             self._rope = table.to(self.norm.weight.dtype)
-        return self._rope[None, start : start + count]
+        return _rotation(self._rope[start : start + count])
 
     def _rope_table(self, length: int) -> Tensor:
         config = self.config
@@ -248,27 +249,25 @@ class EagleDrafter(Drafter):
 
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """The distillation terms over all drafted positions that count; nothing is reduced over processes."""
-        anchors_BA, gamma = batch.anchors_BA, self.gamma
-        places_BAG, counted_BAG = drafted_places(batch, gamma)
-        counted_BAG &= batch.positions_BT.gather(1, anchors_BA)[..., None] > 0  # a first token has no feature before it
-        rows_N = counted_BAG.flatten().nonzero().squeeze(-1)
-        hidden_NH = self.norm(self._train_states(batch).flatten(0, 2)[rows_N])
-        target_NH = _pick(batch.last_hidden_BTH, places_BAG - 1).flatten(0, 2)[rows_N].to(hidden_NH.dtype)
+        has_row_BA = batch.positions_BT.gather(1, batch.anchors_BA) > 0  # a document's first token has no feature before it
+        layout = lay_out(replace(batch, anchor_mask_BA=batch.anchor_mask_BA & has_row_BA), self.gamma, None)
+        row_N, drafted_N = layout.row_N, layout.drafted_XG.flatten()[layout.row_N]
+        hidden_NH = self.norm(self._train_states(batch, layout).flatten(0, 1)[row_N])
         rows = Rows(
             hidden_NH=hidden_NH,
             head=self._head(self.lm_head.weight),
             markov=None,
-            target_hidden_NH=target_NH,
+            target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[drafted_N - 1].to(hidden_NH.dtype),
             target_head=self._head(self._whole_head()),
-            tokens_N=self._draft_tokens(_pick(batch.tokens_BT, places_BAG).flatten()[rows_N]),
-            grid_N=rows_N,
-            gamma=gamma,
+            tokens_N=self._draft_tokens(batch.tokens_BT.flatten()[drafted_N]),
+            grid_N=row_N,
+            gamma=self.gamma,
             draft_ids_W=self.draft_ids_W,
         )
         losses = distillation_loss(rows, settings)
-        weights_N = settings.position_weights(gamma).to(losses.ce_N)[rows_N % gamma]
+        weights_N = settings.position_weights(self.gamma).to(losses.ce_N)[row_N % self.gamma]
         sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
-        return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, rows_N)
+        return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, layout.grid_N)
 
     def _whole_head(self) -> Tensor:
         """The target's head [V, H]."""
@@ -286,72 +285,35 @@ class EagleDrafter(Drafter):
         places_V[self.draft_ids_W] = torch.arange(len(self.draft_ids_W), device=tokens_N.device)
         return places_V[tokens_N]
 
-    def _train_states(self, batch: TrainBatch) -> Tensor:
-        """States of all unrolled steps of all anchors, before the final norm: [B, A, G, H]."""
-        layer, gamma = self.midlayer, self.gamma
-        length = batch.tokens_BT.shape[1]
-        rows_BA = (batch.anchors_BA - 1).clamp_min(0)
-        starts_BA = batch.positions_BT.gather(1, rows_BA)
-        table = self._rope_table(length + gamma).to(self.fc.weight.dtype)
+    def _train_states(self, batch: TrainBatch, layout: TrainLayout) -> Tensor:
+        """States of all unrolled steps of all blocks, before the final norm: [X, G, H].
 
-        features_BSH = self.fc(batch.features_BTF.to(self.fc.weight.dtype))
-        next_BS = batch.tokens_BT.roll(-1, 1)  # a document's last row pairs with a stranger; no anchor sees that row
-        u, _ = layer.join(self._embed(next_BS), features_BSH)
-        context = layer.keys_values(u, table[batch.positions_BT])
-        seen_BAS = torch.arange(length, device=rows_BA.device) <= rows_BA[..., None]
-        seen_BAS &= batch.document_BT[:, None] == batch.document_BT.gather(1, rows_BA)[..., None]
+        The context tokens before an anchor are its rows; the last of them, which pairs with the anchor, is step 0.
+        """
+        layer, tokens_T, positions_T = self.midlayer, batch.tokens_BT.flatten(), batch.positions_BT.flatten()
+        table = self._rope_table(batch.tokens_BT.shape[1] + self.gamma).to(self.fc.weight.dtype)
+        features_CF = batch.features_BTF.flatten(0, 1)[layout.context_C]
+        features_CH = self.fc(features_CF.to(self.fc.weight.dtype))
+        u_CU, _ = layer.join(self._embed(tokens_T[layout.context_C + 1]), features_CH)
+        seen = layer.keys_values(u_CU, _rotation(table[positions_T[layout.context_C]]))
 
-        state_BAH = _pick(features_BSH, rows_BA[..., None])[:, :, 0]
-        states: list[Tensor] = []
+        state_XH, states = features_CH[layout.stop_X - 1], []
         own: list[tuple[Tensor, Tensor]] = []
-        for k in range(gamma):
-            tokens_BA = batch.tokens_BT.gather(1, (batch.anchors_BA + k).clamp_max(length - 1))
-            u, residual = layer.join(self._embed(tokens_BA), state_BAH)
-            rope = table[starts_BA + k]
-            if k:  # step 0 is a row of the context
-                own.append(layer.keys_values(u, rope))
-            mixed = unrolled_attention(layer.queries(u, rope), context, own, seen_BAS, layer.self_attn.scale)
-            state_BAH = layer.finish(residual, mixed.transpose(1, 2).flatten(2))
-            states.append(state_BAH)
-        return torch.stack(states, 2)
-
-
-def unrolled_attention(
-    q_BQAD: Tensor,
-    context: tuple[Tensor, Tensor],
-    own: list[tuple[Tensor, Tensor]],
-    seen_BAS: Tensor,
-    scale: float,
-) -> Tensor:
-    """Each anchor's query over its part of the context [B, M, S, D] and its own earlier steps (each [B, M, A, D]).
-
-    One softmax over S + steps keys, in float32; returns [B, Q, A, D].
-    """
-    q = q_BQAD.unflatten(1, (context[0].shape[1], -1)) * scale  # [B, M, Q / M, A, D]
-    scores = torch.einsum("bmgad,bmsd->bmgas", q, context[0]).float()
-    scores = scores.masked_fill(~seen_BAS[:, None, None], float("-inf"))
-    length = scores.shape[-1]
-    if own:
-        own_k, own_v = (torch.stack(parts, 3) for parts in zip(*own, strict=True))  # [B, M, A, steps, D]
-        scores = torch.cat([scores, torch.einsum("bmgad,bmakd->bmgak", q, own_k).float()], -1)
-    probs = torch.softmax(scores, -1).to(q.dtype)
-    mixed = torch.einsum("bmgas,bmsd->bmgad", probs[..., :length], context[1])
-    if own:
-        mixed = mixed + torch.einsum("bmgak,bmakd->bmgad", probs[..., length:], own_v)
-    return mixed.flatten(1, 2)
-
-
-def drafted_places(batch: TrainBatch, gamma: int) -> tuple[Tensor, Tensor]:
-    """Places of the drafted tokens in their row, clamped to it, and which of them count: int64 and bool [B, A, G].
-
-    A block ends with the first place that does not count or belongs to another document.
-    """
-    anchors_BA, length = batch.anchors_BA, batch.tokens_BT.shape[1]
-    wanted_BAG = anchors_BA[..., None] + 1 + torch.arange(gamma, device=anchors_BA.device)
-    places_BAG = wanted_BAG.clamp_max(length - 1)
-    counted = (wanted_BAG < length) & batch.anchor_mask_BA[..., None] & _pick(batch.loss_mask_BT, places_BAG)
-    counted &= _pick(batch.document_BT, places_BAG) == batch.document_BT.gather(1, anchors_BA)[..., None]
-    return places_BAG, counted.long().cumprod(-1).bool()
+        nothing = tuple(t[:0] for t in seen)
+        for k in range(self.gamma):
+            place_X = (layout.anchor_X + k).clamp_max(len(tokens_T) - 1)
+            u_XU, residual_XH = layer.join(self._embed(tokens_T[place_X]), state_XH)
+            rotation = _rotation(table[positions_T[layout.anchor_X] - 1 + k])
+            if k:
+                own.append(layer.keys_values(u_XU, rotation))
+            keys, values = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*own, strict=True)) if own else nothing
+            plan = plan_blocks(
+                layout.start_X, layout.stop_X, layout.document_X, 1, len(features_CH), self.config.head_dim, own=k
+            )
+            mixed = block_attention(layer.queries(u_XU, rotation), (keys, values), seen, plan, layer.self_attn.scale)
+            state_XH = layer.finish(residual_XH, mixed.flatten(1))
+            states.append(state_XH)
+        return torch.stack(states, 1)
 
 
 def _own(context: DraftContext) -> EagleContext:
@@ -361,11 +323,5 @@ def _own(context: DraftContext) -> EagleContext:
 
 
 def _rotation(rope: Tensor) -> Rotation:
-    """cos/sin [B, T, 2, D], ready to broadcast over heads."""
-    return rope[:, :, None, 0], rope[:, :, None, 1]
-
-
-def _pick(values_BT: Tensor, places_BAG: Tensor) -> Tensor:
-    """values[b, places[b, a, g]]: [B, A, G] or [B, A, G, H]."""
-    rows = torch.arange(len(values_BT), device=values_BT.device)[:, None, None]
-    return values_BT[rows, places_BAG]
+    """cos and sin [..., T, 2, D], ready to broadcast over heads."""
+    return rope[..., None, 0, :], rope[..., None, 1, :]

@@ -1,12 +1,13 @@
 """Attention of drafted blocks for training: every block sees a range of the context, and all of itself.
 
 All documents' context tokens lie end to end (C keys, shared by the blocks), all blocks' positions too (Q = X * G queries).
-Block x sees the keys start_x <= c < stop_x and its own G keys, in both directions. What a dense [Q, C + Q] mask would say
+Block x sees the keys start_x <= c < stop_x and its O own keys, in both directions: O is G, or what the caller says (an
+unrolled drafter has the keys of its earlier steps). It must see one key at least. What a dense [Q, C + P] mask would say
 is never written down: on a CPU, and on a GPU without the shared memory that flex_attention's kernels need, groups of
 neighbouring blocks meet the keys up to their last stop and nothing behind; elsewhere flex_attention skips empty tiles.
 
-Shapes: X blocks, G positions per block, C context keys, N query heads, M key/value heads, D head size; within a group
-x blocks, L keys, R = x * G * N / M rows that share a key/value head.
+Shapes: X blocks, G positions per block, O own keys per block, P = X * O, C context keys, N query heads, M key/value
+heads, D head size; within a group x blocks, L keys, R = x * G * N / M rows that share a key/value head.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class BlockGroup:
     """
 
     queries: slice
+    own: slice
     start: int
     stop: int
     front: Tensor
@@ -47,20 +49,23 @@ class BlockPlan:
     flex_mask: BlockMask | None
 
 
-def plan_blocks(start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int, keys: int, head_dim: int) -> BlockPlan:
-    """Plan the attention of X blocks of `gamma` positions over `keys` context keys.
+def plan_blocks(
+    start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int, keys: int, head_dim: int, own: int | None = None
+) -> BlockPlan:
+    """Plan the attention of X blocks of `gamma` positions over `keys` context keys and `own` keys per block (null: gamma).
 
     Block x sees [start_x, stop_x), int64; blocks of one document are neighbours and see no other document's keys.
     """
+    own = gamma if own is None else own
     if flex_fits(start_X.device, head_dim):
-        return BlockPlan(gamma, (), flex_mask(start_X, stop_X, gamma, keys))
-    return BlockPlan(gamma, _groups(start_X, stop_X, document_X, gamma), None)
+        return BlockPlan(gamma, (), flex_mask(start_X, stop_X, gamma, keys, own))
+    return BlockPlan(gamma, _groups(start_X, stop_X, document_X, gamma, own), None)
 
 
 def block_attention(
     q_QND: Tensor, own: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor], plan: BlockPlan, scale: float
 ) -> Tensor:
-    """softmax(scale q k) v of every query: [Q, N, D], from own keys and values [Q, M, D] and context ones [C, M, D].
+    """softmax(scale q k) v of every query: [Q, N, D], from own keys and values [P, M, D] and context ones [C, M, D].
 
     The softmax is at least float32.
     """
@@ -73,7 +78,7 @@ def block_attention(
 # --- groups of blocks
 
 
-def _groups(start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int) -> tuple[BlockGroup, ...]:
+def _groups(start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int, own: int) -> tuple[BlockGroup, ...]:
     starts, stops, documents = start_X.tolist(), stop_X.tolist(), document_X.tolist()
     device, groups, first = start_X.device, [], 0
     for i in range(1, len(starts) + 1):
@@ -83,10 +88,11 @@ def _groups(start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int) -> 
         start, stop = min(starts[part]), max(stops[part])
         front_keys = torch.arange(start, min(max(starts[part]), stop), device=device)
         back_keys = torch.arange(max(min(stops[part]), start), stop, device=device)
-        others = ~torch.eye(i - first, dtype=torch.bool, device=device).repeat_interleave(gamma, 1)
+        others = ~torch.eye(i - first, dtype=torch.bool, device=device).repeat_interleave(own, 1)
         front = front_keys < start_X[part, None]
         back = torch.cat([back_keys >= stop_X[part, None], others], 1)
-        groups.append(BlockGroup(slice(first * gamma, i * gamma), start, stop, front[:, None], back[:, None]))
+        queries, keys = slice(first * gamma, i * gamma), slice(first * own, i * own)
+        groups.append(BlockGroup(queries, keys, start, stop, front[:, None], back[:, None]))
         first = i
     return tuple(groups)
 
@@ -98,8 +104,8 @@ class _GroupedAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         q_QND: Tensor,
-        own_k_QMD: Tensor,
-        own_v_QMD: Tensor,
+        own_k_PMD: Tensor,
+        own_v_PMD: Tensor,
         seen_k_CMD: Tensor,
         seen_v_CMD: Tensor,
         plan: BlockPlan,
@@ -107,9 +113,9 @@ class _GroupedAttention(torch.autograd.Function):
     ) -> Tensor:
         out_QND = torch.empty_like(q_QND)
         for group in plan.groups:
-            q, k = _gather(q_QND, group, own_k_QMD.shape[1]), _keys(own_k_QMD, seen_k_CMD, group)
-            _scatter(_probabilities(q, k, group, scale) @ _keys(own_v_QMD, seen_v_CMD, group), out_QND, group)
-        ctx.save_for_backward(q_QND, own_k_QMD, own_v_QMD, seen_k_CMD, seen_v_CMD, out_QND)
+            q, k = _gather(q_QND, group, own_k_PMD.shape[1]), _keys(own_k_PMD, seen_k_CMD, group)
+            _scatter(_probabilities(q, k, group, scale) @ _keys(own_v_PMD, seen_v_CMD, group), out_QND, group)
+        ctx.save_for_backward(q_QND, own_k_PMD, own_v_PMD, seen_k_CMD, seen_v_CMD, out_QND)
         ctx.plan, ctx.scale = plan, scale
         return out_QND
 
@@ -142,16 +148,16 @@ def _scatter(x_MRD: Tensor, out_QND: Tensor, group: BlockGroup) -> None:
     out_QND[group.queries] = x_MRD.unflatten(1, (count, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def _keys(own_QMD: Tensor, seen_CMD: Tensor, group: BlockGroup) -> Tensor:
+def _keys(own_PMD: Tensor, seen_CMD: Tensor, group: BlockGroup) -> Tensor:
     """The group's context keys (or values) with its own behind: [M, L, D]."""
-    return torch.cat([seen_CMD[group.start : group.stop], own_QMD[group.queries]]).transpose(0, 1)
+    return torch.cat([seen_CMD[group.start : group.stop], own_PMD[group.own]]).transpose(0, 1)
 
 
-def _add_keys(by_keys_MLD: Tensor, by_own_QMD: Tensor, by_seen_CMD: Tensor, group: BlockGroup) -> None:
+def _add_keys(by_keys_MLD: Tensor, by_own_PMD: Tensor, by_seen_CMD: Tensor, group: BlockGroup) -> None:
     """Add to the context's gradients, write the group's own."""
     by_keys, length = by_keys_MLD.transpose(0, 1), group.stop - group.start
     by_seen_CMD[group.start : group.stop] += by_keys[:length]
-    by_own_QMD[group.queries] = by_keys[length:]
+    by_own_PMD[group.own] = by_keys[length:]
 
 
 def _probabilities(q_MRD: Tensor, k_MLD: Tensor, group: BlockGroup, scale: float) -> Tensor:
@@ -159,7 +165,7 @@ def _probabilities(q_MRD: Tensor, k_MLD: Tensor, group: BlockGroup, scale: float
     scores = q_MRD @ k_MLD.mT
     grid, front, back = scores.unflatten(1, (len(group.back), -1)), group.front, group.back
     grid[..., : front.shape[-1]].masked_fill_(front, float("-inf"))
-    grid[..., -back.shape[-1] :].masked_fill_(back, float("-inf"))
+    grid[..., grid.shape[-1] - back.shape[-1] :].masked_fill_(back, float("-inf"))
     wide = torch.promote_types(scores.dtype, torch.float32)
     return torch.softmax(scores.to(wide).mul_(scale), -1).to(scores.dtype)
 
@@ -175,17 +181,17 @@ def flex_fits(device: torch.device, head_dim: int) -> bool:
     return int(properties.shared_memory_per_block_optin) >= FLEX_SHARED_MEMORY
 
 
-def flex_mask(start_X: Tensor, stop_X: Tensor, gamma: int, keys: int) -> BlockMask:
+def flex_mask(start_X: Tensor, stop_X: Tensor, gamma: int, keys: int, own: int) -> BlockMask:
     """The mask of tiles over [context keys ; own keys]."""
     queries = len(start_X) * gamma
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // gamma
         in_context = (key >= start_X[block]) & (key < stop_X[block])
-        return in_context | ((key >= keys) & ((key - keys) // gamma == block))
+        return in_context | ((key >= keys) & ((key - keys) // max(own, 1) == block))
 
     make = torch.compile(create_block_mask) if start_X.device.type == "cuda" else create_block_mask  # eager: [Q, C + Q]
-    mask: BlockMask = make(sees, None, None, queries, keys + queries, device=start_X.device)
+    mask: BlockMask = make(sees, None, None, queries, keys + len(start_X) * own, device=start_X.device)
     return mask
 
 
