@@ -202,3 +202,20 @@ def test_a_drafter_that_rests_is_tried_again(target: TransformersTarget) -> None
     finish(engine)
     rounds, gamma = engine.metrics.rounds, engine.info.gamma
     assert 0 < engine.metrics.drafted / gamma < rounds / 4
+
+
+def test_compiled_passes_come_into_use_and_the_step_rate_is_measured_again(target_folder: Path) -> None:
+    """float32, where the compiled pass runs: the same answers before and after, up to ties in the arithmetic."""
+    settings = small(plan="planned", dtype="float32", step_tokens=64)
+    drafter = make_drafter(load_target(str(target_folder), dtype="float64")).float()
+    engine = Engine(str(target_folder), drafter, settings)
+    before = engine._planner.step_rate
+    assert before is not None
+    compiled = engine.wait_until_compiled()
+    assert compiled == (engine._planner.step_rate is not before)
+    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+    found = tokens_of(finish(engine)["a"])
+    own = load_target(str(target_folder)).model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=40, do_sample=False, eos_token_id=-1
+    )
+    assert found == own[0, 4:].tolist()

@@ -37,6 +37,10 @@ class CompiledPasses:
         self._thread.join(timeout)
         return not self._thread.is_alive() and self.reason is None
 
+    def done(self) -> bool | None:
+        """Whether the compiled passes are in use; None while they are being built."""
+        return None if self._thread.is_alive() else self.reason is None
+
     def _build(self, model: FastModel, drafter: FastDrafter | None) -> None:
         try:
             with torch.inference_mode():

@@ -6,6 +6,7 @@ N rows of logits, V vocabulary, F features.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from draftkit.engine.commit import Outcome, commit
 from draftkit.engine.fast_model import ReadOut
 from draftkit.engine.measure import measure_step_rate
 from draftkit.engine.metrics import EngineMetrics, Tally
-from draftkit.engine.models import build_models
+from draftkit.engine.models import build_models, start_compiling
 from draftkit.engine.passes import Pass
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.request import SamplingParams, StepOutput
@@ -33,6 +34,8 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import DataError
 from draftkit.target.transformers import TransformersTarget
+
+log = logging.getLogger("draftkit.engine")
 
 
 class Engine:
@@ -61,9 +64,12 @@ class Engine:
             self._on_release,
         )
         self._tally = Tally(self.info.gamma)
-        planned = settings.plan == "planned" and self._models.drafter is not None
-        step_rate = settings.step_rate or measure_step_rate(self._models, settings.max_running) if planned else None
-        self._planner = LengthPlanner(self._tally, step_rate)
+        self._compiled = start_compiling(self._models) if settings.compile else None
+        self._measures = settings.plan == "planned" and settings.step_rate is None and self._models.drafter is not None
+        self._max_running = settings.max_running
+        self._planner = LengthPlanner(self._tally, settings.step_rate if settings.plan == "planned" else None)
+        if self._measures:
+            self._planner.step_rate = measure_step_rate(self._models, self._max_running)
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""
@@ -104,6 +110,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """One round for all who decode, one chunk for prompts that are being read; what it adds to each answer."""
+        self._switch_to_compiled()
         began, before = time.perf_counter(), self._model_seconds
         work = self._scheduler.schedule()
         if not work.requests:
@@ -143,6 +150,20 @@ class Engine:
             preemptions=scheduler.preemptions,
             calibration_error=tally.calibration_error,
         )
+
+    def wait_until_compiled(self) -> bool:
+        """For measurements: wait until it is settled which passes are used; whether they are the compiled ones."""
+        compiled = self._compiled is not None and self._compiled.wait()
+        self._switch_to_compiled()
+        return compiled
+
+    def _switch_to_compiled(self) -> None:
+        """Once, when the compiled passes have come into use: what a step costs must be measured again."""
+        if self._compiled is not None and (used := self._compiled.done()) is not None:
+            log.info("compiled passes: %s", "in use" if used else self._compiled.reason)
+            self._compiled = None
+            if used and self._measures and self._models.pool.free > self._max_running:
+                self._planner.step_rate = measure_step_rate(self._models, self._max_running)
 
     # --- the parts of a step
 

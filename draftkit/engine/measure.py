@@ -11,9 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.models import Models
 from draftkit.engine.passes import Pass
 from draftkit.engine.slow_model import SlowModel
+from draftkit.errors import ServeError
 from draftkit.schedule.step_rate import StepRate
 
 _SECONDS = 0.5  # for each of the two tables
@@ -24,11 +26,18 @@ _REPEATS = 5
 def measure_step_rate(models: Models, max_running: int) -> StepRate:
     """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up.
 
-    The memory must be unused: the passes write to it.
+    The passes write to blocks that are borrowed from the pool. Raises ServeError when too few are free.
     """
-    gamma = models.info.gamma
-    tokens, pass_seconds = _measure(max_running * (gamma + 1), lambda n: _read(models, n))
-    requests, draft_seconds = _measure(max_running, lambda n: _draft(models, n))
+    gamma, table = models.info.gamma, BlockTable()
+    if not models.pool.grow(table, min(_CONTEXT + gamma + 1, models.info.max_length)):
+        raise ServeError("no memory is free to measure in; do it before requests come")
+    try:
+        tokens, pass_seconds = _measure(max_running * (gamma + 1), lambda n: _read(models, table.blocks, n))
+        requests, draft_seconds = _measure(max_running, lambda n: _draft(models, table.blocks, n))
+    finally:
+        if isinstance(models.model, SlowModel):
+            models.model.forget(table.blocks[0])
+        models.pool.release(table)
     return StepRate(tokens, pass_seconds, requests, draft_seconds)
 
 
@@ -51,35 +60,33 @@ def _measure(largest: int, run: Callable[[int], None]) -> tuple[tuple[int, ...],
 
 
 @torch.inference_mode()
-def _read(models: Models, tokens: int) -> None:
+def _read(models: Models, blocks: list[int], tokens: int) -> None:
     width = models.info.gamma + 1
     requests = -(-tokens // width)
     lengths = np.full(requests, width)
     lengths[-1] = tokens - width * (requests - 1)
-    models.model.read(_some_pass(models, lengths), None, models.feature_layers)
+    models.model.read(_some_pass(models, blocks, lengths), None, models.feature_layers)
     _wait(models)
 
 
 @torch.inference_mode()
-def _draft(models: Models, requests: int) -> None:
+def _draft(models: Models, blocks: list[int], requests: int) -> None:
     drafter = models.drafter
     assert drafter is not None
-    step = _some_pass(models, np.full(requests, drafter.config.block_size), block=True)
+    step = _some_pass(models, blocks, np.full(requests, drafter.config.block_size), block=True)
     anchors = torch.zeros(requests, dtype=torch.int64, device=models.device)
     drafter.draft(step, anchors, lambda logits, _: (logits.argmax(-1), logits[:, :0]))
     _wait(models)
 
 
-def _some_pass(models: Models, lengths: np.ndarray, block: bool = False) -> Pass:
-    """Tokens behind a context whose blocks may be shared: only the time matters."""
-    pool = models.pool
+def _some_pass(models: Models, blocks: list[int], lengths: np.ndarray, block: bool = False) -> Pass:
+    """Requests that all use the same blocks: only the time matters."""
     room = models.info.max_length - int(lengths.max())
     context = 0 if isinstance(models.model, SlowModel) else min(_CONTEXT, room)  # that one has no caches yet
-    blocks = np.arange(pool.blocks_for(context + int(lengths.max()))) % pool.num_blocks
-    tables = np.tile(blocks, (len(lengths), 1))
+    tables = np.tile(np.array(blocks), (len(lengths), 1))
     starts = np.full(len(lengths), context)
     tokens = np.zeros(int(lengths.sum()), np.int64)
-    return Pass(tokens, starts, lengths, tables, pool.block_size, models.device, models.dtype, block)
+    return Pass(tokens, starts, lengths, tables, models.pool.block_size, models.device, models.dtype, block)
 
 
 def _wait(models: Models) -> None:

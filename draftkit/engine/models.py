@@ -10,6 +10,7 @@ import torch
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import load_drafter, read_provenance
 from draftkit.draft.drafter import Drafter
+from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_model import FastModel, unsupported
 from draftkit.engine.kv_cache import BlockPool
@@ -66,6 +67,13 @@ def build_models(
     pool = BlockPool(blocks, settings.block_size, settings.prefix_reuse and not reason)
     layers = drafter.config.feature_layers if drafter is not None else ()
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
+
+
+def start_compiling(models: Models) -> CompiledPasses | None:
+    """Build the C++ passes in the background; None where they cannot run."""
+    if models.device.type != "cpu" or models.dtype != torch.float32 or not isinstance(models.model, FastModel):
+        return None
+    return CompiledPasses(models.model, models.drafter)
 
 
 def _load_fitting(folder: Path, target: TransformersTarget) -> Drafter:

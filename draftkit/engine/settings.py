@@ -26,6 +26,8 @@ class EngineSettings:
         step_tokens: tokens that one step reads at most while prompts are waiting to be read (they are cut into chunks).
         kv_bytes: memory for keys and values of target and drafter together.
         block_size: positions per block of that memory.
+        compile: build the C++ pass in the background where it can run (float32 on a CPU with a compiler); until then, and
+            elsewhere, PyTorch operations do the same.
         prefix_reuse: let requests share the memory of equal beginnings.
     """
 
@@ -38,6 +40,7 @@ class EngineSettings:
     step_tokens: int = 512
     kv_bytes: int = 2**30
     block_size: int = 16
+    compile: bool = True
     prefix_reuse: bool = True
 
     def __post_init__(self) -> None:
