@@ -8,8 +8,8 @@ anchor's and its own steps 1..k. One layer: keys and values of the context need 
 
 A reduced draft vocabulary is a choice of target ids; q is zero outside it.
 
-Shapes: B batch, T new tokens, S context rows, A anchors, G = gamma drafted tokens, V vocabulary, W draft vocabulary,
-H hidden, F = K * H features, N rows that count, Q query heads, M key/value heads, D head size.
+Shapes: B batch, T new tokens, G = gamma drafted tokens, V vocabulary, W draft vocabulary, H hidden, F = K * H features,
+Q query heads, M key/value heads, D head size, U = 2 * H; in training X blocks, C context rows, N rows that count.
 """
 
 from __future__ import annotations
