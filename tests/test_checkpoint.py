@@ -253,6 +253,18 @@ def test_missing_unknown_and_pickled_weights_are_named(target: TransformersTarge
         load_drafter(tmp_path)
 
 
+def test_a_head_that_is_not_the_targets_is_trained_against_the_targets(target: TransformersTarget, tmp_path: Path) -> None:
+    drafter = drafter_for(target, EAGLE)
+    save_drafter(drafter, tmp_path / "same", {}, torch.float32)
+    drafter.lm_head.weight.data[0, 0] += 1
+    save_drafter(drafter, tmp_path / "other", {}, torch.float32)
+    same, other = (load_drafter(tmp_path / name, target=target) for name in ("same", "other"))
+    assert isinstance(same, EagleDrafter) and isinstance(other, EagleDrafter)
+    assert same.target_head_VH is None
+    assert other.target_head_VH is not None
+    assert torch.equal(other.target_head_VH, target.head_weight().float())
+
+
 def test_a_drafter_drafts_the_same_after_a_trip_through_its_folder(target: TransformersTarget, tmp_path: Path) -> None:
     drafter = eagle_for(target, draft_vocab_size=100)
     save_drafter(drafter, tmp_path, {}, torch.float64, lender=target)

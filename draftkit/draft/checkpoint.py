@@ -102,7 +102,7 @@ def load_drafter(
     check_tensors(str(folder), {k: v.shape for k, v in drafter.state_dict().items()}, tensors)
     drafter.load_state_dict(tensors)
     if isinstance(drafter, EagleDrafter):
-        drafter.choose_vocabulary(ids_W, target.head_weight() if target else None)
+        drafter.choose_vocabulary(ids_W, _head_to_train_with(drafter, target))
     return drafter.to(dtype).eval()
 
 
@@ -198,6 +198,14 @@ def _borrowed(where: str, name: str, target: TransformersTarget | None, draft_id
     if name == EMBEDDING:
         return target.embedding_weight()
     return target.head_weight() if draft_ids_W is None else target.head_weight()[draft_ids_W]
+
+
+def _head_to_train_with(drafter: EagleDrafter, target: TransformersTarget | None) -> Tensor | None:
+    """The target's head, unless the drafter's own is the same."""
+    if target is None:
+        return None
+    theirs, own = target.head_weight(), drafter.lm_head.weight
+    return None if theirs.shape == own.shape and torch.equal(theirs.to(own), own) else theirs
 
 
 def _leave_out_borrowed(

@@ -80,10 +80,6 @@ class EagleLayer(DraftLayer):
         """Inputs [..., T, 2 H] to [..., T, Q, D]."""
         return self.self_attn.queries(self.self_attn.q_proj(u).unflatten(-1, (-1, self.self_attn.head_dim)), rotation)
 
-    def keys_values(self, u: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Inputs [..., T, 2 H] to keys and values, both [..., T, M, D]."""
-        return self.self_attn.keys_values(u, rotation)
-
 
 class EagleContext:
     """Keys and values [B, M, capacity, D] and projected features [B, capacity, H] of the committed rows.
@@ -180,7 +176,7 @@ class EagleDrafter(Drafter):
         own = _own(context)
         features_BTH = self.fc(features_BTF.to(self.fc.weight.dtype))
         u, _ = self.midlayer.join(self._embed(next_tokens_BT), features_BTH)
-        keys, values = self.midlayer.keys_values(u, self._rotation_at(own.length, u.shape[1]))
+        keys, values = self.midlayer.self_attn.keys_values(u, self._rotation_at(own.length, u.shape[1]))
         own.append(keys.transpose(1, 2), values.transpose(1, 2), features_BTH)
 
     @torch.inference_mode()
@@ -209,7 +205,7 @@ class EagleDrafter(Drafter):
         layer = self.midlayer
         u, residual = layer.join(self._embed(token_B[:, None]), state_B1H)
         rotation = self._rotation_at(row, 1)
-        keys, values = layer.keys_values(u, rotation)
+        keys, values = layer.self_attn.keys_values(u, rotation)
         context.keys[:, :, row], context.values[:, :, row] = keys[:, 0], values[:, 0]
         mixed = F.scaled_dot_product_attention(
             layer.queries(u, rotation).transpose(1, 2),
@@ -295,7 +291,7 @@ class EagleDrafter(Drafter):
         features_CF = batch.features_BTF.flatten(0, 1)[layout.context_C]
         features_CH = self.fc(features_CF.to(self.fc.weight.dtype))
         u_CU, _ = layer.join(self._embed(tokens_T[layout.context_C + 1]), features_CH)
-        seen = layer.keys_values(u_CU, _rotation(table[positions_T[layout.context_C]]))
+        seen = layer.self_attn.keys_values(u_CU, _rotation(table[positions_T[layout.context_C]]))
 
         state_XH, states = features_CH[layout.stop_X - 1], []
         own: list[tuple[Tensor, Tensor]] = []
@@ -305,7 +301,7 @@ class EagleDrafter(Drafter):
             u_XU, residual_XH = layer.join(self._embed(tokens_T[place_X]), state_XH)
             rotation = _rotation(table[positions_T[layout.anchor_X] - 1 + k])
             if k:
-                own.append(layer.keys_values(u_XU, rotation))
+                own.append(layer.self_attn.keys_values(u_XU, rotation))
             keys, values = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*own, strict=True)) if own else nothing
             plan = plan_blocks(
                 layout.start_X, layout.stop_X, layout.document_X, 1, len(features_CH), self.config.head_dim, own=k
