@@ -19,6 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"train", "engine"}),
     frozenset({"serve", "evaluate", "export"}),
     frozenset({"stages", "tiny"}),
+    frozenset({"schedule_stages"}),
     frozenset({"quickstart"}),
     frozenset({"cli", "__main__"}),
 )

@@ -1,0 +1,149 @@
+"""Recording traces of answers: every token but the last is an anchor, and every proposal behind it is verified in full.
+
+Many answers are read at once, padded on the right. The anchors are then visited from the back: cache and context are
+cropped to an absolute position, and all answers draft and verify there in one pass.
+
+Shapes: B answers, T tokens, S longest answer with its prompt, G = gamma drafted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from draftkit.draft.drafter import Drafter
+from draftkit.errors import DataError
+from draftkit.ops.sampling import Sampling, processed_probs, request_generator
+from draftkit.ops.verify import Rule, verify
+from draftkit.schedule.traces import Origin, TracedPrompt, Traces
+from draftkit.target.interface import Target
+
+BATCH = 16  # answers read at once
+
+
+@dataclass(frozen=True)
+class TraceItem:
+    """A prompt and the target's own answer to it, as token ids."""
+
+    prompt_id: str
+    domain: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """How proposals are drawn and verified: the sampling that the answers were made with, the rule, the randomness."""
+
+    sampling: Sampling
+    rule: Rule
+    seed: int = 0
+
+
+@torch.inference_mode()
+def record_traces(
+    target: Target,
+    drafter: Drafter,
+    items: Sequence[TraceItem],
+    settings: TraceSettings,
+    drafter_fingerprint: str,
+    tick: Callable[[int], None] = lambda answers: None,
+) -> Traces:
+    """Traces of all answers of two tokens or more, in the order of `items`; `tick` is called as batches finish.
+
+    Raises DataError when no answer has two tokens, or one is too long for the target.
+    """
+    chosen = [(i, item) for i, item in enumerate(items) if len(item.answer) > 1]
+    if not chosen:
+        raise DataError(f"{len(items)} prompts, none with an answer of two tokens or more; nothing was drafted")
+    found: dict[int, _Rows] = {}
+    by_start = sorted(chosen, key=lambda pair: (len(pair[1].prompt), pair[0]))
+    for first in range(0, len(by_start), BATCH):
+        batch = by_start[first : first + BATCH]
+        found.update(zip((i for i, _ in batch), _record_batch(target, drafter, batch, settings), strict=True))
+        tick(len(batch))
+    origin = Origin(
+        target.info.name,
+        target.info.fingerprint,
+        drafter_fingerprint,
+        settings.sampling.temperature,
+        settings.rule.name,
+    )
+    prompts, offset = [], 0
+    for index, item in chosen:
+        rows = len(found[index].accepted)
+        prompts.append(TracedPrompt(item.prompt_id, item.domain, len(item.prompt), offset, rows))
+        offset += rows
+    ordered = [found[i] for i, _ in chosen]
+    return Traces(
+        origin,
+        tuple(prompts),
+        np.stack([c for r in ordered for c in r.confidence]),
+        np.stack([m for r in ordered for m in r.draft_max]),
+        np.array([a for r in ordered for a in r.accepted], np.int64),
+        np.array([u for r in ordered for u in r.usable], np.int64),
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one answer, in the order of its anchors."""
+
+    confidence: list[np.ndarray]
+    draft_max: list[np.ndarray]
+    accepted: list[int]
+    usable: list[int]
+
+
+def _record_batch(
+    target: Target, drafter: Drafter, batch: Sequence[tuple[int, TraceItem]], settings: TraceSettings
+) -> list[_Rows]:
+    gamma, layers, stops = drafter.gamma, drafter.config.feature_layers, target.info.stop_token_ids
+    texts = [item.prompt + item.answer for _, item in batch]
+    longest = max(map(len, texts))
+    if longest + gamma > target.info.max_length:
+        raise DataError(
+            f"an answer with its prompt has {longest} tokens, {gamma} drafted ones come on top; "
+            f"the target's maximum is {target.info.max_length}, lower the limit of new tokens"
+        )
+    tokens_BS = torch.tensor([[*t, *[0] * (longest - len(t))] for t in texts])
+    anchors = [range(len(item.prompt), len(item.prompt) + len(item.answer) - 1) for _, item in batch]
+    uniforms_BSG = torch.stack(
+        [torch.rand(longest, gamma + 2, generator=request_generator(settings.seed, i), dtype=torch.float64) for i, _ in batch]
+    )
+    cache, context = target.new_cache(), drafter.new_context(len(batch))
+    read = target.forward(tokens_BS[:, :-1], cache, layers)
+    if read.features_BTF is not None:
+        drafter.extend(context, read.features_BTF, tokens_BS[:, 1:])
+    rows = [_Rows([], [], [], []) for _ in batch]
+    for position in range(max(a.stop for a in anchors) - 1, min(a.start for a in anchors) - 1, -1):
+        cache.crop(position)
+        context.crop(position)
+        anchor_B, uniforms_BG = tokens_BS[:, position], uniforms_BSG[:, position]
+        proposal = drafter.propose(context, anchor_B, settings.sampling, uniforms_BG[:, :gamma])
+        read = target.forward(torch.cat([anchor_B[:, None], proposal.tokens_BG], 1), cache)
+        probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), settings.sampling)
+        lengths_B = torch.full((len(batch),), gamma)
+        verdict = verify(
+            settings.rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_BG[:, gamma:]
+        )
+        confidence_BG = proposal.confidence_BG
+        if confidence_BG is None:
+            confidence_BG = torch.full(proposal.tokens_BG.shape, float("nan"))
+        draft_max_BG = proposal.probs_BGV.amax(-1)
+        for b, own in enumerate(anchors):
+            if position in own:
+                usable = _until_stop(proposal.tokens_BG[b].tolist(), stops)
+                rows[b].usable.append(usable)
+                rows[b].accepted.append(min(int(verdict.accepted_R[b]), usable))
+                rows[b].confidence.append(confidence_BG[b].float().numpy())
+                rows[b].draft_max.append(draft_max_BG[b].float().numpy())
+    return [_Rows(r.confidence[::-1], r.draft_max[::-1], r.accepted[::-1], r.usable[::-1]) for r in rows]
+
+
+def _until_stop(tokens: Sequence[int], stop_token_ids: Sequence[int]) -> int:
+    """Positions up to and including the first stop token."""
+    return next((i + 1 for i, token in enumerate(tokens) if token in stop_token_ids), len(tokens))

@@ -1,0 +1,132 @@
+"""Acceptance traces: what a drafter's proposal would have yielded behind EVERY token of an answer.
+
+A round of decoding skips the tokens that it accepts, so recorded rounds say nothing about another plan. A trace has one
+row per token of the answer (anchor): the confidences of the proposal behind it, and how many of its tokens the rule keeps
+when all are verified. A plan that verifies l of them keeps min(accepted, l), and its next round is the row of the
+token where it ends. Under sampling that row belongs to the recorded continuation, not to the accepted tokens: right in
+law, not token by token.
+
+Shapes: N rows (anchors of all prompts), G = gamma drafted positions, P prompts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from draftkit.errors import ScheduleError
+from draftkit.schedule.step_rate import Floats, Ints
+
+FORMAT = "draftkit-traces-1"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a trace comes from. Fingerprints are those of `target.fingerprint`."""
+
+    target: str
+    target_fingerprint: str
+    drafter_fingerprint: str
+    temperature: float
+    rule: str
+
+
+@dataclass(frozen=True)
+class TracedPrompt:
+    """Rows first..first + rows of the trace belong to this prompt, one per token of its answer but the last."""
+
+    prompt_id: str
+    domain: str
+    prompt_tokens: int
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Rows of all prompts. `confidence_NG` in [0, 1], NaN for a drafter without a confidence head; `draft_max_NG` is the
+    largest probability of the drafter's distribution, known before the token is drawn; `usable_N` counts the drafted
+    positions up to the first stop token, `accepted_N` <= usable_N those that are kept when all are verified."""
+
+    origin: Origin
+    prompts: tuple[TracedPrompt, ...]
+    confidence_NG: npt.NDArray[np.float32]
+    draft_max_NG: npt.NDArray[np.float32]
+    accepted_N: Ints
+    usable_N: Ints
+
+    @property
+    def gamma(self) -> int:
+        """Drafted tokens per round."""
+        return self.confidence_NG.shape[1]
+
+    @property
+    def has_confidence(self) -> bool:
+        """Whether the drafter had a confidence head."""
+        return not bool(np.isnan(self.confidence_NG).all())
+
+    def rows_of(self, prompts: Sequence[TracedPrompt]) -> Ints:
+        """Row numbers of some prompts, [n]."""
+        ranges = [np.arange(p.first, p.first + p.rows) for p in prompts]
+        return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+
+    def labels(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Whether the whole prefix up to a position is kept (1.0 or 0.0), and whether the position counts: both [N, G]."""
+        position = np.arange(self.gamma)
+        return (position < self.accepted_N[:, None]).astype(np.float64), position < self.usable_N[:, None]
+
+    def check_origin(self, target_fingerprint: str, drafter_fingerprint: str) -> None:
+        """Raise ScheduleError when the trace was recorded with another pair."""
+        for what, found, wanted in (
+            ("target", self.origin.target_fingerprint, target_fingerprint),
+            ("drafter", self.origin.drafter_fingerprint, drafter_fingerprint),
+        ):
+            if found != wanted:
+                raise ScheduleError(
+                    f"traces of another {what} (recorded {found[:12]}, given {wanted[:12]}); record them again with this pair"
+                )
+
+
+def save_traces(traces: Traces, path: Path) -> None:
+    """Write one safetensors file, replaced in one rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "confidence": traces.confidence_NG,
+        "draft_max": traces.draft_max_NG,
+        "accepted": traces.accepted_N,
+        "usable": traces.usable_N,
+    }
+    metadata = {
+        "format": FORMAT,
+        "origin": json.dumps(asdict(traces.origin)),
+        "prompts": json.dumps([asdict(p) for p in traces.prompts]),
+    }
+    save_file(tensors, partial, metadata)
+    partial.replace(path)
+
+
+def load_traces(path: Path) -> Traces:
+    """Read a file of `save_traces`. Raises ScheduleError for anything else."""
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ScheduleError(f"{path}: is no trace file ({FORMAT}); record one with draftkit calibrate")
+            tensors = {name: file.get_tensor(name) for name in ("confidence", "draft_max", "accepted", "usable")}
+        prompts = tuple(TracedPrompt(**p) for p in json.loads(metadata["prompts"]))
+        origin = Origin(**json.loads(metadata["origin"]))
+    except (SafetensorError, FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise ScheduleError(f"{path}: cannot be read as traces ({error}); record them with draftkit calibrate") from None
+    traces = Traces(origin, prompts, *tensors.values())
+    if sum(p.rows for p in prompts) != len(traces.accepted_N) or traces.confidence_NG.ndim != 2:
+        raise ScheduleError(f"{path}: rows of prompts and of tensors differ; the file is damaged, record it again")
+    return traces
