@@ -145,7 +145,7 @@ def evaluate(
 
 def environment() -> dict[str, Any]:
     """Versions and hardware that stand behind a result."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "draftkit": __version__,
         "torch": torch.__version__,
@@ -155,6 +155,13 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")  # Linux; platform.processor() says "x86_64" there
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _speed(pairs: Sequence[tuple[Decoded, Decoded]]) -> Speed | None:

@@ -51,7 +51,7 @@ def budget_from(stale_survival_RG: Floats, step_rate: StepRate) -> int:
 
     The best Theta of all K, however jagged the step rate. K = 0 stands for no drafting and is compared without the
     drafter's time: a budget is never worse than no speculation by its own estimate, and at 0 the drafter can rest.
-    Rows of requests without a past should be ones. With survivals of the same step the search would bias the output
+    (`history.SurvivalHistory` keeps what is needed.) With survivals of the same step the search would bias the output
     (Appendix A of the paper): the end of the search depends on tokens that it decides about.
     """
     requests = len(stale_survival_RG)
