@@ -21,7 +21,8 @@ class SurvivalHistory:
 
     def __init__(self, slots: int, gamma: int) -> None:
         self._past_SLG = np.full((slots, LAG, gamma), np.nan)
-        self._mean_G = np.ones(gamma)  # optimistic: the drafter is tried at once
+        self._mean_G = np.ones(gamma)  # optimistic until the first proposal is old enough: the drafter is tried at once
+        self._weight = 1.0
         self._fresh_G: list[Floats] = []  # means of the last steps, not yet old enough to be used
 
     def push(self, slots_R: Ints, survival_RG: Floats) -> None:
@@ -33,7 +34,8 @@ class SurvivalHistory:
         self._past_SLG[slots_R, -1] = survival_RG
         self._fresh_G.append(survival_RG.mean(0))
         if len(self._fresh_G) >= LAG:
-            self._mean_G = (1 - MEMORY) * self._mean_G + MEMORY * self._fresh_G.pop(0)
+            self._mean_G = (1 - self._weight) * self._mean_G + self._weight * self._fresh_G.pop(0)
+            self._weight = max(MEMORY, self._weight / (1 + self._weight))  # a plain mean first, then a running one
 
     def forget(self, slots_R: Ints) -> None:
         """The requests of these slots are gone."""
