@@ -149,7 +149,6 @@ class _Run:
         contexts = [p.prompt_tokens + p.rows / 2 for p in traces.prompts]
         self.step_rate = table.at(float(np.mean(contexts)))
         self.estimator = None if traces.has_confidence else AcceptanceEstimator(traces.gamma)
-        self.history = SurvivalHistory(load.concurrency, traces.gamma)
         self.slots = np.zeros(0, np.int64)
         self.free = list(range(load.concurrency))[::-1]
         self.row_S, self.end_S, self.length_S = (np.zeros(load.concurrency, np.int64) for _ in range(3))
@@ -158,7 +157,10 @@ class _Run:
         self.tokens = self.full_tokens = self.steps = self.request_steps = self.verified = self.drafting = 0
         self.speeds: list[float] = []
         self.queued: list[float] = []
+        self.draft_max_NG = traces.draft_max_NG.astype(np.float64)
         self.survival_NG = self._survivals() if self.estimator is None else None
+        prior_G = self.survival_NG.mean(0) if self.survival_NG is not None else None
+        self.history = SurvivalHistory(load.concurrency, traces.gamma, prior_G)
 
     def _survivals(self) -> Floats:
         confidence_NG = self.traces.confidence_NG.astype(np.float64)
@@ -192,9 +194,11 @@ class _Run:
         if decision.drafting:
             seconds += self.step_rate.drafter_seconds(len(slots))
             self.history.push(slots, batch.survival_RG)
+        else:
+            self.history.rest()
         accepted = np.minimum(kept, lengths)
         if self.estimator is not None:
-            self.estimator.observe(self.traces.draft_max_NG[rows], accepted, lengths)
+            self.estimator.observe(self.draft_max_NG[rows], accepted, lengths)
         gained = np.minimum(accepted + 1, self.end_S[slots] - rows)
         self.now += seconds
         self.tokens += int(gained.sum())
@@ -211,7 +215,7 @@ class _Run:
         if self.survival_NG is not None:
             return self.survival_NG[rows]
         assert self.estimator is not None
-        confidence_RG = self.estimator.confidence(self.traces.draft_max_NG[rows])
+        confidence_RG = self.estimator.confidence(self.draft_max_NG[rows])
         return np.where(np.arange(self.traces.gamma) < usable[:, None], survival_of(confidence_RG)[0], 0.0)
 
     def _finish(self, done: Ints) -> None:
