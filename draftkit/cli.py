@@ -152,6 +152,104 @@ def export(
     typer.echo(f"{count / 1e6:.1f} MB in {out}")
 
 
+@app.command(epilog="Example: draftkit calibrate -d drafter/best -o calibration")
+def calibrate(
+    out: OutOption,
+    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder")],
+    prompts: PromptsOption = None,
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+    temperature: Annotated[float, typer.Option(help="of the target's sampling", min=0)] = 1.0,
+    json_output: JsonOption = False,
+) -> None:
+    """Record proposals along held-out answers and fit the confidences to their fate; SGLang reads the result."""
+    import json
+    from dataclasses import asdict
+
+    settings = _recipe(recipe, overrides)
+    from draftkit import schedule_stages, stages
+    from draftkit.evaluate.schedule_report import print_calibration
+    from draftkit.ops.sampling import Sampling
+
+    read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
+    target, tokenizer = stages.open_target(settings)
+    chosen = stages.first_turns(tokenizer, read, settings.evaluate.prompts_per_domain)
+    limit, seed = settings.evaluate.max_new_tokens, settings.evaluate.seed
+    opened, file = stages.open_drafter(drafter, target), out / schedule_stages.TRACES
+    traces = schedule_stages.run_record(target, opened, drafter, chosen, Sampling(temperature), limit, seed, file)
+    found = schedule_stages.run_calibrate(traces, out)
+    if json_output:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        print_calibration(found.calibration.temperatures, found.before, found.after, found.held_out_rows, found.missing)
+        typer.echo(f"written to {out / schedule_stages.CALIBRATION}; next: draftkit profile -d {drafter} -o step_rate.json")
+
+
+@app.command(epilog="Example: draftkit profile -d drafter/best -o step_rate.json")
+def profile(
+    out: OutOption,
+    drafter: Annotated[Path | None, typer.Option("--drafter", "-d", help="drafter folder; none = the target only")] = None,
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="tokens per pass, at least 1; repeatable")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="tokens a request has already; repeatable")] = None,
+    repeats: Annotated[int, typer.Option(help="medians of so many", min=1)] = 9,
+    threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Measure what a step costs on this machine by tokens, context and requests; SGLang reads the result."""
+    settings = _recipe(recipe, overrides)
+    import torch
+
+    from draftkit import schedule_stages, stages
+    from draftkit.evaluate.profile import profile_settings
+    from draftkit.evaluate.schedule_report import print_step_rate
+
+    if threads:
+        torch.set_num_threads(threads)
+    target, _ = stages.open_target(settings)
+    opened = stages.open_drafter(drafter, target) if drafter else None
+    table = schedule_stages.run_profile(target, opened, drafter, profile_settings(tokens, context, repeats), out)
+    if json_output:
+        typer.echo(out.read_text("utf-8"))
+    else:
+        print_step_rate(table)
+        typer.echo(f"written to {out}; next: draftkit simulate --step-rate {out}")
+
+
+@app.command(epilog="Example: draftkit simulate --step-rate balanced --concurrency 1 --concurrency 64 -o simulation")
+def simulate(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for simulation.png")] = None,
+    traces: Annotated[Path | None, typer.Option(help="of draftkit calibrate; none = the embedded pair's")] = None,
+    step_rate: Annotated[
+        str | None, typer.Option(help="file, memory-bound, balanced or compute-bound; none = the embedded pair's")
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="of draftkit calibrate")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help="requests at once; repeatable")] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Poisson arrivals per second; repeatable")] = None,
+    requests: Annotated[int, typer.Option(help="per load", min=1)] = 1000,
+    seed: int = 0,
+    json_output: JsonOption = False,
+) -> None:
+    """Ask what speculation would bring at a load: replay recorded proposals on a step-rate table, arm by arm."""
+    import json
+    from dataclasses import asdict
+
+    from draftkit import schedule_stages
+    from draftkit.evaluate.schedule_report import print_simulation
+    from draftkit.schedule.simulate import Load
+
+    source = schedule_stages.open_simulation(traces, step_rate, calibration)
+    levels = concurrency or ([256] if rate else [1, 4, 16, 64])
+    arrivals: list[float | None] = [*rate] if rate else [None]
+    loads = [Load(requests, level, one, seed) for level in levels for one in arrivals]
+    outcomes, assumptions = schedule_stages.run_simulate(source, loads, out)
+    if json_output:
+        typer.echo(json.dumps({"outcomes": [asdict(o) for o in outcomes], "assumptions": assumptions}))
+    else:
+        print_simulation(outcomes, assumptions)
+
+
 @app.command("verify-lossless", epilog="Example: draftkit verify-lossless --tables 200")
 def verify_lossless(
     vocab: Annotated[int, typer.Option(help="tokens in the vocabulary", min=2, max=3)] = 3,

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from draftkit.data.generate import GenerateSettings, answer_batch
 from draftkit.draft.drafter import Drafter
+from draftkit.errors import ScheduleError
+from draftkit.evaluate.profile import ProfileSettings, plot_step_rate, profile
 from draftkit.evaluate.run import EvalPrompt
+from draftkit.evaluate.schedule_plots import plot_reliability, plot_simulation
 from draftkit.ops.sampling import Sampling
 from draftkit.ops.verify import TOKEN_RULE
+from draftkit.schedule.calibration import (
+    Calibration,
+    Quality,
+    fit_calibration,
+    load_calibration,
+    quality_of,
+    save_calibration,
+)
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
+from draftkit.schedule.simulate import Load, Outcome, arms_for, parametric_table, simulate
+from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, save_step_rate
 from draftkit.schedule.traces import Traces, load_traces, save_traces
 from draftkit.stages import progress_bar
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.transformers import TransformersTarget
+from draftkit.target.transformers import EMBEDDED, TransformersTarget
+
+TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"
+MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}  # free tokens, padding
 
 
 def run_record(
@@ -29,12 +48,18 @@ def run_record(
 ) -> Traces:
     """Answer all prompts and record traces into `out`, or read them from there when the file is of this very pair.
 
-    `folder` is where the drafter was loaded from. Raises ScheduleError when the file is there and of another pair.
+    `folder` is where the drafter was loaded from. Raises ScheduleError when the file is there and of another pair or
+    temperature.
     """
     own = fingerprint(folder)
     if out.exists():
         traces = load_traces(out)
         traces.check_origin(target.info.fingerprint, own)
+        if traces.origin.temperature != sampling.temperature:
+            raise ScheduleError(
+                f"{out}: recorded at temperature {traces.origin.temperature:g}, asked for {sampling.temperature:g}; "
+                "choose another folder"
+            )
         return traces
     settings, items = GenerateSettings(sampling, max_new_tokens, seed=seed), []
     with progress_bar("record", 2 * len(prompts)) as (bar, task):
@@ -42,11 +67,122 @@ def run_record(
             batch = prompts[first : first + settings.batch_size]
             seeds = [(seed, first + i) for i in range(len(batch))]
             answers = answer_batch(target, [p.tokens for p in batch], seeds, settings)
-            items += [
-                TraceItem(p.prompt_id, p.domain, p.tokens, a.tokens) for p, a in zip(batch, answers, strict=True)
-            ]
+            items += [TraceItem(p.prompt_id, p.domain, p.tokens, a.tokens) for p, a in zip(batch, answers, strict=True)]
             bar.update(task, advance=len(batch))
         recording = TraceSettings(sampling, TOKEN_RULE, seed + 1)
         traces = record_traces(target, drafter, items, recording, own, lambda n: bar.update(task, advance=n))
     save_traces(traces, out)
     return traces
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """The calibration, and its measures on prompts that it was not fitted on."""
+
+    calibration: Calibration
+    before: Quality
+    after: Quality
+    fitted_rows: int
+    held_out_rows: int
+    missing: int  # confidences that were no numbers, taken as zero
+
+
+def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
+    """Fit on every other prompt, measure on the rest, write `calibration.json` and `reliability.png` into `out`.
+
+    Raises ScheduleError for a drafter without a confidence head and for traces of fewer than two prompts.
+    """
+    if not traces.has_confidence:
+        raise ScheduleError("this drafter has no confidence head, so there is nothing to calibrate; serving estimates it")
+    fitted, held_out = traces.rows_of(traces.prompts[::2]), traces.rows_of(traces.prompts[1::2])
+    confidence_NG = traces.confidence_NG.astype(np.float64)
+    kept_NG, usable_NG = traces.labels()
+    calibration = replace(
+        fit_calibration(confidence_NG[fitted], kept_NG[fitted], usable_NG[fitted]),
+        drafter_fingerprint=traces.origin.drafter_fingerprint,
+        dataset=f"{len(traces.prompts[::2])} prompts, temperature {traces.origin.temperature:g}",
+    )
+    if not len(held_out):
+        raise ScheduleError("traces of one prompt; calibration needs two or more, to fit and to measure")
+    held = (kept_NG[held_out], usable_NG[held_out])
+    calibrated_NG = calibration.apply(confidence_NG[held_out])
+    report = CalibrationReport(
+        calibration,
+        quality_of(confidence_NG[held_out], *held),
+        quality_of(calibrated_NG, *held),
+        len(fitted),
+        len(held_out),
+        int(np.isnan(confidence_NG).sum()),
+    )
+    save_calibration(calibration, out / CALIBRATION)
+    plot_reliability(confidence_NG[held_out], calibrated_NG, *held, out / "reliability.png")
+    return report
+
+
+def run_profile(
+    target: TransformersTarget, drafter: Drafter | None, folder: Path | None, settings: ProfileSettings, out: Path
+) -> StepRateTable:
+    """Measure, write the step-rate file and its plot beside it."""
+    points = len(settings.tokens) * len(settings.contexts) + (len(settings.requests) if drafter is not None else 0)
+    with progress_bar("profile", points * settings.repeats) as (bar, task):
+        own = fingerprint(folder) if folder else ""
+        table = profile(target, drafter, own, settings, lambda: bar.update(task, advance=1))
+    save_step_rate(table, out)
+    plot_step_rate(table, out.with_suffix(".png"))
+    return table
+
+
+@dataclass(frozen=True)
+class SimulationInput:
+    """What a simulation runs on, and what is assumed about it."""
+
+    traces: Traces
+    table: StepRateTable
+    calibration: Calibration | None
+    assumptions: tuple[str, ...]
+
+
+def open_simulation(traces: Path | None, step_rate: str | None, calibration: Path | None) -> SimulationInput:
+    """Read files; without traces those of the embedded pair, which brings its own calibration and step rate.
+
+    `step_rate` is a file or one of MACHINES. Raises ScheduleError when the parts belong to different pairs.
+    """
+    read = load_traces(traces or EMBEDDED / TRACES)
+    own = None if traces else EMBEDDED / CALIBRATION
+    chosen = calibration or own
+    temperatures = load_calibration(chosen, read.gamma) if chosen else None
+    made_for = temperatures.drafter_fingerprint if temperatures else ""
+    if made_for and made_for != read.origin.drafter_fingerprint:
+        raise ScheduleError(f"{chosen}: calibration of another drafter than that of the traces; calibrate this one")
+    notes = [] if temperatures or not read.has_confidence else ["confidences are taken as they are, uncalibrated"]
+    if not read.has_confidence:
+        notes.append("the drafter has no confidence head: confidences come from the online estimator")
+    elif missing := int(np.isnan(read.confidence_NG).sum()):
+        notes.append(f"{missing} confidences are no numbers and count as zero")
+    if step_rate in MACHINES:
+        free, tile = MACHINES[step_rate]
+        notes.append(f"{step_rate}: a pass costs 10 ms up to {free} tokens and grows in proportion above, padded to {tile}s")
+        return SimulationInput(read, parametric_table(free, tile), temperatures, tuple(notes))
+    if step_rate is None and traces is not None:
+        raise ScheduleError(f"--step-rate: give a file of draftkit profile, or one of {', '.join(MACHINES)}")
+    table = load_step_rate(Path(step_rate) if step_rate else EMBEDDED / STEP_RATE)
+    table.check_target(read.origin.target_fingerprint)
+    return SimulationInput(read, table, temperatures, tuple(notes))
+
+
+def run_simulate(
+    source: SimulationInput, loads: Sequence[Load], out: Path | None
+) -> tuple[list[Outcome], tuple[str, ...]]:
+    """Every arm at every load, in order of loads, and what was assumed; `simulation.png` in `out`, if there is one."""
+    gamma, longest = source.traces.gamma, max(p.prompt_tokens + p.rows for p in source.traces.prompts)
+    most = max(load.concurrency for load in loads) * (gamma + 1)
+    arms, outcomes = arms_for(gamma), []
+    with progress_bar("simulate", len(arms) * len(loads)) as (bar, task):
+        for load in loads:
+            for name, arm in arms.items():
+                outcomes.append(simulate(source.traces, source.table, load, name, arm, source.calibration))
+                bar.update(task, advance=1)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        plot_simulation(outcomes, out / "simulation.png")
+    return outcomes, (*source.assumptions, *source.table.assumptions(most, longest))

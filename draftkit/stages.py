@@ -221,6 +221,18 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
     return (out / WEIGHTS).stat().st_size
 
 
+def first_turns(tokenizer: Any, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:
+    """The first prompts of every domain, rendered; of a conversation the first turn only, and the table says so."""
+    chosen: list[EvalPrompt] = []
+    counts: dict[str, int] = {}
+    for p in prompts:
+        counts[p.domain] = counts.get(p.domain, 0) + 1
+        if counts[p.domain] <= per_domain:
+            first = next(i for i, m in enumerate(p.messages) if m.role == "user")
+            chosen.append(EvalPrompt(p.id, p.domain, render_prompt(tokenizer, p.as_dicts()[: first + 1])))
+    return chosen
+
+
 def run_evaluate(
     target: TransformersTarget,
     tokenizer: Any,
@@ -231,14 +243,7 @@ def run_evaluate(
 ) -> list[EvalResult]:
     """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain."""
     section = recipe.evaluate
-    chosen: list[EvalPrompt] = []
-    counts: dict[str, int] = {}
-    for p in prompts:
-        counts[p.domain] = counts.get(p.domain, 0) + 1
-        if counts[p.domain] <= section.prompts_per_domain:
-            first = next(i for i, m in enumerate(p.messages) if m.role == "user")
-            tokens = render_prompt(tokenizer, p.as_dicts()[: first + 1])  # the first turn only, and the table says so
-            chosen.append(EvalPrompt(p.id, p.domain, tokens))
+    chosen = first_turns(tokenizer, prompts, section.prompts_per_domain)
     results = []
     for temperature in section.temperatures:
         settings = EvalSettings(

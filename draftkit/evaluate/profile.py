@@ -6,8 +6,8 @@ Shapes: R requests, T tokens in the pass, V vocabulary, F features.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -40,6 +40,21 @@ class ProfileSettings:
     requests: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     tokens_per_request: int = 4
     repeats: int = 9
+
+
+def profile_settings(
+    tokens: Sequence[int] | None, contexts: Sequence[int] | None, repeats: int
+) -> ProfileSettings:
+    """Settings with some numbers of tokens or contexts replaced. Raises ScheduleError for one below 1."""
+    base = ProfileSettings(repeats=repeats)
+    for name, values in (("tokens", tokens), ("context", contexts)):
+        if values and min(values) < 1:
+            raise ScheduleError(f"profile: {name} {min(values)}; must be at least 1")
+    return replace(
+        base,
+        tokens=tuple(sorted(set(tokens or base.tokens))),
+        contexts=tuple(sorted(set(contexts or base.contexts))),
+    )
 
 
 def profile(

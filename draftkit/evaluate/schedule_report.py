@@ -1,0 +1,71 @@
+"""Terminal tables of calibration, step rate and simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from draftkit.schedule.calibration import Quality
+from draftkit.schedule.simulate import Outcome
+from draftkit.schedule.step_rate_table import StepRateTable
+
+
+def print_calibration(temperatures: Sequence[float], before: Quality, after: Quality, rows: int, missing: int) -> None:
+    """One row per position: temperature, and each measure raw and calibrated on held-out proposals."""
+    table = Table(title=f"survival of the prefix up to a position, {rows} held-out proposals")
+    for column in ("position", "temperature", "ECE raw", "calibrated", "AUC raw", "calibrated", "Brier raw", "calibrated"):
+        table.add_column(column, justify="right")
+    for k, temperature in enumerate(temperatures):
+        cells = [f"{100 * q.ece[k]:.1f} %" for q in (before, after)]
+        cells += [f"{q.auc[k]:.3f}" for q in (before, after)] + [f"{q.brier[k]:.3f}" for q in (before, after)]
+        table.add_row(str(k + 1), f"{temperature:.2f}", *cells)
+    mean = [f"{100 * sum(q.ece) / len(q.ece):.1f} %" for q in (before, after)]
+    mean += [f"{sum(q.auc) / len(q.auc):.3f}" for q in (before, after)]
+    mean += [f"{sum(q.brier) / len(q.brier):.3f}" for q in (before, after)]
+    table.add_section()
+    table.add_row("mean", "", *mean)
+    Console().print(table)
+    if missing:
+        Console().print(f"{missing} confidences were no numbers and count as zero")
+
+
+def print_step_rate(table: StepRateTable) -> None:
+    """Milliseconds per pass by tokens and context, and the drafter's by requests."""
+    console, measured = Console(), table.measured
+    title = f"{measured.target} on {measured.device}, {measured.threads} threads, medians of {measured.repeats}"
+    grid = Table(title=f"{title} (quartiles typically {100 * measured.spread:.0f} % apart)")
+    grid.add_column("tokens in the pass", justify="right")
+    for context in table.contexts:
+        grid.add_column(f"ms, context {context}", justify="right")
+    for i, tokens in enumerate(table.tokens):
+        grid.add_row(str(tokens), *(f"{1e3 * row[i]:.2f}" for row in table.pass_seconds))
+    console.print(grid)
+    costs = zip(table.draft_requests, table.draft_seconds, strict=True)
+    console.print("drafting, ms by requests: " + ", ".join(f"{r}: {1e3 * s:.2f}" for r, s in costs))
+
+
+def print_simulation(outcomes: Sequence[Outcome], assumptions: Sequence[str]) -> None:
+    """One table per load: every arm beside no speculation."""
+    console = Console()
+    for load in dict.fromkeys((o.concurrency, o.rate) for o in outcomes):
+        own = [o for o in outcomes if (o.concurrency, o.rate) == load]
+        plain = own[0]
+        arriving = f", {load[1]:g} arrivals per second" if load[1] else ""
+        table = Table(title=f"at most {load[0]} requests at once{arriving}")
+        for column in ("arm", "tokens/s", "x none", "tokens/s per user", "verified", "accepted length", "running"):
+            table.add_column(column, justify="right" if column != "arm" else "left")
+        for o in own:
+            table.add_row(
+                o.arm,
+                f"{o.throughput:,.1f}",
+                f"{o.throughput / plain.throughput:.2f}",
+                f"{o.user_speed:.1f}",
+                f"{o.verified_mean:.2f}",
+                f"{o.accepted_len:.2f}",
+                f"{o.running_mean:.1f}",
+            )
+        console.print(table)
+    for sentence in assumptions:
+        console.print(f"assumed: {sentence}")
