@@ -15,20 +15,33 @@ from draftkit.schedule.step_rate_table import StepRateTable
 def print_calibration(temperatures: Sequence[float], before: Quality, after: Quality, rows: int, missing: int) -> None:
     """One row per position: temperature, and each measure raw and calibrated on held-out proposals."""
     table = Table(title=f"survival of the prefix up to a position, {rows} held-out proposals")
-    for column in ("position", "temperature", "ECE raw", "calibrated", "AUC raw", "calibrated", "Brier raw", "calibrated"):
-        table.add_column(column, justify="right")
+    for column in ("position", "T", "ECE", "then", "chance", "AUC", "then", "Brier", "then"):
+        table.add_column(column, justify="right", no_wrap=True)
+    columns = [
+        (before.ece, _percent),
+        (after.ece, _percent),
+        (after.chance, _percent),
+        (before.auc, _thousandths),
+        (after.auc, _thousandths),
+        (before.brier, _thousandths),
+        (after.brier, _thousandths),
+    ]
     for k, temperature in enumerate(temperatures):
-        cells = [f"{100 * q.ece[k]:.1f} %" for q in (before, after)]
-        cells += [f"{q.auc[k]:.3f}" for q in (before, after)] + [f"{q.brier[k]:.3f}" for q in (before, after)]
-        table.add_row(str(k + 1), f"{temperature:.2f}", *cells)
-    mean = [f"{100 * sum(q.ece) / len(q.ece):.1f} %" for q in (before, after)]
-    mean += [f"{sum(q.auc) / len(q.auc):.3f}" for q in (before, after)]
-    mean += [f"{sum(q.brier) / len(q.brier):.3f}" for q in (before, after)]
+        table.add_row(str(k + 1), f"{temperature:.2f}", *(show(values[k]) for values, show in columns))
     table.add_section()
-    table.add_row("mean", "", *mean)
+    table.add_row("mean", "", *(show(sum(values) / len(values)) for values, show in columns))
+    table.caption = "then: calibrated; chance: the ECE that so many outcomes show when every prediction is right"
     Console().print(table)
     if missing:
         Console().print(f"{missing} confidences were no numbers and count as zero")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _thousandths(value: float) -> str:
+    return f"{value:.3f}"
 
 
 def print_step_rate(table: StepRateTable) -> None:

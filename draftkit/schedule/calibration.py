@@ -21,6 +21,7 @@ from draftkit.schedule.step_rate import Floats
 
 Bools = npt.NDArray[np.bool_]
 GRID = np.logspace(-1, 1, 81)
+TOLERANCE = 0.001  # errors this close to the smallest differ by chance: the temperature nearest to 1 is taken
 BINS = 15
 EDGE = 1e-7  # confidences are kept this far from 0 and 1, so that their logits are finite
 
@@ -68,14 +69,19 @@ def fit_calibration(confidence_NG: Floats, kept_NG: Floats, usable_NG: Bools) ->
     for k in range(logits_NG.shape[1]):
         use_N, kept_N = usable_NG[:, k], kept_NG[usable_NG[:, k], k]
         errors = [expected_error((survival_N * _sigmoid(logits_NG[:, k] / t))[use_N], kept_N) for t in GRID]
-        best = float(GRID[int(np.argmin(errors))])
+        best = _mildest(errors)
         survival_N = survival_N * _sigmoid(logits_NG[:, k] / best)
         temperatures.append(best)
         before.append(expected_error(raw_NG[use_N, k], kept_N))
-        after.append(float(min(errors)))
+        after.append(errors[int(np.flatnonzero(best == GRID)[0])])
     return Calibration(
         tuple(temperatures), num_samples=len(logits_NG), ece_before=tuple(before), ece_after=tuple(after)
     )
+
+
+def _mildest(errors: list[float]) -> float:
+    near = GRID[np.array(errors) <= min(errors) + TOLERANCE]
+    return float(near[np.abs(np.log(near)).argmin()])
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
@@ -114,6 +120,13 @@ def expected_error(predicted_N: Floats, kept_N: Floats) -> float:
     return float(np.abs(predicted_B - kept_B).sum() / len(predicted_N))
 
 
+def error_by_chance(predicted_N: Floats, draws: int = 20) -> float:
+    """The ECE that so many outcomes show on average when every prediction is exactly right: no estimate gets below."""
+    rng = np.random.default_rng(0)
+    kept = [(rng.uniform(size=len(predicted_N)) < predicted_N).astype(np.float64) for _ in range(draws)]
+    return float(np.mean([expected_error(predicted_N, k) for k in kept]))
+
+
 def brier(predicted_N: Floats, kept_N: Floats) -> float:
     """Mean squared difference of prediction and outcome."""
     return float(np.mean((predicted_N - kept_N) ** 2)) if len(predicted_N) else float("nan")
@@ -132,9 +145,10 @@ def auc(predicted_N: Floats, kept_N: Floats) -> float:
 
 @dataclass(frozen=True)
 class Quality:
-    """ECE, AUC and Brier score of the survival estimate, per position [G]."""
+    """ECE, the ECE by chance alone, AUC and Brier score of the survival estimate, per position [G]."""
 
     ece: tuple[float, ...]
+    chance: tuple[float, ...]
     auc: tuple[float, ...]
     brier: tuple[float, ...]
 
@@ -144,7 +158,10 @@ def quality_of(confidence_NG: Floats, kept_NG: Floats, usable_NG: Bools) -> Qual
     survival_NG = np.nan_to_num(confidence_NG).cumprod(-1)
     pairs = [(survival_NG[use, k], kept_NG[use, k]) for k, use in enumerate(usable_NG.T)]
     return Quality(
-        tuple(expected_error(*p) for p in pairs), tuple(auc(*p) for p in pairs), tuple(brier(*p) for p in pairs)
+        tuple(expected_error(*p) for p in pairs),
+        tuple(error_by_chance(predicted) for predicted, _ in pairs),
+        tuple(auc(*p) for p in pairs),
+        tuple(brier(*p) for p in pairs),
     )
 
 
