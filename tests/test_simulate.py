@@ -1,0 +1,250 @@
+"""Traces and the simulator: rows agree with real decoding, arms with arithmetic done by hand, and files with their origin."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from draftkit.decode import decode
+from draftkit.errors import DataError, ScheduleError
+from draftkit.ops.sampling import Sampling
+from draftkit.ops.verify import TOKEN_RULE
+from draftkit.schedule.calibration import Calibration, save_calibration
+from draftkit.schedule.history import SurvivalHistory
+from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
+from draftkit.schedule.simulate import Load, arms_for, parametric_table, simulate
+from draftkit.schedule.step_rate_table import StepRateTable, save_step_rate
+from draftkit.schedule.traces import Origin, TracedPrompt, Traces, load_traces, save_traces
+from draftkit.schedule_stages import open_simulation, run_calibrate, run_simulate
+from draftkit.target.transformers import TransformersTarget
+from tests.test_decode import make_drafter
+
+FLAT = StepRateTable((0,), (1, 10_000), ((1.0, 1.0),), (1, 10_000), (0.25, 0.25))  # a pass is free of charge for any tokens
+DEAR = StepRateTable((0,), (1, 10_000), ((0.001, 10.0),), (1,), (0.0,))  # pure arithmetic: every token costs
+
+
+def made_traces(gamma: int = 4, prompts: int = 40, rows: int = 30, head: bool = True, seed: int = 0) -> Traces:
+    """Easy and hard prompts; the confidences are the true chances."""
+    rng = np.random.default_rng(seed)
+    ease = np.repeat(rng.uniform(0.3, 0.95, prompts), rows)
+    chance = np.clip(ease[:, None] + rng.normal(0, 0.15, (prompts * rows, gamma)), 0.02, 0.98)
+    accepted = (rng.uniform(size=chance.shape) < chance).cumprod(-1).sum(-1)
+    return Traces(
+        Origin("tiny", "target-1", "drafter-1", 1.0, "token"),
+        tuple(TracedPrompt(f"p{i}", "code", 20, i * rows, rows) for i in range(prompts)),
+        (chance if head else np.full_like(chance, np.nan)).astype(np.float32),
+        chance.astype(np.float32),
+        accepted.astype(np.int64),
+        np.full(len(accepted), gamma),
+    )
+
+
+# --- traces
+
+
+def test_greedy_traces_tell_what_decoding_does(target: TransformersTarget) -> None:
+    """At temperature 0 the rounds of the reference loop are rows of the trace, for any plan."""
+    drafter, prompts = make_drafter(target), [(4, 20, 31, 7), (9, 9, 9), (40, 41, 42, 43)]
+    answers = [decode(target, None, p, Sampling(0.0), 24).tokens for p in prompts]
+    items = [TraceItem(str(i), "code", p, a) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
+    traces = record_traces(target, drafter, items, TraceSettings(Sampling(0.0), TOKEN_RULE), "d")
+    assert [p.rows for p in traces.prompts] == [len(a) - 1 for a in answers]
+    for traced, prompt in zip(traces.prompts, prompts, strict=True):
+        lengths = itertools.cycle([4, 1, 0, 3])
+        rounds = decode(target, drafter, prompt, Sampling(0.0), 24, plan=lambda c, lengths=lengths: next(lengths)).rounds
+        row, end = traced.first, traced.first + traced.rows
+        for r in rounds:
+            np.testing.assert_allclose(traces.confidence_NG[row], r.confidence, atol=1e-5)
+            assert min(int(traces.accepted_N[row]), r.verified) + 1 == r.emitted or row + r.emitted == end
+            row += r.emitted
+        assert row == end
+
+
+def test_sampled_traces_accept_as_often_as_decoding_does(target: TransformersTarget) -> None:
+    drafter, prompt, sampling = make_drafter(target, block=3), (4, 20, 31, 7), Sampling(0.25)
+    start = decode(target, None, prompt, Sampling(0.0), 2).tokens
+    items = [TraceItem(str(i), "code", prompt, start) for i in range(400)]
+    rows = record_traces(target, drafter, items, TraceSettings(sampling, TOKEN_RULE, seed=1), "d").accepted_N
+    same = [decode(target, drafter, prompt, sampling, 8, seed) for seed in range(120)]
+    decoded = np.array([d.rounds[0].accepted for d in same if d.tokens[0] == start[0]])
+    assert len(decoded) > 20
+    error = (rows.var() / len(rows) + rows.var() / len(decoded)) ** 0.5
+    assert error > 0
+    assert abs(rows.mean() - decoded.mean()) < 4 * error
+
+
+def test_a_trace_file_is_read_back_and_knows_its_pair(tmp_path: Path) -> None:
+    path, traces = tmp_path / "traces.safetensors", made_traces()
+    save_traces(traces, path)
+    back = load_traces(path)
+    assert back.origin == traces.origin
+    assert back.prompts == traces.prompts
+    np.testing.assert_array_equal(back.accepted_N, traces.accepted_N)
+    np.testing.assert_array_equal(back.confidence_NG, traces.confidence_NG)
+    back.check_origin("target-1", "drafter-1")
+    with pytest.raises(ScheduleError, match="another drafter"):
+        back.check_origin("target-1", "drafter-2")
+    with pytest.raises(ScheduleError, match="another target"):
+        back.check_origin("target-2", "drafter-1")
+
+
+def test_a_file_that_holds_no_traces_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no")
+    for path in (tmp_path / "text", tmp_path / "missing"):
+        with pytest.raises(ScheduleError, match="cannot be read as traces"):
+            load_traces(path)
+    traces = made_traces()
+    save_traces(replace(traces, prompts=traces.prompts[:-1]), tmp_path / "short")
+    with pytest.raises(ScheduleError, match="damaged"):
+        load_traces(tmp_path / "short")
+
+
+def test_answers_of_one_token_give_no_trace(target: TransformersTarget) -> None:
+    items = [TraceItem("a", "code", (4, 5), (6,))]
+    with pytest.raises(DataError, match="two tokens"):
+        record_traces(target, make_drafter(target), items, TraceSettings(Sampling(0.0), TOKEN_RULE), "d")
+
+
+# --- simulator
+
+
+def test_speeds_agree_with_arithmetic_by_hand() -> None:
+    """With passes that cost one second whatever they hold, tokens per second are the accepted length over the step."""
+    traces = made_traces()
+    plain = simulate(traces, FLAT, Load(50, 5), "none", arms_for(4)["no speculation"])
+    assert plain.user_speed == pytest.approx(1.0)
+    assert plain.throughput == pytest.approx(5.0)
+    assert plain.tokens == 50 * 30
+    assert (plain.verified_mean, plain.drafting_share) == (0.0, 0.0)
+    full = simulate(traces, FLAT, Load(50, 5), "fixed 4", arms_for(4)["fixed 4"])
+    assert full.tokens == plain.tokens
+    assert full.user_speed == pytest.approx(full.accepted_len / 1.25, rel=0.1)
+    assert (full.verified_mean, full.drafting_share) == (4.0, 1.0)
+
+
+@pytest.mark.parametrize("concurrency", [1, 16, 200])
+@pytest.mark.parametrize("machine", [(2048, 64), (64, 16), (4, 4)])
+def test_scheduling_is_near_the_best_fixed_length_and_never_below_none(machine: tuple[int, int], concurrency: int) -> None:
+    traces, table = made_traces(), parametric_table(*machine)
+    requests = 60 if concurrency == 1 else 300
+    found = {name: simulate(traces, table, Load(requests, concurrency), name, arm) for name, arm in arms_for(4).items()}
+    fixed = max(found[name].throughput for name in ("one token", "fixed 2", "fixed 3", "fixed 4"))
+    for name in ("algorithm 1", "budget"):
+        assert found[name].throughput >= 0.96 * fixed
+        assert found[name].throughput >= 0.995 * found["no speculation"].throughput
+
+
+def test_a_drafter_that_cannot_pay_is_never_asked() -> None:
+    for name in ("algorithm 1", "budget"):
+        found = simulate(made_traces(), DEAR, Load(100, 20), name, arms_for(4)[name])
+        assert found.drafting_share == 0.0
+
+
+def test_arrivals_come_at_their_rate_and_wait_when_there_is_no_room() -> None:
+    traces, arm = made_traces(), arms_for(4)["no speculation"]
+    idle = simulate(traces, FLAT, Load(200, 500, rate=0.1), "none", arm)
+    assert idle.seconds == pytest.approx(200 / 0.1, rel=0.25)
+    assert idle.running_mean == pytest.approx(0.1 * 30, rel=0.3)  # Little's law: rate x 30 s
+    assert idle.queue_median_s < 1.0
+    assert simulate(traces, FLAT, Load(200, 2, rate=1.0), "none", arm).queue_median_s > 100
+
+
+def test_the_estimator_stands_in_for_a_confidence_head() -> None:
+    table = parametric_table(64, 16)
+    arm = arms_for(4)["budget"]
+    blind, seeing = (
+        simulate(made_traces(head=head), table, Load(400, 30), "budget", arm).throughput for head in (False, True)
+    )
+    plain = simulate(made_traces(), table, Load(400, 30), "none", arms_for(4)["no speculation"]).throughput
+    assert plain < 0.97 * seeing
+    assert blind > 0.97 * seeing
+
+
+def test_the_same_seed_gives_the_same_outcome() -> None:
+    first, again, other = (
+        simulate(made_traces(), FLAT, Load(60, 7, 0.5, seed), "budget", arms_for(4)["budget"]) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_budgets_see_survivals_of_two_steps_earlier_only() -> None:
+    history, slots = SurvivalHistory(3, 1), np.array([0, 2])
+    steps = [np.array([[0.1], [0.2]]), np.array([[0.3], [0.4]]), np.array([[0.5], [0.6]])]
+    assert history.stale(slots).tolist() == [[1.0], [1.0]]
+    history.push(slots, steps[0])
+    assert history.stale(slots).tolist() == [[1.0], [1.0]]  # one step old: not yet
+    history.push(slots, steps[1])
+    assert history.stale(slots).tolist() == [[0.1], [0.2]]
+    history.push(slots, steps[2])
+    assert history.stale(slots).tolist() == [[0.3], [0.4]]
+    history.forget(np.array([2]))
+    new = float(history.stale(np.array([2]))[0, 0])
+    assert new == pytest.approx((0.15 + 0.35) / 2)  # like the others, as far as they are old enough
+    history.rest()
+    history.rest()
+    assert history.stale(slots)[0, 0] == history.stale(slots)[1, 0] > new
+
+
+# --- what belongs together
+
+
+def test_parts_of_different_pairs_are_refused(tmp_path: Path) -> None:
+    save_traces(made_traces(), tmp_path / "t")
+    save_calibration(Calibration((1.0,) * 4, drafter_fingerprint="drafter-2"), tmp_path / "c")
+    with pytest.raises(ScheduleError, match="calibration of another drafter"):
+        open_simulation(tmp_path / "t", "balanced", tmp_path / "c")
+    save_calibration(Calibration((1.0,) * 5), tmp_path / "c5")
+    with pytest.raises(ScheduleError, match="calibration of 5 positions, the drafter has 4"):
+        open_simulation(tmp_path / "t", "balanced", tmp_path / "c5")
+    measured = replace(FLAT.measured, target="big", target_fingerprint="target-2")
+    save_step_rate(replace(FLAT, measured=measured), tmp_path / "s")
+    with pytest.raises(ScheduleError, match="another target"):
+        open_simulation(tmp_path / "t", str(tmp_path / "s"), None)
+    with pytest.raises(ScheduleError, match="--step-rate"):
+        open_simulation(tmp_path / "t", None, None)
+    for load in ((0, 1), (1, 0), (1, 1, -1.0)):
+        with pytest.raises(ScheduleError, match="above 0"):
+            Load(*load)
+
+
+def test_what_is_assumed_is_said(tmp_path: Path) -> None:
+    traces = made_traces()
+    traces.confidence_NG[3, 1] = np.nan
+    save_traces(traces, tmp_path / "t")
+    save_step_rate(replace(FLAT, tokens=(1, 8)), tmp_path / "s")
+    source = open_simulation(tmp_path / "t", str(tmp_path / "s"), None)
+    outcomes, assumptions = run_simulate(source, [Load(20, 4)], tmp_path / "out")
+    said = " | ".join(assumptions)
+    for part in ("1 confidences are no numbers", "uncalibrated", "measured up to 8 tokens per pass", "names no target"):
+        assert part in said
+    assert [o.arm for o in outcomes] == list(arms_for(4))
+    assert (tmp_path / "out" / "simulation.png").stat().st_size > 10_000
+
+
+def test_calibration_is_fitted_and_measured_on_different_prompts(tmp_path: Path) -> None:
+    traces = made_traces(prompts=200)
+    odds = traces.confidence_NG / (1 - traces.confidence_NG)
+    report = run_calibrate(replace(traces, confidence_NG=(odds**2.5 / (1 + odds**2.5)).astype(np.float32)), tmp_path)
+    assert report.fitted_rows == report.held_out_rows == 3000
+    assert np.mean(report.after.ece) < 0.5 * np.mean(report.before.ece)
+    np.testing.assert_allclose(report.calibration.temperatures[:2], 2.5, rtol=0.25)
+    assert report.calibration.drafter_fingerprint == "drafter-1"
+    assert (tmp_path / "reliability.png").stat().st_size > 10_000
+    with pytest.raises(ScheduleError, match="no confidence head"):
+        run_calibrate(made_traces(head=False), tmp_path)
+
+
+def test_rows_of_an_answer_do_not_depend_on_the_others(target: TransformersTarget) -> None:
+    drafter, answer = make_drafter(target), (20, 21, 22, 23, 24, 25)
+    items = [TraceItem(str(i), "code", (4 + i, 5, 6), answer) for i in range(3)]
+    settings = TraceSettings(Sampling(1.0), TOKEN_RULE)
+    whole = record_traces(target, drafter, items, settings, "d")
+    alone = record_traces(target, drafter, items[:1], settings, "d")
+    np.testing.assert_allclose(whole.confidence_NG[:5], alone.confidence_NG, atol=1e-5)
+    assert torch.equal(torch.from_numpy(whole.accepted_N[:5]), torch.from_numpy(alone.accepted_N))
