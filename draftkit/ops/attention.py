@@ -12,6 +12,7 @@ heads, D head size; within a group x blocks, L keys, R = x * G * N / M rows that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -190,7 +191,7 @@ def flex_mask(start_X: Tensor, stop_X: Tensor, gamma: int, keys: int, own: int) 
         in_context = (key >= start_X[block]) & (key < stop_X[block])
         return in_context | ((key >= keys) & ((key - keys) // max(own, 1) == block))
 
-    make = torch.compile(create_block_mask) if start_X.device.type == "cuda" else create_block_mask  # eager: [Q, C + Q]
+    make = _for_device(create_block_mask, start_X.device)  # as plain operations it goes through a whole [Q, C + Q]
     mask: BlockMask = make(sees, None, None, queries, keys + len(start_X) * own, device=start_X.device)
     return mask
 
@@ -200,13 +201,17 @@ def flex_block_attention(
 ) -> Tensor:
     """`block_attention` by flex_attention, compiled where there is a kernel to compile to."""
     k, v = (torch.cat([s, o]).transpose(0, 1)[None] for s, o in zip(seen, own, strict=True))
-    run = _compiled_flex() if q_QND.device.type == "cuda" else flex_attention
-    mixed: Tensor = run(
+    mixed: Tensor = _for_device(flex_attention, q_QND.device)(
         q_QND.transpose(0, 1)[None], k, v, block_mask=mask, scale=scale, enable_gqa=q_QND.shape[1] != own[0].shape[1]
     )
     return mixed[0].transpose(0, 1)
 
 
+def _for_device(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    return _compiled(function) if device.type == "cuda" else function
+
+
 @cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compiled once for all batches, whatever their lengths."""
+    return torch.compile(function, dynamic=True)
