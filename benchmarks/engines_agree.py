@@ -1,0 +1,116 @@
+"""The same drafter folder in vLLM and here: greedy answers and accepted length on the same held-out prompts.
+
+    python benchmarks/engines_agree.py vllm DRAFTER --method eagle3 --tokens 5 -o vllm.json      # where vLLM is installed
+    python benchmarks/engines_agree.py draftkit DRAFTER --tokens 5 -o ours.json                  # where draftkit is
+    python benchmarks/engines_agree.py compare vllm.json ours.json
+
+float32, greedy, one JSON per engine. For a 1+N DFlash folder `--tokens` is block_size - 1. Each engine can live in an
+environment of its own: neither is imported before it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+TINY = Path(__file__).parent.parent / "draftkit" / "assets" / "tiny"
+Result = tuple[list[list[int]], int, int]  # answers, rounds, accepted drafted tokens
+
+
+def read_chats(per_domain: int) -> list[list[dict[str, str]]]:
+    """The first user turns of the first held-out prompts of every domain."""
+    chats: dict[str, list[list[dict[str, str]]]] = {}
+    for line in (TINY / "heldout.jsonl").read_text("utf-8").splitlines():
+        record = json.loads(line)
+        first = next(m for m in record["messages"] if m["role"] == "user")
+        chats.setdefault(record["domain"], []).append([{"role": "user", "content": first["content"]}])
+    return [chat for domain in chats.values() for chat in domain[:per_domain]]
+
+
+def run_vllm(options: argparse.Namespace) -> Result:
+    """vLLM's offline engine; rounds and accepted tokens are its own counters."""
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    speculative = {"method": options.method, "model": str(options.drafter), "num_speculative_tokens": options.tokens}
+    llm = LLM(
+        options.target,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=1024,
+        max_num_seqs=8,
+        disable_log_stats=False,
+        speculative_config=speculative,
+    )
+    sampling = SamplingParams(temperature=0.0, max_tokens=options.new_tokens)
+    answers = llm.chat(read_chats(options.prompts), sampling, use_tqdm=False)
+    counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    rounds, accepted = (int(counters[f"vllm:spec_decode_num_{name}"]) for name in ("drafts", "accepted_tokens"))
+    return [list(a.outputs[0].token_ids) for a in answers], rounds, accepted
+
+
+def run_draftkit(options: argparse.Namespace) -> Result:
+    """The reference loop with the same folder, drafting as many tokens."""
+    import torch
+
+    from draftkit.data.template import render_prompt
+    from draftkit.decode import decode
+    from draftkit.draft.checkpoint import load_drafter
+    from draftkit.ops.sampling import Sampling
+    from draftkit.target.tokenizer import load_tokenizer
+    from draftkit.target.transformers import load_target
+
+    torch.set_num_threads(1)
+    target, tokenizer = load_target(options.target), load_tokenizer(options.target)
+    drafter = load_drafter(options.drafter, target=target)
+    if drafter.gamma != options.tokens:
+        if drafter.config.algorithm != "eagle3":
+            raise SystemExit(f"this drafter drafts {drafter.gamma} tokens: give --tokens {drafter.gamma} to both engines")
+        from dataclasses import replace
+
+        drafter.config = replace(drafter.config, block_size=options.tokens)
+    answers, rounds, accepted = [], 0, 0
+    for chat in read_chats(options.prompts):
+        done = decode(target, drafter, render_prompt(tokenizer, chat), Sampling(0.0), options.new_tokens)
+        answers.append(list(done.tokens))
+        rounds, accepted = rounds + len(done.rounds), accepted + sum(r.accepted for r in done.rounds)
+    return answers, rounds, accepted
+
+
+def compare(files: list[Path]) -> dict[str, Any]:
+    """Same answers, and the accepted length in each."""
+    first, second = (json.loads(f.read_text("utf-8")) for f in files)
+    same = sum(a == b for a, b in zip(first["answers"], second["answers"], strict=True))
+    lengths = {r["engine"]: r["accepted_len"] for r in (first, second)}
+    return {"prompts": len(first["answers"]), "same_answers": same, "accepted_len": lengths}
+
+
+def main() -> None:
+    """Run one engine, or compare two results; prints JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    engines = parser.add_subparsers(dest="engine", required=True)
+    for name in ("vllm", "draftkit"):
+        engine = engines.add_parser(name)
+        engine.add_argument("drafter", type=Path)
+        engine.add_argument("--target", default=str(TINY))
+        engine.add_argument("--method", default="eagle3", help="vLLM's: eagle3, dflash")
+        engine.add_argument("--tokens", type=int, default=5, help="drafted per round")
+        engine.add_argument("--prompts", type=int, default=8, help="per domain")
+        engine.add_argument("--new-tokens", type=int, default=96)
+        engine.add_argument("--out", "-o", type=Path, required=True)
+    engines.add_parser("compare").add_argument("files", type=Path, nargs=2)
+    options = parser.parse_args()
+    if options.engine == "compare":
+        print(json.dumps(compare(options.files)))
+        return
+    answers, rounds, accepted = {"vllm": run_vllm, "draftkit": run_draftkit}[options.engine](options)
+    about = {"engine": options.engine, "cpu": platform.processor() or platform.machine(), "tokens": options.tokens}
+    numbers = {"rounds": rounds, "accepted": accepted, "accepted_len": 1 + accepted / rounds}
+    options.out.write_text(json.dumps(about | numbers | {"answers": answers}) + "\n", encoding="utf-8")
+    print(json.dumps(about | numbers))
+
+
+if __name__ == "__main__":
+    main()
