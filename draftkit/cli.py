@@ -3,6 +3,7 @@ the recipes."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -106,6 +107,8 @@ def train(
     from draftkit import stages
 
     report = stages.run_train(*stages.open_target(settings), settings, features, out)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
+        return
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
         f"next: draftkit evaluate -d {out / 'best'} -o results"

@@ -1,0 +1,149 @@
+"""Training in real processes: two of them under torchrun, killed ones, and another number than before."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from draftkit.data.capture import CaptureSettings, capture
+from draftkit.data.conversations import Conversation, Message
+from draftkit.draft.checkpoint import load_drafter
+from draftkit.target.tokenizer import load_tokenizer
+from draftkit.target.transformers import TransformersTarget
+
+pytestmark = pytest.mark.slow
+
+WORDS = "list value holds step return what add number the a of is".split()
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def features(target: TransformersTarget, target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = random.Random(4)
+    text = lambda low, high: " ".join(rng.choices(WORDS, k=rng.randrange(low, high)))  # noqa: E731
+    read = [
+        Conversation(f"c{i}", ["code", "chat"][i % 2], (Message("user", text(1, 6)), Message("assistant", text(3, 20))))
+        for i in range(40)
+    ]
+    folder = tmp_path_factory.mktemp("features")
+    capture(target, load_tokenizer(str(target_folder)), read, folder, CaptureSettings((1, 2), dtype="float32"))
+    return folder
+
+
+class Runs:
+    """Starts `draftkit train` on the features, with some settings, in one process or in several."""
+
+    def __init__(self, target_folder: Path, features: Path) -> None:
+        values = {"target.path": target_folder, "drafter.num_features": 2, "drafter.num_layers": 2, "drafter.markov_rank": 6}
+        values |= {"drafter.block_size": 4, "train.batch_size": 8, "train.anchors": 6, "train.steps": STEPS}
+        values |= {"train.validate_every": 10, "train.validation_share": 0.2, "train.decode_prompts": 2}
+        self.values, self.features = values, features
+
+    def command(self, out: Path, processes: int = 1, **changed: Any) -> list[str]:
+        values = self.values | {f"train.{k}" if "." not in k else k: v for k, v in changed.items()}
+        sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value, default=str)}")]
+        start = [sys.executable, "-m"]
+        if processes > 1:
+            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        return [*start, "draftkit.cli", "train", "-f", str(self.features), "-o", str(out), *sets]
+
+    def finish(self, out: Path, processes: int = 1, **changed: Any) -> str:
+        done = subprocess.run(self.command(out, processes, **changed), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    def end(self, out: Path, ready: Callable[[], bool], number: signal.Signals, processes: int = 1, **changed: Any) -> int:
+        process = subprocess.Popen(
+            self.command(out, processes, **changed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 240
+        while not ready() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(number)
+        return process.wait(timeout=120)
+
+
+@pytest.fixture(scope="module")
+def runs(target_folder: Path, features: Path) -> Runs:
+    return Runs(target_folder, features)
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, not disturbed."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs.finish(folder)
+    return folder
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def curve(folder: Path) -> list[float]:
+    return [r["loss"] for r in read_log(folder) if "loss" in r]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_drafter(folder / "last").state_dict()
+
+
+@pytest.mark.parametrize(("algorithm", "shard"), [("dspark", False), ("dspark", True), ("eagle3", True)])
+def test_two_processes_give_the_loss_curve_of_one(
+    algorithm: str, shard: bool, runs: Runs, alone: Path, tmp_path: Path
+) -> None:
+    changed = {"drafter.algorithm": algorithm, "drafter.num_layers": 1 if algorithm == "eagle3" else 2}
+    if algorithm == "eagle3":
+        alone = tmp_path / "alone"
+        runs.finish(alone, **changed)
+    printed = runs.finish(tmp_path / "two", processes=2, shard=shard, micro_batch_size=2, **changed)
+    assert curve(tmp_path / "two") == pytest.approx(curve(alone), abs=1e-4)
+    assert len(curve(alone)) == STEPS
+    first, second = weights(alone), weights(tmp_path / "two")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=2e-3, rtol=1e-2)
+    one, two = (next(r["validation"] for r in read_log(f) if "validation" in r) for f in (alone, tmp_path / "two"))
+    simulated = [name for name in one if name != "decoded"]
+    assert [two[k] for k in simulated] == pytest.approx([one[k] for k in simulated], abs=1e-3)
+    assert 1 <= two["decoded"] <= 5
+    assert printed.count("simulated accepted length") == 1, "only the first process speaks"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    number: signal.Signals, code: int, runs: Runs, alone: Path, tmp_path: Path
+) -> None:
+    assert runs.end(tmp_path, lambda: (tmp_path / "state" / "position.json").exists(), number) == code
+    assert 10 <= len(curve(tmp_path)) < STEPS, "it was ended in the middle"
+    runs.finish(tmp_path)
+    assert curve(tmp_path) == curve(alone)
+    first, second = weights(alone), weights(tmp_path)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize(("before", "after", "shard"), [(1, 2, True), (2, 1, True)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    before: int, after: int, shard: bool, runs: Runs, alone: Path, tmp_path: Path
+) -> None:
+    """SIGTERM to torchrun reaches all processes, which end behind the same step; what they saved fits any number."""
+    state = tmp_path / "state" / "position.json"
+    ended = runs.end(tmp_path, state.exists, signal.SIGTERM, before, shard=shard)
+    assert ended != 0
+    reached = json.loads(state.read_text())["step"]
+    assert 10 <= reached < STEPS
+    assert len(curve(tmp_path)) == reached, "the state is that of the last step in the log"
+    runs.finish(tmp_path, after, shard=shard)
+    assert curve(tmp_path) == pytest.approx(curve(alone), abs=1e-4)
