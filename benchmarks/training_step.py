@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py --features features --steps 20 --set train.anchors=512
 
-With 512 anchors per conversation, as in the paper, most conversations have fewer places for one; the plain step pads them.
+With the paper's 512 anchors per conversation, those with fewer places are padded to the most of the batch in the plain step.
 
 Both take the same conversations, anchors and drafter, and give the same loss (checked before anything is timed). The plain
 step pads every conversation to the longest, masks attention with a dense [Q, C + Q] mask, and computes all logits and
