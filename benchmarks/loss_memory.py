@@ -77,7 +77,8 @@ def run_arm(arm: str, rows: Rows) -> dict[str, float]:
     """Loss, seconds and peak extra memory of one step."""
     settings = LossSettings()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before, began, loss = memory_mib("VmRSS"), time.perf_counter(), torch.zeros(())
+    before, loss = memory_mib("VmRSS"), torch.zeros(())
+    began, cpu_began = time.perf_counter(), time.process_time()
     if arm == "sliced":
         loss = distillation_loss(rows, settings).loss
         loss.backward()
@@ -90,8 +91,12 @@ def run_arm(arm: str, rows: Rows) -> dict[str, float]:
             target = rows.target_hidden_NH @ rows.target_head.weight_VH.T
             q = torch.softmax(logits, -1)
         del logits, p, target, q
-    seconds = time.perf_counter() - began
-    return {"loss": float(loss.detach()), "seconds": seconds, "peak_mib": memory_mib("VmHWM") - before}
+    return {
+        "loss": float(loss.detach()),
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu_began,
+        "peak_mib": memory_mib("VmHWM") - before,
+    }
 
 
 def cpu_name() -> str:
@@ -136,6 +141,7 @@ def main() -> None:
         "memory_ratio_to_whole": median(a["peak_mib"] / b["peak_mib"] for a, b, _ in pairs),
         "memory_ratio_to_whole_forward_only": median(a["peak_mib"] / c["peak_mib"] for a, _, c in pairs),
         "time_ratio_to_whole": median(a["seconds"] / b["seconds"] for a, b, _ in pairs),
+        "cpu_time_ratio_to_whole": median(a["cpu_seconds"] / b["cpu_seconds"] for a, b, _ in pairs),
         "loss_difference": max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b, _ in pairs),
     }
     text = json.dumps(result, indent=1)

@@ -134,29 +134,37 @@ def _all_chunks(rows: Rows, settings: LossSettings, wanted: tuple[bool, ...]) ->
     vocabulary, device = len(rows.target_head.weight_VH), rows.tokens_N.device
     accuracy = torch.promote_types(rows.target_hidden_NH.dtype, torch.float32)
     values_4N = torch.zeros(4, len(rows.tokens_N), dtype=accuracy, device=device)
-    weights_G = settings.position_weights(rows.gamma).to(device)
     chunk_rows = min(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
     slice_rows = SLICE_LOGITS // vocabulary if device.type == "cpu" else chunk_rows
     for chunk in _whole_blocks(rows.grid_N, rows.gamma, chunk_rows):
-        draft, derivative = _draft_logits(rows, chunk)
-        target = rows.target_head.logits(rows.target_hidden_NH[chunk])
-        for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
-            place = slice(chunk.start + part.start, chunk.start + part.stop)
-            values_4N[:, place], gradient = _slice(
-                draft[part].to(accuracy),
-                target[part].to(accuracy),
-                rows.tokens_N[place, None],
-                rows.grid_N[place],
-                weights_G,
-                rows.draft_ids_W,
-                settings,
-                any(wanted),
-            )
-            if gradient is not None:
-                draft[part] = gradient
-        if any(wanted):
-            _push_back(rows, chunk, draft, derivative, gradients)
+        _one_chunk(rows, chunk, slice_rows, settings, values_4N, gradients)
     return values_4N, [g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, sources, strict=True)]
+
+
+def _one_chunk(
+    rows: Rows, chunk: slice, slice_rows: int, settings: LossSettings, values_4N: Tensor, gradients: list[Tensor | None]
+) -> None:
+    """Write a chunk's values and gradients; its logits end with this call."""
+    wanted = any(g is not None for g in gradients)
+    weights_G = settings.position_weights(rows.gamma).to(values_4N)
+    draft, derivative = _draft_logits(rows, chunk)
+    target = rows.target_head.logits(rows.target_hidden_NH[chunk])
+    for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
+        place = slice(chunk.start + part.start, chunk.start + part.stop)
+        values_4N[:, place], gradient = _slice(
+            draft[part].to(values_4N.dtype),
+            target[part].to(values_4N.dtype),
+            rows.tokens_N[place, None],
+            rows.grid_N[place],
+            weights_G,
+            rows.draft_ids_W,
+            settings,
+            wanted,
+        )
+        if gradient is not None:
+            draft[part] = gradient
+    if wanted:
+        _push_back(rows, chunk, draft, derivative, gradients)
 
 
 def _whole_blocks(grid_N: Tensor, gamma: int, rows: int) -> list[slice]:
@@ -211,7 +219,7 @@ def _slice(
     tv = difference.abs().sum(-1)
     if outside_n is not None:
         tv = tv + outside_n
-    weight = weights_G[grid_n % len(weights_G)].to(ce.dtype)
+    weight = weights_G[grid_n % len(weights_G)]
     if settings.weighting == "dpace":
         weight = dpace_weights(ce, grid_n, len(weights_G))
     share = torch.exp(-LK_SHARPNESS * (1 - tv / 2).clamp(0, 1))
