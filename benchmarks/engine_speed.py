@@ -1,0 +1,185 @@
+"""Tokens per second, greedy: transformers.generate, the engine without and with a drafter, and other servers, in one run.
+
+    python benchmarks/engine_speed.py --drafter runs/quickstart/drafter/best --concurrency 1 8 32 --out result.json
+    python benchmarks/engine_speed.py --drafter ... --against vllm=http://127.0.0.1:8001/v1
+
+Every round runs all arms one after the other on the same prompts; a ratio is the median over rounds of two arms' speeds in
+the same round. Answers end at the stop token. The engine runs in this process, other servers answer over HTTP
+(`/v1/completions`, prompts as token ids, no streaming): that costs them a few milliseconds per request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from rich.progress import Progress
+
+from draftkit.data.conversations import read_conversations
+from draftkit.data.template import render_prompt
+from draftkit.engine.engine import Engine
+from draftkit.engine.request import SamplingParams
+from draftkit.engine.settings import EngineSettings
+from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.tokenizer import load_tokenizer
+from draftkit.target.transformers import TransformersTarget, load_target
+
+Prompt = list[int]
+Arm = Callable[[Sequence[Prompt]], list[list[int] | int]]  # answers to prompts asked at once: tokens, or only how many
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm in one round: seconds and tokens of answers."""
+
+    seconds: float
+    tokens: int
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second of all requests together."""
+        return self.tokens / self.seconds
+
+
+def generate_arm(target: TransformersTarget, new_tokens: int) -> Arm:
+    """`transformers.generate`, one prompt after the other."""
+
+    def run(prompts: Sequence[Prompt]) -> list[list[int] | int]:
+        found: list[list[int] | int] = []
+        for prompt in prompts:
+            out = target.model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
+            found.append(out[0, len(prompt) :].tolist())
+        return found
+
+    return run
+
+
+def engine_arm(engine: Engine, new_tokens: int) -> Arm:
+    """All prompts at once through the engine."""
+    params = SamplingParams(max_tokens=new_tokens, temperature=0.0)
+
+    def run(prompts: Sequence[Prompt]) -> list[list[int] | int]:
+        answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+        for name, prompt in zip(answers, prompts, strict=True):
+            engine.add_request(name, prompt, params)
+        while engine.has_work():
+            for output in engine.step():
+                answers[output.request_id] += [event.token_id for event in output.events]
+        return list(answers.values())
+
+    return run
+
+
+def server_arm(url: str, new_tokens: int) -> Arm:
+    """All prompts at once to an OpenAI-compatible server."""
+    client = httpx.Client(base_url=url, timeout=300)
+    model = client.get("models").raise_for_status().json()["data"][0]["id"]
+
+    def ask(prompt: Prompt) -> int:
+        body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0.0}
+        return int(client.post("completions", json=body).raise_for_status().json()["usage"]["completion_tokens"])
+
+    def run(prompts: Sequence[Prompt]) -> list[list[int] | int]:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(ask, prompts))
+
+    return run
+
+
+def compare(arms: dict[str, Arm], prompts: list[Prompt], concurrency: int, rounds: int) -> dict[str, object]:
+    """Speeds and ratios at one concurrency; greedy answers of in-process arms must be those of the first one."""
+    runs: dict[str, list[Run]] = {name: [] for name in arms}
+    different = dict.fromkeys(arms, 0)
+    with Progress() as progress:
+        task = progress.add_task(f"concurrency {concurrency}", total=(rounds + 1) * len(arms))
+        for number in range(rounds + 1):
+            batch = [prompts[(number * concurrency + i) % len(prompts)] for i in range(concurrency)]
+            first: list[list[int] | int] | None = None
+            for name, arm in arms.items():
+                began = time.perf_counter()
+                answers = arm(batch)
+                seconds = time.perf_counter() - began
+                first = first or answers
+                different[name] += sum(isinstance(a, list) and a != b for a, b in zip(answers, first, strict=True))
+                if number:  # the first round warms up
+                    runs[name].append(Run(seconds, sum(a if isinstance(a, int) else len(a) for a in answers)))
+                progress.advance(task)
+    return {
+        "concurrency": concurrency,
+        "rounds": rounds,
+        "tokens_per_second": {name: spread([run.speed for run in found]) for name, found in runs.items()},
+        "answers_unlike_the_first_arm": different,
+        "ratios": {
+            f"{a} / {b}": spread([x.speed / y.speed for x, y in zip(runs[a], runs[b], strict=True)])
+            for i, a in enumerate(arms)
+            for b in list(arms)[:i]
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3)}
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="tiny")
+    parser.add_argument("--drafter", type=Path)
+    parser.add_argument("--plan", choices=["planned", "fixed"], default="planned")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--against", metavar="NAME=URL", nargs="*", default=[], help="other servers, URL with /v1")
+    parser.add_argument("--no-generate", action="store_true", help="leave transformers.generate out")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    target, tokenizer = load_target(options.target), load_tokenizer(options.target)
+    conversations = read_conversations([TINY_HELD_OUT])
+    prompts = [list(render_prompt(tokenizer, c.as_dicts())) for c in conversations[:: max(1, len(conversations) // 64)]]
+    engines = {"engine": Engine(target)}
+    if options.drafter:
+        engines["engine with drafter"] = Engine(target, options.drafter, EngineSettings(plan=options.plan))
+    arms = {} if options.no_generate else {"transformers": generate_arm(target, options.new_tokens)}
+    arms |= {name: engine_arm(engine, options.new_tokens) for name, engine in engines.items()}
+    for pair in options.against:
+        name, url = pair.split("=", 1)
+        arms[name] = server_arm(url, options.new_tokens)
+    compiled = {name: engine.wait_until_compiled() for name, engine in engines.items()}
+    found = [compare(arms, prompts, concurrency, options.rounds) for concurrency in options.concurrency]
+    facts = {"processor": processor(), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
+    settings = {"target": options.target, "new_tokens": options.new_tokens, "plan": options.plan, "prompts": len(prompts)}
+    if options.drafter:
+        metrics = engines["engine with drafter"].metrics
+        settings["accepted_len"] = round(1 + metrics.accepted / max(1, metrics.rounds), 3)
+        total = metrics.draft_seconds + metrics.verify_seconds + metrics.other_seconds
+        settings["share_of_other"] = round(metrics.other_seconds / total, 3)
+    result = json.dumps(facts | settings | {"results": found}, indent=1)
+    print(result)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(result + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
