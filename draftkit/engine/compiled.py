@@ -11,6 +11,7 @@ from torch import Tensor
 
 from draftkit.engine.fast_drafter import FastDrafter, NativeDrafter
 from draftkit.engine.fast_model import FastModel
+from draftkit.engine.graphs import Record, RecordedPasses, cuda_recorder
 from draftkit.engine.native import NativeStack
 from draftkit.engine.native_build import NoNative
 from draftkit.engine.passes import Pass
@@ -21,7 +22,8 @@ _TOLERANCE = 1e-3  # of the largest number, between two orders of summing in flo
 
 
 class CompiledPasses:
-    """Builds the C++ passes of a target and, where there is one, its drafter, in a thread of its own.
+    """Builds the C++ passes of a target and, where there is one, its drafter, in a thread of its own; on a GPU, passes are
+    recorded as CUDA graphs instead, each shape when it first comes.
 
     Each model switches by itself, between two passes, after the new pass gave the eager one's numbers on a small memory
     aside. Where that cannot be, `reason` says why, and the PyTorch operations go on.
@@ -43,6 +45,9 @@ class CompiledPasses:
 
     def _build(self, model: FastModel, drafter: FastDrafter | None) -> None:
         try:
+            if model.embedding.device.type == "cuda":
+                record_passes(model, drafter, cuda_recorder())
+                return
             with torch.inference_mode():
                 model.native = _native_model(model)
                 if drafter is not None:
@@ -51,6 +56,14 @@ class CompiledPasses:
             self.reason = str(error)
         except Exception as error:  # whatever a machine may come up with, serving goes on
             self.reason = f"{type(error).__name__}: {error}"
+
+
+def record_passes(model: FastModel, drafter: FastDrafter | None, record: Record) -> None:
+    """From now on, record each shape of pass when it first comes, and play it back after that."""
+    layers = drafter.config.feature_layers if drafter is not None else ()
+    model.recorded = RecordedPasses(lambda fixed: model.forward(fixed, None, layers), model.stack.slots, record)
+    if drafter is not None:
+        drafter.recorded = RecordedPasses(drafter.forward, drafter.stack.slots, record)
 
 
 def _native_model(model: FastModel) -> NativeStack:

@@ -22,9 +22,10 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterConfig
 from draftkit.draft.families import STYLES
 from draftkit.engine.fast_model import fuse_qkv
+from draftkit.engine.graphs import RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
 from draftkit.engine.passes import Pass
-from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
+from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [R, V], draft index 0..G-1 -> tokens [R], probs [R, V]
 
@@ -55,7 +56,9 @@ class FastDrafter:
         self.context_kv = columns_first(torch.cat([*keys, *(a.value_weight for a in attentions)]))  # [2 L M D, H]
         norms = [pair_rows(a.k_norm.weight, config.head_dim) for a in attentions if a.k_norm is not None]
         self.k_norm = torch.stack(norms) if norms else None  # [L, D]
-        self.native: NativeDrafter | None = None  # set when it is compiled, see compiled.py
+        # one of them is set when it is ready, see compiled.py
+        self.native: NativeDrafter | None = None
+        self.recorded: RecordedPasses | None = None
 
     @property
     def ends(self) -> Ends:
@@ -124,13 +127,21 @@ class FastDrafter:
             rows_RG = np.arange(len(step)).reshape(-1, size)[:, size - gamma :]
             base, hidden, _ = self.native.stack.run(step, rows_RG.ravel())
             return hidden.unflatten(0, (-1, gamma)), base.unflatten(0, (-1, gamma))
+        if self.recorded is not None and (played := self.recorded.run(step)) is not None:
+            hidden_TH, base_TV = played
+        else:
+            hidden_TH, base_TV = self.forward(step)
+        hidden_RPH, base_RPV = (t.unflatten(0, (-1, size)) for t in (hidden_TH, base_TV))
+        return hidden_RPH[:, size - gamma :], base_RPV[:, size - gamma :]
+
+    def forward(self, step: Indices) -> tuple[Tensor, Tensor]:
+        """Normed hidden states [T, H] and base logits [T, V] of whole blocks in PyTorch operations."""
         x_TH = F.embedding(step.tokens, self.embedding)
         if self.embedding_scale != 1:
             x_TH = x_TH * self.embedding_scale
         x_TH, _ = self.stack.run(x_TH, step)
-        drafting = x_TH.view(-1, size, self.config.hidden_size)[:, size - gamma :]
-        hidden_RGH = F.rms_norm(drafting, self.norm.shape, self.norm, self.config.rms_eps)
-        return hidden_RGH, self.head.logits(hidden_RGH)
+        hidden_TH = F.rms_norm(x_TH, self.norm.shape, self.norm, self.config.rms_eps)
+        return hidden_TH, self.head.logits(hidden_TH)
 
 
 def _take_largest(logits_RV: Tensor, _: int) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftkit.engine.graphs import RecordedPasses
 from draftkit.engine.native import Ends, NativeStack
 from draftkit.engine.passes import Pass
-from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, columns_first, pair_rows, rms_norm, rotary_table
+from draftkit.engine.stack import (
+    AttentionShape,
+    Indices,
+    Layer,
+    Stack,
+    StackShape,
+    columns_first,
+    pair_rows,
+    rms_norm,
+    rotary_table,
+)
 from draftkit.target.transformers import TransformersTarget
 
 
@@ -101,7 +112,9 @@ class FastModel:
                 tables[kind] = rotary_table(max_length, frequencies, scaling, dtype).to(self.embedding.device)
             layers.append(_fuse(layer, family, tables[kind], config))
         self.stack = Stack(shape, tuple(layers), slots)
-        self.native: NativeStack | None = None  # set when it is compiled, see compiled.py
+        # one of them is set when it is ready, see compiled.py
+        self.native: NativeStack | None = None
+        self.recorded: RecordedPasses | None = None
 
     @property
     def ends(self) -> Ends:
@@ -118,6 +131,14 @@ class FastModel:
             rows_W = np.arange(len(step)) if wanted is None else wanted.numpy()
             logits_WV, _, features_TF = self.native.run(step, rows_W, feature_layers)
             return ReadOut(logits_WV, features_TF)
+        if self.recorded is not None and (played := self.recorded.run(step)) is not None:
+            logits_TV, *features = played
+            return ReadOut(logits_TV if wanted is None else logits_TV[wanted], features[0] if features else None)
+        logits_WV, *features = self.forward(step, wanted, feature_layers)
+        return ReadOut(logits_WV, features[0] if features else None)
+
+    def forward(self, step: Indices, wanted: Tensor | None, feature_layers: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """`read` in PyTorch operations: logits, and features when there are any."""
         x = F.embedding(step.tokens, self.embedding)
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
@@ -126,7 +147,7 @@ class FastModel:
         logits = F.linear(rms_norm(chosen, self.norm, self.stack.shape.eps), self.head)
         if self.logit_cap:
             logits = torch.tanh(logits / self.logit_cap) * self.logit_cap
-        return ReadOut(logits, torch.cat(captured, -1) if captured else None)
+        return (logits, torch.cat(captured, -1)) if captured else (logits,)
 
 
 def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:

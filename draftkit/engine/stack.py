@@ -9,12 +9,33 @@ Shapes: T tokens, H hidden, N query heads, M key/value heads, D head size, I int
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from draftkit.engine.passes import Group, Pass
+
+
+class Indices(Protocol):
+    """What the layers ask of a pass; see `Pass`."""
+
+    block_size: int
+
+    def __len__(self) -> int: ...
+
+    @property
+    def tokens(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def positions(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def slots(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def groups(self) -> tuple[Group, ...]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -88,17 +109,17 @@ class Stack:
     """The layers, their part of the KV memory, and the forward pass in PyTorch operations."""
 
     def __init__(self, shape: StackShape, layers: tuple[Layer, ...], slots: int) -> None:
-        self.shape, self.layers, self.slots = shape, layers, slots
+        self.shape, self.layers, self.slots = shape, layers, slots  # slot number `slots` takes what padding writes
         # zeros, not empty: what no request has written is masked, and a mask does not hide a NaN
         sizes = [(layer.attention.kv_heads, 2 * layer.attention.head_dim) for layer in layers]
-        self.memory = tuple(layers[0].qkv.new_zeros(slots, *size) for size in sizes)  # per layer [P, M, 2 D]
+        self.memory = tuple(layers[0].qkv.new_zeros(slots + 1, *size) for size in sizes)  # per layer [P + 1, M, 2 D]
 
     @property
     def bytes_per_slot(self) -> int:
         """Memory of one position in all layers."""
         return sum(memory[:1].nbytes for memory in self.memory)
 
-    def run(self, x_TH: Tensor, step: Pass, capture: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
+    def run(self, x_TH: Tensor, step: Indices, capture: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """Hidden states after the last layer, before the final norm, [T, H], and the outputs of the layers `capture`."""
         eps = self.shape.eps
         turned: dict[int, Tensor] = {}  # one lookup for all layers that share a table
@@ -127,7 +148,7 @@ class Stack:
         for memory, both in zip(self.memory, torch.cat([rotated, values], -1), strict=True):
             memory[step.slots] = both
 
-    def _attend(self, index: int, qkv: Tensor, rotary: Tensor, step: Pass) -> Tensor:
+    def _attend(self, index: int, qkv: Tensor, rotary: Tensor, step: Indices) -> Tensor:
         """Rotate, store, attend: [T, (N + 2 M) D] to [T, N D]."""
         layer, memory, shape = self.layers[index], self.memory[index], self.layers[index].attention
         count, size = shape.heads + shape.kv_heads, (shape.head_dim,)
@@ -140,7 +161,8 @@ class Stack:
         qk = rotate(qk, rotary)
         memory[step.slots] = torch.cat([qk[:, shape.heads :], v], -1)
         q = qk[:, : shape.heads]
-        parts = [_attend_group(shape, memory, q, group, step.block_size) for group in step.groups]
+        pages = memory[: self.slots].view(-1, step.block_size * shape.kv_heads * 2 * shape.head_dim)
+        parts = [_attend_group(shape, pages, q, group) for group in step.groups]
         if len(parts) == 1:
             return parts[0]
         mixed = parts[0].new_empty(len(step), parts[0].shape[1])
@@ -149,13 +171,12 @@ class Stack:
         return mixed
 
 
-def _attend_group(shape: AttentionShape, memory: Tensor, q_TND: Tensor, group: Group, block_size: int) -> Tensor:
+def _attend_group(shape: AttentionShape, pages: Tensor, q_TND: Tensor, group: Group) -> Tensor:
     """One rectangle of queries [R, Q] against gathered pages; query heads of one key head are further queries."""
     requests, fold = group.requests, shape.heads // shape.kv_heads
     q = q_TND[group.pad_RQ] if group.pad_RQ is not None else q_TND.unflatten(0, (requests, -1))
     q = q.unflatten(2, (shape.kv_heads, fold)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, M, N/M * Q, D]
-    pages = memory.view(-1, block_size * shape.kv_heads * 2 * shape.head_dim).index_select(0, group.blocks_RB)
-    kv = pages.view(requests, -1, shape.kv_heads, 2 * shape.head_dim).transpose(1, 2)
+    kv = pages.index_select(0, group.blocks_RB).view(requests, -1, shape.kv_heads, 2 * shape.head_dim).transpose(1, 2)
     k, v = kv[..., : shape.head_dim], kv[..., shape.head_dim :]
     mask = group.mask(shape.window)
     mask = mask.expand(-1, fold, -1, -1).flatten(1, 2)[:, None] if fold > 1 else mask
