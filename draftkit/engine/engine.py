@@ -198,11 +198,12 @@ class Engine:
             tokens_DB.ravel(), work.starts_R[chosen], np.full(len(drafting), size), work.rows_R[chosen], block=True
         )
         index = torch.tensor(chosen, device=device)
-        choose = Chooser(
-            rows.take(index), self._there(uniforms[chosen]), [self._adjustments.get(r.id) for r in drafting]
-        )
+        adjustments = [self._adjustments.get(r.id) for r in drafting]
+        choose = None  # the drafter's own greedy walk
+        if not rows.greedy or any(adjustments):
+            choose = Chooser(rows.take(index), self._there(uniforms[chosen]), adjustments)
         tokens_DG, probs_DGV, confidence_DG = drafter.draft(block, self._there(tokens_DB[:, 0]), choose)
-        self._tally.draft_seconds += time.perf_counter() - began - choose.seconds
+        self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
         confidence = confidence_DG.cpu().numpy() if confidence_DG is not None else None
         lengths_A[chosen] = self._planner.lengths(drafting, confidence)
         probs_AGV = None if rows.greedy else place(probs_DGV, index, work.answering)

@@ -67,7 +67,7 @@ def processed_rows(logits_NV: Tensor, rows: RowSampling) -> Tensor:
     probs_NV = torch.softmax(logits_NV / rows.temperature.where(warm_N1, 1.0).to(logits_NV.dtype), -1)
     if rows.top_k is not None:
         active_N1 = rows.top_k > 0
-        most = int(rows.top_k.max())
+        most = max(int(rows.top_k.max()), 1)
         smallest_N1 = probs_NV.topk(most, -1).values.gather(-1, (rows.top_k - 1).clamp_min(0))
         probs_NV = _keep(probs_NV, probs_NV >= smallest_N1, active_N1)
     if rows.top_p is not None:

@@ -80,7 +80,8 @@ class Scheduler:
             request = self.waiting.popleft()
             count = min(budget, request.to_read)
             budget -= count
-            (ends if self._answers(request, count) else middles).append((request, count))
+            if count:  # else all but its last token was found in memory: it decodes from the next step on
+                (ends if self._answers(request, count) else middles).append((request, count))
         requests = decoding + [r for r, _ in ends + middles]
         return Work(
             requests,

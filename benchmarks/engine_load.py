@@ -1,0 +1,83 @@
+"""What the engine benchmarks share: prompts of the embedded target, and a closed loop of greedy requests."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftkit.data.conversations import read_conversations
+from draftkit.data.template import render_prompt
+from draftkit.engine.engine import Engine
+from draftkit.engine.request import SamplingParams
+from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Load:
+    """One run: tokens made, seconds of the whole, and of the drafter's and the target's passes; tokens per round."""
+
+    tokens: int
+    seconds: float
+    draft_seconds: float
+    verify_seconds: float
+    other_seconds: float
+    accepted_length: float
+    verified_per_round: float
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def overhead(self) -> float:
+        """Share of the steps' time outside both models' passes."""
+        return self.other_seconds / (self.draft_seconds + self.verify_seconds + self.other_seconds)
+
+
+def read_prompts(target: str, count: int) -> list[tuple[int, ...]]:
+    """Token ids of held-out prompts."""
+    tokenizer = load_tokenizer(target)
+    conversations = read_conversations([TINY_HELD_OUT])
+    step = max(1, len(conversations) // count)
+    return [render_prompt(tokenizer, c.as_dicts()[:1]) for c in conversations[::step][:count]]
+
+
+def run_closed(
+    engine: Engine, prompts: Sequence[Sequence[int]], concurrency: int, requests: int, new_tokens: int, **params: object
+) -> Load:
+    """`concurrency` users ask `requests` questions in all, each the next one when it has its answer. Prefixes are cold
+    only as far as the prompts differ."""
+    made, asked, before = 0, 0, engine.metrics
+    settings = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, **params)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    running = 0
+    while asked < requests or running:
+        while running < concurrency and asked < requests:
+            engine.add_request(f"load-{asked}", prompts[asked % len(prompts)], settings)
+            asked, running = asked + 1, running + 1
+        for output in engine.step():
+            made += len(output.events)
+            running -= output.finish_reason is not None
+    seconds, after = time.perf_counter() - began, engine.metrics
+    rounds = max(after.rounds - before.rounds, 1)
+    return Load(
+        made,
+        seconds,
+        after.draft_seconds - before.draft_seconds,
+        after.verify_seconds - before.verify_seconds,
+        after.other_seconds - before.other_seconds,
+        1 + (after.accepted - before.accepted) / rounds,
+        (after.verified - before.verified) / rounds,
+    )
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

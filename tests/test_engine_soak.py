@@ -1,0 +1,34 @@
+"""Hundreds of random requests through one engine; `benchmarks/soak.py` does the same with ten thousand."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from test_decode import make_drafter
+from test_engine import PROMPTS, small
+
+from draftkit.engine.engine import Engine
+from draftkit.target.transformers import TransformersTarget
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from soak import Report, soak
+
+
+@pytest.mark.slow
+def test_random_requests_leave_nothing_behind_and_greedy_answers_are_the_reference_loops(target: TransformersTarget) -> None:
+    """In a memory that makes requests give way to each other."""
+    engine = Engine(target, make_drafter(target), small(plan="planned", kv_bytes=2**18, max_running=16, max_length=128))
+    report = soak(engine, target, PROMPTS, requests=400, concurrency=16, most=40)
+    assert report.finished + report.aborted == 400 and report.aborted > 10
+    assert report.preemptions > 0 and report.greedy_checked > 50
+    assert (report.greedy_wrong, report.greedy_ties, report.wrong_ends, report.leaked_blocks) == (0, 0, 0, 0)
+    assert not engine.has_work()
+
+
+def test_a_soak_with_a_wrong_answer_or_a_leak_is_not_good() -> None:
+    fine = {"greedy_checked": 9, "megabytes_early": 100.0, "megabytes_end": 105.0}
+    assert Report(**fine).good  # type: ignore[arg-type]
+    for wrong in ({"greedy_wrong": 1}, {"leaked_blocks": 1}, {"wrong_ends": 1}, {"megabytes_end": 200.0}, {"greedy_checked": 0}):
+        assert not Report(**fine | wrong).good  # type: ignore[arg-type]
