@@ -281,6 +281,13 @@ def serve(
     max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = 512,
     max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = 8 * 2**20,
     drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = 120,
+    plan: Annotated[str, typer.Option(help="drafted tokens to verify: planned (by confidence and load) or fixed")] = "planned",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda; default: a GPU where there is one")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; default: float32 on a CPU, else bfloat16")] = None,
+    max_running: Annotated[int, typer.Option(help="answers that are made at the same time")] = 64,
+    max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the target's")] = None,
+    kv_gib: Annotated[float, typer.Option(help="memory for keys and values, GiB")] = 1.0,
+    threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
     from draftkit.engine.settings import EngineSettings
@@ -288,7 +295,15 @@ def serve(
     from draftkit.serve.settings import ServeSettings
 
     settings = ServeSettings(host, port, tuple(api_key or ()), name, max_body, max_waiting, drain_seconds=drain_seconds)
-    run_server(lambda: load_served(target, drafter, name, EngineSettings()), settings)
+    engine = EngineSettings(
+        plan=plan,  # type: ignore[arg-type]  # checked there
+        device=device,
+        dtype=dtype,
+        max_running=max_running,
+        max_length=max_length,
+        kv_bytes=int(kv_gib * 2**30),
+    )
+    run_server(lambda: load_served(target, drafter, name, engine, threads), settings)
 
 
 @app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8")

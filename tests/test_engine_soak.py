@@ -30,5 +30,6 @@ def test_random_requests_leave_nothing_behind_and_greedy_answers_are_the_referen
 def test_a_soak_with_a_wrong_answer_or_a_leak_is_not_good() -> None:
     fine = {"greedy_checked": 9, "megabytes_early": 100.0, "megabytes_end": 105.0}
     assert Report(**fine).good  # type: ignore[arg-type]
-    for wrong in ({"greedy_wrong": 1}, {"leaked_blocks": 1}, {"wrong_ends": 1}, {"megabytes_end": 200.0}, {"greedy_checked": 0}):
-        assert not Report(**fine | wrong).good  # type: ignore[arg-type]
+    wrong = {"greedy_wrong": 1, "leaked_blocks": 1, "wrong_ends": 1, "megabytes_end": 200.0, "greedy_checked": 0}
+    for name, value in wrong.items():
+        assert not Report(**fine | {name: value}).good  # type: ignore[arg-type]

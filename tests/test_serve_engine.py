@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -139,3 +141,33 @@ def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:
             thread.join(60)
         assert [a.json()["usage"]["completion_tokens"] for a in answers] == [300] * 4
         assert server.process.wait(20) == 0
+
+
+def test_after_a_sigkill_the_next_process_serves_the_same_port_with_the_same_answers(reference: dict[str, str]) -> None:
+    with serving(command=SERVE) as server:
+        port = server.url.rsplit(":", 1)[1]
+        body = {"prompt": "one two three", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+            server.process.send_signal(signal.SIGKILL)
+            assert server.process.wait(10) == -signal.SIGKILL
+    with serving("--port", port, command=SERVE[:-2]) as again:
+        client = openai.OpenAI(base_url=again.url + "/v1", api_key="any", max_retries=0)
+        assert again.url.endswith(port) and ask(client, QUESTIONS[0]) == reference[QUESTIONS[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "/nowhere"), "/nowhere: no such folder"),
+        (("--drafter", "/nowhere"), "/nowhere: has no config.json"),
+        (("--plan", "clever"), "plan is 'clever'; choose one of planned, fixed"),
+        (("--device", "warp"), "cannot use device 'warp'"),
+        (("--kv-gib", "0.001"), "give .* bytes or a smaller max_length"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_and_exit_code_2(options: tuple[str, ...], message: str) -> None:
+    done = subprocess.run([*SERVE, *options], capture_output=True, text=True, timeout=120, check=False)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and re.search(message, line) and "Traceback" not in done.stderr

@@ -52,7 +52,7 @@ def serving(*options: str, command: Sequence[str] = (sys.executable, str(FAKE)))
         url = re.search(r"http://\S+", server.logged("listening on", 20))
         assert url is not None
         server = Server(process, url.group(), log)
-        for _ in range(600):
+        for _ in range(1200):
             if server.http.get("/ready").status_code == 200:
                 break
             time.sleep(0.05)

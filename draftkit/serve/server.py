@@ -23,10 +23,16 @@ log = logging.getLogger("draftkit.serve")
 _FLUSH_SECONDS = 10  # for responses that are made but not yet sent when the last answer is complete
 
 
-def load_served(target: str, drafter: str | None, name: str | None, settings: EngineSettings) -> Served:
+def load_served(
+    target: str, drafter: str | None, name: str | None, settings: EngineSettings, threads: int | None = None
+) -> Served:
     """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError."""
+    import torch
+
     from draftkit.serve.pair import open_pair
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     engine, tokenizer = open_pair(target, drafter, settings)
     return Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name)
 
@@ -70,6 +76,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(1024)  # who comes early waits instead of being refused
     except OSError as error:
         raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
     return bound
