@@ -273,6 +273,33 @@ def test_bfloat16_changes_rounding_alone_and_leaves_the_rotary_table_in_float32(
     assert float(torch.cosine_similarity(*gradients, dim=0)) > 0.99
 
 
+LOSSES = {
+    "CE": LossSettings(ce=1, tv=0),
+    "KL": LossSettings(ce=0, tv=0, kl=1),
+    "LK": LossSettings(ce=0, tv=0, lk=1),
+    "the paper's mix": LossSettings(),
+    "D-PACE": LossSettings(ce=1, tv=0, weighting="dpace"),
+}
+
+
+@pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
+def test_every_loss_teaches_the_drafter_what_the_target_says(settings: LossSettings) -> None:
+    """Sixty steps on one batch whose target is nearly certain of the tokens that follow."""
+    drafter, batch = drafter_with().train(), random_batch()
+    following = batch.tokens_BT.roll(-1, 1)
+    sure = replace(batch, last_hidden_BTH=20 * torch.nn.functional.normalize(drafter.lm_head.weight, dim=-1)[following])
+    trained = [p for n, p in drafter.named_parameters() if not n.startswith(("embed_tokens", "lm_head"))]
+    optimizer = torch.optim.Adam(trained, lr=0.02)
+    accepted = []
+    for _ in range(60):
+        report = drafter.loss(sure, settings)
+        accepted.append(float(report.accept_N.mean()))
+        (report.loss_sum / report.weight_sum).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert accepted[0] < 0.3 < 0.9 < accepted[-1]
+
+
 def test_the_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     drafter, batch = drafter_with().train(), random_batch()
     whole = float(drafter.loss(batch, LossSettings()).loss_sum.detach())
