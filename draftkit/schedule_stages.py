@@ -15,7 +15,6 @@ from draftkit.evaluate.profile import ProfileSettings, plot_step_rate, profile
 from draftkit.evaluate.run import EvalPrompt
 from draftkit.evaluate.schedule_plots import plot_reliability, plot_simulation
 from draftkit.ops.sampling import Sampling
-from draftkit.ops.verify import TOKEN_RULE, Rule
 from draftkit.schedule.calibration import (
     Calibration,
     Quality,
@@ -45,22 +44,20 @@ def run_record(
     max_new_tokens: int,
     seed: int,
     out: Path,
-    rule: Rule = TOKEN_RULE,
 ) -> Traces:
     """Answer all prompts and record traces into `out`, or read them from there when the file is of this very pair.
 
-    `folder` is where the drafter was loaded from. Raises ScheduleError when the file is there and of another pair,
-    temperature or rule.
+    `folder` is where the drafter was loaded from. Raises ScheduleError when the file is there and of another pair
+    or temperature.
     """
     own = fingerprint(folder)
     if out.exists():
         traces = load_traces(out)
         traces.check_origin(target.info.fingerprint, own)
-        found, wanted = (traces.origin.temperature, traces.origin.rule), (sampling.temperature, rule.name)
-        if found != wanted:
+        if traces.origin.temperature != sampling.temperature:
             raise ScheduleError(
-                f"{out}: recorded at temperature {found[0]:g} with the {found[1]} rule, asked for {wanted[0]:g} and "
-                f"{wanted[1]}; choose another folder"
+                f"{out}: recorded at temperature {traces.origin.temperature:g}, asked for {sampling.temperature:g}; "
+                "choose another folder"
             )
         return traces
     settings, items = GenerateSettings(sampling, max_new_tokens, seed=seed), []
@@ -71,7 +68,7 @@ def run_record(
             answers = answer_batch(target, [p.tokens for p in batch], seeds, settings)
             items += [TraceItem(p.prompt_id, p.domain, p.tokens, a.tokens) for p, a in zip(batch, answers, strict=True)]
             bar.update(task, advance=len(batch))
-        recording = TraceSettings(sampling, rule, seed + 1)
+        recording = TraceSettings(sampling, seed + 1)
         traces = record_traces(target, drafter, items, recording, own, lambda n: bar.update(task, advance=n))
     save_traces(traces, out)
     return traces

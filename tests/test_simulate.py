@@ -13,7 +13,6 @@ import torch
 from draftkit.decode import decode
 from draftkit.errors import DataError, ScheduleError
 from draftkit.ops.sampling import Sampling
-from draftkit.ops.verify import TOKEN_RULE
 from draftkit.schedule.calibration import Calibration, save_calibration
 from draftkit.schedule.history import SurvivalHistory
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
@@ -35,10 +34,11 @@ def made_traces(gamma: int = 4, prompts: int = 40, rows: int = 30, head: bool = 
     chance = np.clip(ease[:, None] + rng.normal(0, 0.15, (prompts * rows, gamma)), 0.02, 0.98)
     accepted = (rng.uniform(size=chance.shape) < chance).cumprod(-1).sum(-1)
     return Traces(
-        Origin("tiny", "target-1", "drafter-1", 1.0, "token"),
+        Origin("tiny", "target-1", "drafter-1", 1.0),
         tuple(TracedPrompt(f"p{i}", "code", 20, i * rows, rows) for i in range(prompts)),
         (chance if head else np.full_like(chance, np.nan)).astype(np.float32),
         chance.astype(np.float32),
+        accepted.astype(np.int64),
         accepted.astype(np.int64),
         np.full(len(accepted), gamma),
     )
@@ -52,8 +52,9 @@ def test_greedy_traces_tell_what_decoding_does(target: TransformersTarget) -> No
     drafter, prompts = make_drafter(target), [(4, 20, 31, 7), (9, 9, 9), (40, 41, 42, 43)]
     answers = [decode(target, None, p, Sampling(0.0), 24).tokens for p in prompts]
     items = [TraceItem(str(i), "code", p, a) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
-    traces = record_traces(target, drafter, items, TraceSettings(Sampling(0.0), TOKEN_RULE), "d")
+    traces = record_traces(target, drafter, items, TraceSettings(Sampling(0.0)), "d")
     assert [p.rows for p in traces.prompts] == [len(a) - 1 for a in answers]
+    np.testing.assert_array_equal(traces.accepted_N, traces.block_accepted_N)  # the rules agree at temperature 0
     for traced, prompt in zip(traces.prompts, prompts, strict=True):
         lengths = itertools.cycle([4, 1, 0, 3])
         rounds = decode(target, drafter, prompt, Sampling(0.0), 24, plan=lambda c, lengths=lengths: next(lengths)).rounds
@@ -69,7 +70,7 @@ def test_sampled_traces_accept_as_often_as_decoding_does(target: TransformersTar
     drafter, prompt, sampling = make_drafter(target, block=3), (4, 20, 31, 7), Sampling(0.25)
     start = decode(target, None, prompt, Sampling(0.0), 2).tokens
     items = [TraceItem(str(i), "code", prompt, start) for i in range(400)]
-    rows = record_traces(target, drafter, items, TraceSettings(sampling, TOKEN_RULE, seed=1), "d").accepted_N
+    rows = record_traces(target, drafter, items, TraceSettings(sampling, seed=1), "d").accepted_N
     same = [decode(target, drafter, prompt, sampling, 8, seed) for seed in range(120)]
     decoded = np.array([d.rounds[0].accepted for d in same if d.tokens[0] == start[0]])
     assert len(decoded) > 20
@@ -107,7 +108,7 @@ def test_a_file_that_holds_no_traces_is_one_clear_error(tmp_path: Path) -> None:
 def test_answers_of_one_token_give_no_trace(target: TransformersTarget) -> None:
     items = [TraceItem("a", "code", (4, 5), (6,))]
     with pytest.raises(DataError, match="two tokens"):
-        record_traces(target, make_drafter(target), items, TraceSettings(Sampling(0.0), TOKEN_RULE), "d")
+        record_traces(target, make_drafter(target), items, TraceSettings(Sampling(0.0)), "d")
 
 
 # --- simulator
@@ -243,7 +244,7 @@ def test_calibration_is_fitted_and_measured_on_different_prompts(tmp_path: Path)
 def test_rows_of_an_answer_do_not_depend_on_the_others(target: TransformersTarget) -> None:
     drafter, answer = make_drafter(target), (20, 21, 22, 23, 24, 25)
     items = [TraceItem(str(i), "code", (4 + i, 5, 6), answer) for i in range(3)]
-    settings = TraceSettings(Sampling(1.0), TOKEN_RULE)
+    settings = TraceSettings(Sampling(1.0))
     whole = record_traces(target, drafter, items, settings, "d")
     alone = record_traces(target, drafter, items[:1], settings, "d")
     np.testing.assert_allclose(whole.confidence_NG[:5], alone.confidence_NG, atol=1e-5)

@@ -17,7 +17,7 @@ import torch
 from draftkit.draft.drafter import Drafter
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator
-from draftkit.ops.verify import Rule, verify
+from draftkit.ops.verify import BLOCK_RULE, TOKEN_RULE, verify
 from draftkit.schedule.traces import Origin, TracedPrompt, Traces
 from draftkit.target.interface import Target
 
@@ -36,10 +36,9 @@ class TraceItem:
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """How proposals are drawn and verified: the sampling that the answers were made with, the rule, the randomness."""
+    """How proposals are drawn and verified: the sampling that the answers were made with, and the randomness."""
 
     sampling: Sampling
-    rule: Rule
     seed: int = 0
 
 
@@ -70,7 +69,6 @@ def record_traces(
         target.info.fingerprint,
         drafter_fingerprint,
         settings.sampling.temperature,
-        settings.rule.name,
     )
     prompts, offset = [], 0
     for index, item in chosen:
@@ -84,6 +82,7 @@ def record_traces(
         np.stack([c for r in ordered for c in r.confidence]),
         np.stack([m for r in ordered for m in r.draft_max]),
         np.array([a for r in ordered for a in r.accepted], np.int64),
+        np.array([a for r in ordered for a in r.block_accepted], np.int64),
         np.array([u for r in ordered for u in r.usable], np.int64),
     )
 
@@ -95,6 +94,7 @@ class _Rows:
     confidence: list[np.ndarray]
     draft_max: list[np.ndarray]
     accepted: list[int]
+    block_accepted: list[int]
     usable: list[int]
 
 
@@ -118,7 +118,7 @@ def _record_batch(
     read = target.forward(tokens_BS[:, :-1], cache, layers)
     if read.features_BTF is not None:
         drafter.extend(context, read.features_BTF, tokens_BS[:, 1:])
-    rows = [_Rows([], [], [], []) for _ in batch]
+    rows = [_Rows([], [], [], [], []) for _ in batch]
     for position in range(max(a.stop for a in anchors) - 1, min(a.start for a in anchors) - 1, -1):
         cache.crop(position)
         context.crop(position)
@@ -127,8 +127,9 @@ def _record_batch(
         read = target.forward(torch.cat([anchor_B[:, None], proposal.tokens_BG], 1), cache)
         probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), settings.sampling)
         lengths_B = torch.full((len(batch),), gamma)
-        verdict = verify(
-            settings.rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_BG[:, gamma:]
+        token_B, block_B = (
+            verify(rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_BG[:, gamma:]).accepted_R
+            for rule in (TOKEN_RULE, BLOCK_RULE)
         )
         confidence_BG = proposal.confidence_BG
         if confidence_BG is None:
@@ -138,10 +139,11 @@ def _record_batch(
             if position in own:
                 usable = _until_stop(proposal.tokens_BG[b].tolist(), stops)
                 rows[b].usable.append(usable)
-                rows[b].accepted.append(min(int(verdict.accepted_R[b]), usable))
+                rows[b].accepted.append(min(int(token_B[b]), usable))
+                rows[b].block_accepted.append(min(int(block_B[b]), usable))
                 rows[b].confidence.append(confidence_BG[b].float().numpy())
                 rows[b].draft_max.append(draft_max_BG[b].float().numpy())
-    return [_Rows(r.confidence[::-1], r.draft_max[::-1], r.accepted[::-1], r.usable[::-1]) for r in rows]
+    return [_Rows(*(column[::-1] for column in vars(r).values())) for r in rows]
 
 
 def _until_stop(tokens: Sequence[int], stop_token_ids: Sequence[int]) -> int:

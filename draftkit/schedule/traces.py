@@ -26,6 +26,7 @@ from draftkit.errors import ScheduleError
 from draftkit.schedule.step_rate import Floats, Ints
 
 FORMAT = "draftkit-traces-1"
+TENSORS = ("confidence", "draft_max", "accepted", "block_accepted", "usable")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Origin:
     target_fingerprint: str
     drafter_fingerprint: str
     temperature: float
-    rule: str
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ class TracedPrompt:
 class Traces:
     """Rows of all prompts. `confidence_NG` in [0, 1], NaN for a drafter without a confidence head; `draft_max_NG` is the
     largest probability of the drafter's distribution, known before the token is drawn; `usable_N` counts the drafted
-    positions up to the first stop token, `accepted_N` <= usable_N those that are kept when all are verified."""
+    positions up to the first stop token, `accepted_N` <= usable_N those that are kept when all are verified token by
+    token, `block_accepted_N` those that block verification keeps of the same proposal, drawn with the same uniform."""
 
     origin: Origin
     prompts: tuple[TracedPrompt, ...]
     confidence_NG: npt.NDArray[np.float32]
     draft_max_NG: npt.NDArray[np.float32]
     accepted_N: Ints
+    block_accepted_N: Ints
     usable_N: Ints
 
     @property
@@ -101,9 +103,10 @@ def save_traces(traces: Traces, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     tensors: dict[str, npt.NDArray[Any]] = {
         "confidence": traces.confidence_NG,
-        "draft_max": traces.draft_max_NG,
-        "accepted": traces.accepted_N,
-        "usable": traces.usable_N,
+        "draft_max": traces.draft_max_NG.astype(np.float16),
+        "accepted": traces.accepted_N.astype(np.int16),
+        "block_accepted": traces.block_accepted_N.astype(np.int16),
+        "usable": traces.usable_N.astype(np.int16),
     }
     metadata = {
         "format": FORMAT,
@@ -121,12 +124,13 @@ def load_traces(path: Path) -> Traces:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ScheduleError(f"{path}: is no trace file ({FORMAT}); record one with draftkit calibrate")
-            tensors = {name: file.get_tensor(name) for name in ("confidence", "draft_max", "accepted", "usable")}
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
         prompts = tuple(TracedPrompt(**p) for p in json.loads(metadata["prompts"]))
         origin = Origin(**json.loads(metadata["origin"]))
     except (SafetensorError, FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise ScheduleError(f"{path}: cannot be read as traces ({error}); record them with draftkit calibrate") from None
-    traces = Traces(origin, prompts, *tensors.values())
+    confidence_NG, draft_max_NG, *counts = tensors.values()
+    traces = Traces(origin, prompts, confidence_NG, draft_max_NG.astype(np.float32), *(c.astype(np.int64) for c in counts))
     if sum(p.rows for p in prompts) != len(traces.accepted_N) or traces.confidence_NG.ndim != 2:
         raise ScheduleError(f"{path}: rows of prompts and of tensors differ; the file is damaged, record it again")
     return traces
