@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from draftkit.schedule.calibration import (
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, Outcome, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, save_step_rate
-from draftkit.schedule.traces import Traces, load_traces, save_traces
+from draftkit.schedule.traces import Traces, join_traces, load_traces, save_traces
 from draftkit.stages import progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED, TransformersTarget
@@ -47,30 +48,41 @@ def run_record(
 ) -> Traces:
     """Answer all prompts and record traces into `out`, or read them from there when the file is of this very pair.
 
-    `folder` is where the drafter was loaded from. Raises ScheduleError when the file is there and of another pair
-    or temperature.
+    Parts of 48 prompts are kept beside it until all are there, so an interrupted run goes on where it was. `folder` is
+    where the drafter was loaded from. Raises ScheduleError when a file is there and of another pair or temperature.
     """
     own = fingerprint(folder)
     if out.exists():
-        traces = load_traces(out)
-        traces.check_origin(target.info.fingerprint, own)
-        if traces.origin.temperature != sampling.temperature:
-            raise ScheduleError(
-                f"{out}: recorded at temperature {traces.origin.temperature:g}, asked for {sampling.temperature:g}; "
-                "choose another folder"
-            )
-        return traces
-    settings, items = GenerateSettings(sampling, max_new_tokens, seed=seed), []
-    with progress_bar("record", 2 * len(prompts)) as (bar, task):
+        return _read_own(out, target, own, sampling.temperature)
+    settings, parts = GenerateSettings(sampling, max_new_tokens, seed=seed), []
+    with progress_bar("record", len(prompts)) as (bar, task):
         for first in range(0, len(prompts), settings.batch_size):
             batch = prompts[first : first + settings.batch_size]
-            seeds = [(seed, first + i) for i in range(len(batch))]
-            answers = answer_batch(target, [p.tokens for p in batch], seeds, settings)
-            items += [TraceItem(p.prompt_id, p.domain, p.tokens, a.tokens) for p, a in zip(batch, answers, strict=True)]
+            name = hashlib.sha256(repr((seed, max_new_tokens, sampling, batch)).encode()).hexdigest()[:16]
+            part = out.with_name(f"{out.name}.{name}.part")
+            if not part.exists():
+                seeds = [(seed, first + i) for i in range(len(batch))]
+                answers = answer_batch(target, [p.tokens for p in batch], seeds, settings)
+                pairs = zip(batch, answers, strict=True)
+                items = [TraceItem(p.prompt_id, p.domain, p.tokens, a.tokens) for p, a in pairs]
+                save_traces(record_traces(target, drafter, items, TraceSettings(sampling, seed + 1 + first), own), part)
+            parts.append(part)
             bar.update(task, advance=len(batch))
-        recording = TraceSettings(sampling, seed + 1)
-        traces = record_traces(target, drafter, items, recording, own, lambda n: bar.update(task, advance=n))
+    traces = join_traces([_read_own(p, target, own, sampling.temperature) for p in parts])
     save_traces(traces, out)
+    for part in parts:
+        part.unlink()
+    return traces
+
+
+def _read_own(path: Path, target: TransformersTarget, drafter_fingerprint: str, temperature: float) -> Traces:
+    traces = load_traces(path)
+    traces.check_origin(target.info.fingerprint, drafter_fingerprint)
+    if traces.origin.temperature != temperature:
+        raise ScheduleError(
+            f"{path}: recorded at temperature {traces.origin.temperature:g}, asked for {temperature:g}; "
+            "choose another folder"
+        )
     return traces
 
 

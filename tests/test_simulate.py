@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from draftkit.data.generate import answer_batch
 from draftkit.decode import decode
 from draftkit.errors import DataError, ScheduleError
+from draftkit.evaluate.run import EvalPrompt
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.calibration import Calibration, save_calibration
 from draftkit.schedule.history import SurvivalHistory
@@ -19,7 +21,7 @@ from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, save_step_rate
 from draftkit.schedule.traces import Origin, TracedPrompt, Traces, load_traces, save_traces
-from draftkit.schedule_stages import open_simulation, run_calibrate, run_simulate
+from draftkit.schedule_stages import open_simulation, run_calibrate, run_record, run_simulate
 from draftkit.target.transformers import TransformersTarget
 from tests.test_decode import make_drafter
 
@@ -77,6 +79,36 @@ def test_sampled_traces_accept_as_often_as_decoding_does(target: TransformersTar
     error = (rows.var() / len(rows) + rows.var() / len(decoded)) ** 0.5
     assert error > 0
     assert abs(rows.mean() - decoded.mean()) < 4 * error
+
+
+def test_recording_goes_on_where_it_was_interrupted(
+    target: TransformersTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [EvalPrompt(str(i), "code", (4 + i % 20, 20, 31)) for i in range(50)]
+    (tmp_path / "config.json").write_text("{}")
+    calls = []
+
+    def answer(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answer_batch(*arguments)  # type: ignore[arg-type]
+
+    def record(out: Path) -> Traces:
+        return run_record(target, make_drafter(target), tmp_path, prompts, Sampling(1.0), 4, 0, out)
+
+    monkeypatch.setattr("draftkit.schedule_stages.answer_batch", answer)
+    with pytest.raises(KeyboardInterrupt):
+        record(tmp_path / "t")
+    resumed = record(tmp_path / "t")
+    assert len(calls) == 3  # the first 48 prompts were not answered again
+    whole = record(tmp_path / "other")
+    assert resumed.prompts == whole.prompts
+    np.testing.assert_array_equal(resumed.accepted_N, whole.accepted_N)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "other", "t"]
+    (tmp_path / "config.json").write_text('{"another": 1}')
+    with pytest.raises(ScheduleError, match="another drafter"):
+        record(tmp_path / "t")
 
 
 def test_a_trace_file_is_read_back_and_knows_its_pair(tmp_path: Path) -> None:

@@ -47,8 +47,10 @@ def _thousandths(value: float) -> str:
 def print_step_rate(table: StepRateTable) -> None:
     """Milliseconds per pass by tokens and context, and the drafter's by requests."""
     console, measured = Console(), table.measured
-    title = f"{measured.target} on {measured.device}, {measured.threads} threads, medians of {measured.repeats}"
-    grid = Table(title=f"{title} (quartiles typically {100 * measured.spread:.0f} % apart)")
+    grid = Table(
+        title=f"{measured.target} on {measured.device}, {measured.threads} threads, {measured.clock}, medians of "
+        f"{measured.repeats} (quartiles typically {100 * measured.spread:.0f} % apart)"
+    )
     grid.add_column("tokens in the pass", justify="right")
     for context in table.contexts:
         grid.add_column(f"ms, context {context}", justify="right")

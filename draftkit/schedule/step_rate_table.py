@@ -34,6 +34,7 @@ class Measured:
     repeats: int = 0
     tokens_per_request: int = 0  # of the measured passes
     spread: float = 0.0  # median over points of (upper - lower quartile) / median of the repeats
+    clock: str = ""  # "wall clock" or "processor time"
 
 
 @dataclass(frozen=True)

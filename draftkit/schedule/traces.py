@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +134,16 @@ def load_traces(path: Path) -> Traces:
     if sum(p.rows for p in prompts) != len(traces.accepted_N) or traces.confidence_NG.ndim != 2:
         raise ScheduleError(f"{path}: rows of prompts and of tensors differ; the file is damaged, record it again")
     return traces
+
+
+def join_traces(parts: Sequence[Traces]) -> Traces:
+    """Traces of one pair, one after the other. Raises ScheduleError when there are none or the pairs differ."""
+    if not parts or any(p.origin != parts[0].origin or p.gamma != parts[0].gamma for p in parts):
+        raise ScheduleError(f"traces of {len({p.origin for p in parts})} pairs; give traces of one, at least one")
+    prompts, offset = [], 0
+    for part in parts:
+        prompts += [replace(p, first=p.first + offset) for p in part.prompts]
+        offset += len(part.accepted_N)
+    names = ("confidence_NG", "draft_max_NG", "accepted_N", "block_accepted_N", "usable_N")
+    joined = [np.concatenate([getattr(p, name) for p in parts]) for name in names]
+    return Traces(parts[0].origin, tuple(prompts), *joined)
