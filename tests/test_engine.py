@@ -11,6 +11,8 @@ from test_decode import make_drafter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from draftkit.decode import decode
+from draftkit.draft.checkpoint import new_drafter
+from draftkit.draft.eagle3 import EagleConfig
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams, StepOutput
 from draftkit.engine.settings import EngineSettings
@@ -78,6 +80,24 @@ def test_a_target_that_the_lean_forward_cannot_run_gives_the_same_answers(tmp_pa
         for seed, prompt in enumerate(PROMPTS):
             wanted = decode(other, drafter, prompt, Sampling(seed % 2), 20, seed)
             assert tokens_of(outputs[str(seed)]) == list(wanted.tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_eagle_proposes_in_the_engine_what_it_proposes_alone(target: TransformersTarget, temperature: float) -> None:
+    torch.manual_seed(2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_length": 256}
+    shape = EagleConfig(
+        **sizes, vocab_size=target.info.vocab_size, feature_layers=(0, 2), num_target_layers=4, block_size=4, style="llama"
+    )
+    drafter = new_drafter(shape, target.embedding_weight(), target.head_weight()).double().eval()
+    engine = Engine(target, drafter, small(plan="planned", kv_bytes=2**18, max_length=120))
+    for seed, prompt in enumerate(PROMPTS):
+        engine.add_request(str(seed), prompt, SamplingParams(max_tokens=30, temperature=temperature, seed=seed))
+    outputs = finish(engine)
+    for seed, prompt in enumerate(PROMPTS):
+        wanted = decode(target, drafter, prompt, Sampling(temperature), 30, seed)
+        assert tokens_of(outputs[str(seed)]) == list(wanted.tokens)
+    assert engine.metrics.kv_used == 0 and (engine.metrics.accepted > 0 or temperature == 0)
 
 
 def test_a_request_without_drafts_is_plain_decoding(target: TransformersTarget) -> None:

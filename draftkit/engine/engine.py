@@ -19,6 +19,7 @@ from torch import Tensor
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
+from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_model import ReadOut
 from draftkit.engine.measure import measure_step_rate
 from draftkit.engine.metrics import EngineMetrics, Tally
@@ -31,6 +32,7 @@ from draftkit.engine.row_sampling import RowSampling, row_sampling
 from draftkit.engine.running import Running, Uniforms
 from draftkit.engine.scheduler import Scheduler, Work
 from draftkit.engine.settings import EngineSettings
+from draftkit.engine.slow_drafter import SlowDrafter
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import DataError
 from draftkit.target.transformers import TransformersTarget
@@ -65,7 +67,8 @@ class Engine:
         )
         self._tally = Tally(self.info.gamma)
         self._compiled = start_compiling(self._models) if settings.compile else None
-        self._measures = settings.plan == "planned" and settings.step_rate is None and self._models.drafter is not None
+        fast = isinstance(self._models.drafter, FastDrafter)
+        self._measures = settings.plan == "planned" and settings.step_rate is None and fast
         self._max_running = settings.max_running
         self._planner = LengthPlanner(self._tally, settings.step_rate if settings.plan == "planned" else None)
         if self._measures:
@@ -191,18 +194,24 @@ class Engine:
             probs = None if rows.greedy else torch.empty(work.answering, 0, self.info.vocab_size, device=device)
             return Offered(empty, probs, lengths_A, [], None)
         drafting = [work.requests[i] for i in chosen]
-        began, size = time.perf_counter(), drafter.config.block_size
-        tokens_DB = np.full((len(drafting), size), drafter.config.mask_token_id)
-        tokens_DB[:, 0] = [r.tokens[-1] for r in drafting]
-        block = self._pass(
-            tokens_DB.ravel(), work.starts_R[chosen], np.full(len(drafting), size), work.rows_R[chosen], block=True
-        )
+        began = time.perf_counter()
         index = torch.tensor(chosen, device=device)
         adjustments = [self._adjustments.get(r.id) for r in drafting]
         choose = None  # the drafter's own greedy walk
         if not rows.greedy or any(adjustments):
             choose = Chooser(rows.take(index), self._there(uniforms[chosen]), adjustments)
-        tokens_DG, probs_DGV, confidence_DG = drafter.draft(block, self._there(tokens_DB[:, 0]), choose)
+        anchors = np.array([r.tokens[-1] for r in drafting])
+        places = work.starts_R[chosen], work.rows_R[chosen]
+        if isinstance(drafter, SlowDrafter):
+            step = self._pass(anchors, places[0], np.ones_like(anchors), places[1])
+            proposed = drafter.draft(step, [r.params for r in drafting], uniforms[chosen])
+        else:
+            size = drafter.config.block_size
+            tokens_DB = np.full((len(drafting), size), drafter.config.mask_token_id)
+            tokens_DB[:, 0] = anchors
+            step = self._pass(tokens_DB.ravel(), places[0], np.full(len(drafting), size), places[1], block=True)
+            proposed = drafter.draft(step, self._there(anchors), choose)
+        tokens_DG, probs_DGV, confidence_DG = proposed
         self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
         confidence = confidence_DG.cpu().numpy() if confidence_DG is not None else None
         lengths_A[chosen] = self._planner.lengths(drafting, confidence)
@@ -277,8 +286,9 @@ class Engine:
         return self._tally.draft_seconds + self._tally.verify_seconds
 
     def _on_release(self, request: Running) -> None:
-        if isinstance(self._models.model, SlowModel) and request.table.blocks:
-            self._models.model.forget(request.table.blocks[0])
+        for owner in (self._models.model, self._models.drafter):
+            if isinstance(owner, SlowModel | SlowDrafter) and request.table.blocks:
+                owner.forget(request.table.blocks[0])
 
     def _check(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         vocab, longest = self.info.vocab_size, self.info.max_length

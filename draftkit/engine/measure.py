@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.models import Models
 from draftkit.engine.passes import Pass
@@ -72,7 +73,7 @@ def _read(models: Models, blocks: list[int], tokens: int) -> None:
 @torch.inference_mode()
 def _draft(models: Models, blocks: list[int], requests: int) -> None:
     drafter = models.drafter
-    assert drafter is not None
+    assert isinstance(drafter, FastDrafter)  # only those are measured
     step = _some_pass(models, blocks, np.full(requests, drafter.config.block_size), block=True)
     anchors = torch.zeros(requests, dtype=torch.int64, device=models.device)
     drafter.draft(step, anchors, None)

@@ -15,6 +15,7 @@ from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_model import FastModel, unsupported
 from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.settings import EngineInfo, EngineSettings
+from draftkit.engine.slow_drafter import SlowDrafter
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import CheckpointError, ServeError
 from draftkit.target.transformers import TransformersTarget, load_target
@@ -26,7 +27,7 @@ class Models:
 
     info: EngineInfo
     model: FastModel | SlowModel
-    drafter: FastDrafter | None
+    drafter: FastDrafter | SlowDrafter | None
     feature_layers: tuple[int, ...]
     stop_token_ids: tuple[int, ...]
     pool: BlockPool
@@ -46,15 +47,15 @@ def build_models(
         drafter = _load_fitting(Path(drafter), loaded)
     if drafter is not None:
         drafter = drafter.to(weight.device, weight.dtype).eval()
-        if not isinstance(drafter, BlockDrafter):
-            raise ServeError(f"the engine cannot run a {drafter.config.algorithm} drafter yet; leave --drafter out")
     max_length = min(settings.max_length or loaded.info.max_length, loaded.info.max_length)
     gamma = drafter.gamma if drafter is not None else 0
     reason = unsupported(loaded)
     blocks = _count_blocks(loaded, drafter, settings, max_length + gamma + 1)
     slots = blocks * settings.block_size
     model = SlowModel(loaded) if reason else FastModel(loaded, slots, max_length + gamma + 1)
-    fast = FastDrafter(drafter, slots, max_length) if drafter is not None else None
+    fast: FastDrafter | SlowDrafter | None = None
+    if drafter is not None:
+        fast = FastDrafter(drafter, slots, max_length) if isinstance(drafter, BlockDrafter) else SlowDrafter(drafter)
     info = EngineInfo(
         name=loaded.info.name,
         max_length=max_length,
@@ -64,7 +65,7 @@ def build_models(
         algorithm=drafter.config.algorithm if drafter is not None else "none",
         forward=f"Transformers ({reason})" if reason else "lean",
     )
-    pool = BlockPool(blocks, settings.block_size, settings.prefix_reuse and not reason)
+    pool = BlockPool(blocks, settings.block_size, settings.prefix_reuse and not reason and not isinstance(fast, SlowDrafter))
     layers = drafter.config.feature_layers if drafter is not None else ()
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
 
@@ -73,7 +74,7 @@ def start_compiling(models: Models) -> CompiledPasses | None:
     """Build the C++ passes in the background; None where they cannot run."""
     if models.device.type != "cpu" or models.dtype != torch.float32 or not isinstance(models.model, FastModel):
         return None
-    return CompiledPasses(models.model, models.drafter)
+    return CompiledPasses(models.model, models.drafter if isinstance(models.drafter, FastDrafter) else None)
 
 
 def _load_fitting(folder: Path, target: TransformersTarget) -> Drafter:

@@ -1,11 +1,11 @@
 """Sampling settings that differ by row: `ops.sampling.processed_probs` for a whole batch of requests at once.
 
-Shapes: R requests, N rows of logits, V vocabulary.
+Shapes: R requests, N rows of logits, M of them with a setting in use, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,25 +66,35 @@ def processed_rows(logits_NV: Tensor, rows: RowSampling) -> Tensor:
     warm_N1 = rows.temperature > 0
     probs_NV = torch.softmax(logits_NV / rows.temperature.where(warm_N1, 1.0).to(logits_NV.dtype), -1)
     if rows.top_k is not None:
-        active_N1 = rows.top_k > 0
-        most = max(int(rows.top_k.max()), 1)
-        smallest_N1 = probs_NV.topk(most, -1).values.gather(-1, (rows.top_k - 1).clamp_min(0))
-        probs_NV = _keep(probs_NV, probs_NV >= smallest_N1, active_N1)
+        _cut(probs_NV, rows.top_k > 0, rows.top_k, _top_k)
     if rows.top_p is not None:
-        ordered, order = probs_NV.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens
-        kept = torch.zeros_like(probs_NV, dtype=torch.bool).scatter_(-1, order, before < rows.top_p.to(probs_NV.dtype))
-        probs_NV = _keep(probs_NV, kept, rows.top_p < 1)
+        _cut(probs_NV, rows.top_p < 1, rows.top_p.to(probs_NV.dtype), _top_p)
     if rows.min_p is not None:
-        floor_N1 = rows.min_p.to(probs_NV.dtype) * probs_NV.amax(-1, keepdim=True)
-        probs_NV = _keep(probs_NV, probs_NV >= floor_N1, rows.min_p > 0)
+        _cut(probs_NV, rows.min_p > 0, rows.min_p.to(probs_NV.dtype), _min_p)
     return torch.where(warm_N1, probs_NV, _one_hot(logits_NV))
 
 
-def _keep(probs_NV: Tensor, kept_NV: Tensor, active_N1: Tensor) -> Tensor:
-    """Where the setting is active: only the kept tokens, scaled to sum 1."""
-    cut_NV = probs_NV.where(kept_NV, 0.0)
-    return torch.where(active_N1, cut_NV / cut_NV.sum(-1, keepdim=True), probs_NV)
+def _cut(probs_NV: Tensor, active_N1: Tensor, setting_N1: Tensor, kept: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """In place, in the active rows alone (sorting all would cost most of a step): keep some tokens, scale to sum 1."""
+    index_M = active_N1.squeeze(1).nonzero().squeeze(1)
+    if len(index_M):
+        chosen_MV = probs_NV[index_M]
+        cut_MV = chosen_MV.where(kept(chosen_MV, setting_N1[index_M]), 0.0)
+        probs_NV[index_M] = cut_MV / cut_MV.sum(-1, keepdim=True)
+
+
+def _top_k(probs_MV: Tensor, top_k_M1: Tensor) -> Tensor:
+    return probs_MV >= probs_MV.topk(int(top_k_M1.max()), -1).values.gather(-1, top_k_M1 - 1)
+
+
+def _top_p(probs_MV: Tensor, top_p_M1: Tensor) -> Tensor:
+    ordered, order = probs_MV.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens
+    return torch.zeros_like(probs_MV, dtype=torch.bool).scatter_(-1, order, before < top_p_M1)
+
+
+def _min_p(probs_MV: Tensor, min_p_M1: Tensor) -> Tensor:
+    return probs_MV >= min_p_M1 * probs_MV.amax(-1, keepdim=True)
 
 
 def _one_hot(logits_NV: Tensor) -> Tensor:
