@@ -178,6 +178,30 @@ def test_dpace_gives_a_sure_prefix_more_weight_and_later_places_what_they_can_st
     assert cut.tolist() == pytest.approx([1.5, 0.5])
 
 
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_rows_that_share_a_target_state_share_its_logits_and_nothing_else(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Overlapping blocks: the head meets each state once per chunk, and nothing changes."""
+    monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)
+    place_N = torch.tensor([7, 3, 7, 9, 3, 7, 1, 2, 9, 9, 3, 1, 5, 5, 2, 7])
+    rows = make_rows()
+    states = rows.target_hidden_NH[place_N]
+    apart, shared = replace(rows, target_hidden_NH=states), replace(rows, target_hidden_NH=states, place_N=place_N)
+    wanted = distillation_loss(apart, TERMS["D-PACE on all"])
+    wanted.loss.backward()
+    gradients = gradients_of(rows)
+    met: list[int] = []
+    original = Head.logits
+    monkeypatch.setattr(Head, "logits", lambda head, x: met.append(len(x)) or original(head, x))
+    found = distillation_loss(shared, TERMS["D-PACE on all"])
+    found.loss.backward()
+    assert sum(met[1::2]) == (6 if chunk == 1000 else 13) < len(place_N) == sum(met[::2])  # draft and target in turn
+    torch.testing.assert_close((found.loss, found.tv_N, found.kl_N), (wanted.loss, wanted.tv_N, wanted.kl_N))
+    for mine, whole in zip(gradients_of(rows), gradients, strict=True):
+        torch.testing.assert_close(mine, whole, atol=1e-12, rtol=1e-12)
+
+
 def test_gradients_can_be_used_once() -> None:
     rows = make_rows()
     loss = distillation_loss(rows, LossSettings()).loss

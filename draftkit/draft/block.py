@@ -207,6 +207,7 @@ class BlockDrafter(Drafter):
             head=self.head(),
             markov=(markov_Nr, self.markov_head.markov_w2.weight) if self.markov_head and markov_Nr is not None else None,
             target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[before_XG.flatten()[row_N]].to(hidden_NH.dtype),
+            place_N=before_XG.flatten()[row_N],
             target_head=self.head(),
             tokens_N=batch.tokens_BT.flatten()[layout.drafted_XG.flatten()[row_N]],
             grid_N=row_N,

@@ -258,6 +258,7 @@ class EagleDrafter(Drafter):
             tokens_N=self._draft_tokens(batch.tokens_BT.flatten()[drafted_N]),
             grid_N=row_N,
             gamma=self.gamma,
+            place_N=drafted_N,
             draft_ids_W=self.draft_ids_W,
         )
         losses = distillation_loss(rows, settings)

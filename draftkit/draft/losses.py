@@ -70,6 +70,7 @@ class Rows:
     tokens_N: Tensor  # int64, x* as the drafter's head counts; -1 is outside its vocabulary
     grid_N: Tensor  # int64
     gamma: int
+    place_N: Tensor | None = None  # int64; rows with one number have one target state, whose logits are made once per chunk
     draft_ids_W: Tensor | None = None  # target ids of a reduced draft vocabulary, the rows of `head`
 
 
@@ -148,12 +149,13 @@ def _one_chunk(
     wanted = any(g is not None for g in gradients)
     weights_G = settings.position_weights(rows.gamma).to(values_4N)
     draft, derivative = _draft_logits(rows, chunk)
-    target = rows.target_head.logits(rows.target_hidden_NH[chunk])
+    first_u, state_n = _shared_states(rows, chunk)
+    target = rows.target_head.logits(rows.target_hidden_NH[chunk][first_u])
     for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
         place = slice(chunk.start + part.start, chunk.start + part.stop)
         values_4N[:, place], gradient = _slice(
             draft[part].to(values_4N.dtype),
-            target[part].to(values_4N.dtype),
+            target[state_n[part]].to(values_4N.dtype),
             rows.tokens_N[place, None],
             rows.grid_N[place],
             weights_G,
@@ -165,6 +167,15 @@ def _one_chunk(
             draft[part] = gradient
     if wanted:
         _push_back(rows, chunk, draft, derivative, gradients)
+
+
+def _shared_states(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor]:
+    """One row of the chunk for each of its u target states, and the state of each row: blocks overlap. int64 [u], [n]."""
+    own_n = torch.arange(chunk.stop - chunk.start, device=rows.tokens_N.device)
+    if rows.place_N is None:
+        return own_n, own_n
+    places_u, state_n = rows.place_N[chunk].unique(return_inverse=True)
+    return torch.empty_like(places_u).scatter_(0, state_n, own_n), state_n
 
 
 def _whole_blocks(grid_N: Tensor, gamma: int, rows: int) -> list[slice]:
