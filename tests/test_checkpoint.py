@@ -72,6 +72,7 @@ def test_every_drafter_comes_back_as_it_was(name: str, lend: bool, target: Trans
     drafter = drafter_for(target, SHAPES[name])
     save_drafter(drafter, tmp_path, {}, torch.float32, lender=target if lend else None)
     names = load_file(tmp_path / "model.safetensors").keys()
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
     assert ("embed_tokens.weight" in names) is not (lend or "dflash 1+N" in name)
     again = load_drafter(tmp_path, target=target)
     assert again.config == drafter.config
@@ -82,7 +83,7 @@ def test_every_drafter_comes_back_as_it_was(name: str, lend: bool, target: Trans
 
 def test_a_folder_without_embedding_needs_its_target(target: TransformersTarget, tmp_path: Path) -> None:
     save_drafter(drafter_for(target, BLOCK), tmp_path, {}, torch.float32, lender=target)
-    with pytest.raises(CheckpointError, match=r"no embed_tokens\.weight, which is its target's; load it together"):
+    with pytest.raises(CheckpointError, match=r"no embed_tokens\.weight, which is its target's; give the target too"):
         load_drafter(tmp_path)
     other = drafter_for(target, BLOCK)
     other.lm_head.weight.data[0, 0] += 1
@@ -178,7 +179,7 @@ def test_eagle3_layers_come_from_wherever_they_are_named(target: TransformersTar
     assert read_config(tmp_path).feature_layers == (1, 17, 32)  # hidden states 2, n // 2, n - 3
     assert read_config(tmp_path).block_size == 7
     edit(tmp_path, num_target_layers=None)
-    with pytest.raises(CheckpointError, match="'num_target_layers'; load it together with its target"):
+    with pytest.raises(CheckpointError, match="'num_target_layers'; give its target too"):
         read_config(tmp_path)
     assert read_config(tmp_path, 12).feature_layers == (1, 5, 8)
 

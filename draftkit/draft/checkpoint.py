@@ -77,6 +77,7 @@ def save_drafter(
     (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     partial = folder / (WEIGHTS + ".partial")
     save_file(tensors_to_form(tensors, fields["architectures"][0]), partial, metadata={"format": "pt"})
+    partial.chmod((folder / CONFIG).stat().st_mode)  # safetensors writes files that nobody else may read
     digest = hashlib.sha256(partial.read_bytes()).hexdigest()
     note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": digest} | provenance
     (folder / PROVENANCE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
@@ -194,7 +195,7 @@ def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]
 
 def _borrowed(where: str, name: str, target: TransformersTarget | None, draft_ids_W: Tensor | None) -> Tensor:
     if target is None:
-        raise CheckpointError(f"{where}: has no {name}, which is its target's; load it together with the target")
+        raise CheckpointError(f"{where}: has no {name}, which is its target's; give the target too (--target)")
     if name == EMBEDDING:
         return target.embedding_weight()
     return target.head_weight() if draft_ids_W is None else target.head_weight()[draft_ids_W]

@@ -86,7 +86,7 @@ def read_sizes(fields: Fields, style: str, num_target_layers: int | None) -> dic
     if any(kind != "full_attention" for kind in fields.raw.get("layer_types") or []):
         raise CheckpointError(f"{fields.where}: field 'layer_types': draftkit runs full_attention layers only")
     if num_target_layers is None and fields.raw.get("num_target_layers") is None:
-        raise CheckpointError(f"{fields.where}: does not say 'num_target_layers'; load it together with its target")
+        raise CheckpointError(f"{fields.where}: does not say 'num_target_layers'; give its target too (--target)")
     heads = fields.get("num_attention_heads", int)
     sizes = {
         "style": style,
