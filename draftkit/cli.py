@@ -52,7 +52,7 @@ def _recipe(name: str, overrides: list[str] | None) -> Recipe:
 def quickstart(
     out: OutOption = Path("runs/quickstart"),
     minutes: Annotated[float, typer.Option(help="time for all stages together", min=1)] = 6,
-    recipe: RecipeOption = "tiny-dspark",
+    recipe: RecipeOption = "tiny-quickstart",
     overrides: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
