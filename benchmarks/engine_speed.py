@@ -5,7 +5,7 @@
 
 Every round runs all arms one after the other on the same prompts; a ratio is the median over rounds of two arms' speeds in
 the same round. Answers end at the stop token. The engine runs in this process, other servers answer over HTTP
-(`/v1/completions`, prompts as token ids, no streaming): that costs them a few milliseconds per request.
+(`/v1/completions`, prompts as text, no streaming): that costs them a few milliseconds per request.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ def engine_arm(engine: Engine, new_tokens: int) -> Arm:
     return run
 
 
-def server_arm(url: str, new_tokens: int) -> Arm:
+def server_arm(url: str, new_tokens: int, decode: Callable[[Prompt], str]) -> Arm:
     """All prompts at once to an OpenAI-compatible server."""
     client = httpx.Client(base_url=url, timeout=300)
     model = client.get("models").raise_for_status().json()["data"][0]["id"]
 
     def ask(prompt: Prompt) -> int:
-        body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0.0}
+        body = {"model": model, "prompt": decode(prompt), "max_tokens": new_tokens, "temperature": 0.0}
         return int(client.post("completions", json=body).raise_for_status().json()["usage"]["completion_tokens"])
 
     def run(prompts: Sequence[Prompt]) -> list[list[int] | int]:
@@ -164,7 +164,7 @@ def main() -> None:
     arms |= {name: engine_arm(engine, options.new_tokens) for name, engine in engines.items()}
     for pair in options.against:
         name, url = pair.split("=", 1)
-        arms[name] = server_arm(url, options.new_tokens)
+        arms[name] = server_arm(url, options.new_tokens, tokenizer.decode)
     compiled = {name: engine.wait_until_compiled() for name, engine in engines.items()}
     found = [compare(arms, prompts, concurrency, options.rounds) for concurrency in options.concurrency]
     facts = {"processor": processor(), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
