@@ -43,7 +43,7 @@ def commit(
     offered = outcome.offered
     accepted, following = outcome.accepted_A.tolist(), outcome.next_A.tolist()
     lengths, counts = offered.lengths_A.tolist(), work.counts_R.tolist()
-    drafts = offered.tokens_AG.tolist()
+    drafts = offered.host_tokens_AG.tolist()
     outputs: list[StepOutput] = []
     firsts = np.concatenate([[0], (offered.lengths_A + 1).cumsum()]).tolist()
     drafted = set(offered.drafting)

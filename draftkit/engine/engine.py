@@ -223,7 +223,7 @@ class Engine:
         decoding = work.decoding
         grid = np.empty((decoding, 1 + offered.tokens_AG.shape[1]), np.int64)
         grid[:, 0] = [r.tokens[-1] for r in work.requests[:decoding]]
-        grid[:, 1:] = offered.tokens_AG[:decoding].cpu().numpy()
+        grid[:, 1:] = offered.host_tokens_AG[:decoding]
         flat = [grid[np.arange(grid.shape[1]) <= offered.lengths_A[:decoding, None]]]
         for request, count in zip(work.requests[decoding:], work.counts_R[decoding:], strict=True):
             flat.append(np.array(request.tokens[request.computed : request.computed + count]))
@@ -247,8 +247,7 @@ class Engine:
             return Outcome.nothing(offered)
         adjustments = [self._adjustments.get(r.id) for r in work.requests[: work.answering]]
         logits = adjust_rows(read.logits_WV, offered, adjustments)
-        accepted_A, next_A = judge(logits, offered, rows, self._there(uniforms[:, -2:]))
-        accepted, following = torch.stack([accepted_A, next_A]).cpu().numpy()
+        accepted, following = judge(logits, offered, rows, self._there(uniforms[:, -2:]))
         speculating = [i for i, r in enumerate(work.requests[: work.decoding]) if r.gamma]
         drafted = len(offered.drafting) * self.info.gamma
         self._tally.add_rounds(drafted, offered.lengths_A[speculating], accepted[speculating])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _BINS = 10
+_STEPS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class Tally:
         self.per_position = np.zeros(gamma, np.int64)
         self.reached = np.zeros(gamma, np.int64)
         self.draft_seconds = self.verify_seconds = self.other_seconds = 0.0
+        self.calibration_error: float | None = None
         self._bins = np.zeros((3, _BINS))  # positions, sum of confidences, accepted
+        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add_rounds(self, drafted: int, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
         """One step's rounds: `drafted` tokens in all, of which `lengths_R` per request were verified."""
@@ -62,22 +65,25 @@ class Tally:
         self.reached += (place_G < np.minimum(accepted_R + 1, lengths_R)[:, None]).sum(0)
 
     def add_confidences(self, confidence_RG: np.ndarray, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
-        """Compare with the verdict where verification came that far."""
-        place_G = np.arange(confidence_RG.shape[1])
-        seen_RG = place_G < np.minimum(accepted_R + 1, lengths_R)[:, None]
-        found = confidence_RG[seen_RG]
+        """Compare with the verdict where verification came that far; done for many steps at once."""
+        self._pending.append((confidence_RG, lengths_R, accepted_R))
+        if len(self._pending) >= _STEPS_AT_ONCE or self.calibration_error is None:
+            said_RG, lengths, accepted = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+            self._pending.clear()
+            self._compare(said_RG, lengths[:, None], accepted[:, None])
+
+    def _compare(self, said_RG: np.ndarray, lengths_R1: np.ndarray, accepted_R1: np.ndarray) -> None:
+        place_G = np.arange(said_RG.shape[1])
+        seen_RG = place_G < np.minimum(accepted_R1 + 1, lengths_R1)
+        found, kept = said_RG[seen_RG], (place_G < accepted_R1)[seen_RG]
         bins = np.minimum((found * _BINS).astype(np.int64), _BINS - 1)
-        kept = (place_G < accepted_R[:, None])[seen_RG]
         for sums, weights in zip(self._bins, (None, found, kept), strict=True):
             sums += np.bincount(bins, weights, minlength=_BINS)
+        positions, said, accepted = self._bins
+        if positions.sum():
+            self.calibration_error = float(np.abs(said - accepted).sum() / positions.sum())
 
     @property
     def acceptance_G(self) -> np.ndarray:
         """How often a position was accepted when verification reached it; 1 at the start, float64 [G]."""
         return (self.per_position + 1) / (self.reached + 1)
-
-    @property
-    def calibration_error(self) -> float | None:
-        """Expected calibration error of the confidences, 0 to 1."""
-        count, said, kept = self._bins
-        return float(np.abs(said - kept).sum() / count.sum()) if count.sum() else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -61,6 +62,11 @@ class Offered:
     drafting: list[int]
     confidence_DG: np.ndarray | None
 
+    @cached_property
+    def host_tokens_AG(self) -> np.ndarray:
+        """The tokens on the host."""
+        return self.tokens_AG.cpu().numpy()
+
 
 def place(values_D: Tensor, drafting_D: Tensor, answering: int) -> Tensor:
     """[D, ...] at the rows `drafting_D` of [A, ...], zeros elsewhere."""
@@ -69,26 +75,33 @@ def place(values_D: Tensor, drafting_D: Tensor, answering: int) -> Tensor:
     return values_D.new_zeros(answering, *values_D.shape[1:]).index_copy_(0, drafting_D, values_D)
 
 
-def judge(logits_NV: Tensor, offered: Offered, rows: RowSampling, uniforms_A2: Tensor) -> tuple[Tensor, Tensor]:
-    """How many drafted tokens each request keeps, and its next token: int64 [A] each.
+def judge(
+    logits_NV: Tensor, offered: Offered, rows: RowSampling, uniforms_A2: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many drafted tokens each request keeps, and its next token: int64 [A] each, on the host.
 
     `logits_NV` holds lengths + 1 rows per request. Greedy requests alone are compared with the largest logits: what
     `verify` does with one-hot distributions.
     """
-    lengths_A = torch.from_numpy(offered.lengths_A).to(logits_NV.device)
     longest = int(offered.lengths_A.max())
     cells = _cells(offered.lengths_A, longest)
-    tokens_AG = offered.tokens_AG[:, :longest]
     if offered.probs_AGV is None:
-        best_AG = _spread(logits_NV.argmax(-1), cells, longest)
-        kept_AG = (tokens_AG == best_AG[:, :longest]) & (torch.arange(longest, device=lengths_A.device) < lengths_A[:, None])
-        accepted_A = kept_AG.long().cumprod(-1).sum(-1)
-        return accepted_A, best_AG.gather(1, accepted_A[:, None]).squeeze(1)
+        best_N = logits_NV.argmax(-1).cpu().numpy()
+        best_AG = best_N.reshape(-1, longest + 1) if cells is None else best_N[cells]
+        kept_AG = offered.host_tokens_AG[:, :longest] == best_AG[:, :longest]
+        kept_AG &= np.arange(longest) < offered.lengths_A[:, None]
+        accepted_A = np.logical_and.accumulate(kept_AG, 1).sum(1)
+        return accepted_A, best_AG[np.arange(len(best_AG)), accepted_A]
+    lengths_A = torch.from_numpy(offered.lengths_A).to(logits_NV.device)
     if rows.temperature is not None:
         rows = rows.repeat(lengths_A + 1)
-    p_AGV = _spread(processed_rows(logits_NV, rows), cells, longest)
-    verdict = verify(TOKEN_RULE, tokens_AG, p_AGV, offered.probs_AGV[:, :longest], lengths_A, uniforms_A2)
-    return verdict.accepted_R, verdict.next_token_R
+    probs_NV = processed_rows(logits_NV, rows)
+    index = None if cells is None else torch.from_numpy(cells).to(probs_NV.device)
+    p_AGV = probs_NV.unflatten(0, (-1, longest + 1)) if index is None else probs_NV[index]
+    q_AGV = offered.probs_AGV[:, :longest]
+    verdict = verify(TOKEN_RULE, offered.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A, uniforms_A2)
+    accepted, following = torch.stack([verdict.accepted_R, verdict.next_token_R]).cpu().numpy()
+    return accepted, following
 
 
 def adjust_rows(
@@ -102,7 +115,7 @@ def adjust_rows(
     for row, adjustment in enumerate(adjustments_A):
         if adjustment is not None:
             length, end = int(offered.lengths_A[row]), int(ends_A[row])
-            drafts = offered.tokens_AG[row, :length].tolist()
+            drafts = offered.host_tokens_AG[row, :length].tolist()
             adjusted[end - length - 1 : end] = adjustment.apply(logits_NV[end - length - 1 : end], drafts)
     return adjusted
 
@@ -124,10 +137,3 @@ def _cells(lengths_A: np.ndarray, longest: int) -> np.ndarray | None:
         return None
     first_A = (lengths_A + 1).cumsum() - lengths_A - 1
     return first_A[:, None] + np.minimum(np.arange(longest + 1), lengths_A[:, None])
-
-
-def _spread(values_N: Tensor, cells: np.ndarray | None, longest: int) -> Tensor:
-    """[N, ...] to [A, longest + 1, ...]."""
-    if cells is None:
-        return values_N.unflatten(0, (-1, longest + 1))
-    return values_N[torch.from_numpy(cells).to(values_N.device)]
