@@ -51,11 +51,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--step-rate", default=None)
+    parser.add_argument("--step-rate", help="measured table; none = the embedded pair's")
+    parser.add_argument("--tables", nargs="+", choices=["measured", *MACHINES], default=["measured", *MACHINES])
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = {"environment": environment(), "requests": options.requests, "loads": LOADS}
-    for name in ("measured", *MACHINES):
+    for name in options.tables:
         chosen = options.step_rate if name == "measured" else name
         source = open_simulation(options.traces, chosen, options.calibration)
         arms = arms_for(source.traces.gamma)

@@ -33,6 +33,7 @@ from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED, TransformersTarget
 
 TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"
+PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with the embedded target and a drafter of it, on one CPU thread
 MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}  # free tokens, padding
 
 
@@ -158,8 +159,8 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
 
     `step_rate` is a file or one of MACHINES. Raises ScheduleError when the parts belong to different pairs.
     """
-    read = load_traces(traces or EMBEDDED / TRACES)
-    own = None if traces else EMBEDDED / CALIBRATION
+    read = load_traces(traces or PAIR / TRACES)
+    own = None if traces else PAIR / CALIBRATION
     chosen = calibration or own
     temperatures = load_calibration(chosen, read.gamma) if chosen else None
     made_for = temperatures.drafter_fingerprint if temperatures else ""
@@ -176,7 +177,7 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
         return SimulationInput(read, parametric_table(free, tile), temperatures, tuple(notes))
     if step_rate is None and traces is not None:
         raise ScheduleError(f"--step-rate: give a file of draftkit profile, or one of {', '.join(MACHINES)}")
-    table = load_step_rate(Path(step_rate) if step_rate else EMBEDDED / STEP_RATE)
+    table = load_step_rate(Path(step_rate) if step_rate else PAIR / STEP_RATE)
     table.check_target(read.origin.target_fingerprint)
     return SimulationInput(read, table, temperatures, tuple(notes))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from draftkit.cli import app
 from draftkit.data.generate import answer_batch
 from draftkit.decode import decode
 from draftkit.errors import DataError, ScheduleError
@@ -281,3 +284,16 @@ def test_rows_of_an_answer_do_not_depend_on_the_others(target: TransformersTarge
     alone = record_traces(target, drafter, items[:1], settings, "d")
     np.testing.assert_allclose(whole.confidence_NG[:5], alone.confidence_NG, atol=1e-5)
     assert torch.equal(torch.from_numpy(whole.accepted_N[:5]), torch.from_numpy(alone.accepted_N))
+
+
+def test_the_command_answers_for_the_embedded_pair_and_for_kinds_of_machines(tmp_path: Path) -> None:
+    arguments = ["simulate", "--concurrency", "8", "--requests", "40", "--json"]
+    for extra in ([], ["--step-rate", "compute-bound", "--rate", "30", "-o", str(tmp_path)]):
+        done = CliRunner().invoke(app, [*arguments, *extra])
+        assert done.exit_code == 0, done.output
+        found = {o["arm"]: o for o in json.loads(done.output)["outcomes"]}
+        assert len(found) == 11
+        assert found["oracle"]["throughput"] > found["fixed 7"]["throughput"]
+    assert (tmp_path / "simulation.png").exists()
+    table = CliRunner().invoke(app, ["simulate", "--concurrency", "2", "--requests", "5"]).output
+    assert "tokens/s" in table
