@@ -40,7 +40,7 @@ def matched(base: list[Outcome], arm: list[Outcome], axis: int) -> dict[str, flo
         wanted = share * other[:, axis].max()
         reached = [c[c[:, axis] >= wanted, 1 - axis].max() for c in (own, other) if (c[:, axis] >= wanted).any()]
         if len(reached) == 2:
-            found[f"{wanted:.1f}"] = reached[0] / reached[1] - 1
+            found[f"{wanted:.1f}"] = float(reached[0] / reached[1] - 1)
     return found
 
 
