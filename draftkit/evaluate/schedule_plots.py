@@ -44,10 +44,11 @@ def plot_simulation(outcomes: Sequence[Outcome], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for arm in dict.fromkeys(o.arm for o in outcomes):
+    for index, arm in enumerate(dict.fromkeys(o.arm for o in outcomes)):
         own = [o for o in outcomes if o.arm == arm]
+        colour = {"no speculation": "black", "oracle": "silver"}.get(arm, f"C{index % 10}")
         style = "-" if arm in SCHEDULED else ("--" if arm in ("no speculation", "one token") else ":")
-        line = {"linestyle": style, "marker": "o", "markersize": 3, "label": arm}
+        line = {"linestyle": style, "marker": "o", "markersize": 3, "label": arm, "color": colour}
         left.plot([o.user_speed for o in own], [o.throughput for o in own], **line)
         if arm in SCHEDULED or arm.startswith("fixed"):
             right.plot([o.running_mean for o in own], [o.verified_mean for o in own], **line)
