@@ -83,8 +83,23 @@ def compare(files: list[Path]) -> dict[str, Any]:
     """Same answers, and the accepted length in each."""
     first, second = (json.loads(f.read_text("utf-8")) for f in files)
     same = sum(a == b for a, b in zip(first["answers"], second["answers"], strict=True))
-    lengths = {r["engine"]: r["accepted_len"] for r in (first, second)}
-    return {"prompts": len(first["answers"]), "same_answers": same, "accepted_len": lengths}
+    engines = {r.pop("engine"): r for r in (first, second)}
+    prompts = len(first["answers"])
+    for result in engines.values():
+        del result["answers"]
+    return {"prompts": prompts, "same_answers": same} | engines
+
+
+def architecture(drafter: Path) -> str:
+    """What the folder says it is."""
+    return str(json.loads((drafter / "config.json").read_text("utf-8"))["architectures"][0])
+
+
+def cpu_name() -> str:
+    """The processor's name; Python alone says "x86_64" on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
@@ -106,7 +121,7 @@ def main() -> None:
         print(json.dumps(compare(options.files)))
         return
     answers, rounds, accepted = {"vllm": run_vllm, "draftkit": run_draftkit}[options.engine](options)
-    about = {"engine": options.engine, "cpu": platform.processor() or platform.machine(), "tokens": options.tokens}
+    about = {"engine": options.engine, "cpu": cpu_name(), "drafter": architecture(options.drafter), "tokens": options.tokens}
     numbers = {"rounds": rounds, "accepted": accepted, "accepted_len": 1 + accepted / rounds}
     options.out.write_text(json.dumps(about | numbers | {"answers": answers}) + "\n", encoding="utf-8")
     print(json.dumps(about | numbers))
