@@ -22,10 +22,12 @@ from draftkit.schedule.step_rate import StepRate
 _SECONDS = 0.5  # for each of the two tables
 _CONTEXT = 128  # tokens in memory behind which the passes read
 _REPEATS = 5
+_AT_LEAST = 16  # sizes up to here are measured however long it takes: one request's round is among them
 
 
 def measure_step_rate(models: Models, max_running: int) -> StepRate:
-    """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up.
+    """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up
+    (16 is always reached).
 
     The passes write to blocks that are borrowed from the pool. Raises ServeError when too few are free.
     """
@@ -47,10 +49,10 @@ def _measure(largest: int, run: Callable[[int], None]) -> tuple[tuple[int, ...],
     sizes: list[int] = []
     seconds: list[float] = []
     size, until = 1, time.perf_counter() + _SECONDS
-    while not sizes or (size <= largest and time.perf_counter() < until):
+    while size == 1 or (size <= largest and (size <= _AT_LEAST or time.perf_counter() < until)):
         run(size)  # the first of a size may compile or reserve memory
-        taken = []
-        for _ in range(_REPEATS):
+        taken: list[float] = []
+        while not taken or (len(taken) < _REPEATS and time.perf_counter() < until):
             began = time.perf_counter()
             run(size)
             taken.append(time.perf_counter() - began)
