@@ -5,7 +5,8 @@
 
 Every round runs all arms one after the other on the same prompts; a ratio is the median over rounds of two arms' speeds in
 the same round. Answers end at the stop token. The engine runs in this process, other servers answer over HTTP
-(`/v1/completions`, prompts as text, no streaming): that costs them a few milliseconds per request.
+(`/v1/completions`, prompts as text, no streaming): that costs them a few milliseconds per request. On a machine that others
+use, `--processor-time --threads 1` counts this process's processor seconds instead of the clock's.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def server_arm(url: str, new_tokens: int, decode: Callable[[Prompt], str]) -> Ar
     return run
 
 
-def compare(arms: dict[str, Arm], prompts: list[Prompt], concurrency: int, rounds: int) -> dict[str, object]:
+def compare(
+    arms: dict[str, Arm], prompts: list[Prompt], concurrency: int, rounds: int, clock: Callable[[], float]
+) -> dict[str, object]:
     """Speeds and ratios at one concurrency; greedy answers of in-process arms must be those of the first one."""
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     different = dict.fromkeys(arms, 0)
@@ -105,9 +108,9 @@ def compare(arms: dict[str, Arm], prompts: list[Prompt], concurrency: int, round
             batch = [prompts[(number * concurrency + i) % len(prompts)] for i in range(concurrency)]
             first: list[list[int] | int] | None = None
             for name, arm in arms.items():
-                began = time.perf_counter()
+                began = clock()
                 answers = arm(batch)
-                seconds = time.perf_counter() - began
+                seconds = clock() - began
                 first = first or answers
                 different[name] += sum(isinstance(a, list) and a != b for a, b in zip(answers, first, strict=True))
                 if number:  # the first round warms up
@@ -150,9 +153,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--against", metavar="NAME=URL", nargs="*", default=[], help="other servers, URL with /v1")
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--no-generate", action="store_true", help="leave transformers.generate out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.processor_time and options.against:
+        parser.error("--processor-time counts this process alone; leave --against out")
     torch.set_num_threads(options.threads)
     target, tokenizer = load_target(options.target), load_tokenizer(options.target)
     conversations = read_conversations([TINY_HELD_OUT])
@@ -166,8 +172,10 @@ def main() -> None:
         name, url = pair.split("=", 1)
         arms[name] = server_arm(url, options.new_tokens, tokenizer.decode)
     compiled = {name: engine.wait_until_compiled() for name, engine in engines.items()}
-    found = [compare(arms, prompts, concurrency, options.rounds) for concurrency in options.concurrency]
+    clock = time.process_time if options.processor_time else time.perf_counter
+    found = [compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency]
     facts = {"processor": processor(), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
+    facts["clock"] = "processor" if options.processor_time else "wall"
     settings = {"target": options.target, "new_tokens": options.new_tokens, "plan": options.plan, "prompts": len(prompts)}
     if options.drafter:
         metrics = engines["engine with drafter"].metrics
