@@ -91,10 +91,11 @@ def soak(
     most: int,
     seed: int = 0,
 ) -> Report:
-    """Keep `concurrency` requests in the engine until all have had their end, one in twelve by an abort."""
+    """Keep `concurrency` requests in the engine until all have had their end; one in twelve is meant to be aborted early."""
     source, report = random.Random(seed), Report(requests)
     reference = [decode(target, None, p, Sampling(0.0), most).tokens for p in prompts]
     live: dict[str, tuple[int, SamplingParams, list[int]]] = {}
+    doomed: dict[str, int] = {}
     began, asked, process = time.perf_counter(), 0, psutil.Process()
     with Progress() as progress:
         bar = progress.add_task("requests", total=requests)
@@ -103,6 +104,8 @@ def soak(
                 which, params = source.randrange(len(prompts)), random_params(source, engine.info.vocab_size, most)
                 engine.add_request(str(asked), prompts[which], params)
                 live[str(asked)] = (which, params, [])
+                if source.random() < 1 / 12:
+                    doomed[str(asked)] = source.randrange(8)  # steps that it may live
                 asked += 1
                 if asked == max(requests // 10, 1):
                     report.megabytes_early = process.memory_info().rss / 2**20
@@ -114,10 +117,10 @@ def soak(
                     del live[output.request_id]
                     report.finished += 1
                     _check(report, target, prompts[which], reference[which], params, tokens, output.finish_reason)
-            if live and source.random() < 1 / 12:
-                name = source.choice(list(live))
+            doomed = {name: steps - 1 for name, steps in doomed.items() if name in live}
+            for name in [n for n, steps in doomed.items() if steps < 0]:
                 engine.abort(name)
-                del live[name]
+                del live[name], doomed[name]
                 report.aborted += 1
             progress.update(bar, completed=report.finished + report.aborted)
     report.seconds = time.perf_counter() - began
