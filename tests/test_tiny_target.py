@@ -10,7 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from draftkit.data.template import render_prompt
+from draftkit.decode import decode
 from draftkit.errors import CheckpointError
+from draftkit.ops.sampling import Sampling
+from draftkit.stages import open_drafter
+from draftkit.target.transformers import load_target
 from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
 from draftkit.tiny.publish import publish
 from draftkit.tiny.rows import ROW_LENGTH, RowSampler
@@ -61,7 +66,7 @@ def test_the_asset_loads_with_plain_transformers_and_is_what_its_card_says() -> 
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert model.config.num_hidden_layers >= 12
     assert len(weights) <= 14 * 2**20
-    assert sum(p.stat().st_size for p in ASSET.iterdir()) <= 16 * 2**20
+    assert sum(p.stat().st_size for p in ASSET.rglob("*") if p.is_file()) <= 16 * 2**20
     assert hashlib.sha256(weights).hexdigest() in (ASSET / "README.md").read_text()
     assert tokenizer.mask_token_id is not None and len(tokenizer) == model.config.vocab_size
     text = tokenizer.apply_chat_template(
@@ -102,3 +107,16 @@ def test_training_goes_on_exactly_where_it_stopped(tmp_path: Path, corpus: Corpu
     train_tiny_target(tmp_path / "parts", settings)
     parts = [json.loads(line)["loss"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
     assert parts == losses
+
+
+def test_the_drafter_beside_the_target_fits_it_and_its_guesses_are_taken() -> None:
+    """Three prompts, greedy: the same tokens as plain decoding, and more than one of them per round."""
+    target, tokenizer = load_target("tiny"), AutoTokenizer.from_pretrained(ASSET)
+    drafter = open_drafter(ASSET / "drafter", target)
+    rounds = tokens = 0
+    for row in rows_of("heldout.jsonl")[::150]:  # one of each domain
+        prompt = render_prompt(tokenizer, row["messages"])  # type: ignore[arg-type]
+        drafted = decode(target, drafter, prompt, Sampling(0.0), 48)
+        assert drafted.tokens == decode(target, None, prompt, Sampling(0.0), 48).tokens
+        rounds, tokens = rounds + len(drafted.rounds), tokens + sum(r.emitted for r in drafted.rounds)
+    assert tokens / rounds > 1.5
