@@ -33,7 +33,7 @@ from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED, TransformersTarget
 
 TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"
-PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with the embedded target and a drafter of it, on one CPU thread
+PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with the embedded target and the drafter beside it, on one CPU thread
 MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}  # free tokens, padding
 
 
