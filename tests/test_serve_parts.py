@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import builtins
 import json
 from typing import Any
 
@@ -18,11 +17,10 @@ from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.problem import ApiError, from_validation
-from draftkit.serve.protocol import ChatBody, CompletionBody, ResponseFormat
+from draftkit.serve.protocol import ChatBody, CompletionBody
 from draftkit.serve.reply import ChatReply, CompletionReply, usage
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import ClientLeft, EventStream
-from draftkit.serve.structured import constraint_of
 from draftkit.serve.tools import ToolCalls
 from draftkit.serve.worker import Worker
 
@@ -156,21 +154,6 @@ def test_a_validation_error_names_the_field_on_one_line() -> None:
         CompletionBody.model_validate({"prompt": "a", "n": 0, "top_p": 7})
     error = from_validation(caught.value)
     assert error.param == "n" and error.status == 400 and "1 more" in str(error) and "\n" not in str(error)
-
-
-def test_json_answers_without_xgrammar_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def missing(name: str, *more: Any) -> Any:
-        if name == "xgrammar":
-            raise ImportError(name)
-        return real(name, *more)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
-    assert constraint_of(ResponseFormat(type="text"), SERVED) is None
-    with pytest.raises(ApiError, match="pip install") as caught:
-        constraint_of(ResponseFormat(type="json_object"), SERVED)
-    assert caught.value.status == 400
 
 
 def run_worker(load: Any, use: Any) -> Any:

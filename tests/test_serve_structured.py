@@ -1,17 +1,22 @@
-"""Grammars for JSON answers; needs xgrammar, which is an extra."""
+"""JSON answers: the grammar by itself, and the real server asked by the openai client."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
+import openai
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
 from test_serve_fake_engine import fake_served
+from test_serve_harness import serving
 
 from draftkit.serve.problem import ApiError
 from draftkit.serve.protocol import ResponseFormat
-from draftkit.serve.structured import GrammarConstraint, compile_constraint
-
-pytest.importorskip("xgrammar", reason="the extra is not installed: pip install 'draftkit[structured]'")
+from draftkit.serve.structured import GrammarConstraint, constraint_of
 
 SERVED = fake_served()
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"], "additionalProperties": False}
@@ -19,7 +24,9 @@ SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "require
 
 def grammar(schema: object | None = None) -> GrammarConstraint:
     given = {"type": "json_object"} if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
-    return compile_constraint(ResponseFormat.model_validate(given), SERVED)
+    constraint = constraint_of(ResponseFormat.model_validate(given), SERVED)
+    assert constraint is not None
+    return constraint
 
 
 def ids(text: str) -> list[int]:
@@ -38,22 +45,30 @@ def test_valid_json_is_allowed_token_by_token_and_then_only_the_end() -> None:
 
 def test_what_the_schema_forbids_is_refused_and_changes_nothing() -> None:
     constraint = grammar(SCHEMA)
-    wrong = ids("x")[0]
-    assert not constraint.allowed()[wrong] and not constraint.accept(wrong)
+    end = SERVED.tokenizer.eos_token_id
+    for wrong in (ids("x")[0], end):
+        assert not constraint.allowed()[wrong] and not constraint.accept(wrong) and not constraint.finished
     assert constraint.accept(ids("{")[0])
 
 
 def test_rejected_drafts_are_rolled_back() -> None:
     constraint = grammar(SCHEMA)
-    tokens = ids('{"age": 1')
-    for token in tokens:
+    for token in ids('{"age": 1'):
         constraint.accept(token)
     before = constraint.allowed()
-    drafts = ids("23}")
-    assert all(constraint.accept(token) for token in drafts)
+    drafts = [*ids("23}"), SERVED.tokenizer.eos_token_id]
+    assert all(constraint.accept(token) for token in drafts) and constraint.finished
     constraint.rollback(len(drafts))
-    assert (constraint.allowed() == before).all()
+    assert (constraint.allowed() == before).all() and not constraint.finished
     constraint.rollback(0)
+    assert (constraint.allowed() == before).all()
+
+
+def test_copies_go_on_by_themselves() -> None:
+    first = grammar(SCHEMA)
+    second = first.copy()
+    assert all(first.accept(token) for token in ids('{"age": 1'))
+    assert (second.allowed() == grammar(SCHEMA).allowed()).all()
 
 
 def test_always_taking_an_allowed_token_gives_json() -> None:
@@ -69,7 +84,87 @@ def test_always_taking_an_allowed_token_gives_json() -> None:
     assert isinstance(json.loads(SERVED.tokenizer.decode(text))["age"], int)
 
 
-def test_a_schema_that_cannot_be_compiled_is_a_400() -> None:
+def test_a_json_object_is_an_object_and_text_needs_no_grammar() -> None:
+    constraint = grammar()
+    assert not constraint.allowed()[ids("[")[0]]
+    assert all(constraint.accept(token) for token in [*ids('{"a": [1, null]}'), SERVED.tokenizer.eos_token_id])
+    assert constraint_of(ResponseFormat(type="text"), SERVED) is None
+
+
+@pytest.mark.parametrize(
+    ("schema", "named"),
+    [
+        ({"type": "nonsense"}, "nonsense"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "integer", "minimum": 5, "maximum": 1}, "minimum"),
+        ({"$ref": "http://example.com/schema"}, "example.com"),
+        ({"type": "string", "pattern": "a(?=b)"}, "look-ahead"),
+    ],
+)
+def test_a_schema_that_cannot_be_enforced_is_a_400_of_one_line(schema: dict[str, Any], named: str) -> None:
     with pytest.raises(ApiError, match="cannot be compiled") as caught:
-        grammar({"type": "nonsense"})
-    assert caught.value.status == 400
+        grammar(schema)
+    assert caught.value.status == 400 and named in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Item(BaseModel):
+    """Everything is bounded, so that any answer ends."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str = Field(max_length=6)
+    count: int = Field(ge=0, le=99)
+    kind: Literal["list", "tuple", "dict"]
+    sizes: list[Literal[1, 2, 3]] = Field(min_length=1, max_length=3)
+    done: bool
+
+
+QUESTION = [{"role": "user", "content": "Write a function that adds two numbers."}]
+WANTED = {"type": "json_schema", "json_schema": {"name": "item", "strict": True, "schema": Item.model_json_schema()}}
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[openai.OpenAI]:
+    with serving(command=(sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")) as server:
+        assert any("drafter" in line and "none" not in line for line in server.log), "this server must draft"
+        yield openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+
+
+def answer(client: openai.OpenAI, stream: bool, seed: int, **more: Any) -> str:
+    made = client.chat.completions.create(
+        model="tiny", messages=QUESTION, response_format=WANTED, max_tokens=200, stream=stream, seed=seed, **more
+    )
+    if not stream:
+        assert made.choices[0].finish_reason == "stop"
+        return str(made.choices[0].message.content)
+    chunks = [chunk.choices[0] for chunk in made if chunk.choices]
+    assert chunks[-1].finish_reason == "stop"
+    return "".join(chunk.delta.content or "" for chunk in chunks)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("draft", [True, False], ids=["drafting", "plain"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_answers_of_the_real_server_validate(client: openai.OpenAI, stream: bool, draft: bool, temperature: int) -> None:
+    ask = lambda seed: answer(client, stream, seed, temperature=temperature, extra_body={"draft": draft})  # noqa: E731
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(ask, range(4)))
+    assert all(Item.model_validate_json(text) for text in texts)
+    assert len(set(texts)) == 1 if temperature == 0 else len(set(texts)) > 2
+
+
+def test_greedy_json_is_the_same_with_and_without_drafts(client: openai.OpenAI) -> None:
+    texts = {answer(client, False, 0, temperature=0, extra_body={"draft": draft}) for draft in (True, False)}
+    assert len(texts) == 1
+
+
+def test_the_openai_client_parses_several_choices_into_a_model(client: openai.OpenAI) -> None:
+    made = client.chat.completions.parse(model="tiny", messages=QUESTION, response_format=Item, n=3, max_tokens=200)
+    assert len({id(choice.message.parsed) for choice in made.choices if isinstance(choice.message.parsed, Item)}) == 3
+
+
+def test_a_json_object_of_the_real_server_is_one_when_it_ends_by_itself(client: openai.OpenAI) -> None:
+    made = client.chat.completions.create(
+        model="tiny", messages=QUESTION, response_format={"type": "json_object"}, max_tokens=100, n=8, seed=1, temperature=1.5
+    )
+    ended = [choice.message.content for choice in made.choices if choice.finish_reason == "stop"]
+    assert ended and all(isinstance(json.loads(text or ""), dict) for text in ended)

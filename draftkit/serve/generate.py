@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.reply import ChatReply, CompletionReply, origins, speculation, usage
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import EventStream, dump, event, read_body, unless_client_leaves, unless_long
+from draftkit.serve.structured import constraint_of
 from draftkit.serve.tools import template_writes_tool_calls
 from draftkit.serve.worker import Served, Ticket, Worker
 
@@ -110,13 +112,16 @@ async def _answer(
         )
     if body.truncate_prompt_tokens is not None:
         prompts = [p[-body.truncate_prompt_tokens :] for p in prompts]
+    constraint = None
+    if body.response_format is not None:  # in a thread: compiling must not hold up everybody else's streams
+        constraint = await asyncio.to_thread(constraint_of, body.response_format, served)
     work = []
     for prompt in prompts:
         # An unset max_tokens of /v1/completions is 16, or less where the context ends sooner.
         room = served.engine.info.max_length - len(prompt)
         own = min(limit, room) if limit is not None and body.max_tokens is None and 0 < room < limit else limit
         for i in range(body.n):
-            work.append((prompt, from_body.sampling_params(body, served, prompt, i, own, logprobs)))
+            work.append((prompt, from_body.sampling_params(body, served, prompt, i, own, logprobs, constraint)))
     choices = [Choice(served.texts, params, len(prompt)) for prompt, params in work]
     call = Call(request.state.request_id, int(time.time()), served, body, reply, prompts, choices)
     ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, work))

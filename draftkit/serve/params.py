@@ -9,7 +9,7 @@ from draftkit.engine.request import SamplingParams
 from draftkit.errors import DataError
 from draftkit.serve.problem import ApiError, bad_request
 from draftkit.serve.protocol import ChatBody, CompletionBody, Message, SamplingBody
-from draftkit.serve.structured import constraint_of
+from draftkit.serve.structured import GrammarConstraint
 from draftkit.serve.worker import Served
 
 MIN_TEMPERATURE = 0.01  # below it, logits / temperature overflow; vLLM raises such values too
@@ -99,11 +99,18 @@ def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
 
 
 def sampling_params(
-    body: SamplingBody, served: Served, prompt: Sequence[int], choice: int, max_tokens: int | None, logprobs: int | None
+    body: SamplingBody,
+    served: Served,
+    prompt: Sequence[int],
+    choice: int,
+    max_tokens: int | None,
+    logprobs: int | None,
+    constraint: GrammarConstraint | None = None,
 ) -> SamplingParams:
     """Parameters of choice `choice` (0 to n-1) of one prompt. Choices of one request get seeds in a row.
 
-    `max_tokens` None: all the room that is left. Raises ApiError 400.
+    `max_tokens` None: all the room that is left. `constraint` is the request's; each choice gets a copy. Raises ApiError
+    400.
     """
     info = served.engine.info
     room = info.max_length - len(prompt)
@@ -136,9 +143,6 @@ def sampling_params(
         given["temperature"] = MIN_TEMPERATURE
     if body.seed is not None:
         given["seed"] = (body.seed + choice) % 2**63
-    constraint = constraint_of(body.response_format, served)
-    if constraint is not None:
-        given["constraint"] = constraint
     try:
         return SamplingParams(
             max_tokens=limit,
@@ -152,6 +156,7 @@ def sampling_params(
             include_stop_str_in_output=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
             draft=body.draft,
+            constraint=constraint.copy() if constraint is not None else None,
             **given,
         )
     except DataError as error:
