@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from draftkit.data.generate import GenerateSettings, answer_batch
+from draftkit.data.generate import GenerateSettings
 from draftkit.draft.drafter import Drafter
+from draftkit.engine.answers import answerer
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.profile import ProfileSettings, plot_step_rate, profile
 from draftkit.evaluate.run import EvalPrompt
@@ -56,6 +57,7 @@ def run_record(
     if out.exists():
         return _read_own(out, target, own, sampling.temperature)
     settings, parts = GenerateSettings(sampling, max_new_tokens, seed=seed), []
+    answer_all = answerer(target, settings.batch_size)
     with progress_bar("record", len(prompts)) as (bar, task):
         for first in range(0, len(prompts), settings.batch_size):
             batch = prompts[first : first + settings.batch_size]
@@ -63,7 +65,7 @@ def run_record(
             part = out.with_name(f"{out.name}.{name}.part")
             if not part.exists():
                 seeds = [(seed, first + i) for i in range(len(batch))]
-                answers = answer_batch(target, [p.tokens for p in batch], seeds, settings)
+                answers = answer_all([p.tokens for p in batch], seeds, settings)
                 pairs = zip(batch, answers, strict=True)
                 items = [TraceItem(p.prompt_id, p.domain, p.tokens, a.tokens) for p, a in pairs]
                 save_traces(record_traces(target, drafter, items, TraceSettings(sampling, seed + 1 + first), own), part)

@@ -27,6 +27,7 @@ from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSet
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
 from draftkit.draft.warm_start import start_from_target
+from draftkit.engine.answers import answerer
 from draftkit.errors import CheckpointError, ConfigError, TargetError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
@@ -77,7 +78,7 @@ def run_generate(
             made += tokens
             bar.update(task, advance=answers, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
 
-        return generate_file(target, tokenizer, prompts, out, settings, tick)
+        return generate_file(target, tokenizer, prompts, out, settings, answerer(target, settings.batch_size), tick)
 
 
 def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...]:

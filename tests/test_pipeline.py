@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from draftkit.data import capture as capture_module
 from draftkit.data.capture import CaptureSettings, capture
 from draftkit.data.conversations import Conversation, Message, read_conversations
 from draftkit.data.features import FeatureStore
-from draftkit.data.generate import GenerateSettings, generate_file
+from draftkit.data.generate import Answerer, GenerateSettings, answer_batch, generate_file
+from draftkit.data.template import render_prompt
+from draftkit.engine.answers import EngineAnswers, answerer
 from draftkit.errors import DataError, FeatureStoreError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
@@ -41,10 +44,17 @@ def tokenizer(target_folder: Path) -> Any:
     return load_tokenizer(str(target_folder))
 
 
+@pytest.fixture(scope="module", params=["engine", "padded batches"])
+def answer_all(target: TransformersTarget, request: pytest.FixtureRequest) -> Answerer:
+    return EngineAnswers(target, 4) if request.param == "engine" else partial(answer_batch, target)
+
+
 @pytest.fixture(scope="module")
-def answers(target: TransformersTarget, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def answers(
+    target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
-    generate_file(target, tokenizer, prompts(), out, SETTINGS)
+    generate_file(target, tokenizer, prompts(), out, SETTINGS, answer_all)
     return out
 
 
@@ -68,35 +78,55 @@ def test_every_prompt_is_answered_once_and_truncation_is_marked(answers: Path, t
 
 
 def test_an_answer_does_not_depend_on_its_batch(
-    answers: Path, target: TransformersTarget, tokenizer: Any, tmp_path: Path
+    answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
 ) -> None:
     """In float64, where rounding cannot move a draw: one by one, the same answers."""
     alone = tmp_path / "alone.jsonl"
-    generate_file(target, tokenizer, prompts(), alone, replace(SETTINGS, batch_size=1))
+    generate_file(target, tokenizer, prompts(), alone, replace(SETTINGS, batch_size=1), answer_all)
     assert records(alone) == records(answers)
 
 
-def test_several_turns_are_answered_one_after_the_other(target: TransformersTarget, tokenizer: Any, tmp_path: Path) -> None:
+def test_greedy_answers_are_the_same_by_engine_and_by_padded_batches(target: TransformersTarget, tokenizer: Any) -> None:
+    greedy = replace(SETTINGS, sampling=Sampling(0.0))
+    tokens = [render_prompt(tokenizer, p.as_dicts()) for p in prompts()]
+    seeds = [(0, i) for i in range(len(tokens))]
+    assert EngineAnswers(target, 4)(tokens, seeds, greedy) == answer_batch(target, tokens, seeds, greedy)
+
+
+def test_a_family_without_a_lean_forward_is_answered_in_padded_batches(target: TransformersTarget, monkeypatch: Any) -> None:
+    monkeypatch.setattr("draftkit.engine.answers.unsupported", lambda _: "another family")
+    assert isinstance(answerer(target, 4), partial)
+    monkeypatch.undo()
+    assert isinstance(answerer(target, 4), EngineAnswers)
+
+
+def test_several_turns_are_answered_one_after_the_other(
+    target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
+) -> None:
     turns = Conversation("t", "chat", (Message("user", "add"), Message("user", "return"), Message("user", "list")))
-    generate_file(target, tokenizer, [turns], tmp_path / "a.jsonl", replace(SETTINGS, sampling=Sampling(0.0)))
+    generate_file(target, tokenizer, [turns], tmp_path / "a.jsonl", replace(SETTINGS, sampling=Sampling(0.0)), answer_all)
     record = records(tmp_path / "a.jsonl")["t"]
     roles = [m["role"] for m in record["messages"]]
     assert roles == ["user", "assistant"] * (len(roles) // 2) or record["finish_reason"] != "stop"
 
 
-def test_a_torn_line_is_made_again(answers: Path, target: TransformersTarget, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_torn_line_is_made_again(
+    answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
+) -> None:
     torn = tmp_path / "answers.jsonl"
     raw = answers.read_bytes()
     for cut in (1, len(raw) // 3, len(raw) - 1):
         torn.write_bytes(raw[:cut])
         torn.with_suffix(".manifest.json").write_bytes(answers.with_suffix(".manifest.json").read_bytes())
-        generate_file(target, tokenizer, prompts(), torn, SETTINGS)
+        generate_file(target, tokenizer, prompts(), torn, SETTINGS, answer_all)
         assert records(torn) == records(answers)
 
 
-def test_other_settings_are_refused(answers: Path, target: TransformersTarget, tokenizer: Any) -> None:
+def test_other_settings_are_refused(
+    answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer
+) -> None:
     with pytest.raises(DataError, match="another settings"):
-        generate_file(target, tokenizer, prompts(), answers, replace(SETTINGS, seed=6))
+        generate_file(target, tokenizer, prompts(), answers, replace(SETTINGS, seed=6), answer_all)
 
 
 def command(target_folder: Path, *arguments: str) -> list[str]:

@@ -95,12 +95,12 @@ def test_recording_goes_on_where_it_was_interrupted(
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return answer_batch(*arguments)  # type: ignore[arg-type]
+        return answer_batch(target, *arguments)  # type: ignore[arg-type]
 
     def record(out: Path) -> Traces:
         return run_record(target, make_drafter(target), tmp_path, prompts, Sampling(1.0), 4, 0, out)
 
-    monkeypatch.setattr("draftkit.schedule_stages.answer_batch", answer)
+    monkeypatch.setattr("draftkit.schedule_stages.answerer", lambda *_: answer)
     with pytest.raises(KeyboardInterrupt):
         record(tmp_path / "t")
     resumed = record(tmp_path / "t")

@@ -19,8 +19,10 @@ from draftkit.data.conversations import Conversation
 from draftkit.data.template import render_prompt
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator, sample
+from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
 
+GROUP_BATCHES = 4  # batches whose answers are written together: enough to keep a batch full, little to lose
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them
 
 
@@ -30,7 +32,7 @@ class GenerateSettings:
 
     sampling: Sampling = Sampling(temperature=1.0)
     max_new_tokens: int = 256
-    batch_size: int = 48
+    batch_size: int = 48  # answers that are made at the same time
     seed: int = 0
 
 
@@ -42,15 +44,20 @@ class Answer:
     finish_reason: str
 
 
+# From prompts (token ids) and the seed of each to their answers.
+Answerer = Callable[[Sequence[Sequence[int]], Sequence[tuple[int, int]], GenerateSettings], list[Answer]]
+
+
 def generate_file(
     target: TransformersTarget,
     tokenizer: Any,
     prompts: Sequence[Conversation],
     out: Path,
     settings: GenerateSettings,
+    answer: Answerer,
     tick: Callable[[int, int], None] = lambda answers, tokens: None,
 ) -> int:
-    """Answer all prompts into `out`; returns how many records it holds in the end.
+    """Answer all prompts into `out` by `answer`; returns how many records it holds in the end.
 
     Records are OpenAI messages with id, domain, finish_reason ("length" marks a truncated answer), seed and token count.
     `tick(answers, tokens)` is called as batches finish. Raises DataError when `out` was begun with other settings.
@@ -59,13 +66,14 @@ def generate_file(
     done = _recover(out)
     indexed = [(i, p.prompt(), _first_length(tokenizer, p)) for i, p in enumerate(prompts)]
     indexed.sort(key=lambda item: (item[2], item[0]))
+    size = GROUP_BATCHES * settings.batch_size
     with out.open("a", encoding="utf-8") as file:
-        for start in range(0, len(indexed), settings.batch_size):
-            batch = [(i, p) for i, p, _ in indexed[start : start + settings.batch_size]]
+        for start in range(0, len(indexed), size):
+            batch = [(i, p) for i, p, _ in indexed[start : start + size]]
             missing = [p.id for _, p in batch if p.id not in done]
             tokens = 0
             if missing:
-                for record in _answer_conversations(target, tokenizer, batch, settings):
+                for record in _answer_conversations(answer, tokenizer, batch, settings):
                     if record["id"] in missing:
                         file.write(json.dumps(record, ensure_ascii=False) + "\n")
                         tokens += record["completion_tokens"]
@@ -80,7 +88,7 @@ def _first_length(tokenizer: Any, prompt: Conversation) -> int:
 
 
 def _answer_conversations(
-    target: TransformersTarget, tokenizer: Any, batch: Sequence[tuple[int, Conversation]], settings: GenerateSettings
+    answer_all: Answerer, tokenizer: Any, batch: Sequence[tuple[int, Conversation]], settings: GenerateSettings
 ) -> Iterable[dict[str, Any]]:
     """Records of a batch; a prompt with several user turns is answered turn by turn."""
     histories: list[list[dict[str, str]]] = [[] for _ in batch]
@@ -96,7 +104,7 @@ def _answer_conversations(
                     break
         prompts = [render_prompt(tokenizer, histories[r]) for r in open_rows]
         seeds = [(settings.seed, batch[r][0] * 64 + turn) for r in open_rows]
-        for r, answer in zip(open_rows, answer_batch(target, prompts, seeds, settings), strict=True):
+        for r, answer in zip(open_rows, answer_all(prompts, seeds, settings), strict=True):
             content = tokenizer.decode(answer.tokens, skip_special_tokens=True)
             reasons[r] = answer.finish_reason if content else "empty"
             counts[r] += len(answer.tokens)
@@ -123,10 +131,7 @@ def answer_batch(
 ) -> list[Answer]:
     """Answer prompts (token ids) together, padded on the left; finished rows are dropped from the batch as it goes."""
     longest = max(map(len, prompts))
-    room = target.info.max_length - longest
-    if room < 1:
-        raise DataError(f"a prompt has {longest} tokens, the target's maximum is {target.info.max_length}; shorten it")
-    limit = min(settings.max_new_tokens, room)
+    limit = answer_limit(target.info, longest, settings)
     pad = target.info.stop_token_ids[0] if target.info.stop_token_ids else 0
     tokens_BT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
     mask_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -154,6 +159,14 @@ def answer_batch(
             tokens_BT, mask_BS, rows, finished = tokens_BT[keep], mask_BS[keep], rows[keep], finished[keep]
     stop_ids = set(target.info.stop_token_ids)
     return [Answer(tuple(a), "stop" if a[-1] in stop_ids else "length") for a in answers]
+
+
+def answer_limit(info: TargetInfo, prompt_tokens: int, settings: GenerateSettings) -> int:
+    """The most tokens that an answer may have. Raises DataError when the prompt leaves no room."""
+    room = info.max_length - prompt_tokens
+    if room < 1:
+        raise DataError(f"a prompt has {prompt_tokens} tokens, the target's maximum is {info.max_length}; shorten it")
+    return min(settings.max_new_tokens, room)
 
 
 def _check_manifest(out: Path, target: TransformersTarget, settings: GenerateSettings) -> None:

@@ -56,8 +56,13 @@ def sample(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
 def request_generator(seed: int, index: int = 0) -> torch.Generator:
     """A CPU generator for one request: the same numbers in any batch and any number of processes."""
     generator = torch.Generator()
-    generator.manual_seed((seed * 1_000_003 + index) % 2**63)
+    generator.manual_seed(combined_seed(seed, index))
     return generator
+
+
+def combined_seed(seed: int, index: int) -> int:
+    """One seed in [0, 2^63) of a run's seed and a request's number."""
+    return (seed * 1_000_003 + index) % 2**63
 
 
 def _renormalise(probs: Tensor) -> Tensor:
