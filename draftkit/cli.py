@@ -282,6 +282,10 @@ def serve(
     max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = 8 * 2**20,
     drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = 120,
     plan: Annotated[str, typer.Option(help="drafted tokens to verify: planned (by confidence and load) or fixed")] = "planned",
+    step_rate: Annotated[Path | None, typer.Option(help="of draftkit profile; none = measured at the start")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="of draftkit calibrate; none = the packaged drafter's own, else as they are")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: a GPU where there is one")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; default: float32 on a CPU, else bfloat16")] = None,
     max_running: Annotated[int, typer.Option(help="answers that are made at the same time")] = 64,
@@ -303,7 +307,7 @@ def serve(
         max_length=max_length,
         kv_bytes=int(kv_gib * 2**30),
     )
-    run_server(lambda: load_served(target, drafter, name, engine, threads), settings)
+    run_server(lambda: load_served(target, drafter, name, engine, threads, step_rate, calibration), settings)
 
 
 @app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8")

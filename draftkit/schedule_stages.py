@@ -31,10 +31,9 @@ from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, sav
 from draftkit.schedule.traces import Traces, join_traces, load_traces, save_traces
 from draftkit.stages import progress_bar
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.transformers import EMBEDDED, TransformersTarget
+from draftkit.target.transformers import EMBEDDED_PAIR, TransformersTarget
 
 TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"
-PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with the embedded target and the drafter beside it, on one CPU thread
 MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}  # free tokens, padding
 
 
@@ -161,13 +160,10 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
 
     `step_rate` is a file or one of MACHINES. Raises ScheduleError when the parts belong to different pairs.
     """
-    read = load_traces(traces or PAIR / TRACES)
-    own = None if traces else PAIR / CALIBRATION
+    read = load_traces(traces or EMBEDDED_PAIR / TRACES)
+    own = None if traces else EMBEDDED_PAIR / CALIBRATION
     chosen = calibration or own
-    temperatures = load_calibration(chosen, read.gamma) if chosen else None
-    made_for = temperatures.drafter_fingerprint if temperatures else ""
-    if made_for and made_for != read.origin.drafter_fingerprint:
-        raise ScheduleError(f"{chosen}: calibration of another drafter than that of the traces; calibrate this one")
+    temperatures = load_calibration(chosen, read.gamma, read.origin.drafter_fingerprint) if chosen else None
     notes = [] if temperatures or not read.has_confidence else ["confidences are taken as they are, uncalibrated"]
     if not read.has_confidence:
         notes.append("the drafter has no confidence head: confidences come from the online estimator")
@@ -179,7 +175,7 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
         return SimulationInput(read, parametric_table(free, tile), temperatures, tuple(notes))
     if step_rate is None and traces is not None:
         raise ScheduleError(f"--step-rate: give a file of draftkit profile, or one of {', '.join(MACHINES)}")
-    table = load_step_rate(Path(step_rate) if step_rate else PAIR / STEP_RATE)
+    table = load_step_rate(Path(step_rate) if step_rate else EMBEDDED_PAIR / STEP_RATE)
     table.check_target(read.origin.target_fingerprint)
     return SimulationInput(read, table, temperatures, tuple(notes))
 

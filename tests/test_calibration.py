@@ -68,13 +68,15 @@ def test_a_file_is_read_back_and_holds_what_sglang_requires(tmp_path: Path) -> N
     path = tmp_path / "calibration.json"
     calibration = Calibration((1.5, 0.7), "abc", "held-out", 10, (0.1, 0.2), (0.01, 0.02))
     save_calibration(calibration, path)
-    assert load_calibration(path, 2) == calibration
+    assert load_calibration(path, 2, "abc") == calibration
+    with pytest.raises(ScheduleError, match="calibration of another drafter"):
+        load_calibration(path, 2, "d")
     content = json.loads(path.read_text())
     assert content["temperatures"] == [1.5, 0.7]  # list[float], all above 0: the only field that SGLang needs
     assert isinstance(content["dataset"], str)
     assert isinstance(content["num_samples"], int)
     (tmp_path / "theirs.json").write_text('{"temperatures": [1.0, 2.0], "note": "made elsewhere"}')
-    assert load_calibration(tmp_path / "theirs.json", 2).temperatures == (1.0, 2.0)
+    assert load_calibration(tmp_path / "theirs.json", 2, "d").temperatures == (1.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,7 @@ def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str
     path = tmp_path / "calibration.json"
     path.write_text(text)
     with pytest.raises(ScheduleError, match=message):
-        load_calibration(path, 2)
+        load_calibration(path, 2, "d")
 
 
 def test_a_position_without_outcomes_is_refused() -> None:

@@ -175,6 +175,11 @@ class Drafter(nn.Module):
         """Drafted tokens per round."""
         return self.config.gamma
 
+    @property
+    def has_confidence(self) -> bool:
+        """Whether a head says how likely each drafted token is to be accepted."""
+        return isinstance(self.config, DrafterConfig) and self.config.confidence
+
     def new_context(self, batch: int = 1) -> DraftContext:
         """An empty context for `batch` requests of equal length."""
         raise NotImplementedError

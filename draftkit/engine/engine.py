@@ -43,7 +43,8 @@ log = logging.getLogger("draftkit.engine")
 class Engine:
     """Answers of many requests, step by step, in one thread.
 
-    `target` and `drafter` are names (folder or hub id) or loaded models. Raises what loading them raises.
+    `target` and `drafter` are names (folder or hub id) or loaded models. Raises what loading them raises, and
+    ScheduleError when a calibration does not fit the drafter.
     """
 
     def __init__(
@@ -70,7 +71,11 @@ class Engine:
         fast = isinstance(self._models.drafter, FastDrafter)
         self._measures = settings.plan == "planned" and settings.step_rate is None and fast
         self._max_running = settings.max_running
-        self._planner = LengthPlanner(self._tally, settings.step_rate if settings.plan == "planned" else None)
+        step_rate = settings.step_rate if settings.plan == "planned" else None
+        self._planner = LengthPlanner(self._tally, step_rate)
+        self.calibration = settings.calibration
+        if self.calibration is not None:
+            self.calibration.check_gamma(self.info.gamma)
         if self._measures:
             self._planner.step_rate = measure_step_rate(self._models, self._max_running)
 
@@ -214,6 +219,8 @@ class Engine:
         tokens_DG, probs_DGV, confidence_DG = proposed
         self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
         confidence = confidence_DG.cpu().numpy() if confidence_DG is not None else None
+        if confidence is not None and self.calibration is not None:
+            confidence = self.calibration.apply(confidence)
         lengths_A[chosen] = self._planner.lengths(drafting, confidence)
         probs_AGV = None if rows.greedy else place(probs_DGV, index, work.answering)
         return Offered(place(tokens_DG, index, work.answering), probs_AGV, lengths_A, chosen, confidence)

@@ -19,7 +19,7 @@ class EngineMetrics:
 
     `rounds` are counted per request. Of the `drafted` tokens `verified` went through the target (the budget),
     `accepted` were kept and `wasted` not. Seconds: in the drafter's passes, in the target's, in the rest of the steps.
-    `calibration_error` compares confidences with what verification found, in ten bins weighted by size, over the
+    `calibration_error` compares (calibrated) confidences with what verification found, in ten bins weighted by size, over the
     positions that were reached; None before there is one.
     """
 

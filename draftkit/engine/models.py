@@ -39,12 +39,10 @@ def build_models(
     target: str | TransformersTarget, drafter: str | Path | Drafter | None, settings: EngineSettings
 ) -> Models:
     """Load what is given by name, and lay out the memory. Raises TargetError, CheckpointError or ServeError."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
-    loaded = load_target(target, dtype=dtype, device=device) if isinstance(target, str) else target
+    loaded = load_for_engine(target, settings) if isinstance(target, str) else target
     weight = loaded.head_weight()
     if isinstance(drafter, str | Path):
-        drafter = _load_fitting(Path(drafter), loaded)
+        drafter = load_fitting(Path(drafter), loaded)
     if drafter is not None:
         drafter = drafter.to(weight.device, weight.dtype).eval()
     max_length = min(settings.max_length or loaded.info.max_length, loaded.info.max_length)
@@ -70,6 +68,13 @@ def build_models(
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
 
 
+def load_for_engine(target: str, settings: EngineSettings) -> TransformersTarget:
+    """The target on the settings' device, in their dtype. Raises TargetError."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
+    return load_target(target, dtype=dtype, device=device)
+
+
 def start_compiling(models: Models) -> CompiledPasses | None:
     """Build the C++ passes in the background; None where they cannot run."""
     if models.device.type != "cpu" or models.dtype != torch.float32 or not isinstance(models.model, FastModel):
@@ -77,7 +82,8 @@ def start_compiling(models: Models) -> CompiledPasses | None:
     return CompiledPasses(models.model, models.drafter if isinstance(models.drafter, FastDrafter) else None)
 
 
-def _load_fitting(folder: Path, target: TransformersTarget) -> Drafter:
+def load_fitting(folder: Path, target: TransformersTarget) -> Drafter:
+    """The drafter of a folder. Raises CheckpointError for one of another target."""
     drafter = load_drafter(folder, target.head_weight().dtype, target)
     if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
         raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")

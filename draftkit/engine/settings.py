@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from draftkit.errors import ServeError
+from draftkit.schedule.calibration import Calibration
 from draftkit.schedule.step_rate import StepRate
 
 Plan = Literal["planned", "fixed"]
@@ -19,6 +20,7 @@ class EngineSettings:
     Attributes:
         plan: how many drafted tokens are verified: "planned" by confidence and load, "fixed" all of them.
         step_rate: what a step costs, for "planned"; None = a short measurement at the start.
+        calibration: temperatures of the drafter's confidences; None = they are taken as they are.
         dtype: float32, bfloat16 or float64 for both models; None = float32 on a CPU, bfloat16 on a GPU.
         device: a torch device; None = a GPU where there is one.
         max_running: requests that are worked on at the same time; more wait.
@@ -33,6 +35,7 @@ class EngineSettings:
 
     plan: Plan = "planned"
     step_rate: StepRate | None = None
+    calibration: Calibration | None = None
     dtype: str | None = None
     device: str | None = None
     max_running: int = 64

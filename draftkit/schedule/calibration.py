@@ -48,6 +48,14 @@ class Calibration:
                 f"calibration of {len(self.temperatures)} positions, the drafter has {gamma}; calibrate this drafter"
             )
 
+    def check_drafter(self, fingerprint: str) -> None:
+        """Raise ScheduleError when it was made for another drafter; one that names none passes."""
+        if self.drafter_fingerprint and self.drafter_fingerprint != fingerprint:
+            raise ScheduleError(
+                f"calibration of another drafter (made for {self.drafter_fingerprint[:12]}, given {fingerprint[:12]}); "
+                "calibrate this one"
+            )
+
     def apply(self, confidence_RG: Floats) -> Floats:
         """Calibrated confidences [R, G]; NaN stays NaN. Raises ScheduleError for another number of positions."""
         self.check_gamma(np.shape(confidence_RG)[-1])
@@ -92,14 +100,15 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     partial.replace(path)
 
 
-def load_calibration(path: Path, gamma: int) -> Calibration:
-    """Read a calibration for a drafter of gamma positions. Raises ScheduleError for another one, and for no calibration."""
+def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibration:
+    """Read the calibration of a drafter of gamma positions. Raises ScheduleError for another one, and for no calibration."""
     try:
         content = json.loads(path.read_text("utf-8"))
         fields = {k: v for k, v in content.items() if k in Calibration.__annotations__}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         calibration = Calibration(**known)
         calibration.check_gamma(gamma)
+        calibration.check_drafter(drafter_fingerprint)
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:

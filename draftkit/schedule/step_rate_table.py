@@ -66,6 +66,10 @@ class StepRateTable:
         rows = np.array(self.pass_seconds)
         return self._curve(tuple(float(np.interp(context, self.contexts, column)) for column in rows.T))
 
+    def middle(self) -> StepRate:
+        """The curve of the middle context."""
+        return self.at(self.contexts[len(self.contexts) // 2])
+
     def check_target(self, fingerprint: str) -> None:
         """Raise ScheduleError when the table was measured on another target; a table that names none passes."""
         found = self.measured.target_fingerprint
@@ -73,6 +77,16 @@ class StepRateTable:
             raise ScheduleError(
                 f"step rate of another target ({self.measured.target}, {found[:12]}; given {fingerprint[:12]}); "
                 "measure this one with draftkit profile"
+            )
+
+    def check_drafter(self, fingerprint: str) -> None:
+        """Raise ScheduleError when the drafter's time was not measured, or another drafter's; one that names none passes."""
+        found = self.measured.drafter_fingerprint
+        if not any(self.draft_seconds):
+            raise ScheduleError("step rate without a drafter's time; measure it with draftkit profile -d DRAFTER")
+        if found and found != fingerprint:
+            raise ScheduleError(
+                f"step rate of another drafter ({found[:12]}, given {fingerprint[:12]}); measure this one with draftkit profile"
             )
 
     def assumptions(self, most_tokens: int, longest_context: float) -> list[str]:

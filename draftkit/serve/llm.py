@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.serve.choice import Choice
 from draftkit.serve.detokenize import TokenTexts
-from draftkit.serve.pair import open_pair
+from draftkit.serve.pair import PlanFiles, open_pair
 
 _SHOW_AFTER = 2.0  # seconds until a progress bar appears
 
@@ -75,11 +76,20 @@ class LLM:
     """A target with a drafter, ready to answer. Several threads or tasks may ask at the same time; they share batches.
 
     `target` is "tiny", a folder or a hub id; `drafter` a folder, "none", or None (the embedded target's own, if there is
-    one). Raises TargetError or CheckpointError.
+    one); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`. Raises TargetError,
+    CheckpointError, or ScheduleError for files of another pair.
     """
 
-    def __init__(self, target: str = "tiny", drafter: str | None = None, settings: EngineSettings | None = None) -> None:
-        self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings())
+    def __init__(
+        self,
+        target: str = "tiny",
+        drafter: str | None = None,
+        settings: EngineSettings | None = None,
+        step_rate: str | Path | None = None,
+        calibration: str | Path | None = None,
+    ) -> None:
+        files = PlanFiles(*(Path(file) if file else None for file in (step_rate, calibration)))
+        self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings(), files)
         self._texts = TokenTexts(self.tokenizer)
         self._lock = threading.Lock()  # the engine runs one thing at a time
         self._open: dict[str, _Open] = {}

@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
+from draftkit.engine.models import load_fitting, load_for_engine
 from draftkit.engine.settings import EngineSettings
+from draftkit.errors import ScheduleError
+from draftkit.schedule.calibration import Calibration, load_calibration
+from draftkit.schedule.step_rate_table import load_step_rate
+from draftkit.target.fingerprint import fingerprint
 from draftkit.target.tokenizer import load_tokenizer
+from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
 
 log = logging.getLogger("draftkit.serve")
 EMBEDDED_NAME = "tiny"
-_OWN_DRAFTERS = (Path(__file__).parents[1] / "assets" / "tiny" / "drafter", Path("runs/quickstart/drafter/best"))
+_OWN_DRAFTERS = (EMBEDDED / "drafter", Path("runs/quickstart/drafter/best"))
+_OWN_CALIBRATION = EMBEDDED_PAIR / "calibration.json"
 
 
-def open_pair(target: str, drafter: str | None, settings: EngineSettings) -> tuple[Engine, Any]:
-    """Load both (slow). `drafter` is a folder, "none", or None: the embedded target then takes its own. Raises
-    DraftkitError."""
+@dataclass(frozen=True)
+class PlanFiles:
+    """What was measured about a pair before: the files of `draftkit profile` and `draftkit calibrate`."""
+
+    step_rate: Path | None = None
+    calibration: Path | None = None
+
+
+def open_pair(
+    target: str, drafter: str | None, settings: EngineSettings, files: PlanFiles | None = None
+) -> tuple[Engine, Any]:
+    """Load both (slow). `drafter` is a folder, "none", or None: the embedded target then takes its own, with its own
+    calibration. Raises DraftkitError, also for files that belong to another pair."""
+    files = files or PlanFiles()
     tokenizer = load_tokenizer(target)
     folder = find_drafter(target, drafter)
-    engine = Engine(target, folder, settings)
+    if folder is None and (given := files.step_rate or files.calibration):
+        raise ScheduleError(f"{given}: there is no drafter, so nothing to plan; give --drafter or leave the file out")
+    loaded = load_for_engine(target, settings)
+    opened = load_fitting(folder, loaded) if folder else None
+    if folder and opened:
+        own = fingerprint(folder)
+        if files.step_rate:
+            table = load_step_rate(files.step_rate)
+            table.check_target(loaded.info.fingerprint)
+            table.check_drafter(own)
+            settings = replace(settings, step_rate=table.middle())
+        said = files.calibration is not None or drafter is not None
+        calibration = _read_calibration(files.calibration, opened, own) if said else _own_calibration(opened, own)
+        settings = replace(settings, calibration=calibration)
+    engine = Engine(loaded, opened, settings)
     info = engine.info
     log.info("drafter %s (%s), forward %s, %d KV blocks", folder or "none", info.algorithm, info.forward, info.kv_blocks_total)
     return engine, tokenizer
@@ -37,3 +71,23 @@ def find_drafter(target: str, drafter: str | None) -> Path | None:
     if found is None:
         log.info("there is no drafter for the embedded target yet; make one with: draftkit quickstart --out runs/quickstart")
     return found
+
+
+def _read_calibration(path: Path | None, drafter: Drafter, own: str) -> Calibration | None:
+    if path is None:
+        return None
+    calibration = load_calibration(path, drafter.gamma, own)
+    if not drafter.has_confidence:
+        raise ScheduleError(f"{path}: this drafter has no confidence head, so there is nothing to calibrate; leave it out")
+    return calibration
+
+
+def _own_calibration(drafter: Drafter, own: str) -> Calibration | None:
+    """The packaged one, unless the embedded target's drafter is another than the packaged."""
+    try:
+        calibration = load_calibration(_OWN_CALIBRATION, drafter.gamma, own)
+    except ScheduleError as error:
+        log.info("confidences are taken as they are: %s", error)
+        return None
+    log.info("confidences are calibrated by %s", _OWN_CALIBRATION)
+    return calibration

@@ -7,6 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -24,16 +25,22 @@ _FLUSH_SECONDS = 10  # for responses that are made but not yet sent when the las
 
 
 def load_served(
-    target: str, drafter: str | None, name: str | None, settings: EngineSettings, threads: int | None = None
+    target: str,
+    drafter: str | None,
+    name: str | None,
+    settings: EngineSettings,
+    threads: int | None = None,
+    step_rate: Path | None = None,
+    calibration: Path | None = None,
 ) -> Served:
     """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError."""
     import torch
 
-    from draftkit.serve.pair import open_pair
+    from draftkit.serve.pair import PlanFiles, open_pair
 
     if threads is not None:
         torch.set_num_threads(threads)
-    engine, tokenizer = open_pair(target, drafter, settings)
+    engine, tokenizer = open_pair(target, drafter, settings, PlanFiles(step_rate, calibration))
     return Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name)
 
 

@@ -22,6 +22,7 @@ from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
+EMBEDDED_PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with it and the drafter in it, on one CPU thread
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
