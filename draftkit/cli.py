@@ -128,12 +128,13 @@ def evaluate(
     """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on."""
     settings = _recipe(recipe, overrides)
     from draftkit import stages
+    from draftkit.draft.checkpoint import open_drafter
     from draftkit.evaluate.plots import plot_acceptance
     from draftkit.evaluate.report import print_report
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
     target, tokenizer = stages.open_target(settings)
-    results = stages.run_evaluate(target, tokenizer, settings, stages.open_drafter(drafter, target), read, threads)
+    results = stages.run_evaluate(target, tokenizer, settings, open_drafter(drafter, target), read, threads)
     stages.save_results(results, out)
     plot_acceptance(results, out / "acceptance.png")
     typer.echo(stages.summary(results)) if json_output else print_report(results)
@@ -171,6 +172,7 @@ def calibrate(
 
     settings = _recipe(recipe, overrides)
     from draftkit import schedule_stages, stages
+    from draftkit.draft.checkpoint import open_drafter
     from draftkit.evaluate.schedule_report import print_calibration
     from draftkit.ops.sampling import Sampling
 
@@ -178,7 +180,7 @@ def calibrate(
     target, tokenizer = stages.open_target(settings)
     chosen = stages.first_turns(tokenizer, read, settings.evaluate.prompts_per_domain)
     limit, seed = settings.evaluate.max_new_tokens, settings.evaluate.seed
-    opened, file = stages.open_drafter(drafter, target), out / schedule_stages.TRACES
+    opened, file = open_drafter(drafter, target), out / schedule_stages.TRACES
     traces = schedule_stages.run_record(target, opened, drafter, chosen, Sampling(temperature), limit, seed, file)
     found = schedule_stages.run_calibrate(traces, out)
     if json_output:
@@ -205,13 +207,14 @@ def profile(
     import torch
 
     from draftkit import schedule_stages, stages
+    from draftkit.draft.checkpoint import open_drafter
     from draftkit.evaluate.profile import profile_settings
     from draftkit.evaluate.schedule_report import print_step_rate
 
     if threads:
         torch.set_num_threads(threads)
     target, _ = stages.open_target(settings)
-    opened = stages.open_drafter(drafter, target) if drafter else None
+    opened = open_drafter(drafter, target) if drafter else None
     table = schedule_stages.run_profile(target, opened, drafter, profile_settings(tokens, context, repeats), out)
     if json_output:
         typer.echo(out.read_text("utf-8"))

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe
-from draftkit.draft.checkpoint import read_provenance
+from draftkit.draft.checkpoint import open_drafter, read_provenance
 from draftkit.evaluate.plots import plot_acceptance
 from draftkit.evaluate.report import print_report
 from draftkit.evaluate.run import EvalResult
@@ -137,7 +137,7 @@ def _evaluate(
     if about.exists() and about.read_text("utf-8") == made_from and all(p.exists() for p in paths):
         return [EvalResult.load(p) for p in paths]
     held_out = stages.read_prompts([stages.TINY_HELD_OUT])
-    results = stages.run_evaluate(target, tokenizer, recipe, stages.open_drafter(drafter, target), held_out)
+    results = stages.run_evaluate(target, tokenizer, recipe, open_drafter(drafter, target), held_out)
     stages.save_results(results, folder)
     about.write_text(made_from, encoding="utf-8")
     return results

@@ -22,13 +22,13 @@ from draftkit.data.features import FeatureStore
 from draftkit.data.generate import GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, read_provenance, save_drafter
+from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
 from draftkit.draft.warm_start import start_from_target
 from draftkit.engine.answers import answerer
-from draftkit.errors import CheckpointError, ConfigError, TargetError
+from draftkit.errors import ConfigError, TargetError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
 from draftkit.ops.sampling import Sampling
@@ -190,17 +190,6 @@ def new_drafter_for(
         if not isinstance(drafter, BlockDrafter):
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
         start_from_target(drafter, list(target.layers), target.final_norm())
-    return drafter
-
-
-def open_drafter(folder: Path, target: TransformersTarget) -> Drafter:
-    """Load a drafter and check that it fits the target. Raises CheckpointError when it does not."""
-    drafter = load_drafter(folder, target=target)
-    if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
-        raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")
-    made_for = read_provenance(folder).get("target_fingerprint")
-    if made_for and made_for != target.info.fingerprint:
-        raise CheckpointError(f"{folder}: was trained for another target than {target.info.name}; train it again")
     return drafter
 
 

@@ -15,7 +15,7 @@ from draftkit.data.conversations import Conversation, Message, read_conversation
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
-from draftkit.draft.checkpoint import new_drafter
+from draftkit.draft.checkpoint import new_drafter, open_drafter
 from draftkit.draft.drafter import LossSettings, TrainBatch
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.draft.layout import lay_out
@@ -329,7 +329,7 @@ def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Pa
     report = stages.run_train(target, tokenizer, recipe, tmp_path / "features", tmp_path / "drafter")
     assert report.steps == 3
     assert report.accepted_len["macro"] > 1
-    drafter = stages.open_drafter(tmp_path / "drafter" / "best", target)
+    drafter = open_drafter(tmp_path / "drafter" / "best", target)
     assert isinstance(drafter, EagleDrafter)
     assert drafter.draft_ids_W is not None
     counts = count_answer_tokens(FeatureStore(tmp_path / "features"), target.info.vocab_size)

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from draftkit.data.template import render_prompt
 from draftkit.decode import decode
+from draftkit.draft.checkpoint import open_drafter
 from draftkit.errors import CheckpointError
 from draftkit.ops.sampling import Sampling
-from draftkit.stages import open_drafter
 from draftkit.target.transformers import load_target
 from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
 from draftkit.tiny.publish import publish

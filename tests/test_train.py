@@ -19,7 +19,7 @@ from draftkit.config import Recipe, load_recipe
 from draftkit.data.capture import CaptureSettings, capture
 from draftkit.data.conversations import Conversation, Message
 from draftkit.data.features import FeatureStore
-from draftkit.draft.checkpoint import load_drafter
+from draftkit.draft.checkpoint import load_drafter, open_drafter
 from draftkit.draft.drafter import LossReport, TrainBatch
 from draftkit.errors import CheckpointError, ConfigError, DataError, Interrupted
 from draftkit.target.tokenizer import load_tokenizer
@@ -411,10 +411,10 @@ def test_a_drafter_of_another_target_is_refused(
     provenance = {"target_fingerprint": target.info.fingerprint}
     drafter = stages.new_drafter_for(recipe, target, tokenizer)
     trainer.train(store, drafter, target, tmp_path / "run", replace(fast, steps=2), provenance, ALONE)
-    stages.open_drafter(tmp_path / "run" / "best", target)
+    open_drafter(tmp_path / "run" / "best", target)
     other = stages.load_target(str(make_target_folder(tmp_path / "other", seed=3)))
     with pytest.raises(CheckpointError, match="trained for another target"):
-        stages.open_drafter(tmp_path / "run" / "best", other)
+        open_drafter(tmp_path / "run" / "best", other)
 
 
 def test_a_log_line_is_json_also_when_a_number_is_not_finite(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from draftkit.errors import FeatureStoreError
+from draftkit.permissions import follow_umask
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -105,6 +106,7 @@ def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tu
     """Write one shard in one rename and describe it."""
     partial = folder / (name + ".partial")
     save_file(tensors, partial)
+    follow_umask(partial)
     digest = _sha256(partial)
     size = partial.stat().st_size
     partial.replace(folder / name)

@@ -24,6 +24,7 @@ from draftkit.draft.checkpoint_forms import read_shape, tensors_from_form, tenso
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.errors import CheckpointError
+from draftkit.permissions import follow_umask
 from draftkit.target.transformers import TransformersTarget
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
@@ -77,7 +78,7 @@ def save_drafter(
     (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     partial = folder / (WEIGHTS + ".partial")
     save_file(tensors_to_form(tensors, fields["architectures"][0]), partial, metadata={"format": "pt"})
-    partial.chmod((folder / CONFIG).stat().st_mode)  # safetensors writes files that nobody else may read
+    follow_umask(partial)
     digest = hashlib.sha256(partial.read_bytes()).hexdigest()
     note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": digest} | provenance
     (folder / PROVENANCE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
@@ -105,6 +106,19 @@ def load_drafter(
     if isinstance(drafter, EagleDrafter):
         drafter.choose_vocabulary(ids_W, _head_to_train_with(drafter, target))
     return drafter.to(dtype).eval()
+
+
+def open_drafter(
+    folder: Path, target: TransformersTarget, dtype: torch.dtype = torch.float32
+) -> BlockDrafter | EagleDrafter:
+    """Read a folder and check that the drafter fits the target. Raises CheckpointError when it does not."""
+    drafter = load_drafter(folder, dtype, target)
+    if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
+        raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")
+    made_for = read_provenance(folder).get("target_fingerprint")
+    if made_for and made_for != target.info.fingerprint:
+        raise CheckpointError(f"{folder}: was trained for another target than {target.info.name}; train it again")
+    return drafter
 
 
 def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterShape:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.request import Constraint, SamplingParams
 
 _NEVER = float("-inf")
 
@@ -53,7 +53,7 @@ class Adjustment:
         positions = len(logits_PV)
         adjusted = wide(logits_PV) if self._bias_V is None else logits_PV + self._bias_V
         if self._constraint is not None:
-            adjusted.masked_fill_(~self._allowed(drafts, first, positions).to(adjusted.device), _NEVER)
+            adjusted.masked_fill_(~self._allowed(self._constraint, drafts, first, positions).to(adjusted.device), _NEVER)
         short = min(max(self._params.min_tokens - self._made - first, 0), positions)
         if short:
             adjusted[:short] = self._unending(adjusted[:short])
@@ -83,18 +83,17 @@ class Adjustment:
         masked_PV = logits_PV.index_fill(-1, self._stop_ids, _NEVER)
         return torch.where((masked_PV == _NEVER).all(-1, keepdim=True), logits_PV, masked_PV)
 
-    def _allowed(self, drafts: Sequence[int], first: int, positions: int) -> Tensor:
+    def _allowed(self, constraint: Constraint, drafts: Sequence[int], first: int, positions: int) -> Tensor:
         """Bool [P, V]. Behind a token that the grammar does not allow, or behind its end, everything is: nobody gets there."""
-        assert self._constraint is not None
         rows, taken = [], 0
         everything = torch.ones_like(self._prompt_V, device="cpu")
         for place in range(first + positions):
             if place >= first:
-                reached = taken == place and not self._constraint.finished
-                rows.append(self._constraint.allowed() if reached else everything)
-            if place < len(drafts) and taken == place and self._constraint.accept(drafts[place]):
+                reached = taken == place and not constraint.finished
+                rows.append(constraint.allowed() if reached else everything)
+            if place < len(drafts) and taken == place and constraint.accept(drafts[place]):
                 taken += 1
-        self._constraint.rollback(taken)
+        constraint.rollback(taken)
         return torch.stack(rows)
 
     def _penalise(self, logits_PV: Tensor, drafts: Sequence[int], first: int) -> Tensor:

@@ -68,16 +68,16 @@ class Engine:
         )
         self._tally = Tally(self.info.gamma)
         self._compiled = start_compiling(self._models) if settings.compile else None
-        fast = isinstance(self._models.drafter, FastDrafter)
-        self._measures = settings.plan == "planned" and settings.step_rate is None and fast
+        measures = settings.plan == "planned" and settings.step_rate is None
+        self._measured = self._models.drafter if measures and isinstance(self._models.drafter, FastDrafter) else None
         self._max_running = settings.max_running
         step_rate = settings.step_rate if settings.plan == "planned" else None
         self._planner = LengthPlanner(self._tally, step_rate)
         self.calibration = settings.calibration
         if self.calibration is not None:
             self.calibration.check_gamma(self.info.gamma)
-        if self._measures:
-            self._planner.step_rate = measure_step_rate(self._models, self._max_running)
+        if self._measured is not None:
+            self._planner.step_rate = measure_step_rate(self._models, self._measured, self._max_running)
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""
@@ -170,8 +170,8 @@ class Engine:
         if self._compiled is not None and (used := self._compiled.done()) is not None:
             log.info("compiled passes: %s", "in use" if used else self._compiled.reason)
             self._compiled = None
-            if used and self._measures and self._models.pool.free > self._max_running:
-                self._planner.step_rate = measure_step_rate(self._models, self._max_running)
+            if used and self._measured is not None and self._models.pool.free > self._max_running:
+                self._planner.step_rate = measure_step_rate(self._models, self._measured, self._max_running)
 
     # --- the parts of a step
 

@@ -25,18 +25,19 @@ _REPEATS = 5
 _AT_LEAST = 16  # sizes up to here are measured however long it takes: one request's round is among them
 
 
-def measure_step_rate(models: Models, max_running: int) -> StepRate:
+def measure_step_rate(models: Models, drafter: FastDrafter, max_running: int) -> StepRate:
     """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up
     (16 is always reached).
 
-    The passes write to blocks that are borrowed from the pool. Raises ServeError when too few are free.
+    `drafter` is the models'. The passes write to blocks that are borrowed from the pool. Raises ServeError when too few
+    are free.
     """
     gamma, table = models.info.gamma, BlockTable()
     if not models.pool.grow(table, min(_CONTEXT + gamma + 1, models.info.max_length)):
         raise ServeError("no memory is free to measure in; do it before requests come")
     try:
         tokens, pass_seconds = _measure(max_running * (gamma + 1), lambda n: _read(models, table.blocks, n))
-        requests, draft_seconds = _measure(max_running, lambda n: _draft(models, table.blocks, n))
+        requests, draft_seconds = _measure(max_running, lambda n: _draft(models, drafter, table.blocks, n))
     finally:
         if isinstance(models.model, SlowModel):
             models.model.forget(table.blocks[0])
@@ -73,9 +74,7 @@ def _read(models: Models, blocks: list[int], tokens: int) -> None:
 
 
 @torch.inference_mode()
-def _draft(models: Models, blocks: list[int], requests: int) -> None:
-    drafter = models.drafter
-    assert isinstance(drafter, FastDrafter)  # only those are measured
+def _draft(models: Models, drafter: FastDrafter, blocks: list[int], requests: int) -> None:
     step = _some_pass(models, blocks, np.full(requests, drafter.config.block_size), block=True)
     anchors = torch.zeros(requests, dtype=torch.int64, device=models.device)
     drafter.draft(step, anchors, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import load_drafter, read_provenance
+from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_drafter import FastDrafter
@@ -17,7 +17,7 @@ from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.settings import EngineInfo, EngineSettings
 from draftkit.engine.slow_drafter import SlowDrafter
 from draftkit.engine.slow_model import SlowModel
-from draftkit.errors import CheckpointError, ServeError
+from draftkit.errors import ServeError
 from draftkit.target.transformers import TransformersTarget, load_target
 
 
@@ -42,7 +42,7 @@ def build_models(
     loaded = load_for_engine(target, settings) if isinstance(target, str) else target
     weight = loaded.head_weight()
     if isinstance(drafter, str | Path):
-        drafter = load_fitting(Path(drafter), loaded)
+        drafter = open_drafter(Path(drafter), loaded, weight.dtype)
     if drafter is not None:
         drafter = drafter.to(weight.device, weight.dtype).eval()
     max_length = min(settings.max_length or loaded.info.max_length, loaded.info.max_length)
@@ -80,17 +80,6 @@ def start_compiling(models: Models) -> CompiledPasses | None:
     if models.device.type != "cpu" or models.dtype != torch.float32 or not isinstance(models.model, FastModel):
         return None
     return CompiledPasses(models.model, models.drafter if isinstance(models.drafter, FastDrafter) else None)
-
-
-def load_fitting(folder: Path, target: TransformersTarget) -> Drafter:
-    """The drafter of a folder. Raises CheckpointError for one of another target."""
-    drafter = load_drafter(folder, target.head_weight().dtype, target)
-    if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
-        raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")
-    made_for = read_provenance(folder).get("target_fingerprint")
-    if made_for and made_for != target.info.fingerprint:
-        raise CheckpointError(f"{folder}: was trained for another target than {target.info.name}; train it again")
-    return drafter
 
 
 def _count_blocks(target: TransformersTarget, drafter: Drafter | None, settings: EngineSettings, longest: int) -> int:

@@ -158,8 +158,8 @@ class _Run:
         self.speeds: list[float] = []
         self.queued: list[float] = []
         self.draft_max_NG = traces.draft_max_NG.astype(np.float64)
-        self.survival_NG = self._survivals() if self.estimator is None else None
-        prior_G = self.survival_NG.mean(0) if self.survival_NG is not None else None
+        self.survival_NG = self._survivals() if self.estimator is None else np.zeros((0, traces.gamma))
+        prior_G = self.survival_NG.mean(0) if self.estimator is None else None
         self.history = SurvivalHistory(load.concurrency, traces.gamma, prior_G)
 
     def _survivals(self) -> Floats:
@@ -212,9 +212,8 @@ class _Run:
         self._finish(slots[self.row_S[slots] >= self.end_S[slots]])
 
     def _estimate(self, rows: Ints, usable: Ints) -> Floats:
-        if self.survival_NG is not None:
+        if self.estimator is None:
             return self.survival_NG[rows]
-        assert self.estimator is not None
         confidence_RG = self.estimator.confidence(self.draft_max_NG[rows])
         return np.where(np.arange(self.traces.gamma) < usable[:, None], survival_of(confidence_RG)[0], 0.0)
 

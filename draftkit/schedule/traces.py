@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from draftkit.errors import ScheduleError
+from draftkit.permissions import follow_umask
 from draftkit.schedule.step_rate import Floats, Ints
 
 FORMAT = "draftkit-traces-1"
@@ -114,6 +115,7 @@ def save_traces(traces: Traces, path: Path) -> None:
         "prompts": json.dumps([asdict(p) for p in traces.prompts]),
     }
     save_file(tensors, partial, metadata)
+    follow_umask(partial)
     partial.replace(path)
 
 

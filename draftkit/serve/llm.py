@@ -164,8 +164,7 @@ class LLM:
         ]
         names = self._add(work)
         try:
-            self._finish(names)
-            answers = iter([self._completion(name) for name in names])
+            answers = iter(self._finish(names))
         finally:
             for name in names:
                 self._drop(name)
@@ -189,20 +188,23 @@ class LLM:
                 raise
         return names
 
-    def _finish(self, names: list[str]) -> None:
+    def _finish(self, names: list[str]) -> list[Completion]:
         """Step until all of these are complete; a progress bar appears when it takes long."""
-        began, left = time.monotonic(), list(names)
+        began, made = time.monotonic(), list[Completion]()
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task("answers", total=len(names), visible=False)
-            while left:
-                for output in self._next(left[0]):
-                    self._open[left[0]].choice.add(output)
-                    if self._open[left[0]].choice.stopped_by_text:
-                        self._abort(left[0])
-                done = self._open[left[0]].choice.finish_reason is not None
-                left = left[1:] if done else left
-                shown = time.monotonic() - began > _SHOW_AFTER
-                progress.update(bar, completed=len(names) - len(left), visible=shown)
+            while len(made) < len(names):
+                name = names[len(made)]
+                choice = self._open[name].choice
+                for output in self._next(name):
+                    choice.add(output)
+                    if choice.stopped_by_text:
+                        self._abort(name)
+                    if choice.finish_reason is not None:
+                        made.append(_completion(choice, choice.finish_reason, output.stats))
+                        break
+                progress.update(bar, completed=len(made), visible=time.monotonic() - began > _SHOW_AFTER)
+        return made
 
     def _next(self, name: str) -> list[StepOutput]:
         """Outputs of one answer; steps the engine, for everybody, when there are none yet."""
@@ -224,9 +226,8 @@ class LLM:
         self._abort(name)
         self._open.pop(name, None)
 
-    def _completion(self, name: str) -> Completion:
-        choice = self._open[name].choice
-        assert choice.finish_reason is not None and choice.stats is not None
-        events = tuple(choice.events)
-        ids = tuple(e.token_id for e in events)
-        return Completion(choice.text, ids, choice.finish_reason, choice.stop_reason, events, choice.stats)
+
+def _completion(choice: Choice, finish_reason: str, stats: RequestStats) -> Completion:
+    events = tuple(choice.events)
+    ids = tuple(e.token_id for e in events)
+    return Completion(choice.text, ids, finish_reason, choice.stop_reason, events, stats)

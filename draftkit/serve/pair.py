@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
-from draftkit.engine.models import load_fitting, load_for_engine
+from draftkit.engine.models import load_for_engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
 from draftkit.schedule.calibration import Calibration, load_calibration
@@ -43,7 +44,7 @@ def open_pair(
     if folder is None and (given := files.step_rate or files.calibration):
         raise ScheduleError(f"{given}: there is no drafter, so nothing to plan; give --drafter or leave the file out")
     loaded = load_for_engine(target, settings)
-    opened = load_fitting(folder, loaded) if folder else None
+    opened = open_drafter(folder, loaded, loaded.head_weight().dtype) if folder else None
     if folder and opened:
         own = fingerprint(folder)
         if files.step_rate:

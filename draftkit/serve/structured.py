@@ -82,6 +82,8 @@ class GrammarConstraint:
         if self.finished:
             return False
         if token in self._ends:
+            if self._matcher.is_error():  # a grammar outgrew llguidance's limits: its masks then allow the end alone
+                log.warning("a JSON answer ends unfinished: %s", " ".join(self._matcher.get_error().split())[:200])
             self.finished = self._matcher.is_accepting()
             return self.finished
         return self._matcher.try_consume_tokens([token]) == 1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from draftkit.errors import CheckpointError
+from draftkit.permissions import follow_umask
 from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
 from draftkit.tiny.corpus_python import Example
 from draftkit.tiny.model import new_model
@@ -178,6 +179,7 @@ def _save_state(
     new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
     new.mkdir(parents=True, exist_ok=True)
     save_file({k: v.clone() for k, v in tensors.items()}, new / "state.safetensors")
+    follow_umask(new / "state.safetensors")
     (new / "state.json").write_text(json.dumps({"step": step, "seconds": seconds}))
     if folder.exists():
         folder.rename(old)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from draftkit.draft.checkpoint import check_tensors
 from draftkit.errors import CheckpointError
+from draftkit.permissions import follow_umask
 from draftkit.train.parallel import ParallelDrafter, to_part, to_whole
 
 WEIGHT = "model."  # before the names of parameters; moments are NAME.exp_avg and so on, behind "adam."
@@ -54,6 +55,7 @@ def save_state(folder: Path, parallel: ParallelDrafter, optimizer: torch.optim.O
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, new / "state.safetensors")
+    follow_umask(new / "state.safetensors")
     (new / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
