@@ -131,7 +131,8 @@ class EvaluateSection(Section):
     temperatures: list[float] = Field([0.0, 1.0], min_length=1)
     max_new_tokens: int = Field(256, ge=1)
     prompts_per_domain: int = Field(100, ge=1)
-    speed_prompts: int = Field(30, ge=0, description="prompts that are also decoded plainly, all domains together")
+    batch_size: int = Field(32, ge=1, description="answers made at the same time by the engine; 1 = the reference loop")
+    speed_prompts: int = Field(30, ge=0, description="prompts decoded with and without drafter for the speed, in all")
     seed: int = 980406
 
 

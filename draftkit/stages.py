@@ -30,7 +30,7 @@ from draftkit.draft.warm_start import start_from_target
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError, TargetError
 from draftkit.evaluate.metrics import domains_of
-from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
+from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate, spread_prompts
 from draftkit.ops.sampling import Sampling
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import DTYPES, EMBEDDED, TransformersTarget, load_target, spread_feature_layers
@@ -237,9 +237,10 @@ def run_evaluate(
     results = []
     for temperature in section.temperatures:
         settings = EvalSettings(
-            Sampling(temperature), section.max_new_tokens, section.seed, section.speed_prompts, threads
+            Sampling(temperature), section.max_new_tokens, section.seed, section.batch_size, section.speed_prompts, threads
         )
-        with progress_bar(f"evaluate T={temperature:g}", len(chosen)) as (bar, task):
+        timed = len(spread_prompts(chosen, section.speed_prompts))
+        with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as (bar, task):
             tick = lambda: bar.update(task, advance=1)  # noqa: E731
             results.append(evaluate(target, drafter, chosen, settings, tick=tick))
     return results
@@ -268,7 +269,7 @@ def summary(results: Sequence[EvalResult]) -> str:
         {
             "temperature": r.settings["sampling"]["temperature"],
             "accepted_len": {k: v.value for k, v in r.accepted_len.items()},
-            "speed": r.speed.ratio if r.speed else None,
+            "speed": {k: v.ratio for k, v in r.speed.items()},
             "prompts": len(r.records),
             "domains": domains_of(r.records),
         }

@@ -1,4 +1,4 @@
-"""Answers to prompts through the engine: continuous batching and the lean forward, instead of the Transformers module.
+"""Answers to prompts through the engine, many side by side: continuous batching and the lean forward.
 
 A prompt's answer depends on the prompt, its seed and the sampling settings alone where the compiled pass runs, which is why
 building it is waited for: an interrupted run that is started again must end with the same records.
@@ -6,15 +6,17 @@ building it is waited for: an interrupted run that is started again must end wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 from draftkit.data.generate import Answer, Answerer, GenerateSettings, answer_batch, answer_limit
+from draftkit.decode import Decoded, Round
 from draftkit.engine.engine import Engine
 from draftkit.engine.fast_model import unsupported
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.request import SamplingParams, StepOutput
 from draftkit.engine.settings import EngineSettings
-from draftkit.ops.sampling import combined_seed
+from draftkit.ops.sampling import Sampling, combined_seed
 from draftkit.target.transformers import TransformersTarget
 
 
@@ -36,22 +38,50 @@ class EngineAnswers:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[tuple[int, int]], settings: GenerateSettings
     ) -> list[Answer]:
         """One answer per prompt (token ids), in order. Raises DataError for a prompt that leaves no room."""
-        sampling = settings.sampling
-        for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            params = SamplingParams(
-                max_tokens=answer_limit(self._target.info, len(prompt), settings),
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                seed=combined_seed(*seed),
-            )
-            self._engine.add_request(str(index), list(prompt), params)
-        tokens: list[list[int]] = [[] for _ in prompts]
-        reasons = ["length"] * len(prompts)
-        while self._engine.has_work():
-            for output in self._engine.step():
-                index = int(output.request_id)
-                tokens[index] += (e.token_id for e in output.events)
-                reasons[index] = output.finish_reason or reasons[index]
-        return [Answer(tuple(t), reason) for t, reason in zip(tokens, reasons, strict=True)]
+        requests = [
+            (tokens, sampling_params(settings.sampling, answer_limit(self._target.info, len(tokens), settings), combined_seed(*seed)))
+            for tokens, seed in zip(prompts, seeds, strict=True)
+        ]
+        return [Answer(d.tokens, d.finish_reason) for d in decode_all(self._engine, requests)]
+
+
+def sampling_params(sampling: Sampling, max_new_tokens: int, seed: int) -> SamplingParams:
+    """The engine's form of what `decode` takes."""
+    return SamplingParams(
+        max_tokens=max_new_tokens,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=seed,
+    )
+
+
+def decode_all(
+    engine: Engine,
+    requests: Sequence[tuple[Sequence[int], SamplingParams]],
+    tick: Callable[[], None] = lambda: None,
+) -> list[Decoded]:
+    """What `decode` says about each request (tokens and how they are to be answered), made side by side by an idle engine.
+
+    `tick` is called after every answer. Raises DataError for a prompt that does not fit.
+    """
+    for index, (prompt, params) in enumerate(requests):
+        engine.add_request(str(index), list(prompt), params)
+    outputs: list[list[StepOutput]] = [[] for _ in requests]
+    while engine.has_work():
+        for output in engine.step():
+            outputs[int(output.request_id)].append(output)
+            if output.finish_reason is not None:
+                tick()
+    return [_decoded(of_one, engine.info.gamma) for of_one in outputs]
+
+
+def _decoded(outputs: Sequence[StepOutput], gamma: int) -> Decoded:
+    tokens = tuple(e.token_id for output in outputs for e in output.events)
+    rounds = []
+    for before, after in pairwise(outputs):  # the first output is the token behind the prompt
+        verified, accepted = (getattr(after.stats, n) - getattr(before.stats, n) for n in ("verified", "accepted"))
+        rounds.append(Round(gamma, verified, accepted, len(after.events)))
+    last = outputs[-1]
+    return Decoded(tokens, last.finish_reason or "", tuple(rounds), last.stats.prefill_seconds, last.stats.decode_seconds)

@@ -40,11 +40,11 @@ class PromptRecord:
     tried: tuple[int, ...]  # [gamma]: rounds in which the position was reached and its verdict is known
     accepted: tuple[int, ...]  # [gamma]: of these, accepted
     accepted_per_round: tuple[int, ...]
-    confidence: tuple[tuple[float, ...], ...]  # [rounds][gamma], empty without a confidence head
 
 
 def record_of(decoded: Decoded, prompt_id: str, domain: str, gamma: int) -> PromptRecord:
-    """Condense one answer. Only the last round can be cut, by the token limit or by a stop token."""
+    """Condense one answer. Only the last round can be cut, by a stop token or by the limit: it may hide how many more
+    tokens would have been accepted, or the engine did not verify what the answer had no room for."""
     tried, accepted = np.zeros(gamma, int), np.zeros(gamma, int)
     full = [r for i, r in enumerate(decoded.rounds) if not _cut_by_limit(decoded, i)]
     for r in full:
@@ -62,14 +62,14 @@ def record_of(decoded: Decoded, prompt_id: str, domain: str, gamma: int) -> Prom
         tried=tuple(tried.tolist()),
         accepted=tuple(accepted.tolist()),
         accepted_per_round=tuple(r.accepted for r in full),
-        confidence=tuple(r.confidence for r in full if r.confidence),
     )
 
 
 def _cut_by_limit(decoded: Decoded, index: int) -> bool:
     r = decoded.rounds[index]
     last = index == len(decoded.rounds) - 1
-    return last and decoded.finish_reason == "length" and r.emitted < r.accepted + 1
+    more_unseen = r.emitted < r.accepted + 1 or r.accepted == r.verified < r.drafted
+    return last and decoded.finish_reason == "length" and more_unseen
 
 
 def accepted_length(records: Sequence[PromptRecord], seed: int = 0) -> Interval:

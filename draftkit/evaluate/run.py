@@ -17,6 +17,10 @@ import transformers
 from draftkit import __version__
 from draftkit.decode import Decoded, decode
 from draftkit.draft.drafter import Drafter
+from draftkit.engine.answers import decode_all, sampling_params
+from draftkit.engine.engine import Engine
+from draftkit.engine.fast_model import unsupported
+from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.evaluate.metrics import (
     Interval,
@@ -28,8 +32,9 @@ from draftkit.evaluate.metrics import (
     record_of,
 )
 from draftkit.ops.sampling import Sampling
-from draftkit.ops.verify import TOKEN_RULE, Rule
+from draftkit.ops.verify import TOKEN_RULE
 from draftkit.target.interface import Target
+from draftkit.target.transformers import TransformersTarget
 
 Tick = Callable[[], None]
 
@@ -45,25 +50,27 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How to evaluate. `speed_prompts` prompts, spread over the domains, are also decoded plainly; 0 for none."""
+    """How to evaluate. Answers are made `batch_size` at a time by the engine; 1 is the reference loop, `decode`.
+
+    `speed_prompts` prompts, spread over the domains, are decoded by that loop with and without the drafter; 0 for none.
+    """
 
     sampling: Sampling
     max_new_tokens: int = 128
     seed: int = 980406
+    batch_size: int = 32
     speed_prompts: int = 15
     threads: int | None = None
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of drafting over plain decoding, prompt by prompt: the median ratio and its quartiles."""
+    """Tokens per second of drafting over plain decoding by the same loop, prompt by prompt: median ratio and quartiles."""
 
     prompts: int
     ratio: float
     low_quartile: float
     high_quartile: float
-    plain_tokens_per_s: float
-    drafting_tokens_per_s: float
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class EvalResult:
     settings: dict[str, Any]
     accepted_len: dict[str, Interval]  # by domain, and "macro"
     acceptance: dict[str, list[float]]  # conditional acceptance by position, by domain, and "all"
-    speed: Speed | None
+    speed: dict[str, Speed]  # by domain, and "macro": means over domains; empty when nothing was timed
     records: tuple[PromptRecord, ...]
 
     def save(self, path: Path) -> None:
@@ -94,7 +101,7 @@ class EvalResult:
                 settings=raw["settings"],
                 accepted_len={k: Interval(**_with_nan(v)) for k, v in raw["accepted_len"].items()},
                 acceptance={k: list(_with_nan(dict(enumerate(v))).values()) for k, v in raw["acceptance"].items()},
-                speed=Speed(**raw["speed"]) if raw["speed"] else None,
+                speed={k: Speed(**v) for k, v in raw["speed"].items()},
                 records=tuple(_record(r) for r in raw["records"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -102,45 +109,78 @@ class EvalResult:
 
 
 def evaluate(
-    target: Target,
+    target: TransformersTarget,
     drafter: Drafter,
     prompts: Sequence[EvalPrompt],
     settings: EvalSettings,
-    rule: Rule = TOKEN_RULE,
     tick: Tick = lambda: None,
 ) -> EvalResult:
-    """Decode every prompt with the drafter; decode some of them plainly, in turn, for the speed ratio.
+    """Answer every prompt with the drafter; decode some of them by the reference loop, both ways in turn, for the speed.
 
     The seed of a prompt is the base seed plus its index, so that results do not depend on order or process count.
-    `tick` is called after every answer.
+    `tick` is called after every prompt of either kind. Raises DataError for a prompt that does not fit.
     """
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    timed = set(_spread(prompts, settings.speed_prompts))
-    records: list[PromptRecord] = []
-    pairs: list[tuple[Decoded, Decoded]] = []
-    if prompts:  # the first passes pay for lazy set-up; they are not measured
-        for warm in (None, drafter):
-            decode(target, warm, prompts[0].tokens, settings.sampling, 8, 0, rule)
-    for index, prompt in enumerate(prompts):
-        seed = settings.seed + index
-        limit = settings.max_new_tokens
-        drafted = decode(target, drafter, prompt.tokens, settings.sampling, limit, seed, rule)
-        if index in timed:
-            pairs.append((decode(target, None, prompt.tokens, settings.sampling, limit, seed, rule), drafted))
-        records.append(record_of(drafted, prompt.prompt_id, prompt.domain, drafter.gamma))
-        tick()
+    decoded = _answers(target, drafter, prompts, settings, tick)
+    records = [record_of(d, p.prompt_id, p.domain, drafter.gamma) for p, d in zip(prompts, decoded, strict=True)]
     domains = {d: [r for r in records if r.domain == d] for d in domains_of(records)}
     lengths = {d: accepted_length(chosen) for d, chosen in domains.items()}
     return EvalResult(
         environment=environment(),
-        settings=asdict(settings) | {"rule": rule.name, "target": target.info.name, "prompts": len(prompts)},
+        settings=asdict(settings) | {"rule": TOKEN_RULE.name, "target": target.info.name, "prompts": len(prompts)},
         accepted_len=lengths | {"macro": macro_accepted_length(records)},
         acceptance={d: acceptance_by_position(chosen) for d, chosen in domains.items()}
         | {"all": acceptance_by_position(records)},
-        speed=_speed(pairs),
+        speed=measure_speed(target, drafter, prompts, settings, tick),
         records=tuple(records),
     )
+
+
+def _answers(
+    target: TransformersTarget, drafter: Drafter, prompts: Sequence[EvalPrompt], settings: EvalSettings, tick: Tick
+) -> list[Decoded]:
+    """Answers of the whole proposal every round, by the engine or, one at a time, by the reference loop."""
+    seeds, sampling, limit = range(settings.seed, settings.seed + len(prompts)), settings.sampling, settings.max_new_tokens
+    if settings.batch_size > 1 and not unsupported(target):
+        engine = Engine(target, drafter, EngineSettings(plan="fixed", max_running=settings.batch_size, prefix_reuse=False))
+        engine.wait_until_compiled()
+        requests = [(p.tokens, sampling_params(sampling, limit, s)) for p, s in zip(prompts, seeds, strict=True)]
+        return decode_all(engine, requests, tick)
+    decoded = []
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        decoded.append(decode(target, drafter, prompt.tokens, sampling, limit, seed))
+        tick()
+    return decoded
+
+
+def measure_speed(
+    target: Target, drafter: Drafter, prompts: Sequence[EvalPrompt], settings: EvalSettings, tick: Tick
+) -> dict[str, Speed]:
+    """Speed of `decode` with the drafter over `decode` without, by domain, and "macro"; each prompt both ways in turn."""
+    chosen = spread_prompts(prompts, settings.speed_prompts)
+
+    def rate(prompt: EvalPrompt, arm: Drafter | None, limit: int) -> float:
+        done = decode(target, arm, prompt.tokens, settings.sampling, limit, settings.seed)
+        return len(done.tokens) / (done.prefill_seconds + done.decode_seconds)
+
+    ratios: dict[str, list[float]] = {}
+    for index, prompt in enumerate(chosen):
+        if index == 0:  # the first passes pay for lazy set-up; they are not measured
+            rate(prompt, None, 8), rate(prompt, drafter, 8)
+        plain, drafted = rate(prompt, None, settings.max_new_tokens), rate(prompt, drafter, settings.max_new_tokens)
+        ratios.setdefault(prompt.domain, []).append(drafted / plain)
+        tick()
+    speeds = {domain: _spread_of(found) for domain, found in ratios.items()}
+    if speeds:
+        columns = [[getattr(s, name) for s in speeds.values()] for name in ("ratio", "low_quartile", "high_quartile")]
+        speeds["macro"] = Speed(len(chosen), *(sum(column) / len(column) for column in columns))
+    return speeds
+
+
+def _spread_of(ratios: Sequence[float]) -> Speed:
+    ordered = sorted(ratios)
+    return Speed(len(ordered), median(ordered), ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4])
 
 
 def environment() -> dict[str, Any]:
@@ -164,31 +204,13 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _speed(pairs: Sequence[tuple[Decoded, Decoded]]) -> Speed | None:
-    if not pairs:
-        return None
-
-    def rate(decoded: Decoded) -> float:
-        return len(decoded.tokens) / (decoded.prefill_seconds + decoded.decode_seconds)
-
-    ratios = sorted(rate(drafted) / rate(plain) for plain, drafted in pairs)
-    return Speed(
-        prompts=len(pairs),
-        ratio=median(ratios),
-        low_quartile=ratios[len(ratios) // 4],
-        high_quartile=ratios[3 * len(ratios) // 4],
-        plain_tokens_per_s=median(rate(plain) for plain, _ in pairs),
-        drafting_tokens_per_s=median(rate(drafted) for _, drafted in pairs),
-    )
-
-
-def _spread(prompts: Sequence[EvalPrompt], count: int) -> list[int]:
-    """Indices of about `count` prompts, the same number of every domain."""
-    by_domain: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_domain.setdefault(prompt.domain, []).append(index)
+def spread_prompts(prompts: Sequence[EvalPrompt], count: int) -> list[EvalPrompt]:
+    """About `count` prompts, the same number of every domain."""
+    by_domain: dict[str, list[EvalPrompt]] = {}
+    for prompt in prompts:
+        by_domain.setdefault(prompt.domain, []).append(prompt)
     each = -(-count // max(1, len(by_domain)))
-    return [i for indices in by_domain.values() for i in indices[:each]]
+    return [p for of_one in by_domain.values() for p in of_one[:each]]
 
 
 def _record(raw: dict[str, Any]) -> PromptRecord:
