@@ -18,7 +18,8 @@ def rendered(gamma: int, domains: tuple[str, ...]) -> list[str]:
     acceptance = {name: [1.0 - 0.05 * place for place in range(gamma)] for name in (*domains, "all")}
     acceptance[domains[0]][-1] = float("nan")
     written = io.StringIO()
-    result = EvalResult({}, settings, lengths, acceptance, Speed(15, 2.5, 2.25, 2.75, 100.0, 250.0), ())
+    speeds = {name: Speed(5, 2.0 + i, 1.5, 3.5) for i, name in enumerate(domains)} | {"macro": Speed(15, 2.5, 2.25, 2.75)}
+    result = EvalResult({}, settings, lengths, acceptance, speeds, ())
     print_report([result], Console(file=written, width=80))
     return written.getvalue().splitlines()
 
@@ -39,5 +40,6 @@ def test_the_table_fits_80_columns_with_every_number(gamma: int, domains: tuple[
 
 
 def test_the_speed_names_its_baseline() -> None:
-    text = " ".join(" ".join(rendered(7, ("math",))).split())
-    assert "speed: 2.50 x plain decoding (quartiles 2.25 to 2.75, 15 prompts, same loop, same run)" in text
+    text = " ".join(" ".join(rendered(7, ("math", "code"))).split())
+    told = "speed: 2.50 x plain decoding (quartiles 2.25 to 2.75, 15 prompts, same loop, same run): math 2.00, code 3.00"
+    assert told in text

@@ -38,9 +38,10 @@ class EngineAnswers:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[tuple[int, int]], settings: GenerateSettings
     ) -> list[Answer]:
         """One answer per prompt (token ids), in order. Raises DataError for a prompt that leaves no room."""
+        limits = [answer_limit(self._target.info, len(tokens), settings) for tokens in prompts]
         requests = [
-            (tokens, sampling_params(settings.sampling, answer_limit(self._target.info, len(tokens), settings), combined_seed(*seed)))
-            for tokens, seed in zip(prompts, seeds, strict=True)
+            (tokens, sampling_params(settings.sampling, limit, combined_seed(*seed)))
+            for tokens, limit, seed in zip(prompts, limits, seeds, strict=True)
         ]
         return [Answer(d.tokens, d.finish_reason) for d in decode_all(self._engine, requests)]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from draftkit.evaluate.run import EvalResult
+from draftkit.evaluate.run import EvalResult, Speed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,12 +19,17 @@ def print_report(results: Sequence[EvalResult], console: Console | None = None) 
     console = console or Console()
     for result in results:
         console.print(_table(result))
-        speed = result.speed
-        if speed:
-            console.print(
-                f"speed: {speed.ratio:.2f} x plain decoding (quartiles {speed.low_quartile:.2f} to "
-                f"{speed.high_quartile:.2f}, {speed.prompts} prompts, same loop, same run)\n"
-            )
+        if result.speed:
+            console.print(_speed(result.speed) + "\n", highlight=False)
+
+
+def _speed(speeds: Mapping[str, Speed]) -> str:
+    *of_domains, macro = speeds.values()
+    each = ", ".join(f"{name} {speed.ratio:.2f}" for name, speed in zip(speeds, of_domains, strict=False))
+    return (
+        f"speed: {macro.ratio:.2f} x plain decoding (quartiles {macro.low_quartile:.2f} to {macro.high_quartile:.2f}, "
+        f"{macro.prompts} prompts, same loop, same run): {each}"
+    )
 
 
 def _table(result: EvalResult) -> Table:
