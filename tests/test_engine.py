@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -215,13 +217,45 @@ def test_planned_lengths_change_the_work_and_not_the_answer(
     assert all(s.verified == s.drafted for s in (outputs[k][-1].stats for k in "135"))  # seeded samples keep all
 
 
-def test_a_drafter_that_rests_is_tried_again(target: TransformersTarget) -> None:
-    certain_only = StepRate((1, 2, 1000), (0.01, 0.016, 6.004))  # pays for sure tokens, as new requests are taken to draft
-    engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=certain_only))
-    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=200, temperature=0, ignore_eos=True))
-    finish(engine)
-    rounds, gamma = engine.metrics.rounds, engine.info.gamma
-    assert 0 < engine.metrics.drafted / gamma < rounds / 4
+def test_a_drafter_that_is_slower_than_it_was_said_to_be_is_left_alone(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=FLAT))
+    drafter = engine._models.drafter
+    assert drafter is not None
+    draft = drafter.draft
+
+    def slow(*arguments: object) -> object:
+        time.sleep(0.05)
+        return draft(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(drafter, "draft", slow)
+    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=120, temperature=0, ignore_eos=True))
+    outputs = finish(engine)
+    plain = target.model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=120, do_sample=False, eos_token_id=-1)
+    assert tokens_of(outputs["a"]) == plain[0, 4:].tolist()
+    drafted = engine.metrics.drafted / engine.info.gamma
+    assert 0 < drafted < 50 and engine.metrics.rounds > 70  # 16 + some steps until the first one without is measured
+
+
+@pytest.mark.parametrize("head", ["markov", "none"])
+def test_a_drafter_that_rested_proposes_what_it_would_have_proposed(
+    target: TransformersTarget, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the target read meanwhile is taken in together; answers that end and share beginnings lie in between."""
+    found = []
+    for limit in (1, 20, 10_000):
+        monkeypatch.setattr("draftkit.engine.unread.LIMIT", limit)
+        engine = Engine(target, make_drafter(target, head), small(max_running=3))
+        choose, turn = engine._planner.choose_drafting, itertools.cycle([False] * 5 + [True])
+        monkeypatch.setattr(engine._planner, "choose_drafting", lambda d, c=choose, t=turn: c(d) if next(t) else [])
+        for seed, prompt in enumerate([*PROMPTS, [*PROMPTS[0], 7]]):
+            params = SamplingParams(max_tokens=30 + seed, temperature=0, ignore_eos=True)
+            engine.add_request(str(seed), prompt, params)
+        outputs = finish(engine)
+        found.append({k: [(o.events, o.rejected) for o in v] for k, v in outputs.items()})
+        assert engine.metrics.drafted > 0
+    assert found[0] == found[1] == found[2]
 
 
 def test_compiled_passes_come_into_use_and_the_step_rate_is_measured_again(target_folder: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from draftkit.errors import ScheduleError
-from draftkit.schedule.planner import WORTH, admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
+from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
 from draftkit.schedule.step_rate import StepRate
 
 JAGGED = StepRate((1, 8, 9, 32, 33, 64, 200), (1.0, 1.1, 1.6, 1.7, 2.6, 2.8, 9.0), (1, 64), (0.1, 0.4))
@@ -52,8 +52,10 @@ def test_the_budget_is_the_best_of_all_and_at_least_no_speculation() -> None:
             (requests + ordered[:k].sum()) / float(JAGGED.step_seconds(requests, np.array([requests + k]))[0])
             for k in range(1, survival.size + 1)
         ]
-        budget = budget_from(survival, JAGGED)
-        assert budget == (0 if WORTH * plain >= max(rates) else 1 + int(np.argmax(rates)))
+        best = 1 + int(np.argmax(rates))
+        for worth in (1.0, 1.3):
+            assert budget_from(survival, JAGGED, worth) == (0 if worth * plain >= max(rates) else best)
+        assert budget_from(survival, JAGGED, 0.0) == best
 
 
 def test_an_expensive_drafter_is_left_alone() -> None:

@@ -209,22 +209,21 @@ def test_the_same_seed_gives_the_same_outcome() -> None:
     assert first != other
 
 
-def test_budgets_see_survivals_of_two_steps_earlier_only() -> None:
+def test_budgets_see_survivals_of_the_step_before_only() -> None:
     history, slots = SurvivalHistory(3, 1), np.array([0, 2])
-    steps = [np.array([[0.1], [0.2]]), np.array([[0.3], [0.4]]), np.array([[0.5], [0.6]])]
     assert history.stale(slots).tolist() == [[1.0], [1.0]]
-    history.push(slots, steps[0])
-    assert history.stale(slots).tolist() == [[1.0], [1.0]]  # one step old: not yet
-    history.push(slots, steps[1])
+    history.push(slots, np.array([[0.1], [0.2]]))
     assert history.stale(slots).tolist() == [[0.1], [0.2]]
-    history.push(slots, steps[2])
-    assert history.stale(slots).tolist() == [[0.3], [0.4]]
-    history.forget(np.array([2]))
-    new = float(history.stale(np.array([2]))[0, 0])
-    assert new == pytest.approx((0.15 + 0.35) / 2)  # like the others, as far as they are old enough
+    history.push(np.array([0]), np.array([[0.3]]))
+    mean = (0.15 + 0.3) / 2
+    assert history.stale(slots)[:, 0].tolist() == pytest.approx([0.3, mean])  # what did not draft is like the others
+    history.forget(np.array([0]))
+    assert history.stale(slots)[0, 0] == pytest.approx(mean)
+    history.push(slots, np.array([[0.5], [0.5]]))
     history.rest()
-    history.rest()
-    assert history.stale(slots)[0, 0] == history.stale(slots)[1, 0] > new
+    assert history.stale(slots)[0, 0] == history.stale(slots)[1, 0] < 0.5
+    assert history.hopeful(1).tolist() == [[1.0]]
+    assert history.hopeful(4)[0, 0] == pytest.approx((history.stale(slots)[0, 0] + 1) / 2)
 
 
 # --- what belongs together

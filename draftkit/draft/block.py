@@ -19,7 +19,7 @@ from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
 from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.ops.attention import plan_blocks
-from draftkit.ops.sampling import Sampling, processed_probs, sample
+from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
 
 CONTEXT_GROWTH = 256  # positions by which a context's memory grows
 
@@ -128,7 +128,7 @@ class BlockDrafter(Drafter):
         hidden_BGH = self._block_hidden(_own(context), anchor_B)
         base_BGV = self.head().logits(hidden_BGH)
         previous_B, state = anchor_B, None
-        tokens, probs, embedded = [], [], []
+        tokens, probs, largest, embedded = [], [], [], []
         for k in range(self.gamma):
             logits_BV = base_BGV[:, k]
             if self.markov_head is not None:
@@ -140,11 +140,12 @@ class BlockDrafter(Drafter):
             previous_B = q_BV.argmax(-1) if sampling.temperature == 0 else sample(q_BV, uniforms_BG[:, k])
             tokens.append(previous_B)
             probs.append(q_BV)
+            largest.append(largest_prob(logits_BV))
         confidence = None
         if self.confidence_head is not None:
             markov = torch.stack(embedded, 1) if embedded else None
             confidence = torch.sigmoid(self.confidence_head(hidden_BGH, markov).float())
-        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1), confidence)
+        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1), confidence, torch.stack(largest, 1))
 
     def _block_hidden(self, context: BlockContext, anchor_B: Tensor) -> Tensor:
         """Normed hidden states of the G drafting positions, [B, G, H]."""

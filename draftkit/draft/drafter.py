@@ -107,12 +107,14 @@ class DrafterConfig(DrafterShape):
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a drafter offers in one round: int64 [B, G], the very probabilities it drew from [B, G, V], and the
-    estimated probability that each token is accepted given those before, [B, G] or None."""
+    """What a drafter offers in one round: int64 [B, G], the very probabilities it drew from [B, G, V], the estimated
+    probability that each token is accepted given those before, [B, G] or None, and the largest probability of its own
+    softmax (temperature 1) before each token was drawn, [B, G], None where it was not asked for."""
 
     tokens_BG: Tensor
     probs_BGV: Tensor
     confidence_BG: Tensor | None
+    largest_BG: Tensor | None = None
 
 
 class DraftContext(Protocol):

@@ -26,7 +26,7 @@ from draftkit.draft.layout import TrainLayout, lay_out
 from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.errors import ConfigError
 from draftkit.ops.attention import block_attention, plan_blocks
-from draftkit.ops.sampling import Sampling, processed_probs, sample
+from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
 
 CONTEXT_GROWTH = 256  # rows by which a context's memory grows
 
@@ -191,14 +191,16 @@ class EagleDrafter(Drafter):
         row = own.length - 1
         own.make_room(row + self.gamma)
         state_B1H, token_B = own.features_BTH[:, row : row + 1], anchor_B
-        tokens, probs = [], []
+        tokens, probs, largest = [], [], []
         for k in range(self.gamma):
             state_B1H = self._step(own, row + k, token_B, state_B1H)
-            q_BV = processed_probs(self._logits(state_B1H[:, 0]), sampling)
+            logits_BV = self._logits(state_B1H[:, 0])
+            q_BV = processed_probs(logits_BV, sampling)
             token_B = q_BV.argmax(-1) if sampling.temperature == 0 else sample(q_BV, uniforms_BG[:, k])
             tokens.append(token_B)
             probs.append(q_BV)
-        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1), None)
+            largest.append(largest_prob(logits_BV))
+        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1), None, torch.stack(largest, 1))
 
     def _step(self, context: EagleContext, row: int, token_B: Tensor, state_B1H: Tensor) -> Tensor:
         """The next state; keys and values of `row` are written into the context's scratch rows."""

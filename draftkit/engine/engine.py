@@ -34,6 +34,7 @@ from draftkit.engine.scheduler import Scheduler, Work
 from draftkit.engine.settings import EngineSettings
 from draftkit.engine.slow_drafter import SlowDrafter
 from draftkit.engine.slow_model import SlowModel
+from draftkit.engine.unread import Unread
 from draftkit.errors import DataError
 from draftkit.target.transformers import TransformersTarget
 
@@ -67,17 +68,19 @@ class Engine:
             self._on_release,
         )
         self._tally = Tally(self.info.gamma)
+        self._unread = Unread(self._models.drafter) if self._models.drafter is not None else None
         self._compiled = start_compiling(self._models) if settings.compile else None
         measures = settings.plan == "planned" and settings.step_rate is None
         self._measured = self._models.drafter if measures and isinstance(self._models.drafter, FastDrafter) else None
         self._max_running = settings.max_running
-        step_rate = settings.step_rate if settings.plan == "planned" else None
-        self._planner = LengthPlanner(self._tally, step_rate)
         self.calibration = settings.calibration
         if self.calibration is not None:
             self.calibration.check_gamma(self.info.gamma)
+        self._planner = LengthPlanner(settings.max_running, self.info.gamma, self.calibration)
         if self._measured is not None:
-            self._planner.step_rate = measure_step_rate(self._models, self._measured, self._max_running)
+            self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
+        elif settings.plan == "planned" and settings.step_rate is not None:
+            self._planner.use(settings.step_rate)
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""
@@ -132,7 +135,10 @@ class Engine:
         for output in outputs:
             if output.finish_reason is not None:
                 self.abort(output.request_id)
-        self._tally.other_seconds += time.perf_counter() - began - (self._model_seconds - before)
+        seconds = time.perf_counter() - began
+        if len(work.requests) == work.decoding:
+            self._planner.record(work.requests, outputs, int(offered.lengths_A.sum()), seconds)
+        self._tally.other_seconds += seconds - (self._model_seconds - before)
         return outputs
 
     @property
@@ -171,7 +177,7 @@ class Engine:
             log.info("compiled passes: %s", "in use" if used else self._compiled.reason)
             self._compiled = None
             if used and self._measured is not None and self._models.pool.free > self._max_running:
-                self._planner.step_rate = measure_step_rate(self._models, self._measured, self._max_running)
+                self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
 
     # --- the parts of a step
 
@@ -200,6 +206,7 @@ class Engine:
             return Offered(empty, probs, lengths_A, [], None)
         drafting = [work.requests[i] for i in chosen]
         began = time.perf_counter()
+        self._catch_up()
         index = torch.tensor(chosen, device=device)
         adjustments = [self._adjustments.get(r.id) for r in drafting]
         choose = None  # the drafter's own greedy walk
@@ -216,11 +223,9 @@ class Engine:
             tokens_DB[:, 0] = anchors
             step = self._pass(tokens_DB.ravel(), places[0], np.full(len(drafting), size), places[1], block=True)
             proposed = drafter.draft(step, self._there(anchors), choose)
-        tokens_DG, probs_DGV, confidence_DG = proposed
+        tokens_DG, probs_DGV, *said = proposed
         self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
-        confidence = confidence_DG.cpu().numpy() if confidence_DG is not None else None
-        if confidence is not None and self.calibration is not None:
-            confidence = self.calibration.apply(confidence)
+        confidence = self._planner.confidence(*(t.cpu().numpy() if t is not None else None for t in said))
         lengths_A[chosen] = self._planner.lengths(drafting, confidence)
         probs_AGV = None if rows.greedy else place(probs_DGV, index, work.answering)
         return Offered(place(tokens_DG, index, work.answering), probs_AGV, lengths_A, chosen, confidence)
@@ -260,14 +265,20 @@ class Engine:
         self._tally.add_rounds(drafted, offered.lengths_A[speculating], accepted[speculating])
         if offered.confidence_DG is not None:
             chosen = offered.drafting
+            self._planner.observe(offered.lengths_A[chosen], accepted[chosen])
             self._tally.add_confidences(offered.confidence_DG, offered.lengths_A[chosen], accepted[chosen])
         return Outcome(offered, accepted, following, read.logits_WV)
 
     def _extend(self, work: Work, step: Pass, read: ReadOut, outcome: Outcome) -> None:
         """The drafter listens to everything that the target has read."""
-        if self._models.drafter is None or read.features_TF is None:
+        if self._models.drafter is None or self._unread is None or read.features_TF is None:
             return
         began = time.perf_counter()
+        if len(step) == work.decoding:  # nobody drafted, nobody read a prompt
+            self._unread.add(step, read.features_TF, outcome.next_A)
+            self._tally.draft_seconds += time.perf_counter() - began
+            return
+        self._catch_up()
         next_tokens = np.roll(step.tokens_T, -1)
         last_kept = step.ends_R[: work.answering] - 1 - outcome.offered.lengths_A + outcome.accepted_A
         next_tokens[last_kept] = outcome.next_A
@@ -276,6 +287,10 @@ class Engine:
             next_tokens[step.ends_R[index] - 1] = request.tokens[request.computed + int(work.counts_R[index])]
         self._models.drafter.extend(step, read.features_TF, self._there(next_tokens))
         self._tally.draft_seconds += time.perf_counter() - began
+
+    def _catch_up(self) -> None:
+        if self._unread is not None:
+            self._unread.read()
 
     def _pass(
         self, tokens_T: np.ndarray, starts_R: np.ndarray, lengths_R: np.ndarray, rows_R: np.ndarray, block: bool = False
@@ -292,6 +307,8 @@ class Engine:
         return self._tally.draft_seconds + self._tally.verify_seconds
 
     def _on_release(self, request: Running) -> None:
+        self._planner.forget(request.row)
+        self._catch_up()  # before its blocks go to somebody else
         for owner in (self._models.model, self._models.drafter):
             if isinstance(owner, SlowModel | SlowDrafter) and request.table.blocks:
                 owner.forget(request.table.blocks[0])

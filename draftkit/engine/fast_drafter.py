@@ -26,6 +26,7 @@ from draftkit.engine.graphs import RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
+from draftkit.ops.sampling import largest_prob
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [R, V], draft index 0..G-1 -> tokens [R], probs [R, V]
 
@@ -89,9 +90,11 @@ class FastDrafter:
         self.stack.write(step, keys, values)
 
     @torch.inference_mode()
-    def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def draft(
+        self, step: Pass, anchors_R: Tensor, choose: Choose | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Propose for every request: tokens [R, G], the probabilities that `choose` returned [R, G, V], and the
-        confidences in (0, 1) [R, G] or None.
+        confidences in (0, 1) [R, G]; without a confidence head None, and then the largest probabilities (see `Proposal`).
 
         `step` is a pass with `block=True` that holds, per request, the anchor and `block_size` - 1 mask tokens, the anchor
         at the first position that `extend` has not written. `choose` gets the logits of one position of every block, in
@@ -99,18 +102,22 @@ class FastDrafter:
         returns no distributions, [R, G, 0].
         """
         hidden_RGH, base_RGV = self._read_block(step)
-        if choose is None and self.native is not None and self.native.head is not None:
-            tokens_RG, confidence_RG = self.native.head.draft(hidden_RGH, base_RGV, anchors_R)
-            return tokens_RG, hidden_RGH.new_empty(*tokens_RG.shape, 0), confidence_RG
+        head = self.native.head if self.native is not None else None
+        if choose is None and head is not None and (self.confidence is not None or self.markov is None):
+            largest_RG = largest_prob(base_RGV) if self.confidence is None else None  # now: the logits are overwritten
+            tokens_RG, confidence_RG = head.draft(hidden_RGH, base_RGV, anchors_R)
+            return tokens_RG, hidden_RGH.new_empty(*tokens_RG.shape, 0), confidence_RG, largest_RG
         choose = choose or _take_largest
         previous_R, state = anchors_R, None
-        tokens, probs, embedded = [], [], []
+        tokens, probs, largest, embedded = [], [], [], []
         for k in range(self.gamma):
             logits_RV = base_RGV[:, k]
             if self.markov is not None:
                 embedded.append(self.markov.previous(previous_R))
                 row_Rr, state = self.markov.step(hidden_RGH[:, k], embedded[-1], state)
                 logits_RV = torch.addmm(logits_RV, row_Rr, self.markov.markov_w2.weight.t())
+            if self.confidence is None:
+                largest.append(largest_prob(logits_RV))
             previous_R, probs_RV = choose(logits_RV, k)
             tokens.append(previous_R)
             probs.append(probs_RV)
@@ -118,7 +125,7 @@ class FastDrafter:
         if self.confidence is not None:
             markov = torch.stack(embedded, 1) if embedded else None
             confidence = torch.sigmoid(self.confidence(hidden_RGH, markov).float())
-        return torch.stack(tokens, 1), torch.stack(probs, 1), confidence
+        return torch.stack(tokens, 1), torch.stack(probs, 1), confidence, torch.stack(largest, 1) if largest else None
 
     def _read_block(self, step: Pass) -> tuple[Tensor, Tensor]:
         """Normed hidden states and base logits of the drafting positions, [R, G, H] and [R, G, V]."""

@@ -48,7 +48,6 @@ class Tally:
     def __init__(self, gamma: int) -> None:
         self.rounds = self.drafted = self.verified = self.accepted = 0
         self.per_position = np.zeros(gamma, np.int64)
-        self.reached = np.zeros(gamma, np.int64)
         self.draft_seconds = self.verify_seconds = self.other_seconds = 0.0
         self.calibration_error: float | None = None
         self._bins = np.zeros((3, _BINS))  # positions, sum of confidences, accepted
@@ -62,7 +61,6 @@ class Tally:
         self.accepted += int(accepted_R.sum())
         place_G = np.arange(len(self.per_position))
         self.per_position += (place_G < accepted_R[:, None]).sum(0)
-        self.reached += (place_G < np.minimum(accepted_R + 1, lengths_R)[:, None]).sum(0)
 
     def add_confidences(self, confidence_RG: np.ndarray, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
         """Compare with the verdict where verification came that far; done for many steps at once."""
@@ -82,8 +80,3 @@ class Tally:
         positions, said, accepted = self._bins
         if positions.sum():
             self.calibration_error = float(np.abs(said - accepted).sum() / positions.sum())
-
-    @property
-    def acceptance_G(self) -> np.ndarray:
-        """How often a position was accepted when verification reached it; 1 at the start, float64 [G]."""
-        return (self.per_position + 1) / (self.reached + 1)

@@ -9,57 +9,88 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from draftkit.engine.metrics import Tally
+from draftkit.engine.request import StepOutput
 from draftkit.engine.running import Running
-from draftkit.schedule.planner import admit, budget_from, survival_of
+from draftkit.schedule.calibration import Calibration
+from draftkit.schedule.estimator import AcceptanceEstimator
+from draftkit.schedule.planner import admit, survival_of
+from draftkit.schedule.speculation import Speculation
 from draftkit.schedule.step_rate import StepRate
-
-RETRY_STEPS = 32  # steps without drafting after which a drafter that did not pay is tried again
 
 
 class LengthPlanner:
-    """Fixed lengths without a `step_rate`. With one, lengths are planned as the paper does in production: survivals of
-    EARLIER steps set how many drafted tokens the pass holds, the survivals of this step say which. Without a confidence
-    head, how often each position was accepted so far stands in.
+    """Fixed lengths until `use` gives a step rate. From then on lengths are planned as the paper does in production:
+    survivals of EARLIER steps set how many drafted tokens the pass holds, the survivals of this step say which. Without a
+    confidence head the estimator says how likely a drafted token is to be accepted.
 
     A seeded sample keeps its whole proposal (its tokens must not depend on the load). Nobody verifies more tokens than
     the answer may still have.
     """
 
-    def __init__(self, tally: Tally, step_rate: StepRate | None) -> None:
-        self._tally, self.step_rate = tally, step_rate
-        self.gamma = len(tally.per_position)
-        self._rested = 0
+    def __init__(self, rows: int, gamma: int, calibration: Calibration | None = None) -> None:
+        self._rows, self.gamma, self._calibration = rows, gamma, calibration
+        self._speculation: Speculation | None = None
+        self._estimator = AcceptanceEstimator(gamma)
+        self._largest_DG: np.ndarray | None = None  # of this step's proposals, for the estimator
+        self._able: list[int] = []
         self._budget = 0
+
+    @property
+    def step_rate(self) -> StepRate | None:
+        """What a step is taken to cost; None: lengths are fixed."""
+        return self._speculation.step_rate if self._speculation is not None else None
+
+    def use(self, step_rate: StepRate) -> None:
+        """Plan by this step rate; what was measured by another one is forgotten."""
+        self._speculation = Speculation(self._rows, self.gamma, step_rate)
 
     def choose_drafting(self, decoding: Sequence[Running]) -> list[int]:
         """Indices of the requests that draft in this step."""
-        able = [i for i, r in enumerate(decoding) if r.gamma and self.most(r)]
-        if self.step_rate is None or not able:
-            return able
-        past_RG = np.ones((len(able), self.gamma))
-        if self._rested < RETRY_STEPS:
-            for row, index in enumerate(able):
-                survival_G = decoding[index].survival_G
-                if survival_G is not None:
-                    past_RG[row] = survival_G
-        self._budget = budget_from(past_RG, self.step_rate)
-        self._rested = 0 if self._budget else self._rested + 1
-        return able if self._budget else [i for i in able if decoding[i].keeps_proposal]
+        self._able = [i for i, r in enumerate(decoding) if r.gamma and self.most(r)]
+        if self._speculation is None or not self._able:
+            return self._able
+        self._budget = self._speculation.budget([decoding[i].row for i in self._able])
+        return self._able if self._budget else [i for i in self._able if decoding[i].keeps_proposal]
+
+    def confidence(self, said_DG: np.ndarray | None, largest_DG: np.ndarray | None) -> np.ndarray | None:
+        """Confidences [D, G] of this step's proposals: what the drafter's head said, calibrated, or what the estimator makes
+        of the largest probabilities."""
+        self._largest_DG = None
+        if said_DG is not None:
+            return said_DG if self._calibration is None else self._calibration.apply(said_DG)
+        if largest_DG is None or self._speculation is None:
+            return None
+        self._largest_DG = largest_DG
+        return self._estimator.confidence(largest_DG)
 
     def lengths(self, drafting: Sequence[Running], confidence_DG: np.ndarray | None) -> np.ndarray:
-        """How many drafted tokens of each are verified, int64 [D]; `survival_G` of each request is renewed."""
+        """How many drafted tokens of each are verified, int64 [D]."""
         most_D = np.array([self.most(r) for r in drafting], np.int64)
-        if self.step_rate is None:
+        if self._speculation is None or confidence_DG is None:
             return most_D
-        if confidence_DG is None:
-            confidence_DG = np.broadcast_to(self._tally.acceptance_G, (len(drafting), self.gamma))
         survival_DG, _ = survival_of(confidence_DG)
-        for request, survival_G in zip(drafting, survival_DG, strict=True):
-            request.survival_G = survival_G
+        self._speculation.push(np.array([r.row for r in drafting]), survival_DG)
         admitted_D = admit(survival_DG, self._budget)
         whole_D = np.array([r.keeps_proposal for r in drafting])
         return np.where(whole_D, most_D, np.minimum(admitted_D, most_D))
+
+    def observe(self, lengths_D: np.ndarray, accepted_D: np.ndarray) -> None:
+        """What verification found: of the first `lengths_D` drafted tokens `accepted_D` were kept."""
+        if self._largest_DG is not None:
+            self._estimator.observe(self._largest_DG, accepted_D, lengths_D)
+
+    def record(self, decoding: Sequence[Running], outputs: Sequence[StepOutput], verified: int, seconds: float) -> None:
+        """A step is over in which nobody read a prompt: what it brought, `outputs[i]` to request i, and how long it took."""
+        able = self._able
+        if self._speculation is None or not able or any(decoding[i].keeps_proposal for i in able):
+            return
+        tokens = sum(len(outputs[i].events) for i in able)
+        self._speculation.record(len(able), self._budget > 0, verified, tokens, seconds)
+
+    def forget(self, row: int) -> None:
+        """The request of this row is gone."""
+        if self._speculation is not None:
+            self._speculation.forget(np.array([row]))
 
     def most(self, request: Running) -> int:
         """Drafted tokens of this request that may be of use."""

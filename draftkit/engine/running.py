@@ -60,7 +60,6 @@ class Running:
     row: int = -1
     computed: int = 0
     table: BlockTable = field(default_factory=BlockTable)
-    survival_G: np.ndarray | None = None  # of the last round that drafted
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
     answered: float | None = None  # when the first token came

@@ -38,9 +38,9 @@ class SlowDrafter:
     @torch.inference_mode()
     def draft(
         self, step: Pass, params_D: Sequence[SamplingParams], uniforms_DG: np.ndarray
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Proposals behind the anchors that `step` holds, one token per request: tokens [D, G], distributions [D, G, V],
-        confidences [D, G] or None."""
+        confidences [D, G] or None, largest probabilities [D, G] (see `Proposal`)."""
         made: list[Proposal] = []
         for row, (start, params) in enumerate(zip(step.starts_R, params_D, strict=True)):
             sampling = Sampling(params.temperature, max(params.top_k, 0), params.top_p, params.min_p)
@@ -48,8 +48,10 @@ class SlowDrafter:
             context = self._context(step, row, int(start))
             made.append(self._drafter.propose(context, step.tokens[row : row + 1], sampling, uniforms))
         confidences = [p.confidence_BG for p in made if p.confidence_BG is not None]
+        largest = [p.largest_BG for p in made if p.largest_BG is not None]
         tokens_DG, probs_DGV = torch.cat([p.tokens_BG for p in made]), torch.cat([p.probs_BGV for p in made])
-        return tokens_DG, probs_DGV, torch.cat(confidences) if confidences else None
+        confidence_DG, largest_DG = (torch.cat(parts) if parts else None for parts in (confidences, largest))
+        return tokens_DG, probs_DGV, confidence_DG, largest_DG
 
     def forget(self, block: int) -> None:
         """Drop the context of the request that has this first block."""

@@ -22,6 +22,7 @@ import torch
 
 from draftkit.ops.verify import RULES, Rule
 from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
+from draftkit.schedule.speculation import Speculation
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
 DEVIATION_ALLOWED = 1e-12
@@ -53,7 +54,7 @@ class PlannerCase:
 
 
 def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase]:
-    """Every planner of `schedule.planner`."""
+    """Every planner of `schedule.planner`, and the budget as the engine asks for it."""
     return [
         PlannerCase("fixed", lambda c, _: plan_fixed(len(c), gamma)),
         PlannerCase("threshold", lambda c, _: plan_threshold(c, 0.5)),
@@ -61,7 +62,19 @@ def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase
         PlannerCase(
             "budget", lambda c, k: admit(survival_of(c)[0], k), lambda c: budget_from(survival_of(c)[0], step_rate), lag
         ),
+        PlannerCase("speculation", lambda c, k: admit(survival_of(c)[0], k), lambda c: _asked_budget(c, step_rate), 1),
     ]
+
+
+def _asked_budget(earlier_RG: Floats, step_rate: StepRate) -> int:
+    """What `Speculation` answers after a step of drafting with these confidences, which kept two tokens of each request."""
+    requests, gamma = earlier_RG.shape
+    slots, speculation = np.arange(requests), Speculation(requests, gamma, step_rate)
+    drafting = speculation.budget(slots) > 0
+    if drafting:
+        speculation.push(slots, survival_of(earlier_RG)[0])
+    speculation.record(requests, drafting, requests, 2 * requests, float(step_rate.step_seconds(requests, slots[-1:] + 1)[0]))
+    return speculation.budget(slots)
 
 
 def same_step_search(step_rate: StepRate) -> PlannerCase:

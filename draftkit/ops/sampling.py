@@ -43,6 +43,12 @@ def processed_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     return probs
 
 
+def largest_prob(logits: Tensor) -> Tensor:
+    """The largest probability of softmax(logits) [..., V], at temperature 1 and uncut: [...], float32 (or float64)."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.exp(logits.amax(-1) - torch.logsumexp(logits, -1))
+
+
 def sample(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     """Token ids [N] int64 by inverse CDF; a row's token depends on that row and its uniform in [0, 1) alone.
 

@@ -19,8 +19,6 @@ import numpy as np
 from draftkit.errors import ScheduleError
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
-WORTH = 1.05  # drafting must promise this much over plain decoding; the best of many noisy estimates promises too much
-
 
 def survival_of(confidence_RG: Floats) -> tuple[Floats, int]:
     """Probability that a whole prefix is accepted, a_{r,j} = prod_{i <= j} c_{r,i}: float64 [R, G], falling in j.
@@ -48,18 +46,19 @@ def plan_verification(survival_RG: Floats, step_rate: StepRate) -> Ints:
     return _lengths(order_N[:admitted], len(survival_RG))
 
 
-def budget_from(stale_survival_RG: Floats, step_rate: StepRate) -> int:
+def budget_from(stale_survival_RG: Floats, step_rate: StepRate, worth: float = 1.0) -> int:
     """The number K of drafted tokens that the next pass should hold, from survivals of EARLIER steps (the paper: two).
 
     The best Theta of all K, however jagged the step rate. K = 0 stands for no drafting and is compared without the
-    drafter's time: a budget is better than no speculation by its own estimate, and at 0 the drafter can rest.
+    drafter's time, `worth` times as good as the step rate says: at 0 the drafter can rest. With `worth` 0 it is the best
+    K above 0.
     (`history.SurvivalHistory` keeps what is needed.) With survivals of the same step the search would bias the output
     (Appendix A of the paper): the end of the search depends on tokens that it decides about.
     """
     requests = len(stale_survival_RG)
     _, gain_N = _by_survival(stale_survival_RG)
     theta = _rate(gain_N, requests, step_rate)
-    theta[0] = WORTH * requests / float(step_rate.target_seconds(np.array([requests]))[0]) if requests else 0.0
+    theta[0] = worth * requests / float(step_rate.target_seconds(np.array([requests]))[0]) if requests else 0.0
     return int(theta.argmax())
 
 

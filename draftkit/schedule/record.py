@@ -131,10 +131,9 @@ def _record_batch(
             verify(rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_BG[:, gamma:]).accepted_R
             for rule in (TOKEN_RULE, BLOCK_RULE)
         )
-        confidence_BG = proposal.confidence_BG
-        if confidence_BG is None:
-            confidence_BG = torch.full(proposal.tokens_BG.shape, float("nan"))
-        draft_max_BG = proposal.probs_BGV.amax(-1)
+        unsaid_BG = torch.full(proposal.tokens_BG.shape, float("nan"))
+        confidence_BG = unsaid_BG if proposal.confidence_BG is None else proposal.confidence_BG
+        draft_max_BG = unsaid_BG if proposal.largest_BG is None else proposal.largest_BG
         for b, own in enumerate(anchors):
             if position in own:
                 usable = _until_stop(proposal.tokens_BG[b].tolist(), stops)

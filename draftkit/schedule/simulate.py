@@ -18,8 +18,8 @@ import numpy as np
 from draftkit.errors import ScheduleError
 from draftkit.schedule.calibration import Calibration
 from draftkit.schedule.estimator import AcceptanceEstimator
-from draftkit.schedule.history import SurvivalHistory
 from draftkit.schedule.planner import admit, budget_from, plan_verification, survival_of
+from draftkit.schedule.speculation import Speculation
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 from draftkit.schedule.step_rate_table import StepRateTable
 from draftkit.schedule.traces import Traces
@@ -78,33 +78,33 @@ class Decision:
     drafting: bool
 
 
-Arm = Callable[[Batch, SurvivalHistory], Decision]
+Arm = Callable[[Batch, Speculation], Decision]
 
 
 def fixed_arm(length: int) -> Arm:
     """The first `length` drafted tokens of every request; 0 is no speculation, 1 resembles a one-token MTP module (at
     the cost of this drafter)."""
 
-    def decide(batch: Batch, history: SurvivalHistory) -> Decision:
+    def decide(batch: Batch, speculation: Speculation) -> Decision:
         return Decision(np.minimum(batch.usable_R, length), length > 0)
 
     return decide
 
 
-def algorithm_1_arm(batch: Batch, history: SurvivalHistory) -> Decision:
+def algorithm_1_arm(batch: Batch, speculation: Speculation) -> Decision:
     """Early stop on this step's survivals; the drafter rests when earlier ones say that it does not pay."""
-    if not budget_from(history.stale(batch.slots_R), batch.step_rate):
+    if not speculation.budget(batch.slots_R):
         return _rest(batch)
     return Decision(plan_verification(batch.survival_RG, batch.step_rate), True)
 
 
-def budget_arm(batch: Batch, history: SurvivalHistory) -> Decision:
+def budget_arm(batch: Batch, speculation: Speculation) -> Decision:
     """The production variant: the budget from the survivals of two steps earlier, ranked by this step's."""
-    budget = budget_from(history.stale(batch.slots_R), batch.step_rate)
+    budget = speculation.budget(batch.slots_R)
     return Decision(admit(batch.survival_RG, budget), True) if budget else _rest(batch)
 
 
-def oracle_arm(batch: Batch, history: SurvivalHistory) -> Decision:
+def oracle_arm(batch: Batch, speculation: Speculation) -> Decision:
     """Knows what will be accepted, and verifies nothing else: no planner can do better in a step."""
     survival_RG = (np.arange(batch.survival_RG.shape[1]) < batch.kept_R[:, None]).astype(np.float64)
     budget = budget_from(survival_RG, batch.step_rate)
@@ -160,7 +160,7 @@ class _Run:
         self.draft_max_NG = traces.draft_max_NG.astype(np.float64)
         self.survival_NG = self._survivals() if self.estimator is None else np.zeros((0, traces.gamma))
         prior_G = self.survival_NG.mean(0) if self.estimator is None else None
-        self.history = SurvivalHistory(load.concurrency, traces.gamma, prior_G)
+        self.speculation = Speculation(load.concurrency, traces.gamma, self.step_rate, prior_G)
 
     def _survivals(self) -> Floats:
         confidence_NG = self.traces.confidence_NG.astype(np.float64)
@@ -187,19 +187,18 @@ class _Run:
         rows = self.row_S[slots]
         usable, kept = self.traces.usable_N[rows], self.traces.accepted_N[rows]
         batch = Batch(slots, self._estimate(rows, usable), kept, usable, self.step_rate)
-        decision = self.arm(batch, self.history)
+        decision = self.arm(batch, self.speculation)
         lengths = np.minimum(decision.lengths_R, usable)
         passed = np.array([len(slots) + int(lengths.sum())])
         seconds = float(self.step_rate.target_seconds(passed)[0])
         if decision.drafting:
             seconds += self.step_rate.drafter_seconds(len(slots))
-            self.history.push(slots, batch.survival_RG)
-        else:
-            self.history.rest()
+            self.speculation.push(slots, batch.survival_RG)
         accepted = np.minimum(kept, lengths)
         if self.estimator is not None:
             self.estimator.observe(self.draft_max_NG[rows], accepted, lengths)
         gained = np.minimum(accepted + 1, self.end_S[slots] - rows)
+        self.speculation.record(len(slots), decision.drafting, int(lengths.sum()), int(gained.sum()), seconds)
         self.now += seconds
         self.tokens += int(gained.sum())
         self.steps += 1
@@ -221,7 +220,7 @@ class _Run:
         if not len(done):
             return
         self.speeds += (self.length_S[done] / (self.now - self.began_S[done])).tolist()
-        self.history.forget(done)
+        self.speculation.forget(done)
         self.free += done.tolist()
         self.slots = self.slots[~np.isin(self.slots, done)]
 

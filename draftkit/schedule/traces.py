@@ -54,9 +54,9 @@ class TracedPrompt:
 @dataclass(frozen=True)
 class Traces:
     """Rows of all prompts. `confidence_NG` in [0, 1], NaN for a drafter without a confidence head; `draft_max_NG` is the
-    largest probability of the drafter's distribution, known before the token is drawn; `usable_N` counts the drafted
-    positions up to the first stop token, `accepted_N` <= usable_N those that are kept when all are verified token by
-    token, `block_accepted_N` those that block verification keeps of the same proposal, drawn with the same uniform."""
+    largest probability of the drafter's softmax at temperature 1, known before the token is drawn; `usable_N` counts the
+    drafted positions up to the first stop token, `accepted_N` <= usable_N those that are kept when all are verified token
+    by token, `block_accepted_N` those that block verification keeps of the same proposal, drawn with the same uniform."""
 
     origin: Origin
     prompts: tuple[TracedPrompt, ...]

@@ -1,0 +1,145 @@
+"""Whether the drafter runs in a step, and for how many tokens: the one answer that the engine and the simulator share.
+
+Two judges must agree. The *prediction* is `planner.budget_from` of the survivals of the step before. The *account*
+compares what drafting steps really brought with what they really took, at the same load:
+
+    gain of a step = tokens / R - seconds / seconds of a step without drafting      (unit: steps without drafting)
+
+Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
+prediction has been against it for two steps, or when ALLOWANCE has been lost. Half of what trials gain may be lost by
+further ones (the fund). While there is a fund the drafter rests for SHORT_REST steps; else for FIRST_REST, and twice as
+long after every trial that ends without one. So whatever the drafter is like and whatever the prediction says, no
+speculation would have been ahead by at most the losses of log2(steps / FIRST_REST) trials, each ALLOWANCE and one step.
+
+Both judges look at earlier steps only, so the target's law is kept.
+
+Shapes: R requests that decode, S slots, G = gamma drafted positions.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+
+from draftkit.schedule.history import SurvivalHistory
+from draftkit.schedule.planner import budget_from
+from draftkit.schedule.step_rate import Floats, Ints, StepRate
+
+ALLOWANCE = 16.0  # steps without drafting that a trial may lose
+KEPT = 32.0  # of what drafting gained, so much may be lost again before it ends
+LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
+FIRST_REST, LONGEST_REST = 32, 8192  # steps
+SHORT_REST = 2
+SPENT = 0.5  # share of gains that further trials may lose
+MEASURE_EVERY, FIRST_MEASURE = 128, 16  # drafting steps after which one step without drafting is measured
+MARGIN = 1.05  # drafting must promise this much over plain decoding; the best of many noisy estimates promises too much
+
+
+def _ratios() -> deque[float]:
+    return deque(maxlen=9)
+
+
+@dataclass
+class _Load:
+    """What is known of one load (numbers of requests of the same magnitude). Gains are in steps without drafting."""
+
+    plain: deque[float] = field(default_factory=_ratios)  # measured seconds over predicted ones of the last such steps
+    drafting: deque[float] = field(default_factory=_ratios)
+    unmeasured: int = MEASURE_EVERY - FIRST_MEASURE  # drafting steps since the last one without
+    gain: float = 0.0  # of the present trial
+    drafted: int = 0  # drafting steps of the present trial
+    idle: int = 0  # steps without drafting since then
+    resting: int = 0  # steps until the next trial
+    hopeless: bool = False  # the next trial was put off, because not even luck would make it pay
+    rest: int = FIRST_REST  # steps of the next rest, unless the fund pays for a short one
+    fund: float = 0.0  # what trials have gained, for further ones to lose
+
+    @property
+    def dearness(self) -> float:
+        """By how much drafting steps are dearer, beside steps without, than the step rate says; medians, so that
+        disturbances do not count. 1 until both were measured."""
+        return median(self.drafting) / median(self.plain) if self.drafting and self.plain else 1.0
+
+    def count(self, drafting: bool) -> None:
+        """A step was decided; a trial ends when it has been idle for two steps: nothing younger will be known."""
+        if drafting:
+            self.drafted, self.unmeasured, self.idle = self.drafted + 1, self.unmeasured + 1, 0
+            return
+        self.unmeasured, self.idle = 0, self.idle + 1
+        if self.drafted and self.idle > 1:
+            self.stop()
+
+    def stop(self) -> None:
+        """The trial is over."""
+        self.fund = min(self.fund + (SPENT * self.gain if self.gain > 0 else self.gain), KEPT)
+        if self.fund > 0:
+            self.resting, self.rest = SHORT_REST, FIRST_REST
+        else:
+            self.resting, self.rest, self.fund = self.rest, min(2 * self.rest, LONGEST_REST), 0.0
+        self.gain, self.drafted, self.idle, self.hopeless = 0.0, 0, 0, False
+
+
+class Speculation:
+    """Asked for a budget at the beginning of each step; told what became of it at the end.
+
+    `prior_G` as in `SurvivalHistory`. Slots are numbers below `slots` that requests keep.
+    """
+
+    def __init__(self, slots: int, gamma: int, step_rate: StepRate, prior_G: Floats | None = None) -> None:
+        self.step_rate = step_rate
+        self._history = SurvivalHistory(slots, gamma, prior_G)
+        self._loads: defaultdict[int, _Load] = defaultdict(_Load)
+        self._plain_seconds: dict[int, float] = {}  # predicted, by requests
+
+    def budget(self, slots_R: Sequence[int] | Ints) -> int:
+        """Drafted tokens that this step's pass should hold, all requests together; 0: the drafter rests."""
+        load = self._loads[len(slots_R).bit_length()]
+        budget = self._decide(load, slots_R)
+        load.count(budget > 0)
+        if not budget:
+            self._history.rest()
+        return budget
+
+    def push(self, slots_R: Ints, survival_RG: Floats) -> None:
+        """The survivals of this step's proposals."""
+        self._history.push(slots_R, survival_RG)
+
+    def forget(self, slots_R: Ints) -> None:
+        """The requests of these slots are gone."""
+        self._history.forget(slots_R)
+
+    def record(self, requests: int, drafting: bool, verified: int, tokens: int, seconds: float) -> None:
+        """A step is over: requests that decoded, whether they drafted, drafted tokens verified, tokens gained by all, and
+        the seconds that it took. Steps that did other things as well are left out."""
+        load, step_rate = self._loads[requests.bit_length()], self.step_rate
+        if requests not in self._plain_seconds:
+            self._plain_seconds[requests] = float(step_rate.target_seconds(np.array([requests]))[0])
+        plain = self._plain_seconds[requests]
+        if not drafting:
+            load.plain.append(seconds / plain)
+            return
+        predicted = float(step_rate.step_seconds(requests, np.array([requests + verified]))[0])
+        load.drafting.append(seconds / predicted)
+        cost = load.dearness * predicted / plain
+        load.gain = min(load.gain + tokens / requests - cost, KEPT)
+        if load.gain < -ALLOWANCE and load.drafted:
+            load.stop()
+
+    def _decide(self, load: _Load, slots_R: Sequence[int] | Ints) -> int:
+        if load.resting:
+            load.resting -= 1
+            return 0
+        if load.unmeasured >= MEASURE_EVERY:
+            return 0
+        worth = MARGIN * load.dearness
+        if not load.drafted and not load.hopeless:
+            hopeful_RG = self._history.hopeful(len(slots_R))
+            if not budget_from(hopeful_RG, self.step_rate, worth):
+                load.resting, load.hopeless = LONGEST_REST, True
+                return 0
+        stale_RG = self._history.stale(np.asarray(slots_R))
+        return budget_from(stale_RG, self.step_rate, 0.0 if load.drafted < LOOK else worth)

@@ -1,0 +1,121 @@
+"""Whether to draft: the account bounds what a drafter may cost, whatever it promises and whatever a step was said to cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from draftkit.schedule.planner import admit
+from draftkit.schedule.speculation import ALLOWANCE, FIRST_REST, KEPT, LONGEST_REST, Speculation
+from draftkit.schedule.step_rate import StepRate
+
+GAMMA = 4
+SAID = StepRate((1, 1000), (1.0, 1.5), (1, 64), (0.3, 0.4))
+
+
+@dataclass
+class World:
+    """Requests for ever: proposals say `promised` and are kept with chance `kept` per token; drafting steps take `dear`
+    times as long as said, all steps `slow` times."""
+
+    promised: float
+    kept: float
+    dear: float = 1.0
+    slow: float = 1.0
+    seed: int = 0
+
+    def run(self, speculation: Speculation, requests: int, steps: int) -> tuple[float, float]:
+        """Tokens per second over those without a drafter, and the share of steps that drafted."""
+        rng, slots = np.random.default_rng(self.seed), np.arange(requests)
+        plain = self.slow * float(SAID.target_seconds(np.array([requests]))[0])
+        tokens = seconds = 0.0
+        drafted = 0
+        for _ in range(steps):
+            budget = speculation.budget(slots)
+            gained, verified, took = requests, 0, plain * rng.uniform(0.95, 1.05)
+            if budget:
+                survival_RG = self.promised ** np.arange(1, GAMMA + 1) * np.ones((requests, 1))
+                lengths_R = admit(survival_RG, budget)
+                speculation.push(slots, survival_RG)
+                fate_RG = (rng.uniform(size=(requests, GAMMA)) < self.kept).cumprod(-1)
+                verified = int(lengths_R.sum())
+                gained += int((fate_RG * (np.arange(GAMMA) < lengths_R[:, None])).sum())
+                took = float(SAID.step_seconds(requests, np.array([requests + verified]))[0]) * self.slow * self.dear
+                drafted += 1
+            speculation.record(requests, budget > 0, verified, gained, took)
+            tokens, seconds = tokens + gained, seconds + took
+        return tokens / seconds / (requests / plain), drafted / steps
+
+
+@pytest.mark.parametrize("requests", [1, 7, 64])
+@pytest.mark.parametrize(
+    "world", [World(0.9, 0.0), World(0.9, 0.3, dear=2.0), World(0.9, 0.9, dear=6.0)], ids=["liar", "slow", "very slow"]
+)
+def test_a_drafter_that_does_not_pay_costs_little_and_ever_less(world: World, requests: int) -> None:
+    speculation = Speculation(64, GAMMA, SAID)
+    early, _ = world.run(speculation, requests, 3000)
+    late, share = world.run(speculation, requests, 20_000)
+    trials = np.log2(3000 / FIRST_REST)
+    assert early > 1 - trials * (ALLOWANCE + 8) / 3000
+    assert late > 0.99
+    assert share < 0.01
+
+
+@pytest.mark.parametrize("slow", [0.01, 1.0, 8.0])
+@pytest.mark.parametrize("requests", [1, 64])
+def test_a_drafter_that_pays_is_used_however_the_unit_of_time_was_measured(requests: int, slow: float) -> None:
+    speed, share = World(0.8, 0.8, slow=slow).run(Speculation(64, GAMMA, SAID), requests, 4000)
+    assert share > 0.98
+    assert speed > 1.6
+
+
+def test_a_drafter_that_is_better_than_it_says_is_not_held_to_its_word() -> None:
+    """What it says decides about trials only; here the step rate was wrong, and drafting is measured to be cheap."""
+    speed, share = World(0.45, 0.45, dear=0.6).run(Speculation(1, GAMMA, SAID), 1, 4000)
+    assert share > 0.9 and speed > 1.2
+
+
+def test_a_change_for_the_worse_is_noticed_and_one_for_the_better_too() -> None:
+    speculation = Speculation(64, GAMMA, SAID)
+    World(0.9, 0.9).run(speculation, 8, 1000)
+    speed, share = World(0.9, 0.0).run(speculation, 8, 4000)
+    assert speed > 1 - (KEPT + (1 + np.log2(4000 / FIRST_REST)) * (ALLOWANCE + 2)) / 4000 and share < 0.15
+    World(0.9, 0.9).run(speculation, 8, 2 * LONGEST_REST)  # at most one longest rest lies before the next trial
+    _, share = World(0.9, 0.9).run(speculation, 8, 1000)
+    assert share > 0.95
+
+
+def test_where_no_luck_would_help_not_even_a_trial_is_made_for_a_long_time() -> None:
+    dear = StepRate((1, 1000), (1.0, 1000.0), (1,), (0.0,))  # every token costs as much as a pass
+    speculation, slots = Speculation(64, GAMMA, dear, np.full(GAMMA, 0.3)), np.arange(64)
+    budgets = []
+    for _ in range(LONGEST_REST + 3):
+        budgets.append(speculation.budget(slots))
+        speculation.record(64, budgets[-1] > 0, budgets[-1], 64, 64.0)
+    assert not any(budgets[:LONGEST_REST]) and any(budgets)
+
+
+def test_loads_do_not_share_their_accounts() -> None:
+    """What does not pay for many may pay for one: nothing that was measured with many closes the door for one."""
+    speculation = Speculation(64, GAMMA, SAID)
+    World(0.9, 0.0).run(speculation, 64, 2000)
+    _, share = World(0.9, 0.9).run(speculation, 1, 2000)
+    assert share > 0.9
+
+
+def test_decisions_follow_from_earlier_steps_alone() -> None:
+    """The same past gives the same budgets, whatever this step's proposals will say."""
+    first, second = (Speculation(4, GAMMA, SAID) for _ in range(2))
+    rng, slots = np.random.default_rng(0), np.arange(4)
+    for _ in range(400):
+        survivals = [rng.uniform(size=(4, GAMMA)).cumprod(-1) for _ in range(2)]
+        budgets = [s.budget(slots) for s in (first, second)]
+        assert budgets[0] == budgets[1]
+        if budgets[0]:
+            first.push(slots, survivals[0])
+            second.push(slots, survivals[0])
+        tokens, seconds = int(rng.integers(4, 12)), float(rng.uniform(0.8, 3))
+        for one in (first, second):
+            one.record(4, budgets[0] > 0, budgets[0], tokens, seconds)
