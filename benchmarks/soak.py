@@ -146,12 +146,13 @@ def _check(
     wanted = list(reference[:limit])
     if tokens != wanted:
         place = next((i for i, (a, b) in enumerate(zip(tokens, wanted, strict=False)) if a != b), None)
-        tie = place is not None and _gap(target, [*prompt, *wanted[:place]]) < ROUNDING
+        tie = place is not None and top_gap(target, [*prompt, *wanted[:place]]) < ROUNDING
         report.greedy_ties += tie
         report.greedy_wrong += not tie
 
 
-def _gap(target: TransformersTarget, tokens: list[int]) -> float:
+def top_gap(target: TransformersTarget, tokens: list[int]) -> float:
+    """The two largest logits behind `tokens`: their difference."""
     read = target.forward(torch.tensor([tokens]), None)
     first, second = target.logits(read.last_hidden_BTH[0, -1]).topk(2).values.tolist()
     return float(first - second)

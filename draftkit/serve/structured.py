@@ -21,8 +21,8 @@ from draftkit.serve.worker import Served
 
 log = logging.getLogger("draftkit.serve")
 _PARAM = "response_format"
-# Between the parts of JSON: a space, or a new line with its indentation. Without a bound, small models never stop.
-_SPACES: Any = {"whitespace_pattern": r" ?|\n {0,12}"}
+# Between the parts of JSON: a space or nothing. Without a bound small models never stop.
+_SPACES: Any = {"whitespace_pattern": " ?"}
 
 
 def constraint_of(wanted: ResponseFormat | None, served: Served) -> GrammarConstraint | None:
