@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import mimetypes
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -144,9 +145,11 @@ def _add_state(app: FastAPI, worker: Worker, metrics: ServerMetrics, settings: S
 def _add_page(app: FastAPI) -> None:
     """The chat page: three files from the package."""
 
-    def page(name: str) -> Callable[[], Awaitable[Response]]:
-        async def send() -> Response:
-            return FileResponse(_STATIC / name, headers=_PAGE_HEADERS)
+    def page(name: str) -> Callable[[], Response]:
+        kind, _ = mimetypes.guess_type(name)
+
+        def send() -> Response:
+            return Response((_STATIC / name).read_bytes(), headers=_PAGE_HEADERS, media_type=kind)
 
         return send
 
