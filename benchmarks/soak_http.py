@@ -356,7 +356,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=40, help="at most, per choice")
-    parser.add_argument("--kv-megabytes", type=int, default=24, help="small enough for preemptions")
+    parser.add_argument("--kv-megabytes", type=int, default=24, help="for keys and values")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -19,14 +19,14 @@ def test_clients_that_come_and_go_leave_nothing_behind_and_greedy_answers_are_th
     """In a memory that makes requests give way to each other."""
     target = load_target("tiny")
     questions = read_questions(target, "tiny", 12, 60)
-    with server_process("--port", "0", "--max-length", "128", "--kv-gib", str(6 / 1024)) as server:
-        report = Soak(server, target, questions, 60).run(requests=250, concurrency=24)
+    with server_process("--port", "0", "--max-length", "128", "--kv-gib", str(3.1 / 1024)) as server:
+        report = Soak(server, target, questions, 60).run(requests=150, concurrency=16)
     assert report.first_errors == [] and report.errors == 0
-    assert report.requests == 250
+    assert report.requests == 150
     left = (report.left_sending, report.left_waiting, report.left_reading)
-    assert min(left) > 0 and report.answered + sum(left) + report.refused_on_purpose == 250
+    assert min(left) > 0 and report.answered + sum(left) + report.refused_on_purpose == 150
     assert report.refused_on_purpose > 0 and report.preemptions > 0
-    assert report.greedy_checked > 50 and report.greedy_with_stop > 10 and report.json_checked > 5
+    assert report.greedy_checked > 30 and report.greedy_with_stop > 8 and report.json_checked > 3
     assert (report.greedy_wrong, report.json_wrong, report.wrong_ends, report.tracebacks) == (0, 0, 0, 0)
     assert (report.leaked_requests, report.leaked_blocks) == (0, 0)
 
