@@ -21,6 +21,7 @@ from draftkit.permissions import follow_umask
 from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
 from draftkit.tiny.corpus_python import Example
 from draftkit.tiny.model import new_model
+from draftkit.tiny.muon import Muon
 from draftkit.tiny.rows import ROW_LENGTH, RowSampler, encode
 from draftkit.tiny.tokenizer import train_tokenizer
 
@@ -119,7 +120,7 @@ def _step(
     ids: Tensor,
     weights: Tensor,
 ) -> float:
-    with torch.autocast(ids.device.type, dtype=torch.bfloat16):
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=_has_bfloat16(ids.device)):
         hidden = forward(input_ids=ids[:, :-1]).last_hidden_state
         logits = model.lm_head(hidden)
     token_loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -133,6 +134,13 @@ def _step(
         optimizer.step()
         optimizer.zero_grad()
     return float((token_loss.detach() * (weight == 1)).sum() / (weight == 1).sum())
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 numbers itself: a CPU that emulates it takes many times longer."""
+    if device.type != "cpu":
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 @torch.no_grad()
@@ -158,9 +166,7 @@ def _optimizers(model: Qwen3ForCausalLM, settings: TinySettings) -> list[torch.o
     """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    muon = torch.optim.Muon(
-        matrices, lr=settings.lr_muon, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = Muon(matrices, settings.lr_muon, settings.weight_decay)
     adam = torch.optim.AdamW(others, lr=settings.lr_adam, betas=(0.9, 0.95), weight_decay=0.0)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
