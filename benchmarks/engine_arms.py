@@ -3,6 +3,7 @@
     python benchmarks/engine_arms.py DRAFTER --concurrency 1 2 4 8 16 32 64 --repeats 3 --out benchmarks/results/arms.json
 
 Arms take turns within every repeat; a ratio compares runs of the same repeat, and the median over repeats is reported.
+With `--eager` passes are PyTorch operations: slow, and of nearly the same cost whatever they hold, so that drafting pays.
 """
 
 from __future__ import annotations
@@ -58,16 +59,17 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--requests-per-user", type=int, default=1, help="at least 4 in all")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     prompts = read_prompts(options.target, 128)
     target = load_target(options.target)
-    drafter = str(options.drafter)
+    drafter, compile = str(options.drafter), not options.eager
     engines = {
-        "off": Engine(target, None, EngineSettings()),
-        "fixed": Engine(target, drafter, EngineSettings(plan="fixed")),
-        "planned": Engine(target, drafter, EngineSettings(plan="planned")),
+        "off": Engine(target, None, EngineSettings(compile=compile)),
+        "fixed": Engine(target, drafter, EngineSettings(plan="fixed", compile=compile)),
+        "planned": Engine(target, drafter, EngineSettings(plan="planned", compile=compile)),
     }
     compiled = [engine.wait_until_compiled() for engine in engines.values()]
     for engine in engines.values():
@@ -84,6 +86,7 @@ def main() -> None:
     result = {
         "cpu": processor(),
         "threads": options.threads,
+        "clock": "processor time" if options.threads == 1 else "wall clock",
         "compiled": all(compiled),
         "target": options.target,
         "new_tokens": options.new_tokens,

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from draftkit.data.conversations import read_conversations
 from draftkit.data.template import render_prompt
 from draftkit.engine.engine import Engine
@@ -18,7 +20,7 @@ from draftkit.target.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Load:
-    """One run: tokens made, seconds of the whole, and of the drafter's and the target's passes; tokens per round."""
+    """One run: tokens made, seconds of the whole (see `clock`), of the drafter's and the target's passes; tokens per round."""
 
     tokens: int
     seconds: float
@@ -39,6 +41,11 @@ class Load:
         return self.other_seconds / (self.draft_seconds + self.verify_seconds + self.other_seconds)
 
 
+def clock() -> float:
+    """Seconds: of the processor when torch has one thread, which other processes disturb less; else of the wall."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def read_prompts(target: str, count: int) -> list[tuple[int, ...]]:
     """Token ids of held-out prompts."""
     tokenizer = load_tokenizer(target)
@@ -54,7 +61,7 @@ def run_closed(
     only as far as the prompts differ."""
     made, asked, before = 0, 0, engine.metrics
     settings = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, **params)  # type: ignore[arg-type]
-    began = time.perf_counter()
+    began = clock()
     running = 0
     while asked < requests or running:
         while running < concurrency and asked < requests:
@@ -63,7 +70,7 @@ def run_closed(
         for output in engine.step():
             made += len(output.events)
             running -= output.finish_reason is not None
-    seconds, after = time.perf_counter() - began, engine.metrics
+    seconds, after = clock() - began, engine.metrics
     rounds = max(after.rounds - before.rounds, 1)
     return Load(
         made,
