@@ -2,9 +2,10 @@
 
     python benchmarks/acceptance_estimate.py greedy.safetensors sampled.safetensors --out benchmarks/results/NAME.json
 
-The traces are recorded by `draftkit.schedule_stages.run_record`. Both estimates learn from every other prompt, verified in
-full. On the prompts between, AUC and expected calibration error of the survivals; and 32 requests at a time walk through
-them with the same number of drafted tokens verified per step, given to the largest survivals: tokens per target pass.
+`draftkit calibrate -d DRAFTER` records the traces, before it says that there is no head to calibrate. Both estimates learn
+from every other prompt, verified in full. On the prompts between, AUC and expected calibration error of the survivals; and
+32 requests at a time walk through them with the same number of drafted tokens verified per step, given to the largest
+survivals: tokens per target pass.
 """
 
 from __future__ import annotations

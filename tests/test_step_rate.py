@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from draftkit.errors import ScheduleError
+from draftkit.evaluate.profile import ProfileSettings, profile
 from draftkit.schedule.step_rate import StepRate
 from draftkit.schedule.step_rate_table import Measured, StepRateTable, load_step_rate, save_step_rate
+from draftkit.target.transformers import TransformersTarget
+from tests.test_decode import make_drafter
 
 TABLE = StepRateTable(
     contexts=(64, 256),
@@ -122,3 +126,19 @@ def test_a_table_of_another_target_is_refused() -> None:
     with pytest.raises(ScheduleError, match="another target"):
         TABLE.check_target("bb")
     StepRateTable((0,), (1,), ((1.0,),)).check_target("bb")  # names none: taken, and `assumptions` says so
+
+
+def test_a_profile_says_what_it_measured_and_with_which_passes(target: TransformersTarget) -> None:
+    settings, ticks = ProfileSettings((1, 6), (8, 16), (1, 2), repeats=2), [0]
+
+    def tick() -> None:
+        ticks[0] += 1
+
+    table = profile(target, make_drafter(target), "drafter-1", settings, tick)
+    assert (table.tokens, table.contexts, table.draft_requests) == ((1, 6), (8, 16), (1, 2))
+    assert ticks == [(2 * 2 + 2) * 2]
+    assert min(*(min(row) for row in table.pass_seconds), *table.draft_seconds) > 0
+    assert table.measured.passes == "PyTorch operations"  # float64: compiled passes are float32
+    assert (table.measured.target_fingerprint, table.measured.drafter_fingerprint) == (target.info.fingerprint, "drafter-1")
+    with pytest.raises(ScheduleError, match="choose shorter contexts"):
+        profile(target, None, "", replace(settings, contexts=(5000,)))

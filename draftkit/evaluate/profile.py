@@ -17,6 +17,7 @@ from torch import Tensor
 
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import Drafter
+from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_model import FastModel, unsupported
 from draftkit.engine.passes import Pass
@@ -64,7 +65,7 @@ def profile(
     settings: ProfileSettings,
     tick: Callable[[], None] = lambda: None,
 ) -> StepRateTable:
-    """Medians over the repeats; `tick` is called after every measurement.
+    """Medians over the repeats; `tick` is called after every measurement. Passes are the compiled ones where they can run.
 
     A pass of n tokens holds ceil(n / tokens_per_request) requests. It includes the sampling distribution of every row.
     Drafting includes writing the context of one committed token per request and drawing the proposal. Raises ScheduleError
@@ -90,8 +91,9 @@ def profile(
     for context in settings.contexts:
         for count in settings.tokens:
             jobs["pass", context, count] = _target_job(model, tables_RB, context, count, settings.tokens_per_request)
-    if drafter is not None:
-        fast = FastDrafter(drafter, slots, length)
+    fast = FastDrafter(drafter, slots, length) if drafter is not None else None
+    compiled = model.embedding.dtype == torch.float32 and CompiledPasses(model, fast).wait()
+    if drafter is not None and fast is not None:
         for requests in settings.requests:
             jobs["draft", middle, requests] = _draft_job(fast, drafter, tables_RB, middle, requests)
     seconds = _measure(jobs, settings.repeats, tick)
@@ -115,6 +117,7 @@ def profile(
             tokens_per_request=settings.tokens_per_request,
             spread=median(spreads),
             clock="processor time" if _clock() is time.process_time else "wall clock",
+            passes="compiled" if compiled else "PyTorch operations",
         ),
     )
 

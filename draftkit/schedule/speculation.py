@@ -8,8 +8,9 @@ compares what drafting steps really brought with what they really took, at the s
 Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
 prediction has been against it for two steps, or when ALLOWANCE has been lost. Half of what trials gain may be lost by
 further ones (the fund). While there is a fund the drafter rests for SHORT_REST steps; else for FIRST_REST, and twice as
-long after every trial that ends without one. So whatever the drafter is like and whatever the prediction says, no
-speculation would have been ahead by at most the losses of log2(steps / FIRST_REST) trials, each ALLOWANCE and one step.
+long after every trial that ends without one. So whatever the drafter is like and whatever the prediction says, at each
+load no speculation would have been ahead by at most KEPT, and ALLOWANCE and a step for each of log2(LONGEST_REST /
+FIRST_REST) = 8 trials and later for one trial in LONGEST_REST steps: below 0.3 %.
 
 Both judges look at earlier steps only, so the target's law is kept.
 

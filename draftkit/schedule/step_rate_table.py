@@ -35,6 +35,7 @@ class Measured:
     tokens_per_request: int = 0  # of the measured passes
     spread: float = 0.0  # median over points of (upper - lower quartile) / median of the repeats
     clock: str = ""  # "wall clock" or "processor time"
+    passes: str = ""  # "compiled" or "PyTorch operations"
 
 
 @dataclass(frozen=True)
