@@ -19,7 +19,6 @@ from torch import Tensor
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
-from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_model import ReadOut
 from draftkit.engine.measure import measure_step_rate
 from draftkit.engine.metrics import EngineMetrics, Tally
@@ -71,7 +70,7 @@ class Engine:
         self._unread = Unread(self._models.drafter) if self._models.drafter is not None else None
         self._compiled = start_compiling(self._models) if settings.compile else None
         measures = settings.plan == "planned" and settings.step_rate is None
-        self._measured = self._models.drafter if measures and isinstance(self._models.drafter, FastDrafter) else None
+        self._measured = self._models.drafter if measures else None
         self._max_running = settings.max_running
         self.calibration = settings.calibration
         if self.calibration is not None:

@@ -15,6 +15,8 @@ from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.models import Models
 from draftkit.engine.passes import Pass
+from draftkit.engine.request import SamplingParams
+from draftkit.engine.slow_drafter import SlowDrafter
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
 from draftkit.schedule.step_rate import StepRate
@@ -25,7 +27,7 @@ _REPEATS = 5
 _AT_LEAST = 16  # sizes up to here are measured however long it takes: one request's round is among them
 
 
-def measure_step_rate(models: Models, drafter: FastDrafter, max_running: int) -> StepRate:
+def measure_step_rate(models: Models, drafter: FastDrafter | SlowDrafter, max_running: int) -> StepRate:
     """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up
     (16 is always reached).
 
@@ -36,11 +38,14 @@ def measure_step_rate(models: Models, drafter: FastDrafter, max_running: int) ->
     if not models.pool.grow(table, min(_CONTEXT + gamma + 1, models.info.max_length)):
         raise ServeError("no memory is free to measure in; do it before requests come")
     try:
+        if isinstance(drafter, SlowDrafter):
+            _give_context(models, drafter, table.blocks)
         tokens, pass_seconds = _measure(max_running * (gamma + 1), lambda n: _read(models, table.blocks, n))
         requests, draft_seconds = _measure(max_running, lambda n: _draft(models, drafter, table.blocks, n))
     finally:
-        if isinstance(models.model, SlowModel):
-            models.model.forget(table.blocks[0])
+        for owner in (models.model, drafter):
+            if isinstance(owner, SlowModel | SlowDrafter):
+                owner.forget(table.blocks[0])
         models.pool.release(table)
     return StepRate(tokens, pass_seconds, requests, draft_seconds)
 
@@ -69,22 +74,39 @@ def _read(models: Models, blocks: list[int], tokens: int) -> None:
     requests = -(-tokens // width)
     lengths = np.full(requests, width)
     lengths[-1] = tokens - width * (requests - 1)
-    models.model.read(_some_pass(models, blocks, lengths), None, models.feature_layers)
+    context = 0 if isinstance(models.model, SlowModel) else _context(models, width)  # that one has no caches yet
+    models.model.read(_some_pass(models, blocks, lengths, context), None, models.feature_layers)
     _wait(models)
 
 
 @torch.inference_mode()
-def _draft(models: Models, drafter: FastDrafter, blocks: list[int], requests: int) -> None:
-    step = _some_pass(models, blocks, np.full(requests, drafter.config.block_size), block=True)
-    anchors = torch.zeros(requests, dtype=torch.int64, device=models.device)
-    drafter.draft(step, anchors, None)
+def _draft(models: Models, drafter: FastDrafter | SlowDrafter, blocks: list[int], requests: int) -> None:
+    if isinstance(drafter, SlowDrafter):
+        step = _some_pass(models, blocks, np.ones(requests, np.int64), _context(models, 1))
+        drafter.draft(step, [SamplingParams(temperature=0)] * requests, np.zeros((requests, models.info.gamma)))
+    else:
+        lengths = np.full(requests, drafter.config.block_size)
+        step = _some_pass(models, blocks, lengths, _context(models, drafter.config.block_size), block=True)
+        drafter.draft(step, torch.zeros(requests, dtype=torch.int64, device=models.device), None)
     _wait(models)
 
 
-def _some_pass(models: Models, blocks: list[int], lengths: np.ndarray, block: bool = False) -> Pass:
+@torch.inference_mode()
+def _give_context(models: Models, drafter: SlowDrafter, blocks: list[int]) -> None:
+    """Let a drafter that keeps its own contexts listen to what stands in the blocks before the passes begin."""
+    step = _some_pass(models, blocks, np.array([_context(models, 1)]), 0)
+    read = models.model.read(step, None, models.feature_layers)
+    if read.features_TF is not None:
+        drafter.extend(step, read.features_TF, torch.zeros_like(step.tokens))
+
+
+def _context(models: Models, longest: int) -> int:
+    """Tokens before a pass with so many tokens per request."""
+    return min(_CONTEXT, models.info.max_length - longest)
+
+
+def _some_pass(models: Models, blocks: list[int], lengths: np.ndarray, context: int, block: bool = False) -> Pass:
     """Requests that all use the same blocks: only the time matters."""
-    room = models.info.max_length - int(lengths.max())
-    context = 0 if isinstance(models.model, SlowModel) else min(_CONTEXT, room)  # that one has no caches yet
     tables = np.tile(np.array(blocks), (len(lengths), 1))
     starts = np.full(len(lengths), context)
     tokens = np.zeros(int(lengths.sum()), np.int64)
