@@ -224,3 +224,11 @@ def test_metrics_parse_and_count(server: Server) -> None:
     assert drafted > verified > accepted > 0
     assert verified == accepted + server.metric("spec_decode_num_wasted_tokens_total")
     assert server.metric("spec_decode_num_accepted_tokens_per_pos_total") == accepted
+
+
+def test_the_page_is_sent_whole_also_when_a_part_is_asked_for(server: Server) -> None:
+    whole = server.http.get("/chat.js")
+    assert whole.status_code == 200 and "javascript" in whole.headers["content-type"]
+    for part in ("bytes=0-3", "bytes=999999999-", "B"):
+        answer = server.http.get("/chat.js", headers={"Range": part})
+        assert (answer.status_code, answer.content) == (200, whole.content)
