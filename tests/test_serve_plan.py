@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 from test_serve_harness import serving
@@ -17,6 +18,7 @@ from draftkit.errors import ScheduleError
 from draftkit.schedule.calibration import Calibration, load_calibration, save_calibration
 from draftkit.schedule.step_rate_table import Measured, StepRateTable, load_step_rate, save_step_rate
 from draftkit.serve import pair
+from draftkit.serve.llm import LLM
 from draftkit.serve.pair import PlanFiles, open_pair
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
@@ -61,6 +63,20 @@ def test_the_embedded_pair_takes_the_calibration_of_its_own_drafter_and_no_other
     engine, _ = open_pair("tiny", None, SMALL)
     assert engine.calibration is None
     assert "calibration of another drafter" in caplog.messages[-2]
+
+
+def test_both_files_reach_the_planner_of_an_llm(tmp_path: Path) -> None:
+    calibration = Calibration((0.5, 1.0, 2.0, 1.0, 1.0, 1.0, 4.0), fingerprint(DRAFTER))
+    save_calibration(calibration, tmp_path / "calibration.json")
+    assert OWN.step_rate is not None
+    llm = LLM("tiny", str(DRAFTER), SMALL, step_rate=OWN.step_rate, calibration=str(tmp_path / "calibration.json"))
+    planner = llm.engine._planner
+    assert planner.step_rate == load_step_rate(OWN.step_rate).middle()
+    said_DG = np.full((2, 7), 0.9)
+    found_DG = planner.confidence(said_DG, None)
+    assert found_DG is not None
+    np.testing.assert_allclose(found_DG, calibration.apply(said_DG))
+    assert found_DG[0, 0] > 0.9 > found_DG[0, 2] > found_DG[0, 6]
 
 
 def test_files_of_another_pair_are_refused(tmp_path: Path) -> None:
