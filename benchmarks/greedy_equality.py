@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     options = parser.parse_args()
     target, tokenizer = load_target(options.target, dtype=options.dtype), load_tokenizer(options.target)
-    drafter = load_drafter(options.drafter, DTYPES[options.dtype])
+    drafter = load_drafter(options.drafter, DTYPES[options.dtype], target)
     conversations = read_conversations([TINY_HELD_OUT])
-    step = max(1, len(conversations) // options.prompts)
-    chosen = conversations[::step][: options.prompts]
+    count = min(options.prompts, len(conversations))
+    chosen = [conversations[i * len(conversations) // count] for i in range(count)]  # evenly over the domains
     gaps, tokens = [], 0
     for conversation in track(chosen, "comparing"):
         prompt = list(render_prompt(tokenizer, conversation.as_dicts()))
