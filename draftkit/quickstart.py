@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +15,17 @@ from rich.console import Console
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe
+from draftkit.data.conversations import Conversation
 from draftkit.draft.checkpoint import open_drafter, read_provenance
+from draftkit.engine.answers import answerer
 from draftkit.evaluate.plots import plot_acceptance
 from draftkit.evaluate.report import print_report
 from draftkit.evaluate.run import EvalResult
 from draftkit.target.transformers import TransformersTarget
 
-GENERATE_SHARE, TRAIN_SHARE = 0.15, 0.57  # of the minutes; the rest is for capture, evaluation and start-up
+GENERATE_SHARE, TRAIN_SHARE = 0.135, 0.54  # of the minutes; the rest is for capture, evaluation and start-up
 PROBE_PROMPTS = 192  # answered first; their rate decides how many follow
-PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 17, 2.5  # evaluated at each temperature, per minute of the whole
+PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 10, 1.5  # evaluated at each temperature, per minute of the whole
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,11 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
         info = target.info
         notes.append(f"{info.name}: {info.num_layers} layers, hidden size {info.hidden_size}, vocabulary {info.vocab_size}")
     with stage("generate") as notes:
-        prompts = stages.read_prompts([stages.TINY_PROMPTS])[: _prompt_count(target, tokenizer, recipe, out, minutes)]
-        notes.append(f"{stages.run_generate(target, tokenizer, recipe, prompts, answers)} answers of the target itself")
+        answer = answerer(target, recipe.generate.batch_size)
+        count = _prompt_count(lambda p: stages.run_generate(target, tokenizer, recipe, p, answers, answer), out, minutes)
+        prompts = stages.read_prompts([stages.TINY_PROMPTS])[:count]
+        made = stages.run_generate(target, tokenizer, recipe, prompts, answers, answer)
+        notes.append(f"{made} answers of the target itself")
     with stage("capture") as notes:
         report = stages.run_capture(target, tokenizer, recipe, stages.read_prompts([answers]), features)
         notes.append(f"features of {report.tokens:,} tokens")
@@ -89,8 +94,8 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
 
 NEXT = """
 What to type next:
-  draftkit serve --drafter {drafter}    an OpenAI-compatible server and a chat page on http://127.0.0.1:8000
-  draftkit evaluate -d {drafter} -o results    100 prompts per domain
+  draftkit serve --drafter {drafter}
+    (an OpenAI-compatible server and a chat page on http://127.0.0.1:8000)
 and on your own conversations:
   draftkit generate -p your_prompts.jsonl -o answers.jsonl
   draftkit capture -c answers.jsonl -o features
@@ -110,7 +115,7 @@ def _within(recipe: Recipe, minutes: float) -> Recipe:
     return recipe.model_copy(update={"train": train, "evaluate": evaluate})
 
 
-def _prompt_count(target: TransformersTarget, tokenizer: Any, recipe: Recipe, out: Path, minutes: float) -> int:
+def _prompt_count(generate: Callable[[Sequence[Conversation]], int], out: Path, minutes: float) -> int:
     """How many prompts can be answered in the generation's share of the time, measured once on the first of them.
 
     The number is kept beside the answers, so that a second run goes on with the same set.
@@ -119,10 +124,8 @@ def _prompt_count(target: TransformersTarget, tokenizer: Any, recipe: Recipe, ou
     if not kept.exists():
         probe = stages.read_prompts([stages.TINY_PROMPTS])[:PROBE_PROMPTS]  # the file is shuffled: a fair sample
         began = time.perf_counter()
-        stages.run_generate(target, tokenizer, recipe, probe, out / "answers.jsonl")
-        rate = PROBE_PROMPTS / (time.perf_counter() - began)
-        count = max(PROBE_PROMPTS, round(60 * minutes * GENERATE_SHARE * rate))
-        kept.write_text(json.dumps(count), encoding="utf-8")
+        rate = generate(probe) / (time.perf_counter() - began)
+        kept.write_text(json.dumps(max(PROBE_PROMPTS, round(60 * minutes * GENERATE_SHARE * rate))), encoding="utf-8")
     return int(json.loads(kept.read_text("utf-8")))
 
 

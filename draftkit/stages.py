@@ -19,7 +19,7 @@ from draftkit.data.capture import CaptureReport, CaptureSettings, capture
 from draftkit.data.conversations import Conversation, read_conversations
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
 from draftkit.data.features import FeatureStore
-from draftkit.data.generate import GenerateSettings, generate_file
+from draftkit.data.generate import Answerer, GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
@@ -60,9 +60,14 @@ def open_target(recipe: Recipe) -> tuple[TransformersTarget, Any]:
 
 
 def run_generate(
-    target: TransformersTarget, tokenizer: Any, recipe: Recipe, prompts: Sequence[Conversation], out: Path
+    target: TransformersTarget,
+    tokenizer: Any,
+    recipe: Recipe,
+    prompts: Sequence[Conversation],
+    out: Path,
+    answer: Answerer | None = None,
 ) -> int:
-    """Stage 1: the target answers the prompts."""
+    """Stage 1: the target answers the prompts, by `answer` where one is at hand."""
     section = recipe.generate
     settings = GenerateSettings(
         Sampling(section.temperature, section.top_k, section.top_p),
@@ -78,7 +83,7 @@ def run_generate(
             made += tokens
             bar.update(task, advance=answers, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
 
-        return generate_file(target, tokenizer, prompts, out, settings, answerer(target, settings.batch_size), tick)
+        return generate_file(target, tokenizer, prompts, out, settings, answer or answerer(target, section.batch_size), tick)
 
 
 def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from queue import Queue
 from threading import Event, Thread
 from typing import Any
@@ -176,6 +177,18 @@ def to_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
     """The batch on a device."""
     tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
     return replace(batch, **tensors)
+
+
+def steps_from(maker: BatchMaker, first: int, device: torch.device) -> Generator[list[TrainBatch]]:
+    """The micro-batches of step `first` and all that follow: for a GPU they are made ahead, while it computes.
+
+    On a CPU that would cost more than it saves: a second thread's operations start a second team of OpenMP threads, and
+    with more of these than cores none of them spins any more while it waits (a fourth of a small step's time).
+    """
+    if device.type != "cpu":
+        yield from prefetched(maker, first)
+    for step in count(first):
+        yield maker.batches(step)
 
 
 def prefetched(maker: BatchMaker, first: int) -> Generator[list[TrainBatch]]:

@@ -24,7 +24,7 @@ from draftkit.draft.drafter import Drafter, LossSettings
 from draftkit.errors import DataError, Interrupted
 from draftkit.interrupt import noted_signals
 from draftkit.target.interface import Target
-from draftkit.train.batches import BatchMaker, Cut, prefetched, split_store, to_device
+from draftkit.train.batches import BatchMaker, Cut, split_store, steps_from, to_device
 from draftkit.train.log import TrainLog
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
@@ -140,7 +140,7 @@ def train(
     with (
         TrainLog(out, at.step, settings.track, provenance, world.first) as log,
         noted_signals() as signalled,
-        closing(prefetched(maker, at.step)) as steps,
+        closing(steps_from(maker, at.step, world.device)) as steps,
     ):
         lengths: dict[str, Any] | None = None
         try:
