@@ -249,6 +249,8 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     scales = [lr_scale(i / 100, 0.1) for i in range(101)]
     assert scales[:10] == sorted(scales[:10]) and scales[10:] == sorted(scales[10:], reverse=True)
     assert (scales[5], scales[10], scales[55], scales[100]) == pytest.approx((0.5, 1.0, 0.5, 0.0))
+    late = [lr_scale(i / 100, 0.1, 0.4) for i in range(101)]
+    assert (late[5], late[30], late[60], late[80], late[100]) == pytest.approx((0.5, 1.0, 1.0, 0.5, 0.0))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -35,11 +35,12 @@ def new_optimizer(parallel: ParallelDrafter, lr: float, weight_decay: float) -> 
     return torch.optim.AdamW(parallel.trained.values(), lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True)
 
 
-def lr_scale(share: float, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` of the run, then a cosine to zero."""
+def lr_scale(share: float, warmup: float, decay: float = 1.0) -> float:
+    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `decay` (1: behind the warm-up)."""
     if share < warmup:
         return max(share / warmup, 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup)))
+    start = max(warmup, 1 - decay)
+    return 0.5 * (1 + math.cos(math.pi * max(0.0, share - start) / (1 - start)))
 
 
 def take_step(
