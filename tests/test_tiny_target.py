@@ -87,6 +87,7 @@ def test_rows_begin_with_a_conversation_and_depend_on_the_step_alone(corpus: Cor
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # minutes on a busy machine: corpus, tokenizer and held-out loss, three times
 def test_training_goes_on_exactly_where_it_stopped(tmp_path: Path, corpus: Corpus) -> None:
     """Four steps in one go, and two runs of which the first is taken away after two steps: the same losses."""
     settings = TinySettings(steps=4, rows=1, save_every=2, warmup=1)
