@@ -11,11 +11,11 @@ survivals: tokens per target pass.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from result_file import print_result
 
 from draftkit.evaluate.run import environment
 from draftkit.schedule.calibration import quality_of
@@ -91,11 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     result = {"environment": environment(), "traces": [compare(load_traces(path)) for path in options.traces]}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", "utf-8")
+    print_result(result, options.out)
 
 
 if __name__ == "__main__":

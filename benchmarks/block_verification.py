@@ -10,10 +10,10 @@ bootstrap over prompts of the ratio of the two.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
+from result_file import print_result
 
 from draftkit.evaluate.run import environment
 from draftkit.schedule.step_rate import Ints
@@ -54,11 +54,7 @@ def main() -> None:
         "ratio_every_anchor": (1 + traces.block_accepted_N.mean()) / (1 + traces.accepted_N.mean()),
         "anchors_where_they_differ": int((traces.block_accepted_N != traces.accepted_N).sum()),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", "utf-8")
+    print_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def plan_run(group: dict[str, Any], arm: str, seed: int, options: argparse.Names
     values |= {"evaluate.temperatures": [1.0], "evaluate.speed_prompts": 0}
     values |= {"evaluate.max_new_tokens": options.tokens, "evaluate.prompts_per_domain": options.prompts}
     values |= group["arms"][arm]
-    sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    sets = [part for key, text in texts.items() for part in ("--set", f"{key}={text}")]
     start = (sys.executable, "-m", "draftkit.cli")
     train = (*start, "train", "-r", group["recipe"], *sets, "-f", str(options.features), "-o", str(folder))
     drafter, results = folder / "last", folder / RESULT.parent
@@ -141,7 +142,7 @@ def main() -> None:
     """Train, measure, and print the table."""
     options = parse_options()
     group = yaml.safe_load(ARMS.read_text("utf-8"))[options.group]
-    common = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in options.set)}
+    common = {key: value for key, _, value in (text.partition("=") for text in options.set)}  # as text: 3e-3 is a number
     group["arms"] = {arm: common | values for arm, values in group["arms"].items()}
     chosen = [a for a in group["arms"] if not options.arms or a in options.arms or a in group["baselines"]]
     unknown = set(options.arms or ()) - set(group["arms"])

@@ -7,7 +7,6 @@ target before, during and after, from an empty cache folder and from a filled on
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from result_file import print_result
 
 from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_model import FastModel
@@ -71,10 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         result = {"threads": options.threads, "empty_cache": measure(target), "filled_cache": measure(target)}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print_result(result, options.out)
 
 
 if __name__ == "__main__":

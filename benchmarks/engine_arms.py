@@ -9,13 +9,13 @@ With `--eager` passes are PyTorch operations: slow, and of nearly the same cost 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 from engine_load import Load, processor, read_prompts, run_closed
+from result_file import print_result
 from rich.progress import track
 
 from draftkit.engine.engine import Engine
@@ -93,11 +93,7 @@ def main() -> None:
         "repeats": options.repeats,
         "levels": [summarise(n, found) for n, found in runs.items()],
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ scheduling and bookkeeping.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from engine_arms import spread
 from engine_load import processor, read_prompts, run_closed
+from result_file import print_result
 
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
@@ -48,11 +48,7 @@ def main() -> None:
         found = {name: spread(values[1:]) for name, values in shares.items()}  # the first repeat warms up
         levels.append({"concurrency": concurrency, "overhead": found})
     result = {"cpu": processor(), "threads": options.threads, "compiled": all(compiled), "levels": levels}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print_result(result, options.out)
 
 
 if __name__ == "__main__":

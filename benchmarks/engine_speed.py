@@ -12,7 +12,6 @@ use, `--processor-time --threads 1` counts this process's processor seconds inst
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import httpx
 import torch
+from result_file import print_result
 from rich.progress import Progress
 
 from draftkit.data.conversations import read_conversations
@@ -182,11 +182,7 @@ def main() -> None:
         settings["accepted_len"] = round(1 + metrics.accepted / max(1, metrics.rounds), 3)
         total = metrics.draft_seconds + metrics.verify_seconds + metrics.other_seconds
         settings["share_of_other"] = round(metrics.other_seconds / total, 3)
-    result = json.dumps(facts | settings | {"results": found}, indent=1)
-    print(result)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(result + "\n", encoding="utf-8")
+    print_result(facts | settings | {"results": found}, options.out)
 
 
 if __name__ == "__main__":

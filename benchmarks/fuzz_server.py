@@ -27,6 +27,7 @@ from engine_load import processor
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from openapi_cases import Raw, bodies, raws
+from result_file import print_result
 from rich.progress import Progress
 from server_process import ServerProcess, server_process
 
@@ -188,11 +189,7 @@ def main() -> None:
     fields = {**vars(report), "failures": report.failures[:20], "statuses": dict(sorted(report.statuses.items()))}
     fields["refused"] = dict(report.refused.most_common())
     result = {"cpu": processor(), "good": report.good, "by_status": report.by_status, **fields}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print_result(result, options.out)
     raise SystemExit(not report.good)
 
 

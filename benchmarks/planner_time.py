@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
+from result_file import print_result
 
 from draftkit.evaluate.run import environment
 from draftkit.schedule.planner import admit, budget_from, plan_verification, survival_of
@@ -44,11 +44,7 @@ def main() -> None:
         found[f"{requests} x 7"] = {
             name: [round(1e6 * float(v), 1) for v in np.percentile(values, [50, 25, 75])] for name, values in seconds.items()
         }
-    text = json.dumps({"environment": environment(), "microseconds_median_and_quartiles": found}, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", "utf-8")
+    print_result({"environment": environment(), "microseconds_median_and_quartiles": found}, options.out)
 
 
 if __name__ == "__main__":

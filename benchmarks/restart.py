@@ -10,7 +10,6 @@ and to the end of the first answer. The machine's file cache is warm for both. E
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 from engine_load import processor
+from result_file import print_result
 from rich.progress import track
 from server_process import ServerProcess, server_process
 
@@ -111,11 +111,7 @@ def main() -> None:
         "same_answers": len({start.text for r in made for start in (r.fresh, r.again)}) == 1,
         "repetitions": [asdict(r) for r in made],
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print_result(result, options.out)
     raise SystemExit(not result["same_answers"])
 
 

@@ -9,7 +9,6 @@ difference where the two largest logits are closer than rounding is counted apar
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 from engine_load import processor, read_prompts
+from result_file import print_result
 from rich.progress import Progress
 
 from draftkit.decode import decode
@@ -178,11 +178,7 @@ def main() -> None:
     engine.wait_until_compiled()
     report = soak(engine, target, prompts, options.requests, options.concurrency, options.new_tokens)
     result = {"cpu": processor(), "concurrency": options.concurrency, "good": report.good, **asdict(report)}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print_result(result, options.out)
     raise SystemExit(not report.good)
 
 

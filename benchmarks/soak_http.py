@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import torch
 from engine_load import processor
+from result_file import print_result
 from rich.progress import Progress
 from server_process import ServerProcess, server_process
 from soak import ROUNDING, top_gap
@@ -368,11 +369,7 @@ def main() -> None:
         report = Soak(server, target, questions, options.new_tokens).run(options.requests, options.concurrency)
     settings = {"concurrency": options.concurrency, "new_tokens": options.new_tokens, "kv_megabytes": options.kv_megabytes}
     result = {"cpu": processor(), **settings, "good": report.good, **asdict(report)}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n", encoding="utf-8")
+    print_result(result, options.out)
     raise SystemExit(not report.good)
 
 

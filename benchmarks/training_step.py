@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from statistics import median, quantiles
 import torch
 import torch.nn.functional as F
 from compare_report import cpu_name
+from result_file import print_result
 from torch import Tensor, nn
 
 from draftkit import stages
@@ -159,10 +159,7 @@ def main() -> None:
         "ratio_quartiles": [round(low, 3), round(high, 3)],
         "largest_relative_loss_difference": max(differences),
     }
-    print(json.dumps(result, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print_result(result, options.out)
 
 
 if __name__ == "__main__":

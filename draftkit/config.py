@@ -110,7 +110,7 @@ class TrainSection(Section):
     anchors: int = Field(512, ge=1, description="blocks per conversation and step")
     lr: float = Field(6e-4, gt=0)
     warmup: float = Field(0.04, ge=0, lt=1, description="share of the run")
-    decay: float = Field(1.0, gt=0, le=1, description="share of the run over which lr falls; 1: all behind the warm-up")
+    cooldown: float = Field(1.0, gt=0, le=1, description="share of the run over which lr falls; 1: all behind the warm-up")
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     max_skipped: int = Field(20, ge=0, description="steps in a row that may not be finite before the run ends")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from rich.console import Console
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe
-from draftkit.data.conversations import Conversation
 from draftkit.draft.checkpoint import open_drafter, read_provenance
 from draftkit.engine.answers import answerer
 from draftkit.evaluate.plots import plot_acceptance
@@ -58,11 +57,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
         info = target.info
         notes.append(f"{info.name}: {info.num_layers} layers, hidden size {info.hidden_size}, vocabulary {info.vocab_size}")
     with stage("generate") as notes:
-        answer = answerer(target, recipe.generate.batch_size)
-        count = _prompt_count(lambda p: stages.run_generate(target, tokenizer, recipe, p, answers, answer), out, minutes)
-        prompts = stages.read_prompts([stages.TINY_PROMPTS])[:count]
-        made = stages.run_generate(target, tokenizer, recipe, prompts, answers, answer)
-        notes.append(f"{made} answers of the target itself")
+        notes.append(f"{_generate(target, tokenizer, recipe, answers, minutes)} answers of the target itself")
     with stage("capture") as notes:
         report = stages.run_capture(target, tokenizer, recipe, stages.read_prompts([answers]), features)
         notes.append(f"features of {report.tokens:,} tokens")
@@ -115,18 +110,22 @@ def _within(recipe: Recipe, minutes: float) -> Recipe:
     return recipe.model_copy(update={"train": train, "evaluate": evaluate})
 
 
-def _prompt_count(generate: Callable[[Sequence[Conversation]], int], out: Path, minutes: float) -> int:
-    """How many prompts can be answered in the generation's share of the time, measured once on the first of them.
+def _generate(target: TransformersTarget, tokenizer: Any, recipe: Recipe, answers: Path, minutes: float) -> int:
+    """Answer as many prompts as the generation's share of the time allows, measured once on the first of them.
 
-    The number is kept beside the answers, so that a second run goes on with the same set.
+    Their number is kept beside the answers, so that a second run goes on with the same set.
     """
-    kept = out / "prompts.json"
+    answer = answerer(target, recipe.generate.batch_size)  # its code is built here, outside the measured rate
+    prompts, kept = stages.read_prompts([stages.TINY_PROMPTS]), answers.with_name("prompts.json")
+
+    def first(count: int) -> int:
+        return stages.run_generate(target, tokenizer, recipe, prompts[:count], answers, answer)
+
     if not kept.exists():
-        probe = stages.read_prompts([stages.TINY_PROMPTS])[:PROBE_PROMPTS]  # the file is shuffled: a fair sample
         began = time.perf_counter()
-        rate = generate(probe) / (time.perf_counter() - began)
+        rate = first(PROBE_PROMPTS) / (time.perf_counter() - began)  # the file is shuffled: a fair sample
         kept.write_text(json.dumps(max(PROBE_PROMPTS, round(60 * minutes * GENERATE_SHARE * rate))), encoding="utf-8")
-    return int(json.loads(kept.read_text("utf-8")))
+    return first(int(json.loads(kept.read_text("utf-8"))))
 
 
 def _evaluate(

@@ -20,7 +20,7 @@ from draftkit.data import capture as capture_module
 from draftkit.data.capture import CaptureSettings, capture
 from draftkit.data.conversations import Conversation, Message, read_conversations
 from draftkit.data.features import FeatureStore
-from draftkit.data.generate import Answerer, GenerateSettings, answer_batch, generate_file
+from draftkit.data.generate import Answerer, GenerateSettings, answer_in_batches, generate_file
 from draftkit.data.template import render_prompt
 from draftkit.engine.answers import EngineAnswers, answerer
 from draftkit.errors import DataError, FeatureStoreError
@@ -46,7 +46,7 @@ def tokenizer(target_folder: Path) -> Any:
 
 @pytest.fixture(scope="module", params=["engine", "padded batches"])
 def answer_all(target: TransformersTarget, request: pytest.FixtureRequest) -> Answerer:
-    return EngineAnswers(target, 4) if request.param == "engine" else partial(answer_batch, target)
+    return EngineAnswers(target, 4) if request.param == "engine" else partial(answer_in_batches, target)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_greedy_answers_are_the_same_by_engine_and_by_padded_batches(target: Tra
     greedy = replace(SETTINGS, sampling=Sampling(0.0))
     tokens = [render_prompt(tokenizer, p.as_dicts()) for p in prompts()]
     seeds = [(0, i) for i in range(len(tokens))]
-    assert EngineAnswers(target, 4)(tokens, seeds, greedy) == answer_batch(target, tokens, seeds, greedy)
+    assert EngineAnswers(target, 4)(tokens, seeds, greedy) == answer_in_batches(target, tokens, seeds, greedy)
 
 
 def test_a_family_without_a_lean_forward_is_answered_in_padded_batches(target: TransformersTarget, monkeypatch: Any) -> None:
@@ -98,6 +98,13 @@ def test_a_family_without_a_lean_forward_is_answered_in_padded_batches(target: T
     assert isinstance(answerer(target, 4), partial)
     monkeypatch.undo()
     assert isinstance(answerer(target, 4), EngineAnswers)
+
+
+def test_padded_batches_hold_no_more_prompts_than_asked_for(target: TransformersTarget, monkeypatch: Any) -> None:
+    widths, forward = [], target.forward
+    monkeypatch.setattr(target, "forward", lambda tokens_BT, *rest: widths.append(len(tokens_BT)) or forward(tokens_BT, *rest))
+    answers = answer_in_batches(target, [(4, 20, 31)] * 10, [(0, i) for i in range(10)], SETTINGS)
+    assert len(answers) == 10 and max(widths) == SETTINGS.batch_size
 
 
 def test_several_turns_are_answered_one_after_the_other(

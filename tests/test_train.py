@@ -6,6 +6,7 @@ import json
 import random
 import sys
 import types
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from draftkit.errors import CheckpointError, ConfigError, DataError, Interrupted
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
-from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate, pack, split_store
+from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate, pack, split_store, steps_from
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
 from draftkit.train.trainer import Progress, TrainReport, TrainSettings
@@ -152,6 +153,15 @@ def test_a_step_takes_the_same_conversations_and_anchors_however_it_is_cut(store
             assert whole == sorted(x for part in parts for x in part)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_run_sees_the_same_batches_made_ahead_or_in_line(store: FeatureStore, device: str) -> None:
+    maker = BatchMaker(store, range(len(store)), 4, 5, 3, Cut())
+    with closing(steps_from(maker, 2, torch.device(device))) as steps:  # batches are made on the CPU in both cases
+        for step, found in zip((2, 3, 4), steps, strict=False):
+            for one, other in zip(found, maker.batches(step), strict=True):
+                assert all(torch.equal(getattr(one, n), v) for n, v in vars(other).items() if isinstance(v, torch.Tensor))
+
+
 def test_an_epoch_takes_every_conversation_once_and_the_next_one_in_another_order(store: FeatureStore) -> None:
     maker = BatchMaker(store, range(len(store)), 4, 5, 3, Cut())
     epochs = [[i for step in range(4 * e, 4 * e + 4) for i in maker.conversations(step)] for e in (0, 1)]
@@ -246,7 +256,7 @@ def test_losses_that_are_not_finite_stop_the_run(
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
-    scales = [lr_scale(i / 100, 0.1) for i in range(101)]
+    scales = [lr_scale(i / 100, 0.1, 1.0) for i in range(101)]
     assert scales[:10] == sorted(scales[:10]) and scales[10:] == sorted(scales[10:], reverse=True)
     assert (scales[5], scales[10], scales[55], scales[100]) == pytest.approx((0.5, 1.0, 0.5, 0.0))
     late = [lr_scale(i / 100, 0.1, 0.4) for i in range(101)]

@@ -60,7 +60,7 @@ def generate_file(
     """Answer all prompts into `out` by `answer`; returns how many records it holds in the end.
 
     Records are OpenAI messages with id, domain, finish_reason ("length" marks a truncated answer), seed and token count.
-    `tick(answers, tokens)` is called as batches finish. Raises DataError when `out` was begun with other settings.
+    `tick(answers, tokens)` is called as groups of batches finish. Raises DataError when `out` was begun with other settings.
     """
     _check_manifest(out, target, settings)
     done = _recover(out)
@@ -120,6 +120,20 @@ def _answer_conversations(
             "seed": [settings.seed, index],
             "completion_tokens": counts[r],
         }
+
+
+def answer_in_batches(
+    target: TransformersTarget,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[tuple[int, int]],
+    settings: GenerateSettings,
+) -> list[Answer]:
+    """Answer prompts (token ids) in order, `batch_size` of them at a time. Raises DataError for one that leaves no room."""
+    answers: list[Answer] = []
+    for start in range(0, len(prompts), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        answers += answer_batch(target, prompts[part], seeds[part], settings)
+    return answers
 
 
 @torch.inference_mode()

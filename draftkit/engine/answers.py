@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 
-from draftkit.data.generate import Answer, Answerer, GenerateSettings, answer_batch, answer_limit
+from draftkit.data.generate import Answer, Answerer, GenerateSettings, answer_in_batches, answer_limit
 from draftkit.decode import Decoded, Round
 from draftkit.engine.engine import Engine
 from draftkit.engine.fast_model import unsupported
@@ -23,7 +23,7 @@ from draftkit.target.transformers import TransformersTarget
 def answerer(target: TransformersTarget, running: int) -> Answerer:
     """What answers prompts fastest, at most `running` of them at the same time: the engine, or padded batches through the
     Transformers module for a family without a lean forward."""
-    return partial(answer_batch, target) if unsupported(target) else EngineAnswers(target, running)
+    return partial(answer_in_batches, target) if unsupported(target) else EngineAnswers(target, running)
 
 
 class EngineAnswers:

@@ -160,16 +160,16 @@ def measure_speed(
     """Speed of `decode` with the drafter over `decode` without, by domain, and "macro"; each prompt both ways in turn."""
     chosen = spread_prompts(prompts, settings.speed_prompts)
 
-    def rate(prompt: EvalPrompt, arm: Drafter | None, limit: int) -> float:
-        done = decode(target, arm, prompt.tokens, settings.sampling, limit, settings.seed)
+    def rate(index: int, arm: Drafter | None, limit: int) -> float:
+        done = decode(target, arm, prompts[index].tokens, settings.sampling, limit, settings.seed + index)
         return len(done.tokens) / (done.prefill_seconds + done.decode_seconds)
 
+    for arm in (None, drafter) if chosen else ():  # the first passes pay for lazy set-up; they are not measured
+        rate(chosen[0], arm, 8)
     ratios: dict[str, list[float]] = {}
-    for index, prompt in enumerate(chosen):
-        if index == 0:  # the first passes pay for lazy set-up; they are not measured
-            rate(prompt, None, 8), rate(prompt, drafter, 8)
-        plain, drafted = rate(prompt, None, settings.max_new_tokens), rate(prompt, drafter, settings.max_new_tokens)
-        ratios.setdefault(prompt.domain, []).append(drafted / plain)
+    for index in chosen:
+        plain, drafted = rate(index, None, settings.max_new_tokens), rate(index, drafter, settings.max_new_tokens)
+        ratios.setdefault(prompts[index].domain, []).append(drafted / plain)
         tick()
     speeds = {domain: _spread_of(found) for domain, found in ratios.items()}
     if speeds:
@@ -204,13 +204,13 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def spread_prompts(prompts: Sequence[EvalPrompt], count: int) -> list[EvalPrompt]:
-    """About `count` prompts, the same number of every domain."""
-    by_domain: dict[str, list[EvalPrompt]] = {}
-    for prompt in prompts:
-        by_domain.setdefault(prompt.domain, []).append(prompt)
+def spread_prompts(prompts: Sequence[EvalPrompt], count: int) -> list[int]:
+    """Indices of about `count` prompts, the same number of every domain."""
+    by_domain: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_domain.setdefault(prompt.domain, []).append(index)
     each = -(-count // max(1, len(by_domain)))
-    return [p for of_one in by_domain.values() for p in of_one[:each]]
+    return [i for indices in by_domain.values() for i in indices[:each]]
 
 
 def _record(raw: dict[str, Any]) -> PromptRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -68,9 +69,9 @@ def print_simulation(outcomes: Sequence[Outcome], assumptions: Sequence[str]) ->
         own = [o for o in outcomes if (o.concurrency, o.rate) == load]
         plain = own[0]
         arriving = f", {load[1]:g} arrivals per second" if load[1] else ""
-        table = Table(title=f"at most {load[0]} requests at once{arriving}")
+        table = Table(title=f"at most {load[0]} requests at once{arriving}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in ("arm", "tokens/s", "x none", "tokens/s per user", "verified", "accepted length", "running"):
-            table.add_column(column, justify="right" if column != "arm" else "left")
+            table.add_column(column, justify="right" if column != "arm" else "left", no_wrap=column == "arm")
         for o in own:
             table.add_row(
                 o.arm,

@@ -35,11 +35,11 @@ def new_optimizer(parallel: ParallelDrafter, lr: float, weight_decay: float) -> 
     return torch.optim.AdamW(parallel.trained.values(), lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True)
 
 
-def lr_scale(share: float, warmup: float, decay: float = 1.0) -> float:
-    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `decay` (1: behind the warm-up)."""
+def lr_scale(share: float, warmup: float, cooldown: float) -> float:
+    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `cooldown` (1: behind the warm-up)."""
     if share < warmup:
         return max(share / warmup, 0.01)
-    start = max(warmup, 1 - decay)
+    start = max(warmup, 1 - cooldown)
     return 0.5 * (1 + math.cos(math.pi * max(0.0, share - start) / (1 - start)))
 
 

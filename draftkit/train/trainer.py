@@ -50,7 +50,7 @@ class TrainSettings:
     anchors: int
     lr: float
     warmup: float
-    decay: float
+    cooldown: float
     weight_decay: float
     grad_clip: float
     max_skipped: int
@@ -148,7 +148,7 @@ def train(
             while (share := _share(settings, at, total, world)) < 1 and not _tired(settings, at):
                 began = time.perf_counter()
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * lr_scale(share, settings.warmup, settings.decay)
+                    group["lr"] = settings.lr * lr_scale(share, settings.warmup, settings.cooldown)
                 batches = [to_device(b, world.device) for b in next(steps)]
                 done = take_step(parallel, optimizer, batches, settings.loss, settings.grad_clip, signalled() > 0)
                 in_a_row = 0 if done.finite else in_a_row + 1
