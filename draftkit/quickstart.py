@@ -22,7 +22,7 @@ from draftkit.evaluate.report import print_report
 from draftkit.evaluate.run import EvalResult
 from draftkit.target.transformers import TransformersTarget
 
-GENERATE_SHARE, TRAIN_SHARE = 0.17, 0.6  # of the minutes; the rest is for capture, evaluation and start-up
+GENERATE_SHARE, TRAIN_SHARE = 0.16, 0.57  # of the minutes; the rest is for capture, evaluation and start-up
 PROBE_PROMPTS = 192  # answered first; their rate decides how many follow
 PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 4, 1  # evaluated at each temperature, per minute of the whole
 
