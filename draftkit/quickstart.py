@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ from draftkit.evaluate.report import print_report
 from draftkit.evaluate.run import EvalResult
 from draftkit.target.transformers import TransformersTarget
 
-GENERATE_SHARE, TRAIN_SHARE = 0.16, 0.57  # of the minutes; the rest is for capture, evaluation and start-up
+GENERATE_SHARE, EVALUATE_SHARE = 0.12, 0.08  # of the minutes; training gets what capture leaves of the rest,
+TRAIN_SHARE = 0.25  # but no less than this
 PROBE_PROMPTS = 192  # answered first; their rate decides how many follow
-PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 4, 1  # evaluated at each temperature, per minute of the whole
+PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 4, 0.5  # evaluated at each temperature, per minute of the whole
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
     """Run all stages into `out`, in about `minutes` minutes, and print the table and what to type next."""
     console = Console(stderr=as_json)
     out.mkdir(parents=True, exist_ok=True)
-    recipe = _within(recipe, minutes)
+    recipe = _evaluated_within(recipe, minutes)
     answers, features, run, results_folder = out / "answers.jsonl", out / "features", out / "drafter", out / "results"
     times: list[StageTime] = []
 
@@ -62,6 +63,8 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
         report = stages.run_capture(target, tokenizer, recipe, stages.read_prompts([answers]), features)
         notes.append(f"features of {report.tokens:,} tokens")
     with stage("train") as notes:
+        left = minutes * (1 - EVALUATE_SHARE) - sum(t.seconds for t in times) / 60
+        recipe = _trained_within(recipe, _once(out, "train_minutes", lambda: max(minutes * TRAIN_SHARE, left)))
         if (run / "done.json").exists() and _same_recipe(run, recipe):
             notes.append(f"a drafter from this recipe is already there: {run / 'best'}")
         else:
@@ -98,34 +101,46 @@ and on your own conversations:
 """
 
 
-def _within(recipe: Recipe, minutes: float) -> Recipe:
-    """The recipe with a training time and an evaluation that fit the minutes."""
-    train = recipe.train.model_copy(update={"minutes": minutes * TRAIN_SHARE, "epochs": 1000})
+def _trained_within(recipe: Recipe, minutes: float) -> Recipe:
+    """The recipe with a training of so many minutes."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"minutes": minutes, "epochs": 1000})})
+
+
+def _evaluated_within(recipe: Recipe, minutes: float) -> Recipe:
+    """The recipe with an evaluation that fits the minutes of the whole."""
     evaluate = recipe.evaluate.model_copy(
         update={
             "prompts_per_domain": max(1, round(PROMPTS_PER_DOMAIN * minutes)),
             "speed_prompts": max(3, round(SPEED_PROMPTS * minutes)),
         }
     )
-    return recipe.model_copy(update={"train": train, "evaluate": evaluate})
+    return recipe.model_copy(update={"evaluate": evaluate})
+
+
+def _once(out: Path, name: str, decide: Callable[[], float]) -> float:
+    """What was decided when this was first asked: kept, so that a second run goes on with the same."""
+    path = out / "plan.json"
+    plan = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if name not in plan:
+        plan[name] = decide()
+        path.write_text(json.dumps(plan), encoding="utf-8")
+    return float(plan[name])
 
 
 def _generate(target: TransformersTarget, tokenizer: Any, recipe: Recipe, answers: Path, minutes: float) -> int:
-    """Answer as many prompts as the generation's share of the time allows, measured once on the first of them.
-
-    Their number is kept beside the answers, so that a second run goes on with the same set.
-    """
+    """Answer as many prompts as the generation's share of the time allows, measured once on the first of them."""
     answer = answerer(target, recipe.generate.batch_size)  # its code is built here, outside the measured rate
-    prompts, kept = stages.read_prompts([stages.TINY_PROMPTS]), answers.with_name("prompts.json")
+    prompts = stages.read_prompts([stages.TINY_PROMPTS])
 
-    def first(count: int) -> int:
-        return stages.run_generate(target, tokenizer, recipe, prompts[:count], answers, answer)
+    def first(count: float) -> int:
+        return stages.run_generate(target, tokenizer, recipe, prompts[: int(count)], answers, answer)
 
-    if not kept.exists():
+    def affordable() -> float:
         began = time.perf_counter()
         rate = first(PROBE_PROMPTS) / (time.perf_counter() - began)  # the file is shuffled: a fair sample
-        kept.write_text(json.dumps(max(PROBE_PROMPTS, round(60 * minutes * GENERATE_SHARE * rate))), encoding="utf-8")
-    return first(int(json.loads(kept.read_text("utf-8"))))
+        return max(PROBE_PROMPTS, round(60 * minutes * GENERATE_SHARE * rate))
+
+    return first(_once(answers.parent, "prompts", affordable))
 
 
 def _evaluate(

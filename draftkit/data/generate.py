@@ -22,7 +22,7 @@ from draftkit.ops.sampling import Sampling, processed_probs, request_generator, 
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
 
-GROUP_BATCHES = 4  # batches whose answers are written together: enough to keep a batch full, little to lose
+GROUP_BATCHES = 8  # batches whose answers are written together: enough to keep a batch full, little to lose
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 
 from draftkit.data.generate import Answer, Answerer, GenerateSettings, answer_in_batches, answer_limit
 from draftkit.decode import Decoded, Round
@@ -69,20 +68,37 @@ def decode_all(
     """
     for index, (prompt, params) in enumerate(requests):
         engine.add_request(str(index), list(prompt), params)
-    outputs: list[list[StepOutput]] = [[] for _ in requests]
+    answers = [_Growing(engine.info.gamma) for _ in requests]
     while engine.has_work():
         for output in engine.step():
-            outputs[int(output.request_id)].append(output)
+            answers[int(output.request_id)].add(output)
             if output.finish_reason is not None:
                 tick()
-    return [_decoded(of_one, engine.info.gamma) for of_one in outputs]
+    return [answer.decoded() for answer in answers]
 
 
-def _decoded(outputs: Sequence[StepOutput], gamma: int) -> Decoded:
-    tokens = tuple(e.token_id for output in outputs for e in output.events)
-    rounds = []
-    for before, after in pairwise(outputs):  # the first output is the token behind the prompt
-        verified, accepted = (getattr(after.stats, n) - getattr(before.stats, n) for n in ("verified", "accepted"))
-        rounds.append(Round(gamma, verified, accepted, len(after.events)))
-    last = outputs[-1]
-    return Decoded(tokens, last.finish_reason or "", tuple(rounds), last.stats.prefill_seconds, last.stats.decode_seconds)
+class _Growing:
+    """An answer as its steps come in. No step's output is kept: thousands of them would keep the garbage collector busy."""
+
+    def __init__(self, gamma: int) -> None:
+        self._gamma = gamma
+        self._tokens: list[int] = []
+        self._rounds: list[Round] = []
+        self._last: StepOutput | None = None
+
+    def add(self, output: StepOutput) -> None:
+        """The next step; the first one brings the token behind the prompt, each other one a round."""
+        self._tokens += [e.token_id for e in output.events]
+        if self._last is not None:
+            before, after = self._last.stats, output.stats
+            counts = after.verified - before.verified, after.accepted - before.accepted
+            self._rounds.append(Round(self._gamma, *counts, len(output.events)))
+        self._last = output
+
+    def decoded(self) -> Decoded:
+        """What `decode` would say of it."""
+        if self._last is None:
+            raise ValueError("no step came in")
+        stats = self._last.stats
+        reason = self._last.finish_reason or ""
+        return Decoded(tuple(self._tokens), reason, tuple(self._rounds), stats.prefill_seconds, stats.decode_seconds)

@@ -17,9 +17,11 @@ from draftkit.engine.request import SamplingParams
 
 @dataclass(frozen=True)
 class RowSampling:
-    """Settings per row, [N, 1] each; None where no row uses the setting. `greedy` when every temperature is 0."""
+    """Settings per row, [N, 1] each; None where no row uses the setting. `greedy` when every temperature is 0, `warm` when
+    none is."""
 
     greedy: bool
+    warm: bool = False
     temperature: Tensor | None = None
     top_k: Tensor | None = None
     top_p: Tensor | None = None
@@ -28,11 +30,11 @@ class RowSampling:
     def repeat(self, times_N: Tensor) -> RowSampling:
         """Row n becomes times_N[n] equal rows."""
         many = [None if t is None else t.repeat_interleave(times_N, 0) for t in self._tensors()]
-        return RowSampling(self.greedy, *many)
+        return RowSampling(self.greedy, self.warm, *many)
 
     def take(self, rows: Tensor) -> RowSampling:
         """The rows of these indices."""
-        return RowSampling(self.greedy, *[None if t is None else t[rows] for t in self._tensors()])
+        return RowSampling(self.greedy, self.warm, *[None if t is None else t[rows] for t in self._tensors()])
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         return self.temperature, self.top_k, self.top_p, self.min_p
@@ -51,6 +53,7 @@ def row_sampling(params_R: Sequence[SamplingParams], vocab_size: int, device: to
     top_k = [p.top_k if 0 < p.top_k < vocab_size else 0 for p in params_R]
     return RowSampling(
         False,
+        all(p.temperature > 0 for p in params_R),
         column([p.temperature for p in params_R], -1.0, np.float64),
         column(top_k, 0, np.int64),
         column([p.top_p for p in params_R], 1.0, np.float64),
@@ -71,7 +74,7 @@ def processed_rows(logits_NV: Tensor, rows: RowSampling) -> Tensor:
         _cut(probs_NV, rows.top_p < 1, rows.top_p.to(probs_NV.dtype), _top_p)
     if rows.min_p is not None:
         _cut(probs_NV, rows.min_p > 0, rows.min_p.to(probs_NV.dtype), _min_p)
-    return torch.where(warm_N1, probs_NV, _one_hot(logits_NV))
+    return probs_NV if rows.warm else torch.where(warm_N1, probs_NV, _one_hot(logits_NV))
 
 
 def _cut(probs_NV: Tensor, active_N1: Tensor, setting_N1: Tensor, kept: Callable[[Tensor, Tensor], Tensor]) -> None:
