@@ -26,10 +26,10 @@ def print_report(results: Sequence[EvalResult], console: Console | None = None) 
 def _speed(speeds: Mapping[str, Speed]) -> str:
     *of_domains, macro = speeds.values()
     each = ", ".join(f"{name} {speed.ratio:.2f}" for name, speed in zip(speeds, of_domains, strict=False))
-    return (
-        f"speed: {macro.ratio:.2f} x plain decoding (quartiles {macro.low_quartile:.2f} to {macro.high_quartile:.2f}, "
-        f"{macro.prompts} prompts, same loop, same run): {each}"
-    )
+    quartiles = f"quartiles {macro.low_quartile:.2f} to {macro.high_quartile:.2f}, "
+    if macro.prompts == len(of_domains):  # one prompt of each domain has no spread
+        quartiles = ""
+    return f"speed: {macro.ratio:.2f} x plain decoding ({quartiles}{macro.prompts} prompts, same loop, same run): {each}"
 
 
 def _table(result: EvalResult) -> Table:
