@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+
+from draftkit.config import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -75,3 +78,11 @@ def test_arms_measured_on_other_prompts_are_refused() -> None:
     other = Arm("other", ([record(i, "chat", 20) for i in range(3)],))
     with pytest.raises(SystemExit, match="other was measured on other prompts"):
         build_report([arm("base", 0), other], ["base"], {})
+
+
+def test_dspark_plus_is_the_arm_that_was_measured() -> None:
+    arms = Path(__file__).parent.parent / "benchmarks" / "arms.yaml"
+    plus = yaml.safe_load(arms.read_text("utf-8"))["ablations"]["arms"]["plus"]
+    sets = [f"{key}={str(value).lower()}" for key, value in plus.items()]
+    measured = load_recipe("tiny-dspark", [*sets, "drafter.intermediate_size=null", "name=dspark-plus"])
+    assert load_recipe("dspark-plus") == measured
