@@ -194,7 +194,7 @@ class EagleDrafter(Drafter):
         tokens, probs, largest = [], [], []
         for k in range(self.gamma):
             state_B1H = self._step(own, row + k, token_B, state_B1H)
-            logits_BV = self._logits(state_B1H[:, 0])
+            logits_BV = self.logits(state_B1H[:, 0])
             q_BV = processed_probs(logits_BV, sampling)
             token_B = q_BV.argmax(-1) if sampling.temperature == 0 else sample(q_BV, uniforms_BG[:, k])
             tokens.append(token_B)
@@ -218,8 +218,8 @@ class EagleDrafter(Drafter):
         )
         return layer.finish(residual, mixed.transpose(1, 2).flatten(2))
 
-    def _logits(self, state_BH: Tensor) -> Tensor:
-        """Draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B, V]."""
+    def logits(self, state_BH: Tensor) -> Tensor:
+        """States [B, H] to draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B, V]."""
         logits_BW = self._head(self.lm_head.weight).logits(self.norm(state_BH))
         if self.draft_ids_W is None:
             return logits_BW

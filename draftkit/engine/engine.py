@@ -31,7 +31,6 @@ from draftkit.engine.row_sampling import RowSampling, row_sampling
 from draftkit.engine.running import Running, Uniforms
 from draftkit.engine.scheduler import Scheduler, Work
 from draftkit.engine.settings import EngineSettings
-from draftkit.engine.slow_drafter import SlowDrafter
 from draftkit.engine.slow_model import SlowModel
 from draftkit.engine.unread import Unread
 from draftkit.errors import DataError
@@ -212,17 +211,11 @@ class Engine:
         if not rows.greedy or any(adjustments):
             choose = Chooser(rows.take(index), self._there(uniforms[chosen]), adjustments)
         anchors = np.array([r.tokens[-1] for r in drafting])
-        places = work.starts_R[chosen], work.rows_R[chosen]
-        if isinstance(drafter, SlowDrafter):
-            step = self._pass(anchors, places[0], np.ones_like(anchors), places[1])
-            proposed = drafter.draft(step, [r.params for r in drafting], uniforms[chosen])
-        else:
-            size = drafter.config.block_size
-            tokens_DB = np.full((len(drafting), size), drafter.config.mask_token_id)
-            tokens_DB[:, 0] = anchors
-            step = self._pass(tokens_DB.ravel(), places[0], np.full(len(drafting), size), places[1], block=True)
-            proposed = drafter.draft(step, self._there(anchors), choose)
-        tokens_DG, probs_DGV, *said = proposed
+        wanted = drafter.drafting_pass(anchors)
+        lengths_D = np.full(len(drafting), wanted.tokens_RP.shape[1])
+        starts_D, rows_D = work.starts_R[chosen] + wanted.first, work.rows_R[chosen]
+        step = self._pass(wanted.tokens_RP.ravel(), starts_D, lengths_D, rows_D, wanted.block)
+        tokens_DG, probs_DGV, *said = drafter.draft(step, self._there(anchors), choose)
         self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
         confidence = self._planner.confidence(*(t.cpu().numpy() if t is not None else None for t in said))
         lengths_A[chosen] = self._planner.lengths(drafting, confidence)
@@ -308,9 +301,8 @@ class Engine:
     def _on_release(self, request: Running) -> None:
         self._planner.forget(request.row)
         self._catch_up()  # before its blocks go to somebody else
-        for owner in (self._models.model, self._models.drafter):
-            if isinstance(owner, SlowModel | SlowDrafter) and request.table.blocks:
-                owner.forget(request.table.blocks[0])
+        if isinstance(self._models.model, SlowModel) and request.table.blocks:
+            self._models.model.forget(request.table.blocks[0])
 
     def _check(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         vocab, longest = self.info.vocab_size, self.info.max_length

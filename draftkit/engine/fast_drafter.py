@@ -10,6 +10,7 @@ L layers, M key/value heads, D head size, r Markov rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from draftkit.draft.backbone import DraftLayer
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.drafter import DrafterConfig
+from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
 from draftkit.engine.fast_model import fuse_qkv
 from draftkit.engine.graphs import RecordedPasses
@@ -29,6 +30,16 @@ from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackSh
 from draftkit.ops.sampling import largest_prob
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [R, V], draft index 0..G-1 -> tokens [R], probs [R, V]
+
+
+@dataclass(frozen=True)
+class DraftingPass:
+    """What a drafter reads to make its proposals: tokens [R, P] per request, where the first lies, counted from the anchor's
+    position, and whether they see each other in both directions."""
+
+    tokens_RP: np.ndarray
+    first: int
+    block: bool
 
 
 class FastDrafter:
@@ -47,9 +58,9 @@ class FastDrafter:
         self.embedding_scale = float(scale) if style.scaled_embedding else 1.0
         self.norm, self.fc, self.hidden_norm = drafter.norm.weight, drafter.fc.weight, drafter.hidden_norm.weight
         self.markov, self.confidence = drafter.markov_head, drafter.confidence_head
-        rotary = _rotary(config, max_length, self.norm)
+        rotary = rotary_of(config, max_length, self.norm)
         blocks = cast(list[DraftLayer], list(drafter.layers))
-        layers = tuple(_fuse(block, config, rotary) for block in blocks)
+        layers = tuple(fuse_layer(block, config, rotary, config.window) for block in blocks)
         shape = StackShape(config.hidden_size, config.rms_eps, style.activation == "gelu_pytorch_tanh")
         self.stack = Stack(shape, layers, slots)
         attentions = [block.self_attn for block in blocks]
@@ -89,6 +100,12 @@ class FastDrafter:
             values = F.rms_norm(values, size, None, config.rms_eps)
         self.stack.write(step, keys, values)
 
+    def drafting_pass(self, anchors_R: np.ndarray) -> DraftingPass:
+        """The anchors with `block_size` - 1 mask tokens each, in both directions."""
+        tokens_RP = np.full((len(anchors_R), self.config.block_size), self.config.mask_token_id)
+        tokens_RP[:, 0] = anchors_R
+        return DraftingPass(tokens_RP, 0, block=True)
+
     @torch.inference_mode()
     def draft(
         self, step: Pass, anchors_R: Tensor, choose: Choose | None
@@ -96,10 +113,9 @@ class FastDrafter:
         """Propose for every request: tokens [R, G], the probabilities that `choose` returned [R, G, V], and the
         confidences in (0, 1) [R, G]; without a confidence head None, and then the largest probabilities (see `Proposal`).
 
-        `step` is a pass with `block=True` that holds, per request, the anchor and `block_size` - 1 mask tokens, the anchor
-        at the first position that `extend` has not written. `choose` gets the logits of one position of every block, in
-        order from left to right, and returns the tokens with the distribution they were drawn from. None drafts greedily and
-        returns no distributions, [R, G, 0].
+        `step` is the `drafting_pass`, with the anchor at the first position that `extend` has not written. `choose` gets the
+        logits of one position of every block, in order from left to right, and returns the tokens with the distribution
+        they were drawn from. None drafts greedily and returns no distributions, [R, G, 0].
         """
         hidden_RGH, base_RGV = self._read_block(step)
         head = self.native.head if self.native is not None else None
@@ -107,7 +123,7 @@ class FastDrafter:
             largest_RG = largest_prob(base_RGV) if self.confidence is None else None  # now: the logits are overwritten
             tokens_RG, confidence_RG = head.draft(hidden_RGH, base_RGV, anchors_R)
             return tokens_RG, hidden_RGH.new_empty(*tokens_RG.shape, 0), confidence_RG, largest_RG
-        choose = choose or _take_largest
+        choose = choose or take_largest
         previous_R, state = anchors_R, None
         tokens, probs, largest, embedded = [], [], [], []
         for k in range(self.gamma):
@@ -151,7 +167,8 @@ class FastDrafter:
         return hidden_TH, self.head.logits(hidden_TH)
 
 
-def _take_largest(logits_RV: Tensor, _: int) -> tuple[Tensor, Tensor]:
+def take_largest(logits_RV: Tensor, _: int) -> tuple[Tensor, Tensor]:
+    """The greedy `Choose`: tokens [R] and no distributions, [R, 0]."""
     return logits_RV.argmax(-1), logits_RV.new_empty(len(logits_RV), 0)
 
 
@@ -166,13 +183,15 @@ class NativeDrafter:
         self.head = NativeHead(self.stack, drafter.markov, drafter.confidence) if compiled else None
 
 
-def _rotary(config: DrafterConfig, max_length: int, like: Tensor) -> Tensor:
+def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:
+    """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted behind."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     frequencies[int(config.rotary_share * config.head_dim // 2) :] = 0
     return rotary_table(max_length + config.block_size, frequencies, 1.0, like.dtype).to(like.device)
 
 
-def _fuse(layer: DraftLayer, config: DrafterConfig, rotary: Tensor) -> Layer:
+def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: int | None) -> Layer:
+    """A drafter's layer as the stack wants it."""
     module, size = layer.self_attn, config.head_dim
     qk_norm = None
     if module.q_norm is not None and module.k_norm is not None:
@@ -185,7 +204,7 @@ def _fuse(layer: DraftLayer, config: DrafterConfig, rotary: Tensor) -> Layer:
             kv_heads=config.num_kv_heads,
             head_dim=size,
             scale=module.scale,
-            window=config.window,
+            window=window,
             value_norm=module.value_norm,
         ),
         rotary=rotary,

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from draftkit.engine.fast_drafter import FastDrafter
+from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.models import Models
 from draftkit.engine.passes import Pass
-from draftkit.engine.request import SamplingParams
-from draftkit.engine.slow_drafter import SlowDrafter
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
 from draftkit.schedule.step_rate import StepRate
@@ -27,7 +26,7 @@ _REPEATS = 5
 _AT_LEAST = 16  # sizes up to here are measured however long it takes: one request's round is among them
 
 
-def measure_step_rate(models: Models, drafter: FastDrafter | SlowDrafter, max_running: int) -> StepRate:
+def measure_step_rate(models: Models, drafter: FastDrafter | FastEagle, max_running: int) -> StepRate:
     """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up
     (16 is always reached).
 
@@ -38,14 +37,11 @@ def measure_step_rate(models: Models, drafter: FastDrafter | SlowDrafter, max_ru
     if not models.pool.grow(table, min(_CONTEXT + gamma + 1, models.info.max_length)):
         raise ServeError("no memory is free to measure in; do it before requests come")
     try:
-        if isinstance(drafter, SlowDrafter):
-            _give_context(models, drafter, table.blocks)
         tokens, pass_seconds = _measure(max_running * (gamma + 1), lambda n: _read(models, table.blocks, n))
         requests, draft_seconds = _measure(max_running, lambda n: _draft(models, drafter, table.blocks, n))
     finally:
-        for owner in (models.model, drafter):
-            if isinstance(owner, SlowModel | SlowDrafter):
-                owner.forget(table.blocks[0])
+        if isinstance(models.model, SlowModel):
+            models.model.forget(table.blocks[0])
         models.pool.release(table)
     return StepRate(tokens, pass_seconds, requests, draft_seconds)
 
@@ -80,24 +76,12 @@ def _read(models: Models, blocks: list[int], tokens: int) -> None:
 
 
 @torch.inference_mode()
-def _draft(models: Models, drafter: FastDrafter | SlowDrafter, blocks: list[int], requests: int) -> None:
-    if isinstance(drafter, SlowDrafter):
-        step = _some_pass(models, blocks, np.ones(requests, np.int64), _context(models, 1))
-        drafter.draft(step, [SamplingParams(temperature=0)] * requests, np.zeros((requests, models.info.gamma)))
-    else:
-        lengths = np.full(requests, drafter.config.block_size)
-        step = _some_pass(models, blocks, lengths, _context(models, drafter.config.block_size), block=True)
-        drafter.draft(step, torch.zeros(requests, dtype=torch.int64, device=models.device), None)
+def _draft(models: Models, drafter: FastDrafter | FastEagle, blocks: list[int], requests: int) -> None:
+    wanted = drafter.drafting_pass(np.zeros(requests, np.int64))
+    lengths = np.full(requests, wanted.tokens_RP.shape[1])
+    step = _some_pass(models, blocks, lengths, _context(models, int(lengths[0])) + wanted.first, wanted.block)
+    drafter.draft(step, torch.zeros(requests, dtype=torch.int64, device=models.device), None)
     _wait(models)
-
-
-@torch.inference_mode()
-def _give_context(models: Models, drafter: SlowDrafter, blocks: list[int]) -> None:
-    """Let a drafter that keeps its own contexts listen to what stands in the blocks before the passes begin."""
-    step = _some_pass(models, blocks, np.array([_context(models, 1)]), 0)
-    read = models.model.read(step, None, models.feature_layers)
-    if read.features_TF is not None:
-        drafter.extend(step, read.features_TF, torch.zeros_like(step.tokens))
 
 
 def _context(models: Models, longest: int) -> int:

@@ -10,12 +10,13 @@ import torch
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
+from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_drafter import FastDrafter
+from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import FastModel, unsupported
 from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.settings import EngineInfo, EngineSettings
-from draftkit.engine.slow_drafter import SlowDrafter
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
 from draftkit.target.transformers import TransformersTarget, load_target
@@ -27,7 +28,7 @@ class Models:
 
     info: EngineInfo
     model: FastModel | SlowModel
-    drafter: FastDrafter | SlowDrafter | None
+    drafter: FastDrafter | FastEagle | None
     feature_layers: tuple[int, ...]
     stop_token_ids: tuple[int, ...]
     pool: BlockPool
@@ -51,9 +52,9 @@ def build_models(
     blocks = _count_blocks(loaded, drafter, settings, max_length + gamma + 1)
     slots = blocks * settings.block_size
     model = SlowModel(loaded) if reason else FastModel(loaded, slots, max_length + gamma + 1)
-    fast: FastDrafter | SlowDrafter | None = None
+    fast: FastDrafter | FastEagle | None = None
     if drafter is not None:
-        fast = FastDrafter(drafter, slots, max_length) if isinstance(drafter, BlockDrafter) else SlowDrafter(drafter)
+        fast = _fast_drafter(drafter, slots, max_length)
     info = EngineInfo(
         name=loaded.info.name,
         max_length=max_length,
@@ -63,9 +64,19 @@ def build_models(
         algorithm=drafter.config.algorithm if drafter is not None else "none",
         forward=f"Transformers ({reason})" if reason else "lean",
     )
-    pool = BlockPool(blocks, settings.block_size, settings.prefix_reuse and not reason and not isinstance(fast, SlowDrafter))
+    reuse = settings.prefix_reuse and not reason and not isinstance(fast, FastEagle)  # its rows look one token ahead
+    pool = BlockPool(blocks, settings.block_size, reuse)
     layers = drafter.config.feature_layers if drafter is not None else ()
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
+
+
+def _fast_drafter(drafter: Drafter, slots: int, max_length: int) -> FastDrafter | FastEagle:
+    """The paged form of a drafter. Raises ServeError for a kind that has none."""
+    if isinstance(drafter, BlockDrafter):
+        return FastDrafter(drafter, slots, max_length)
+    if isinstance(drafter, EagleDrafter):
+        return FastEagle(drafter, slots, max_length)
+    raise ServeError(f"the engine runs block drafters and EAGLE-3, not {type(drafter).__name__}; use `draftkit.decode`")
 
 
 def load_for_engine(target: str, settings: EngineSettings) -> TransformersTarget:

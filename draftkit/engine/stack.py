@@ -128,16 +128,23 @@ class Stack:
             if id(layer.rotary) not in turned:
                 turned[id(layer.rotary)] = layer.rotary[step.positions]
             qkv = F.linear(rms_norm(x_TH, layer.input_norm, eps), layer.qkv, layer.qkv_bias)
-            mixed = self._attend(index, qkv, turned[id(layer.rotary)], step)
-            x_TH = _add(x_TH, mixed, layer.out, layer.out_bias, layer.mixed_norm, eps)
-            gate, up = F.linear(rms_norm(x_TH, layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
-            gate = F.gelu(gate, approximate="tanh") if self.shape.gelu else F.silu(gate)
-            x_TH = _add(x_TH, gate.mul_(up), layer.down, None, layer.mlp_out_norm, eps)
-            if layer.output_scale != 1:
-                x_TH = x_TH * layer.output_scale
+            x_TH = self.finish_layer(index, x_TH, qkv, turned[id(layer.rotary)], step)
             if index in capture:
                 captured.append(x_TH)
         return x_TH, captured
+
+    def finish_layer(self, index: int, x_TH: Tensor, qkv: Tensor, rotary: Tensor, step: Indices) -> Tensor:
+        """A layer behind its first projection: residual stream [T, H] and queries, keys, values [T, (N + 2 M) D] to [T, H].
+
+        `rotary` are the rows of the layer's table at the pass's positions.
+        """
+        layer, eps = self.layers[index], self.shape.eps
+        mixed = self._attend(index, qkv, rotary, step)
+        x_TH = _add(x_TH, mixed, layer.out, layer.out_bias, layer.mixed_norm, eps)
+        gate, up = F.linear(rms_norm(x_TH, layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
+        gate = F.gelu(gate, approximate="tanh") if self.shape.gelu else F.silu(gate)
+        x_TH = _add(x_TH, gate.mul_(up), layer.down, None, layer.mlp_out_norm, eps)
+        return x_TH if layer.output_scale == 1 else x_TH * layer.output_scale
 
     def write(self, step: Pass, keys: Tensor, values: Tensor) -> None:
         """Put projected keys (not yet rotated, pair order) and values [L, T, M, D] at the pass's slots, all layers.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from draftkit.engine.fast_drafter import FastDrafter
+from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.passes import Pass
-from draftkit.engine.slow_drafter import SlowDrafter
 
 LIMIT = 256  # tokens
 
@@ -22,7 +22,7 @@ LIMIT = 256  # tokens
 class Unread:
     """Passes of one token per request that `drafter` has yet to read, oldest first."""
 
-    def __init__(self, drafter: FastDrafter | SlowDrafter) -> None:
+    def __init__(self, drafter: FastDrafter | FastEagle) -> None:
         self._drafter = drafter
         self._kept: list[tuple[Pass, Tensor, np.ndarray]] = []
         self._tokens = 0

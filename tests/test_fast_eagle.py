@@ -1,0 +1,87 @@
+"""The paged EAGLE-3 drafter proposes what `EagleDrafter.propose` proposes, for many requests of different lengths at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.engine.fast_eagle import FastEagle
+from draftkit.engine.passes import Pass
+from draftkit.ops.sampling import Sampling, processed_probs, sample
+
+PAGE, GAMMA, HIDDEN, VOCAB = 4, 5, 16, 40
+LENGTHS = (21, 3, 8)  # committed tokens of three requests; each one's anchor follows
+TABLES = [[7, 2, 9, 11, 0, 5, 6, 20], [1, 3, 12, 0, 0, 0, 0, 0], [8, 4, 10, 19, 0, 0, 0, 0]]  # pages lie anywhere
+
+
+def make_eagle(**changes: Any) -> EagleDrafter:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    places = {"vocab_size": VOCAB, "feature_layers": (0, 2), "num_target_layers": 4, "block_size": GAMMA, "max_length": 64}
+    drafter = EagleDrafter(EagleConfig(**(sizes | places | changes)))
+    for name, parameter in drafter.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
+    if size := drafter.config.draft_vocab_size:
+        drafter.choose_vocabulary(torch.arange(1, VOCAB, 2)[:size], None)
+    return drafter.double().eval()
+
+
+def flat_pass(starts: list[int], lengths: list[int]) -> Pass:
+    tokens = np.zeros(sum(lengths), np.int64)
+    return Pass(tokens, np.array(starts), np.array(lengths), np.array(TABLES), PAGE, torch.device("cpu"), torch.float64)
+
+
+def read_together(fast: FastEagle, features: list[Tensor], following: list[Tensor]) -> None:
+    """Every context in two passes; the first one has a rejected token at the end, which the second overwrites."""
+    cuts = [5, 1, 2]
+    for starts, ends, rejected in (([0] * 3, cuts, 1), (cuts, list(LENGTHS), 0)):
+        parts = [
+            (torch.cat([f[a:b], torch.ones(rejected, f.shape[1])]), torch.cat([t[a:b], torch.zeros(rejected, dtype=int)]))
+            for f, t, a, b in zip(features, following, starts, ends, strict=True)
+        ]
+        step = flat_pass(starts, [len(f) for f, _ in parts])
+        fast.extend(step, torch.cat([f for f, _ in parts]), torch.cat([t for _, t in parts]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"style": "llama"},
+        {"style": "qwen3", "norm_before_residual": True},
+        {"style": "gemma4", "soft_cap": 20.0},
+        {"style": "llama", "draft_vocab_size": 12},
+    ],
+    ids=["llama", "qwen3", "gemma4", "reduced-vocabulary"],
+)
+def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], temperature: float) -> None:
+    drafter = make_eagle(**changes)
+    fast, sampling = FastEagle(drafter, slots=24 * PAGE, max_length=40), Sampling(temperature)
+    torch.manual_seed(1)
+    features = [torch.randn(n, 2 * HIDDEN, dtype=torch.float64) for n in LENGTHS]
+    following = [torch.randint(VOCAB, (n,)) for n in LENGTHS]  # the token behind each; behind the last one the anchor
+    anchors = torch.stack([t[-1] for t in following])
+    uniforms_RG = torch.rand(3, GAMMA, dtype=torch.float64)
+    read_together(fast, features, following)
+
+    def choose(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        probs_RV = processed_probs(logits_RV, sampling)
+        return sample(probs_RV, uniforms_RG[:, k]), probs_RV
+
+    wanted = fast.drafting_pass(anchors.numpy())
+    step = flat_pass([n + wanted.first for n in LENGTHS], [wanted.tokens_RP.shape[1]] * 3)
+    tokens, probs, confidence, largest = fast.draft(step, anchors, choose if temperature else None)
+    assert confidence is None and largest is not None
+    for row, (f, t) in enumerate(zip(features, following, strict=True)):
+        context = drafter.new_context()
+        drafter.extend(context, f[None], t[None])
+        alone = drafter.propose(context, anchors[row : row + 1], sampling, uniforms_RG[row : row + 1])
+        assert tokens[row].tolist() == alone.tokens_BG[0].tolist()
+        torch.testing.assert_close(largest[row], alone.largest_BG[0], atol=1e-10, rtol=1e-10)
+        if temperature:
+            torch.testing.assert_close(probs[row], alone.probs_BGV[0], atol=1e-10, rtol=1e-10)
