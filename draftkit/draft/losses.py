@@ -217,14 +217,17 @@ def _slice(
 ) -> tuple[Tensor, Tensor | None]:
     """Weighted loss, CE, TV and KL of the rows of whole blocks, [4, n]; and the gradient by z, [n, V]."""
     needs_kl = settings.kl > 0 or settings.lk > 0
-    log_q, p = torch.log_softmax(logits_nV, -1), torch.softmax(target_nV, -1)
-    inside, outside_n = p, None
+    log_q = torch.log_softmax(logits_nV, -1)
+    p = outside_n = None
     if draft_ids_W is not None:
-        target_nV, p = target_nV[:, draft_ids_W], p[:, draft_ids_W]
-        inside, outside_n = torch.softmax(target_nV, -1), 1 - p.sum(-1)
+        p = torch.softmax(target_nV, -1)[:, draft_ids_W]
+        target_nV, outside_n = target_nV[:, draft_ids_W], 1 - p.sum(-1)
+    log_inside = torch.log_softmax(target_nV, -1)
+    inside = log_inside.exp()
+    p = inside if p is None else p
     known_n, token_n1 = token_n1[:, 0] >= 0, token_n1.clamp_min(0)
     ce = (-log_q.gather(-1, token_n1).squeeze(-1)).masked_fill(~known_n, float("inf"))
-    kl = (torch.log_softmax(target_nV, -1).sub_(log_q).mul_(inside)).sum(-1) if needs_kl else torch.zeros_like(ce)
+    kl = log_inside.sub_(log_q).mul_(inside).sum(-1) if needs_kl else torch.zeros_like(ce)
     q = log_q.exp_()
     difference = q - p
     tv = difference.abs().sum(-1)
