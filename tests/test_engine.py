@@ -94,7 +94,7 @@ def test_eagle_proposes_in_the_engine_what_it_proposes_alone(target: Transformer
     drafter = new_drafter(shape, target.embedding_weight(), target.head_weight()).double().eval()
     engine = Engine(target, drafter, small(plan="planned", kv_bytes=2**18, max_length=120))
     measured = engine._planner.step_rate
-    assert measured is not None and measured.drafter_seconds(4) > measured.drafter_seconds(1) > 0
+    assert measured is not None and measured.drafter_seconds(4) >= measured.drafter_seconds(1) > 0
     for seed, prompt in enumerate(PROMPTS):
         engine.add_request(str(seed), prompt, SamplingParams(max_tokens=30, temperature=temperature, seed=seed))
     outputs = finish(engine)
