@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftkit.ops import attention
+from draftkit.ops import attention, native_training
 from draftkit.ops.attention import BlockPlan, block_attention, flex_block_attention, flex_fits, flex_mask, plan_blocks
 
 GAMMA, KEYS, HEADS, KV_HEADS, SIZE = 3, 40, 4, 2, 8
@@ -41,10 +41,20 @@ def plan() -> BlockPlan:
     return plan_blocks(STARTS, STOPS, DOCUMENTS, GAMMA, KEYS, SIZE)
 
 
+@pytest.fixture(params=["C++", "operations"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the ways to the result on a CPU; the other one must not be taken."""
+    other = "_GroupedAttention" if request.param == "C++" else "NativeBlockAttention"
+    monkeypatch.setattr(attention, other, None)
+    if request.param == "operations":
+        monkeypatch.setattr(native_training, "training_library", lambda: None)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("blocks_at_once", [1, 2, 16])
 @pytest.mark.parametrize("scale", [SIZE**-0.5, 1.0])
 def test_groups_equal_the_dense_mask_in_values_and_gradients(
-    blocks_at_once: int, scale: float, monkeypatch: pytest.MonkeyPatch
+    blocks_at_once: int, scale: float, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "GROUP_BLOCKS", blocks_at_once)
     q, own_k, own_v, seen_k, seen_v = inputs = tensors()
@@ -65,9 +75,26 @@ def test_groups_stay_within_documents_and_meet_no_key_behind_their_last_stop(mon
     assert groups[2].front.shape[-1] == 0 and not groups[2].back.any()  # one block alone needs no mask
 
 
+def test_threads_change_no_bit() -> None:
+    weights = torch.randn(QUERIES, HEADS, SIZE, generator=torch.Generator().manual_seed(1))
+
+    def run() -> list[Tensor]:
+        q, own_k, own_v, seen_k, seen_v = inputs = tensors()
+        found = block_attention(q, (own_k, own_v), (seen_k, seen_v), plan(), 1.0)
+        return [found, *torch.autograd.grad((found * weights).sum(), inputs)]
+
+    threads = torch.get_num_threads()
+    try:
+        results = [run() for count in (1, 2, 3) if torch.set_num_threads(count) is None]
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("own", [0, 1, 4])
-def test_a_block_of_one_query_may_have_other_numbers_of_own_keys(own: int) -> None:
+def test_a_block_of_one_query_may_have_other_numbers_of_own_keys(own: int, way: str) -> None:
     """As a drafter has that is unrolled: no own key in its first step, one more in each later one."""
     blocks, stops = len(STARTS), torch.maximum(STOPS, STARTS + 1)
     generator = torch.Generator().manual_seed(2)

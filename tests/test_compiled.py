@@ -15,7 +15,7 @@ from test_fast_model import FAMILIES, build, one_pass
 
 from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.native import NativeStack, pack_panels
-from draftkit.engine.native_build import NoNative
+from draftkit.ops.native_build import NoNative
 from draftkit.ops.sampling import Sampling
 
 TEXTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (50, 9, 23)]

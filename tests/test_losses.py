@@ -29,20 +29,22 @@ TERMS = {
 }
 
 
-def make_rows(dtype: torch.dtype = torch.float64, soft_cap: float | None = None, scale: float = 1.0) -> Rows:
+def make_rows(
+    dtype: torch.dtype = torch.float64, soft_cap: float | None = None, scale: float = 1.0, vocabulary: int = VOCABULARY
+) -> Rows:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, grad: bool = False) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
-    head = Head(random(VOCABULARY, HIDDEN), scale, soft_cap)
+    head = Head(random(vocabulary, HIDDEN), scale, soft_cap)
     return Rows(
         hidden_NH=random(len(GRID), HIDDEN, grad=True),
         head=head,
-        markov=(random(len(GRID), RANK, grad=True), random(VOCABULARY, RANK, grad=True)),
+        markov=(random(len(GRID), RANK, grad=True), random(vocabulary, RANK, grad=True)),
         target_hidden_NH=random(len(GRID), HIDDEN),
         target_head=head,
-        tokens_N=torch.randint(0, VOCABULARY, (len(GRID),), generator=generator),
+        tokens_N=torch.randint(0, vocabulary, (len(GRID),), generator=generator),
         grid_N=torch.tensor(GRID),
         gamma=GAMMA,
     )
@@ -55,7 +57,7 @@ def plain(rows: Rows, settings: LossSettings) -> Tensor:
         raw = head.scale * x @ head.weight_VH.T
         return raw if head.soft_cap is None else head.soft_cap * torch.tanh(raw / head.soft_cap)
 
-    logits = torch.zeros(len(rows.tokens_N), VOCABULARY, dtype=rows.target_hidden_NH.dtype)
+    logits = torch.zeros(len(rows.tokens_N), len(rows.target_head.weight_VH), dtype=rows.target_hidden_NH.dtype)
     if rows.hidden_NH is not None and rows.head is not None:
         logits = logits + capped(rows.hidden_NH, rows.head)
     if rows.markov is not None:
@@ -102,6 +104,29 @@ def test_every_term_and_its_gradients_equal_the_plain_formula(settings: LossSett
     torch.testing.assert_close(distillation_loss(rows, settings).loss, loss, atol=1e-7, rtol=1e-7)  # w_k is float32
     for mine, autograd in zip(found, gradients_of(rows), strict=True):
         torch.testing.assert_close(mine, autograd, atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize("settings", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
+def test_the_cpp_functions_equal_the_plain_formula(
+    settings: LossSettings, soft_cap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take float32 and a vocabulary of whole vectors; rows share target states."""
+    monkeypatch.setattr(losses, "_slice", None)  # the operations
+    monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)
+    shared = torch.tensor([0, *range(len(GRID) - 1)])
+    rows, exact = (
+        replace(made, target_hidden_NH=made.target_hidden_NH[shared], place_N=shared)
+        for made in (make_rows(dtype, soft_cap, vocabulary=40) for dtype in (torch.float32, torch.float64))
+    )
+    found = distillation_loss(rows, settings)
+    (3 * found.loss).backward()
+    loss = plain(exact, settings)
+    (3 * loss).backward()
+    torch.testing.assert_close(found.loss.double(), loss, atol=1e-5, rtol=1e-5)
+    for mine, autograd in zip(gradients_of(rows), gradients_of(exact), strict=True):
+        torch.testing.assert_close(mine.double(), autograd, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [TERMS["all at once"], TERMS["D-PACE on all"]], ids=["fixed weights", "D-PACE"])

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftkit.draft.drafter import LossSettings
+from draftkit.ops.native_training import RowDistances, native_fits
 
 CHUNK_ROWS = 512  # rows of one product with the vocabulary, where that many logits are
 CHUNK_LOGITS = 2**25  # no more than this: what bounds the memory
@@ -151,20 +152,23 @@ def _one_chunk(
     draft, derivative = _draft_logits(rows, chunk)
     first_u, state_n = _shared_states(rows, chunk)
     target = rows.target_head.logits(rows.target_hidden_NH[chunk][first_u])
-    for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
-        place = slice(chunk.start + part.start, chunk.start + part.stop)
-        values_4N[:, place], gradient = _slice(
-            draft[part].to(values_4N.dtype),
-            target[state_n[part]].to(values_4N.dtype),
-            rows.tokens_N[place, None],
-            rows.grid_N[place],
-            weights_G,
-            rows.draft_ids_W,
-            settings,
-            wanted,
-        )
-        if gradient is not None:
-            draft[part] = gradient
+    if rows.draft_ids_W is None and native_fits(draft.shape[1], draft, target):
+        values_4N[:, chunk] = _native_chunk(rows, chunk, draft, target, state_n, weights_G, settings, wanted)
+    else:
+        for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
+            place = slice(chunk.start + part.start, chunk.start + part.stop)
+            values_4N[:, place], gradient = _slice(
+                draft[part].to(values_4N.dtype),
+                target[state_n[part]].to(values_4N.dtype),
+                rows.tokens_N[place, None],
+                rows.grid_N[place],
+                weights_G,
+                rows.draft_ids_W,
+                settings,
+                wanted,
+            )
+            if gradient is not None:
+                draft[part] = gradient
     if wanted:
         _push_back(rows, chunk, draft, derivative, gradients)
 
@@ -205,6 +209,25 @@ def _draft_logits(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor | None]:
     return base, derivative
 
 
+def _native_chunk(
+    rows: Rows,
+    chunk: slice,
+    draft_nV: Tensor,
+    target_uV: Tensor,
+    state_n: Tensor,
+    weights_G: Tensor,
+    settings: LossSettings,
+    wanted: bool,
+) -> Tensor:
+    """`_slice` of a whole chunk by C++ functions: the values, and the gradient in place of the draft logits."""
+    found = RowDistances(draft_nV, target_uV, state_n, rows.tokens_N[chunk])
+    shares = _shares(found.ce, found.tv, rows.grid_N[chunk], weights_G, settings)
+    if wanted:
+        found.overwrite_with_gradient(*shares)
+    kl = found.kl if settings.kl > 0 or settings.lk > 0 else torch.zeros_like(found.kl)
+    return _values(shares, found.ce, found.tv, kl)
+
+
 def _slice(
     logits_nV: Tensor,
     target_nV: Tensor,
@@ -233,14 +256,9 @@ def _slice(
     tv = difference.abs().sum(-1)
     if outside_n is not None:
         tv = tv + outside_n
-    weight = weights_G[grid_n % len(weights_G)]
-    if settings.weighting == "dpace":
-        weight = dpace_weights(ce, grid_n, len(weights_G))
-    share = torch.exp(-LK_SHARPNESS * (1 - tv / 2).clamp(0, 1))
-    ce, by_ce = ce.where(known_n, 0.0), weight * settings.ce * known_n
-    by_tv = weight * (settings.tv + settings.lk * (1 - share) / 2)
-    by_kl = weight * (settings.kl + settings.lk * share)
-    values = torch.stack([by_ce * ce + by_tv * tv + by_kl * kl, ce, tv, kl])
+    by_ce, by_tv, by_kl = _shares(ce, tv, grid_n, weights_G, settings)
+    ce, by_ce = ce.where(known_n, 0.0), by_ce * known_n
+    values = _values((by_ce, by_tv, by_kl), ce, tv, kl)
     if not with_gradient:
         return values, None
     gradient = difference.sign_().mul_(q)
@@ -249,6 +267,24 @@ def _slice(
     if needs_kl:
         gradient.addcmul_(inside, by_kl[:, None], value=-1)
     return values, gradient.scatter_add_(-1, token_n1, -by_ce[:, None])
+
+
+def _shares(
+    ce_n: Tensor, tv_n: Tensor, grid_n: Tensor, weights_G: Tensor, settings: LossSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What CE, TV and KL of each row count in the objective, [n] each; LK counts as its parts."""
+    weight = weights_G[grid_n % len(weights_G)]
+    if settings.weighting == "dpace":
+        weight = dpace_weights(ce_n, grid_n, len(weights_G))
+    share = torch.exp(-LK_SHARPNESS * (1 - tv_n / 2).clamp(0, 1))
+    by_tv = weight * (settings.tv + settings.lk * (1 - share) / 2)
+    return weight * settings.ce, by_tv, weight * (settings.kl + settings.lk * share)
+
+
+def _values(shares: tuple[Tensor, Tensor, Tensor], ce_n: Tensor, tv_n: Tensor, kl_n: Tensor) -> Tensor:
+    """Weighted loss, CE, TV and KL of the rows, [4, n]."""
+    by_ce, by_tv, by_kl = shares
+    return torch.stack([by_ce * ce_n + by_tv * tv_n + by_kl * kl_n, ce_n, tv_n, kl_n])
 
 
 def dpace_weights(ce_n: Tensor, grid_n: Tensor, gamma: int) -> Tensor:

@@ -13,9 +13,9 @@ from draftkit.engine.fast_drafter import FastDrafter, NativeDrafter
 from draftkit.engine.fast_model import FastModel
 from draftkit.engine.graphs import Record, RecordedPasses, cuda_recorder
 from draftkit.engine.native import NativeStack
-from draftkit.engine.native_build import NoNative
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack
+from draftkit.ops.native_build import NoNative
 
 _BLOCK, _SLOTS = 4, 24  # block size and positions of the check's own memory
 _TOLERANCE = 1e-3  # of the largest number, between two orders of summing in float32

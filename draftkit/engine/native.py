@@ -12,7 +12,7 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,41 +20,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
-from draftkit.engine.native_build import NoNative, load_library
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Layer, Stack
+from draftkit.ops.native_build import NoNative, load_library, structure
 
+_SOURCE = Path(__file__).parent / "cpp" / "step.cpp"
 PANEL, LANES = 16, 8  # rows per panel of a matrix, numbers per vector: as in the source
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
-
-def _structure(*fields: tuple[str, Any]) -> type[ctypes.Structure]:
-    """A C structure from (names, type) pairs; the order is that of the source."""
-    flat = [(name, kind) for names, kind in fields for name in names.split()]
-    return type("Structure", (ctypes.Structure,), {"_fields_": flat})
-
-
-_Matrix = _structure(("panels", _pointer), ("rows cols half", _int))
-_Layer = _structure(
+_Matrix = structure(("panels", _pointer), ("rows cols half", _int))
+_Layer = structure(
     ("heads kv_heads head_dim window value_norm", _int),
     ("scale score_cap output_scale", _float),
     ("input_norm qkv_bias qk_norm out_bias mixed_norm mlp_norm mlp_out_norm rotary memory", _pointer),
     ("qkv out gate_up down", _Matrix),
 )
-_Stack = _structure(("layers hidden gelu", _int), ("eps", _float), ("layer", _pointer))
-_Ends = _structure(("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix))
-_Step = _structure(
+_Stack = structure(("layers hidden gelu", _int), ("eps", _float), ("layer", _pointer))
+_Ends = structure(("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix))
+_Step = structure(
     ("tokens requests block_size table_width wanted captures threads", _int),
     ("token position slot seen origin first length table want capture", _pointer),
     ("features hidden logits", _pointer),
 )
-_SequentialHead = _structure(
+_SequentialHead = structure(
     ("w1", _pointer), ("w2", _Matrix), ("confidence", _pointer), ("confidence_size", _int), ("confidence_bias", _float)
 )
-_Draft = _structure(
+_Draft = structure(
     ("requests positions hidden vocab row threads", _int), ("states logits confidence anchors tokens", _pointer)
 )
-_Context = _structure(("fc kv", _Matrix), ("norm k_norm", _pointer))
+_Context = structure(("fc kv", _Matrix), ("norm k_norm", _pointer))
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ class NativeStack:
             ends.logit_cap or 0.0,
             self.matrix(ends.head),
         )
-        self.library = load_library()
+        self.library = load_library(_SOURCE)
         self.attach(stack)
 
     def attach(self, stack: Stack) -> None:

@@ -5,6 +5,7 @@ Block x sees the keys start_x <= c < stop_x and its O own keys, in both directio
 unrolled drafter has the keys of its earlier steps). It must see one key at least. What a dense [Q, C + P] mask would say
 is never written down: on a CPU, and on a GPU without the shared memory that flex_attention's kernels need, groups of
 neighbouring blocks meet the keys up to their last stop and nothing behind; elsewhere flex_attention skips empty tiles.
+On a CPU with a compiler a C++ function goes through the blocks instead (`ops/native_training.py`).
 
 Shapes: X blocks, G positions per block, O own keys per block, P = X * O, C context keys, N query heads, M key/value
 heads, D head size; within a group x blocks, L keys, R = x * G * N / M rows that share a key/value head.
@@ -14,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from draftkit.ops.native_training import NativeBlockAttention, Ranges, native_fits
 
 GROUP_BLOCKS = 8  # blocks that meet the same keys at once: more is fewer operations, but more scores for nothing
 FLEX_SHARED_MEMORY = 106_496  # bytes that flex_attention's kernels ask for; RTX 30 and 40 have 101,376
@@ -43,11 +47,16 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Who sees what, worked out once per batch for all layers: groups, or a mask of tiles for flex_attention."""
+    """Who sees what, worked out once per batch for all layers: ranges of keys for the C++ function, the groups made of them
+    for PyTorch operations, or a mask of tiles for flex_attention."""
 
-    gamma: int
-    groups: tuple[BlockGroup, ...]
+    ranges: Ranges
     flex_mask: BlockMask | None
+
+    @cached_property
+    def groups(self) -> tuple[BlockGroup, ...]:
+        """The blocks in groups."""
+        return _groups(self.ranges)
 
 
 def plan_blocks(
@@ -58,9 +67,11 @@ def plan_blocks(
     Block x sees [start_x, stop_x), int64; blocks of one document are neighbours and see no other document's keys.
     """
     own = gamma if own is None else own
-    if flex_fits(start_X.device, head_dim):
-        return BlockPlan(gamma, (), flex_mask(start_X, stop_X, gamma, keys, own))
-    return BlockPlan(gamma, _groups(start_X, stop_X, document_X, gamma, own), None)
+    _, counts = document_X.unique_consecutive(return_counts=True)
+    first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    flexible = flex_fits(start_X.device, head_dim)
+    mask = flex_mask(start_X, stop_X, gamma, keys, own) if flexible else None
+    return BlockPlan(Ranges(start_X.contiguous(), stop_X.contiguous(), first, gamma, own), mask)
 
 
 def block_attention(
@@ -72,6 +83,9 @@ def block_attention(
     """
     if plan.flex_mask is not None:
         return flex_block_attention(q_QND, own, seen, plan.flex_mask, scale)
+    if native_fits(q_QND.shape[-1], q_QND, *own, *seen):
+        native: Tensor = NativeBlockAttention.apply(q_QND, *own, *seen, plan.ranges, scale)
+        return native
     out: Tensor = _GroupedAttention.apply(q_QND, *own, *seen, plan, scale)
     return out
 
@@ -79,23 +93,22 @@ def block_attention(
 # --- groups of blocks
 
 
-def _groups(start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int, own: int) -> tuple[BlockGroup, ...]:
-    starts, stops, documents = start_X.tolist(), stop_X.tolist(), document_X.tolist()
-    device, groups, first = start_X.device, [], 0
-    for i in range(1, len(starts) + 1):
-        if i < len(starts) and documents[i] == documents[first] and i - first < GROUP_BLOCKS:
-            continue
-        part = slice(first, i)
-        start, stop = min(starts[part]), max(stops[part])
-        front_keys = torch.arange(start, min(max(starts[part]), stop), device=device)
-        back_keys = torch.arange(max(min(stops[part]), start), stop, device=device)
-        others = ~torch.eye(i - first, dtype=torch.bool, device=device).repeat_interleave(own, 1)
-        front = front_keys < start_X[part, None]
-        back = torch.cat([back_keys >= stop_X[part, None], others], 1)
-        queries, keys = slice(first * gamma, i * gamma), slice(first * own, i * own)
-        groups.append(BlockGroup(queries, keys, start, stop, front[:, None], back[:, None]))
-        first = i
-    return tuple(groups)
+def _groups(ranges: Ranges) -> tuple[BlockGroup, ...]:
+    starts, stops, edges = ranges.start.tolist(), ranges.stop.tolist(), ranges.first.tolist()
+    parts = (slice(i, min(i + GROUP_BLOCKS, b)) for a, b in pairwise(edges) for i in range(a, b, GROUP_BLOCKS))
+    return tuple(_group(ranges, part, starts, stops) for part in parts)
+
+
+def _group(ranges: Ranges, part: slice, starts: list[int], stops: list[int]) -> BlockGroup:
+    device, gamma, own = ranges.start.device, ranges.gamma, ranges.own
+    start, stop = min(starts[part]), max(stops[part])
+    front_keys = torch.arange(start, min(max(starts[part]), stop), device=device)
+    back_keys = torch.arange(max(min(stops[part]), start), stop, device=device)
+    others = ~torch.eye(part.stop - part.start, dtype=torch.bool, device=device).repeat_interleave(own, 1)
+    front = front_keys < ranges.start[part, None]
+    back = torch.cat([back_keys >= ranges.stop[part, None], others], 1)
+    queries, keys = (slice(part.start * n, part.stop * n) for n in (gamma, own))
+    return BlockGroup(queries, keys, start, stop, front[:, None], back[:, None])
 
 
 class _GroupedAttention(torch.autograd.Function):

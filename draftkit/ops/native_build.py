@@ -1,4 +1,4 @@
-"""Builds the C++ pass with the compiler that is there, once per machine and source, into the user's cache folder."""
+"""Builds C++ sources with the compiler that is there, once per machine and source, into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from pathlib import Path
 
 import torch
 
-_FOLDER = Path(__file__).with_name("cpp")
-_SOURCES = (_FOLDER / "step.cpp", *sorted(_FOLDER.glob("*.h")))
+SHARED = Path(__file__).with_name("cpp")  # headers for all sources
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
 
 
 class NoNative(Exception):
-    """Why the C++ pass cannot be used here; the PyTorch operations go on."""
+    """Why a C++ function cannot be used here; the PyTorch operations go on."""
 
 
-def load_library() -> ctypes.CDLL:
-    """The compiled source, from the user's cache or built now (seconds). Raises NoNative."""
+def load_library(source: Path) -> ctypes.CDLL:
+    """A source compiled with the headers beside it and the shared ones, from the user's cache or built now (seconds).
+
+    Raises NoNative.
+    """
     compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
     if compiler is None:
         raise NoNative("no C++ compiler found (g++, clang++ or $CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]  # torch's own threads, not a second pool
-    command = [compiler, *_FLAGS, str(_SOURCES[0]), *map(str, openmp)]
-    parts = [*(source.read_text("utf-8") for source in _SOURCES), version, _processor(), *command]
+    command = [compiler, *_FLAGS, f"-I{SHARED}", str(source), *map(str, openmp)]
+    headers = sorted({*source.parent.glob("*.h"), *SHARED.glob("*.h")})
+    parts = [*(path.read_text("utf-8") for path in (source, *headers)), version, _processor(), *command]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftkit"
-    library = folder / f"step-{key[:20]}.so"
+    library = folder / f"{source.stem}-{key[:20]}.so"
     try:
         if not library.exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,6 +44,12 @@ def load_library() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise NoNative(f"{library}: {error}") from error
+
+
+def structure(*fields: tuple[str, object]) -> type[ctypes.Structure]:
+    """A C structure from (names, type) pairs; the order is that of the source."""
+    flat = [(name, kind) for names, kind in fields for name in names.split()]
+    return type("Structure", (ctypes.Structure,), {"_fields_": flat})
 
 
 def _build(command: list[str], library: Path) -> None:
