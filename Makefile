@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=python3.11 (or newer)"; exit 2; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/draftkit compile
 	touch $@
 
 clean:  # runs/ stays: it may hold hours of training

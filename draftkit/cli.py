@@ -345,6 +345,22 @@ def bench(
     typer.echo(json.dumps(results)) if json_output else print_bench(results)
 
 
+@app.command("compile", epilog="Example: draftkit compile")
+def compile_now() -> None:
+    """Build the C++ functions of engine and trainer now, not when they are first needed."""
+    import time
+
+    from draftkit.ops.native_build import NoNative, library_names, load_library
+
+    for name in library_names():
+        began = time.perf_counter()
+        try:
+            load_library(name)
+            typer.echo(f"{name}: ready ({time.perf_counter() - began:.0f} s)")
+        except NoNative as error:
+            typer.echo(f"{name}: not compiled, PyTorch operations do the same slower: {error}")
+
+
 @app.command("tiny-target", epilog="Example: draftkit tiny-target --out runs/tiny --steps 1600 --publish assets/tiny")
 def tiny_target(
     out: OutOption = Path("runs/tiny"),

@@ -71,7 +71,8 @@ class DrafterSection(Section):
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
     intermediate_size: int | None = Field(None, ge=1)
-    start: Literal["random", "target"] = Field("random", description="target: layers begin as copies of the target's last")
+    start: Literal["random", "target"] = Field("random", description="target: layers begin as copies of the target's")
+    start_layers: list[int] | None = Field(None, description="target layers to begin as; null: spread over all of them")
     draft_vocab_size: int | None = Field(None, ge=2, description="eagle3: only the most frequent tokens are drafted")
 
     @model_validator(mode="before")

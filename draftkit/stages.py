@@ -194,7 +194,7 @@ def new_drafter_for(
     if recipe.drafter.start == "target":
         if not isinstance(drafter, BlockDrafter):
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
-        start_from_target(drafter, list(target.layers), target.final_norm())
+        start_from_target(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers)
     return drafter
 
 

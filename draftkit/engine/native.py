@@ -12,7 +12,6 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Layer, Stack
 from draftkit.ops.native_build import NoNative, load_library, structure
 
-_SOURCE = Path(__file__).parent / "cpp" / "step.cpp"
 PANEL, LANES = 16, 8  # rows per panel of a matrix, numbers per vector: as in the source
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -90,7 +88,7 @@ class NativeStack:
             ends.logit_cap or 0.0,
             self.matrix(ends.head),
         )
-        self.library = load_library(_SOURCE)
+        self.library = load_library("step")
         self.attach(stack)
 
     def attach(self, stack: Stack) -> None:

@@ -1,4 +1,4 @@
-"""Builds C++ sources with the compiler that is there, once per machine and source, into the user's cache folder."""
+"""Builds the sources in `draftkit/cpp` with the compiler that is there, once per machine, into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-SHARED = Path(__file__).with_name("cpp")  # headers for all sources
+SOURCES = Path(__file__).parent.parent / "cpp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
 
 
@@ -21,22 +21,24 @@ class NoNative(Exception):
     """Why a C++ function cannot be used here; the PyTorch operations go on."""
 
 
-def load_library(source: Path) -> ctypes.CDLL:
-    """A source compiled with the headers beside it and the shared ones, from the user's cache or built now (seconds).
+def library_names() -> list[str]:
+    """What there is to compile: "step" for the engine, "training" for the trainer."""
+    return sorted(path.stem for path in SOURCES.glob("*.cpp"))
 
-    Raises NoNative.
-    """
+
+def load_library(name: str) -> ctypes.CDLL:
+    """A compiled source, from the user's cache or built now (seconds). Raises NoNative."""
+    source = SOURCES / f"{name}.cpp"
     compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
     if compiler is None:
         raise NoNative("no C++ compiler found (g++, clang++ or $CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]  # torch's own threads, not a second pool
-    command = [compiler, *_FLAGS, f"-I{SHARED}", str(source), *map(str, openmp)]
-    headers = sorted({*source.parent.glob("*.h"), *SHARED.glob("*.h")})
-    parts = [*(path.read_text("utf-8") for path in (source, *headers)), version, _processor(), *command]
+    command = [compiler, *_FLAGS, str(source), *map(str, openmp)]
+    parts = [*(path.read_text("utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))), version, _processor(), *command]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftkit"
-    library = folder / f"{source.stem}-{key[:20]}.so"
+    library = folder / f"{name}-{key[:20]}.so"
     try:
         if not library.exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ _Distillation = structure(
 def training_library() -> ctypes.CDLL | None:
     """The compiled functions, built now where they are not yet (seconds); None where nothing can be compiled."""
     try:
-        return load_library(Path(__file__).parent / "cpp" / "training.cpp")
+        return load_library("training")
     except NoNative:
         return None
 
