@@ -51,7 +51,7 @@ def test_recorded_passes_of_the_target_equal_the_eager_ones() -> None:
             torch.testing.assert_close(played.logits_WV, wanted.logits_WV[[0, 2]], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(played.features_TF, wanted.features_TF, atol=1e-4, rtol=1e-4)
             starts = [s + n for s, n in zip(starts, lengths, strict=True)]
-        assert recorder.count == 2  # 4 x 1 and 4 x 4 tokens
+        assert recorder.count == 2 and fast.recorded.reason is None  # 4 x 1 and 4 x 4 tokens
 
 
 def test_padding_writes_to_the_spare_slot_alone() -> None:
@@ -86,3 +86,21 @@ def test_shapes_are_powers_of_two_and_long_pieces_are_not_recorded() -> None:
     shape = Rectangle.around(block_pass([1, 2, 3], list(LENGTHS), drafter.config, torch.float32))
     assert shape == Rectangle(requests=4, queries=4, blocks=8, block_size=4)
     assert Rectangle.around(one_pass([(TEXTS[0][:33], 0, TABLES[0])])) is None
+
+
+def test_a_recording_that_fails_or_differs_is_not_used() -> None:
+    def refuse(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def spoil(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        return lambda: tuple(output * 1.01 for output in run())
+
+    pieces = [(TEXTS[0][:4], 0, TABLES[0][:1])]
+    wanted = build("qwen3")[1].read(one_pass(pieces), None)
+    for record, reason in ((refuse, "not permitted"), (spoil, "differs from its pass")):
+        _, fast = build("qwen3")
+        record_passes(fast, None, record)
+        assert fast.recorded is not None
+        for _ in range(2):
+            assert torch.equal(fast.read(one_pass(pieces), None).logits_WV, wanted.logits_WV)
+            assert reason in str(fast.recorded.reason) and "\n" not in str(fast.recorded.reason)

@@ -1,14 +1,16 @@
 """Passes of a few fixed shapes, recorded once and played back: CUDA graphs, which start a whole pass with one call.
 
 A pass is filled up to a rectangle of requests x queries x blocks, each a power of two at least (queries: as they come).
-Everything that changes from pass to pass lies in one integer tensor that the recording reads. Unproven on a GPU: what is
-tested is that a recording which only ever sees its own tensors gives the pass's numbers.
+Everything that changes from pass to pass lies in one integer tensor that the recording reads. What is tested without a GPU is
+that a recording which only ever sees its own tensors gives the pass's numbers; so each new recording is played once beside
+the pass that it recorded, and where one fails or differs no recording is used any more.
 
 Shapes: R requests, Q queries of each, B blocks of each, T tokens of the pass, V vocabulary, F features, H hidden.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from draftkit.engine.passes import LONG_QUERY, Group, Pass
 
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-3  # of the largest number, between a recording and its pass
 Outputs = tuple[Tensor, ...]
 Record = Callable[[Callable[[], Outputs]], Callable[[], Outputs]]  # takes the pass once, gives what plays it back
 
@@ -74,27 +78,49 @@ class FixedPass:
 
 
 class RecordedPasses:
-    """Plays passes of one model back, recording each shape when it is first seen. `forward` is the model's pass."""
+    """Plays passes of one model back, recording each shape when it is first seen. `forward` is the model's pass.
+
+    When a recording cannot be made or differs from its pass, `reason` says so and `run` gives None from then on.
+    """
 
     def __init__(self, forward: Callable[[FixedPass], Outputs], spare_slot: int, record: Record) -> None:
         self._forward, self._spare_slot, self._record = forward, spare_slot, record
         self._recorded: dict[Rectangle, tuple[Tensor, Callable[[], Outputs]]] = {}
+        self.reason: str | None = None
 
     def run(self, step: Pass) -> Outputs | None:
         """The outputs of the pass's tokens, each [T, ...], or None for a pass that no recording can hold."""
         shape = Rectangle.around(step)
-        if shape is None:
+        if shape is None or self.reason is not None:
             return None
         filled, cells_T = shape.fill(step, self._spare_slot)
         there = torch.from_numpy(filled)
         if shape not in self._recorded:
-            inputs = there.to(step.device)
-            # a pass made anew inside: masks that it has computed once would be no part of the recording
-            self._recorded[shape] = (inputs, self._record(lambda: self._forward(FixedPass(shape, inputs, step.dtype))))
+            try:
+                self._recorded[shape] = self._checked(shape, there.to(step.device), step.dtype)
+            except RuntimeError as error:  # what CUDA refuses is one
+                self.reason = str(error).splitlines()[0]
+                log.warning("recorded passes: not used: %s", self.reason)
+                return None
         inputs, play = self._recorded[shape]
         inputs.copy_(there, non_blocking=True)
         cells = torch.from_numpy(cells_T).to(step.device)
         return tuple(output[cells] for output in play())
+
+
+    def _checked(self, shape: Rectangle, inputs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Callable[[], Outputs]]:
+        """A recording and the tensor that it reads. Raises RuntimeError when it differs from the pass."""
+
+        def run() -> Outputs:
+            # a pass made anew: masks that it has computed once would be no part of the recording
+            return self._forward(FixedPass(shape, inputs, dtype))
+
+        play = self._record(run)
+        for eager, played in zip(run(), play(), strict=True):
+            difference = float((eager - played).abs().max())
+            if not difference <= TOLERANCE * max(1.0, float(eager.abs().max())):
+                raise RuntimeError(f"a recording of {shape} differs from its pass by {difference:.2g}")
+        return inputs, play
 
 
 def cuda_recorder() -> Record:

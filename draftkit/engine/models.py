@@ -87,8 +87,9 @@ def load_for_engine(target: str, settings: EngineSettings) -> TransformersTarget
 
 
 def start_compiling(models: Models) -> CompiledPasses | None:
-    """Build the C++ passes in the background; None where they cannot run."""
-    if models.device.type != "cpu" or models.dtype != torch.float32 or not isinstance(models.model, FastModel):
+    """C++ passes, built in the background, or on a GPU recorded ones; None where neither can run."""
+    fits = models.device.type == "cuda" or (models.device.type == "cpu" and models.dtype == torch.float32)
+    if not fits or not isinstance(models.model, FastModel):
         return None
     return CompiledPasses(models.model, models.drafter if isinstance(models.drafter, FastDrafter) else None)
 
