@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from torch import Tensor
@@ -45,7 +46,7 @@ def commit(
     lengths, counts = offered.lengths_A.tolist(), work.counts_R.tolist()
     drafts = offered.host_tokens_AG.tolist()
     outputs: list[StepOutput] = []
-    firsts = np.concatenate([[0], (offered.lengths_A + 1).cumsum()]).tolist()
+    firsts = list(accumulate((length + 1 for length in lengths), initial=0))
     drafted = set(offered.drafting)
     for index, request in enumerate(work.requests):
         if index >= work.answering:

@@ -225,10 +225,10 @@ class Engine:
     def _read(self, work: Work, offered: Offered) -> tuple[Pass, ReadOut]:
         """One pass of the target over everything: anchors with their proposals, and chunks of prompts."""
         decoding = work.decoding
-        grid = np.empty((decoding, 1 + offered.tokens_AG.shape[1]), np.int64)
-        grid[:, 0] = [r.tokens[-1] for r in work.requests[:decoding]]
-        grid[:, 1:] = offered.host_tokens_AG[:decoding]
-        flat = [grid[np.arange(grid.shape[1]) <= offered.lengths_A[:decoding, None]]]
+        flat = [np.array([r.tokens[-1] for r in work.requests[:decoding]], np.int64)]
+        if offered.drafting:
+            grid = np.concatenate([flat[0][:, None], offered.host_tokens_AG[:decoding]], 1)
+            flat = [grid[np.arange(grid.shape[1]) <= offered.lengths_A[:decoding, None]]]
         for request, count in zip(work.requests[decoding:], work.counts_R[decoding:], strict=True):
             flat.append(np.array(request.tokens[request.computed : request.computed + count]))
         lengths_R = work.counts_R.copy()
@@ -253,8 +253,9 @@ class Engine:
         logits = adjust_rows(read.logits_WV, offered, adjustments)
         accepted, following = judge(logits, offered, rows, self._there(uniforms[:, -2:]))
         speculating = [i for i, r in enumerate(work.requests[: work.decoding]) if r.gamma]
-        drafted = len(offered.drafting) * self.info.gamma
-        self._tally.add_rounds(drafted, offered.lengths_A[speculating], accepted[speculating])
+        if speculating:
+            drafted = len(offered.drafting) * self.info.gamma
+            self._tally.add_rounds(drafted, offered.lengths_A[speculating], accepted[speculating])
         if offered.confidence_DG is not None:
             chosen = offered.drafting
             self._planner.observe(offered.lengths_A[chosen], accepted[chosen])

@@ -56,6 +56,8 @@ class Tally:
     def add_rounds(self, drafted: int, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
         """One step's rounds: `drafted` tokens in all, of which `lengths_R` per request were verified."""
         self.rounds += len(lengths_R)
+        if not drafted:
+            return
         self.drafted += drafted
         self.verified += int(lengths_R.sum())
         self.accepted += int(accepted_R.sum())

@@ -39,13 +39,16 @@ class Unread:
         if not self._kept:
             return
         steps = [step for step, _, _ in self._kept]
-        width = max(step.tables_RB.shape[1] for step in steps)
-        tables = [np.pad(step.tables_RB, ((0, 0), (0, width - step.tables_RB.shape[1]))) for step in steps]
+        tables_TB = np.zeros((self._tokens, max(step.tables_RB.shape[1] for step in steps)), np.int64)
+        end = 0
+        for step in steps:
+            end += len(step)
+            tables_TB[end - len(step) : end, : step.tables_RB.shape[1]] = step.tables_RB
         whole = Pass(
             np.concatenate([step.tokens_T for step in steps]),
             np.concatenate([step.positions_T for step in steps]),
             np.ones(self._tokens, np.int64),
-            np.concatenate(tables),
+            tables_TB,
             steps[0].block_size,
             steps[0].device,
             steps[0].dtype,
