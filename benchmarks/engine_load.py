@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from draftkit.data.conversations import read_conversations
+from draftkit.data.conversations import Conversation, read_conversations
 from draftkit.data.template import render_prompt
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
@@ -47,11 +47,15 @@ def clock() -> float:
 
 
 def read_prompts(target: str, count: int) -> list[tuple[int, ...]]:
-    """Token ids of held-out prompts."""
+    """Token ids of about `count` held-out prompts, one of each domain in turn: a benchmark may take only the first few."""
     tokenizer = load_tokenizer(target)
-    conversations = read_conversations([TINY_HELD_OUT])
-    step = max(1, len(conversations) // count)
-    return [render_prompt(tokenizer, c.as_dicts()[:1]) for c in conversations[::step][:count]]
+    by_domain: dict[str, list[Conversation]] = {}
+    for conversation in read_conversations([TINY_HELD_OUT]):
+        by_domain.setdefault(conversation.domain, []).append(conversation)
+    each = -(-count // len(by_domain))
+    chosen = (found[:: max(1, len(found) // each)][:each] for found in by_domain.values())
+    turns = [c for turn in zip(*chosen, strict=False) for c in turn]
+    return [render_prompt(tokenizer, c.as_dicts()[:1]) for c in turns[:count]]
 
 
 def run_closed(

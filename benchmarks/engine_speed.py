@@ -12,7 +12,6 @@ use, `--processor-time --threads 1` counts this process's processor seconds inst
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -22,15 +21,13 @@ from pathlib import Path
 
 import httpx
 import torch
+from engine_load import processor, read_prompts
 from result_file import print_result
 from rich.progress import Progress
 
-from draftkit.data.conversations import read_conversations
-from draftkit.data.template import render_prompt
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
 from draftkit.engine.settings import EngineSettings
-from draftkit.stages import TINY_HELD_OUT
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 
@@ -135,13 +132,6 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": round(middle, 3), "quartile_1": round(low, 3), "quartile_3": round(high, 3)}
 
 
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,8 +151,7 @@ def main() -> None:
         parser.error("--processor-time counts this process alone; leave --against out")
     torch.set_num_threads(options.threads)
     target, tokenizer = load_target(options.target), load_tokenizer(options.target)
-    conversations = read_conversations([TINY_HELD_OUT])
-    prompts = [list(render_prompt(tokenizer, c.as_dicts())) for c in conversations[:: max(1, len(conversations) // 64)]]
+    prompts = [list(prompt) for prompt in read_prompts(options.target, 66)]
     engines = {"engine": Engine(target)}
     if options.drafter:
         engines["engine with drafter"] = Engine(target, options.drafter, EngineSettings(plan=options.plan))
