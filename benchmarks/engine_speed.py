@@ -4,7 +4,8 @@
     python benchmarks/engine_speed.py --drafter ... --against vllm=http://127.0.0.1:8001/v1
 
 Every round runs all arms one after the other on the same prompts; a ratio is the median over rounds of two arms' speeds in
-the same round. Answers end at the stop token. The engine runs in this process, other servers answer over HTTP
+the same round, and an overall one is that of all tokens over all seconds (prompts of three domains take turns, and a drafter
+is not worth the same in each). Answers end at the stop token. The engine runs in this process, other servers answer over HTTP
 (`/v1/completions`, prompts as text, no streaming): that costs them a few milliseconds per request. On a machine that others
 use, `--processor-time --threads 1` counts this process's processor seconds instead of the clock's.
 """
@@ -113,15 +114,16 @@ def compare(
                 if number:  # the first round warms up
                     runs[name].append(Run(seconds, sum(a if isinstance(a, int) else len(a) for a in answers)))
                 progress.advance(task)
+    overall = {name: sum(r.tokens for r in found) / sum(r.seconds for r in found) for name, found in runs.items()}
+    pairs = [(a, b) for i, a in enumerate(arms) for b in list(arms)[:i]]
     return {
         "concurrency": concurrency,
         "rounds": rounds,
+        "overall_ratios": {f"{a} / {b}": round(overall[a] / overall[b], 3) for a, b in pairs},
         "tokens_per_second": {name: spread([run.speed for run in found]) for name, found in runs.items()},
         "answers_unlike_the_first_arm": different,
         "ratios": {
-            f"{a} / {b}": spread([x.speed / y.speed for x, y in zip(runs[a], runs[b], strict=True)])
-            for i, a in enumerate(arms)
-            for b in list(arms)[:i]
+            f"{a} / {b}": spread([x.speed / y.speed for x, y in zip(runs[a], runs[b], strict=True)]) for a, b in pairs
         },
     }
 

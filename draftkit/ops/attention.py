@@ -50,13 +50,13 @@ class BlockPlan:
     """Who sees what, worked out once per batch for all layers: ranges of keys for the C++ function, the groups made of them
     for PyTorch operations, or a mask of tiles for flex_attention."""
 
-    ranges: Ranges
+    ranges: Ranges | None
     flex_mask: BlockMask | None
 
     @cached_property
     def groups(self) -> tuple[BlockGroup, ...]:
-        """The blocks in groups."""
-        return _groups(self.ranges)
+        """The blocks in groups; none where flex_attention has its mask."""
+        return _groups(self.ranges) if self.ranges is not None else ()
 
 
 def plan_blocks(
@@ -67,11 +67,11 @@ def plan_blocks(
     Block x sees [start_x, stop_x), int64; blocks of one document are neighbours and see no other document's keys.
     """
     own = gamma if own is None else own
+    if flex_fits(start_X.device, head_dim):
+        return BlockPlan(None, flex_mask(start_X, stop_X, gamma, keys, own))
     _, counts = document_X.unique_consecutive(return_counts=True)
     first = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    flexible = flex_fits(start_X.device, head_dim)
-    mask = flex_mask(start_X, stop_X, gamma, keys, own) if flexible else None
-    return BlockPlan(Ranges(start_X.contiguous(), stop_X.contiguous(), first, gamma, own), mask)
+    return BlockPlan(Ranges(start_X.contiguous(), stop_X.contiguous(), first, gamma, own), None)
 
 
 def block_attention(
@@ -83,7 +83,7 @@ def block_attention(
     """
     if plan.flex_mask is not None:
         return flex_block_attention(q_QND, own, seen, plan.flex_mask, scale)
-    if native_fits(q_QND.shape[-1], q_QND, *own, *seen):
+    if plan.ranges is not None and native_fits(q_QND.shape[-1], q_QND, *own, *seen):
         native: Tensor = NativeBlockAttention.apply(q_QND, *own, *seen, plan.ranges, scale)
         return native
     out: Tensor = _GroupedAttention.apply(q_QND, *own, *seen, plan, scale)
