@@ -136,9 +136,11 @@ def _generate(target: TransformersTarget, tokenizer: Any, recipe: Recipe, answer
         return stages.run_generate(target, tokenizer, recipe, prompts[: int(count)], answers, answer)
 
     def affordable() -> float:
+        before = len(answers.read_bytes().splitlines()) if answers.exists() else 0  # of a run that was stopped here
         began = time.perf_counter()
-        rate = first(PROBE_PROMPTS) / (time.perf_counter() - began)  # the file is shuffled: a fair sample
-        return max(PROBE_PROMPTS, round(60 * minutes * GENERATE_SHARE * rate))
+        probed = first(before + PROBE_PROMPTS)  # the file is shuffled: a fair sample
+        rate = (probed - before) / (time.perf_counter() - began)
+        return max(probed, round(60 * minutes * GENERATE_SHARE * rate))
 
     return first(_once(answers.parent, "prompts", affordable))
 
