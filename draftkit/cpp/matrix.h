@@ -17,6 +17,7 @@ void multiply_tile(const W *panels, int64_t cols, const float *x, int64_t stride
             __builtin_prefetch(w + P * cols * PANEL);  // the next panels, while this one is multiplied
             Vec low, high;
             load_rows(w, low, high);
+            if (T > 1) keep(low), keep(high);
             for (int t = 0; t < T; t++) {
                 Vec value = spread(x[t * stride + i]);
                 sums[t][p][0] += value * low;

@@ -17,6 +17,11 @@ inline void load_rows(const uint16_t *p, Vec &low, Vec &high) {
     UintVec both = *(const UintVec *)p;
     low = (Vec)(both << 16), high = (Vec)(both & 0xffff0000u);
 }
+inline void keep(Vec &v) {  // in a register: GCC would rather read it again for each use, at the price of the loads of others
+#ifdef __AVX__
+    asm("" : "+x"(v));
+#endif
+}
 inline void store(float *p, Vec v) { *(Vec *)p = v; }
 inline Vec spread(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 inline Quad halves(Vec v) {
