@@ -22,7 +22,7 @@ from draftkit.evaluate.report import print_report
 from draftkit.evaluate.run import EvalResult
 from draftkit.target.transformers import TransformersTarget
 
-GENERATE_SHARE, EVALUATE_SHARE = 0.14, 0.1  # of the minutes; training gets what capture leaves of the rest,
+GENERATE_SHARE, EVALUATE_SHARE = 0.14, 0.12  # of the minutes; training gets what capture leaves of the rest,
 TRAIN_SHARE = 0.25  # but no less than this
 PROBE_PROMPTS = 192  # answered first; their rate decides how many follow
 PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 4, 0.5  # evaluated at each temperature, per minute of the whole
