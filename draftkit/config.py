@@ -80,6 +80,12 @@ class DrafterSection(Section):
     def _one_layer(cls, raw: Any) -> Any:
         return {"num_layers": 1} | raw if isinstance(raw, dict) and raw.get("algorithm") == "eagle3" else raw
 
+    @model_validator(mode="after")
+    def _start_is_one(self) -> DrafterSection:
+        if self.start_layers is not None and self.start == "random":
+            raise ValueError("start_layers: needs start: target; give null to begin at random")
+        return self
+
 
 class LossSection(Section):
     """L = ce CE + tv |q - p|_1 + kl KL(p, q) + lk LK + confidence BCE, position k weighted by exp(-(k - 1) / decay)."""

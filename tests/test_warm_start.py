@@ -61,3 +61,8 @@ def test_an_eagle_drafter_begins_at_random(target_folder: Path) -> None:
 
 def test_layers_are_spread_from_the_first_to_the_last() -> None:
     assert [spread_start_layers(depth, 14) for depth in (1, 2, 3, 5)] == [(13,), (0, 13), (0, 6, 13), (0, 3, 6, 10, 13)]
+
+
+def test_layers_to_start_from_need_a_start_from_the_target() -> None:
+    with pytest.raises(ConfigError, match=r"drafter: .*start_layers: needs start: target"):
+        load_recipe("tiny-dspark", ["drafter.start_layers=[0,1]"])
