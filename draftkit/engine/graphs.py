@@ -99,7 +99,7 @@ class RecordedPasses:
             try:
                 self._recorded[shape] = self._checked(shape, there.to(step.device), step.dtype)
             except RuntimeError as error:  # what CUDA refuses is one
-                self.reason = str(error).splitlines()[0]
+                self.reason = next(iter(str(error).splitlines()), type(error).__name__)
                 log.warning("recorded passes: not used: %s", self.reason)
                 return None
         inputs, play = self._recorded[shape]

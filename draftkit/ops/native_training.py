@@ -104,15 +104,16 @@ def _blocks(inputs: list[Tensor], ranges: Ranges, scale: float, **more: Tensor) 
 class RowDistances:
     """CE, TV = |q - p|_1 and KL of rows, and sum_v q sign(q - p) as `inner`, all float32 [n]; then the gradient by the logits.
 
-    Draft logits [n, V], target logits [u, V] with each row's place among them [n], and the tokens that follow [n].
+    Draft logits [n, V] and target logits [u, V], contiguous float32 on the CPU; each row's place among the latter and the
+    token that follows, int64 [n] both.
     """
 
     def __init__(self, draft_nV: Tensor, target_uV: Tensor, state_n: Tensor, token_n: Tensor) -> None:
         count, self.draft_nV = len(draft_nV), draft_nV
         self.ce, self.tv, self.kl, self.inner, draft_sum = draft_nV.new_empty(5, count).unbind()
-        kept = {"draft": draft_nV, "target": target_uV, "state": state_n, "token": token_n, "draft_sum": draft_sum}
-        kept |= {"target_sum": draft_nV.new_empty(len(target_uV)), "ce": self.ce, "tv": self.tv, "kl": self.kl}
-        self._kept = kept | {"inner": self.inner}
+        kept = {"draft": draft_nV, "target": target_uV, "state": state_n.contiguous(), "token": token_n.contiguous()}
+        kept |= {"draft_sum": draft_sum, "target_sum": draft_nV.new_empty(len(target_uV))}
+        self._kept = kept | {"ce": self.ce, "tv": self.tv, "kl": self.kl, "inner": self.inner}
         _call("measure_rows", self._structure())
 
     def overwrite_with_gradient(self, by_ce: Tensor, by_tv: Tensor, by_kl: Tensor) -> None:
