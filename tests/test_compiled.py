@@ -30,8 +30,10 @@ def test_the_compiled_pass_equals_the_eager_one(family: str) -> None:
     eager = fast.read(step, None, (0, 1))
     for memory in fast.stack.memory:
         memory.zero_()
-    logits, _, features = native.run(step, np.arange(len(step)), (0, 1))
+    best_W = np.empty(len(step), np.int64)
+    logits, _, features = native.run(step, np.arange(len(step)), (0, 1), best_W)
     torch.testing.assert_close(logits, eager.logits_WV, atol=1e-4, rtol=1e-4)
+    assert best_W.tolist() == logits.argmax(-1).tolist()
     assert features is not None and eager.features_TF is not None
     torch.testing.assert_close(features, eager.features_TF, atol=1e-4, rtol=1e-4)
 

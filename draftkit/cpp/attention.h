@@ -28,12 +28,20 @@ struct Query {
     int64_t oldest, seen;
 };
 
+// Keys and values of one head lie far apart from position to position, so that the processor does not guess the next ones.
+// `rows` has room for AHEAD positions more than there are; whatever stands there, asking for it does no harm.
+constexpr int64_t AHEAD = 8;
+inline void fetch(const float *row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(row + i);
+}
+
 // Scores of N queries against positions first..end, four at a time (a few beyond the end are written, too).
 template <int N>
 void score(const Layer &layer, const Query *queries, const float *const *rows, int64_t first, int64_t end) {
     for (int64_t s = first; s < end; s += 4) {
         const float *k[4];
         for (int j = 0; j < 4; j++) k[j] = rows[s + j < end ? s + j : end - 1];
+        for (int j = 0; j < 4; j++) fetch(rows[s + j + AHEAD], layer.head_dim);
         Vec sums[N][4] = {};
         for (int64_t i = 0; i < layer.head_dim; i += LANES)
             for (int n = 0; n < N; n++)
@@ -65,11 +73,13 @@ float soften(const Layer &layer, const Query &query, int64_t first, int64_t end)
 template <int N, int C>
 void mix(const Query *queries, const float *factors, const float *const *rows, int64_t count, int64_t values, int64_t at) {
     Vec sums[N][C] = {};
-    for (int64_t s = 0; s < count; s++)
+    for (int64_t s = 0; s < count; s++) {
+        fetch(rows[s + AHEAD] + values + at, C * LANES);
         for (int c = 0; c < C; c++) {
             Vec value = load(rows[s] + values + at + c * LANES);
             for (int n = 0; n < N; n++) sums[n][c] += queries[n].scores[s] * value;
         }
+    }
     for (int n = 0; n < N; n++)
         for (int c = 0; c < C; c++) store(queries[n].out + at + c * LANES, sums[n][c] * factors[n]);
 }

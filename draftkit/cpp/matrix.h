@@ -38,9 +38,9 @@ void multiply_panels(const W *w, int64_t cols, const float *x, int64_t stride, i
         if (count == 1) multiply_tile<1, P>(w, cols, from, stride, shifted);
         if constexpr (P <= 2) {
             if (count == 2) multiply_tile<2, P>(w, cols, from, stride, shifted);
-            if (count == 3) multiply_tile<3, P>(w, cols, from, stride, shifted);
         }
         if constexpr (P == 1) {
+            if (count == 3) multiply_tile<3, P>(w, cols, from, stride, shifted);
             if (count == 4) multiply_tile<4, P>(w, cols, from, stride, shifted);
             if (count == 5) multiply_tile<5, P>(w, cols, from, stride, shifted);
             if (count == 6) multiply_tile<6, P>(w, cols, from, stride, shifted);
@@ -55,7 +55,7 @@ template <typename W, typename Emit>
 void multiply_as(const Matrix &m, const float *x, int64_t tokens, int64_t thread, int64_t threads,
                  const Emit &emit) {
     int64_t panels = (m.rows + PANEL - 1) / PANEL, end = panels * (thread + 1) / threads;
-    int64_t together = tokens == 1 ? 4 : tokens <= 3 ? 2 : 1;
+    int64_t together = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
     for (int64_t p = panels * thread / threads; p < end;) {
         const W *w = (const W *)m.panels + p * m.cols * PANEL;
         auto placed = [&](int q, int64_t t, Vec low, Vec high) { emit(p + q, t, low, high); };

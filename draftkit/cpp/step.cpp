@@ -28,6 +28,12 @@ float *reserve(int64_t count) {
     return memory.data();
 }
 
+int64_t largest(const float *values, int64_t from, int64_t to) {  // the first one of equals
+    int64_t top = from;
+    for (int64_t i = from; i < to; i++) top = values[i] > values[top] ? i : top;
+    return top;
+}
+
 struct Shared {
     float *qkv, *mixed, *y, *act;
 };
@@ -86,7 +92,8 @@ void run_layers(const Stack &stack, const Step &step, const Shared &shared, Own 
 
 }  // namespace
 
-// Reads the step's tokens into the layers' memories; fills features, normed hidden states and logits of the wanted rows.
+// Reads the step's tokens into the layers' memories; fills features, normed hidden states, logits and largest logits of
+// the wanted rows.
 extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *step) {
     int64_t T = step->tokens, H = stack->hidden, threads = step->threads;
     int64_t rows = T > step->wanted ? T : step->wanted, positions = step->table_width * step->block_size + PANEL;
@@ -130,6 +137,11 @@ extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *step)
             for (int i = 0; limit > 0 && i < LANES; i++) low[i] = cap(low[i], limit), high[i] = cap(high[i], limit);
             into(p, t, low, high);
         });
+        if (step->best) {
+#pragma omp barrier
+            for (int64_t w = thread; w < step->wanted; w += count)
+                step->best[w] = largest(step->logits + w * into.rows, 0, ends->vocab);
+        }
     }
 }
 
@@ -191,12 +203,7 @@ extern "C" void draft_greedily(const SequentialHead *head, const Draft *draft) {
                     store(to, load(to) + low);
                     if (panel * PANEL + LANES < head->w2.rows) store(to + LANES, load(to + LANES) + high);
                 });
-            for (int64_t r = 0; r < R; r++) {
-                const float *values = logits(r);
-                int64_t top = from;
-                for (int64_t i = from; i < to; i++) top = values[i] > values[top] ? i : top;
-                best[thread * R + r] = top;
-            }
+            for (int64_t r = 0; r < R; r++) best[thread * R + r] = largest(logits(r), from, to);
 #pragma omp barrier
             for (int64_t r = thread; r < R; r += threads) {
                 int64_t top = best[r];

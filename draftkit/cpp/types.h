@@ -20,6 +20,7 @@ struct Stack {
     const Layer *layer;
 };
 struct Ends {  // what lies before and behind the layers
+    int64_t vocab;
     const float *embedding, *norm;
     float embedding_scale, logit_scale, logit_cap;
     Matrix head;
@@ -28,6 +29,7 @@ struct Step {
     int64_t tokens, requests, block_size, table_width, wanted, captures, threads;
     const int64_t *token, *position, *slot, *seen, *origin, *first, *length, *table, *want, *capture;
     float *features, *hidden, *logits;  // [T, captures H], [W, H], [W, V]
+    int64_t *best;  // [W], the first largest logit of each wanted row; null when nobody asks
 };
 struct Context {  // a drafter's context features to keys and values of all its layers
     Matrix fc, kv;  // [H, F], [2 L M D, H]

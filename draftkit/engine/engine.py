@@ -251,7 +251,8 @@ class Engine:
             return Outcome.nothing(offered)
         adjustments = [self._adjustments.get(r.id) for r in work.requests[: work.answering]]
         logits = adjust_rows(read.logits_WV, offered, adjustments)
-        accepted, following = judge(logits, offered, rows, self._there(uniforms[:, -2:]))
+        best = read.best_W if logits is read.logits_WV else None
+        accepted, following = judge(logits, best, offered, rows, uniforms[:, -2:])
         speculating = [i for i, r in enumerate(work.requests[: work.decoding]) if r.gamma]
         if speculating:
             drafted = len(offered.drafting) * self.info.gamma

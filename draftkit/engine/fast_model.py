@@ -62,10 +62,12 @@ _MISSING_PARTS = {
 
 @dataclass(frozen=True)
 class ReadOut:
-    """Logits [W, V] of the wanted rows and features [T, F] of all rows (None when none were asked for)."""
+    """Logits [W, V] of the wanted rows and features [T, F] of all rows (None when none were asked for); the most likely
+    token of each wanted row, int64 [W], where the pass has found it."""
 
     logits_WV: Tensor
     features_TF: Tensor | None
+    best_W: np.ndarray | None = None
 
 
 def unsupported(target: TransformersTarget) -> str | None:
@@ -129,8 +131,9 @@ class FastModel:
         """
         if self.native is not None:
             rows_W = np.arange(len(step)) if wanted is None else wanted.numpy()
-            logits_WV, _, features_TF = self.native.run(step, rows_W, feature_layers)
-            return ReadOut(logits_WV, features_TF)
+            best_W = np.empty(len(rows_W), np.int64)
+            logits_WV, _, features_TF = self.native.run(step, rows_W, feature_layers, best_W)
+            return ReadOut(logits_WV, features_TF, best_W)
         if self.recorded is not None and (played := self.recorded.run(step)) is not None:
             logits_TV, *features = played
             return ReadOut(logits_TV if wanted is None else logits_TV[wanted], features[0] if features else None)

@@ -34,11 +34,11 @@ _Layer = structure(
     ("qkv out gate_up down", _Matrix),
 )
 _Stack = structure(("layers hidden gelu", _int), ("eps", _float), ("layer", _pointer))
-_Ends = structure(("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix))
+_Ends = structure(("vocab", _int), ("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix))
 _Step = structure(
     ("tokens requests block_size table_width wanted captures threads", _int),
     ("token position slot seen origin first length table want capture", _pointer),
-    ("features hidden logits", _pointer),
+    ("features hidden logits best", _pointer),
 )
 _SequentialHead = structure(
     ("w1", _pointer), ("w2", _Matrix), ("confidence", _pointer), ("confidence_size", _int), ("confidence_bias", _float)
@@ -81,6 +81,7 @@ class NativeStack:
         layers = ctypes.cast(self._layers, _pointer)
         self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, stack.shape.eps, layers)
         self._ends = _Ends(
+            self.vocab,
             self.at(ends.embedding),
             self.at(ends.norm),
             ends.embedding_scale,
@@ -98,9 +99,12 @@ class NativeStack:
             layer.memory = memory.data_ptr()
 
     def run(
-        self, step: Pass, wanted_W: np.ndarray, capture: Sequence[int] = ()
+        self, step: Pass, wanted_W: np.ndarray, capture: Sequence[int] = (), best_W: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits [W, V] and normed hidden states [W, H] of the wanted rows, features [T, F] of the layers `capture`."""
+        """Logits [W, V] and normed hidden states [W, H] of the wanted rows, features [T, F] of the layers `capture`.
+
+        `best_W`, int64 [W], gets the first largest logit of each row.
+        """
         count = len(wanted_W)
         logits_WV = torch.empty(count, -(-self.vocab // LANES) * LANES)
         hidden_WH = torch.empty(count, self.hidden)
@@ -109,6 +113,7 @@ class NativeStack:
         native = _native_step(step, np.ascontiguousarray(wanted_W, dtype=np.int64), captured)
         native.logits, native.hidden = logits_WV.data_ptr(), hidden_WH.data_ptr()
         native.features = features_TF.data_ptr() if features_TF is not None else None
+        native.best = best_W.ctypes.data if best_W is not None else None
         self.library.run_step(ctypes.byref(self._stack), ctypes.byref(self._ends), ctypes.byref(native))
         return logits_WV[:, : self.vocab], hidden_WH, features_TF
 

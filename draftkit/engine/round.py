@@ -76,16 +76,16 @@ def place(values_D: Tensor, drafting_D: Tensor, answering: int) -> Tensor:
 
 
 def judge(
-    logits_NV: Tensor, offered: Offered, rows: RowSampling, uniforms_A2: Tensor
+    logits_NV: Tensor, best_N: np.ndarray | None, offered: Offered, rows: RowSampling, uniforms_A2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many drafted tokens each request keeps, and its next token: int64 [A] each, on the host.
 
-    `logits_NV` holds lengths + 1 rows per request. Greedy requests alone are compared with the largest logits: what
-    `verify` does with one-hot distributions.
+    `logits_NV` holds lengths + 1 rows per request; `best_N` says where each is largest, if that is known. Greedy requests
+    alone are compared with the largest logits: what `verify` does with one-hot distributions.
     """
-    longest = int(offered.lengths_A.max())
+    longest = int(offered.lengths_A.max()) if offered.drafting else 0
     if offered.probs_AGV is None:
-        best_N = _best(logits_NV)
+        best_N = _best(logits_NV) if best_N is None else best_N
         if not longest:
             return np.zeros_like(best_N), best_N
         cells = _cells(offered.lengths_A, longest)
@@ -102,7 +102,8 @@ def judge(
     index = None if cells is None else torch.from_numpy(cells).to(probs_NV.device)
     p_AGV = probs_NV.unflatten(0, (-1, longest + 1)) if index is None else probs_NV[index]
     q_AGV = offered.probs_AGV[:, :longest]
-    verdict = verify(TOKEN_RULE, offered.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A, uniforms_A2)
+    uniforms = torch.from_numpy(np.ascontiguousarray(uniforms_A2)).to(logits_NV.device)
+    verdict = verify(TOKEN_RULE, offered.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A, uniforms)
     accepted, following = torch.stack([verdict.accepted_R, verdict.next_token_R]).cpu().numpy()
     return accepted, following
 

@@ -58,7 +58,7 @@ def budget_from(stale_survival_RG: Floats, step_rate: StepRate, worth: float = 1
     requests = len(stale_survival_RG)
     _, gain_N = _by_survival(stale_survival_RG)
     theta = _rate(gain_N, requests, step_rate)
-    theta[0] = worth * requests / float(step_rate.target_seconds(np.array([requests]))[0]) if requests else 0.0
+    theta[0] = worth * requests / step_rate.pass_table(requests)[requests] if requests else 0.0
     return int(theta.argmax())
 
 
@@ -94,8 +94,11 @@ def _by_survival(survival_RG: Floats) -> tuple[Ints, Floats]:
 
 def _rate(gain_N: Floats, requests: int, step_rate: StepRate) -> Floats:
     """Theta of the first 0..N candidates, tokens per second [N + 1]."""
-    tokens = requests + np.concatenate([[0.0], gain_N.cumsum()])
-    return tokens / step_rate.step_seconds(requests, np.arange(requests, requests + len(tokens)))
+    tokens = np.full(len(gain_N) + 1, float(requests))
+    tokens[1:] += gain_N.cumsum()
+    end = requests + len(tokens)
+    rate: Floats = tokens / (step_rate.pass_table(end)[requests:end] + step_rate.drafter_seconds(requests))
+    return rate
 
 
 def _lengths(requests_N: Ints, requests: int) -> Ints:

@@ -94,7 +94,6 @@ class Speculation:
         self.step_rate = step_rate
         self._history = SurvivalHistory(slots, gamma, prior_G)
         self._loads: defaultdict[int, _Load] = defaultdict(_Load)
-        self._plain_seconds: dict[int, float] = {}  # predicted, by requests
 
     def budget(self, slots_R: Sequence[int] | Ints) -> int:
         """Drafted tokens that this step's pass should hold, all requests together; 0: the drafter rests."""
@@ -117,13 +116,12 @@ class Speculation:
         """A step is over: requests that decoded, whether they drafted, drafted tokens verified, tokens gained by all, and
         the seconds that it took. Steps that did other things as well are left out."""
         load, step_rate = self._loads[requests.bit_length()], self.step_rate
-        if requests not in self._plain_seconds:
-            self._plain_seconds[requests] = float(step_rate.target_seconds(np.array([requests]))[0])
-        plain = self._plain_seconds[requests]
+        passes = step_rate.pass_table(requests + verified)
+        plain = float(passes[requests])
         if not drafting:
             load.plain.append(seconds / plain)
             return
-        predicted = float(step_rate.step_seconds(requests, np.array([requests + verified]))[0])
+        predicted = float(passes[requests + verified]) + step_rate.drafter_seconds(requests)
         load.drafting.append(seconds / predicted)
         cost = load.dearness * predicted / plain
         load.gain = min(load.gain + tokens / requests - cost, KEPT)

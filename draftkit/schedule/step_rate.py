@@ -52,10 +52,18 @@ class StepRate:
         x, y = self._pass
         return _look_up(x, y, np.asarray(tokens_N, np.float64), self.interpolation)
 
+    def pass_table(self, tokens: int) -> Floats:
+        """Seconds of target passes of 0, 1, ... tokens, at least `tokens` of them; worked out once, asked in every step."""
+        if len(self._kept[0]) <= tokens:
+            self._kept[0] = self.target_seconds(np.arange(2 * tokens + 2))
+        return self._kept[0]
+
     def drafter_seconds(self, requests: int) -> float:
         """Seconds of drafting for so many requests."""
-        x, y = self._draft
-        return float(_look_up(x, y, np.array([requests], np.float64), self.interpolation)[0])
+        if requests not in self._drafting:
+            x, y = self._draft
+            self._drafting[requests] = float(_look_up(x, y, np.array([requests], np.float64), self.interpolation)[0])
+        return self._drafting[requests]
 
     def assumption(self, most_tokens: int) -> str | None:
         """What is assumed for passes of up to `most_tokens` tokens that were not measured; None when all were."""
@@ -65,6 +73,14 @@ class StepRate:
             f"the step rate was measured up to {self.tokens[-1]} tokens per pass; above that (here up to {most_tokens}) "
             "time is taken to grow in proportion to tokens"
         )
+
+    @cached_property
+    def _kept(self) -> list[Floats]:
+        return [np.empty(0)]
+
+    @cached_property
+    def _drafting(self) -> dict[int, float]:
+        return {}
 
     @cached_property
     def _pass(self) -> tuple[Floats, Floats]:

@@ -32,6 +32,7 @@ from draftkit.train.state import Position, load_state, save_state
 from draftkit.train.validation import decoded_length, validate
 
 SIGTERM_CODE = 143
+SAVED_DTYPE = torch.bfloat16  # of finished drafters, as servers load them: half as long to read; states stay float32
 # A run may go on with another value of these: they change how long it is, how it is cut, or what is told.
 FREE = {"epochs", "steps", "minutes", "row_tokens", "micro_batch_size", "shard", "max_skipped"}
 FREE |= {"validate_every", "decode_prompts", "patience", "keep_checkpoints", "track"}
@@ -133,7 +134,7 @@ def train(
                 lengths = lengths | {"decoded": decoded_length(whole, target, store, split.validation, count, seed)}
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:
-                save_drafter(whole, out / "best", note, torch.float32)
+                save_drafter(whole, out / "best", note, SAVED_DTYPE)
         step = replace(step, best=max(step.best, lengths["macro"]), stale=0 if better else step.stale + 1)
         save_state(out / "state", parallel, optimizer, step)
         return step, lengths
@@ -176,9 +177,9 @@ def train(
     note = provenance | {"step": at.step, "validation": lengths}
     whole = parallel.whole()
     if world.first:
-        save_drafter(whole, out / "last", note, torch.float32)
+        save_drafter(whole, out / "last", note, SAVED_DTYPE)
         if not (out / "best").exists():  # no validation was above zero
-            save_drafter(whole, out / "best", note, torch.float32)
+            save_drafter(whole, out / "best", note, SAVED_DTYPE)
     return TrainReport(at.step, at.seconds, at.skipped, at.best, lengths, _tired(settings, at))
 
 
@@ -195,7 +196,7 @@ def _tired(settings: TrainSettings, at: Position) -> bool:
 def _keep_numbered(drafter: Drafter, folder: Path, note: dict[str, Any], keep: int) -> None:
     """Save `step-000200` and so on, and remove all but the newest `keep`."""
     if keep:
-        save_drafter(drafter, folder / f"step-{note['step']:06d}", note, torch.float32)
+        save_drafter(drafter, folder / f"step-{note['step']:06d}", note, SAVED_DTYPE)
     for old in sorted(folder.glob("step-*"))[: -keep or None]:
         shutil.rmtree(old)
 
