@@ -1,6 +1,27 @@
 // Attention of one layer over paged keys and values; the memory of a layer is [slots, M, 2 D].
 #pragma once
+#include <vector>
+
 #include "matrix.h"
+
+// A step, and for each token its position, where its key and value go, how many positions it sees and where windows reach
+// back from; for each request its first token.
+struct Placed : Step {
+    int64_t *position, *slot, *seen, *origin, *first;
+
+    explicit Placed(const Step &step) : Step(step) {
+        static thread_local std::vector<int64_t> memory;
+        memory.resize(4 * tokens + requests);
+        position = memory.data(), slot = position + tokens, seen = slot + tokens, origin = seen + tokens, first = origin + tokens;
+        for (int64_t r = 0, t = 0; r < requests; r++) {
+            first[r] = t;
+            for (int64_t i = start[r], end = start[r] + length[r]; i < end; i++, t++) {
+                position[t] = i, slot[t] = table[r * table_width + i / block_size] * block_size + i % block_size;
+                seen[t] = block ? end : i + 1, origin[t] = block ? start[r] : seen[t];
+            }
+        }
+    }
+};
 
 // Norm (when there is one) and rotation of one head in pair order; `table` is (cos, sin) pairs of the position.
 void turn(float *x, const float *norm, const float *table, int64_t size, float eps) {
@@ -97,7 +118,7 @@ void answer(const Layer &layer, const Query *queries, const float *const *rows) 
 }
 
 // One request and one key/value head: rotate and store the new keys and values, then attend for every query, in pairs.
-void attend(const Stack &stack, const Layer &layer, const Step &step, int64_t request, int64_t kv_head, float *qkv,
+void attend(const Stack &stack, const Layer &layer, const Placed &step, int64_t request, int64_t kv_head, float *qkv,
             float *mixed, float *scores, int64_t positions, const float **rows) {
     int64_t D = layer.head_dim, fold = layer.heads / layer.kv_heads, width = (layer.heads + 2 * layer.kv_heads) * D;
     int64_t row = layer.kv_heads * 2 * D, first = step.first[request], end = first + step.length[request], longest = 0;

@@ -4,8 +4,6 @@
 // The threads share one parallel region. Each keeps its own copy of the residual stream and of the normed input, so that a
 // layer needs five barriers only: behind qkv, attention, out, gate/up and down. Every sum is taken in one order, so a token's
 // result is the same to the bit alone, in any batch and with any number of threads.
-#include <vector>
-
 #include <omp.h>
 
 #include "attention.h"
@@ -44,7 +42,7 @@ struct Own {
 };
 
 // x = (x + y) * scale, with a norm of y first where the family has one; then normed = norm(x).
-void add(const Stack &stack, const Step &step, const float *y, const float *y_norm, float scale, const float *next_norm,
+void add(const Stack &stack, const Placed &step, const float *y, const float *y_norm, float scale, const float *next_norm,
          Own &own) {
     int64_t H = stack.hidden;
     for (int64_t t = 0; t < step.tokens; t++) {
@@ -56,7 +54,7 @@ void add(const Stack &stack, const Step &step, const float *y, const float *y_no
     }
 }
 
-void run_layers(const Stack &stack, const Step &step, const Shared &shared, Own &own, int64_t thread, int64_t threads) {
+void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Own &own, int64_t thread, int64_t threads) {
     int64_t T = step.tokens, H = stack.hidden;
     for (int64_t t = 0; t < T; t++) rms_norm(own.normed + t * H, own.x + t * H, stack.layer[0].input_norm, H, stack.eps);
     for (int64_t index = 0, captured = 0; index < stack.layers; index++) {
@@ -94,7 +92,8 @@ void run_layers(const Stack &stack, const Step &step, const Shared &shared, Own 
 
 // Reads the step's tokens into the layers' memories; fills features, normed hidden states, logits and largest logits of
 // the wanted rows.
-extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *step) {
+extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given) {
+    const Placed placed(*given), *step = &placed;
     int64_t T = step->tokens, H = stack->hidden, threads = step->threads;
     int64_t rows = T > step->wanted ? T : step->wanted, positions = step->table_width * step->block_size + PANEL;
     int64_t qkv = 0, mixed = 0, inner = 0;
@@ -146,7 +145,8 @@ extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *step)
 }
 
 // Projects context features [T, F] and writes the keys and values of every layer at the step's slots.
-extern "C" void write_context(const Stack *stack, const Context *context, const Step *step, const float *features) {
+extern "C" void write_context(const Stack *stack, const Context *context, const Step *given, const float *features) {
+    const Placed placed(*given), *step = &placed;
     int64_t T = step->tokens, H = stack->hidden, L = stack->layers;
     int64_t M = stack->layer->kv_heads, D = stack->layer->head_dim;
     int64_t width = context->kv.rows;

@@ -26,8 +26,8 @@ struct Ends {  // what lies before and behind the layers
     Matrix head;
 };
 struct Step {
-    int64_t tokens, requests, block_size, table_width, wanted, captures, threads;
-    const int64_t *token, *position, *slot, *seen, *origin, *first, *length, *table, *want, *capture;
+    int64_t tokens, requests, block_size, table_width, wanted, captures, block, threads;  // `block`: as in passes.py
+    const int64_t *token, *start, *length, *table, *want, *capture;
     float *features, *hidden, *logits;  // [T, captures H], [W, H], [W, V]
     int64_t *best;  // [W], the first largest logit of each wanted row; null when nobody asks
 };

@@ -205,11 +205,10 @@ class Engine:
         drafting = [work.requests[i] for i in chosen]
         began = time.perf_counter()
         self._catch_up()
-        index = torch.tensor(chosen, device=device)
         adjustments = [self._adjustments.get(r.id) for r in drafting]
         choose = None  # the drafter's own greedy walk
         if not rows.greedy or any(adjustments):
-            choose = Chooser(rows.take(index), self._there(uniforms[chosen]), adjustments)
+            choose = Chooser(rows.take(torch.tensor(chosen, device=device)), self._there(uniforms[chosen]), adjustments)
         anchors = np.array([r.tokens[-1] for r in drafting])
         wanted = drafter.drafting_pass(anchors)
         lengths_D = np.full(len(drafting), wanted.tokens_RP.shape[1])
@@ -219,8 +218,8 @@ class Engine:
         self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
         confidence = self._planner.confidence(*(t.cpu().numpy() if t is not None else None for t in said))
         lengths_A[chosen] = self._planner.lengths(drafting, confidence)
-        probs_AGV = None if rows.greedy else place(probs_DGV, index, work.answering)
-        return Offered(place(tokens_DG, index, work.answering), probs_AGV, lengths_A, chosen, confidence)
+        probs_AGV = None if rows.greedy else place(probs_DGV, chosen, work.answering)
+        return Offered(place(tokens_DG, chosen, work.answering), probs_AGV, lengths_A, chosen, confidence)
 
     def _read(self, work: Work, offered: Offered) -> tuple[Pass, ReadOut]:
         """One pass of the target over everything: anchors with their proposals, and chunks of prompts."""
@@ -273,14 +272,20 @@ class Engine:
             self._tally.draft_seconds += time.perf_counter() - began
             return
         self._catch_up()
+        drafter = self._models.drafter
+        following = self._there(self._following(work, step, outcome)) if drafter.looks_ahead else None
+        drafter.extend(step, read.features_TF, following)
+        self._tally.draft_seconds += time.perf_counter() - began
+
+    def _following(self, work: Work, step: Pass, outcome: Outcome) -> np.ndarray:
+        """The token behind each token of the pass, int64 [T]."""
         next_tokens = np.roll(step.tokens_T, -1)
         last_kept = step.ends_R[: work.answering] - 1 - outcome.offered.lengths_A + outcome.accepted_A
         next_tokens[last_kept] = outcome.next_A
         for index in range(work.answering, len(work.requests)):
             request = work.requests[index]
             next_tokens[step.ends_R[index] - 1] = request.tokens[request.computed + int(work.counts_R[index])]
-        self._models.drafter.extend(step, read.features_TF, self._there(next_tokens))
-        self._tally.draft_seconds += time.perf_counter() - began
+        return next_tokens
 
     def _catch_up(self) -> None:
         if self._unread is not None:

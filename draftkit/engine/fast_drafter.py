@@ -49,6 +49,8 @@ class FastDrafter:
     request in tokens, the block behind it not counted. Raises ConfigError for a drafter that this stack cannot run.
     """
 
+    looks_ahead = False  # `extend` needs no tokens
+
     def __init__(self, drafter: BlockDrafter, slots: int, max_length: int) -> None:
         config = drafter.config
         style = STYLES[config.style]
@@ -79,7 +81,7 @@ class FastDrafter:
         return Ends(self.embedding, self.embedding_scale, self.norm, head.weight_VH, head.scale, head.soft_cap)
 
     @torch.inference_mode()
-    def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor) -> None:
+    def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Write the context's keys and values of the pass's positions, all layers; `next_tokens_T` are not needed.
 
         The pass may be the one that the target has just read, rejected tokens included: what lies behind the committed

@@ -28,6 +28,8 @@ from draftkit.ops.sampling import largest_prob
 class FastEagle:
     """Weights of a loaded `EagleDrafter` (layer matrices are fused copies); `slots` and `max_length` as in `FastDrafter`."""
 
+    looks_ahead = True  # `extend` needs the token behind each position
+
     def __init__(self, drafter: EagleDrafter, slots: int, max_length: int) -> None:
         config = drafter.config
         self.config, self.gamma, self._drafter = config, config.gamma, drafter
@@ -38,9 +40,11 @@ class FastEagle:
         self._states = drafter.norm.weight.new_zeros(slots + 1, config.hidden_size)
 
     @torch.inference_mode()
-    def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor) -> None:
+    def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Write the rows of the pass's positions: features [T, F], each with the token behind it. Rows of rejected tokens
-        may be among them; they are overwritten before anything looks at them."""
+        may be among them; they are overwritten before anything looks at them. Raises ValueError without tokens."""
+        if next_tokens_T is None:
+            raise ValueError("rows of EAGLE-3 hold the token behind each position")
         drafter, config = self._drafter, self.config
         states_TH = F.linear(features_TF.to(drafter.fc.weight.dtype), drafter.fc.weight)
         u, _ = drafter.midlayer.join(embed(drafter.embed_tokens, next_tokens_T, config), states_TH)

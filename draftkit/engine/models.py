@@ -64,7 +64,8 @@ def build_models(
         algorithm=drafter.config.algorithm if drafter is not None else "none",
         forward=f"Transformers ({reason})" if reason else "lean",
     )
-    reuse = settings.prefix_reuse and not reason and not isinstance(fast, FastEagle)  # its rows look one token ahead
+    behind = fast is not None and fast.looks_ahead  # its last row of a block holds a token of the next
+    reuse = settings.prefix_reuse and not reason and not behind
     pool = BlockPool(blocks, settings.block_size, reuse)
     layers = drafter.config.feature_layers if drafter is not None else ()
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)

@@ -34,10 +34,12 @@ _Layer = structure(
     ("qkv out gate_up down", _Matrix),
 )
 _Stack = structure(("layers hidden gelu", _int), ("eps", _float), ("layer", _pointer))
-_Ends = structure(("vocab", _int), ("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix))
+_Ends = structure(
+    ("vocab", _int), ("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix)
+)
 _Step = structure(
-    ("tokens requests block_size table_width wanted captures threads", _int),
-    ("token position slot seen origin first length table want capture", _pointer),
+    ("tokens requests block_size table_width wanted captures block threads", _int),
+    ("token start length table want capture", _pointer),
     ("features hidden logits best", _pointer),
 )
 _SequentialHead = structure(
@@ -218,12 +220,11 @@ _NONE = np.empty(0, dtype=np.int64)
 
 def _native_step(step: Pass, wanted_W: np.ndarray = _NONE, captured: np.ndarray = _NONE) -> ctypes.Structure:
     """The pass as the source wants it: all indices in one array, since asking for an address costs more than copying."""
-    of_tokens = (step.tokens_T, step.positions_T, step.slots_T, step.seen_T, step.origins_T)
-    parts = (*of_tokens, step.firsts_R, step.lengths_R, step.tables_RB.ravel(), wanted_W, captured)
+    parts = (step.tokens_T, step.starts_R, step.lengths_R, step.tables_RB.ravel(), wanted_W, captured)
     joined = np.concatenate(parts)
-    at = list(itertools.accumulate((8 * len(part) for part in parts[:-1]), initial=joined.ctypes.data))
-    width = step.tables_RB.shape[1]
-    counts = (len(step), len(step.lengths_R), step.block_size, width, len(wanted_W), len(captured), torch.get_num_threads())
-    native = _Step(*counts, *at)
+    at = itertools.accumulate((8 * len(part) for part in parts[:-1]), initial=joined.ctypes.data)
+    requests, width = step.tables_RB.shape
+    sizes = (len(step), requests, step.block_size, width, len(wanted_W), len(captured))
+    native = _Step(*sizes, step.block, torch.get_num_threads(), *at)
     native.kept = joined  # the addresses stay valid as long as this does
     return native

@@ -64,26 +64,51 @@ class Pass:
         dtype: torch.dtype,
         block: bool = False,
     ) -> None:
-        self.block_size, self.device, self.dtype = block_size, device, dtype
-        self.starts_R, self.lengths_R = starts_R, lengths_R
-        requests = len(lengths_R)
-        self.ends_R = lengths_R.cumsum()
-        self.firsts_R = self.ends_R - lengths_R
-        if (lengths_R == 1).all():
-            self.row_T, self.positions_T = np.arange(requests), starts_R
-        else:
-            self.row_T = np.repeat(np.arange(requests), lengths_R)
-            self.positions_T = np.arange(len(tokens_T)) + (starts_R - self.firsts_R)[self.row_T]
+        self.block_size, self.device, self.dtype, self.block = block_size, device, dtype, block
+        self.tokens_T, self.starts_R, self.lengths_R = np.ascontiguousarray(tokens_T), starts_R, lengths_R
         last = int((starts_R + lengths_R).max())
         self.tables_RB = np.ascontiguousarray(tables_RB[:, : -(-last // block_size)])
-        self.slots_T = self.tables_RB[self.row_T, self.positions_T // block_size] * block_size
-        self.slots_T += self.positions_T % block_size
-        self.seen_T = (starts_R + lengths_R)[self.row_T] if block else self.positions_T + 1
-        self.origins_T = starts_R[self.row_T] if block else self.seen_T
-        self.tokens_T = np.ascontiguousarray(tokens_T)
 
     def __len__(self) -> int:
         return len(self.tokens_T)
+
+    # What follows from these is worked out when it is asked for; the C++ pass does it on its own (`Placed`).
+
+    @cached_property
+    def ends_R(self) -> np.ndarray:
+        """Behind the last flat row of each request."""
+        return self.lengths_R.cumsum()
+
+    @cached_property
+    def firsts_R(self) -> np.ndarray:
+        """The first flat row of each request."""
+        return self.ends_R - self.lengths_R
+
+    @cached_property
+    def row_T(self) -> np.ndarray:
+        """The request of each token."""
+        return np.repeat(np.arange(len(self.lengths_R)), self.lengths_R)
+
+    @cached_property
+    def positions_T(self) -> np.ndarray:
+        """The position of each token in its request."""
+        return np.arange(len(self)) + (self.starts_R - self.firsts_R)[self.row_T]
+
+    @cached_property
+    def slots_T(self) -> np.ndarray:
+        """Where each token's key and value go: block * block_size + offset."""
+        blocks_T = self.tables_RB[self.row_T, self.positions_T // self.block_size]
+        return blocks_T * self.block_size + self.positions_T % self.block_size
+
+    @cached_property
+    def seen_T(self) -> np.ndarray:
+        """How many positions each token may look at."""
+        return (self.starts_R + self.lengths_R)[self.row_T] if self.block else self.positions_T + 1
+
+    @cached_property
+    def origins_T(self) -> np.ndarray:
+        """Where each token's window reaches back from."""
+        return self.starts_R[self.row_T] if self.block else self.seen_T
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -97,7 +122,7 @@ class Pass:
 
     @cached_property
     def slots(self) -> Tensor:
-        """Where keys and values go: block * block_size + offset, [T] on the device."""
+        """Where keys and values go, [T] on the device."""
         return self._there(self.slots_T)
 
     @cached_property

@@ -68,11 +68,12 @@ class Offered:
         return self.tokens_AG.cpu().numpy()
 
 
-def place(values_D: Tensor, drafting_D: Tensor, answering: int) -> Tensor:
+def place(values_D: Tensor, drafting_D: Sequence[int], answering: int) -> Tensor:
     """[D, ...] at the rows `drafting_D` of [A, ...], zeros elsewhere."""
     if len(values_D) == answering:
         return values_D
-    return values_D.new_zeros(answering, *values_D.shape[1:]).index_copy_(0, drafting_D, values_D)
+    index = torch.tensor(drafting_D, device=values_D.device)
+    return values_D.new_zeros(answering, *values_D.shape[1:]).index_copy_(0, index, values_D)
 
 
 def judge(
