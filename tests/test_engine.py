@@ -260,6 +260,31 @@ def test_a_drafter_that_rested_proposes_what_it_would_have_proposed(
     assert found[0] == found[1] == found[2]
 
 
+def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_again(target: TransformersTarget) -> None:
+    """No features are asked for; what was written meanwhile is reused by those who do not draft, and by those alone."""
+    engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=STEEP))
+    fresh = Engine(target, make_drafter(target), small(plan="planned", step_rate=FLAT))
+    model, asked = engine._models.model, []
+    read = model.read
+    engine._models.model.read = lambda step, wanted, layers=(): asked.append(layers) or read(step, wanted, layers)  # type: ignore
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+
+    def answer(engine: Engine, name: str, prompt: list[int]) -> list[StepOutput]:
+        engine.add_request(name, prompt, params)
+        return finish(engine)[name]
+
+    first = answer(engine, "a", PROMPTS[0])
+    assert asked[0] and not any(asked[1:]), "the prompt was heard, the answer was not"
+    longer = [*PROMPTS[0], *tokens_of(first), 7]
+    deaf = answer(engine, "b", longer)
+    assert deaf[0].stats.cached_tokens > len(PROMPTS[0]) + 8 and deaf[-1].stats.drafted == 0
+    engine._planner.use(FLAT)  # now drafting pays
+    heard, expected = answer(engine, "c", longer), answer(fresh, "c", longer)
+    assert heard[0].stats.cached_tokens < deaf[0].stats.cached_tokens
+    assert [(o.events, o.rejected) for o in heard] == [(o.events, o.rejected) for o in expected]
+    assert tokens_of(heard) == tokens_of(deaf) and heard[-1].stats.drafted > 0
+
+
 def test_compiled_passes_come_into_use_and_the_step_rate_is_measured_again(target_folder: Path) -> None:
     """float32, where the compiled pass runs: the same answers before and after, up to ties in the arithmetic."""
     settings = small(plan="planned", dtype="float32", step_tokens=64)

@@ -64,9 +64,10 @@ class Engine:
             self.info.gamma,
             settings.step_tokens,
             self._on_release,
+            lambda request: self._planner.drafts(request),
         )
         self._tally = Tally(self.info.gamma)
-        self._unread = Unread(self._models.drafter) if self._models.drafter is not None else None
+        self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None
         self._compiled = start_compiling(self._models) if settings.compile else None
         measures = settings.plan == "planned" and settings.step_rate is None
         self._measured = self._models.drafter if measures else None
@@ -238,7 +239,11 @@ class Engine:
         if len(work.requests) > decoding:
             ends, starts = step.ends_R[: work.answering], step.ends_R[: work.answering] - offered.lengths_A - 1
             wanted = self._there(np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]))
-        read = self._models.model.read(step, wanted, self._models.feature_layers)
+        layers = self._models.feature_layers
+        if self._unread is not None and self._planner.rests_long and not offered.drafting and len(step) == decoding:
+            self._unread.leave(work.requests)
+            layers = ()
+        read = self._models.model.read(step, wanted, layers)
         self._tally.verify_seconds += time.perf_counter() - began
         return step, read
 
@@ -268,7 +273,7 @@ class Engine:
             return
         began = time.perf_counter()
         if len(step) == work.decoding:  # nobody drafted, nobody read a prompt
-            self._unread.add(step, read.features_TF, outcome.next_A)
+            self._unread.add(work.requests, step, read.features_TF, outcome.next_A)
             self._tally.draft_seconds += time.perf_counter() - began
             return
         self._catch_up()
@@ -307,7 +312,8 @@ class Engine:
 
     def _on_release(self, request: Running) -> None:
         self._planner.forget(request.row)
-        self._catch_up()  # before its blocks go to somebody else
+        if self._unread is not None:
+            self._unread.release(request)
         if isinstance(self._models.model, SlowModel) and request.table.blocks:
             self._models.model.forget(request.table.blocks[0])
 

@@ -29,6 +29,7 @@ class BlockTable:
 class _Block:
     users: int = 0
     key: Key | None = None
+    heard: bool = True  # the drafter's half is written as far as the target's
 
 
 class BlockPool:
@@ -56,15 +57,15 @@ class BlockPool:
         """Blocks that `length` positions need."""
         return -(-length // self.block_size)
 
-    def match(self, tokens: Sequence[int]) -> BlockTable:
-        """Blocks of the longest known prefix, now held by the caller. The last token is never included: it must be
-        read again, for its logits."""
+    def match(self, tokens: Sequence[int], heard: bool = False) -> BlockTable:
+        """Blocks of the longest known prefix, now held by the caller; with `heard` it ends where the drafter's half is
+        missing. The last token is never included: it must be read again, for its logits."""
         table = BlockTable()
         if self.reuse:
             link, size = _ROOT, self.block_size
             for start in range(0, (len(tokens) - 1) // size * size, size):
                 found = self._known.get((link, tuple(tokens[start : start + size])))
-                if found is None:
+                if found is None or (heard and not self._blocks[found[0]].heard):
                     break
                 block, link = found
                 self._hold(block)
@@ -83,7 +84,7 @@ class BlockPool:
             if entry.key is not None:
                 del self._known[entry.key]
                 entry.key = None
-            entry.users = 1
+            entry.users, entry.heard = 1, True
             table.blocks.append(block)
         return True
 
@@ -102,6 +103,19 @@ class BlockPool:
                 self._known[key] = found
                 self._blocks[table.blocks[index]].key = key
             table.links.append(found[1])
+
+    def heard(self, blocks: Sequence[int]) -> bool:
+        """Whether the drafter's half of all these is written."""
+        return all(self._blocks[block].heard for block in blocks)
+
+    def shared(self, blocks: Sequence[int]) -> bool:
+        """Whether one of these has more than one user."""
+        return any(self._blocks[block].users > 1 for block in blocks)
+
+    def leave_unheard(self, blocks: Sequence[int]) -> None:
+        """The drafter's half of these will have holes."""
+        for block in blocks:
+            self._blocks[block].heard = False
 
     def release(self, table: BlockTable) -> None:
         """Give all blocks back. The end of a chain is reused for new content before its beginning."""

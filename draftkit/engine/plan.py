@@ -40,16 +40,29 @@ class LengthPlanner:
         """What a step is taken to cost; None: lengths are fixed."""
         return self._speculation.step_rate if self._speculation is not None else None
 
+    @property
+    def rests_long(self) -> bool:
+        """Nobody who does not have to will draft for many steps."""
+        return self._speculation is not None and self._speculation.rests_long
+
+    def drafts(self, request: Running) -> bool:
+        """Whether a request that begins now may come to draft before it ends."""
+        return request.gamma > 0 and (request.keeps_proposal or not self.rests_long)
+
     def use(self, step_rate: StepRate) -> None:
         """Plan by this step rate; what was measured by another one is forgotten."""
         self._speculation = Speculation(self._rows, self.gamma, step_rate)
 
     def choose_drafting(self, decoding: Sequence[Running]) -> list[int]:
         """Indices of the requests that draft in this step."""
-        self._able = [i for i, r in enumerate(decoding) if r.gamma and self.most(r)]
-        if self._speculation is None or not self._able:
-            return self._able
-        self._budget = self._speculation.budget([decoding[i].row for i in self._able])
+        able = [i for i, r in enumerate(decoding) if r.gamma and self.most(r)]
+        hearing = [i for i in able if not decoding[i].deaf]
+        if self._speculation is None or not able:
+            self._able = hearing
+            return hearing
+        self._able = hearing or able  # rests go by when all are deaf, too
+        budget = self._speculation.budget([decoding[i].row for i in self._able])
+        self._budget = budget if hearing else 0
         return self._able if self._budget else [i for i in self._able if decoding[i].keeps_proposal]
 
     def confidence(self, said_DG: np.ndarray | None, largest_DG: np.ndarray | None) -> np.ndarray | None:

@@ -33,10 +33,20 @@ class Work:
 
 
 class Scheduler:
-    """Keeps the requests in order of arrival. `gamma` positions behind the known tokens are reserved for proposals."""
+    """Keeps the requests in order of arrival. `gamma` positions behind the known tokens are reserved for proposals.
+
+    `drafts` says of a newcomer whether it may draft: its prefix is then reused as far as the drafter has read it too.
+    """
 
     def __init__(
-        self, pool: BlockPool, rows: int, length: int, gamma: int, step_tokens: int, on_release: Callable[[Running], None]
+        self,
+        pool: BlockPool,
+        rows: int,
+        length: int,
+        gamma: int,
+        step_tokens: int,
+        on_release: Callable[[Running], None],
+        drafts: Callable[[Running], bool],
     ) -> None:
         self.pool, self._ahead, self._step_tokens = pool, gamma + 1, step_tokens
         self.waiting: deque[Running] = deque()
@@ -45,7 +55,7 @@ class Scheduler:
         self.prefix_queries = self.prefix_hits = 0  # tokens looked up at admission, tokens found
         self.tables_SB = np.zeros((rows, pool.blocks_for(length + self._ahead)), np.int64)
         self._free_rows = list(range(rows))[::-1]
-        self._on_release = on_release
+        self._on_release, self._drafts = on_release, drafts
 
     def add(self, request: Running) -> None:
         """Put a request at the end of the queue."""
@@ -123,7 +133,7 @@ class Scheduler:
         """
         if not self._free_rows:
             return False
-        table = self.pool.match(request.tokens)
+        table = self.pool.match(request.tokens, heard=self._drafts(request))
         missing = self.pool.blocks_for(len(request.tokens) + self._ahead) - len(table.blocks)
         if missing + len(self.running) > self.pool.free:
             self.pool.release(table)
@@ -131,6 +141,7 @@ class Scheduler:
         request.row, request.table = self._free_rows.pop(), table
         self.tables_SB[request.row, : len(table.blocks)] = table.blocks
         request.computed = len(table.blocks) * self.pool.block_size
+        request.deaf = not self.pool.heard(table.blocks)
         request.cached_tokens = min(request.computed, request.prompt_length)
         request.started = request.started or time.perf_counter()
         self.prefix_queries += len(request.tokens)

@@ -35,6 +35,7 @@ KEPT = 32.0  # of what drafting gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
 FIRST_REST, LONGEST_REST = 32, 8192  # steps
 SHORT_REST = 2
+LONG_REST = 512  # steps: what is read during such a rest will hardly be drafted from
 SPENT = 0.5  # share of gains that further trials may lose
 MEASURE_EVERY, FIRST_MEASURE = 128, 16  # drafting steps after which one step without drafting is measured
 MARGIN = 1.05  # drafting must promise this much over plain decoding; the best of many noisy estimates promises too much
@@ -94,15 +95,21 @@ class Speculation:
         self.step_rate = step_rate
         self._history = SurvivalHistory(slots, gamma, prior_G)
         self._loads: defaultdict[int, _Load] = defaultdict(_Load)
+        self._last: _Load | None = None
 
     def budget(self, slots_R: Sequence[int] | Ints) -> int:
         """Drafted tokens that this step's pass should hold, all requests together; 0: the drafter rests."""
-        load = self._loads[len(slots_R).bit_length()]
+        load = self._last = self._loads[len(slots_R).bit_length()]
         budget = self._decide(load, slots_R)
         load.count(budget > 0)
         if not budget:
             self._history.rest()
         return budget
+
+    @property
+    def rests_long(self) -> bool:
+        """At the load of the step that was decided last the drafter rests for LONG_REST steps more."""
+        return self._last is not None and self._last.resting >= LONG_REST
 
     def push(self, slots_R: Ints, survival_RG: Floats) -> None:
         """The survivals of this step's proposals."""
