@@ -54,10 +54,7 @@ class Unread:
         self._kept.append(_Kept(self._steps, step, features_TF, next_tokens_T))
         self._tokens += len(step)
         if self._tokens >= LIMIT:
-            self._kept = [kept for kept in self._kept if self._alive(kept).any()]
-            self._tokens = sum(len(kept.step) for kept in self._kept)
-            if self._tokens > LIMIT // 2:
-                self.read()
+            self.read()
 
     def leave(self, requests: Sequence[Running]) -> None:
         """One token of each request is read without features, now, and more will follow: from here on they are deaf."""
@@ -82,37 +79,27 @@ class Unread:
 
     def read(self) -> None:
         """The drafter reads all that was kept, in one pass of as many requests as there are tokens."""
-        kept, self._kept, self._tokens = self._kept, [], 0
-        self._began.clear()
-        alive = [self._alive(k) for k in kept]
-        count = int(sum(mask.sum() for mask in alive))
-        if not count:
+        if not self._kept:
             return
-        first = kept[0].step
-        tables_TB = np.zeros((count, max(k.step.tables_RB.shape[1] for k in kept)), np.int64)
+        kept, count, steps = self._kept, self._tokens, [k.step for k in self._kept]
+        self._kept, self._tokens = [], 0
+        self._began.clear()
+        first = steps[0]
+        tables_TB = np.zeros((count, max(step.tables_RB.shape[1] for step in steps)), np.int64)
         end = 0
-        for k, mask in zip(kept, alive, strict=True):
-            end, begin = end + int(mask.sum()), end
-            tables_TB[begin:end, : k.step.tables_RB.shape[1]] = k.step.tables_RB[mask]
-        whole = Pass(
-            np.concatenate([k.step.tokens_T[mask] for k, mask in zip(kept, alive, strict=True)]),
-            np.concatenate([k.step.starts_R[mask] for k, mask in zip(kept, alive, strict=True)]),
-            np.ones(count, np.int64),
-            tables_TB,
-            first.block_size,
-            first.device,
-            first.dtype,
-        )
-        mask_T = np.concatenate(alive)
-        following = torch.from_numpy(np.concatenate([k.next_tokens_T for k in kept])[mask_T]).to(first.device)
+        for step in steps:
+            end += len(step)
+            tables_TB[end - len(step) : end, : step.tables_RB.shape[1]] = step.tables_RB
+        tokens_T = np.concatenate([step.tokens_T for step in steps])
+        starts_T = np.concatenate([step.starts_R for step in steps])
+        next_T = np.concatenate([k.next_tokens_T for k in kept])
         features_TF = torch.cat([k.features_TF for k in kept])
-        if count < len(mask_T):
-            features_TF = features_TF[torch.from_numpy(np.flatnonzero(mask_T)).to(first.device)]
-        self._drafter.extend(whole, features_TF, following)
-
-    def _alive(self, kept: _Kept) -> np.ndarray:
-        """Which tokens of a step are still to be read, bool [T]."""
-        step = kept.step
-        blocks_T = step.tables_RB[np.arange(len(step)), step.starts_R // step.block_size]
-        alive_T: np.ndarray = kept.number >= self._dropped[blocks_T]
-        return alive_T
+        numbers_T = np.repeat([k.number for k in kept], [len(step) for step in steps])
+        alive = np.flatnonzero(numbers_T >= self._dropped[tables_TB[np.arange(count), starts_T // first.block_size]])
+        if len(alive) < count:
+            tables_TB, tokens_T, starts_T, next_T = tables_TB[alive], tokens_T[alive], starts_T[alive], next_T[alive]
+            features_TF = features_TF[torch.from_numpy(alive).to(first.device)]
+        if len(alive):
+            ones_T = np.ones(len(alive), np.int64)
+            whole = Pass(tokens_T, starts_T, ones_T, tables_TB, first.block_size, first.device, first.dtype)
+            self._drafter.extend(whole, features_TF, torch.from_numpy(next_T).to(first.device))

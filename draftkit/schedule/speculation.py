@@ -6,11 +6,12 @@ compares what drafting steps really brought with what they really took, at the s
     gain of a step = tokens / R - seconds / seconds of a step without drafting      (unit: steps without drafting)
 
 Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
-prediction has been against it for two steps, or when ALLOWANCE has been lost. Half of what trials gain may be lost by
-further ones (the fund). While there is a fund the drafter rests for SHORT_REST steps; else for FIRST_REST, and twice as
-long after every trial that ends without one. So whatever the drafter is like and whatever the prediction says, at each
-load no speculation would have been ahead by at most KEPT, and ALLOWANCE and a step for each of log2(LONGEST_REST /
-FIRST_REST) = 8 trials and later for one trial in LONGEST_REST steps: below 0.3 %.
+prediction is against it, when a request joins, or when it has lost the credit. Credit is what trials may lose: ALLOWANCE to
+begin with, TAX for every step without drafting, and SPENT of what trials gain. Without any there is no trial. With some
+there is one when a request has joined, since requests differ in what a drafter is worth to them, and else after a rest:
+SHORT_REST steps behind a trial that gained, FIRST_REST behind one that lost and twice as many behind each further one. So
+whatever the drafter is like and whatever the prediction says, at each load no speculation would have been ahead by at most
+KEPT and ALLOWANCE and TAX of the steps.
 
 Both judges look at earlier steps only, so the target's law is kept.
 
@@ -30,13 +31,15 @@ from draftkit.schedule.history import SurvivalHistory
 from draftkit.schedule.planner import budget_from
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
-ALLOWANCE = 16.0  # steps without drafting that a trial may lose
-KEPT = 32.0  # of what drafting gained, so much may be lost again before it ends
+ALLOWANCE = 16.0  # steps without drafting that trials may lose from the start
+TAX = 0.005  # and for each step without drafting that has passed
+SPENT = 0.5  # and of what trials gain
+KEPT = 32.0  # credit at most; of what a trial gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
-FIRST_REST, LONGEST_REST = 32, 8192  # steps
-SHORT_REST = 2
-LONG_REST = 512  # steps: what is read during such a rest will hardly be drafted from
-SPENT = 0.5  # share of gains that further trials may lose
+SHORT_REST = 2  # steps
+FIRST_REST, LONGEST_REST = 64, 1024
+HOPELESS_REST = 8192  # where not even luck would make drafting pay
+LONG_REST = 128  # what is read during such a rest will hardly be drafted from
 MEASURE_EVERY, FIRST_MEASURE = 128, 16  # drafting steps after which one step without drafting is measured
 MARGIN = 1.05  # drafting must promise this much over plain decoding; the best of many noisy estimates promises too much
 
@@ -54,11 +57,11 @@ class _Load:
     unmeasured: int = MEASURE_EVERY - FIRST_MEASURE  # drafting steps since the last one without
     gain: float = 0.0  # of the present trial
     drafted: int = 0  # drafting steps of the present trial
-    idle: int = 0  # steps without drafting since then
+    idle: int = 0  # steps since the last one that drafted
     resting: int = 0  # steps until the next trial
     hopeless: bool = False  # the next trial was put off, because not even luck would make it pay
-    rest: int = FIRST_REST  # steps of the next rest, unless the fund pays for a short one
-    fund: float = 0.0  # what trials have gained, for further ones to lose
+    rest: int = FIRST_REST  # steps of the next rest, unless the trial gains
+    credit: float = ALLOWANCE  # what trials may lose
 
     @property
     def dearness(self) -> float:
@@ -67,22 +70,27 @@ class _Load:
         return median(self.drafting) / median(self.plain) if self.drafting and self.plain else 1.0
 
     def count(self, drafting: bool) -> None:
-        """A step was decided; a trial ends when it has been idle for two steps: nothing younger will be known."""
+        """A step was decided."""
         if drafting:
             self.drafted, self.unmeasured, self.idle = self.drafted + 1, self.unmeasured + 1, 0
             return
-        self.unmeasured, self.idle = 0, self.idle + 1
-        if self.drafted and self.idle > 1:
-            self.stop()
+        self.unmeasured, self.idle, self.credit = 0, self.idle + 1, min(self.credit + TAX, KEPT)
 
     def stop(self) -> None:
         """The trial is over."""
-        self.fund = min(self.fund + (SPENT * self.gain if self.gain > 0 else self.gain), KEPT)
-        if self.fund > 0:
+        if self.gain > 0:
             self.resting, self.rest = SHORT_REST, FIRST_REST
         else:
-            self.resting, self.rest, self.fund = self.rest, min(2 * self.rest, LONGEST_REST), 0.0
+            self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+        self.credit = min(self.credit + (SPENT * self.gain if self.gain > 0 else self.gain), KEPT)
         self.gain, self.drafted, self.idle, self.hopeless = 0.0, 0, 0, False
+
+    def join(self) -> None:
+        """A request is new here: what was learned of others does not say whether drafting pays for it."""
+        if self.drafted:
+            self.stop()
+        if not self.hopeless:
+            self.resting, self.rest = 0, FIRST_REST
 
 
 class Speculation:
@@ -96,10 +104,14 @@ class Speculation:
         self._history = SurvivalHistory(slots, gamma, prior_G)
         self._loads: defaultdict[int, _Load] = defaultdict(_Load)
         self._last: _Load | None = None
+        self._met: set[int] = set()  # slots whose requests were there before
 
     def budget(self, slots_R: Sequence[int] | Ints) -> int:
         """Drafted tokens that this step's pass should hold, all requests together; 0: the drafter rests."""
         load = self._last = self._loads[len(slots_R).bit_length()]
+        if not self._met.issuperset(slots_R):
+            self._met.update(slots_R)
+            load.join()
         budget = self._decide(load, slots_R)
         load.count(budget > 0)
         if not budget:
@@ -108,8 +120,11 @@ class Speculation:
 
     @property
     def rests_long(self) -> bool:
-        """At the load of the step that was decided last the drafter rests for LONG_REST steps more."""
-        return self._last is not None and self._last.resting >= LONG_REST
+        """At the load of the step that was decided last the drafter rests for LONG_REST steps more, whoever joins."""
+        last = self._last
+        if last is None or last.drafted:
+            return False
+        return (last.hopeless and last.resting >= LONG_REST) or last.credit < -TAX * LONG_REST
 
     def push(self, slots_R: Ints, survival_RG: Floats) -> None:
         """The survivals of this step's proposals."""
@@ -118,6 +133,7 @@ class Speculation:
     def forget(self, slots_R: Ints) -> None:
         """The requests of these slots are gone."""
         self._history.forget(slots_R)
+        self._met.difference_update(slots_R)
 
     def record(self, requests: int, drafting: bool, verified: int, tokens: int, seconds: float) -> None:
         """A step is over: requests that decoded, whether they drafted, drafted tokens verified, tokens gained by all, and
@@ -132,20 +148,25 @@ class Speculation:
         load.drafting.append(seconds / predicted)
         cost = load.dearness * predicted / plain
         load.gain = min(load.gain + tokens / requests - cost, KEPT)
-        if load.gain < -ALLOWANCE and load.drafted:
+        if load.gain < -max(load.credit, 0.0) and load.drafted:
             load.stop()
 
     def _decide(self, load: _Load, slots_R: Sequence[int] | Ints) -> int:
         if load.resting:
             load.resting -= 1
             return 0
-        if load.unmeasured >= MEASURE_EVERY:
+        if load.unmeasured >= MEASURE_EVERY or (not load.drafted and load.credit <= 0):
             return 0
         worth = MARGIN * load.dearness
         if not load.drafted and not load.hopeless:
             hopeful_RG = self._history.hopeful(len(slots_R))
             if not budget_from(hopeful_RG, self.step_rate, worth):
-                load.resting, load.hopeless = LONGEST_REST, True
+                load.resting, load.hopeless = HOPELESS_REST, True
                 return 0
         stale_RG = self._history.stale(np.asarray(slots_R))
-        return budget_from(stale_RG, self.step_rate, 0.0 if load.drafted < LOOK else worth)
+        if load.drafted < LOOK or load.idle:  # the step before was spent on measuring
+            return budget_from(stale_RG, self.step_rate, 0.0)
+        budget = budget_from(stale_RG, self.step_rate, worth)
+        if not budget:
+            load.stop()
+        return budget
