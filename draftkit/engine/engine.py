@@ -136,7 +136,8 @@ class Engine:
                 self.abort(output.request_id)
         seconds = time.perf_counter() - began
         if len(work.requests) == work.decoding:
-            self._planner.record(work.requests, outputs, int(offered.lengths_A.sum()), seconds)
+            verified = int(offered.lengths_A.sum()) if offered.drafting else 0
+            self._planner.record(work.requests, outputs, verified, seconds)
         self._tally.other_seconds += seconds - (self._model_seconds - before)
         return outputs
 
@@ -257,10 +258,10 @@ class Engine:
         logits = adjust_rows(read.logits_WV, offered, adjustments)
         best = read.best_W if logits is read.logits_WV else None
         accepted, following = judge(logits, best, offered, rows, uniforms[:, -2:])
-        speculating = [i for i, r in enumerate(work.requests[: work.decoding]) if r.gamma]
-        if speculating:
+        self._tally.rounds += sum(r.gamma > 0 for r in work.requests[: work.decoding])
+        if offered.drafting:
             drafted = len(offered.drafting) * self.info.gamma
-            self._tally.add_rounds(drafted, offered.lengths_A[speculating], accepted[speculating])
+            self._tally.add_drafts(drafted, offered.lengths_A[offered.drafting], accepted[offered.drafting])
         if offered.confidence_DG is not None:
             chosen = offered.drafting
             self._planner.observe(offered.lengths_A[chosen], accepted[chosen])

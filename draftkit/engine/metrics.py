@@ -53,11 +53,8 @@ class Tally:
         self._bins = np.zeros((3, _BINS))  # positions, sum of confidences, accepted
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
-    def add_rounds(self, drafted: int, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
-        """One step's rounds: `drafted` tokens in all, of which `lengths_R` per request were verified."""
-        self.rounds += len(lengths_R)
-        if not drafted:
-            return
+    def add_drafts(self, drafted: int, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
+        """One step's proposals: `drafted` tokens in all, of which `lengths_R` per request were verified."""
         self.drafted += drafted
         self.verified += int(lengths_R.sum())
         self.accepted += int(accepted_R.sum())
