@@ -95,7 +95,7 @@ class LengthPlanner:
     def record(self, decoding: Sequence[Running], outputs: Sequence[StepOutput], verified: int, seconds: float) -> None:
         """A step is over in which nobody read a prompt: what it brought, `outputs[i]` to request i, and how long it took."""
         able = self._able
-        if self._speculation is None or not able or any([decoding[i].keeps_proposal for i in able]):
+        if self._speculation is None or not able or any(decoding[i].keeps_proposal for i in able):
             return
         tokens = sum([len(outputs[i].events) for i in able]) if self._budget else len(able)
         self._speculation.record(len(able), self._budget > 0, verified, tokens, seconds)

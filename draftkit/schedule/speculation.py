@@ -6,12 +6,12 @@ compares what drafting steps really brought with what they really took, at the s
     gain of a step = tokens / R - seconds / seconds of a step without drafting      (unit: steps without drafting)
 
 Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
-prediction is against it, when a request joins, or when it has lost the credit. Credit is what trials may lose: ALLOWANCE to
-begin with, TAX for every step without drafting, and SPENT of what trials gain. Without any there is no trial. With some
-there is one when a request has joined, since requests differ in what a drafter is worth to them, and else after a rest:
-SHORT_REST steps behind a trial that gained, FIRST_REST behind one that lost and twice as many behind each further one. So
-whatever the drafter is like and whatever the prediction says, at each load no speculation would have been ahead by at most
-KEPT and ALLOWANCE and TAX of the steps.
+prediction is against it, when a request joins, or when it has lost what it may. It may lose the credit, which is ALLOWANCE
+to begin with and grows by TAX with every step without drafting, or the fund, which is SPENT of what trials gain. Without
+either there is no trial. Behind a trial the next one follows at once while all since a request joined have gained together;
+else after FIRST_REST steps for each that it lost, twice as many behind each further one. Requests differ in what a drafter
+is worth to them: while there is a fund, one that joins gets a trial at once. So whatever the drafter is like and whatever
+the prediction says, at each load no speculation would have been ahead by at most KEPT and ALLOWANCE and TAX of the steps.
 
 Both judges look at earlier steps only, so the target's law is kept.
 
@@ -34,10 +34,9 @@ from draftkit.schedule.step_rate import Floats, Ints, StepRate
 ALLOWANCE = 16.0  # steps without drafting that trials may lose from the start
 TAX = 0.005  # and for each step without drafting that has passed
 SPENT = 0.5  # and of what trials gain
-KEPT = 32.0  # credit at most; of what a trial gained, so much may be lost again before it ends
+KEPT = 32.0  # in the fund at most; of what a trial gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
-SHORT_REST = 2  # steps
-FIRST_REST, LONGEST_REST = 64, 1024
+FIRST_REST, LONGEST_REST = 16, 1024  # steps: for each that was lost; at most
 HOPELESS_REST = 8192  # where not even luck would make drafting pay
 LONG_REST = 128  # what is read during such a rest will hardly be drafted from
 MEASURE_EVERY, FIRST_MEASURE = 128, 16  # drafting steps after which one step without drafting is measured
@@ -60,8 +59,10 @@ class _Load:
     idle: int = 0  # steps since the last one that drafted
     resting: int = 0  # steps until the next trial
     hopeless: bool = False  # the next trial was put off, because not even luck would make it pay
-    rest: int = FIRST_REST  # steps of the next rest, unless the trial gains
-    credit: float = ALLOWANCE  # what trials may lose
+    rest: int = FIRST_REST  # steps of the next rest for each that the trial loses
+    earned: float = 0.0  # by all trials since a request joined
+    fund: float = 0.0  # of what trials gained, for further ones to lose
+    credit: float = ALLOWANCE  # what they may lose without one
 
     @property
     def dearness(self) -> float:
@@ -74,22 +75,28 @@ class _Load:
         if drafting:
             self.drafted, self.unmeasured, self.idle = self.drafted + 1, self.unmeasured + 1, 0
             return
-        self.unmeasured, self.idle, self.credit = 0, self.idle + 1, min(self.credit + TAX, KEPT)
+        self.unmeasured, self.idle, self.credit = 0, self.idle + 1, min(self.credit + TAX, ALLOWANCE)
 
     def stop(self) -> None:
         """The trial is over."""
+        self.earned = min(self.earned + self.gain, KEPT)
         if self.gain > 0:
-            self.resting, self.rest = SHORT_REST, FIRST_REST
+            self.fund, self.rest = min(self.fund + SPENT * self.gain, KEPT), FIRST_REST
+        elif self.fund > 0:
+            self.fund += self.gain
         else:
-            self.resting, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
-        self.credit = min(self.credit + (SPENT * self.gain if self.gain > 0 else self.gain), KEPT)
+            self.credit += self.gain
+        if self.earned <= 0:
+            self.resting = min(round(self.rest * max(-self.gain, 0.0)) + 1, LONGEST_REST)
+            self.rest *= 2
         self.gain, self.drafted, self.idle, self.hopeless = 0.0, 0, 0, False
 
     def join(self) -> None:
         """A request is new here: what was learned of others does not say whether drafting pays for it."""
         if self.drafted:
             self.stop()
-        if not self.hopeless:
+        self.earned = 0.0
+        if self.fund > 0 and not self.hopeless:
             self.resting, self.rest = 0, FIRST_REST
 
 
@@ -124,7 +131,7 @@ class Speculation:
         last = self._last
         if last is None or last.drafted:
             return False
-        return (last.hopeless and last.resting >= LONG_REST) or last.credit < -TAX * LONG_REST
+        return (last.hopeless and last.resting >= LONG_REST) or max(last.credit, last.fund) < -TAX * LONG_REST
 
     def push(self, slots_R: Ints, survival_RG: Floats) -> None:
         """The survivals of this step's proposals."""
@@ -148,14 +155,14 @@ class Speculation:
         load.drafting.append(seconds / predicted)
         cost = load.dearness * predicted / plain
         load.gain = min(load.gain + tokens / requests - cost, KEPT)
-        if load.gain < -max(load.credit, 0.0) and load.drafted:
+        if load.gain < -max(load.credit, load.fund, 0.0) and load.drafted:
             load.stop()
 
     def _decide(self, load: _Load, slots_R: Sequence[int] | Ints) -> int:
         if load.resting:
             load.resting -= 1
             return 0
-        if load.unmeasured >= MEASURE_EVERY or (not load.drafted and load.credit <= 0):
+        if load.unmeasured >= MEASURE_EVERY or (not load.drafted and max(load.credit, load.fund) <= 0):
             return 0
         worth = MARGIN * load.dearness
         if not load.drafted and not load.hopeless:
