@@ -96,13 +96,17 @@ class BlockPool:
         for index in range(len(table.links), length // size):
             before = table.links[-1] if table.links else _ROOT
             key = (before, tuple(tokens[index * size : (index + 1) * size]))
-            found = self._known.get(key)
-            if found is None:  # else another block holds the same: go on along its chain, keep ours to ourselves
-                found = (table.blocks[index], self._next_link)
+            found, own = self._known.get(key), table.blocks[index]
+            if found is None:
+                found = self._known[key] = (own, self._next_link)
                 self._next_link += 1
-                self._known[key] = found
-                self._blocks[table.blocks[index]].key = key
-            table.links.append(found[1])
+                self._blocks[own].key = key
+            elif self._blocks[own].heard and not self._blocks[found[0]].heard:  # ours is worth more: it takes the place
+                self._known[key] = (own, found[1])
+                self._blocks[own].key, self._blocks[found[0]].key = key, None
+                if found[0] in self._unused:
+                    self._unused.move_to_end(found[0], last=False)
+            table.links.append(found[1])  # where another block holds the same, along its chain; ours is kept to ourselves
 
     def heard(self, blocks: Sequence[int]) -> bool:
         """Whether the drafter's half of all these is written."""

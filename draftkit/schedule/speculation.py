@@ -88,7 +88,7 @@ class _Load:
             self.credit += self.gain
         if self.earned <= 0:
             self.resting = min(round(self.rest * max(-self.gain, 0.0)) + 1, LONGEST_REST)
-            self.rest *= 2
+            self.rest = min(2 * self.rest, LONGEST_REST)
         self.gain, self.drafted, self.idle, self.hopeless = 0.0, 0, 0, False
 
     def join(self) -> None:
@@ -127,11 +127,12 @@ class Speculation:
 
     @property
     def rests_long(self) -> bool:
-        """At the load of the step that was decided last the drafter rests for LONG_REST steps more, whoever joins."""
+        """At the load of the step that was decided last the drafter will rest for long, whoever joins."""
         last = self._last
         if last is None or last.drafted:
             return False
-        return (last.hopeless and last.resting >= LONG_REST) or max(last.credit, last.fund) < -TAX * LONG_REST
+        closed = last.hopeless or last.fund <= 0  # for those who join
+        return (closed and last.resting >= LONG_REST) or max(last.credit, last.fund) <= 0
 
     def push(self, slots_R: Ints, survival_RG: Floats) -> None:
         """The survivals of this step's proposals."""
