@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from draftkit import __version__, cli
 from draftkit.errors import ConfigError, Interrupted
+from draftkit.ops.native_build import library_names
 
 HEAVY = ("torch", "transformers", "draftkit.config", "numpy", "matplotlib", "fastapi", "huggingface_hub")
 COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
@@ -140,3 +141,23 @@ def test_a_signal_unwinds_the_command_and_sets_the_exit_code(number: signal.Sign
 def test_exit_codes_of_errors() -> None:
     assert ConfigError("x").exit_code == 2
     assert [Interrupted(code).exit_code for code in (130, 143)] == [130, 143]
+
+
+def test_compile_builds_everything_once(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "draftkit.cli", "compile"]
+    first = subprocess.run(command, capture_output=True, text=True, env=environment)
+    built = sorted(path.name for path in (tmp_path / "draftkit").glob("*.so"))
+    assert first.returncode == 0 and [name.split("-")[0] for name in built] == library_names()
+    assert [line.split(":")[0] for line in first.stdout.splitlines()] == library_names() and "not compiled" not in first.stdout
+    changed = [path.stat().st_mtime_ns for path in sorted((tmp_path / "draftkit").iterdir())]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "draftkit").iterdir())] == changed
+
+
+def test_compile_without_a_compiler_says_what_happens_then(tmp_path: Path) -> None:
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path), "CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-m", "draftkit.cli", "compile"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0
+    assert [line.split(",")[0] for line in done.stdout.splitlines()] == [f"{name}: not compiled" for name in library_names()]
+    assert done.stdout.count("no C++ compiler found") == len(library_names())
