@@ -25,7 +25,7 @@ from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.passes import Pass
 from draftkit.engine.running import Running
 
-LIMIT = 4096  # tokens
+LIMIT = 1024  # tokens
 
 
 @dataclass(frozen=True)
