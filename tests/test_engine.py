@@ -16,6 +16,8 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.engine.engine import Engine
+from draftkit.engine.fast_model import ReadOut
+from draftkit.engine.passes import Pass
 from draftkit.engine.request import SamplingParams, StepOutput
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
@@ -260,13 +262,20 @@ def test_a_drafter_that_rested_proposes_what_it_would_have_proposed(
     assert found[0] == found[1] == found[2]
 
 
-def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_again(target: TransformersTarget) -> None:
+def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_again(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No features are asked for; what was written meanwhile is reused by those who do not draft, and by those alone."""
     engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=STEEP))
     fresh = Engine(target, make_drafter(target), small(plan="planned", step_rate=FLAT))
-    model, asked = engine._models.model, []
-    read = model.read
-    engine._models.model.read = lambda step, wanted, layers=(): asked.append(layers) or read(step, wanted, layers)  # type: ignore
+    asked: list[tuple[int, ...]] = []
+    read = engine._models.model.read
+
+    def noting(step: Pass, wanted: torch.Tensor | None, layers: tuple[int, ...] = ()) -> ReadOut:
+        asked.append(layers)
+        return read(step, wanted, layers)
+
+    monkeypatch.setattr(engine._models.model, "read", noting)
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
 
     def answer(engine: Engine, name: str, prompt: list[int]) -> list[StepOutput]:
@@ -280,7 +289,7 @@ def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_
     assert deaf[0].stats.cached_tokens > len(PROMPTS[0]) + 8 and deaf[-1].stats.drafted == 0
     engine._planner.use(FLAT)  # now drafting pays
     for one in (engine, fresh):
-        one._planner.record = lambda *_: None  # type: ignore[method-assign]  # the clock has no say in this comparison
+        monkeypatch.setattr(one._planner, "record", lambda *_: None)  # the clock has no say in this comparison
     heard, expected = answer(engine, "c", longer), answer(fresh, "c", longer)
     assert heard[0].stats.cached_tokens < deaf[0].stats.cached_tokens
     assert [(o.events, o.rejected) for o in heard] == [(o.events, o.rejected) for o in expected]

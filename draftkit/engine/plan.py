@@ -97,7 +97,7 @@ class LengthPlanner:
         able = self._able
         if self._speculation is None or not able or any(decoding[i].keeps_proposal for i in able):
             return
-        tokens = sum([len(outputs[i].events) for i in able]) if self._budget else len(able)
+        tokens = sum(len(outputs[i].events) for i in able) if self._budget else len(able)
         self._speculation.record(len(able), self._budget > 0, verified, tokens, seconds)
 
     def forget(self, row: int) -> None:

@@ -64,7 +64,7 @@ class Running:
     started: float | None = None
     answered: float | None = None  # when the first token came
     cached_tokens: int = 0
-    deaf: bool = False  # the drafter's context has holes in the reused prefix, so it does not draft
+    deaf: bool = False  # the drafter's context has holes, in a reused prefix or this answer, so it does not draft
     rounds: int = 0
     drafted: int = 0
     verified: int = 0
