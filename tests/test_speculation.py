@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from draftkit.schedule.planner import admit
-from draftkit.schedule.speculation import ALLOWANCE, FIRST_MEASURE, HOPELESS_REST, KEPT, LONGEST_REST, TAX, Speculation
+from draftkit.schedule.speculation import ALLOWANCE, AS_SAID, FIRST_MEASURE, HOPELESS_REST, KEPT, LONGEST_REST, TAX, Speculation
 from draftkit.schedule.step_rate import StepRate
 
 GAMMA = 4
@@ -57,7 +57,7 @@ def test_a_drafter_that_does_not_pay_costs_little_and_ever_less(world: World, re
     speculation = Speculation(64, GAMMA, SAID)
     early, _ = world.run(speculation, requests, 3000)
     late, share = world.run(speculation, requests, 20_000)
-    unknown = FIRST_MEASURE * 1.5 * (world.dear - 1)  # lost before the first step without drafting was measured
+    unknown = (FIRST_MEASURE + AS_SAID + 1) * 1.5 * (world.dear - 1)  # lost before that was measured
     assert early > 1 - (ALLOWANCE + 8 + unknown) / 3000 - TAX
     assert late > 0.99
     assert share < 0.02
@@ -100,6 +100,30 @@ def test_a_drafter_that_is_better_than_it_says_is_not_held_to_its_word() -> None
     """What it says decides about trials only; here the step rate was wrong, and drafting is measured to be cheap."""
     speed, share = World(0.45, 0.45, dear=0.6).run(Speculation(1, GAMMA, SAID), 1, 4000)
     assert share > 0.9 and speed > 1.2
+
+
+def test_a_machine_that_becomes_faster_does_not_make_drafting_look_dear() -> None:
+    """Steps that drafted are held against steps without of the same time: others may have used the machine then."""
+    speculation = Speculation(1, GAMMA, SAID)
+    for number in range(8):
+        World(0.15, 0.15, slow=3.0, seed=number).run(speculation, 1, 60)
+        speculation.forget(np.array([0]))
+    World(0.15, 0.15).run(speculation, 1, 200)
+    speculation.forget(np.array([0]))
+    speed, share = World(0.95, 0.95).run(speculation, 1, 200)
+    assert share > 0.9 and speed > 2
+
+
+def test_a_look_verifies_no_more_than_pays_at_once() -> None:
+    """What the first proposals of a request promise is not known before; without a past all might be accepted."""
+    speculation, slots = Speculation(1, GAMMA, SAID), np.arange(1)
+    budget = speculation.budget(slots)
+    assert speculation.lengths(np.full((1, GAMMA), 1e-5), budget).tolist() == [0]
+    assert speculation.lengths(np.full((1, GAMMA), 0.99), budget).tolist() == [GAMMA]
+    speculation.push(slots, np.full((1, GAMMA), 0.99))
+    speculation.record(1, True, GAMMA, 1 + GAMMA, 1.8)
+    budget = speculation.budget(slots)
+    assert speculation.lengths(np.full((1, GAMMA), 1e-5), budget).tolist() == [GAMMA]  # from then on older ones say
 
 
 def test_a_change_for_the_worse_is_noticed_and_one_for_the_better_too() -> None:

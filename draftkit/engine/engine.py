@@ -274,7 +274,7 @@ class Engine:
             return
         began = time.perf_counter()
         if len(step) == work.decoding:  # nobody drafted, nobody read a prompt
-            self._unread.add(work.requests, step, read.features_TF, outcome.next_A)
+            self._unread.add(work.requests, read.features_TF, outcome.next_A)
             self._tally.draft_seconds += time.perf_counter() - began
             return
         self._catch_up()

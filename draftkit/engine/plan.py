@@ -13,7 +13,7 @@ from draftkit.engine.request import StepOutput
 from draftkit.engine.running import Running
 from draftkit.schedule.calibration import Calibration
 from draftkit.schedule.estimator import AcceptanceEstimator
-from draftkit.schedule.planner import admit, survival_of
+from draftkit.schedule.planner import survival_of
 from draftkit.schedule.speculation import Speculation
 from draftkit.schedule.step_rate import StepRate
 
@@ -83,7 +83,7 @@ class LengthPlanner:
             return most_D
         survival_DG, _ = survival_of(confidence_DG)
         self._speculation.push(np.array([r.row for r in drafting]), survival_DG)
-        admitted_D = admit(survival_DG, self._budget)
+        admitted_D = self._speculation.lengths(survival_DG, self._budget)
         whole_D = np.array([r.keeps_proposal for r in drafting])
         return np.where(whole_D, most_D, np.minimum(admitted_D, most_D))
 
@@ -95,7 +95,9 @@ class LengthPlanner:
     def record(self, decoding: Sequence[Running], outputs: Sequence[StepOutput], verified: int, seconds: float) -> None:
         """A step is over in which nobody read a prompt: what it brought, `outputs[i]` to request i, and how long it took."""
         able = self._able
-        if self._speculation is None or not able or any(decoding[i].keeps_proposal for i in able):
+        if self._speculation is None or not able or not self._speculation.measures:
+            return
+        if any(decoding[i].keeps_proposal for i in able):
             return
         tokens = sum(len(outputs[i].events) for i in able) if self._budget else len(able)
         self._speculation.record(len(able), self._budget > 0, verified, tokens, seconds)

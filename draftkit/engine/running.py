@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -86,7 +87,7 @@ class Running:
         """Tokens that must be read before a round can begin; the last token of an answer belongs to the round."""
         return len(self.tokens) - self.computed - (self.made > 0)
 
-    @property
+    @cached_property
     def keeps_proposal(self) -> bool:
         """A seeded sample must not depend on the load, so its proposals are verified whole."""
         return self.params.seed is not None and self.params.temperature > 0

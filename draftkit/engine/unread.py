@@ -13,7 +13,6 @@ Shapes: T tokens of a pass, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,32 +27,27 @@ from draftkit.engine.running import Running
 LIMIT = 1024  # tokens
 
 
-@dataclass(frozen=True)
-class _Kept:
-    number: int  # of the step
-    step: Pass
-    features_TF: Tensor
-    next_tokens_T: np.ndarray
-
-
 class Unread:
     """Passes of one token per request that `drafter` has yet to read, oldest first."""
 
     def __init__(self, drafter: FastDrafter | FastEagle, pool: BlockPool) -> None:
         self._drafter, self._pool = drafter, pool
-        self._kept: list[_Kept] = []
-        self._tokens = self._steps = 0
+        self._tokens: list[tuple[int, int, int, int]] = []  # block, position, token behind it, number of the step
+        self._features: list[Tensor] = []  # of one step each
+        self._steps = 0
         self._began: dict[int, int] = {}  # row of each request with unread tokens, position of the first one
         self._dropped = np.zeros(pool.num_blocks, np.int64)  # by block: what earlier steps wrote there is not read any more
 
-    def add(self, requests: Sequence[Running], step: Pass, features_TF: Tensor, next_tokens_T: np.ndarray) -> None:
-        """Keep a pass for later; nothing of it may be rejected."""
-        for request in requests:
-            self._began.setdefault(request.row, request.computed)
+    def add(self, requests: Sequence[Running], features_TF: Tensor, next_tokens_T: np.ndarray) -> None:
+        """Keep a pass for later, which read one token of each request; nothing of it may be rejected."""
         self._steps += 1
-        self._kept.append(_Kept(self._steps, step, features_TF, next_tokens_T))
-        self._tokens += len(step)
-        if self._tokens >= LIMIT:
+        size = self._pool.block_size
+        for request, following in zip(requests, next_tokens_T.tolist(), strict=True):
+            position = request.computed
+            self._began.setdefault(request.row, position)
+            self._tokens.append((request.table.blocks[position // size], position, following, self._steps))
+        self._features.append(features_TF)
+        if len(self._tokens) >= LIMIT:
             self.read()
 
     def leave(self, requests: Sequence[Running]) -> None:
@@ -79,27 +73,19 @@ class Unread:
 
     def read(self) -> None:
         """The drafter reads all that was kept, in one pass of as many requests as there are tokens."""
-        if not self._kept:
+        if not self._tokens:
             return
-        kept, count, steps = self._kept, self._tokens, [k.step for k in self._kept]
-        self._kept, self._tokens = [], 0
+        blocks_T, positions_T, next_T, numbers_T = np.array(self._tokens, np.int64).T
+        features_TF = torch.cat(self._features)
+        self._tokens, self._features = [], []
         self._began.clear()
-        first = steps[0]
-        tables_TB = np.zeros((count, max(step.tables_RB.shape[1] for step in steps)), np.int64)
-        end = 0
-        for step in steps:
-            end += len(step)
-            tables_TB[end - len(step) : end, : step.tables_RB.shape[1]] = step.tables_RB
-        tokens_T = np.concatenate([step.tokens_T for step in steps])
-        starts_T = np.concatenate([step.starts_R for step in steps])
-        next_T = np.concatenate([k.next_tokens_T for k in kept])
-        features_TF = torch.cat([k.features_TF for k in kept])
-        numbers_T = np.repeat([k.number for k in kept], [len(step) for step in steps])
-        alive = np.flatnonzero(numbers_T >= self._dropped[tables_TB[np.arange(count), starts_T // first.block_size]])
-        if len(alive) < count:
-            tables_TB, tokens_T, starts_T, next_T = tables_TB[alive], tokens_T[alive], starts_T[alive], next_T[alive]
-            features_TF = features_TF[torch.from_numpy(alive).to(first.device)]
+        alive = np.flatnonzero(numbers_T >= self._dropped[blocks_T])
+        if len(alive) < len(blocks_T):
+            blocks_T, positions_T, next_T = blocks_T[alive], positions_T[alive], next_T[alive]
+            features_TF = features_TF[torch.from_numpy(alive).to(features_TF.device)]
         if len(alive):
-            ones_T = np.ones(len(alive), np.int64)
-            whole = Pass(tokens_T, starts_T, ones_T, tables_TB, first.block_size, first.device, first.dtype)
-            self._drafter.extend(whole, features_TF, torch.from_numpy(next_T).to(first.device))
+            size, ones_T = self._pool.block_size, np.ones_like(next_T)
+            tables_TB = np.zeros((len(alive), int(positions_T.max()) // size + 1), np.int64)
+            tables_TB[np.arange(len(alive)), positions_T // size] = blocks_T  # nobody looks at what lies before
+            step = Pass(next_T, positions_T, ones_T, tables_TB, size, features_TF.device, features_TF.dtype)
+            self._drafter.extend(step, features_TF, step.tokens)

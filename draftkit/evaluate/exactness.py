@@ -62,18 +62,32 @@ def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase
         PlannerCase(
             "budget", lambda c, k: admit(survival_of(c)[0], k), lambda c: budget_from(survival_of(c)[0], step_rate), lag
         ),
+        PlannerCase("first-look", lambda c, _: _first_lengths(c, step_rate)),
         PlannerCase("speculation", lambda c, k: admit(survival_of(c)[0], k), lambda c: _asked_budget(c, step_rate), 1),
     ]
 
 
+def _begin(requests: int, gamma: int, step_rate: StepRate) -> tuple[Speculation, int]:
+    """A new `Speculation`, and the budget of its first step; 0 where drafting is hopeless."""
+    speculation = Speculation(requests, gamma, step_rate)
+    return speculation, speculation.budget(np.arange(requests))
+
+
+def _first_lengths(confidence_RG: Floats, step_rate: StepRate) -> Ints:
+    """What `Speculation` lets through of the first proposals."""
+    requests, gamma = confidence_RG.shape
+    speculation, budget = _begin(requests, gamma, step_rate)
+    return speculation.lengths(survival_of(confidence_RG)[0], budget)
+
+
 def _asked_budget(earlier_RG: Floats, step_rate: StepRate) -> int:
-    """What `Speculation` answers after a step of drafting with these confidences, which kept two tokens of each request."""
-    requests, gamma = earlier_RG.shape
-    slots, speculation = np.arange(requests), Speculation(requests, gamma, step_rate)
-    drafting = speculation.budget(slots) > 0
-    if drafting:
+    """What it answers after a step of drafting with these confidences, which kept two tokens of each request."""
+    requests = len(earlier_RG)
+    slots, (speculation, budget) = np.arange(requests), _begin(requests, earlier_RG.shape[1], step_rate)
+    if budget:
         speculation.push(slots, survival_of(earlier_RG)[0])
-    speculation.record(requests, drafting, requests, 2 * requests, float(step_rate.step_seconds(requests, slots[-1:] + 1)[0]))
+    seconds = float(step_rate.step_seconds(requests, slots[-1:] + 1)[0])
+    speculation.record(requests, budget > 0, requests, 2 * requests, seconds)
     return speculation.budget(slots)
 
 

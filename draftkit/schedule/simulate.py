@@ -101,7 +101,7 @@ def algorithm_1_arm(batch: Batch, speculation: Speculation) -> Decision:
 def budget_arm(batch: Batch, speculation: Speculation) -> Decision:
     """The production variant: the budget from the survivals of the step before, ranked by this step's."""
     budget = speculation.budget(batch.slots_R)
-    return Decision(admit(batch.survival_RG, budget), True) if budget else _rest(batch)
+    return Decision(speculation.lengths(batch.survival_RG, budget), True) if budget else _rest(batch)
 
 
 def oracle_arm(batch: Batch, speculation: Speculation) -> Decision:

@@ -8,10 +8,11 @@ compares what drafting steps really brought with what they really took, at the s
 Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
 prediction is against it, when a request joins, or when it has lost what it may. It may lose the credit, which is ALLOWANCE
 to begin with and grows by TAX with every step without drafting, or the fund, which is SPENT of what trials gain. Without
-either there is no trial. Behind a trial the next one follows at once while all since a request joined have gained together;
-else after FIRST_REST steps for each that it lost, twice as many behind each further one. Requests differ in what a drafter
-is worth to them: while there is a fund, one that joins gets a trial at once. So whatever the drafter is like and whatever
-the prediction says, at each load no speculation would have been ahead by at most KEPT and ALLOWANCE and TAX of the steps.
+either there is no trial. Behind a trial that gained the next one follows at once; behind one that lost, after SHORT_REST
+steps while all since a request joined have gained together, else after FIRST_REST steps for each that it lost, twice as
+many behind each further one. Requests differ in what a drafter is worth to them: one that joins gets a trial at once while
+there is a fund, or half of the credit. So whatever the drafter is like and whatever the prediction says, at each load no
+speculation would have been ahead by at most KEPT and ALLOWANCE and TAX of the steps.
 
 Both judges look at earlier steps only, so the target's law is kept.
 
@@ -28,7 +29,7 @@ from statistics import median
 import numpy as np
 
 from draftkit.schedule.history import SurvivalHistory
-from draftkit.schedule.planner import budget_from
+from draftkit.schedule.planner import admit, budget_from, plan_verification
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
 ALLOWANCE = 16.0  # steps without drafting that trials may lose from the start
@@ -36,24 +37,24 @@ TAX = 0.005  # and for each step without drafting that has passed
 SPENT = 0.5  # and of what trials gain
 KEPT = 32.0  # in the fund at most; of what a trial gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
-FIRST_REST, LONGEST_REST = 16, 1024  # steps: for each that was lost; at most
+FIRST_REST, LONGEST_REST = 64, 1024  # steps: for each that was lost; at most
+SHORT_REST = 16  # where trials have gained together
 HOPELESS_REST = 8192  # where not even luck would make drafting pay
 LONG_REST = 128  # what is read during such a rest will hardly be drafted from
-MEASURE_EVERY, FIRST_MEASURE = 128, 16  # drafting steps after which one step without drafting is measured
+MEASURE_EVERY, FIRST_MEASURE = 256, 16  # drafting steps after which steps without are measured
+SETTLED = 3  # in a row, then one counts: behind a step that drafted they take longer for a while (caches)
+RECENT = 9  # steps of each kind that count
+AS_SAID = 3  # drafting steps that are taken to have cost what the step rate says, before any was measured
 MARGIN = 1.05  # drafting must promise this much over plain decoding; the best of many noisy estimates promises too much
-
-
-def _ratios() -> deque[float]:
-    return deque(maxlen=9)
 
 
 @dataclass
 class _Load:
     """What is known of one load (numbers of requests of the same magnitude). Gains are in steps without drafting."""
 
-    plain: deque[float] = field(default_factory=_ratios)  # measured seconds over predicted ones of the last such steps
-    drafting: deque[float] = field(default_factory=_ratios)
-    unmeasured: int = MEASURE_EVERY - FIRST_MEASURE  # drafting steps since the last one without
+    plain: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))  # measured seconds over predicted ones
+    drafting: deque[float] = field(default_factory=lambda: deque([1.0] * AS_SAID, maxlen=RECENT))  # the same, over `plain`
+    unmeasured: int = MEASURE_EVERY - FIRST_MEASURE  # drafting steps since one without was measured
     gain: float = 0.0  # of the present trial
     drafted: int = 0  # drafting steps of the present trial
     idle: int = 0  # steps since the last one that drafted
@@ -66,16 +67,27 @@ class _Load:
 
     @property
     def dearness(self) -> float:
-        """By how much drafting steps are dearer, beside steps without, than the step rate says; medians, so that
-        disturbances do not count. 1 until both were measured."""
-        return median(self.drafting) / median(self.plain) if self.drafting and self.plain else 1.0
+        """By how much drafting steps are dearer, beside steps without, than the step rate says; a median, so that
+        disturbances do not count."""
+        return median(self.drafting)
+
+    def measure(self, drafting: bool, ratio: float) -> None:
+        """Measured seconds of a step over predicted ones. One that drafted is held against the last steps without, since a
+        machine that others use may be half as fast a minute later."""
+        if not drafting:
+            if self.idle >= SETTLED:
+                self.plain.append(ratio)
+        elif self.plain:
+            self.drafting.append(ratio / median(self.plain))
 
     def count(self, drafting: bool) -> None:
         """A step was decided."""
         if drafting:
             self.drafted, self.unmeasured, self.idle = self.drafted + 1, self.unmeasured + 1, 0
             return
-        self.unmeasured, self.idle, self.credit = 0, self.idle + 1, min(self.credit + TAX, ALLOWANCE)
+        self.idle, self.credit = self.idle + 1, min(self.credit + TAX, ALLOWANCE)
+        if self.idle >= SETTLED:
+            self.unmeasured = 0
 
     def stop(self) -> None:
         """The trial is over."""
@@ -86,7 +98,9 @@ class _Load:
             self.fund += self.gain
         else:
             self.credit += self.gain
-        if self.earned <= 0:
+        if self.earned > 0:
+            self.resting = SHORT_REST if self.gain <= 0 else 0
+        else:
             self.resting = min(round(self.rest * max(-self.gain, 0.0)) + 1, LONGEST_REST)
             self.rest = min(2 * self.rest, LONGEST_REST)
         self.gain, self.drafted, self.idle, self.hopeless = 0.0, 0, 0, False
@@ -96,7 +110,7 @@ class _Load:
         if self.drafted:
             self.stop()
         self.earned = 0.0
-        if self.fund > 0 and not self.hopeless:
+        if not self.hopeless and (self.fund > 0 or self.credit >= ALLOWANCE / 2):
             self.resting, self.rest = 0, FIRST_REST
 
 
@@ -111,6 +125,7 @@ class Speculation:
         self._history = SurvivalHistory(slots, gamma, prior_G)
         self._loads: defaultdict[int, _Load] = defaultdict(_Load)
         self._last: _Load | None = None
+        self._looking = False  # in the step that was decided last
         self._met: set[int] = set()  # slots whose requests were there before
 
     def budget(self, slots_R: Sequence[int] | Ints) -> int:
@@ -125,6 +140,12 @@ class Speculation:
             self._history.rest()
         return budget
 
+    def lengths(self, survival_RG: Floats, budget: int) -> Ints:
+        """Drafted tokens to verify of each request, [R], in the step for which `budget` was the answer, by the survivals of
+        its proposals. A step that only looks what the drafter promises goes by Algorithm 1: it verifies what promises to
+        pay now, were it nothing, while the budget knows older survivals or those of others."""
+        return plan_verification(survival_RG, self.step_rate) if budget and self._looking else admit(survival_RG, budget)
+
     @property
     def rests_long(self) -> bool:
         """At the load of the step that was decided last the drafter will rest for long, whoever joins."""
@@ -133,6 +154,11 @@ class Speculation:
             return False
         closed = last.hopeless or last.fund <= 0  # for those who join
         return (closed and last.resting >= LONG_REST) or max(last.credit, last.fund) <= 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether `record` has a use for the step that was decided last: not in a rest that has long to go."""
+        return self._last is None or self._last.resting < RECENT
 
     def push(self, slots_R: Ints, survival_RG: Floats) -> None:
         """The survivals of this step's proposals."""
@@ -150,10 +176,10 @@ class Speculation:
         passes = step_rate.pass_table(requests + verified)
         plain = float(passes[requests])
         if not drafting:
-            load.plain.append(seconds / plain)
+            load.measure(False, seconds / plain)
             return
         predicted = float(passes[requests + verified]) + step_rate.drafter_seconds(requests)
-        load.drafting.append(seconds / predicted)
+        load.measure(True, seconds / predicted)
         cost = load.dearness * predicted / plain
         load.gain = min(load.gain + tokens / requests - cost, KEPT)
         if load.gain < -max(load.credit, load.fund, 0.0) and load.drafted:
@@ -172,7 +198,8 @@ class Speculation:
                 load.resting, load.hopeless = HOPELESS_REST, True
                 return 0
         stale_RG = self._history.stale(np.asarray(slots_R))
-        if load.drafted < LOOK or load.idle:  # the step before was spent on measuring
+        self._looking = load.drafted < LOOK
+        if self._looking or load.idle:  # the step before was spent on measuring
             return budget_from(stale_RG, self.step_rate, 0.0)
         budget = budget_from(stale_RG, self.step_rate, worth)
         if not budget:
