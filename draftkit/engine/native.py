@@ -21,6 +21,7 @@ from torch import Tensor
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Layer, Stack
+from draftkit.ops.huge_pages import HugePages
 from draftkit.ops.native_build import NoNative, load_library, structure
 
 PANEL, LANES = 16, 8  # rows per panel of a matrix, numbers per vector: as in the source
@@ -78,6 +79,7 @@ class NativeStack:
         if any(size % LANES for size in sizes):
             raise NoNative(f"hidden and head sizes {sorted(set(sizes))} must be multiples of {LANES}")
         self._kept: list[Tensor] = []
+        self._pages = HugePages()
         self.hidden, self.vocab = stack.shape.hidden, len(ends.head)
         self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
         layers = ctypes.cast(self._layers, _pointer)
@@ -128,7 +130,7 @@ class NativeStack:
 
     def matrix(self, weight: Tensor) -> ctypes.Structure:
         """A matrix [out, in] in panels; kept alive with this object."""
-        panels = pack_panels(weight)
+        panels = self._pages.copy(pack_panels(weight))
         self._kept.append(panels)
         rows = -(-len(weight) // LANES) * LANES
         return _Matrix(panels.data_ptr(), rows, panels.shape[1], panels.dtype == torch.bfloat16)
