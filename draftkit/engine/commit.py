@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 from torch import Tensor
@@ -44,9 +43,9 @@ def commit(
     offered = outcome.offered
     accepted, following = outcome.accepted_A.tolist(), outcome.next_A.tolist()
     lengths, counts = offered.lengths_A.tolist(), work.counts_R.tolist()
-    drafts = offered.host_tokens_AG.tolist()
+    drafts = offered.host_tokens_AG.tolist() if offered.drafting else [[]] * work.answering
     outputs: list[StepOutput] = []
-    firsts = list(accumulate((length + 1 for length in lengths), initial=0))
+    first = 0  # row of logits of the request's first token
     drafted = set(offered.drafting)
     for index, request in enumerate(work.requests):
         if index >= work.answering:
@@ -63,7 +62,8 @@ def commit(
         request.computed += counts[index] + min(kept, len(tokens))
         request.answered = request.answered or time.perf_counter()
         pool.register(request.table, request.tokens, request.computed)
-        events = _events(request, tokens, kept, outcome.logits_NV, firsts[index])
+        events = _events(request, tokens, kept, outcome.logits_NV, first)
+        first += lengths[index] + 1
         rejected = tuple(drafts[index][kept : lengths[index]])
         outputs.append(StepOutput(request.id, events, rejected, reason, why, request.stats()))
     return outputs

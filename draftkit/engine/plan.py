@@ -55,8 +55,12 @@ class LengthPlanner:
 
     def choose_drafting(self, decoding: Sequence[Running]) -> list[int]:
         """Indices of the requests that draft in this step."""
-        able = [i for i, r in enumerate(decoding) if r.gamma and self.most(r)]
-        hearing = [i for i in able if not decoding[i].deaf]
+        able, hearing = [], []
+        for index, request in enumerate(decoding):  # in every step: one loop, few calls
+            if request.gamma and (request.made + 1 < request.limit or request.keeps_proposal):
+                able.append(index)
+                if not request.deaf:
+                    hearing.append(index)
         if self._speculation is None or not able:
             self._able = hearing
             return hearing

@@ -88,7 +88,7 @@ def judge(
     if offered.probs_AGV is None:
         best_N = _best(logits_NV) if best_N is None else best_N
         if not longest:
-            return np.zeros_like(best_N), best_N
+            return np.zeros(len(best_N), np.int64), best_N
         cells = _cells(offered.lengths_A, longest)
         best_AG = best_N.reshape(-1, longest + 1) if cells is None else best_N[cells]
         kept_AG = offered.host_tokens_AG[:, :longest] == best_AG[:, :longest]

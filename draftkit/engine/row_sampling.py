@@ -40,10 +40,13 @@ class RowSampling:
         return self.temperature, self.top_k, self.top_p, self.min_p
 
 
+_ALL_GREEDY = RowSampling(True)
+
+
 def row_sampling(params_R: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> RowSampling:
     """The settings of many requests."""
     if all(p.temperature == 0 for p in params_R):
-        return RowSampling(True)
+        return _ALL_GREEDY
 
     def column(values: Sequence[float], off: float, dtype: type) -> Tensor | None:
         if all(v == off for v in values):

@@ -77,12 +77,15 @@ class Scheduler:
         queue, to be read again.
         """
         preempted = self._make_room()
-        decoding = [r for r in self.running if r.decoding]
+        decoding: list[Running] = []
+        reading: list[Running] = []
+        for request in self.running:
+            (decoding if request.decoding else reading).append(request)
         budget = max(self._step_tokens - len(decoding) * self._ahead, self.pool.block_size)
         ends: list[tuple[Running, int]] = []
         middles: list[tuple[Running, int]] = []
-        for request in self.running:
-            if budget and not request.decoding:
+        for request in reading:
+            if budget:
                 count = min(budget, request.to_read)
                 budget -= count
                 (ends if self._answers(request, count) else middles).append((request, count))

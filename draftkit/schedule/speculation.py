@@ -48,7 +48,7 @@ AS_SAID = 3  # drafting steps that are taken to have cost what the step rate say
 MARGIN = 1.05  # drafting must promise this much over plain decoding; the best of many noisy estimates promises too much
 
 
-@dataclass
+@dataclass(slots=True)
 class _Load:
     """What is known of one load (numbers of requests of the same magnitude). Gains are in steps without drafting."""
 
@@ -134,7 +134,11 @@ class Speculation:
         if not self._met.issuperset(slots_R):
             self._met.update(slots_R)
             load.join()
-        budget = self._decide(load, slots_R)
+        if load.resting:
+            load.resting -= 1
+            budget = 0
+        else:
+            budget = self._decide(load, slots_R)
         load.count(budget > 0)
         if not budget:
             self._history.rest()
@@ -186,9 +190,6 @@ class Speculation:
             load.stop()
 
     def _decide(self, load: _Load, slots_R: Sequence[int] | Ints) -> int:
-        if load.resting:
-            load.resting -= 1
-            return 0
         if load.unmeasured >= MEASURE_EVERY or (not load.drafted and max(load.credit, load.fund) <= 0):
             return 0
         worth = MARGIN * load.dearness
