@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--requests-per-user", type=int, default=1, help="at least 4 in all")
+    parser.add_argument("--requests-per-user", type=int, default=1, help="at least 24 in all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -79,7 +79,7 @@ def main() -> None:
         for concurrency in options.concurrency:
             order = list(engines)[repeat % 3 :] + list(engines)[: repeat % 3]
             for name in order:
-                requests = max(4, concurrency * options.requests_per_user)
+                requests = max(24, concurrency * options.requests_per_user)
                 runs[concurrency][name].append(
                     run_closed(engines[name], prompts, concurrency, requests, options.new_tokens)
                 )

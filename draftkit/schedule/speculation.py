@@ -9,10 +9,11 @@ Drafting goes on in trials. A trial begins with LOOK drafting steps, so that sur
 prediction is against it, when a request joins, or when it has lost what it may. It may lose the credit, which is ALLOWANCE
 to begin with and grows by TAX with every step without drafting, or the fund, which is SPENT of what trials gain. Without
 either there is no trial. Behind a trial that gained the next one follows at once; behind one that lost, after SHORT_REST
-steps while all since a request joined have gained together, else after FIRST_REST steps for each that it lost, twice as
-many behind each further one. Requests differ in what a drafter is worth to them: one that joins gets a trial at once while
-there is a fund, or half of the credit. So whatever the drafter is like and whatever the prediction says, at each load no
-speculation would have been ahead by at most KEPT and ALLOWANCE and TAX of the steps.
+steps for each that it lost while all since a request joined have gained together, else after FIRST_REST for each, twice as
+many behind each further one; losses below one step count as their squares. Requests differ in what a drafter is worth to
+them: one that joins gets a trial at once while there is a fund, or half of the credit. So whatever the drafter is like and
+whatever the prediction says, at each load no speculation would have been ahead by at most KEPT and ALLOWANCE and TAX of
+the steps.
 
 Both judges look at earlier steps only, so the target's law is kept.
 
@@ -38,7 +39,7 @@ SPENT = 0.5  # and of what trials gain
 KEPT = 32.0  # in the fund at most; of what a trial gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
 FIRST_REST, LONGEST_REST = 64, 1024  # steps: for each that was lost; at most
-SHORT_REST = 16  # where trials have gained together
+SHORT_REST = 8  # for each that was lost, where trials have gained together
 HOPELESS_REST = 8192  # where not even luck would make drafting pay
 LONG_REST = 128  # what is read during such a rest will hardly be drafted from
 MEASURE_EVERY, FIRST_MEASURE = 256, 16  # drafting steps after which steps without are measured
@@ -98,10 +99,12 @@ class _Load:
             self.fund += self.gain
         else:
             self.credit += self.gain
+        lost = max(-self.gain, 0.0)
+        weight = lost * min(lost, 1.0)  # what costs little may soon be tried again
         if self.earned > 0:
-            self.resting = SHORT_REST if self.gain <= 0 else 0
+            self.resting = int(SHORT_REST * weight)
         else:
-            self.resting = min(round(self.rest * max(-self.gain, 0.0)) + 1, LONGEST_REST)
+            self.resting = min(int(self.rest * weight), LONGEST_REST)
             self.rest = min(2 * self.rest, LONGEST_REST)
         self.gain, self.drafted, self.idle, self.hopeless = 0.0, 0, 0, False
 
