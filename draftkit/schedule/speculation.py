@@ -7,13 +7,13 @@ compares what drafting steps really brought with what they really took, at the s
 
 Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
 prediction is against it, when a request joins, or when it has lost what it may. It may lose the credit, which is ALLOWANCE
-to begin with and grows by TAX with every step without drafting, or the fund, which is SPENT of what trials gain. Without
-either there is no trial. Behind a trial that gained the next one follows at once; behind one that lost, after SHORT_REST
-steps for each that it lost while all since a request joined have gained together, else after FIRST_REST for each, twice as
-many behind each further one; losses below one step count as their squares. Requests differ in what a drafter is worth to
-them: one that joins gets a trial at once while there is a fund, or half of the credit. So whatever the drafter is like and
-whatever the prediction says, at each load no speculation would have been ahead by at most KEPT and ALLOWANCE and TAX of
-the steps.
+to begin with and grows by TAX with every step without drafting, or the fund, which is SPENT of what trials gain and pays
+first. Without either there is no trial. Behind a trial that gained the next one follows at once; behind one that lost,
+after SHORT_REST steps for each that it lost while all since a request joined have gained together, else after FIRST_REST
+for each, twice as many behind each further one; losses below one step count as their squares. Requests differ in what a
+drafter is worth to them: one that joins gets a trial at once while there is a fund, or half of the credit. So whatever the
+drafter is like and whatever the prediction says, at each load no speculation would have been ahead by at most KEPT and
+ALLOWANCE and TAX of the steps.
 
 Both judges look at earlier steps only, so the target's law is kept.
 
@@ -93,13 +93,11 @@ class _Load:
     def stop(self) -> None:
         """The trial is over."""
         self.earned = min(self.earned + self.gain, KEPT)
+        lost = max(-self.gain, 0.0)
         if self.gain > 0:
             self.fund, self.rest = min(self.fund + SPENT * self.gain, KEPT), FIRST_REST
-        elif self.fund > 0:
-            self.fund += self.gain
-        else:
-            self.credit += self.gain
-        lost = max(-self.gain, 0.0)
+        from_fund = min(lost, self.fund)
+        self.fund, self.credit = self.fund - from_fund, self.credit - (lost - from_fund)
         weight = lost * min(lost, 1.0)  # what costs little may soon be tried again
         if self.earned > 0:
             self.resting = int(SHORT_REST * weight)
