@@ -111,8 +111,13 @@ class _Load:
         if self.drafted:
             self.stop()
         self.earned = 0.0
-        if not self.hopeless and (self.fund > 0 or self.credit >= ALLOWANCE / 2):
+        if self.open:
             self.resting, self.rest = 0, FIRST_REST
+
+    @property
+    def open(self) -> bool:
+        """Whether a request that joins gets a trial at once."""
+        return not self.hopeless and (self.fund > 0 or self.credit >= ALLOWANCE / 2)
 
 
 class Speculation:
@@ -157,8 +162,7 @@ class Speculation:
         last = self._last
         if last is None or last.drafted:
             return False
-        closed = last.hopeless or last.fund <= 0  # for those who join
-        return (closed and last.resting >= LONG_REST) or max(last.credit, last.fund) <= 0
+        return (not last.open and last.resting >= LONG_REST) or max(last.credit, last.fund) <= 0
 
     @property
     def measures(self) -> bool:
