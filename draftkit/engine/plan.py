@@ -57,7 +57,7 @@ class LengthPlanner:
         """Indices of the requests that draft in this step."""
         able, hearing = [], []
         for index, request in enumerate(decoding):  # in every step: one loop, few calls
-            if request.gamma and (request.made + 1 < request.limit or request.keeps_proposal):
+            if request.gamma and self.most(request):
                 able.append(index)
                 if not request.deaf:
                     hearing.append(index)
