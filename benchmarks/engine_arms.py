@@ -1,18 +1,20 @@
 """The engine without a drafter, with proposals of fixed length, and with planned lengths, at several concurrencies.
 
-    python benchmarks/engine_arms.py DRAFTER --concurrency 1 2 4 8 16 32 64 --repeats 3 --out benchmarks/results/arms.json
+    python benchmarks/engine_arms.py DRAFTER --concurrency 1 2 4 8 16 32 64 --requests 198 --out benchmarks/results/arms.json
 
-Arms take turns within every repeat; a ratio compares runs of the same repeat, and the median over repeats is reported.
+Users ask the held-out prompts, and answers end where the target ends them. Arms take turns every few answers, because other
+users of a machine change its speed within seconds. A ratio is that of all tokens over all seconds, with the 95 % interval of
+a bootstrap over turns.
 With `--eager` passes are PyTorch operations: slow, and of nearly the same cost whatever they hold, so that drafting pays.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from engine_load import Load, processor, read_prompts, run_closed
 from result_file import print_result
@@ -22,30 +24,44 @@ from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.target.transformers import load_target
 
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+ARMS = ["off", "fixed", "planned"]
+FEW = 6  # answers of a turn, or one per user
 
 
-def summarise(concurrency: int, runs: dict[str, list[Load]]) -> dict[str, Any]:
-    """Speeds, ratios within repeats, and what the drafts did, of one concurrency."""
-    arms = {
-        name: {
-            "tokens_per_second": spread([r.speed for r in found]),
-            "accepted_length": statistics.median(r.accepted_length for r in found),
-            "verified_per_round": statistics.median(r.verified_per_round for r in found),
-            "overhead": statistics.median(r.overhead for r in found),
+def ratio(seconds_TA: np.ndarray, above: str, below: str | None = None) -> dict[str, float]:
+    """Speed of the arm `above` over that of `below` (None: the faster of the other two) from seconds [turns, arms] for the same
+    answers, and its 95 % interval."""
+
+    def of(total_A: np.ndarray) -> float:
+        slower = dict(zip(ARMS, total_A.tolist(), strict=True))
+        own = slower.pop(above)
+        return float((min(slower.values()) if below is None else slower[below]) / own)
+
+    rng = np.random.default_rng(0)
+    drawn = [of(seconds_TA[turns].sum(0)) for turns in rng.integers(0, len(seconds_TA), (2000, len(seconds_TA)))]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {"ratio": of(seconds_TA.sum(0)), "low": float(low), "high": float(high)}
+
+
+def summarise(concurrency: int, turns: list[dict[str, Load]]) -> dict[str, Any]:
+    """Speeds, ratios, and what the drafts did, of one concurrency."""
+    arms = {}
+    for name in ARMS:
+        runs = [turn[name] for turn in turns]
+        rounds = sum(r.rounds for r in runs)
+        arms[name] = {
+            "tokens_per_second": sum(r.tokens for r in runs) / sum(r.seconds for r in runs),
+            "accepted_length": sum(r.accepted_length * r.rounds for r in runs) / rounds if rounds else 1.0,
+            "verified_per_round": sum(r.verified_per_round * r.rounds for r in runs) / rounds if rounds else 0.0,
         }
-        for name, found in runs.items()
-    }
-    rows = list(zip(*(runs[name] for name in ("off", "fixed", "planned")), strict=True))
+    seconds_TA = np.array([[turn[name].seconds for name in ARMS] for turn in turns])
     return {
         "concurrency": concurrency,
+        "turns": len(turns),
         "arms": arms,
-        "fixed_over_off": spread([f.speed / o.speed for o, f, _ in rows]),
-        "planned_over_off": spread([p.speed / o.speed for o, _, p in rows]),
-        "planned_over_better": spread([p.speed / max(o.speed, f.speed) for o, f, p in rows]),
+        "fixed_over_off": ratio(seconds_TA, "fixed", "off"),
+        "planned_over_off": ratio(seconds_TA, "planned", "off"),
+        "planned_over_better": ratio(seconds_TA, "planned"),
     }
 
 
@@ -55,9 +71,8 @@ def main() -> None:
     parser.add_argument("drafter", type=Path)
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--requests-per-user", type=int, default=1, help="at least 24 in all")
+    parser.add_argument("--requests", type=int, default=198, help="answers of each arm at each concurrency")
+    parser.add_argument("--new-tokens", type=int, default=128, help="of an answer at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -66,23 +81,25 @@ def main() -> None:
     prompts = read_prompts(options.target, 128)
     target = load_target(options.target)
     drafter, compile = str(options.drafter), not options.eager
+    plans = {"off": "fixed", "fixed": "fixed", "planned": "planned"}
     engines = {
-        "off": Engine(target, None, EngineSettings(compile=compile)),
-        "fixed": Engine(target, drafter, EngineSettings(plan="fixed", compile=compile)),
-        "planned": Engine(target, drafter, EngineSettings(plan="planned", compile=compile)),
+        name: Engine(target, None if name == "off" else drafter, EngineSettings(plan=plans[name], compile=compile))
+        for name in ARMS
     }
     compiled = [engine.wait_until_compiled() for engine in engines.values()]
     for engine in engines.values():
         run_closed(engine, prompts, 8, 16, 16)
-    runs: dict[int, dict[str, list[Load]]] = {n: {name: [] for name in engines} for n in options.concurrency}
-    for repeat in track(range(options.repeats), "repeats"):
-        for concurrency in options.concurrency:
-            order = list(engines)[repeat % 3 :] + list(engines)[: repeat % 3]
-            for name in order:
-                requests = max(24, concurrency * options.requests_per_user)
-                runs[concurrency][name].append(
-                    run_closed(engines[name], prompts, concurrency, requests, options.new_tokens)
+    turns: dict[int, list[dict[str, Load]]] = {concurrency: [] for concurrency in options.concurrency}
+    for concurrency in options.concurrency:
+        together = max(FEW, concurrency)
+        for turn in track(range(-(-options.requests // together)), f"{concurrency} at once"):
+            asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
+            loads = {}
+            for name in ARMS[turn % 3 :] + ARMS[: turn % 3]:
+                loads[name] = run_closed(
+                    engines[name], asked, concurrency, together, options.new_tokens, ignore_eos=False
                 )
+            turns[concurrency].append(loads)
     result = {
         "cpu": processor(),
         "threads": options.threads,
@@ -90,8 +107,8 @@ def main() -> None:
         "compiled": all(compiled),
         "target": options.target,
         "new_tokens": options.new_tokens,
-        "repeats": options.repeats,
-        "levels": [summarise(n, found) for n, found in runs.items()],
+        "requests": options.requests,
+        "levels": [summarise(n, found) for n, found in turns.items()],
     }
     print_result(result, options.out)
 

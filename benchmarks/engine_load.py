@@ -27,6 +27,7 @@ class Load:
     draft_seconds: float
     verify_seconds: float
     other_seconds: float
+    rounds: int
     accepted_length: float
     verified_per_round: float
 
@@ -61,10 +62,10 @@ def read_prompts(target: str, count: int) -> list[tuple[int, ...]]:
 def run_closed(
     engine: Engine, prompts: Sequence[Sequence[int]], concurrency: int, requests: int, new_tokens: int, **params: object
 ) -> Load:
-    """`concurrency` users ask `requests` questions in all, each the next one when it has its answer. Prefixes are cold
-    only as far as the prompts differ."""
+    """`concurrency` users ask `requests` questions in all, each the next one when it has its answer. Answers are
+    `new_tokens` long unless `ignore_eos=False`. Prefixes are cold only as far as the prompts differ."""
     made, asked, before = 0, 0, engine.metrics
-    settings = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, **params)  # type: ignore[arg-type]
+    settings = SamplingParams(max_tokens=new_tokens, temperature=0, **{"ignore_eos": True, **params})  # type: ignore[arg-type]
     began = clock()
     running = 0
     while asked < requests or running:
@@ -82,6 +83,7 @@ def run_closed(
         after.draft_seconds - before.draft_seconds,
         after.verify_seconds - before.verify_seconds,
         after.other_seconds - before.other_seconds,
+        after.rounds - before.rounds,
         1 + (after.accepted - before.accepted) / rounds,
         (after.verified - before.verified) / rounds,
     )

@@ -105,10 +105,10 @@ def test_a_drafter_that_is_better_than_it_says_is_not_held_to_its_word() -> None
 def test_a_machine_that_becomes_faster_does_not_make_drafting_look_dear() -> None:
     """Steps that drafted are held against steps without of the same time: others may have used the machine then."""
     speculation = Speculation(1, GAMMA, SAID)
-    for number in range(4):
+    for number in range(2):
         World(0.15, 0.15, slow=3.0, seed=number).run(speculation, 1, 60)
         speculation.forget(np.array([0]))
-    World(0.15, 0.15).run(speculation, 1, 200)
+    World(0.15, 0.15).run(speculation, 1, 100)
     speculation.forget(np.array([0]))
     speed, share = World(0.95, 0.95).run(speculation, 1, 200)
     assert share > 0.9 and speed > 2

@@ -206,7 +206,8 @@ class Engine:
             return Offered(empty, probs, lengths_A, [], None)
         drafting = [work.requests[i] for i in chosen]
         began = time.perf_counter()
-        self._catch_up()
+        if self._unread is not None:
+            self._unread.read(drafting)
         adjustments = [self._adjustments.get(r.id) for r in drafting]
         choose = None  # the drafter's own greedy walk
         if not rows.greedy or any(adjustments):
@@ -232,10 +233,12 @@ class Engine:
             flat = [grid[np.arange(grid.shape[1]) <= offered.lengths_A[:decoding, None]]]
         for request, count in zip(work.requests[decoding:], work.counts_R[decoding:], strict=True):
             flat.append(np.array(request.tokens[request.computed : request.computed + count]))
-        lengths_R = work.counts_R.copy()
-        lengths_R[: work.answering] += offered.lengths_A
+        lengths_R = work.counts_R
+        if offered.drafting:
+            lengths_R = lengths_R.copy()
+            lengths_R[: work.answering] += offered.lengths_A
         began = time.perf_counter()
-        step = self._pass(np.concatenate(flat), work.starts_R, lengths_R, work.rows_R)
+        step = self._pass(np.concatenate(flat) if len(flat) > 1 else flat[0], work.starts_R, lengths_R, work.rows_R)
         wanted = None
         if len(work.requests) > decoding:
             ends, starts = step.ends_R[: work.answering], step.ends_R[: work.answering] - offered.lengths_A - 1
@@ -274,10 +277,9 @@ class Engine:
             return
         began = time.perf_counter()
         if len(step) == work.decoding:  # nobody drafted, nobody read a prompt
-            self._unread.add(work.requests, read.features_TF, outcome.next_A)
+            self._unread.add(work.requests, step, read.features_TF, outcome.next_A)
             self._tally.draft_seconds += time.perf_counter() - began
             return
-        self._catch_up()
         drafter = self._models.drafter
         following = self._there(self._following(work, step, outcome)) if drafter.looks_ahead else None
         drafter.extend(step, read.features_TF, following)
@@ -292,10 +294,6 @@ class Engine:
             request = work.requests[index]
             next_tokens[step.ends_R[index] - 1] = request.tokens[request.computed + int(work.counts_R[index])]
         return next_tokens
-
-    def _catch_up(self) -> None:
-        if self._unread is not None:
-            self._unread.read()
 
     def _pass(
         self, tokens_T: np.ndarray, starts_R: np.ndarray, lengths_R: np.ndarray, rows_R: np.ndarray, block: bool = False
@@ -313,8 +311,6 @@ class Engine:
 
     def _on_release(self, request: Running) -> None:
         self._planner.forget(request.row)
-        if self._unread is not None:
-            self._unread.release(request)
         if isinstance(self._models.model, SlowModel) and request.table.blocks:
             self._models.model.forget(request.table.blocks[0])
 

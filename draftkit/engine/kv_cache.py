@@ -9,7 +9,7 @@ until the space is needed, least recently used first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 _ROOT = 0  # the link before the first block of every chain
@@ -23,11 +23,13 @@ class BlockTable:
 
     blocks: list[int] = field(default_factory=list)
     links: list[int] = field(default_factory=list)  # chain link of each full, registered block
+    heard: bool = True  # what further blocks get will be written by the drafter too
 
 
 @dataclass
 class _Block:
     users: int = 0
+    handed_out: int = 0  # by the pool's clock
     key: Key | None = None
     heard: bool = True  # the drafter's half is written as far as the target's
 
@@ -42,6 +44,7 @@ class BlockPool:
         self._unused: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
         self._known: dict[Key, tuple[int, int]] = {}  # key -> (block, link)
         self._next_link = _ROOT + 1
+        self.clock = 0  # how many blocks were handed out for new content
 
     @property
     def free(self) -> int:
@@ -84,7 +87,9 @@ class BlockPool:
             if entry.key is not None:
                 del self._known[entry.key]
                 entry.key = None
-            entry.users, entry.heard = 1, True
+            entry.users, entry.heard = 1, table.heard
+            self.clock += 1
+            entry.handed_out = self.clock
             table.blocks.append(block)
         return True
 
@@ -112,11 +117,19 @@ class BlockPool:
         """Whether the drafter's half of all these is written."""
         return all(self._blocks[block].heard for block in blocks)
 
+    def handed_out(self, block: int) -> int:
+        """When the block was handed out for what it holds now, see `clock`."""
+        return self._blocks[block].handed_out
+
+    def held(self, block: int) -> bool:
+        """Whether some request holds it."""
+        return self._blocks[block].users > 0
+
     def shared(self, blocks: Sequence[int]) -> bool:
         """Whether one of these has more than one user."""
         return any(self._blocks[block].users > 1 for block in blocks)
 
-    def leave_unheard(self, blocks: Sequence[int]) -> None:
+    def leave_unheard(self, blocks: Iterable[int]) -> None:
         """The drafter's half of these will have holes."""
         for block in blocks:
             self._blocks[block].heard = False

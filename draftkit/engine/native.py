@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ class NativeStack:
             layer.memory = memory.data_ptr()
 
     def run(
-        self, step: Pass, wanted_W: np.ndarray, capture: Sequence[int] = (), best_W: np.ndarray | None = None
+        self, step: Pass, wanted_W: np.ndarray, capture: tuple[int, ...] = (), best_W: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Logits [W, V] and normed hidden states [W, H] of the wanted rows, features [T, F] of the layers `capture`.
 
@@ -113,8 +113,7 @@ class NativeStack:
         logits_WV = torch.empty(count, -(-self.vocab // LANES) * LANES)
         hidden_WH = torch.empty(count, self.hidden)
         features_TF = torch.empty(len(step), len(capture) * self.hidden) if capture else None
-        captured = np.array(sorted(capture), dtype=np.int64)
-        native = _native_step(step, np.ascontiguousarray(wanted_W, dtype=np.int64), captured)
+        native = _native_step(step, np.ascontiguousarray(wanted_W, dtype=np.int64), _ascending(capture))
         native.logits, native.hidden = logits_WV.data_ptr(), hidden_WH.data_ptr()
         native.features = features_TF.data_ptr() if features_TF is not None else None
         native.best = best_W.ctypes.data if best_W is not None else None
@@ -218,6 +217,11 @@ def _interleave(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 _NONE = np.empty(0, dtype=np.int64)
+
+
+@cache  # an engine asks for the same layers in every step
+def _ascending(layers: tuple[int, ...]) -> np.ndarray:
+    return np.array(sorted(layers), dtype=np.int64)
 
 
 def _native_step(step: Pass, wanted_W: np.ndarray = _NONE, captured: np.ndarray = _NONE) -> ctypes.Structure:

@@ -34,6 +34,7 @@ class LengthPlanner:
         self._largest_DG: np.ndarray | None = None  # of this step's proposals, for the estimator
         self._able: list[int] = []
         self._budget = 0
+        self._quiet = self._decoding = 0  # for so many steps nobody drafts, as long as so many requests decode
 
     @property
     def step_rate(self) -> StepRate | None:
@@ -51,13 +52,19 @@ class LengthPlanner:
 
     def use(self, step_rate: StepRate) -> None:
         """Plan by this step rate; what was measured by another one is forgotten."""
+        self._quiet = 0
         self._speculation = Speculation(self._rows, self.gamma, step_rate)
 
     def choose_drafting(self, decoding: Sequence[Running]) -> list[int]:
         """Indices of the requests that draft in this step."""
+        if self._quiet and self._speculation is not None and len(decoding) == self._decoding:
+            self._quiet -= 1
+            self._speculation.rest()
+            self._able = []
+            return []
         able, hearing = [], []
         for index, request in enumerate(decoding):  # in every step: one loop, few calls
-            if request.gamma and self.most(request):
+            if request.gamma and (request.keeps_proposal or request.limit - request.made > 1):  # `most`, without the call
                 able.append(index)
                 if not request.deaf:
                     hearing.append(index)
@@ -67,7 +74,11 @@ class LengthPlanner:
         self._able = hearing or able  # rests go by when all are deaf, too
         budget = self._speculation.budget([decoding[i].row for i in self._able])
         self._budget = budget if hearing else 0
-        return self._able if self._budget else [i for i in self._able if decoding[i].keeps_proposal]
+        if self._budget:
+            return self._able
+        seeded = [i for i in self._able if decoding[i].keeps_proposal]
+        self._quiet, self._decoding = 0 if seeded else self._speculation.sure_rest, len(decoding)
+        return seeded
 
     def confidence(self, said_DG: np.ndarray | None, largest_DG: np.ndarray | None) -> np.ndarray | None:
         """Confidences [D, G] of this step's proposals: what the drafter's head said, calibrated, or what the estimator makes
@@ -108,6 +119,7 @@ class LengthPlanner:
 
     def forget(self, row: int) -> None:
         """The request of this row is gone."""
+        self._quiet = 0
         if self._speculation is not None:
             self._speculation.forget(np.array([row]))
 

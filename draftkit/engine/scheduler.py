@@ -144,7 +144,7 @@ class Scheduler:
         request.row, request.table = self._free_rows.pop(), table
         self.tables_SB[request.row, : len(table.blocks)] = table.blocks
         request.computed = len(table.blocks) * self.pool.block_size
-        request.deaf = not self.pool.heard(table.blocks)
+        request.deaf, request.unread = not self.pool.heard(table.blocks), True
         request.cached_tokens = min(request.computed, request.prompt_length)
         request.started = request.started or time.perf_counter()
         self.prefix_queries += len(request.tokens)

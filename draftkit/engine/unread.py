@@ -1,18 +1,21 @@
 """What the target has read and the drafter has not: while the drafter rests, its context is not written step by step.
 
-A pass over one token per request costs the drafter nearly as much as one over hundreds; so the features of decoding steps
-are kept, and taken in together before the drafter runs again, before blocks change hands, and when LIMIT is reached.
+The features of decoding steps are kept, by the block that they belong to, until somebody is to draft from that block. Then
+they are taken in together: a pass over one token costs the drafter nearly as much as one over hundreds. Most are never
+asked for. What lies in blocks of finished answers is given up when LIMIT is reached, and with the block when its place is
+needed for something else.
 
-Where the drafter rests for long most of them would be taken in for nothing. So requests become deaf: no features are asked
-for, and their blocks are left unheard. The target may go on from such blocks, but a request that does is deaf as well: its
-drafter's context has holes, and it does not draft.
+Where the drafter rests for long nearly all would be given up. So requests become deaf: no features are asked for, and their
+blocks are left unheard. The target may go on from such blocks, but a request that does is deaf as well: its drafter's
+context has holes, and it does not draft.
 
-Shapes: T tokens of a pass, F features.
+Shapes: R requests, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,65 +30,104 @@ from draftkit.engine.running import Running
 LIMIT = 1024  # tokens
 
 
+@dataclass(slots=True)
+class _Step:
+    """One pass over one token of each request. What a block got after `clock` (see `BlockPool.clock`) is not this."""
+
+    requests: Sequence[Running]
+    positions_R: np.ndarray
+    tables_RB: np.ndarray
+    features_RF: Tensor
+    next_R: np.ndarray
+    clock: int
+    left: int  # tokens of it that are still kept
+
+
 class Unread:
-    """Passes of one token per request that `drafter` has yet to read, oldest first."""
+    """Tokens that `drafter` has yet to read."""
 
     def __init__(self, drafter: FastDrafter | FastEagle, pool: BlockPool) -> None:
         self._drafter, self._pool = drafter, pool
-        self._tokens: list[tuple[int, int, int, int]] = []  # block, position, token behind it, number of the step
-        self._features: list[Tensor] = []  # of one step each
-        self._steps = 0
-        self._began: dict[int, int] = {}  # row of each request with unread tokens, position of the first one
-        self._dropped = np.zeros(pool.num_blocks, np.int64)  # by block: what earlier steps wrote there is not read any more
+        self._steps: list[_Step] = []  # not looked into yet: nearly every step is added, few are read
+        self._rows: dict[int, list[tuple[_Step, int]]] = {}  # by block: steps that read a token of it, and in which row
+        self._count = 0  # tokens whose features are in memory: whole steps
 
-    def add(self, requests: Sequence[Running], features_TF: Tensor, next_tokens_T: np.ndarray) -> None:
+    def add(self, requests: Sequence[Running], step: Pass, features_RF: Tensor, next_R: np.ndarray) -> None:
         """Keep a pass for later, which read one token of each request; nothing of it may be rejected."""
-        self._steps += 1
-        size = self._pool.block_size
-        for request, following in zip(requests, next_tokens_T.tolist(), strict=True):
-            position = request.computed
-            self._began.setdefault(request.row, position)
-            self._tokens.append((request.table.blocks[position // size], position, following, self._steps))
-        self._features.append(features_TF)
-        if len(self._tokens) >= LIMIT:
-            self.read()
+        count, clock = len(requests), self._pool.clock
+        self._steps.append(_Step(requests, step.starts_R, step.tables_RB, features_RF, next_R, clock, count))
+        self._count += count
+        if self._count >= LIMIT:
+            self._make_room()
+
+    def read(self, requests: Sequence[Running]) -> None:
+        """The drafter reads, in one pass, all that it has not read of these requests, reused prefixes included."""
+        self._sort()
+        behind = [request for request in requests if request.unread]
+        if behind:
+            self._read({block for request in behind for block in request.table.blocks if block in self._rows})
+        for request in behind:
+            request.unread = False
 
     def leave(self, requests: Sequence[Running]) -> None:
         """One token of each request is read without features, now, and more will follow: from here on they are deaf."""
-        size = self._pool.block_size
         for request in requests:
-            if request.deaf:
-                self._pool.leave_unheard(request.table.blocks[request.computed // size :])
-                continue
-            own = request.table.blocks[self._began.get(request.row, request.computed) // size :]
-            if self._pool.shared(own):  # somebody drafts from what is unread
-                self.read()
-                own = request.table.blocks[request.computed // size :]
-            self._began.pop(request.row, None)
-            request.deaf = True
-            self._pool.leave_unheard(own)
-            self._dropped[own] = self._steps + 1
+            if request.table.heard:
+                self._leave(request)
 
-    def release(self, request: Running) -> None:
-        """Before the blocks of a request go to somebody else."""
-        if request.row in self._began:
-            self.read()
+    def _leave(self, request: Running) -> None:
+        self._sort()
+        blocks = request.table.blocks
+        missed = blocks[request.computed // self._pool.block_size :]
+        unread = [block for block in blocks if self._alive(block)]
+        if self._pool.shared(unread):  # somebody drafts from what is unread
+            self._read(unread)
+        else:
+            self._forget(unread)
+            missed = unread + missed
+        self._pool.leave_unheard(missed)
+        request.deaf, request.table.heard = True, False
 
-    def read(self) -> None:
-        """The drafter reads all that was kept, in one pass of as many requests as there are tokens."""
-        if not self._tokens:
+    def _sort(self) -> None:
+        size = self._pool.block_size
+        for step in self._steps:
+            for row, (request, position) in enumerate(zip(step.requests, step.positions_R.tolist(), strict=True)):
+                self._rows.setdefault(int(step.tables_RB[row, position // size]), []).append((step, row))
+                request.unread = True
+        self._steps.clear()
+
+    def _alive(self, block: int) -> list[tuple[_Step, int]]:
+        """Rows that belong to what the block holds now."""
+        handed_out = self._pool.handed_out(block)
+        return [(step, row) for step, row in self._rows.get(block, ()) if step.clock >= handed_out]
+
+    def _read(self, blocks: Iterable[int]) -> None:
+        rows = [(block, step, row) for block in blocks for step, row in self._alive(block)]
+        self._forget(blocks)
+        if not rows:
             return
-        blocks_T, positions_T, next_T, numbers_T = np.array(self._tokens, np.int64).T
-        features_TF = torch.cat(self._features)
-        self._tokens, self._features = [], []
-        self._began.clear()
-        alive = np.flatnonzero(numbers_T >= self._dropped[blocks_T])
-        if len(alive) < len(blocks_T):
-            blocks_T, positions_T, next_T = blocks_T[alive], positions_T[alive], next_T[alive]
-            features_TF = features_TF[torch.from_numpy(alive).to(features_TF.device)]
-        if len(alive):
-            size, ones_T = self._pool.block_size, np.ones_like(next_T)
-            tables_TB = np.zeros((len(alive), int(positions_T.max()) // size + 1), np.int64)
-            tables_TB[np.arange(len(alive)), positions_T // size] = blocks_T  # nobody looks at what lies before
-            step = Pass(next_T, positions_T, ones_T, tables_TB, size, features_TF.device, features_TF.dtype)
-            self._drafter.extend(step, features_TF, step.tokens)
+        size = self._pool.block_size
+        blocks_T = np.array([block for block, _, _ in rows])
+        positions_T = np.array([step.positions_R[row] for _, step, row in rows])
+        next_T = np.array([step.next_R[row] for _, step, row in rows])
+        features_TF = torch.cat([step.features_RF[row : row + 1] for _, step, row in rows])
+        tables_TB = np.zeros((len(rows), int(positions_T.max()) // size + 1), np.int64)
+        tables_TB[np.arange(len(rows)), positions_T // size] = blocks_T  # nobody looks at what lies before
+        device, dtype = features_TF.device, features_TF.dtype
+        step = Pass(next_T, positions_T, np.ones_like(next_T), tables_TB, size, device, dtype)
+        self._drafter.extend(step, features_TF, step.tokens)
+
+    def _make_room(self) -> None:
+        """Give up what nobody holds; where that is not much, read the rest."""
+        self._sort()
+        free = [block for block in self._rows if not self._pool.held(block)]
+        self._pool.leave_unheard([block for block in free if self._alive(block)])
+        self._forget(free)
+        if self._count > LIMIT // 2:
+            self._read(list(self._rows))
+
+    def _forget(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            for step, _ in self._rows.pop(block, ()):
+                step.left -= 1
+                self._count -= len(step.requests) if not step.left else 0

@@ -35,6 +35,7 @@ from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
 ALLOWANCE = 16.0  # steps without drafting that trials may lose from the start
 TAX = 0.005  # and for each step without drafting that has passed
+LISTENING = 0.02  # of a step: keeping, in one without drafting, what the drafter would have to read
 SPENT = 0.5  # and of what trials gain
 KEPT = 32.0  # in the fund at most; of what a trial gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
@@ -86,7 +87,10 @@ class _Load:
         if drafting:
             self.drafted, self.unmeasured, self.idle = self.drafted + 1, self.unmeasured + 1, 0
             return
+        listened = not self.deaf
         self.idle, self.credit = self.idle + 1, min(self.credit + TAX, ALLOWANCE)
+        if listened:
+            self.pay(LISTENING)
         if self.idle >= SETTLED:
             self.unmeasured = 0
 
@@ -96,8 +100,7 @@ class _Load:
         lost = max(-self.gain, 0.0)
         if self.gain > 0:
             self.fund, self.rest = min(self.fund + SPENT * self.gain, KEPT), FIRST_REST
-        from_fund = min(lost, self.fund)
-        self.fund, self.credit = self.fund - from_fund, self.credit - (lost - from_fund)
+        self.pay(lost)
         weight = lost * min(lost, 1.0)  # what costs little may soon be tried again
         if self.earned > 0:
             self.resting = int(SHORT_REST * weight)
@@ -105,6 +108,11 @@ class _Load:
             self.resting = min(int(self.rest * weight), LONGEST_REST)
             self.rest = min(2 * self.rest, LONGEST_REST)
         self.gain, self.drafted, self.idle, self.hopeless = 0.0, 0, 0, False
+
+    def pay(self, steps: float) -> None:
+        """Out of the fund, then out of the credit."""
+        from_fund = min(steps, self.fund)
+        self.fund, self.credit = self.fund - from_fund, self.credit - (steps - from_fund)
 
     def join(self) -> None:
         """A request is new here: what was learned of others does not say whether drafting pays for it."""
@@ -118,6 +126,11 @@ class _Load:
     def open(self) -> bool:
         """Whether a request that joins gets a trial at once."""
         return not self.hopeless and (self.fund > 0 or self.credit >= ALLOWANCE / 2)
+
+    @property
+    def deaf(self) -> bool:
+        """Nothing will be drafted for long, whoever joins; so the drafter need not even listen."""
+        return (self.resting >= LONG_REST and not self.open) or max(self.credit, self.fund) <= 0
 
 
 class Speculation:
@@ -150,6 +163,17 @@ class Speculation:
             self._history.rest()
         return budget
 
+    @property
+    def sure_rest(self) -> int:
+        """For so many steps the budget will be 0 and `record` of no use, if no request comes or goes; see `rest`."""
+        return max(self._last.resting - RECENT, 0) if self._last is not None else 0
+
+    def rest(self) -> None:
+        """One of these steps has come."""
+        if self._last is not None:
+            self._last.resting -= 1
+            self._last.count(False)
+
     def lengths(self, survival_RG: Floats, budget: int) -> Ints:
         """Drafted tokens to verify of each request, [R], in the step for which `budget` was the answer, by the survivals of
         its proposals. A step that only looks what the drafter promises goes by Algorithm 1: it verifies what promises to
@@ -159,10 +183,7 @@ class Speculation:
     @property
     def rests_long(self) -> bool:
         """At the load of the step that was decided last the drafter will rest for long, whoever joins."""
-        last = self._last
-        if last is None or last.drafted:
-            return False
-        return (not last.open and last.resting >= LONG_REST) or max(last.credit, last.fund) <= 0
+        return self._last is not None and not self._last.drafted and self._last.deaf
 
     @property
     def measures(self) -> bool:
