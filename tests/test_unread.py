@@ -1,0 +1,91 @@
+"""What a resting drafter has to read is read when somebody drafts from it, and never for anybody else."""
+
+from __future__ import annotations
+
+import pytest
+from test_decode import make_drafter
+from test_engine import PROMPTS, finish, small, tokens_of
+
+from draftkit.engine.engine import Engine
+from draftkit.engine.passes import Pass
+from draftkit.engine.request import SamplingParams, StepOutput
+from draftkit.target.transformers import TransformersTarget
+
+
+class Watched:
+    """An engine with fixed lengths that can be told to let its drafter rest; `read` are the tokens of each `extend`."""
+
+    def __init__(self, target: TransformersTarget, monkeypatch: pytest.MonkeyPatch, **settings: object) -> None:
+        self.engine, self.rests, self.read = Engine(target, make_drafter(target), small(**settings)), False, list[int]()
+        planner, drafter = self.engine._planner, self.engine._models.drafter
+        assert drafter is not None
+        choose, extend = planner.choose_drafting, drafter.extend
+
+        def noting(step: Pass, *rest: object) -> None:
+            self.read.append(len(step))
+            extend(step, *rest)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(planner, "choose_drafting", lambda decoding: [] if self.rests else choose(decoding))
+        monkeypatch.setattr(drafter, "extend", noting)
+
+    def answer(self, prompt: list[int], tokens: int = 24) -> list[StepOutput]:
+        self.engine.add_request("a", prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))
+        return finish(self.engine)["a"]
+
+
+def proposals(outputs: list[StepOutput]) -> list[tuple[object, ...]]:
+    return [(output.events, output.rejected) for output in outputs]
+
+
+def test_an_answer_is_read_when_its_next_turn_drafts_and_not_before(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resting, busy = Watched(target, monkeypatch), Watched(target, monkeypatch)
+    resting.rests = True
+    first = resting.answer(PROMPTS[0])
+    other = resting.answer(PROMPTS[2])
+    assert resting.read == [len(PROMPTS[0]), 16, 16, 16, 2], "the prompts, in chunks"
+    resting.rests = False
+    turn = [*PROMPTS[0], *tokens_of(first), 9, 8, 7]
+    assert tokens_of(busy.answer(PROMPTS[0])) == tokens_of(first)
+    expected, found = busy.answer(turn), resting.answer(turn)
+    assert proposals(found) == proposals(expected)
+    blocks = found[0].stats.cached_tokens // 4  # whole ones were reused, and what they lack was read, of this answer alone
+    assert resting.read[5:7] == [len(turn) - blocks * 4, blocks * 4 - len(PROMPTS[0])]
+    assert resting.answer([*PROMPTS[2], *tokens_of(other)])[0].stats.cached_tokens > len(PROMPTS[2])
+
+
+def test_what_lay_in_a_block_before_is_not_read_into_it(target: TransformersTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory for one request at a time: every answer writes over the one before."""
+    resting = Watched(target, monkeypatch, max_running=1, max_length=40)
+    assert resting.engine.metrics.kv_total < 15
+    resting.rests = True
+    for start in range(6):
+        resting.answer([start], 38)
+    resting.rests, resting.read = False, []
+    fresh = Watched(target, monkeypatch)
+    prompt = [*range(60, 84)]
+    assert proposals(resting.answer(prompt, 16)) == proposals(fresh.answer(prompt, 16))
+    assert resting.read == fresh.read
+
+
+@pytest.mark.parametrize("limit", [1, 30])
+def test_room_is_made_by_giving_up_what_nobody_holds(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The next turn of an answer that was given up reads it again with the target, and proposes what it would have."""
+    monkeypatch.setattr("draftkit.engine.unread.LIMIT", limit)
+    resting, busy = Watched(target, monkeypatch), Watched(target, monkeypatch)
+    resting.rests = True
+    first = resting.answer(PROMPTS[0])
+    for number in range(3):
+        resting.answer([50 + number, 3, 4])
+    given_up = sum(resting.read[1:])  # with room for one token all of the others were read at once
+    assert given_up == (3 * 3 + 24 + 3 * 24 - 4 if limit == 1 else 3 * 3)
+    resting.rests = False
+    turn = [*PROMPTS[0], *tokens_of(first), 9, 8, 7]
+    busy.answer(PROMPTS[0])
+    expected, found = busy.answer(turn), resting.answer(turn)
+    assert proposals(found) == proposals(expected)
+    heard = found[0].stats.cached_tokens
+    assert heard == expected[0].stats.cached_tokens if limit == 1 else heard < expected[0].stats.cached_tokens
