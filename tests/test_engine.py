@@ -283,7 +283,7 @@ def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_
         return finish(engine)[name]
 
     first = answer(engine, "a", PROMPTS[0])
-    assert asked[0] and not any(asked[1:]), "the prompt was heard, the answer was not"
+    assert asked[0] and not any(asked[1:]), "the prompt was heard, since nothing was decided yet; the answer was not"
     longer = [*PROMPTS[0], *tokens_of(first), 7]
     deaf = answer(engine, "b", longer)
     assert deaf[0].stats.cached_tokens > len(PROMPTS[0]) + 8 and deaf[-1].stats.drafted == 0

@@ -32,7 +32,7 @@ from draftkit.engine.running import Running, Uniforms
 from draftkit.engine.scheduler import Scheduler, Work
 from draftkit.engine.settings import EngineSettings
 from draftkit.engine.slow_model import SlowModel
-from draftkit.engine.unread import Unread
+from draftkit.engine.unread import LONG, Unread
 from draftkit.errors import DataError
 from draftkit.target.transformers import TransformersTarget
 
@@ -244,7 +244,8 @@ class Engine:
             ends, starts = step.ends_R[: work.answering], step.ends_R[: work.answering] - offered.lengths_A - 1
             wanted = self._there(np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]))
         layers = self._models.feature_layers
-        if self._unread is not None and self._planner.rests_long and not offered.drafting and len(step) == decoding:
+        deaf = self._planner.rests_long and not offered.drafting and not any(map(self._planner.drafts, work.requests))
+        if self._unread is not None and deaf:
             self._unread.leave(work.requests)
             layers = ()
         read = self._models.model.read(step, wanted, layers)
@@ -276,13 +277,15 @@ class Engine:
         if self._models.drafter is None or self._unread is None or read.features_TF is None:
             return
         began = time.perf_counter()
-        if len(step) == work.decoding:  # nobody drafted, nobody read a prompt
-            self._unread.add(work.requests, step, read.features_TF, outcome.next_A)
-            self._tally.draft_seconds += time.perf_counter() - began
-            return
         drafter = self._models.drafter
-        following = self._there(self._following(work, step, outcome)) if drafter.looks_ahead else None
-        drafter.extend(step, read.features_TF, following)
+        if len(step) == work.decoding:
+            following = outcome.next_A
+        else:
+            following = self._following(work, step, outcome) if drafter.looks_ahead else step.tokens_T
+        if outcome.offered.drafting or len(step) > LONG:
+            drafter.extend(step, read.features_TF, self._there(following))
+        else:
+            self._unread.add(work.requests, step, read.features_TF, following)
         self._tally.draft_seconds += time.perf_counter() - began
 
     def _following(self, work: Work, step: Pass, outcome: Outcome) -> np.ndarray:

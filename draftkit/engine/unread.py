@@ -1,15 +1,15 @@
 """What the target has read and the drafter has not: while the drafter rests, its context is not written step by step.
 
-The features of decoding steps are kept, by the block that they belong to, until somebody is to draft from that block. Then
-they are taken in together: a pass over one token costs the drafter nearly as much as one over hundreds. Most are never
-asked for. What lies in blocks of finished answers is given up when LIMIT is reached, and with the block when its place is
+The features of a step in which nobody drafts are kept, by the block that they belong to, until somebody is to draft from that
+block. Then they are taken in together: a pass over one token costs the drafter nearly as much as one over hundreds. Most are
+never asked for. What lies in blocks of finished answers is given up when LIMIT is reached, and with the block when its place is
 needed for something else.
 
-Where the drafter rests for long nearly all would be given up. So requests become deaf: no features are asked for, and their
-blocks are left unheard. The target may go on from such blocks, but a request that does is deaf as well: its drafter's
-context has holes, and it does not draft.
+Where the drafter rests for long nearly all would be given up. So requests become deaf, those that read their prompt too: no
+features are asked for, and their blocks are left unheard. The target may go on from such blocks, but a request that does is
+deaf as well: its drafter's context has holes, and it does not draft.
 
-Shapes: R requests, F features.
+Shapes: T tokens of a pass, F features.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from draftkit.engine.passes import Pass
 from draftkit.engine.running import Running
 
 LIMIT = 1024  # tokens
+LONG = 256  # tokens of a pass that is read at once: so many are no cheaper beside others
 
 
 @dataclass(slots=True)
 class _Step:
-    """One pass over one token of each request. What a block got after `clock` (see `BlockPool.clock`) is not this."""
+    """One pass. What a block got after `clock` (see `BlockPool.clock`) is not this."""
 
     requests: Sequence[Running]
-    positions_R: np.ndarray
-    tables_RB: np.ndarray
-    features_RF: Tensor
-    next_R: np.ndarray
+    read: Pass
+    features_TF: Tensor
+    next_T: np.ndarray
     clock: int
     left: int  # tokens of it that are still kept
 
@@ -52,11 +52,10 @@ class Unread:
         self._rows: dict[int, list[tuple[_Step, int]]] = {}  # by block: steps that read a token of it, and in which row
         self._count = 0  # tokens whose features are in memory: whole steps
 
-    def add(self, requests: Sequence[Running], step: Pass, features_RF: Tensor, next_R: np.ndarray) -> None:
-        """Keep a pass for later, which read one token of each request; nothing of it may be rejected."""
-        count, clock = len(requests), self._pool.clock
-        self._steps.append(_Step(requests, step.starts_R, step.tables_RB, features_RF, next_R, clock, count))
-        self._count += count
+    def add(self, requests: Sequence[Running], step: Pass, features_TF: Tensor, next_T: np.ndarray) -> None:
+        """Keep a pass of these requests, with the token behind each of its tokens; nothing of it may be rejected."""
+        self._steps.append(_Step(requests, step, features_TF, next_T, self._pool.clock, len(step)))
+        self._count += len(step)
         if self._count >= LIMIT:
             self._make_room()
 
@@ -70,7 +69,7 @@ class Unread:
             request.unread = False
 
     def leave(self, requests: Sequence[Running]) -> None:
-        """One token of each request is read without features, now, and more will follow: from here on they are deaf."""
+        """What these requests are about to read is read without features, and more will follow: they are deaf from here on."""
         for request in requests:
             if request.table.heard:
                 self._leave(request)
@@ -91,8 +90,11 @@ class Unread:
     def _sort(self) -> None:
         size = self._pool.block_size
         for step in self._steps:
-            for row, (request, position) in enumerate(zip(step.requests, step.positions_R.tolist(), strict=True)):
-                self._rows.setdefault(int(step.tables_RB[row, position // size]), []).append((step, row))
+            read = step.read
+            blocks_T = read.tables_RB[read.row_T, read.positions_T // size]
+            for row, block in enumerate(blocks_T.tolist()):
+                self._rows.setdefault(block, []).append((step, row))
+            for request in step.requests:
                 request.unread = True
         self._steps.clear()
 
@@ -108,9 +110,9 @@ class Unread:
             return
         size = self._pool.block_size
         blocks_T = np.array([block for block, _, _ in rows])
-        positions_T = np.array([step.positions_R[row] for _, step, row in rows])
-        next_T = np.array([step.next_R[row] for _, step, row in rows])
-        features_TF = torch.cat([step.features_RF[row : row + 1] for _, step, row in rows])
+        positions_T = np.array([step.read.positions_T[row] for _, step, row in rows])
+        next_T = np.array([step.next_T[row] for _, step, row in rows])
+        features_TF = torch.cat([step.features_TF[row : row + 1] for _, step, row in rows])
         tables_TB = np.zeros((len(rows), int(positions_T.max()) // size + 1), np.int64)
         tables_TB[np.arange(len(rows)), positions_T // size] = blocks_T  # nobody looks at what lies before
         device, dtype = features_TF.device, features_TF.dtype
@@ -130,4 +132,4 @@ class Unread:
         for block in blocks:
             for step, _ in self._rows.pop(block, ()):
                 step.left -= 1
-                self._count -= len(step.requests) if not step.left else 0
+                self._count -= len(step.read) if not step.left else 0

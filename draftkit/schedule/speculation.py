@@ -47,6 +47,7 @@ MEASURE_EVERY, FIRST_MEASURE = 256, 16  # drafting steps after which steps witho
 SETTLED = 3  # in a row, then one counts: behind a step that drafted they take longer for a while (caches)
 RECENT = 9  # steps of each kind that count
 AS_SAID = 3  # drafting steps that are taken to have cost what the step rate says, before any was measured
+MOST = 2.0  # times the usual cost that a single drafting step is taken to have had at most: others use the machine, too
 MARGIN = 1.05  # drafting must promise this much over plain decoding; the best of many noisy estimates promises too much
 
 
@@ -166,7 +167,8 @@ class Speculation:
     @property
     def sure_rest(self) -> int:
         """For so many steps the budget will be 0 and `record` of no use, if no request comes or goes; see `rest`."""
-        return max(self._last.resting - RECENT, 0) if self._last is not None else 0
+        last = self._last
+        return max(last.resting - RECENT, 0) if last is not None and last.idle > SETTLED else 0
 
     def rest(self) -> None:
         """One of these steps has come."""
@@ -188,7 +190,7 @@ class Speculation:
     @property
     def measures(self) -> bool:
         """Whether `record` has a use for the step that was decided last: not in a rest that has long to go."""
-        return self._last is None or self._last.resting < RECENT
+        return self._last is None or self._last.resting < RECENT or self._last.idle <= SETTLED
 
     def push(self, slots_R: Ints, survival_RG: Floats) -> None:
         """The survivals of this step's proposals."""
@@ -206,11 +208,14 @@ class Speculation:
         passes = step_rate.pass_table(requests + verified)
         plain = float(passes[requests])
         if not drafting:
+            if load.idle < SETTLED and load.plain:  # what drafting does to the steps behind it is its cost, too
+                load.pay(min(max(seconds / (plain * median(load.plain)) - 1, 0), 1))
             load.measure(False, seconds / plain)
             return
         predicted = float(passes[requests + verified]) + step_rate.drafter_seconds(requests)
         load.measure(True, seconds / predicted)
-        cost = load.dearness * predicted / plain
+        usual = load.dearness * predicted / plain
+        cost = min(seconds / (plain * median(load.plain)), MOST * usual) if load.plain else usual
         load.gain = min(load.gain + tokens / requests - cost, KEPT)
         if load.gain < -max(load.credit, load.fund, 0.0) and load.drafted:
             load.stop()
