@@ -34,7 +34,8 @@ class LengthPlanner:
         self._largest_DG: np.ndarray | None = None  # of this step's proposals, for the estimator
         self._able: list[int] = []
         self._budget = 0
-        self._quiet = self._decoding = 0  # for so many steps nobody drafts, as long as so many requests decode
+        self._quiet = self._decoding = 0  # for so many steps nobody drafts, as long as so many requests decode,
+        self._resting = (0, False)  # so many of which could, and whether some listen
 
     @property
     def step_rate(self) -> StepRate | None:
@@ -59,7 +60,7 @@ class LengthPlanner:
         """Indices of the requests that draft in this step."""
         if self._quiet and self._speculation is not None and len(decoding) == self._decoding:
             self._quiet -= 1
-            self._speculation.rest()
+            self._speculation.rest(*self._resting)
             self._able = []
             return []
         able, hearing = [], []
@@ -71,13 +72,16 @@ class LengthPlanner:
         if self._speculation is None or not able:
             self._able = hearing
             return hearing
-        self._able = hearing or able  # rests go by when all are deaf, too
-        budget = self._speculation.budget([decoding[i].row for i in self._able])
-        self._budget = budget if hearing else 0
+        self._able, self._budget = hearing, 0
+        if hearing:
+            self._budget = self._speculation.budget([decoding[i].row for i in hearing])
+        else:  # rests go by all the same
+            self._speculation.rest(len(able), listening=False)
         if self._budget:
-            return self._able
-        seeded = [i for i in self._able if decoding[i].keeps_proposal]
-        self._quiet, self._decoding = 0 if seeded else self._speculation.sure_rest, len(decoding)
+            return hearing
+        seeded = [i for i in hearing if decoding[i].keeps_proposal]
+        self._quiet = 0 if seeded else self._speculation.sure_rest
+        self._decoding, self._resting = len(decoding), (len(hearing or able), bool(hearing))
         return seeded
 
     def confidence(self, said_DG: np.ndarray | None, largest_DG: np.ndarray | None) -> np.ndarray | None:

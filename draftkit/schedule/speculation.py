@@ -76,19 +76,20 @@ class _Load:
 
     def measure(self, drafting: bool, ratio: float) -> None:
         """Measured seconds of a step over predicted ones. One that drafted is held against the last steps without, since a
-        machine that others use may be half as fast a minute later."""
+        machine that others use may be half as fast a minute later; the first of a trial, which finds nothing in the caches,
+        does not count."""
         if not drafting:
             if self.idle >= SETTLED:
                 self.plain.append(ratio)
-        elif self.plain:
+        elif self.plain and self.drafted > 1:
             self.drafting.append(ratio / median(self.plain))
 
-    def count(self, drafting: bool) -> None:
-        """A step was decided."""
+    def count(self, drafting: bool, listening: bool = True) -> None:
+        """A step was decided; whether any request listens, should it come to that."""
         if drafting:
             self.drafted, self.unmeasured, self.idle = self.drafted + 1, self.unmeasured + 1, 0
             return
-        listened = not self.deaf
+        listened = listening and not self.deaf
         self.idle, self.credit = self.idle + 1, min(self.credit + TAX, ALLOWANCE)
         if listened:
             self.pay(LISTENING)
@@ -170,11 +171,11 @@ class Speculation:
         last = self._last
         return max(last.resting - RECENT, 0) if last is not None and last.idle > SETTLED else 0
 
-    def rest(self) -> None:
-        """One of these steps has come."""
-        if self._last is not None:
-            self._last.resting -= 1
-            self._last.count(False)
+    def rest(self, requests: int, listening: bool) -> None:
+        """One of these steps has come, or one in which none of the requests can draft, because none was listening."""
+        load = self._last = self._loads[requests.bit_length()]
+        load.resting = max(load.resting - 1, 0)
+        load.count(False, listening)
 
     def lengths(self, survival_RG: Floats, budget: int) -> Ints:
         """Drafted tokens to verify of each request, [R], in the step for which `budget` was the answer, by the survivals of
