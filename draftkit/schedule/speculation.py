@@ -8,12 +8,12 @@ compares what drafting steps really brought with what they really took, at the s
 Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
 prediction is against it, when a request joins, or when it has lost what it may. It may lose the credit, which is ALLOWANCE
 to begin with and grows by TAX with every step without drafting, or the fund, which is SPENT of what trials gain and pays
-first. Without either there is no trial. Behind a trial that gained the next one follows at once; behind one that lost,
-after SHORT_REST steps for each that it lost while all since a request joined have gained together, else after FIRST_REST
-for each, twice as many behind each further one; losses below one step count as their squares. Requests differ in what a
-drafter is worth to them: one that joins gets a trial at once while there is a fund, or half of the credit. So whatever the
-drafter is like and whatever the prediction says, at each load no speculation would have been ahead by at most KEPT and
-ALLOWANCE and TAX of the steps.
+first; both also pay for listening, and for the first steps behind a trial, which take longer. Without either there is no
+trial. Behind a trial that gained the next one follows at once; behind one that lost, after SHORT_REST steps for each that it
+lost while all since a request joined have gained together, else after FIRST_REST for each, twice as many behind each further
+one; losses below one step count as their squares. Requests differ in what a drafter is worth to them: one that joins gets a
+trial at once while there is a fund, or half of the credit. So whatever the drafter is like and whatever the prediction says,
+at each load no speculation would have been ahead by at most KEPT and ALLOWANCE and TAX of the steps.
 
 Both judges look at earlier steps only, so the target's law is kept.
 
