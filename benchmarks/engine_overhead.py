@@ -9,16 +9,21 @@ scheduling and bookkeeping.
 from __future__ import annotations
 
 import argparse
+import statistics
 from pathlib import Path
 
 import torch
-from engine_arms import spread
 from engine_load import processor, read_prompts, run_closed
 from result_file import print_result
 
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.target.transformers import load_target
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def main() -> None:

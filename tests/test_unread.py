@@ -9,6 +9,7 @@ from test_engine import PROMPTS, finish, small, tokens_of
 from draftkit.engine.engine import Engine
 from draftkit.engine.passes import Pass
 from draftkit.engine.request import SamplingParams, StepOutput
+from draftkit.schedule.step_rate import StepRate
 from draftkit.target.transformers import TransformersTarget
 
 
@@ -89,3 +90,19 @@ def test_room_is_made_by_giving_up_what_nobody_holds(
     assert proposals(found) == proposals(expected)
     heard = found[0].stats.cached_tokens
     assert heard == expected[0].stats.cached_tokens if limit == 1 else heard < expected[0].stats.cached_tokens
+
+
+@pytest.mark.parametrize(("plan", "steps"), [("planned", 1), ("fixed", 4)])
+def test_prompts_get_the_tokens_of_a_step_that_nobody_drafts(target: TransformersTarget, plan: str, steps: int) -> None:
+    """Room for proposals is kept where there will be some: five requests, each with a token and gamma drafted ones or none."""
+    steep = StepRate((1, 1000), (1.0, 1000.0), (1,), (0.0,))
+    rate = {"step_rate": steep} if plan == "planned" else {}
+    engine = Engine(target, make_drafter(target), small(plan=plan, step_tokens=5 + 5 * 4 + 8, max_running=6, **rate))
+    for number in range(5):
+        params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+        engine.add_request(str(number), [9 + number], params)
+    for _ in range(5):
+        engine.step()
+    engine.add_request("long", list(range(40, 68)), SamplingParams(max_tokens=4, temperature=0))
+    taken = next(n for n in range(1, 20) if any(output.request_id == "long" for output in engine.step()))
+    assert engine.info.gamma == 4 and taken == steps

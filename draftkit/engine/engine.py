@@ -65,6 +65,7 @@ class Engine:
             settings.step_tokens,
             self._on_release,
             lambda request: self._planner.drafts(request),
+            lambda requests: self._planner.expected(requests),
         )
         self._tally = Tally(self.info.gamma)
         self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None

@@ -51,6 +51,11 @@ class LengthPlanner:
         """Whether a request that begins now may come to draft before it ends."""
         return request.gamma > 0 and (request.keeps_proposal or not self.rests_long)
 
+    def expected(self, requests: int) -> int:
+        """Drafted tokens of so many requests that the next pass will hardly exceed: planned ones change little from step to
+        step, and a beginning trial verifies what pays."""
+        return self.gamma * requests if self._speculation is None else self._budget
+
     def use(self, step_rate: StepRate) -> None:
         """Plan by this step rate; what was measured by another one is forgotten."""
         self._quiet = 0

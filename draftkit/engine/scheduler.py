@@ -36,6 +36,7 @@ class Scheduler:
     """Keeps the requests in order of arrival. `gamma` positions behind the known tokens are reserved for proposals.
 
     `drafts` says of a newcomer whether it may draft: its prefix is then reused as far as the drafter has read it too.
+    `expected` says how many drafted tokens so many requests will hardly exceed in the next pass.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Scheduler:
         step_tokens: int,
         on_release: Callable[[Running], None],
         drafts: Callable[[Running], bool],
+        expected: Callable[[int], int],
     ) -> None:
         self.pool, self._ahead, self._step_tokens = pool, gamma + 1, step_tokens
         self.waiting: deque[Running] = deque()
@@ -55,7 +57,7 @@ class Scheduler:
         self.prefix_queries = self.prefix_hits = 0  # tokens looked up at admission, tokens found
         self.tables_SB = np.zeros((rows, pool.blocks_for(length + self._ahead)), np.int64)
         self._free_rows = list(range(rows))[::-1]
-        self._on_release, self._drafts = on_release, drafts
+        self._on_release, self._drafts, self._expected = on_release, drafts, expected
 
     def add(self, request: Running) -> None:
         """Put a request at the end of the queue."""
@@ -81,7 +83,7 @@ class Scheduler:
         reading: list[Running] = []
         for request in self.running:
             (decoding if request.decoding else reading).append(request)
-        budget = max(self._step_tokens - len(decoding) * self._ahead, self.pool.block_size)
+        budget = max(self._step_tokens - len(decoding) - self._expected(len(decoding)), self.pool.block_size)
         ends: list[tuple[Running, int]] = []
         middles: list[tuple[Running, int]] = []
         for request in reading:
