@@ -32,7 +32,10 @@ FEW = 6  # answers of a turn, or one per user
 
 
 def share(engines: Sequence[Engine]) -> None:
-    """Let all read with the first one's compiled target; what its memory holds must be forgotten when another one goes on."""
+    """Let all read with the first one's compiled target; what its memory holds must be forgotten when another one goes on.
+
+    Raises SystemExit when their memories differ in size.
+    """
     models = [engine._models for engine in engines]
     if len({model.pool.num_blocks for model in models}) > 1:
         raise SystemExit(f"the engines have {[model.pool.num_blocks for model in models]} blocks and cannot share a memory")
@@ -95,14 +98,13 @@ def main() -> None:
     prompts = read_prompts(options.target, 128)
     target = load_target(options.target)
     drafter, compile = str(options.drafter), not options.eager
-    plans = {"off": "fixed", "fixed": "fixed", "planned": "planned"}
     longest = max(len(prompt) for prompt in prompts) + options.new_tokens
     length = -(-longest // 16) * 16  # so that as many blocks are needed with a drafter as without
     engines = {
         name: Engine(
             target,
             None if name == "off" else drafter,
-            EngineSettings(plan=plans[name], compile=compile, max_length=length),
+            EngineSettings(plan="planned" if name == "planned" else "fixed", compile=compile, max_length=length),
         )
         for name in ARMS
     }

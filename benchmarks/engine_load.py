@@ -60,12 +60,17 @@ def read_prompts(target: str, count: int) -> list[tuple[int, ...]]:
 
 
 def run_closed(
-    engine: Engine, prompts: Sequence[Sequence[int]], concurrency: int, requests: int, new_tokens: int, **params: object
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    concurrency: int,
+    requests: int,
+    new_tokens: int,
+    ignore_eos: bool = True,
 ) -> Load:
-    """`concurrency` users ask `requests` questions in all, each the next one when it has its answer. Answers are
-    `new_tokens` long unless `ignore_eos=False`. Prefixes are cold only as far as the prompts differ."""
+    """`concurrency` users ask `requests` questions in all, each the next one when it has its answer of `new_tokens` tokens, or
+    fewer where the target ends it and `ignore_eos` is off. Prefixes are cold only as far as the prompts differ."""
     made, asked, before = 0, 0, engine.metrics
-    settings = SamplingParams(max_tokens=new_tokens, temperature=0, **{"ignore_eos": True, **params})  # type: ignore[arg-type]
+    settings = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=ignore_eos)
     began = clock()
     running = 0
     while asked < requests or running:

@@ -92,14 +92,17 @@ def test_room_is_made_by_giving_up_what_nobody_holds(
     assert heard == expected[0].stats.cached_tokens if limit == 1 else heard < expected[0].stats.cached_tokens
 
 
-@pytest.mark.parametrize(("plan", "steps"), [("planned", 1), ("fixed", 4)])
-def test_prompts_get_the_tokens_of_a_step_that_nobody_drafts(target: TransformersTarget, plan: str, steps: int) -> None:
-    """Room for proposals is kept where there will be some: five requests, each with a token and gamma drafted ones or none."""
+@pytest.mark.parametrize(("plan", "seed", "steps"), [("planned", None, 1), ("planned", 1, 4), ("fixed", None, 4)])
+def test_prompts_get_the_tokens_of_a_step_that_nobody_drafts(
+    target: TransformersTarget, plan: str, seed: int | None, steps: int
+) -> None:
+    """Room for proposals is kept where there will be some: five requests, each with a token and gamma drafted ones or none.
+    Seeded samples draft whatever is planned."""
     steep = StepRate((1, 1000), (1.0, 1000.0), (1,), (0.0,))
     rate = {"step_rate": steep} if plan == "planned" else {}
     engine = Engine(target, make_drafter(target), small(plan=plan, step_tokens=5 + 5 * 4 + 8, max_running=6, **rate))
     for number in range(5):
-        params = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=200, temperature=0 if seed is None else 1.0, seed=seed, ignore_eos=True)
         engine.add_request(str(number), [9 + number], params)
     for _ in range(5):
         engine.step()

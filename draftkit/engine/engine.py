@@ -284,7 +284,7 @@ class Engine:
         else:
             following = self._following(work, step, outcome) if drafter.looks_ahead else step.tokens_T
         if outcome.offered.drafting or len(step) > LONG:
-            drafter.extend(step, read.features_TF, self._there(following))
+            drafter.extend(step, read.features_TF, self._there(following) if drafter.looks_ahead else None)
         else:
             self._unread.add(work.requests, step, read.features_TF, following)
         self._tally.draft_seconds += time.perf_counter() - began

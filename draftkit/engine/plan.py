@@ -33,7 +33,7 @@ class LengthPlanner:
         self._estimator = AcceptanceEstimator(gamma)
         self._largest_DG: np.ndarray | None = None  # of this step's proposals, for the estimator
         self._able: list[int] = []
-        self._budget = 0
+        self._budget = self._verified = 0  # drafted tokens of this step's pass: as planned; as it was then
         self._quiet = self._decoding = 0  # for so many steps nobody drafts, as long as so many requests decode,
         self._resting = (0, False)  # so many of which could, and whether some listen
 
@@ -52,9 +52,9 @@ class LengthPlanner:
         return request.gamma > 0 and (request.keeps_proposal or not self.rests_long)
 
     def expected(self, requests: int) -> int:
-        """Drafted tokens of so many requests that the next pass will hardly exceed: planned ones change little from step to
-        step, and a beginning trial verifies what pays."""
-        return self.gamma * requests if self._speculation is None else self._budget
+        """Drafted tokens of so many requests that the next pass will hardly exceed: where lengths are planned, as many as the
+        last one held (seeded samples' among them), since they change little from step to step."""
+        return self.gamma * requests if self._speculation is None else self._verified
 
     def use(self, step_rate: StepRate) -> None:
         """Plan by this step rate; what was measured by another one is forgotten."""
@@ -63,6 +63,7 @@ class LengthPlanner:
 
     def choose_drafting(self, decoding: Sequence[Running]) -> list[int]:
         """Indices of the requests that draft in this step."""
+        self._verified = 0
         if self._quiet and self._speculation is not None and len(decoding) == self._decoding:
             self._quiet -= 1
             self._speculation.rest(*self._resting)
@@ -104,12 +105,15 @@ class LengthPlanner:
         """How many drafted tokens of each are verified, int64 [D]."""
         most_D = np.array([self.most(r) for r in drafting], np.int64)
         if self._speculation is None or confidence_DG is None:
+            self._verified = int(most_D.sum())
             return most_D
         survival_DG, _ = survival_of(confidence_DG)
         self._speculation.push(np.array([r.row for r in drafting]), survival_DG)
         admitted_D = self._speculation.lengths(survival_DG, self._budget)
         whole_D = np.array([r.keeps_proposal for r in drafting])
-        return np.where(whole_D, most_D, np.minimum(admitted_D, most_D))
+        lengths_D = np.where(whole_D, most_D, np.minimum(admitted_D, most_D))
+        self._verified = int(lengths_D.sum())
+        return lengths_D
 
     def observe(self, lengths_D: np.ndarray, accepted_D: np.ndarray) -> None:
         """What verification found: of the first `lengths_D` drafted tokens `accepted_D` were kept."""
