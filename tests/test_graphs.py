@@ -1,23 +1,29 @@
-"""Recorded passes of fixed shapes: a recording that reads only its own tensors gives the numbers of the pass itself.
+"""Recorded passes: a recording that only ever sees its own tensors gives the numbers of the pass itself.
 
-Here "recording" keeps the function and runs it again on the same tensors; what CUDA adds to that needs a GPU.
+Here "recording" keeps the function and runs it again on the same tensors, and Triton interprets the kernels on the CPU; what
+CUDA adds to that needs a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from test_fast_drafter import LENGTHS, block_pass, propose_together
+from test_fast_drafter import LENGTHS, propose_together
 from test_fast_drafter import build as build_drafter
 from test_fast_model import build, one_pass
+from torch import Tensor
 
 from draftkit.engine.compiled import record_passes
-from draftkit.engine.graphs import Outputs, RecordedPasses, Rectangle
+from draftkit.engine.fast_drafter import FastDrafter
+from draftkit.engine.graphs import Play, RecordedPasses, padded
+from draftkit.ops import paged_attention
 from draftkit.ops.sampling import Sampling
 
-TEXTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (50, 9, 23)]
-TABLES = [[5, 30, 2, 17, 9, 33, 0, 21, 12, 3, 7, 26, 14], [1, 4, 6], [8, 10, 11, 13, 15, 16]]
+TEXTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (14, 6, 9)]
+TABLES = [[5, 30, 2, 17], [1, 4, 6], [8, 10, 11, 13]]
+WIDEST = 8
 
 
 class Recorder:
@@ -26,37 +32,64 @@ class Recorder:
     def __init__(self) -> None:
         self.count = 0
 
-    def __call__(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    def __call__(self, run: Play) -> Play:
         self.count += 1
         return run
 
 
-def test_recorded_passes_of_the_target_equal_the_eager_ones() -> None:
-    """Prompts in one long pass (not recorded), then rounds whose requests read 1 to 4 tokens each."""
-    for family in ("qwen3", "gemma3"):
-        _, eager = build(family)
-        _, fast = build(family)
-        recorder = Recorder()
-        fast.recorded = RecordedPasses(lambda fixed, f=fast: f.forward(fixed, None, (0, 1)), fast.stack.slots, recorder)
-        starts = [36, 2, 9]
-        for model in (eager, fast):
-            model.read(one_pass([(t[:s], 0, b) for t, s, b in zip(TEXTS, starts, TABLES, strict=True)]), None, (0, 1))
-        assert recorder.count == 0
-        for lengths in ([1, 1, 1], [4, 1, 2], [4, 2, 4], [1, 1, 1]):
-            pieces = [
-                (t[s : s + n], s, b[: -(-(s + n) // 4)]) for t, s, n, b in zip(TEXTS, starts, lengths, TABLES, strict=True)
-            ]
-            step = one_pass(pieces)
-            wanted, played = eager.read(step, None, (0, 1)), fast.read(one_pass(pieces), torch.tensor([0, 2]), (0, 1))
-            torch.testing.assert_close(played.logits_WV, wanted.logits_WV[[0, 2]], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(played.features_TF, wanted.features_TF, atol=1e-4, rtol=1e-4)
-            starts = [s + n for s, n in zip(starts, lengths, strict=True)]
-        assert recorder.count == 2 and fast.recorded.reason is None  # 4 x 1 and 4 x 4 tokens
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU runs the programs of a kernel one after the other."""
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 8)
+
+
+def drafter_on_pages(**changes: object) -> FastDrafter:
+    _, fast = build_drafter(head_dim=16, **changes)
+    fast.stack.paged = True
+    return fast
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_recorded_passes_of_the_target_equal_the_eager_ones(family: str) -> None:
+    """Prompts first, then rounds whose requests read 1 to 4 tokens each: two sizes, as far as recordings are concerned."""
+    _, eager = build(family)
+    _, fast = build(family)
+    fast.stack.paged = True
+    recorder = Recorder()
+    record_passes(fast, None, WIDEST, recorder)
+    assert fast.recorded is not None
+    fast.recorded = RecordedPasses(lambda step, _: fast.forward(step, None, (0, 1)), fast.stack.slots, WIDEST, recorder)
+    starts = [8, 2, 3]
+    for model in (eager, fast):
+        pieces = [(t[:s], 0, b) for t, s, b in zip(TEXTS, starts, TABLES, strict=True)]
+        model.read(one_pass(pieces), torch.tensor([7, 9, 12]), (0, 1))
+    assert recorder.count == 0  # rows of logits are chosen: not recorded
+    for lengths in ([1, 1, 1], [4, 1, 2], [1, 2, 1]):
+        pieces = [(t[s : s + n], s, b[: -(-(s + n) // 4)]) for t, s, n, b in zip(TEXTS, starts, lengths, TABLES, strict=True)]
+        wanted, played = (model.read(one_pass(pieces), None, (0, 1)) for model in (eager, fast))
+        assert len(played.logits_WV) == sum(lengths) and wanted.features_TF is not None
+        torch.testing.assert_close(played.logits_WV, wanted.logits_WV, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(played.features_TF, wanted.features_TF, atol=1e-4, rtol=1e-4)
+        starts = [s + n for s, n in zip(starts, lengths, strict=True)]
+    assert recorder.count == 2 and fast.recorded.reason is None  # 4 and 8 tokens
+
+
+def test_features_outlive_the_next_pass() -> None:
+    """What the drafter has yet to read is kept, while the recording's own tensors are overwritten."""
+    _, fast = build("qwen3")
+    fast.stack.paged = True
+    fast.recorded = RecordedPasses(lambda step, _: fast.forward(step, None, (0,)), fast.stack.slots, WIDEST, Recorder())
+    first = fast.read(one_pass([([1, 2], 0, [5])]), None, (0,)).features_TF
+    assert first is not None
+    before = first.clone()
+    fast.read(one_pass([([3, 4], 2, [5])]), None, (0,))
+    assert torch.equal(first, before)
 
 
 def test_padding_writes_to_the_spare_slot_alone() -> None:
     _, fast = build("qwen3")
-    record_passes(fast, None, Recorder())
+    fast.stack.paged = True
+    record_passes(fast, None, WIDEST, Recorder())
     for memory in fast.stack.memory:
         memory.zero_()
     fast.read(one_pass([([1, 2, 3], 0, [5]), ([4], 0, [7]), ([6], 0, [9])]), None)
@@ -65,42 +98,79 @@ def test_padding_writes_to_the_spare_slot_alone() -> None:
         assert written == [20, 21, 22, 28, 36, fast.stack.slots]
 
 
-def test_recorded_drafting_equals_the_eager_one() -> None:
-    for layout in ("anchor", "one_plus_n"):
-        _, fast = build_drafter(layout=layout)
-        generator = torch.Generator().manual_seed(5)
-        features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
-        uniforms_RG = torch.rand(3, fast.gamma, generator=generator, dtype=torch.float64)
-        eager = propose_together(fast, features, [11, 30, 2], Sampling(0.8), uniforms_RG)
-        recorder = Recorder()
-        record_passes(build("qwen3")[1], fast, recorder)
-        for _ in range(2):
-            played = propose_together(fast, features, [11, 30, 2], Sampling(0.8), uniforms_RG)
-            assert torch.equal(played.tokens_BG, eager.tokens_BG)
-            torch.testing.assert_close(played.probs_BGV, eager.probs_BGV, atol=1e-5, rtol=1e-4)
-        assert recorder.count == 1
+@pytest.mark.parametrize("layout", ["anchor", "one_plus_n"])
+def test_recorded_drafting_equals_the_eager_one(layout: str) -> None:
+    """Sampled along the head by the engine, and greedily inside the recording, which holds the context's writing, too."""
+    _, eager = build_drafter(head_dim=16, layout=layout)
+    fast, recorder = drafter_on_pages(layout=layout), Recorder()
+    record_passes(build("qwen3")[1], fast, WIDEST, recorder)
+    generator = torch.Generator().manual_seed(5)
+    features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
+    uniforms_RG = torch.rand(3, fast.gamma, generator=generator, dtype=torch.float64)
+    for sampling in (Sampling(0.8), Sampling(0.0)):
+        wanted, played = (propose_together(d, features, [11, 30, 2], sampling, uniforms_RG) for d in (eager, fast))
+        assert torch.equal(played.tokens_BG, wanted.tokens_BG)
+        torch.testing.assert_close(played.confidence_BG, wanted.confidence_BG, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(played.probs_BGV, wanted.probs_BGV, atol=1e-5, rtol=1e-4)
+    assert fast.recorded is not None and fast.recorded.block.reason is None
+    assert recorder.count >= 2  # blocks, and contexts of two sizes
 
 
-def test_shapes_are_powers_of_two_and_long_pieces_are_not_recorded() -> None:
-    _, drafter = build_drafter()
-    shape = Rectangle.around(block_pass([1, 2, 3], list(LENGTHS), drafter.config, torch.float32))
-    assert shape == Rectangle(requests=4, queries=4, blocks=8, block_size=4)
-    assert Rectangle.around(one_pass([(TEXTS[0][:33], 0, TABLES[0])])) is None
+@pytest.mark.parametrize("head", ["none", "markov", "gated", "rnn"])
+def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
+    _, eager = build_drafter(head_dim=16, head=head)
+    fast = drafter_on_pages(head=head)
+    record_passes(build("qwen3")[1], fast, WIDEST, Recorder())
+    for anchors in ([11, 30, 2], [7], [1, 2, 3, 4]):
+        wanted = drafts(eager, anchors)
+        played = drafts(fast, anchors)
+        assert torch.equal(played[0], wanted[0]) and played[1].shape == wanted[1].shape
+        torch.testing.assert_close(played[2], wanted[2], atol=1e-5, rtol=1e-4)
+    assert fast.recorded is not None and fast.recorded.greedy.reason is None and len(fast.recorded.greedy._recordings) == 2
+
+
+def drafts(fast: FastDrafter, anchors: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Greedy proposals behind empty contexts."""
+    wanted = fast.drafting_pass(torch.tensor(anchors).numpy())
+    step = one_pass([(row.tolist(), 0, [2 * i, 2 * i + 1]) for i, row in enumerate(wanted.tokens_RP)])
+    step.block = True
+    tokens, probs, confidence, _ = fast.draft(step, torch.tensor(anchors), None)
+    return tokens, probs, confidence
+
+
+def test_sizes_are_close_to_what_comes_and_wide_tables_are_not_recorded() -> None:
+    assert [padded(n) for n in (1, 2, 3, 4, 5, 8, 9, 12, 13, 17, 24, 25, 100)] == [1, 2, 4, 4, 8, 8, 12, 12, 16, 24, 24, 32, 128]
+    _, fast = build("qwen3")
+    fast.stack.paged = True
+    recorder = Recorder()
+    record_passes(fast, None, 2, recorder)
+    fast.read(one_pass([([1], 9, [3, 4, 5])]), None)
+    assert recorder.count == 0
 
 
 def test_a_recording_that_fails_or_differs_is_not_used() -> None:
-    def refuse(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    def refuse(run: Play) -> Play:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    def spoil(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
-        return lambda: tuple(output * 1.01 for output in run())
+    def spoiling(recorded: Callable[[], RecordedPasses | None]) -> Callable[[Play], Play]:
+        def spoil(run: Play) -> Play:
+            def play() -> None:
+                run()
+                passes = recorded()
+                assert passes is not None
+                passes._outputs[0].mul_(1.01)
+
+            return play
+
+        return spoil
 
     pieces = [(TEXTS[0][:4], 0, TABLES[0][:1])]
     wanted = build("qwen3")[1].read(one_pass(pieces), None)
-    for record, reason in ((refuse, "not permitted"), (spoil, "differs from its pass")):
+    for name, reason in (("refuse", "not permitted"), ("spoil", "differs from its pass")):
         _, fast = build("qwen3")
-        record_passes(fast, None, record)
+        fast.stack.paged = True
+        record_passes(fast, None, WIDEST, refuse if name == "refuse" else spoiling(lambda f=fast: f.recorded))
         assert fast.recorded is not None
         for _ in range(2):
-            assert torch.equal(fast.read(one_pass(pieces), None).logits_WV, wanted.logits_WV)
+            torch.testing.assert_close(fast.read(one_pass(pieces), None).logits_WV, wanted.logits_WV, atol=1e-4, rtol=1e-4)
             assert reason in str(fast.recorded.reason) and "\n" not in str(fast.recorded.reason)

@@ -219,8 +219,9 @@ class Engine:
         starts_D, rows_D = work.starts_R[chosen] + wanted.first, work.rows_R[chosen]
         step = self._pass(wanted.tokens_RP.ravel(), starts_D, lengths_D, rows_D, wanted.block)
         tokens_DG, probs_DGV, *said = drafter.draft(step, self._there(anchors), choose)
+        told = [t.cpu().numpy() if t is not None else None for t in said]  # on a GPU this waits for the pass
         self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
-        confidence = self._planner.confidence(*(t.cpu().numpy() if t is not None else None for t in said))
+        confidence = self._planner.confidence(*told)
         lengths_A[chosen] = self._planner.lengths(drafting, confidence)
         probs_AGV = None if rows.greedy else place(probs_DGV, chosen, work.answering)
         return Offered(place(tokens_DG, chosen, work.answering), probs_AGV, lengths_A, chosen, confidence)
@@ -262,7 +263,10 @@ class Engine:
         adjustments = [self._adjustments.get(r.id) for r in work.requests[: work.answering]]
         logits = adjust_rows(read.logits_WV, offered, adjustments)
         best = read.best_W if logits is read.logits_WV else None
+        began = time.perf_counter()
         accepted, following = judge(logits, best, offered, rows, uniforms[:, -2:])
+        if self._models.device.type != "cpu":  # judging is little there beside what it waits for: the end of the pass
+            self._tally.verify_seconds += time.perf_counter() - began
         self._tally.rounds += sum(r.gamma > 0 for r in work.requests[: work.decoding])
         if offered.drafting:
             drafted = len(offered.drafting) * self.info.gamma

@@ -23,13 +23,15 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
 from draftkit.engine.fast_model import fuse_qkv
-from draftkit.engine.graphs import RecordedPasses
+from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
-from draftkit.engine.passes import Pass
+from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
 from draftkit.ops.sampling import largest_prob
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [R, V], draft index 0..G-1 -> tokens [R], probs [R, V]
+# tokens [R, G], what `Choose` said of their distributions [R, G, V], confidences in (0, 1) [R, G], largest probabilities [R, G]
+Drafts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class FastDrafter:
         self.k_norm = torch.stack(norms) if norms else None  # [L, D]
         # one of them is set when it is ready, see compiled.py
         self.native: NativeDrafter | None = None
-        self.recorded: RecordedPasses | None = None
+        self.recorded: RecordedDrafter | None = None
 
     @property
     def ends(self) -> Ends:
@@ -89,7 +91,11 @@ class FastDrafter:
         """
         if self.native is not None:
             self.native.stack.write_context(self.native.context, step, features_TF)
-            return
+        elif self.recorded is None or self.recorded.context.run(step, features_TF) is None:
+            self.write_context(self.stack.laid(step), features_TF)
+
+    def write_context(self, step: Indices, features_TF: Tensor) -> None:
+        """`extend` in PyTorch operations."""
         config = self.config
         projected = F.linear(features_TF.to(self.fc.dtype), self.fc)
         hidden = F.rms_norm(projected, (config.hidden_size,), self.hidden_norm, config.rms_eps)
@@ -109,23 +115,37 @@ class FastDrafter:
         return DraftingPass(tokens_RP, 0, block=True)
 
     @torch.inference_mode()
-    def draft(
-        self, step: Pass, anchors_R: Tensor, choose: Choose | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Propose for every request: tokens [R, G], the probabilities that `choose` returned [R, G, V], and the
-        confidences in (0, 1) [R, G]; without a confidence head None, and then the largest probabilities (see `Proposal`).
+    def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> Drafts:
+        """Propose for every request; without a confidence head the confidences are None, and then there are the largest
+        probabilities (see `Proposal`).
 
         `step` is the `drafting_pass`, with the anchor at the first position that `extend` has not written. `choose` gets the
         logits of one position of every block, in order from left to right, and returns the tokens with the distribution
         they were drawn from. None drafts greedily and returns no distributions, [R, G, 0].
         """
+        if choose is None and self.recorded is not None and (played := self.recorded.greedy.run(step)) is not None:
+            tokens_RG, said_RG = played
+            said = (said_RG, None) if self.confidence is not None else (None, said_RG)
+            return tokens_RG, said_RG.new_empty(*tokens_RG.shape, 0), *said
         hidden_RGH, base_RGV = self._read_block(step)
         head = self.native.head if self.native is not None else None
         if choose is None and head is not None and (self.confidence is not None or self.markov is None):
             largest_RG = largest_prob(base_RGV) if self.confidence is None else None  # now: the logits are overwritten
             tokens_RG, confidence_RG = head.draft(hidden_RGH, base_RGV, anchors_R)
             return tokens_RG, hidden_RGH.new_empty(*tokens_RG.shape, 0), confidence_RG, largest_RG
-        choose = choose or take_largest
+        return self._walk(hidden_RGH, base_RGV, anchors_R, choose or take_largest)
+
+    def greedy(self, step: Indices) -> tuple[Tensor, Tensor]:
+        """Tokens of a greedy `draft` [R, G], and confidences or largest probabilities [R, G], in PyTorch operations."""
+        tokens_RG, _, confidence_RG, largest_RG = self._walk(
+            *self._drafting(*self.forward(step)), step.tokens[:: self.config.block_size], take_largest
+        )
+        said_RG = confidence_RG if confidence_RG is not None else largest_RG
+        assert said_RG is not None  # one of them is
+        return tokens_RG, said_RG
+
+    def _walk(self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor, choose: Choose) -> Drafts:
+        """Along the head, behind what the block gave."""
         previous_R, state = anchors_R, None
         tokens, probs, largest, embedded = [], [], [], []
         for k in range(self.gamma):
@@ -152,12 +172,14 @@ class FastDrafter:
             rows_RG = np.arange(len(step)).reshape(-1, size)[:, size - gamma :]
             base, hidden, _ = self.native.stack.run(step, rows_RG.ravel())
             return hidden.unflatten(0, (-1, gamma)), base.unflatten(0, (-1, gamma))
-        if self.recorded is not None and (played := self.recorded.run(step)) is not None:
-            hidden_TH, base_TV = played
-        else:
-            hidden_TH, base_TV = self.forward(step)
+        played = self.recorded.block.run(step) if self.recorded is not None else None
+        hidden_TH, base_TV = self.forward(self.stack.laid(step)) if played is None else played
+        return self._drafting(hidden_TH, base_TV)
+
+    def _drafting(self, hidden_TH: Tensor, base_TV: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.config.block_size
         hidden_RPH, base_RPV = (t.unflatten(0, (-1, size)) for t in (hidden_TH, base_TV))
-        return hidden_RPH[:, size - gamma :], base_RPV[:, size - gamma :]
+        return hidden_RPH[:, size - self.gamma :], base_RPV[:, size - self.gamma :]
 
     def forward(self, step: Indices) -> tuple[Tensor, Tensor]:
         """Normed hidden states [T, H] and base logits [T, V] of whole blocks in PyTorch operations."""
@@ -172,6 +194,23 @@ class FastDrafter:
 def take_largest(logits_RV: Tensor, _: int) -> tuple[Tensor, Tensor]:
     """The greedy `Choose`: tokens [R] and no distributions, [R, 0]."""
     return logits_RV.argmax(-1), logits_RV.new_empty(len(logits_RV), 0)
+
+
+class RecordedDrafter:
+    """Recordings of a drafter's passes: over its blocks, those and the greedy way along the head, and from features to keys and
+    values."""
+
+    def __init__(self, drafter: FastDrafter, widest: int, record: Record) -> None:
+        slots, size = drafter.stack.slots, drafter.config.block_size
+
+        def write_context(step: PagedPass, features_TF: Tensor | None) -> Outputs:
+            if features_TF is not None:
+                drafter.write_context(step, features_TF)
+            return ()
+
+        self.block = RecordedPasses(lambda step, _: drafter.forward(step), slots, widest, record, size)
+        self.greedy = RecordedPasses(lambda step, _: drafter.greedy(step), slots, widest, record, size)
+        self.context = RecordedPasses(write_context, slots, widest, record, features=drafter.fc.shape[1])
 
 
 class NativeDrafter:

@@ -19,7 +19,7 @@ from torch import Tensor
 from draftkit.draft.backbone import embed
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.draft.families import STYLES
-from draftkit.engine.fast_drafter import Choose, DraftingPass, fuse_layer, rotary_of, take_largest
+from draftkit.engine.fast_drafter import Choose, DraftingPass, Drafts, fuse_layer, rotary_of, take_largest
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack, StackShape
 from draftkit.ops.sampling import largest_prob
@@ -63,11 +63,8 @@ class FastEagle:
         return DraftingPass(np.repeat(anchors_R[:, None], self.gamma, 1), -1, block=False)
 
     @torch.inference_mode()
-    def draft(
-        self, step: Pass, anchors_R: Tensor, choose: Choose | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """G passes of one token per request: tokens [R, G], distributions [R, G, V] ([R, G, 0] where `choose` is None,
-        which drafts greedily), no confidences, largest probabilities [R, G].
+    def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> Drafts:
+        """G passes of one token per request, without confidences; `choose` None drafts greedily, see `FastDrafter.draft`.
 
         `step` is the `drafting_pass`: where the rows lie; their token ids do not matter.
         """
@@ -76,9 +73,8 @@ class FastEagle:
         tokens, probs, largest = [], [], []
         for k in range(self.gamma):
             u, residual_RH = drafter.midlayer.join(embed(drafter.embed_tokens, token_R, self.config), state_RH)
-            single = self._single(step, k)
-            turned = self._layer.rotary[single.positions]
-            state_RH = self.stack.finish_layer(0, residual_RH, F.linear(u, self._layer.qkv), turned, single)
+            single = self.stack.laid(self._single(step, k))
+            state_RH = self.stack.finish_layer(0, residual_RH, F.linear(u, self._layer.qkv), {}, single)
             logits_RV = drafter.logits(state_RH)
             largest.append(largest_prob(logits_RV))
             token_R, probs_RV = choose(logits_RV, k)

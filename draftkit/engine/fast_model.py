@@ -134,10 +134,10 @@ class FastModel:
             best_W = np.empty(len(rows_W), np.int64)
             logits_WV, _, features_TF = self.native.run(step, rows_W, feature_layers, best_W)
             return ReadOut(logits_WV, features_TF, best_W)
-        if self.recorded is not None and (played := self.recorded.run(step)) is not None:
-            logits_TV, *features = played
-            return ReadOut(logits_TV if wanted is None else logits_TV[wanted], features[0] if features else None)
-        logits_WV, *features = self.forward(step, wanted, feature_layers)
+        if self.recorded is not None and wanted is None and (played := self.recorded.run(step)) is not None:
+            logits_WV, *features = played
+            return ReadOut(logits_WV, features[0].clone() if features and feature_layers else None)  # they are kept for long
+        logits_WV, *features = self.forward(self.stack.laid(step), wanted, feature_layers)
         return ReadOut(logits_WV, features[0] if features else None)
 
     def forward(self, step: Indices, wanted: Tensor | None, feature_layers: tuple[int, ...]) -> tuple[Tensor, ...]:

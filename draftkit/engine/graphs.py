@@ -1,11 +1,11 @@
-"""Passes of a few fixed shapes, recorded once and played back: CUDA graphs, which start a whole pass with one call.
+"""Passes recorded once and played back: CUDA graphs, which start a whole pass with one call.
 
-A pass is filled up to a rectangle of requests x queries x blocks, each a power of two at least (queries: as they come).
-Everything that changes from pass to pass lies in one integer tensor that the recording reads. What is tested without a GPU is
-that a recording which only ever sees its own tensors gives the pass's numbers; so each new recording is played once beside
-the pass that it recorded, and where one fails or differs no recording is used any more.
+A recording is made for a number of tokens, whoever they belong to, and another pass is filled up to the next such number.
+Everything that changes from pass to pass lies in one integer tensor that the recording reads (`PagedPass`). What is tested
+without a GPU is that a recording which only ever sees its own tensors gives the pass's numbers; so each new recording is
+played once beside the pass that it recorded, and where one fails or differs no recording is used any more.
 
-Shapes: R requests, Q queries of each, B blocks of each, T tokens of the pass, V vocabulary, F features, H hidden.
+Shapes: T tokens of the pass, F features.
 """
 
 from __future__ import annotations
@@ -14,120 +14,115 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from draftkit.engine.passes import LONG_QUERY, Group, Pass
+from draftkit.engine.passes import SHORT_TILE, PagedPass, Pass, flatten
 
 log = logging.getLogger(__name__)
-TOLERANCE = 1e-3  # of the largest number, between a recording and its pass
+LONGEST = 4096  # tokens of a recording: above, starting single operations costs nothing beside them
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of the largest number: order of summing
 Outputs = tuple[Tensor, ...]
-Record = Callable[[Callable[[], Outputs]], Callable[[], Outputs]]  # takes the pass once, gives what plays it back
+Forward = Callable[[PagedPass, Tensor | None], Outputs]  # tokens and features, to outputs of an equal number of rows per token
+Play = Callable[[], None]
+Record = Callable[[Play], Play]  # takes the pass once, gives what plays it back
+
+
+def padded(count: int) -> int:
+    """The next number that recordings are made for: 1, 2, 4, 8, 12, 16, 24, 32, 48 ..."""
+    power = 1 << max(count - 1, 0).bit_length()
+    return power * 3 // 4 if power > 8 and count <= power * 3 // 4 else power
 
 
 @dataclass(frozen=True)
-class Rectangle:
-    """A recorded shape."""
-
-    requests: int
-    queries: int
-    blocks: int
-    block_size: int
-
-    @staticmethod
-    def around(step: Pass) -> Rectangle | None:
-        """The smallest shape that holds the pass; None for one with a long piece of a prompt, which is not recorded."""
-        queries = int(step.lengths_R.max())
-        if queries > LONG_QUERY:
-            return None
-        requests, blocks = (1 << (n - 1).bit_length() for n in (len(step.lengths_R), step.tables_RB.shape[1]))
-        return Rectangle(requests, queries, blocks, step.block_size)
-
-    def fill(self, step: Pass, spare_slot: int) -> tuple[np.ndarray, np.ndarray]:
-        """All that the recording reads, in one row, and the cell of each token of the pass, [T].
-
-        Padding repeats a token of its request (or of the first one), and writes to `spare_slot`.
-        """
-        cells_RQ = np.arange(self.queries)
-        real_RQ = np.zeros((self.requests, self.queries), bool)
-        real_RQ[: len(step.lengths_R)] = cells_RQ < step.lengths_R[:, None]
-        flat_RQ = np.zeros((self.requests, self.queries), np.int64)
-        flat_RQ[: len(step.lengths_R)] = step.firsts_R[:, None] + np.minimum(cells_RQ, step.lengths_R[:, None] - 1)
-        tables_RB = np.zeros((self.requests, self.blocks), np.int64)
-        tables_RB[: len(step.tables_RB), : step.tables_RB.shape[1]] = step.tables_RB
-        slots = np.where(real_RQ, step.slots_T[flat_RQ], spare_slot)
-        of_tokens = (step.tokens_T[flat_RQ], step.positions_T[flat_RQ], slots, step.seen_T[flat_RQ], step.origins_T[flat_RQ])
-        return np.concatenate([part.ravel() for part in (*of_tokens, tables_RB)]), np.flatnonzero(real_RQ)
-
-
-class FixedPass:
-    """What `Stack.run` reads of a pass, as views of one int64 tensor in the order of `Rectangle.fill`."""
-
-    def __init__(self, shape: Rectangle, inputs: Tensor, dtype: torch.dtype) -> None:
-        cells = shape.requests * shape.queries
-        self.block_size, self._cells = shape.block_size, cells
-        self.tokens, self.positions, self.slots, seen, origins = inputs[: 5 * cells].view(5, cells)
-        square = (shape.requests, shape.queries)
-        blocks, positions = inputs[5 * cells :], shape.blocks * shape.block_size
-        seen, origins = seen.view(square), origins.view(square)
-        self.groups = (Group(slice(None), None, None, shape.requests, blocks, positions, seen, origins, dtype),)
-
-    def __len__(self) -> int:
-        return self._cells
+class _Recording:
+    inputs: Tensor
+    features: Tensor | None
+    play: Play
+    outputs: Outputs
 
 
 class RecordedPasses:
-    """Plays passes of one model back, recording each shape when it is first seen. `forward` is the model's pass.
+    """Plays passes of one kind back, recording each size when it is first seen. `forward` is the pass; `widest` the blocks of
+    the longest request, `unit` the tokens of each request where they are all the same, `features` how many numbers come with
+    each token.
 
     When a recording cannot be made or differs from its pass, `reason` says so and `run` gives None from then on.
     """
 
-    def __init__(self, forward: Callable[[FixedPass], Outputs], spare_slot: int, record: Record) -> None:
-        self._forward, self._spare_slot, self._record = forward, spare_slot, record
-        self._recorded: dict[Rectangle, tuple[Tensor, Callable[[], Outputs]]] = {}
+    def __init__(
+        self, forward: Forward, spare_slot: int, widest: int, record: Record, unit: int = 1, features: int = 0
+    ) -> None:
+        self._forward, self._spare_slot, self._widest, self._record = forward, spare_slot, widest, record
+        self._unit, self._features = unit, features
+        self._recordings: dict[int, _Recording] = {}
+        self._outputs: list[Tensor] = []  # all recordings write to these; outputs of one are valid until the next is played
         self.reason: str | None = None
 
-    def run(self, step: Pass) -> Outputs | None:
-        """The outputs of the pass's tokens, each [T, ...], or None for a pass that no recording can hold."""
-        shape = Rectangle.around(step)
-        if shape is None or self.reason is not None:
+    def run(self, step: Pass, features_TF: Tensor | None = None) -> Outputs | None:
+        """The outputs of the pass, or None for one that no recording can hold. They are overwritten by the next."""
+        tokens = self._unit * padded(len(step) // self._unit)
+        if self.reason is not None or tokens > LONGEST or step.tables_RB.size > self._widest * tokens:
             return None
-        filled, cells_T = shape.fill(step, self._spare_slot)
-        there = torch.from_numpy(filled)
-        if shape not in self._recorded:
+        filled = torch.from_numpy(flatten(step, tokens, tokens, SHORT_TILE, self._spare_slot))
+        if tokens not in self._recordings:
             try:
-                self._recorded[shape] = self._checked(shape, there.to(step.device), step.dtype)
+                self._recordings[tokens] = self._checked(tokens, filled, step, features_TF)
             except RuntimeError as error:  # what CUDA refuses is one
                 self.reason = next(iter(str(error).splitlines()), type(error).__name__)
                 log.warning("recorded passes: not used: %s", self.reason)
                 return None
-        inputs, play = self._recorded[shape]
-        inputs.copy_(there, non_blocking=True)
-        cells = torch.from_numpy(cells_T).to(step.device)
-        return tuple(output[cells] for output in play())
+        recording = self._recordings[tokens]
+        recording.inputs[: len(filled)].copy_(filled, non_blocking=True)
+        if recording.features is not None and features_TF is not None:
+            recording.features[: len(step)].copy_(features_TF)
+        recording.play()
+        return tuple(output[: len(output) * len(step) // tokens] for output in recording.outputs)
 
-
-    def _checked(self, shape: Rectangle, inputs: Tensor, dtype: torch.dtype) -> tuple[Tensor, Callable[[], Outputs]]:
-        """A recording and the tensor that it reads. Raises RuntimeError when it differs from the pass."""
+    def _checked(self, tokens: int, filled: Tensor, step: Pass, features_TF: Tensor | None) -> _Recording:
+        """A recording. Raises RuntimeError when it differs from the pass."""
+        inputs = torch.zeros(8 * tokens + 1 + self._widest * tokens, dtype=torch.int64, device=step.device)
+        inputs[: len(filled)] = filled.to(step.device)
+        features = None
+        if features_TF is not None:
+            features = features_TF.new_zeros(tokens, self._features)
+            features[: len(step)] = features_TF
 
         def run() -> Outputs:
-            # a pass made anew: masks that it has computed once would be no part of the recording
-            return self._forward(FixedPass(shape, inputs, dtype))
+            return self._forward(PagedPass(inputs, tokens, tokens, SHORT_TILE, step.block_size), features)
 
-        play = self._record(run)
-        for eager, played in zip(run(), play(), strict=True):
-            difference = float((eager - played).abs().max())
-            if not difference <= TOLERANCE * max(1.0, float(eager.abs().max())):
-                raise RuntimeError(f"a recording of {shape} differs from its pass by {difference:.2g}")
-        return inputs, play
+        eager = run()
+        outputs = self._room(eager)
+
+        def write() -> None:
+            for room, output in zip(outputs, run(), strict=True):
+                room.copy_(output)
+
+        play = self._record(write)
+        play()
+        for wanted, played in zip(eager, outputs, strict=True):
+            if not wanted.is_floating_point():
+                continue  # tokens of nearly equal logits; the logits or confidences beside them are compared
+            difference = float((wanted - played).abs().max())
+            if not difference <= _TOLERANCES[wanted.dtype] * max(1.0, float(wanted.abs().max())):
+                raise RuntimeError(f"a recording of {tokens} tokens differs from its pass by {difference:.2g}")
+        return _Recording(inputs, features, play, outputs)
+
+    def _room(self, outputs: Outputs) -> Outputs:
+        """Where recordings write such outputs: shared by all, made larger when one needs more."""
+        for index, output in enumerate(outputs):
+            if index == len(self._outputs):
+                self._outputs.append(torch.empty_like(output))
+            elif len(self._outputs[index]) < len(output):
+                self._outputs[index] = torch.empty_like(output)
+        return tuple(room[: len(output)] for room, output in zip(self._outputs, outputs, strict=True))
 
 
 def cuda_recorder() -> Record:
-    """Records CUDA graphs that share one memory pool: the outputs of one are valid until the next is played."""
+    """Records CUDA graphs that share one memory pool: only one of them runs at a time."""
     pool = torch.cuda.graph_pool_handle()
 
-    def record(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    def record(run: Play) -> Play:
         stream = torch.cuda.Stream()  # capturing asks for a warm-up beside the current stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -135,12 +130,7 @@ def cuda_recorder() -> Record:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            outputs = run()
-
-        def play() -> Outputs:
-            graph.replay()
-            return outputs
-
-        return play
+            run()
+        return graph.replay
 
     return record

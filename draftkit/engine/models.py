@@ -92,7 +92,8 @@ def start_compiling(models: Models) -> CompiledPasses | None:
     fits = models.device.type == "cuda" or (models.device.type == "cpu" and models.dtype == torch.float32)
     if not fits or not isinstance(models.model, FastModel):
         return None
-    return CompiledPasses(models.model, models.drafter if isinstance(models.drafter, FastDrafter) else None)
+    drafter = models.drafter if isinstance(models.drafter, FastDrafter) else None
+    return CompiledPasses(models.model, drafter, models.pool.blocks_for(models.info.max_length + models.info.gamma + 1))
 
 
 def _count_blocks(target: TransformersTarget, drafter: Drafter | None, settings: EngineSettings, longest: int) -> int:

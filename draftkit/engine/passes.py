@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 LONG_QUERY = 32  # requests with more new tokens than this (prefill) attend on their own, not padded beside others
+SHORT_TILE, LONG_TILE = 4, 16  # tokens that share what a kernel loads of their request's keys
 
 
 @dataclass(frozen=True)
@@ -155,3 +156,47 @@ class Pass:
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+class PagedPass:
+    """A pass as the kernels of a GPU read it: all that changes from pass to pass in one row of int64 (see `flatten`), so that
+    a recording can be given another pass by one copy."""
+
+    def __init__(self, inputs: Tensor, tokens: int, tiles: int, tile: int, block_size: int) -> None:
+        self.block_size, self._tokens = block_size, tokens
+        ends = 5 * tokens, 5 * tokens + 3 * tiles
+        self.tokens, self.positions, self.slots, self.seen, self.origins = inputs[: ends[0]].view(5, tokens)
+        self.first, self.count, self.row = inputs[ends[0] : ends[1]].view(3, tiles)
+        self.width, self.tables, self.tile = inputs[ends[1] : ends[1] + 1], inputs[ends[1] + 1 :], tile
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    @staticmethod
+    def of(step: Pass) -> PagedPass:
+        """On the pass's device, as long as it is."""
+        tile = LONG_TILE if int(step.lengths_R.max()) > LONG_QUERY else SHORT_TILE
+        tiles = int((-(-step.lengths_R // tile)).sum())
+        inputs = torch.from_numpy(flatten(step, len(step), tiles, tile, 0)).to(step.device, non_blocking=True)
+        return PagedPass(inputs, len(step), tiles, tile, step.block_size)
+
+
+def flatten(step: Pass, tokens: int, tiles: int, tile: int, spare_slot: int) -> np.ndarray:
+    """What `PagedPass` reads: tokens, positions, slots, seen, origins [tokens]; first row, count, request [tiles]; the width of
+    the tables, and the tables.
+
+    Padding looks at the first request's first position and writes to `spare_slot`. There must be room for it: a tile for each
+    token is always enough.
+    """
+    given, padding = len(step), tokens - len(step)
+    of_tokens = np.zeros((5, tokens), np.int64)
+    of_tokens[:, :given] = step.tokens_T, step.positions_T, step.slots_T, step.seen_T, step.origins_T
+    of_tokens[2, given:], of_tokens[3:, given:] = spare_slot, 1
+    per_R = -(-step.lengths_R // tile)
+    row = np.repeat(np.arange(len(per_R)), per_R)
+    skipped = (np.arange(len(row)) - (per_R.cumsum() - per_R)[row]) * tile
+    of_tiles = np.zeros((3, tiles), np.int64)
+    of_tiles[:, : len(row)] = step.firsts_R[row] + skipped, np.minimum(step.lengths_R[row] - skipped, tile), row
+    spare = np.arange(0, padding, tile)
+    of_tiles[:2, len(row) : len(row) + len(spare)] = given + spare, np.minimum(padding - spare, tile)
+    return np.concatenate([of_tokens.ravel(), of_tiles.ravel(), [step.tables_RB.shape[1]], step.tables_RB.ravel()])

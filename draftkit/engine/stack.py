@@ -8,34 +8,16 @@ Shapes: T tokens, H hidden, N query heads, M key/value heads, D head size, I int
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draftkit.engine.passes import Group, Pass
+from draftkit.engine.passes import Group, PagedPass, Pass
 
-
-class Indices(Protocol):
-    """What the layers ask of a pass; see `Pass`."""
-
-    block_size: int
-
-    def __len__(self) -> int: ...
-
-    @property
-    def tokens(self) -> Tensor: ...  # noqa: D102
-
-    @property
-    def positions(self) -> Tensor: ...  # noqa: D102
-
-    @property
-    def slots(self) -> Tensor: ...  # noqa: D102
-
-    @property
-    def groups(self) -> tuple[Group, ...]: ...  # noqa: D102
+Indices = Pass | PagedPass
 
 
 @dataclass(frozen=True)
@@ -114,6 +96,20 @@ class Stack:
         sizes = [(layer.attention.kv_heads, 2 * layer.attention.head_dim) for layer in layers]
         self.memory = tuple(layers[0].qkv.new_zeros(slots + 1, *size) for size in sizes)  # per layer [P + 1, M, 2 D]
 
+        self.paged = layers[0].qkv.is_cuda and self._kernels_fit()
+
+    def laid(self, step: Pass) -> Indices:
+        """The pass as this stack reads it: for kernels of a GPU where they can run."""
+        return PagedPass.of(step) if self.paged else step
+
+    def _kernels_fit(self) -> bool:
+        if importlib.util.find_spec("triton") is None:
+            return False
+        from draftkit.ops.paged_attention import DTYPES, HEAD_DIMS
+
+        shapes = [layer.attention for layer in self.layers]
+        return self.layers[0].qkv.dtype in DTYPES and all(shape.head_dim in HEAD_DIMS for shape in shapes)
+
     @property
     def bytes_per_slot(self) -> int:
         """Memory of one position in all layers."""
@@ -122,31 +118,29 @@ class Stack:
     def run(self, x_TH: Tensor, step: Indices, capture: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """Hidden states after the last layer, before the final norm, [T, H], and the outputs of the layers `capture`."""
         eps = self.shape.eps
-        turned: dict[int, Tensor] = {}  # one lookup for all layers that share a table
+        turned: dict[int, Tensor] = {}
         captured: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            if id(layer.rotary) not in turned:
-                turned[id(layer.rotary)] = layer.rotary[step.positions]
             qkv = F.linear(rms_norm(x_TH, layer.input_norm, eps), layer.qkv, layer.qkv_bias)
-            x_TH = self.finish_layer(index, x_TH, qkv, turned[id(layer.rotary)], step)
+            x_TH = self.finish_layer(index, x_TH, qkv, turned, step)
             if index in capture:
                 captured.append(x_TH)
         return x_TH, captured
 
-    def finish_layer(self, index: int, x_TH: Tensor, qkv: Tensor, rotary: Tensor, step: Indices) -> Tensor:
+    def finish_layer(self, index: int, x_TH: Tensor, qkv: Tensor, turned: dict[int, Tensor], step: Indices) -> Tensor:
         """A layer behind its first projection: residual stream [T, H] and queries, keys, values [T, (N + 2 M) D] to [T, H].
 
-        `rotary` are the rows of the layer's table at the pass's positions.
+        `turned` keeps the rows of rotary tables at the pass's positions: one lookup for all layers that share a table.
         """
         layer, eps = self.layers[index], self.shape.eps
-        mixed = self._attend(index, qkv, rotary, step)
+        mixed = self._attend_paged(index, qkv, step) if isinstance(step, PagedPass) else self._attend(index, qkv, turned, step)
         x_TH = _add(x_TH, mixed, layer.out, layer.out_bias, layer.mixed_norm, eps)
         gate, up = F.linear(rms_norm(x_TH, layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
         gate = F.gelu(gate, approximate="tanh") if self.shape.gelu else F.silu(gate)
         x_TH = _add(x_TH, gate.mul_(up), layer.down, None, layer.mlp_out_norm, eps)
         return x_TH if layer.output_scale == 1 else x_TH * layer.output_scale
 
-    def write(self, step: Pass, keys: Tensor, values: Tensor) -> None:
+    def write(self, step: Indices, keys: Tensor, values: Tensor) -> None:
         """Put projected keys (not yet rotated, pair order) and values [L, T, M, D] at the pass's slots, all layers.
 
         The layers must share one rotary table.
@@ -155,9 +149,21 @@ class Stack:
         for memory, both in zip(self.memory, torch.cat([rotated, values], -1), strict=True):
             memory[step.slots] = both
 
-    def _attend(self, index: int, qkv: Tensor, rotary: Tensor, step: Indices) -> Tensor:
+    def _attend_paged(self, index: int, qkv: Tensor, step: PagedPass) -> Tensor:
+        """`_attend` in kernels."""
+        from draftkit.ops import paged_attention
+
+        layer, memory, shape = self.layers[index], self.memory[index], self.layers[index].attention
+        queries = paged_attention.store(
+            qkv, layer.qk_norm, layer.rotary, step.positions, step.slots, memory, shape.heads, self.shape.eps, shape.value_norm
+        )
+        return paged_attention.attend(queries, memory, step, shape.scale, shape.score_cap, shape.window)
+
+    def _attend(self, index: int, qkv: Tensor, turned: dict[int, Tensor], step: Pass) -> Tensor:
         """Rotate, store, attend: [T, (N + 2 M) D] to [T, N D]."""
         layer, memory, shape = self.layers[index], self.memory[index], self.layers[index].attention
+        if id(layer.rotary) not in turned:
+            turned[id(layer.rotary)] = layer.rotary[step.positions]
         count, size = shape.heads + shape.kv_heads, (shape.head_dim,)
         qkv = qkv.view(len(step), -1, shape.head_dim)
         qk, v = qkv[:, :count], qkv[:, count:]
@@ -165,7 +171,7 @@ class Stack:
             qk = F.rms_norm(qk, size, None, self.shape.eps).mul_(layer.qk_norm)
         if shape.value_norm:
             v = F.rms_norm(v, size, None, self.shape.eps)
-        qk = rotate(qk, rotary)
+        qk = rotate(qk, turned[id(layer.rotary)])
         memory[step.slots] = torch.cat([qk[:, shape.heads :], v], -1)
         q = qk[:, : shape.heads]
         pages = memory[: self.slots].view(-1, step.block_size * shape.kv_heads * 2 * shape.head_dim)
