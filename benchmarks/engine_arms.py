@@ -6,6 +6,8 @@ All arms read with the same copy of the weights and write to the same memory: wh
 Users ask the held-out prompts, and answers end where the target ends them. Arms take turns every few answers, because other
 users of a machine change its speed within seconds. A ratio is that of all tokens over all seconds, with the 95 % interval of
 a bootstrap over turns.
+With `--grown` target and drafter are grown to the shape of Qwen3-8B, for a GPU (see `grown.py`); there weights are fused once
+for all engines, and each has a memory of its own.
 With `--eager` passes are PyTorch operations: slow, and of nearly the same cost whatever they hold, so that drafting pays.
 """
 
@@ -19,9 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from engine_load import Load, processor, read_prompts, run_closed
+from grown import device_name, grow_pair
 from result_file import print_result
 from rich.progress import track
 
+from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.fast_model import FastModel
 from draftkit.engine.settings import EngineSettings
@@ -29,6 +33,8 @@ from draftkit.target.transformers import load_target
 
 ARMS = ["off", "fixed", "planned"]
 FEW = 6  # answers of a turn, or one per user
+TURNS = 6  # at least
+GROWN_KV_BYTES = 11 * 2**30  # 256 requests at their longest
 
 
 def share(engines: Sequence[Engine]) -> None:
@@ -75,6 +81,7 @@ def summarise(concurrency: int, turns: list[dict[str, Load]]) -> dict[str, Any]:
     return {
         "concurrency": concurrency,
         "turns": len(turns),
+        "answers_per_arm": len(turns) * max(FEW, concurrency),
         "arms": arms,
         "fixed_over_off": ratio(seconds_TA, "fixed", "off"),
         "planned_over_off": ratio(seconds_TA, "planned", "off"),
@@ -88,35 +95,45 @@ def main() -> None:
     parser.add_argument("drafter", type=Path)
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--requests", type=int, default=198, help="answers of each arm at each concurrency")
+    parser.add_argument("--requests", type=int, default=198, help="answers of each arm at each concurrency, for 6 turns at least")
     parser.add_argument("--new-tokens", type=int, default=128, help="of an answer at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--grown", action="store_true", help="of the size of Qwen3-8B, on a GPU in bfloat16")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     prompts = read_prompts(options.target, 128)
     target = load_target(options.target)
-    drafter, compile = str(options.drafter), not options.eager
+    drafter = open_drafter(options.drafter, target)
+    if options.grown:
+        target, drafter = grow_pair(target, drafter)
     longest = max(len(prompt) for prompt in prompts) + options.new_tokens
     length = -(-longest // 16) * 16  # so that as many blocks are needed with a drafter as without
+    most = max(64, *options.concurrency)
     engines = {
         name: Engine(
             target,
             None if name == "off" else drafter,
-            EngineSettings(plan="planned" if name == "planned" else "fixed", compile=compile, max_length=length),
+            EngineSettings(
+                plan="planned" if name == "planned" else "fixed",
+                compile=not options.eager,
+                max_length=length,
+                max_running=most,
+                kv_bytes=GROWN_KV_BYTES if options.grown else 2**30,
+            ),
         )
         for name in ARMS
     }
     compiled = [engine.wait_until_compiled() for engine in engines.values()]
-    if all(compiled):
+    if all(compiled) and not options.grown:
         share(list(engines.values()))
     for engine in engines.values():
-        run_closed(engine, prompts, 8, 16, 16)
+        run_closed(engine, prompts, most if options.grown else 8, most if options.grown else 16, 16)
     turns: dict[int, list[dict[str, Load]]] = {concurrency: [] for concurrency in options.concurrency}
     for concurrency in options.concurrency:
         together = max(FEW, concurrency)
-        for turn in track(range(-(-options.requests // together)), f"{concurrency} at once"):
+        for turn in track(range(max(-(-options.requests // together), TURNS)), f"{concurrency} at once"):
             asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
             loads = {}
             for name in ARMS[turn % 3 :] + ARMS[: turn % 3]:
@@ -126,13 +143,13 @@ def main() -> None:
                 )
             turns[concurrency].append(loads)
     result = {
-        "cpu": processor(),
+        "device": device_name() if options.grown else processor(),
         "threads": options.threads,
         "clock": "processor time" if options.threads == 1 else "wall clock",
         "compiled": all(compiled),
         "target": options.target,
+        "parameters": sum(p.numel() for p in target.model.parameters()),
         "new_tokens": options.new_tokens,
-        "requests": options.requests,
         "levels": [summarise(n, found) for n, found in turns.items()],
     }
     print_result(result, options.out)

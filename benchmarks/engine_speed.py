@@ -23,9 +23,11 @@ from pathlib import Path
 import httpx
 import torch
 from engine_load import processor, read_prompts
+from grown import device_name, grow_pair
 from result_file import print_result
 from rich.progress import Progress
 
+from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
 from draftkit.engine.settings import EngineSettings
@@ -55,7 +57,8 @@ def generate_arm(target: TransformersTarget, new_tokens: int) -> Arm:
     def run(prompts: Sequence[Prompt]) -> list[list[int] | int]:
         found: list[list[int] | int] = []
         for prompt in prompts:
-            out = target.model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
+            there = torch.tensor([prompt], device=target.model.device)
+            out = target.model.generate(there, max_new_tokens=new_tokens, do_sample=False)
             found.append(out[0, len(prompt) :].tolist())
         return found
 
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--against", metavar="NAME=URL", nargs="*", default=[], help="other servers, URL with /v1")
+    parser.add_argument("--grown", action="store_true", help="of the size of Qwen3-8B, on a GPU in bfloat16 (grown.py)")
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--no-generate", action="store_true", help="leave transformers.generate out")
     parser.add_argument("--out", type=Path)
@@ -154,9 +158,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     target, tokenizer = load_target(options.target), load_tokenizer(options.target)
     prompts = [list(prompt) for prompt in read_prompts(options.target, 66)]
-    engines = {"engine": Engine(target)}
-    if options.drafter:
-        engines["engine with drafter"] = Engine(target, options.drafter, EngineSettings(plan=options.plan))
+    drafter = open_drafter(options.drafter, target) if options.drafter else None
+    if options.grown and drafter is not None:
+        target, drafter = grow_pair(target, drafter)
+    room = EngineSettings(plan=options.plan, kv_bytes=2**32 if options.grown else 2**30)
+    engines = {"engine": Engine(target, None, room)}
+    if drafter is not None:
+        engines["engine with drafter"] = Engine(target, drafter, room)
     arms = {} if options.no_generate else {"transformers": generate_arm(target, options.new_tokens)}
     arms |= {name: engine_arm(engine, options.new_tokens) for name, engine in engines.items()}
     for pair in options.against:
@@ -165,7 +173,8 @@ def main() -> None:
     compiled = {name: engine.wait_until_compiled() for name, engine in engines.items()}
     clock = time.process_time if options.processor_time else time.perf_counter
     found = [compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency]
-    facts = {"processor": processor(), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
+    name = device_name() if options.grown else processor()
+    facts = {"processor": name, "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
     facts["clock"] = "processor" if options.processor_time else "wall"
     settings = {"target": options.target, "new_tokens": options.new_tokens, "plan": options.plan, "prompts": len(prompts)}
     if options.drafter:

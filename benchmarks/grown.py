@@ -26,9 +26,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from engine_load import processor
 from torch import Tensor, nn
 
 from draftkit.draft.block import BlockDrafter
+from draftkit.draft.drafter import Drafter
 from draftkit.target.transformers import TransformersTarget
 
 Rule = Callable[[Tensor], Tensor]  # a small model's weight, on the device already, to the grown one's
@@ -47,6 +49,24 @@ class Growth:
     layers: int = 36
     draft_layers: int = 5
     vocab: int = 151_936
+
+
+def grow_pair(target: TransformersTarget, drafter: Drafter) -> tuple[TransformersTarget, BlockDrafter]:
+    """Both in the shape of Qwen3-8B on a GPU; where there is none, a little larger, to try a script. Raises SystemExit."""
+    if not isinstance(drafter, BlockDrafter):
+        raise SystemExit(f"a block drafter can be grown, not {type(drafter).__name__}")
+    if torch.cuda.is_available():
+        growth, device, dtype = Growth(), "cuda", torch.bfloat16
+    else:
+        growth = Growth(2, 2, 8, 4, target.info.num_layers + 1, drafter.config.num_layers + 1, target.info.vocab_size + 100)
+        device, dtype = "cpu", torch.float32
+    grown = grow_target(target, growth, device, dtype)
+    return grown, grow_drafter(drafter, grown, growth)
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def grow_target(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from draftkit.engine.compiled import record_passes
 from draftkit.engine.fast_drafter import FastDrafter
-from draftkit.engine.graphs import Play, RecordedPasses, padded
+from draftkit.engine.graphs import Play, RecordedPasses, padded, sizes
 from draftkit.ops import paged_attention
 from draftkit.ops.sampling import Sampling
 
@@ -139,7 +139,8 @@ def drafts(fast: FastDrafter, anchors: list[int]) -> tuple[Tensor, Tensor, Tenso
 
 
 def test_sizes_are_close_to_what_comes_and_wide_tables_are_not_recorded() -> None:
-    assert [padded(n) for n in (1, 2, 3, 4, 5, 8, 9, 12, 13, 17, 24, 25, 100)] == [1, 2, 4, 4, 8, 8, 12, 12, 16, 24, 24, 32, 128]
+    assert [padded(n) for n in (1, 2, 3, 5, 8, 9, 12, 13, 17, 24, 25, 100)] == [1, 2, 4, 8, 8, 12, 12, 16, 24, 24, 32, 128]
+    assert sizes(20) == [24, 16, 12, 8, 4, 2, 1]
     _, fast = build("qwen3")
     fast.stack.paged = True
     recorder = Recorder()

@@ -20,7 +20,7 @@ from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
 from draftkit.engine.fast_model import ReadOut
-from draftkit.engine.measure import measure_step_rate
+from draftkit.engine.measure import measure_step_rate, warm_up
 from draftkit.engine.metrics import EngineMetrics, Tally
 from draftkit.engine.models import build_models, start_compiling
 from draftkit.engine.passes import Pass
@@ -70,6 +70,9 @@ class Engine:
         self._tally = Tally(self.info.gamma)
         self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None
         self._compiled = start_compiling(self._models) if settings.compile else None
+        if self._compiled is not None and self._models.device.type == "cuda":
+            self._compiled.wait()  # nothing is built yet: passes are recorded as they come
+            warm_up(self._models, settings.max_running, settings.step_tokens)
         measures = settings.plan == "planned" and settings.step_rate is None
         self._measured = self._models.drafter if measures else None
         self._max_running = settings.max_running

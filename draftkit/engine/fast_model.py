@@ -5,13 +5,14 @@ Shapes: T tokens, W wanted rows, H hidden, V vocabulary, F = K * H features of K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftkit.engine.graphs import RecordedPasses
 from draftkit.engine.native import Ends, NativeStack
@@ -48,6 +49,7 @@ FAMILIES = {
     "gemma3_text": Family(output_norms=True, norms_from_one=True),
     "gemma4_text": Family(output_norms=True, value_norm=True),
 }
+_FUSED: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()  # on a GPU
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")  # frequencies that do not change with the length
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 # parts that change the forward pass and are not written here: configuration field, what it is
@@ -87,7 +89,8 @@ def unsupported(target: TransformersTarget) -> str | None:
 
 
 class FastModel:
-    """Weights taken from a loaded Transformers target (matrices are fused copies; embedding and head are shared)."""
+    """Weights taken from a loaded Transformers target: embedding and head are shared, matrices are fused copies. On a GPU they
+    are fused once, for all engines of a target, and the target's module reads them, too."""
 
     def __init__(self, target: TransformersTarget, slots: int, max_length: int) -> None:
         model = target.model
@@ -103,7 +106,8 @@ class FastModel:
         self.norm = _norm_weight(base.norm, family)
         shape = StackShape(int(config.hidden_size), float(config.rms_norm_eps), _activation(config) != "silu")
         tables: dict[str | None, Tensor] = {}
-        layers = []
+        known = _FUSED.get(base, [])
+        layers: list[Layer] = []
         for layer in base.layers:
             kind = getattr(layer.self_attn, "layer_type", None)
             kind = kind if hasattr(base.rotary_emb, f"{kind}_inv_freq") else None
@@ -112,7 +116,14 @@ class FastModel:
                 frequencies = getattr(base.rotary_emb, f"{prefix}inv_freq")
                 scaling = float(getattr(base.rotary_emb, f"{prefix}attention_scaling"))
                 tables[kind] = rotary_table(max_length, frequencies, scaling, dtype).to(self.embedding.device)
+            if known:
+                layers.append(replace(known[len(layers)], rotary=tables[kind]))
+                continue
             layers.append(_fuse(layer, family, tables[kind], config))
+            if self.embedding.is_cuda:
+                _lend(layer, layers[-1])
+        if self.embedding.is_cuda:
+            _FUSED[base] = layers
         self.stack = Stack(shape, tuple(layers), slots)
         # one of them is set when it is ready, see compiled.py
         self.native: NativeStack | None = None
@@ -183,6 +194,18 @@ def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:
         mlp_out_norm=out_norm,
         output_scale=float(getattr(layer, "layer_scalar", 1.0)),
     )
+
+
+def _lend(layer: Any, fused: Layer) -> None:
+    """Let the module read the fused matrices, its own are given back: a GPU has no room for two copies of a large model.
+    Queries and keys are in another order, and stay."""
+    module, shape = layer.self_attn, fused.attention
+    gate, up = fused.gate_up.chunk(2)
+    lent = {module.o_proj: fused.out, layer.mlp.gate_proj: gate, layer.mlp.up_proj: up, layer.mlp.down_proj: fused.down}
+    if module.v_proj is not None:
+        lent[module.v_proj] = fused.qkv[-shape.kv_heads * shape.head_dim :]
+    for linear, matrix in lent.items():
+        linear.weight.data = matrix
 
 
 def fuse_qkv(attention: Any, head_dim: int) -> Tensor:

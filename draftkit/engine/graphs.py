@@ -34,6 +34,11 @@ def padded(count: int) -> int:
     return power * 3 // 4 if power > 8 and count <= power * 3 // 4 else power
 
 
+def sizes(largest: int) -> list[int]:
+    """All that are needed for passes up to this one, LONGEST at most, the largest first: smaller ones then need no memory."""
+    return sorted({padded(n) for n in range(1, min(largest, LONGEST) + 1)}, reverse=True)
+
+
 @dataclass(frozen=True)
 class _Recording:
     inputs: Tensor

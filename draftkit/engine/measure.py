@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
+from draftkit.engine.graphs import sizes
 from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.models import Models
-from draftkit.engine.passes import Pass
+from draftkit.engine.passes import LONG_QUERY, Pass
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
 from draftkit.schedule.step_rate import StepRate
@@ -33,17 +35,41 @@ def measure_step_rate(models: Models, drafter: FastDrafter | FastEagle, max_runn
     `drafter` is the models'. The passes write to blocks that are borrowed from the pool. Raises ServeError when too few
     are free.
     """
-    gamma, table = models.info.gamma, BlockTable()
-    if not models.pool.grow(table, min(_CONTEXT + gamma + 1, models.info.max_length)):
+    largest = max_running * (models.info.gamma + 1)
+    with _borrowed(models) as blocks:
+        tokens, pass_seconds = _measure(largest, lambda n: _read(models, blocks, n))
+        requests, draft_seconds = _measure(max_running, lambda n: _draft(models, drafter, blocks, n))
+    return StepRate(tokens, pass_seconds, requests, draft_seconds)
+
+
+def warm_up(models: Models, max_running: int, step_tokens: int) -> None:
+    """Compile kernels and record passes of all sizes, so that no request waits for it; raises as `measure_step_rate`."""
+    drafter, width = models.drafter, models.info.gamma + 1
+    with _borrowed(models, step_tokens) as blocks:
+        for tokens in sizes(max_running * width):
+            _read(models, blocks, tokens, extend=True)
+        if drafter is not None:
+            for requests in sizes(max_running):
+                _draft(models, drafter, blocks, requests)
+        prompt = min(step_tokens, models.info.max_length - 1)
+        for lengths in ([prompt], [1, min(LONG_QUERY, prompt)]):  # two kinds of kernels, see `PagedPass.of`
+            step = _some_pass(models, blocks, np.array(lengths), 0)
+            models.model.read(step, torch.zeros(1, dtype=torch.int64, device=models.device), models.feature_layers)
+    _wait(models)
+
+
+@contextmanager
+def _borrowed(models: Models, tokens: int = 0) -> Iterator[list[int]]:
+    """Blocks to write to, for so many tokens at least."""
+    table = BlockTable()
+    if not models.pool.grow(table, min(max(_CONTEXT + models.info.gamma + 1, tokens), models.info.max_length)):
         raise ServeError("no memory is free to measure in; do it before requests come")
     try:
-        tokens, pass_seconds = _measure(max_running * (gamma + 1), lambda n: _read(models, table.blocks, n))
-        requests, draft_seconds = _measure(max_running, lambda n: _draft(models, drafter, table.blocks, n))
+        yield table.blocks
     finally:
         if isinstance(models.model, SlowModel):
             models.model.forget(table.blocks[0])
         models.pool.release(table)
-    return StepRate(tokens, pass_seconds, requests, draft_seconds)
 
 
 def _measure(largest: int, run: Callable[[int], None]) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -66,13 +92,16 @@ def _measure(largest: int, run: Callable[[int], None]) -> tuple[tuple[int, ...],
 
 
 @torch.inference_mode()
-def _read(models: Models, blocks: list[int], tokens: int) -> None:
+def _read(models: Models, blocks: list[int], tokens: int, extend: bool = False) -> None:
     width = models.info.gamma + 1
     requests = -(-tokens // width)
     lengths = np.full(requests, width)
     lengths[-1] = tokens - width * (requests - 1)
     context = 0 if isinstance(models.model, SlowModel) else _context(models, width)  # that one has no caches yet
-    models.model.read(_some_pass(models, blocks, lengths, context), None, models.feature_layers)
+    step = _some_pass(models, blocks, lengths, context)
+    read = models.model.read(step, None, models.feature_layers)
+    if extend and models.drafter is not None and read.features_TF is not None:
+        models.drafter.extend(step, read.features_TF, step.tokens)
     _wait(models)
 
 

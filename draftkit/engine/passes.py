@@ -168,6 +168,7 @@ class PagedPass:
         self.tokens, self.positions, self.slots, self.seen, self.origins = inputs[: ends[0]].view(5, tokens)
         self.first, self.count, self.row = inputs[ends[0] : ends[1]].view(3, tiles)
         self.width, self.tables, self.tile = inputs[ends[1] : ends[1] + 1], inputs[ends[1] + 1 :], tile
+        self.split = tile == SHORT_TILE  # prompts have tiles enough
 
     def __len__(self) -> int:
         return self._tokens

@@ -32,7 +32,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class Tiles(Protocol):
     """Where the tokens of a pass look. Tile i holds `count[i]` tokens from flat row `first[i]`, at most `tile`, possibly none;
     they are of the request whose block ids begin at `tables[row[i] * width]`. Token t sees positions below `seen[t]`, in a
-    layer with a window none before `origins[t]` - window. Index tensors [tiles] and [T]; `width` is [1]."""
+    layer with a window none before `origins[t]` - window. Index tensors [tiles] and [T]; `width` is [1]. Where
+    tiles are few, `split` lets several programs look at the keys of one."""
 
     first: Tensor
     count: Tensor
@@ -42,6 +43,7 @@ class Tiles(Protocol):
     tables: Tensor
     width: Tensor
     tile: int
+    split: bool
     block_size: int
 
 
@@ -70,20 +72,20 @@ def attend(
 ) -> Tensor:
     """Attention of `queries` [T, N, D] over `memory` [P, M, 2 D]: [T, N D]. Scores as in `AttentionShape`."""
     tokens, heads, size = queries.shape
-    kv_heads = memory.shape[1]
+    kv_heads, count = memory.shape[1], len(tiles.first)
     fold = heads // kv_heads
     padded_fold = triton.next_power_of_2(fold)
-    count, wide = len(tiles.first), queries.dtype == torch.float32
-    splits = max(1, min(MOST_SPLITS, PROGRAMS // (count * kv_heads)))
+    fit = max(1, min(MOST_SPLITS, PROGRAMS // (count * kv_heads)))
+    splits = 1 << fit.bit_length() - 1 if tiles.split else 1  # few variants to compile
     out = torch.empty_like(queries)
     parts = queries.new_empty(splits, tokens, heads, size, dtype=torch.float32) if splits > 1 else out
     weights = queries.new_empty(splits, tokens, heads, dtype=torch.float32) if splits > 1 else out
     attend_kernel[(count, kv_heads, splits)](
         queries, memory, tiles.first, tiles.count, tiles.row, tiles.seen, tiles.origins, tiles.tables, tiles.width,
         parts, weights, tokens, scale, score_cap or 0.0, window or 0,
-        N=heads, M=kv_heads, D=size, FOLD=fold, FOLD_2=padded_fold, ROWS=max(16, padded_fold * tiles.tile), BLOCK=tiles.block_size,
-        KEYS=WIDE_KEYS if wide else KEYS, SPLITS=splits, CAP=score_cap is not None, WINDOW=window is not None, PRECISE=wide,
-        num_warps=4,
+        N=heads, M=kv_heads, D=size, FOLD=fold, FOLD_2=padded_fold, ROWS=max(16, padded_fold * tiles.tile),
+        KEYS=WIDE_KEYS if queries.dtype == torch.float32 else KEYS, BLOCK=tiles.block_size, SPLITS=splits,
+        CAP=score_cap is not None, WINDOW=window is not None, num_warps=4,
     )  # fmt: skip
     if splits > 1:
         join_kernel[(tokens, heads)](parts, weights, out, tokens, N=heads, D=size, SPLITS=splits, num_warps=1)

@@ -12,6 +12,7 @@ def store_kernel(
     qkv, qk_norm, rotary, positions, slots, memory, queries, eps,
     N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, VALUE_NORM: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
+    """HEADS heads of one token."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     pair = tl.arange(0, D // 2)[None]
@@ -51,8 +52,8 @@ def attend_kernel(
     queries, memory, first, count, row, seen, origins, tables, width, parts, weights, tokens, scale, cap, window,
     N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, FOLD: tl.constexpr, FOLD_2: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISE: tl.constexpr,
 ):  # fmt: skip
+    """One tile, one key/value head, one split of the keys: a running softmax over KEYS keys at a time."""
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     held = tl.load(count + tile)
     if held > 0:
@@ -82,10 +83,7 @@ def attend_kernel(
             source = memory + (slot[:, None] * M + kv_head) * (2 * D) + d[None]
             k = tl.load(source, mask=there[:, None], other=0.0)
             v = tl.load(source + D, mask=there[:, None], other=0.0)
-            if PRECISE:
-                score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-            else:
-                score = tl.dot(q, tl.trans(k)) * scale
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # of no effect on halves
             if CAP:
                 score = cap * (2 * tl.sigmoid(2 * score / cap) - 1)
             visible = position[None] < tl.minimum(until, end)[:, None]
@@ -97,10 +95,7 @@ def attend_kernel(
             p = tl.exp(score - base[:, None])
             fade = tl.exp(largest - base)
             total = total * fade + tl.sum(p, 1)
-            if PRECISE:
-                mixed = mixed * fade[:, None] + tl.dot(p, v, input_precision="ieee")
-            else:
-                mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v)
+            mixed = mixed * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             largest = above
         total = tl.where(total == 0, 1.0, total)  # of a split that has no keys; its `largest` is -inf
         mixed = mixed / total[:, None]
@@ -112,6 +107,7 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=("tokens",))
 def join_kernel(parts, weights, out, tokens, N: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr):
+    """The splits of one token and query head, each weighed by its share of the softmax's sum."""
     cell = tl.program_id(0).to(tl.int64) * N + tl.program_id(1)
     largest = float("-inf")
     for split in tl.static_range(SPLITS):
