@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("drafter", type=Path)
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--requests", type=int, default=198, help="answers of each arm at each concurrency, for 6 turns at least")
+    parser.add_argument("--requests", type=int, default=198, help="answers per arm and concurrency, in 6 turns at least")
     parser.add_argument("--new-tokens", type=int, default=128, help="of an answer at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true")
