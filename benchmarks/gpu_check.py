@@ -1,6 +1,6 @@
 """What tests cannot show without a GPU: compiled kernels, recorded graphs, and answers, against PyTorch operations and the CPU.
 
-    python benchmarks/gpu_check.py DRAFTER --out benchmarks/results/gpu_check.json
+    python benchmarks/gpu_check.py DRAFTER [DRAFTER ...] --out benchmarks/results/gpu_check.json
 
 Families: a random small model of each family reads prompts and rounds with the kernels and without; the largest difference of a
 logit, as a share of the largest logit. Answers: greedy ones of the embedded target in float32, on the GPU without a drafter,
@@ -28,9 +28,8 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 TOLERANCE = 1e-4  # in float32
 ROUNDS = ([36, 2, 9], [1, 1, 1], [4, 1, 2], [6, 2, 4])  # tokens of each request
 TABLES = [[5, 30, 2, 17, 9, 33, 0, 21, 12, 3, 7, 26, 14], [1, 4, 6], [8, 10, 11, 13, 15, 16]]
+CPU = EngineSettings(device="cpu", dtype="float32", compile=False)
 ARMS = {
-    "cpu": EngineSettings(device="cpu", dtype="float32", compile=False),
-    "off": EngineSettings(dtype="float32"),
     "fixed": EngineSettings(dtype="float32", plan="fixed"),
     "planned": EngineSettings(dtype="float32"),
     "fixed, not recorded": EngineSettings(dtype="float32", plan="fixed", compile=False),
@@ -75,7 +74,7 @@ def answers(settings: EngineSettings, drafter: Path | None, prompts: list[tuple[
 def main() -> None:
     """Check and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("drafter", type=Path)
+    parser.add_argument("drafters", type=Path, nargs="+", metavar="DRAFTER")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -85,19 +84,21 @@ def main() -> None:
 
     families = {name: {str(t)[6:]: family(name, t) for t in (torch.float32, torch.bfloat16)} for name in FAMILIES}
     prompts = read_prompts("tiny", options.prompts)
-    wanted: list[list[int]] = []
+    wanted, _ = answers(CPU, None, prompts)
     arms: dict[str, Any] = {}
-    for name, settings in ARMS.items():
-        found, engine = answers(settings, None if name in ("cpu", "off") else options.drafter, prompts)
-        wanted = wanted or found
-        recorded = getattr(engine._models.model, "recorded", None)
-        arms[name] = {
-            "answers": len(found),
-            "unlike_the_cpus": sum(a != b for a, b in zip(found, wanted, strict=True)),
-            "accepted_length": 1 + engine.metrics.accepted / max(1, engine.metrics.rounds),
-            "recorded_sizes": len(recorded._recordings) if recorded is not None else 0,
-            "not_recorded_because": recorded.reason if recorded is not None else None,
-        }
+    for drafter in (None, *options.drafters):
+        for plan, settings in ARMS.items():
+            if drafter is None and plan == "planned":
+                continue
+            found, engine = answers(settings, drafter, prompts)
+            recorded = getattr(engine._models.model, "recorded", None)
+            arms[f"{engine.info.algorithm}, {plan}"] = {
+                "answers": len(found),
+                "unlike_the_cpus": sum(a != b for a, b in zip(found, wanted, strict=True)),
+                "accepted_length": 1 + engine.metrics.accepted / max(1, engine.metrics.rounds),
+                "recorded_sizes": len(recorded._recordings) if recorded is not None else 0,
+                "not_recorded_because": recorded.reason if recorded is not None else None,
+            }
     print_result({"gpu": torch.cuda.get_device_name(), "families": families, "arms": arms}, options.out)
     wrong = [n for n, found in families.items() if found["float32"] is not None and not found["float32"] < TOLERANCE]
     wrong += [n for n, found in arms.items() if found["unlike_the_cpus"] or found["not_recorded_because"]]

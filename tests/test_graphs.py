@@ -56,9 +56,7 @@ def test_recorded_passes_of_the_target_equal_the_eager_ones(family: str) -> None
     _, fast = build(family)
     fast.stack.paged = True
     recorder = Recorder()
-    record_passes(fast, None, WIDEST, recorder)
-    assert fast.recorded is not None
-    fast.recorded = RecordedPasses(lambda step, _: fast.forward(step, None, (0, 1)), fast.stack.slots, WIDEST, recorder)
+    record_passes(fast, None, (0, 1), WIDEST, recorder)
     starts = [8, 2, 3]
     for model in (eager, fast):
         pieces = [(t[:s], 0, b) for t, s, b in zip(TEXTS, starts, TABLES, strict=True)]
@@ -71,14 +69,14 @@ def test_recorded_passes_of_the_target_equal_the_eager_ones(family: str) -> None
         torch.testing.assert_close(played.logits_WV, wanted.logits_WV, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(played.features_TF, wanted.features_TF, atol=1e-4, rtol=1e-4)
         starts = [s + n for s, n in zip(starts, lengths, strict=True)]
-    assert recorder.count == 2 and fast.recorded.reason is None  # 4 and 8 tokens
+    assert recorder.count == 2 and fast.recorded is not None and fast.recorded.reason is None  # 4 and 8 tokens
 
 
 def test_features_outlive_the_next_pass() -> None:
     """What the drafter has yet to read is kept, while the recording's own tensors are overwritten."""
     _, fast = build("qwen3")
     fast.stack.paged = True
-    fast.recorded = RecordedPasses(lambda step, _: fast.forward(step, None, (0,)), fast.stack.slots, WIDEST, Recorder())
+    record_passes(fast, None, (0,), WIDEST, Recorder())
     first = fast.read(one_pass([([1, 2], 0, [5])]), None, (0,)).features_TF
     assert first is not None
     before = first.clone()
@@ -89,7 +87,7 @@ def test_features_outlive_the_next_pass() -> None:
 def test_padding_writes_to_the_spare_slot_alone() -> None:
     _, fast = build("qwen3")
     fast.stack.paged = True
-    record_passes(fast, None, WIDEST, Recorder())
+    record_passes(fast, None, (), WIDEST, Recorder())
     for memory in fast.stack.memory:
         memory.zero_()
     fast.read(one_pass([([1, 2, 3], 0, [5]), ([4], 0, [7]), ([6], 0, [9])]), None)
@@ -103,7 +101,7 @@ def test_recorded_drafting_equals_the_eager_one(layout: str) -> None:
     """Sampled along the head by the engine, and greedily inside the recording, which holds the context's writing, too."""
     _, eager = build_drafter(head_dim=16, layout=layout)
     fast, recorder = drafter_on_pages(layout=layout), Recorder()
-    record_passes(build("qwen3")[1], fast, WIDEST, recorder)
+    record_passes(build("qwen3")[1], fast, (0, 1), WIDEST, recorder)
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
     uniforms_RG = torch.rand(3, fast.gamma, generator=generator, dtype=torch.float64)
@@ -120,7 +118,7 @@ def test_recorded_drafting_equals_the_eager_one(layout: str) -> None:
 def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
     _, eager = build_drafter(head_dim=16, head=head)
     fast = drafter_on_pages(head=head)
-    record_passes(build("qwen3")[1], fast, WIDEST, Recorder())
+    record_passes(build("qwen3")[1], fast, (0, 1), WIDEST, Recorder())
     for anchors in ([11, 30, 2], [7], [1, 2, 3, 4]):
         wanted = drafts(eager, anchors)
         played = drafts(fast, anchors)
@@ -144,7 +142,7 @@ def test_sizes_are_close_to_what_comes_and_wide_tables_are_not_recorded() -> Non
     _, fast = build("qwen3")
     fast.stack.paged = True
     recorder = Recorder()
-    record_passes(fast, None, 2, recorder)
+    record_passes(fast, None, (), 2, recorder)
     fast.read(one_pass([([1], 9, [3, 4, 5])]), None)
     assert recorder.count == 0
 
@@ -170,7 +168,7 @@ def test_a_recording_that_fails_or_differs_is_not_used() -> None:
     for name, reason in (("refuse", "not permitted"), ("spoil", "differs from its pass")):
         _, fast = build("qwen3")
         fast.stack.paged = True
-        record_passes(fast, None, WIDEST, refuse if name == "refuse" else spoiling(lambda f=fast: f.recorded))
+        record_passes(fast, None, (), WIDEST, refuse if name == "refuse" else spoiling(lambda f=fast: f.recorded))
         assert fast.recorded is not None
         for _ in range(2):
             torch.testing.assert_close(fast.read(one_pass(pieces), None).logits_WV, wanted.logits_WV, atol=1e-4, rtol=1e-4)

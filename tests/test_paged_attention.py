@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from draftkit.engine.passes import LONG_QUERY, PagedPass, Pass, flatten
-from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, rotary_table
+from draftkit.engine.stack import AttentionShape, Layer, Stack, StackShape, rms_norm, rotary_table
 from draftkit.ops import paged_attention
 
 BLOCK, SLOTS, HIDDEN = 4, 64, 24
@@ -105,3 +106,14 @@ def test_padding_changes_nothing() -> None:
     step = one_pass([3, 1, 2])
     filled = torch.from_numpy(flatten(step, 12, 12, 4, SLOTS))
     compare(PLAIN, step, PagedPass(filled, 12, 12, 4, BLOCK))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_norms_and_gates_of_odd_widths(gelu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_attention, "COLUMNS", 16)
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(3, 40, generator=generator), torch.randn(40, generator=generator)
+    torch.testing.assert_close(paged_attention.rms_norm(x, weight, 1e-6), rms_norm(x, weight, 1e-6))
+    gate, up = x.chunk(2, -1)
+    wanted = (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+    torch.testing.assert_close(paged_attention.gated(x, gelu), wanted)

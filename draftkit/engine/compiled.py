@@ -11,9 +11,9 @@ from torch import Tensor
 
 from draftkit.engine.fast_drafter import FastDrafter, NativeDrafter, RecordedDrafter
 from draftkit.engine.fast_model import FastModel
-from draftkit.engine.graphs import Record, RecordedPasses, cuda_recorder
+from draftkit.engine.graphs import Outputs, Record, RecordedPasses, cuda_recorder
 from draftkit.engine.native import NativeStack
-from draftkit.engine.passes import Pass
+from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import Stack
 from draftkit.ops.native_build import NoNative
 
@@ -23,15 +23,23 @@ _TOLERANCE = 1e-3  # of the largest number, between two orders of summing in flo
 
 class CompiledPasses:
     """Builds the C++ passes of a target and, where there is one, its drafter, in a thread of its own; on a GPU, passes are
-    recorded as CUDA graphs instead, each size when it first comes (`widest`: blocks of the longest request).
+    recorded as CUDA graphs instead, each size when it first comes: with the outputs of the `feature_layers`;
+    `widest` are the blocks of the longest request.
 
     Each model switches by itself, between two passes, after the new pass gave the eager one's numbers on a small memory
     aside. Where that cannot be, `reason` says why, and the PyTorch operations go on.
     """
 
-    def __init__(self, model: FastModel, drafter: FastDrafter | None = None, widest: int = 1) -> None:
+    def __init__(
+        self,
+        model: FastModel,
+        drafter: FastDrafter | None = None,
+        feature_layers: tuple[int, ...] = (),
+        widest: int = 1,
+    ) -> None:
         self.reason: str | None = None
-        self._thread = threading.Thread(target=self._build, args=(model, drafter, widest), name="compile", daemon=True)
+        given = model, drafter, feature_layers, widest
+        self._thread = threading.Thread(target=self._build, args=given, name="compile", daemon=True)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -43,12 +51,14 @@ class CompiledPasses:
         """Whether the compiled passes are in use; None while they are being built."""
         return None if self._thread.is_alive() else self.reason is None
 
-    def _build(self, model: FastModel, drafter: FastDrafter | None, widest: int) -> None:
+    def _build(
+        self, model: FastModel, drafter: FastDrafter | None, feature_layers: tuple[int, ...], widest: int
+    ) -> None:
         try:
             if model.embedding.device.type == "cuda":
                 if not (model.stack.paged and (drafter is None or drafter.stack.paged)):
                     raise NoNative("no kernels for these heads or this dtype, or Triton is missing")
-                record_passes(model, drafter, widest, cuda_recorder())
+                record_passes(model, drafter, feature_layers, widest, cuda_recorder())
                 return
             with torch.inference_mode():
                 model.native = _native_model(model)
@@ -60,11 +70,16 @@ class CompiledPasses:
             self.reason = f"{type(error).__name__}: {error}"
 
 
-def record_passes(model: FastModel, drafter: FastDrafter | None, widest: int, record: Record) -> None:
+def record_passes(
+    model: FastModel, drafter: FastDrafter | None, feature_layers: tuple[int, ...], widest: int, record: Record
+) -> None:
     """From now on, record each size of pass when it first comes, and play it back after that. `widest`: blocks of the longest
     request."""
-    layers = drafter.config.feature_layers if drafter is not None else ()
-    model.recorded = RecordedPasses(lambda step, _: model.forward(step, None, layers), model.stack.slots, widest, record)
+
+    def read(step: PagedPass, _: Tensor | None) -> Outputs:
+        return model.forward(step, None, feature_layers)
+
+    model.recorded = RecordedPasses(read, model.stack.slots, widest, record)
     if drafter is not None:
         drafter.recorded = RecordedDrafter(drafter, widest, record)
 

@@ -70,8 +70,7 @@ class Engine:
         self._tally = Tally(self.info.gamma)
         self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None
         self._compiled = start_compiling(self._models) if settings.compile else None
-        if self._compiled is not None and self._models.device.type == "cuda":
-            self._compiled.wait()  # nothing is built yet: passes are recorded as they come
+        if self._compiled is not None and self._models.device.type == "cuda" and self._compiled.wait():
             warm_up(self._models, settings.max_running, settings.step_tokens)
         measures = settings.plan == "planned" and settings.step_rate is None
         self._measured = self._models.drafter if measures else None

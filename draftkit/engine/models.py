@@ -93,7 +93,8 @@ def start_compiling(models: Models) -> CompiledPasses | None:
     if not fits or not isinstance(models.model, FastModel):
         return None
     drafter = models.drafter if isinstance(models.drafter, FastDrafter) else None
-    return CompiledPasses(models.model, drafter, models.pool.blocks_for(models.info.max_length + models.info.gamma + 1))
+    widest = models.pool.blocks_for(models.info.max_length + models.info.gamma + 1)
+    return CompiledPasses(models.model, drafter, models.feature_layers, widest)
 
 
 def _count_blocks(target: TransformersTarget, drafter: Drafter | None, settings: EngineSettings, longest: int) -> int:

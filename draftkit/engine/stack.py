@@ -117,11 +117,10 @@ class Stack:
 
     def run(self, x_TH: Tensor, step: Indices, capture: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """Hidden states after the last layer, before the final norm, [T, H], and the outputs of the layers `capture`."""
-        eps = self.shape.eps
         turned: dict[int, Tensor] = {}
         captured: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            qkv = F.linear(rms_norm(x_TH, layer.input_norm, eps), layer.qkv, layer.qkv_bias)
+            qkv = F.linear(self._norm(x_TH, layer.input_norm, step), layer.qkv, layer.qkv_bias)
             x_TH = self.finish_layer(index, x_TH, qkv, turned, step)
             if index in capture:
                 captured.append(x_TH)
@@ -135,9 +134,8 @@ class Stack:
         layer, eps = self.layers[index], self.shape.eps
         mixed = self._attend_paged(index, qkv, step) if isinstance(step, PagedPass) else self._attend(index, qkv, turned, step)
         x_TH = _add(x_TH, mixed, layer.out, layer.out_bias, layer.mixed_norm, eps)
-        gate, up = F.linear(rms_norm(x_TH, layer.mlp_norm, eps), layer.gate_up).chunk(2, -1)
-        gate = F.gelu(gate, approximate="tanh") if self.shape.gelu else F.silu(gate)
-        x_TH = _add(x_TH, gate.mul_(up), layer.down, None, layer.mlp_out_norm, eps)
+        inner = self._gated(F.linear(self._norm(x_TH, layer.mlp_norm, step), layer.gate_up), step)
+        x_TH = _add(x_TH, inner, layer.down, None, layer.mlp_out_norm, eps)
         return x_TH if layer.output_scale == 1 else x_TH * layer.output_scale
 
     def write(self, step: Indices, keys: Tensor, values: Tensor) -> None:
@@ -148,6 +146,22 @@ class Stack:
         rotated = rotate(keys, self.layers[0].rotary[step.positions])
         for memory, both in zip(self.memory, torch.cat([rotated, values], -1), strict=True):
             memory[step.slots] = both
+
+    def _norm(self, x_TH: Tensor, weight: Tensor, step: Indices) -> Tensor:
+        if isinstance(step, PagedPass):
+            from draftkit.ops import paged_attention
+
+            return paged_attention.rms_norm(x_TH, weight, self.shape.eps)
+        return rms_norm(x_TH, weight, self.shape.eps)
+
+    def _gated(self, gate_up: Tensor, step: Indices) -> Tensor:
+        """The MLP's inner row: [T, 2 I] to [T, I]."""
+        if isinstance(step, PagedPass):
+            from draftkit.ops import paged_attention
+
+            return paged_attention.gated(gate_up, self.shape.gelu)
+        gate, up = gate_up.chunk(2, -1)
+        return (F.gelu(gate, approximate="tanh") if self.shape.gelu else F.silu(gate)).mul_(up)
 
     def _attend_paged(self, index: int, qkv: Tensor, step: PagedPass) -> Tensor:
         """`_attend` in kernels."""

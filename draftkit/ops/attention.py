@@ -189,7 +189,7 @@ def _probabilities(q_MRD: Tensor, k_MLD: Tensor, group: BlockGroup, scale: float
 
 def flex_fits(device: torch.device, head_dim: int) -> bool:
     """Whether flex_attention's kernels run on this device."""
-    if device.type != "cuda" or head_dim > FLEX_HEAD_DIM:
+    if device.type != "cuda" or not 16 <= head_dim <= FLEX_HEAD_DIM:
         return False
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin) >= FLEX_SHARED_MEMORY
@@ -215,7 +215,13 @@ def flex_block_attention(
     """`block_attention` by flex_attention, compiled where there is a kernel to compile to."""
     k, v = (torch.cat([s, o]).transpose(0, 1)[None] for s, o in zip(seen, own, strict=True))
     mixed: Tensor = _for_device(flex_attention, q_QND.device)(
-        q_QND.transpose(0, 1)[None], k, v, block_mask=mask, scale=scale, enable_gqa=q_QND.shape[1] != own[0].shape[1]
+        q_QND.transpose(0, 1)[None],
+        k,
+        v,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q_QND.shape[1] != own[0].shape[1],
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # its other kernel, for few queries, cannot be compiled for this
     )
     return mixed[0].transpose(0, 1)
 

@@ -1,6 +1,7 @@
-"""Attention over paged keys and values in Triton: what a GPU runs between the matrix products of a layer.
+"""What a GPU runs between the matrix products of a layer, in Triton: attention over paged keys and values, and what is there
+beside it (`rms_norm`, `gated`), each in one kernel, because for few tokens their number decides.
 
-Two steps per layer. `store` norms and rotates queries and keys of a flattened pass, and writes keys and values to their
+Attention has two steps. `store` norms and rotates queries and keys of a flattened pass, and writes keys and values to their
 slots; `attend` reads them back page by page. Neither depends on how many requests there are or how long they are, so a pass of
 T tokens can be recorded once for all of them (see `engine/graphs.py`).
 
@@ -19,10 +20,11 @@ import torch
 import triton
 from torch import Tensor
 
-from draftkit.ops.paged_kernels import attend_kernel, join_kernel, store_kernel
+from draftkit.ops.paged_kernels import attend_kernel, gate_kernel, join_kernel, norm_kernel, store_kernel
 
 HEADS = 8  # of a token, rotated and stored by one program
 KEYS, WIDE_KEYS = 64, 16  # looked at together; fewer in float32, whose products are long programs
+COLUMNS = 1024  # of the MLP's inner row, by one program
 PROGRAMS = 264  # enough to fill a GPU: two for each of 132 multiprocessors
 MOST_SPLITS = 16
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -90,3 +92,18 @@ def attend(
     if splits > 1:
         join_kernel[(tokens, heads)](parts, weights, out, tokens, N=heads, D=size, SPLITS=splits, num_warps=1)
     return out.view(tokens, heads * size)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension of [T, H], rounded once."""
+    out = torch.empty_like(x)
+    norm_kernel[(len(x),)](x, weight, out, eps, H=x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]), num_warps=8)
+    return out
+
+
+def gated(gate_up: Tensor, gelu: bool) -> Tensor:
+    """[T, 2 I], gate before up, to activation(gate) * up [T, I], with SiLU or tanh GELU."""
+    tokens, width = len(gate_up), gate_up.shape[1] // 2
+    out = gate_up.new_empty(tokens, width)
+    gate_kernel[(tokens, triton.cdiv(width, COLUMNS))](gate_up, out, I=width, GELU=gelu, BLOCK=COLUMNS, num_warps=4)
+    return out

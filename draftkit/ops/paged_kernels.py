@@ -1,4 +1,7 @@
-"""The Triton kernels behind `paged_attention.py`; shapes as there. Capital arguments are known when a kernel is compiled."""
+"""The Triton kernels of a layer, called by `paged_attention.py`; shapes as there.
+
+Capital arguments are known when a kernel is compiled.
+"""
 
 import triton
 import triton.language as tl
@@ -121,3 +124,28 @@ def join_kernel(parts, weights, out, tokens, N: tl.constexpr, D: tl.constexpr, S
         total += weight
         mixed += weight * tl.load(parts + (split * tokens * N + cell) * D + d)
     tl.store(out + cell * D + d, (mixed / total).to(out.dtype.element_ty))
+
+
+@triton.jit
+def norm_kernel(x, weight, out, eps, H: tl.constexpr, BLOCK: tl.constexpr):
+    """RMSNorm of one row."""
+    row = tl.program_id(0).to(tl.int64) * H
+    h = tl.arange(0, BLOCK)
+    values = tl.load(x + row + h, mask=h < H, other=0.0).to(tl.float32)
+    scaled = values * tl.rsqrt(tl.sum(values * values, 0) / H + eps)
+    scaled *= tl.load(weight + h, mask=h < H, other=0.0).to(tl.float32)
+    tl.store(out + row + h, scaled.to(out.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def gate_kernel(gate_up, out, I: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr):  # noqa: E741
+    """A part of one row of the MLP: SiLU or tanh GELU of the gate, times what goes up."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_up + row * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
+    if GELU:  # x sigmoid(2 y) is x (1 + tanh(y)) / 2
+        gate *= tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        gate *= tl.sigmoid(gate)
+    tl.store(out + row * I + i, (gate * up).to(out.dtype.element_ty), mask=i < I)
