@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from engine_load import Load, processor, read_prompts, run_closed
 from grown import device_name, grow_pair
-from result_file import print_result
+from result_file import print_result, write_result
 from rich.progress import track
 
 from draftkit.draft.checkpoint import open_drafter
@@ -130,9 +130,19 @@ def main() -> None:
         share(list(engines.values()))
     for engine in engines.values():
         run_closed(engine, prompts, most if options.grown else 8, most if options.grown else 16, 16)
-    turns: dict[int, list[dict[str, Load]]] = {concurrency: [] for concurrency in options.concurrency}
+    result: dict[str, Any] = {
+        "device": device_name() if options.grown else processor(),
+        "threads": options.threads,
+        "clock": "processor time" if options.threads == 1 else "wall clock",
+        "compiled": all(compiled),
+        "target": options.target,
+        "parameters": sum(p.numel() for p in target.model.parameters()),
+        "new_tokens": options.new_tokens,
+        "levels": [],
+    }
     for concurrency in options.concurrency:
         together = max(FEW, concurrency)
+        turns: list[dict[str, Load]] = []
         for turn in track(range(max(-(-options.requests // together), TURNS)), f"{concurrency} at once"):
             asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
             loads = {}
@@ -141,18 +151,10 @@ def main() -> None:
                 loads[name] = run_closed(
                     engines[name], asked, concurrency, together, options.new_tokens, ignore_eos=False
                 )
-            turns[concurrency].append(loads)
-    result = {
-        "device": device_name() if options.grown else processor(),
-        "threads": options.threads,
-        "clock": "processor time" if options.threads == 1 else "wall clock",
-        "compiled": all(compiled),
-        "target": options.target,
-        "parameters": sum(p.numel() for p in target.model.parameters()),
-        "new_tokens": options.new_tokens,
-        "levels": [summarise(n, found) for n, found in turns.items()],
-    }
-    print_result(result, options.out)
+            turns.append(loads)
+        result["levels"].append(summarise(concurrency, turns))
+        write_result(result, options.out)
+    print_result(result, None)
 
 
 if __name__ == "__main__":

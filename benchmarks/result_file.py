@@ -1,4 +1,4 @@
-"""How a benchmark ends: its result on standard output, and in a file where one was named."""
+"""Where a benchmark's result goes: to standard output, and to a file where one was named."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 
 def print_result(result: Mapping[str, Any], out: Path | None) -> None:
     """Print one JSON object, and write it to `out`, whose folder is made."""
-    text = json.dumps(result, indent=1)
-    print(text)
+    print(json.dumps(result, indent=1))
+    write_result(result, out)
+
+
+def write_result(result: Mapping[str, Any], out: Path | None) -> None:
+    """Write what is known so far to `out`, if there is one: a long benchmark may be cut short."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text + "\n", encoding="utf-8")
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

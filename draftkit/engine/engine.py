@@ -70,8 +70,7 @@ class Engine:
         self._tally = Tally(self.info.gamma)
         self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None
         self._compiled = start_compiling(self._models) if settings.compile else None
-        if self._compiled is not None and self._models.device.type == "cuda" and self._compiled.wait():
-            warm_up(self._models, settings.max_running, settings.step_tokens)
+        self._uses_compiled = False
         measures = settings.plan == "planned" and settings.step_rate is None
         self._measured = self._models.drafter if measures else None
         self._max_running = settings.max_running
@@ -79,10 +78,13 @@ class Engine:
         if self.calibration is not None:
             self.calibration.check_gamma(self.info.gamma)
         self._planner = LengthPlanner(settings.max_running, self.info.gamma, self.calibration)
-        if self._measured is not None:
-            self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
-        elif settings.plan == "planned" and settings.step_rate is not None:
+        if settings.plan == "planned" and settings.step_rate is not None:
             self._planner.use(settings.step_rate)
+        if self._compiled is not None and self._models.device.type == "cuda" and self._compiled.wait():
+            warm_up(self._models, settings.max_running, settings.step_tokens)
+            self._switch_to_compiled()
+        elif self._measured is not None:
+            self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""
@@ -170,15 +172,16 @@ class Engine:
 
     def wait_until_compiled(self) -> bool:
         """For measurements: wait until it is settled which passes are used; whether they are the compiled ones."""
-        compiled = self._compiled is not None and self._compiled.wait()
+        if self._compiled is not None:
+            self._compiled.wait()
         self._switch_to_compiled()
-        return compiled
+        return self._uses_compiled
 
     def _switch_to_compiled(self) -> None:
         """Once, when the compiled passes have come into use: what a step costs must be measured again."""
         if self._compiled is not None and (used := self._compiled.done()) is not None:
             log.info("compiled passes: %s", "in use" if used else self._compiled.reason)
-            self._compiled = None
+            self._compiled, self._uses_compiled = None, used
             if used and self._measured is not None and self._models.pool.free > self._max_running:
                 self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
 
