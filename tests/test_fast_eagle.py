@@ -12,6 +12,7 @@ from torch import Tensor
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.passes import Pass
+from draftkit.ops import paged_attention
 from draftkit.ops.sampling import Sampling, processed_probs, sample
 
 PAGE, GAMMA, HIDDEN, VOCAB = 4, 5, 16, 40
@@ -31,9 +32,9 @@ def make_eagle(**changes: Any) -> EagleDrafter:
     return drafter.double().eval()
 
 
-def flat_pass(starts: list[int], lengths: list[int]) -> Pass:
+def flat_pass(starts: list[int], lengths: list[int], dtype: torch.dtype = torch.float64) -> Pass:
     tokens = np.zeros(sum(lengths), np.int64)
-    return Pass(tokens, np.array(starts), np.array(lengths), np.array(TABLES), PAGE, torch.device("cpu"), torch.float64)
+    return Pass(tokens, np.array(starts), np.array(lengths), np.array(TABLES), PAGE, torch.device("cpu"), dtype)
 
 
 def read_together(fast: FastEagle, features: list[Tensor], following: list[Tensor]) -> None:
@@ -85,3 +86,23 @@ def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], te
         torch.testing.assert_close(largest[row], alone.largest_BG[0], atol=1e-10, rtol=1e-10)
         if temperature:
             torch.testing.assert_close(probs[row], alone.probs_BGV[0], atol=1e-10, rtol=1e-10)
+
+
+def test_proposals_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted on the CPU, beside PyTorch operations: rows that lie behind each other, one pass for each drafted token."""
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 1)
+    drafter = make_eagle(head_dim=16).float()
+    torch.manual_seed(1)
+    features = [torch.randn(n, 2 * HIDDEN) for n in LENGTHS]
+    following = [torch.randint(VOCAB, (n,)) for n in LENGTHS]
+    anchors = torch.stack([t[-1] for t in following])
+    found = []
+    for paged in (False, True):
+        fast = FastEagle(drafter, slots=24 * PAGE, max_length=40)
+        fast.stack.paged = paged
+        read_together(fast, features, following)
+        wanted = fast.drafting_pass(anchors.numpy())
+        step = flat_pass([n + wanted.first for n in LENGTHS], [wanted.tokens_RP.shape[1]] * 3, torch.float32)
+        found.append(fast.draft(step, anchors, None))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][3], found[1][3], atol=1e-5, rtol=1e-4)

@@ -49,11 +49,10 @@ def drafter_on_pages(**changes: object) -> FastDrafter:
     return fast
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-def test_recorded_passes_of_the_target_equal_the_eager_ones(family: str) -> None:
+def test_recorded_passes_of_the_target_equal_the_eager_ones() -> None:
     """Prompts first, then rounds whose requests read 1 to 4 tokens each: two sizes, as far as recordings are concerned."""
-    _, eager = build(family)
-    _, fast = build(family)
+    _, eager = build("gemma3")  # of all families the one with most parts
+    _, fast = build("gemma3")
     fast.stack.paged = True
     recorder = Recorder()
     record_passes(fast, None, (0, 1), WIDEST, recorder)
@@ -96,30 +95,29 @@ def test_padding_writes_to_the_spare_slot_alone() -> None:
         assert written == [20, 21, 22, 28, 36, fast.stack.slots]
 
 
-@pytest.mark.parametrize("layout", ["anchor", "one_plus_n"])
-def test_recorded_drafting_equals_the_eager_one(layout: str) -> None:
-    """Sampled along the head by the engine, and greedily inside the recording, which holds the context's writing, too."""
-    _, eager = build_drafter(head_dim=16, layout=layout)
-    fast, recorder = drafter_on_pages(layout=layout), Recorder()
+def test_recorded_blocks_and_contexts_equal_the_eager_ones() -> None:
+    """The way along the head is not recorded where tokens are drawn."""
+    _, eager = build_drafter(head_dim=16, layout="one_plus_n")
+    fast, recorder = drafter_on_pages(layout="one_plus_n"), Recorder()
     record_passes(build("qwen3")[1], fast, (0, 1), WIDEST, recorder)
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
     uniforms_RG = torch.rand(3, fast.gamma, generator=generator, dtype=torch.float64)
-    for sampling in (Sampling(0.8), Sampling(0.0)):
-        wanted, played = (propose_together(d, features, [11, 30, 2], sampling, uniforms_RG) for d in (eager, fast))
-        assert torch.equal(played.tokens_BG, wanted.tokens_BG)
-        torch.testing.assert_close(played.confidence_BG, wanted.confidence_BG, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(played.probs_BGV, wanted.probs_BGV, atol=1e-5, rtol=1e-4)
-    assert fast.recorded is not None and fast.recorded.block.reason is None
-    assert recorder.count >= 2  # blocks, and contexts of two sizes
+    wanted, played = (propose_together(d, features, [11, 30, 2], Sampling(0.8), uniforms_RG) for d in (eager, fast))
+    assert torch.equal(played.tokens_BG, wanted.tokens_BG)
+    torch.testing.assert_close(played.confidence_BG, wanted.confidence_BG, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(played.probs_BGV, wanted.probs_BGV, atol=1e-5, rtol=1e-4)
+    assert fast.recorded is not None and fast.recorded.block.reason is None and fast.recorded.context.reason is None
+    assert len(fast.recorded.block._recordings) == 1 and len(fast.recorded.context._recordings) == 2
+    assert recorder.count == 3
 
 
-@pytest.mark.parametrize("head", ["none", "markov", "gated", "rnn"])
+@pytest.mark.parametrize("head", ["markov", "rnn"])
 def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
     _, eager = build_drafter(head_dim=16, head=head)
     fast = drafter_on_pages(head=head)
     record_passes(build("qwen3")[1], fast, (0, 1), WIDEST, Recorder())
-    for anchors in ([11, 30, 2], [7], [1, 2, 3, 4]):
+    for anchors in ([11, 30, 2], [7]):
         wanted = drafts(eager, anchors)
         played = drafts(fast, anchors)
         assert torch.equal(played[0], wanted[0]) and played[1].shape == wanted[1].shape

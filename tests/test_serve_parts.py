@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from draftkit.serve.reply import ChatReply, CompletionReply, usage
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import ClientLeft, EventStream
 from draftkit.serve.tools import ToolCalls
-from draftkit.serve.worker import Worker
+from draftkit.serve.worker import HELD, Worker
 
 SERVED = fake_served()
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -189,6 +190,37 @@ def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest() -> None:
         assert sum(len(o.events) for _, o in outputs) == 200 and outputs[-1][1].finish_reason == "length"
 
     run_worker(lambda: served, use)
+
+
+def test_the_event_loop_is_not_woken_for_each_step_of_a_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the first and the last one, and for some in between; with a stop string, or for a stream, for each."""
+    params = seam.SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
+    counted: dict[str, int] = {}
+
+    async def use(worker: Worker) -> None:
+        dispatch = Worker._dispatch
+
+        def count(self: Worker, held: Any) -> None:
+            name = held[0][1][0].request_id.split("-")[0]
+            counted[name] = counted.get(name, 0) + 1
+            dispatch(self, held)
+
+        monkeypatch.setattr(Worker, "_dispatch", count)
+        for name, whole, asked in (
+            ("whole", True, params),
+            ("stream", False, params),
+            ("stop", True, replace(params, stop=("never",))),
+        ):
+            ticket = await worker.submit(name, [([1], asked)], whole)
+            first = await ticket.items.get()
+            assert not isinstance(first, ApiError) and first[1].finish_reason is None and worker.waiting == 0
+            outputs = [first[1]]
+            while outputs[-1].finish_reason is None:
+                outputs.append((await ticket.items.get())[1])
+            assert sum(len(o.events) for o in outputs) == 200
+
+    run_worker(lambda: fake_served(0.0005), use)
+    assert counted["whole"] <= 2 + 200 // HELD and min(counted["stream"], counted["stop"]) > 20
 
 
 def test_a_model_that_does_not_load_is_reported() -> None:

@@ -124,7 +124,7 @@ async def _answer(
             work.append((prompt, from_body.sampling_params(body, served, prompt, i, own, logprobs, constraint)))
     choices = [Choice(served.texts, params, len(prompt)) for prompt, params in work]
     call = Call(request.state.request_id, int(time.time()), served, body, reply, prompts, choices)
-    ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, work))
+    ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, work, whole=not body.stream))
     if body.stream:
         return EventStream(_stream(call, worker, ticket), on_close=lambda: worker.cancel(ticket))
     try:

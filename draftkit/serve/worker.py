@@ -1,7 +1,8 @@
 """The engine's thread and what ties it to the event loop.
 
 One thread owns the engine: it takes commands (add, abort) from a queue, calls `engine.step()`, and hands each step's
-outputs to the event loop in one call. All other state here belongs to the event loop.
+outputs to the event loop in one call. Outputs that nobody waits for, because the answer is wanted whole, are held back for a
+while: waking the event loop takes the processors from the engine's passes. All other state here belongs to the event loop.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from draftkit.engine.request import SamplingParams, StepOutput
@@ -35,6 +37,7 @@ class Served:
 
 
 Item = tuple[int, StepOutput] | ApiError
+HELD = 64  # steps whose outputs may be held back
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Worker:
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
+        self._patient: set[str] = set()  # of the engine's thread: answers that have begun and are wanted whole
+        self._held: list[tuple[float, Sequence[StepOutput]]] = []  # of the engine's thread: with the time of each step
         self._tickets: dict[str, tuple[Ticket, int]] = {}
         self._waiting: set[str] = set()
         self._serial = 0
@@ -91,8 +96,11 @@ class Worker:
             raise ApiError(503, "the model is still loading; try again soon", headers={"Retry-After": "2"})
         raise ApiError(503, "the engine has stopped; the server's log says why")
 
-    async def submit(self, name: str, work: Sequence[tuple[Sequence[int], SamplingParams]]) -> Ticket:
-        """Hand answers to the engine; returns when it has taken them all.
+    async def submit(
+        self, name: str, work: Sequence[tuple[Sequence[int], SamplingParams]], whole: bool = False
+    ) -> Ticket:
+        """Hand answers to the engine; returns when it has taken them all. Outputs of answers that are wanted `whole` may come
+        late, but for the first and the last one, and but for answers that a stop string may end.
 
         Raises ApiError: 503 when not ready, 429 when too many wait, 400 when the engine refuses.
         """
@@ -112,6 +120,8 @@ class Worker:
             try:
                 for request_id, (tokens, params) in zip(ticket.ids, work, strict=True):
                     engine.add_request(request_id, list(tokens), params)
+                    if whole and not params.stop:
+                        self._patient.add(request_id)
             except DraftkitError as error:
                 self._call(_settle, taken, ApiError(400, str(error)))
             except Exception as error:
@@ -138,7 +148,7 @@ class Worker:
             request_id = ticket.ids[index]
             if request_id in self._tickets:
                 self._forget(request_id)
-                self._commands.put(lambda engine, name=request_id: engine.abort(name))  # type: ignore[misc]
+                self._commands.put(partial(self._abort, request_id))
 
     def drain(self) -> None:
         """Take no new requests; those in flight go on."""
@@ -194,7 +204,21 @@ class Worker:
                 self._metrics.on_step(before, after)
                 before = after
                 if outputs:
-                    self._call(self._dispatch, outputs)
+                    self._held.append((time.monotonic(), outputs))
+                if len(self._held) >= HELD or any(map(self._urgent, outputs)):
+                    self._call(self._dispatch, self._held)
+                    self._held = []
+
+    def _urgent(self, output: StepOutput) -> bool:
+        """Somebody waits for it."""
+        if output.finish_reason is not None:
+            self._patient.discard(output.request_id)
+            return True
+        return output.request_id not in self._patient or output.stats.output_tokens == len(output.events)
+
+    def _abort(self, request_id: str, engine: Any) -> None:
+        self._patient.discard(request_id)
+        engine.abort(request_id)
 
     def _call(self, function: Callable[..., None], *args: Any) -> None:
         """Run a function on the event loop; the loop may be gone when the process ends."""
@@ -226,22 +250,25 @@ class Worker:
         ticket.open.discard(index)
         self._waiting.discard(request_id)
 
-    def _dispatch(self, outputs: Sequence[StepOutput]) -> None:
-        now = time.monotonic()
-        for output in outputs:
-            known = self._tickets.get(output.request_id)
-            if known is None:
-                continue  # aborted while this step ran
-            ticket, index = known
-            if output.events:
-                self._waiting.discard(output.request_id)
-                last = ticket.last_output.get(index)
-                self._metrics.on_tokens(now - (ticket.arrived if last is None else last), len(output.events), last is None)
-                ticket.last_output[index] = now
-            if output.finish_reason is not None:
-                self._metrics.on_finish(now - ticket.arrived, output.finish_reason, output.stats)
-                self._forget(output.request_id)
-            ticket.items.put_nowait((index, output))
+    def _dispatch(self, held: Sequence[tuple[float, Sequence[StepOutput]]]) -> None:
+        for now, outputs in held:
+            for output in outputs:
+                self._deliver(now, output)
+
+    def _deliver(self, now: float, output: StepOutput) -> None:
+        known = self._tickets.get(output.request_id)
+        if known is None:
+            return  # aborted while this step ran
+        ticket, index = known
+        if output.events:
+            self._waiting.discard(output.request_id)
+            last = ticket.last_output.get(index)
+            self._metrics.on_tokens(now - (ticket.arrived if last is None else last), len(output.events), last is None)
+            ticket.last_output[index] = now
+        if output.finish_reason is not None:
+            self._metrics.on_finish(now - ticket.arrived, output.finish_reason, output.stats)
+            self._forget(output.request_id)
+        ticket.items.put_nowait((index, output))
 
 
 def _settle(future: asyncio.Future[None], error: ApiError | None) -> None:
