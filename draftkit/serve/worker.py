@@ -205,7 +205,8 @@ class Worker:
                 before = after
                 if outputs:
                     self._held.append((time.monotonic(), outputs))
-                if len(self._held) >= HELD or any(map(self._urgent, outputs)):
+                urgent = [self._urgent(output) for output in outputs]
+                if any(urgent) or len(self._held) >= HELD:
                     self._call(self._dispatch, self._held)
                     self._held = []
 
