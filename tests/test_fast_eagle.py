@@ -12,7 +12,6 @@ from torch import Tensor
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.passes import Pass
-from draftkit.ops import paged_attention
 from draftkit.ops.sampling import Sampling, processed_probs, sample
 
 PAGE, GAMMA, HIDDEN, VOCAB = 4, 5, 16, 40
@@ -90,6 +89,7 @@ def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], te
 
 def test_proposals_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted on the CPU, beside PyTorch operations: rows that lie behind each other, one pass for each drafted token."""
+    paged_attention = pytest.importorskip("draftkit.ops.paged_attention")  # Triton is on Linux alone
     monkeypatch.setattr(paged_attention, "PROGRAMS", 1)
     drafter = make_eagle(head_dim=16).float()
     torch.manual_seed(1)
