@@ -76,15 +76,14 @@ def _measure(largest: int, run: Callable[[int], None]) -> tuple[tuple[int, ...],
     """Sizes 1, 2, 4, ... and the fastest of a few runs each: the others were disturbed."""
     sizes: list[int] = []
     seconds: list[float] = []
-    size, left = 1, _SECONDS
-    while size == 1 or (size <= largest and (size <= _AT_LEAST or left > 0)):
-        run(size)  # the first of a size may compile, record or reserve memory
+    size, until = 1, time.perf_counter() + _SECONDS
+    while size == 1 or (size <= largest and (size <= _AT_LEAST or time.perf_counter() < until)):
+        run(size)  # the first of a size may compile or reserve memory
         taken: list[float] = []
-        while not taken or (len(taken) < _REPEATS and left > 0):
+        while not taken or (len(taken) < _REPEATS and time.perf_counter() < until):
             began = time.perf_counter()
             run(size)
             taken.append(time.perf_counter() - began)
-            left -= taken[-1]
         sizes.append(size)
         seconds.append(max(min(taken), seconds[-1] if seconds else 0.0))  # more tokens never cost less: that is noise
         size *= 2
