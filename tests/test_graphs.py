@@ -40,7 +40,7 @@ class Recorder:
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU runs the programs of a kernel one after the other."""
-    monkeypatch.setattr(paged_attention, "PROGRAMS", 8)
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 1)
 
 
 def drafter_on_pages(**changes: object) -> FastDrafter:

@@ -27,6 +27,12 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU runs the programs of a kernel one after the other."""
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 1)
+
+
 def stack(shape: AttentionShape, norms: bool = True, dtype: torch.dtype = torch.float32) -> Stack:
     """One layer of random weights over a memory that is full of other requests' numbers."""
     generator = torch.Generator().manual_seed(0)
@@ -78,10 +84,9 @@ def test_rounds_of_different_lengths(name: str) -> None:
     compare(CASES[name], step, PagedPass.of(step), norms=name != "cap")
 
 
-@pytest.mark.parametrize("programs", [1, 64])
-def test_keys_split_among_programs(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_split_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer keys than splits, too: some of them see nothing. Keys are few at a time, so that there are several shares."""
-    monkeypatch.setattr(paged_attention, "PROGRAMS", programs)
+    monkeypatch.setattr(paged_attention, "PROGRAMS", 64)
     monkeypatch.setattr(paged_attention, "WIDE_KEYS", 16)
     step = one_pass([1, 1, 1])
     compare(replace(PLAIN, window=19), step, PagedPass.of(step))
