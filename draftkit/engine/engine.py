@@ -83,7 +83,7 @@ class Engine:
         if self._compiled is not None and self._models.device.type == "cuda" and self._compiled.wait():
             warm_up(self._models, settings.max_running, settings.step_tokens)
             self._switch_to_compiled()
-        elif self._measured is not None:
+        if self._measured is not None and self._planner.step_rate is None:
             self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
