@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from engine_load import processor
 from torch import Tensor, nn
 
 from draftkit.draft.block import BlockDrafter
@@ -62,11 +61,6 @@ def grow_pair(target: TransformersTarget, drafter: Drafter) -> tuple[Transformer
         device, dtype = "cpu", torch.float32
     grown = grow_target(target, growth, device, dtype)
     return grown, grow_drafter(drafter, grown, growth)
-
-
-def device_name() -> str:
-    """The GPU's name, or the processor's."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def grow_target(

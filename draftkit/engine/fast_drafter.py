@@ -137,12 +137,10 @@ class FastDrafter:
 
     def greedy(self, step: Indices) -> tuple[Tensor, Tensor]:
         """Tokens of a greedy `draft` [R, G], and confidences or largest probabilities [R, G], in PyTorch operations."""
-        tokens_RG, _, confidence_RG, largest_RG = self._walk(
+        tokens_RG, _, *said = self._walk(
             *self._drafting(*self.forward(step)), step.tokens[:: self.config.block_size], take_largest
         )
-        said_RG = confidence_RG if confidence_RG is not None else largest_RG
-        assert said_RG is not None  # one of them is
-        return tokens_RG, said_RG
+        return tokens_RG, next(said_RG for said_RG in said if said_RG is not None)
 
     def _walk(self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor, choose: Choose) -> Drafts:
         """Along the head, behind what the block gave."""

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from draftkit.engine.passes import Group, PagedPass, Pass
 
+TRITON = importlib.util.find_spec("triton") is not None  # not everywhere, and not needed on a CPU
+if TRITON:
+    from draftkit.ops import paged_attention
+
 Indices = Pass | PagedPass
 
 
@@ -95,7 +99,6 @@ class Stack:
         # zeros, not empty: what no request has written is masked, and a mask does not hide a NaN
         sizes = [(layer.attention.kv_heads, 2 * layer.attention.head_dim) for layer in layers]
         self.memory = tuple(layers[0].qkv.new_zeros(slots + 1, *size) for size in sizes)  # per layer [P + 1, M, 2 D]
-
         self.paged = layers[0].qkv.is_cuda and self._kernels_fit()
 
     def laid(self, step: Pass) -> Indices:
@@ -103,12 +106,9 @@ class Stack:
         return PagedPass.of(step) if self.paged else step
 
     def _kernels_fit(self) -> bool:
-        if importlib.util.find_spec("triton") is None:
+        if not TRITON or self.layers[0].qkv.dtype not in paged_attention.DTYPES:
             return False
-        from draftkit.ops.paged_attention import DTYPES, HEAD_DIMS
-
-        shapes = [layer.attention for layer in self.layers]
-        return self.layers[0].qkv.dtype in DTYPES and all(shape.head_dim in HEAD_DIMS for shape in shapes)
+        return all(layer.attention.head_dim in paged_attention.HEAD_DIMS for layer in self.layers)
 
     @property
     def bytes_per_slot(self) -> int:
@@ -148,25 +148,20 @@ class Stack:
             memory[step.slots] = both
 
     def _norm(self, x_TH: Tensor, weight: Tensor, step: Indices) -> Tensor:
+        """RMSNorm of the rows, [T, H]."""
         if isinstance(step, PagedPass):
-            from draftkit.ops import paged_attention
-
             return paged_attention.rms_norm(x_TH, weight, self.shape.eps)
         return rms_norm(x_TH, weight, self.shape.eps)
 
     def _gated(self, gate_up: Tensor, step: Indices) -> Tensor:
         """The MLP's inner row: [T, 2 I] to [T, I]."""
         if isinstance(step, PagedPass):
-            from draftkit.ops import paged_attention
-
             return paged_attention.gated(gate_up, self.shape.gelu)
         gate, up = gate_up.chunk(2, -1)
         return (F.gelu(gate, approximate="tanh") if self.shape.gelu else F.silu(gate)).mul_(up)
 
     def _attend_paged(self, index: int, qkv: Tensor, step: PagedPass) -> Tensor:
         """`_attend` in kernels."""
-        from draftkit.ops import paged_attention
-
         layer, memory, shape = self.layers[index], self.memory[index], self.layers[index].attention
         queries = paged_attention.store(
             qkv, layer.qk_norm, layer.rotary, step.positions, step.slots, memory, shape.heads, self.shape.eps, shape.value_norm

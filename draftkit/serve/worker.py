@@ -37,7 +37,7 @@ class Served:
 
 
 Item = tuple[int, StepOutput] | ApiError
-HELD = 64  # steps whose outputs may be held back
+HELD = 0.1  # seconds for which outputs may be held back
 
 
 @dataclass
@@ -206,7 +206,7 @@ class Worker:
                 if outputs:
                     self._held.append((time.monotonic(), outputs))
                 urgent = [self._urgent(output) for output in outputs]
-                if any(urgent) or len(self._held) >= HELD:
+                if any(urgent) or (self._held and time.monotonic() - self._held[0][0] >= HELD):
                     self._call(self._dispatch, self._held)
                     self._held = []
 
