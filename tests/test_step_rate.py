@@ -14,7 +14,7 @@ from draftkit.evaluate.profile import ProfileSettings, profile
 from draftkit.schedule.step_rate import StepRate
 from draftkit.schedule.step_rate_table import Measured, StepRateTable, load_step_rate, save_step_rate
 from draftkit.target.transformers import TransformersTarget
-from tests.test_decode import make_drafter
+from tests.test_decode import make_drafter, make_eagle
 
 TABLE = StepRateTable(
     contexts=(64, 256),
@@ -142,3 +142,16 @@ def test_a_profile_says_what_it_measured_and_with_which_passes(target: Transform
     assert (table.measured.target_fingerprint, table.measured.drafter_fingerprint) == (target.info.fingerprint, "drafter-1")
     with pytest.raises(ScheduleError, match="choose shorter contexts"):
         profile(target, None, "", replace(settings, contexts=(5000,)))
+
+
+def test_drafting_of_eagle3_is_measured_too(target: TransformersTarget) -> None:
+    table = profile(target, make_eagle(target, (5, 7, 9)), "eagle", ProfileSettings((1, 6), (8,), (1, 2), repeats=1))
+    assert table.draft_requests == (1, 2) and min(table.draft_seconds) > 0
+
+
+def test_a_target_without_a_lean_forward_is_refused_with_its_reason(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftkit.evaluate.profile.unsupported", lambda _: "family mamba has no lean forward")
+    with pytest.raises(ScheduleError, match="profile: family mamba"):
+        profile(target, None, "", ProfileSettings((1,), (8,), (1,), repeats=1))

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import Drafter
-from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_drafter import FastDrafter
-from draftkit.engine.fast_model import FastModel, unsupported
+from draftkit.engine.fast_eagle import FastEagle
+from draftkit.engine.fast_model import unsupported
+from draftkit.engine.models import Models, build_models, start_compiling
 from draftkit.engine.passes import Pass
+from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import environment
 from draftkit.ops.sampling import Sampling, processed_probs, sample
@@ -29,6 +30,7 @@ from draftkit.target.transformers import TransformersTarget
 
 BLOCK_SIZE = 16
 SAMPLING = Sampling(1.0)
+Job = tuple[str, int, int]  # "pass" or "draft", context, tokens or requests
 
 
 @dataclass(frozen=True)
@@ -69,34 +71,25 @@ def profile(
 
     A pass of n tokens holds ceil(n / tokens_per_request) requests. It includes the sampling distribution of every row.
     Drafting includes writing the context of one committed token per request and drawing the proposal. Raises ScheduleError
-    for a target or drafter that the engine's forward cannot run.
+    for a target that the lean forward cannot run and for contexts that are too long for it.
     """
-    reason = unsupported(target)
-    if reason or not isinstance(drafter, BlockDrafter | None):
-        raise ScheduleError(f"profile: {reason or 'only block drafters (DSpark, DFlash) can be measured'}")
-    longest = max(settings.contexts)
-    room = -(-(longest + max(settings.tokens) + 2 * BLOCK_SIZE) // BLOCK_SIZE)  # blocks per request
-    most = max(-(-max(settings.tokens) // settings.tokens_per_request), *settings.requests)
-    slots = most * room * BLOCK_SIZE
-    length = longest + max(settings.tokens) + 2 * BLOCK_SIZE
-    if length > target.info.max_length:
+    if reason := unsupported(target):
+        raise ScheduleError(f"profile: {reason}")
+    longest = max(settings.contexts) + settings.tokens_per_request
+    if longest > target.info.max_length:
         raise ScheduleError(
-            f"profile: contexts up to {longest} need {length} positions, the target has {target.info.max_length}; "
-            "choose shorter contexts"
+            f"profile: contexts up to {max(settings.contexts)} need {longest} positions, the target has "
+            f"{target.info.max_length}; choose shorter contexts"
         )
-    middle = settings.contexts[len(settings.contexts) // 2]
-    tables_RB = np.arange(most * room).reshape(most, room)
-    model = FastModel(target, slots, length)
-    jobs: dict[tuple[str, int, int], Callable[[], object]] = {}
-    for context in settings.contexts:
-        for count in settings.tokens:
-            jobs["pass", context, count] = _target_job(model, tables_RB, context, count, settings.tokens_per_request)
-    fast = FastDrafter(drafter, slots, length) if drafter is not None else None
-    compiled = model.embedding.dtype == torch.float32 and CompiledPasses(model, fast).wait()
-    if drafter is not None and fast is not None:
-        for requests in settings.requests:
-            jobs["draft", middle, requests] = _draft_job(fast, drafter, tables_RB, middle, requests)
-    seconds = _measure(jobs, settings.repeats, tick)
+    most = max(-(-max(settings.tokens) // settings.tokens_per_request), *settings.requests)
+    unlimited = 2**62  # the pool is as large as so many requests of this length need
+    sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=unlimited, block_size=BLOCK_SIZE)
+    models = build_models(target, drafter, sizes)
+    compiling = start_compiling(models)
+    compiled = compiling is not None and compiling.wait()
+    jobs, middle = _jobs(models, target.info.hidden_size, settings, most)
+    clock = _clock(models.device)
+    seconds = _measure(jobs, settings.repeats, clock, tick)
     values = {name: median(found) for name, found in seconds.items()}
     spreads = [float(np.subtract(*np.percentile(found, [75, 25]))) / median(found) for found in seconds.values()]
     env = environment()
@@ -116,25 +109,43 @@ def profile(
             repeats=settings.repeats,
             tokens_per_request=settings.tokens_per_request,
             spread=median(spreads),
-            clock="processor time" if _clock() is time.process_time else "wall clock",
+            clock="processor time" if clock is time.process_time else "wall clock",
             passes="compiled" if compiled else "PyTorch operations",
         ),
     )
 
 
-def _clock() -> Callable[[], float]:
-    """With one thread processor time, which is the pass's own also while others use the machine; else the wall clock."""
-    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+def _clock(device: torch.device) -> Callable[[], float]:
+    """On a CPU, with one thread, processor time, which is the pass's own also while others use the machine; else the wall
+    clock."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def _jobs(
+    models: Models, hidden_size: int, settings: ProfileSettings, most: int
+) -> tuple[dict[Job, Callable[[], object]], int]:
+    """What is to be measured, by kind, context and tokens or requests; and the context that drafting is measured at."""
+    middle = settings.contexts[len(settings.contexts) // 2]
+    tables_RB = np.arange(models.pool.num_blocks).reshape(most, -1)  # every request has blocks of its own
+    jobs: dict[Job, Callable[[], object]] = {}
+    for context in settings.contexts:
+        for count in settings.tokens:
+            jobs["pass", context, count] = _target_job(models, tables_RB, context, count, settings.tokens_per_request)
+    if models.drafter is not None:
+        features = len(models.feature_layers) * hidden_size
+        for requests in settings.requests:
+            jobs["draft", middle, requests] = _draft_job(models, models.drafter, features, tables_RB[:requests], middle)
+    return jobs, middle
 
 
 def _measure(
-    jobs: dict[tuple[str, int, int], Callable[[], object]], repeats: int, tick: Callable[[], None]
-) -> dict[tuple[str, int, int], list[float]]:
-    rng, clock = np.random.default_rng(0), _clock()
-    names = list(jobs)
-    for job in jobs.values():  # lazy set-up and first touch of memory
+    jobs: dict[Job, Callable[[], object]], repeats: int, clock: Callable[[], float], tick: Callable[[], None]
+) -> dict[Job, list[float]]:
+    rng, names = np.random.default_rng(0), list(jobs)
+    for job in jobs.values():  # lazy set-up, recordings, first touch of memory
         job()
-    seconds: dict[tuple[str, int, int], list[float]] = {name: [] for name in names}
+    seconds: dict[Job, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
         for index in rng.permutation(len(names)):
             began = clock()
@@ -144,46 +155,48 @@ def _measure(
     return seconds
 
 
-def _target_job(model: FastModel, tables_RB: np.ndarray, context: int, count: int, each: int) -> Callable[[], object]:
+def _target_job(models: Models, tables_RB: np.ndarray, context: int, count: int, each: int) -> Callable[[], object]:
     lengths_R = np.array([len(part) for part in np.array_split(np.arange(count), -(-count // each))])
     starts_R = np.full(len(lengths_R), context)
-    tokens_T = np.arange(count) % 100
+    tokens_T = np.arange(count) % min(100, models.info.vocab_size)
 
-    def job() -> Tensor:
-        step = Pass(tokens_T, starts_R, lengths_R, tables_RB[: len(lengths_R)], BLOCK_SIZE, _cpu(), model.embedding.dtype)
-        return processed_probs(model.read(step, None).logits_WV, SAMPLING)
+    def job() -> None:
+        step = Pass(tokens_T, starts_R, lengths_R, tables_RB[: len(lengths_R)], BLOCK_SIZE, models.device, models.dtype)
+        processed_probs(models.model.read(step, None, models.feature_layers).logits_WV, SAMPLING)
+        _wait(models.device)
 
     return job
 
 
 def _draft_job(
-    fast: FastDrafter, drafter: BlockDrafter, tables_RB: np.ndarray, context: int, requests: int
+    models: Models, drafter: FastDrafter | FastEagle, features: int, tables_RB: np.ndarray, context: int
 ) -> Callable[[], object]:
-    config, dtype = fast.config, fast.embedding.dtype
-    block_T = np.full((requests, config.block_size), config.mask_token_id)
-    block_T[:, 0] = 1
-    starts_R, tables = np.full(requests, context), tables_RB[:requests]
-    features_TF = torch.zeros(requests, len(config.feature_layers) * config.hidden_size, dtype=dtype)
-    uniforms_RG = torch.rand(requests, drafter.gamma, dtype=torch.float64)
+    ones_R, device = np.ones(len(tables_RB), np.int64), models.device
+    anchors = torch.ones(len(tables_RB), dtype=torch.int64, device=device)
+    wanted = drafter.drafting_pass(ones_R)
+    lengths_R = ones_R * wanted.tokens_RP.shape[1]
+    features_TF = torch.zeros(len(ones_R), features, dtype=models.dtype, device=device)
+    uniforms_RG = torch.rand(len(ones_R), drafter.gamma, dtype=torch.float64).to(device)
 
     def choose(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
         probs_RV = processed_probs(logits_RV, SAMPLING)
         return sample(probs_RV, uniforms_RG[:, k]), probs_RV
 
-    def job() -> object:
-        ones_R = np.ones(requests, np.int64)
-        read = Pass(block_T[:, 0], starts_R - 1, ones_R, tables, BLOCK_SIZE, _cpu(), dtype)
-        fast.extend(read, features_TF, torch.zeros(requests, dtype=torch.int64))
-        step = Pass(
-            block_T.ravel(), starts_R, ones_R * config.block_size, tables, BLOCK_SIZE, _cpu(), dtype, block=True
-        )
-        return fast.draft(step, torch.from_numpy(block_T[:, 0].copy()), choose)
+    def there(tokens_T: np.ndarray, first: int, lengths_R: np.ndarray, block: bool = False) -> Pass:
+        starts_R = ones_R * (context + first)
+        return Pass(tokens_T, starts_R, lengths_R, tables_RB, BLOCK_SIZE, device, models.dtype, block)
+
+    def job() -> None:
+        drafter.extend(there(ones_R, -1, ones_R), features_TF, anchors)
+        drafter.draft(there(wanted.tokens_RP.ravel(), wanted.first, lengths_R, wanted.block), anchors, choose)
+        _wait(device)
 
     return job
 
 
-def _cpu() -> torch.device:
-    return torch.device("cpu")
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def plot_step_rate(table: StepRateTable, path: Path) -> None:
