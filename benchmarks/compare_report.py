@@ -18,6 +18,8 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from draftkit.evaluate.run import device_name
+
 SAMPLES = 4000
 Floats = npt.NDArray[np.float64]
 
@@ -97,16 +99,8 @@ def build_report(arms: Sequence[Arm], baselines: Sequence[str], settings: dict[s
             "ratio": ratios,
             "acceptance": {d: arm.acceptance(d) for d in domains} | {"all": arm.acceptance(None)},
         }
-    environment = {"cpu": cpu_name(), "python": platform.python_version(), "prompts": len(prompts), "domains": domains}
+    environment = {"cpu": device_name(), "python": platform.python_version(), "prompts": len(prompts), "domains": domains}
     return {"environment": environment, "settings": settings, "baselines": list(baselines), "arms": rows}
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def print_table(report: dict[str, Any]) -> None:

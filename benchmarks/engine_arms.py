@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_load import Load, processor, read_prompts, run_closed
+from engine_load import Load, read_prompts, run_closed
 from grown import grow_pair
 from result_file import print_result, write_result
 from rich.progress import track
@@ -29,7 +29,7 @@ from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.fast_model import FastModel
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import environment
+from draftkit.evaluate.run import device_name
 from draftkit.target.transformers import load_target
 
 ARMS = ["off", "fixed", "planned"]
@@ -132,7 +132,7 @@ def main() -> None:
     for engine in engines.values():
         run_closed(engine, prompts, most if options.grown else 8, most if options.grown else 16, 16)
     result: dict[str, Any] = {
-        "device": environment()["device"] if options.grown else processor(),
+        "device": device_name(target.device),
         "threads": options.threads,
         "clock": "processor time" if options.threads == 1 else "wall clock",
         "compiled": all(compiled),

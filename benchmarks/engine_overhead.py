@@ -13,11 +13,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from engine_load import processor, read_prompts, run_closed
+from engine_load import read_prompts, run_closed
 from result_file import print_result
 
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
+from draftkit.evaluate.run import device_name
 from draftkit.target.transformers import load_target
 
 
@@ -52,7 +53,7 @@ def main() -> None:
                 shares[name].append(run_closed(engine, prompts, concurrency, max(2, concurrency), 64).overhead)
         found = {name: spread(values[1:]) for name, values in shares.items()}  # the first repeat warms up
         levels.append({"concurrency": concurrency, "overhead": found})
-    result = {"cpu": processor(), "threads": options.threads, "compiled": all(compiled), "levels": levels}
+    result = {"cpu": device_name(), "threads": options.threads, "compiled": all(compiled), "levels": levels}
     print_result(result, options.out)
 
 

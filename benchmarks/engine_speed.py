@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 import torch
-from engine_load import processor, read_prompts
+from engine_load import read_prompts
 from grown import grow_pair
 from result_file import print_result
 from rich.progress import Progress
@@ -31,7 +31,7 @@ from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import environment
+from draftkit.evaluate.run import device_name
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 
@@ -174,8 +174,7 @@ def main() -> None:
     compiled = {name: engine.wait_until_compiled() for name, engine in engines.items()}
     clock = time.process_time if options.processor_time else time.perf_counter
     found = [compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency]
-    name = environment()["device"] if options.grown else processor()
-    facts = {"processor": name, "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
+    facts = {"device": device_name(target.device), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
     facts["clock"] = "processor" if options.processor_time else "wall"
     settings = {"target": options.target, "new_tokens": options.new_tokens, "plan": options.plan, "prompts": len(prompts)}
     if options.drafter:

@@ -23,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from engine_load import processor
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from openapi_cases import Raw, bodies, raws
 from result_file import print_result
 from rich.progress import Progress
 from server_process import ServerProcess, server_process
+
+from draftkit.evaluate.run import device_name
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
 CONTROL: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0}
@@ -188,7 +189,7 @@ def main() -> None:
         report = fuzz(server, options.cases)
     fields = {**vars(report), "failures": report.failures[:20], "statuses": dict(sorted(report.statuses.items()))}
     fields["refused"] = dict(report.refused.most_common())
-    result = {"cpu": processor(), "good": report.good, "by_status": report.by_status, **fields}
+    result = {"cpu": device_name(), "good": report.good, "by_status": report.by_status, **fields}
     print_result(result, options.out)
     raise SystemExit(not report.good)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from draftkit.draft.drafter import LossSettings
 from draftkit.draft.losses import Head, Rows, distillation_loss
+from draftkit.evaluate.run import device_name
 
 ARMS = ("sliced", "whole", "whole, forward only")
 GAMMA = 7
@@ -99,12 +99,6 @@ def run_arm(arm: str, rows: Rows) -> dict[str, float]:
     }
 
 
-def cpu_name() -> str:
-    """What the CPU calls itself."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-
-
 def main() -> None:
     """Run the arms in turn and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,7 +118,7 @@ def main() -> None:
         print(json.dumps(run_arm(args.arm, rows)))
         return
     setting = {
-        "cpu": cpu_name(),
+        "cpu": device_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "sizes": {k: getattr(args, k) for k in ("vocabulary", "anchors", "hidden", "rank")} | {"gamma": GAMMA},

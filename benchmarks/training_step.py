@@ -21,7 +21,6 @@ from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
-from compare_report import cpu_name
 from result_file import print_result
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from draftkit.data.features import FeatureStore
 from draftkit.draft.backbone import rope_table, rotate
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import LossSettings, TrainBatch
+from draftkit.evaluate.run import device_name
 from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate
 from draftkit.train.optim import BETAS, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
@@ -148,7 +148,7 @@ def main() -> None:
     ratios = [a / b for a, b in zip(ours, plains, strict=True)]
     low, _, high = quantiles(ratios, n=4)
     result = {
-        "cpu": cpu_name(),
+        "cpu": device_name(),
         "threads": options.threads,
         "recipe": options.recipe,
         "set": options.set,

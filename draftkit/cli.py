@@ -109,7 +109,8 @@ def train(
     settings = _recipe(recipe, overrides)
     from draftkit import stages
 
-    report = stages.run_train(*stages.open_target(settings), settings, features, out)
+    device = None if settings.train.decode_prompts else "cpu"  # only answering for the log needs it on a GPU
+    report = stages.run_train(*stages.open_target(settings, device), settings, features, out)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     typer.echo(

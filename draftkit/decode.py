@@ -87,7 +87,7 @@ def decode(
 
     # Prefill: the target reads the prompt and makes the first anchor; the drafter listens.
     cache = target.new_cache()
-    prompt_BT = torch.tensor([list(prompt)])
+    prompt_BT = torch.tensor([list(prompt)], device=target.device)
     read = target.forward(prompt_BT, cache, layers)
     first_probs_BV = processed_probs(target.logits(read.last_hidden_BTH[:, -1]), sampling)
     anchor_B = sample(first_probs_BV, torch.rand(1, generator=random, dtype=torch.float64))
@@ -104,7 +104,7 @@ def decode(
         if drafter and context is not None:
             proposal = drafter.propose(context, anchor_B, sampling, uniforms_G[None, :gamma])
         else:
-            proposal = _empty_proposal(target.info.vocab_size)
+            proposal = _empty_proposal(target)
 
         # Plan: how much of the proposal is worth verifying, by its confidences alone.
         confidence = tuple(proposal.confidence_BG[0].tolist()) if proposal.confidence_BG is not None else ()
@@ -114,7 +114,7 @@ def decode(
         # Verify: one target pass over the anchor and that part of the proposal.
         read = target.forward(torch.cat([anchor_B[:, None], tokens_BL], dim=1), cache, layers)
         probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), sampling)
-        lengths_B = torch.tensor([verified])
+        lengths_B = torch.tensor([verified], device=target.device)
         verdict = verify(rule, tokens_BL, probs_BTV, draft_probs_BLV, lengths_B, uniforms_G[None, gamma:])
         accepted = int(verdict.accepted_R)
         new_tokens = [*tokens_BL[0, :accepted].tolist(), int(verdict.next_token_R)]
@@ -123,7 +123,7 @@ def decode(
         anchor_B = verdict.next_token_R
         cache.crop(len(prompt) + len(answer) + accepted)
         if drafter and context is not None and read.features_BTF is not None:
-            drafter.extend(context, read.features_BTF[:, : accepted + 1], torch.tensor([new_tokens]))
+            drafter.extend(context, read.features_BTF[:, : accepted + 1], torch.tensor([new_tokens], device=target.device))
         kept = _until_stop(new_tokens, target.info.stop_token_ids)[: max_new_tokens - len(answer)]
         answer += kept
         rounds.append(Round(gamma, verified, accepted, len(kept), confidence))
@@ -133,8 +133,9 @@ def decode(
     return Decoded(tuple(answer), reason, tuple(rounds), prefilled - started, finished - prefilled)
 
 
-def _empty_proposal(vocab_size: int) -> Proposal:
-    return Proposal(torch.empty(1, 0, dtype=torch.int64), torch.empty(1, 0, vocab_size), None)
+def _empty_proposal(target: Target) -> Proposal:
+    tokens_BG = torch.empty(1, 0, dtype=torch.int64, device=target.device)
+    return Proposal(tokens_BG, torch.empty(1, 0, target.info.vocab_size, device=target.device), None)
 
 
 def _until_stop(tokens: list[int], stop_token_ids: Sequence[int]) -> list[int]:

@@ -33,7 +33,14 @@ from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate, spread_prompts
 from draftkit.ops.sampling import Sampling
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
-from draftkit.target.transformers import DTYPES, EMBEDDED, TransformersTarget, load_target, spread_feature_layers
+from draftkit.target.transformers import (
+    DTYPES,
+    EMBEDDED,
+    TransformersTarget,
+    best_device,
+    load_target,
+    spread_feature_layers,
+)
 from draftkit.train import trainer
 from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport, TrainSettings
@@ -52,10 +59,10 @@ def progress_bar(title: str, total: float) -> Iterator[tuple[Progress, Any]]:
         yield bar, bar.add_task(title, total=total, note="")
 
 
-def open_target(recipe: Recipe) -> tuple[TransformersTarget, Any]:
-    """The recipe's target and its tokenizer."""
+def open_target(recipe: Recipe, device: str | None = None) -> tuple[TransformersTarget, Any]:
+    """The recipe's target and its tokenizer; without a device, on a GPU where there is one."""
     section = recipe.target
-    target = load_target(section.path, section.revision, section.dtype)
+    target = load_target(section.path, section.revision, section.dtype, device or best_device())
     return target, load_tokenizer(section.path, section.revision)
 
 

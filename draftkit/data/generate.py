@@ -147,12 +147,13 @@ def answer_batch(
     longest = max(map(len, prompts))
     limit = answer_limit(target.info, longest, settings)
     pad = target.info.stop_token_ids[0] if target.info.stop_token_ids else 0
-    tokens_BT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
-    mask_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    device = target.device
+    tokens_BT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    mask_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     uniforms = torch.stack([torch.rand(limit, generator=request_generator(*s), dtype=torch.float64) for s in seeds])
-    stops = torch.tensor(target.info.stop_token_ids, dtype=torch.int64)
+    stops = torch.tensor(target.info.stop_token_ids, dtype=torch.int64, device=device)
     rows = torch.arange(len(prompts))  # row of the batch -> prompt
-    finished = torch.zeros(len(prompts), dtype=torch.bool)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     answers: list[list[int]] = [[] for _ in prompts]
     cache = target.new_cache()
     for step in range(limit):
@@ -170,7 +171,7 @@ def answer_batch(
         if finished.float().mean() >= COMPACT_AT:
             keep = (~finished).nonzero().squeeze(-1)
             cache.select(keep)
-            tokens_BT, mask_BS, rows, finished = tokens_BT[keep], mask_BS[keep], rows[keep], finished[keep]
+            tokens_BT, mask_BS, rows, finished = tokens_BT[keep], mask_BS[keep], rows[keep.cpu()], finished[keep]
     stop_ids = set(target.info.stop_token_ids)
     return [Answer(tuple(a), "stop" if a[-1] in stop_ids else "length") for a in answers]
 

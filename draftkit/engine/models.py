@@ -19,7 +19,7 @@ from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.settings import EngineInfo, EngineSettings
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.transformers import TransformersTarget, best_device, load_target
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _fast_drafter(drafter: Drafter, slots: int, max_length: int) -> FastDrafter 
 
 def load_for_engine(target: str, settings: EngineSettings) -> TransformersTarget:
     """The target on the settings' device, in their dtype. Raises TargetError."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or best_device()
     dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
     return load_target(target, dtype=dtype, device=device)
 

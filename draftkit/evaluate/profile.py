@@ -92,7 +92,7 @@ def profile(
     seconds = _measure(jobs, settings.repeats, clock, tick)
     values = {name: median(found) for name, found in seconds.items()}
     spreads = [float(np.subtract(*np.percentile(found, [75, 25]))) / median(found) for found in seconds.values()]
-    env = environment()
+    env = environment(models.device)
     draft_seconds = tuple(values["draft", middle, r] for r in settings.requests) if drafter is not None else (0.0,)
     return StepRateTable(
         contexts=settings.contexts,

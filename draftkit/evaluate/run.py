@@ -127,7 +127,7 @@ def evaluate(
     domains = {d: [r for r in records if r.domain == d] for d in domains_of(records)}
     lengths = {d: accepted_length(chosen) for d, chosen in domains.items()}
     return EvalResult(
-        environment=environment(),
+        environment=environment(target.device),
         settings=asdict(settings) | {"rule": TOKEN_RULE.name, "target": target.info.name, "prompts": len(prompts)},
         accepted_len=lengths | {"macro": macro_accepted_length(records)},
         acceptance={d: acceptance_by_position(chosen) for d, chosen in domains.items()}
@@ -183,21 +183,23 @@ def _spread_of(ratios: Sequence[float]) -> Speed:
     return Speed(len(ordered), median(ordered), ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4])
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware that stand behind a result."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions and hardware that stand behind a result; `device`: where it was computed, None = on the CPU."""
     return {
         "draftkit": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "device": device,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device | None = None) -> str:
+    """What the hardware calls itself, or the processor without a device."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")  # Linux; platform.processor() says "x86_64" there
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

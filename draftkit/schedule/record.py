@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from draftkit.draft.drafter import Drafter
 from draftkit.errors import DataError
@@ -109,7 +110,7 @@ def _record_batch(
             f"an answer with its prompt has {longest} tokens, {gamma} drafted ones come on top; "
             f"the target's maximum is {target.info.max_length}, lower the limit of new tokens"
         )
-    tokens_BS = torch.tensor([[*t, *[0] * (longest - len(t))] for t in texts])
+    tokens_BS = torch.tensor([[*t, *[0] * (longest - len(t))] for t in texts], device=target.device)
     anchors = [range(len(item.prompt), len(item.prompt) + len(item.answer) - 1) for _, item in batch]
     uniforms_BSG = torch.stack(
         [torch.rand(longest, gamma + 2, generator=request_generator(settings.seed, i), dtype=torch.float64) for i, _ in batch]
@@ -126,23 +127,27 @@ def _record_batch(
         proposal = drafter.propose(context, anchor_B, settings.sampling, uniforms_BG[:, :gamma])
         read = target.forward(torch.cat([anchor_B[:, None], proposal.tokens_BG], 1), cache)
         probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), settings.sampling)
-        lengths_B = torch.full((len(batch),), gamma)
+        lengths_B = torch.full((len(batch),), gamma, device=target.device)
         token_B, block_B = (
-            verify(rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_BG[:, gamma:]).accepted_R
+            verify(rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_BG[:, gamma:]).accepted_R.cpu()
             for rule in (TOKEN_RULE, BLOCK_RULE)
         )
-        unsaid_BG = torch.full(proposal.tokens_BG.shape, float("nan"))
-        confidence_BG = unsaid_BG if proposal.confidence_BG is None else proposal.confidence_BG
-        draft_max_BG = unsaid_BG if proposal.largest_BG is None else proposal.largest_BG
+        tokens_BG = proposal.tokens_BG.cpu()
+        confidence_BG, draft_max_BG = _said(proposal.confidence_BG, tokens_BG), _said(proposal.largest_BG, tokens_BG)
         for b, own in enumerate(anchors):
             if position in own:
-                usable = _until_stop(proposal.tokens_BG[b].tolist(), stops)
+                usable = _until_stop(tokens_BG[b].tolist(), stops)
                 rows[b].usable.append(usable)
                 rows[b].accepted.append(min(int(token_B[b]), usable))
                 rows[b].block_accepted.append(min(int(block_B[b]), usable))
-                rows[b].confidence.append(confidence_BG[b].float().numpy())
-                rows[b].draft_max.append(draft_max_BG[b].float().numpy())
+                rows[b].confidence.append(confidence_BG[b])
+                rows[b].draft_max.append(draft_max_BG[b])
     return [_Rows(*(column[::-1] for column in vars(r).values())) for r in rows]
+
+
+def _said(values_BG: Tensor | None, tokens_BG: Tensor) -> np.ndarray:
+    """What a drafter said of its tokens, float32; NaN where it said nothing."""
+    return torch.full(tokens_BG.shape, float("nan")).numpy() if values_BG is None else values_BG.float().cpu().numpy()
 
 
 def _until_stop(tokens: Sequence[int], stop_token_ids: Sequence[int]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -55,6 +56,11 @@ class Target(Protocol):
     @property
     def info(self) -> TargetInfo:
         """What this target is."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where what it is given must be."""
         ...
 
     def embed(self, tokens: Tensor) -> Tensor:

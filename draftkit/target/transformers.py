@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S cached + new tokens, H hidden size, V vocabular
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -183,6 +184,11 @@ def spread_feature_layers(count: int, num_layers: int) -> tuple[int, ...]:
     if count == 1:
         return (last,)
     return tuple(round(1 + i * (last - 1) / (count - 1)) for i in range(count))
+
+
+def best_device() -> str:
+    """A GPU where there is one, under torchrun the process's own; else the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def load_target(

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from draftkit.draft.drafter import Drafter, LossReport, LossSettings, TrainBatch
+from draftkit.target.transformers import best_device
 
 TIMEOUT = timedelta(minutes=60)  # the first process decodes and writes checkpoints while the others wait
 
@@ -61,9 +62,8 @@ class World:
 def join_world() -> Iterator[World]:
     """The processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or this one alone; NCCL on GPUs, else gloo."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device(best_device())
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
