@@ -17,6 +17,7 @@ from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.engine.engine import Engine
 from draftkit.engine.fast_model import ReadOut
+from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.passes import Pass
 from draftkit.engine.request import SamplingParams, StepOutput
 from draftkit.engine.settings import EngineSettings
@@ -311,3 +312,88 @@ def test_compiled_passes_come_into_use_and_the_step_rate_is_measured_again(targe
         torch.tensor([PROMPTS[0]]), max_new_tokens=40, do_sample=False, eos_token_id=-1
     )
     assert found == own[0, 4:].tolist()
+
+
+def test_parameters_are_taken_as_vllms_are_and_wrong_ones_are_named() -> None:
+    given = SamplingParams(stop="Step 2", stop_token_ids=[3, 4], allowed_token_ids=None)  # type: ignore[arg-type]
+    assert (given.stop, given.stop_token_ids, given.allowed_token_ids) == (("Step 2",), (3, 4), None)
+    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()  # type: ignore[arg-type]
+    wrong: list[dict[str, object]] = [
+        {"stop": ("",)},
+        {"stop": [1]},
+        {"min_tokens": 20, "max_tokens": 10},
+        {"seed": 1.5},
+        {"max_tokens": 2.5},
+        {"logprobs": 1.5},
+        {"top_k": 2.5},
+        {"logit_bias": {"5": 1}},
+        {"logit_bias": {5: "2.0"}},
+        {"logit_bias": {5: float("inf")}},
+        {"temperature": 1e-38},
+        {"temperature": float("nan")},
+        {"stop_token_ids": ["a"]},
+    ]
+    for case in wrong:
+        with pytest.raises(DataError, match=f"^{next(iter(case))} is "):
+            SamplingParams(**case)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="constraint and allowed_token_ids"):
+        SamplingParams(constraint=object(), allowed_token_ids=(1,))  # type: ignore[arg-type]
+
+
+def test_a_request_that_cannot_be_added_is_not_there(target: TransformersTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(target, None, small())
+
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("draftkit.engine.engine.Adjustment", broken)
+    with pytest.raises(MemoryError):
+        engine.add_request("a", [1, 2], SamplingParams(presence_penalty=1.0))
+    assert not engine.has_work()
+    engine.abort("a")
+    monkeypatch.undo()
+    engine.add_request("a", [1, 2], SamplingParams(presence_penalty=1.0, max_tokens=2))
+    assert len(tokens_of(finish(engine)["a"])) == 2
+
+
+def test_blocks_that_a_preempted_request_finds_again_are_not_counted_as_cached(target: TransformersTarget) -> None:
+    engine = Engine(target, None, small(max_length=100, max_running=2))
+    spare = engine._models.pool.num_blocks - 30
+    held = BlockTable()
+    assert engine._models.pool.grow(held, spare * 4)
+    for i in range(2):
+        params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+        engine.add_request(str(i), list(range(50 * i, 50 * i + 41)), params)
+    outputs = finish(engine)
+    assert engine.metrics.preemptions > 0
+    assert {o.stats.cached_tokens for answer in outputs.values() for o in answer} == {0}
+    assert (engine.metrics.prefix_hits, engine.metrics.prefix_queries) == (0, 82)
+
+
+def test_a_step_is_measured_again_only_when_there_is_memory_for_it(target: TransformersTarget) -> None:
+    """Compiled passes may come into use while requests hold nearly all blocks."""
+    engine = Engine(target, make_drafter(target), small(plan="planned", max_length=100, max_running=2))
+    before, pool = engine._planner.step_rate, engine._models.pool
+    engine._measures_again = True  # as `_switch_to_compiled` does
+    held = BlockTable()
+    assert pool.grow(held, (pool.num_blocks - 8) * 4)
+    engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+    assert len(tokens_of(finish(engine)["a"])) == 5
+    assert engine._planner.step_rate is before
+    pool.release(held)
+    engine.add_request("b", [1, 2, 3], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+    finish(engine)
+    assert engine._planner.step_rate is not before and not engine._measures_again
+
+
+def test_a_drafter_whose_confidences_are_no_numbers_breaks_no_step(target: TransformersTarget) -> None:
+    for plan in ("fixed", "planned"):
+        drafter = make_drafter(target)
+        assert drafter.confidence_head is not None
+        drafter.confidence_head.proj.bias.data.fill_(float("nan"))
+        engine = Engine(target, drafter, small(plan=plan))
+        for i, params in enumerate([SamplingParams(max_tokens=20, temperature=0), SamplingParams(max_tokens=20, seed=3)]):
+            engine.add_request(str(i), PROMPTS[i], params)
+        outputs = finish(engine)
+        wanted = decode(target, None, PROMPTS[0], Sampling(), 20).tokens
+        assert tokens_of(outputs["0"]) == list(wanted)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,10 @@ from test_engine import small
 
 from draftkit import LLM, SamplingParams
 from draftkit.draft.checkpoint import save_drafter
+from draftkit.engine.request import StepOutput
 from draftkit.errors import DataError
+from draftkit.serve.llm import _Call
+from draftkit.serve.turns import Turns
 from draftkit.target.transformers import TransformersTarget
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -106,3 +112,106 @@ def test_wrong_requests_are_refused_and_leave_nothing_behind(llm: LLM) -> None:
     with pytest.raises(DataError, match="chat template"):
         llm.chat([{"role": 5}], GREEDY)
     assert not llm.engine.has_work()
+
+
+def test_one_stream_does_not_wait_for_another_that_waits(target_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request at a time: the second waits for all of the first, whose pieces come as they are made."""
+    llm = LLM(str(target_folder), "none", small(max_running=1))
+    taken: list[int] = []
+    took = llm._next
+
+    def counted(call: object) -> list[StepOutput]:
+        outputs = took(call)  # type: ignore[arg-type]
+        taken.append(len(outputs))
+        return outputs
+
+    monkeypatch.setattr(llm, "_next", counted)
+
+    async def read(text: str) -> int:
+        return len([piece async for piece in llm.stream(text, replace(GREEDY, max_tokens=60))])
+
+    async def both() -> list[int]:
+        return list(await asyncio.gather(read("def add"), read("Step 1")))
+
+    assert asyncio.run(both()) == [60, 60]
+    assert max(taken) <= 6, taken  # behind a lock that is not fair: some 50 at once
+
+
+def test_a_stream_that_is_cancelled_at_any_time_leaves_nothing_behind(llm: LLM) -> None:
+    async def read(seconds: float) -> None:
+        async for _ in llm.stream("def add", replace(GREEDY, max_tokens=150)):
+            await asyncio.sleep(0)
+        await asyncio.sleep(seconds)
+
+    async def everything() -> None:
+        waits = [asyncio.wait_for(read(i), 0.004 * i) for i in range(12)]
+        done = await asyncio.gather(*waits, return_exceptions=True)
+        assert TimeoutError in map(type, done)
+
+    asyncio.run(everything())
+    assert not llm.engine.has_work() and not llm._calls and llm.engine.metrics.kv_used == 0
+
+
+def test_who_asks_for_a_call_that_was_left_gets_nothing_instead_of_waiting_for_ever(llm: LLM) -> None:
+    call = _Call()
+    llm._add(call, [((1, 2, 3), GREEDY)])
+    llm._leave(call)
+    assert llm._next(call) == [] and not llm.engine.has_work()
+    llm._add(call, [((1, 2, 3), GREEDY)])  # the thread that adds may come last
+    assert not llm.engine.has_work()
+
+
+def test_whatever_goes_wrong_while_adding_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise MemoryError("no room for the penalties")
+
+    monkeypatch.setattr("draftkit.engine.engine.Adjustment", broken)
+    with pytest.raises(MemoryError):
+        llm.generate(["def add", "Step 1"], [GREEDY, replace(GREEDY, presence_penalty=1.0)])
+    assert not llm.engine.has_work() and not llm._calls
+
+
+def test_stop_strings_of_all_answers_are_looked_for_as_they_come(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["def add(a, b):", "Step 1: 3", "What is a list?"]
+    whole = llm.generate(prompts, replace(GREEDY, max_tokens=100))
+    stops = [replace(GREEDY, max_tokens=100, stop=g.outputs[0].text[:3]) for g in whole[1:]]
+    made, step = [0], llm.engine.step
+
+    def counted() -> list[StepOutput]:
+        outputs = step()
+        made[0] += sum(len(o.events) for o in outputs)
+        return outputs
+
+    monkeypatch.setattr(llm.engine, "step", counted)
+    answers = llm.generate(prompts, [replace(GREEDY, max_tokens=100), *stops])
+    assert [a.outputs[0].finish_reason for a in answers] == ["length", "stop", "stop"]
+    assert made[0] < 150  # 300 where later answers are looked at when the first is complete
+
+
+def test_nothing_is_printed_where_nothing_takes_long(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+    llm.generate("def add", GREEDY)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_program_may_end_while_the_passes_are_being_compiled(tmp_path: Path) -> None:
+    program = "from draftkit import LLM; LLM('tiny', 'none')"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_turns_are_taken_in_the_order_of_asking() -> None:
+    turns, order = Turns(), list[int]()
+
+    def take(number: int) -> None:
+        with turns:
+            order.append(number)
+
+    threads = [threading.Thread(target=take, args=(i,)) for i in range(5)]
+    with turns:
+        for waiting, thread in enumerate(threads, 1):
+            thread.start()
+            while len(turns._waiting) < waiting:
+                time.sleep(0.001)
+    with turns:  # behind all of them, though this thread had the lock last
+        assert order == [0, 1, 2, 3, 4]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import threading
+import weakref
 
 import numpy as np
 import torch
@@ -15,10 +17,21 @@ from draftkit.engine.graphs import Outputs, Record, RecordedPasses, cuda_recorde
 from draftkit.engine.native import NativeStack
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import Stack
-from draftkit.ops.native_build import NoNative
+from draftkit.ops.native_build import NoNative, stop_compilers
 
 _BLOCK, _SLOTS = 4, 24  # block size and positions of the check's own memory
 _TOLERANCE = 1e-3  # of the largest number, between two orders of summing in float32
+
+
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_building() -> None:
+    """A thread that is inside C++ when the interpreter goes would take the process down with an abort."""
+    stop_compilers()
+    for thread in list(_threads):
+        thread.join()
 
 
 class CompiledPasses:
@@ -40,6 +53,7 @@ class CompiledPasses:
         self.reason: str | None = None
         given = model, drafter, feature_layers, widest
         self._thread = threading.Thread(target=self._build, args=given, name="compile", daemon=True)
+        _threads.add(self._thread)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -20,7 +20,7 @@ from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
 from draftkit.engine.fast_model import ReadOut
-from draftkit.engine.measure import measure_step_rate, warm_up
+from draftkit.engine.measure import can_measure, measure_step_rate, warm_up
 from draftkit.engine.metrics import EngineMetrics, Tally
 from draftkit.engine.models import build_models, start_compiling
 from draftkit.engine.passes import Pass
@@ -70,7 +70,7 @@ class Engine:
         self._tally = Tally(self.info.gamma)
         self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None
         self._compiled = start_compiling(self._models) if settings.compile else None
-        self._uses_compiled = False
+        self._uses_compiled = self._measures_again = False
         measures = settings.plan == "planned" and settings.step_rate is None
         self._measured = self._models.drafter if measures else None
         self._max_running = settings.max_running
@@ -95,7 +95,7 @@ class Engine:
         gamma = self.info.gamma if params.draft else 0
         seed = random.getrandbits(63) if params.seed is None else params.seed
         room = self.info.max_length - len(tokens)
-        self._requests[request_id] = request = Running(
+        request = Running(
             request_id,
             params,
             list(tokens),
@@ -109,6 +109,7 @@ class Engine:
         if needs_adjustment(params):
             like = torch.empty(0, device=self._models.device)
             self._adjustments[request_id] = Adjustment(params, tokens, list(stop_ids), self.info.vocab_size, like)
+        self._requests[request_id] = request  # nothing can fail from here on
         self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
@@ -178,12 +179,14 @@ class Engine:
         return self._uses_compiled
 
     def _switch_to_compiled(self) -> None:
-        """Once, when the compiled passes have come into use: what a step costs must be measured again."""
+        """Once, when the compiled passes have come into use: what a step costs must be measured again, as soon as there is
+        memory to do it in."""
         if self._compiled is not None and (used := self._compiled.done()) is not None:
             log.info("compiled passes: %s", "in use" if used else self._compiled.reason)
-            self._compiled, self._uses_compiled = None, used
-            if used and self._measured is not None and self._models.pool.free > self._max_running:
-                self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
+            self._compiled, self._uses_compiled, self._measures_again = None, used, used
+        if self._measures_again and self._measured is not None and can_measure(self._models):
+            self._measures_again = False
+            self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
 
     # --- the parts of a step
 

@@ -127,8 +127,9 @@ class FastDrafter:
             tokens_RG, said_RG = played
             said = (said_RG, None) if self.confidence is not None else (None, said_RG)
             return tokens_RG, said_RG.new_empty(*tokens_RG.shape, 0), *said
-        hidden_RGH, base_RGV = self._read_block(step)
-        head = self.native.head if self.native is not None else None
+        native = self.native  # another thread may set it meanwhile, and the head must see what its own pass gave
+        hidden_RGH, base_RGV = self._read_block(step, native)
+        head = native.head if native is not None else None
         if choose is None and head is not None and (self.confidence is not None or self.markov is None):
             largest_RG = largest_prob(base_RGV) if self.confidence is None else None  # now: the logits are overwritten
             tokens_RG, confidence_RG = head.draft(hidden_RGH, base_RGV, anchors_R)
@@ -163,12 +164,12 @@ class FastDrafter:
             confidence = torch.sigmoid(self.confidence(hidden_RGH, markov).float())
         return torch.stack(tokens, 1), torch.stack(probs, 1), confidence, torch.stack(largest, 1) if largest else None
 
-    def _read_block(self, step: Pass) -> tuple[Tensor, Tensor]:
+    def _read_block(self, step: Pass, native: NativeDrafter | None) -> tuple[Tensor, Tensor]:
         """Normed hidden states and base logits of the drafting positions, [R, G, H] and [R, G, V]."""
         size, gamma = self.config.block_size, self.gamma
-        if self.native is not None:
+        if native is not None:
             rows_RG = np.arange(len(step)).reshape(-1, size)[:, size - gamma :]
-            base, hidden, _ = self.native.stack.run(step, rows_RG.ravel())
+            base, hidden, _ = native.stack.run(step, rows_RG.ravel())
             return hidden.unflatten(0, (-1, gamma)), base.unflatten(0, (-1, gamma))
         played = self.recorded.block.run(step) if self.recorded is not None else None
         hidden_TH, base_TV = self.forward(self.stack.laid(step)) if played is None else played

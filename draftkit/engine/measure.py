@@ -42,6 +42,11 @@ def measure_step_rate(models: Models, drafter: FastDrafter | FastEagle, max_runn
     return StepRate(tokens, pass_seconds, requests, draft_seconds)
 
 
+def can_measure(models: Models) -> bool:
+    """Whether enough blocks are free for `measure_step_rate`."""
+    return models.pool.free >= models.pool.blocks_for(_positions(models))
+
+
 def warm_up(models: Models, max_running: int, step_tokens: int) -> None:
     """Compile kernels and record passes of all sizes, so that no request waits for it; raises as `measure_step_rate`."""
     drafter, width = models.drafter, models.info.gamma + 1
@@ -62,7 +67,7 @@ def warm_up(models: Models, max_running: int, step_tokens: int) -> None:
 def _borrowed(models: Models, tokens: int = 0) -> Iterator[list[int]]:
     """Blocks to write to, for so many tokens at least."""
     table = BlockTable()
-    if not models.pool.grow(table, min(max(_CONTEXT + models.info.gamma + 1, tokens), models.info.max_length)):
+    if not models.pool.grow(table, max(_positions(models), min(tokens, models.info.max_length))):
         raise ServeError("no memory is free to measure in; do it before requests come")
     try:
         yield table.blocks
@@ -70,6 +75,11 @@ def _borrowed(models: Models, tokens: int = 0) -> Iterator[list[int]]:
         if isinstance(models.model, SlowModel):
             models.model.forget(table.blocks[0])
         models.pool.release(table)
+
+
+def _positions(models: Models) -> int:
+    """Of the memory that measuring writes to."""
+    return min(_CONTEXT + models.info.gamma + 1, models.info.max_length)
 
 
 def _measure(largest: int, run: Callable[[int], None]) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -72,7 +72,7 @@ class Tally:
     def _compare(self, said_RG: np.ndarray, lengths_R1: np.ndarray, accepted_R1: np.ndarray) -> None:
         place_G = np.arange(said_RG.shape[1])
         seen_RG = place_G < np.minimum(accepted_R1 + 1, lengths_R1)
-        found, kept = said_RG[seen_RG], (place_G < accepted_R1)[seen_RG]
+        found, kept = np.nan_to_num(said_RG[seen_RG]), (place_G < accepted_R1)[seen_RG]  # no number is no confidence
         bins = np.minimum((found * _BINS).astype(np.int64), _BINS - 1)
         for sums, weights in zip(self._bins, (None, found, kept), strict=True):
             sums += np.bincount(bins, weights, minlength=_BINS)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Protocol
 
 from draftkit.errors import DataError
 
+_LEAST = {"n": 1, "max_tokens": 1, "top_k": -1, "min_tokens": 0, "logprobs": 0}
+_LEAST_TEMPERATURE = 1e-5  # below it logits over temperature leave float32
 FinishReason = str  # "stop", "length" or "abort"
 
 
@@ -41,7 +44,8 @@ class SamplingParams:
 
     Stop strings, `n` above 1 and special tokens in the text are the business of `LLM` and the server; the engine works
     on token ids. `max_tokens` None means all the room that the context leaves. A request with `temperature` above 0
-    and a `seed` gives the same tokens in any batch. `draft` False decodes without speculation.
+    and a `seed` gives the same tokens in any batch. `draft` False decodes without speculation. As in vLLM, `stop` may be one
+    string, and lists and None are taken where there are tuples.
     """
 
     n: int = 1
@@ -67,21 +71,38 @@ class SamplingParams:
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        def need(good: bool, name: str, allowed: str) -> None:
-            if not good:
-                raise DataError(f"{name} is {getattr(self, name)}; allowed is {allowed}")
+        for name in ("stop", "stop_token_ids", "allowed_token_ids"):
+            value = getattr(self, name)
+            if value is not None or name != "allowed_token_ids":
+                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            optional = name in ("max_tokens", "logprobs")
+            good = optional if value is None else isinstance(value, Integral) and int(value) >= least
+            self._need(good, name, f"a whole number from {least} on" + ", or None" * optional)
+        self._need(self.seed is None or isinstance(self.seed, Integral), "seed", "a whole number, or None")
+        short = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        self._need(short, "min_tokens", f"up to max_tokens, which is {self.max_tokens}")
+        warm = math.isfinite(self.temperature) and self.temperature >= _LEAST_TEMPERATURE
+        self._need(self.temperature == 0 or warm, "temperature", f"0 (greedy) or {_LEAST_TEMPERATURE:g} and more")
+        self._need(0 < self.top_p <= 1, "top_p", "above 0 up to 1")
+        self._need(0 <= self.min_p <= 1, "min_p", "0 to 1")
+        self._need(-2 <= self.presence_penalty <= 2, "presence_penalty", "-2 to 2")
+        self._need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2")
+        scaled = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
+        self._need(scaled, "repetition_penalty", "above 0")
+        self._need(all(isinstance(text, str) and text for text in self.stop), "stop", "strings that are not empty")
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            self._need(all(isinstance(token, Integral) for token in getattr(self, name) or ()), name, "token ids")
+        biases = (self.logit_bias or {}).items()
+        numbers = all(isinstance(t, Integral) and isinstance(bias, Real) and math.isfinite(bias) for t, bias in biases)
+        self._need(numbers, "logit_bias", "finite numbers by token id")
+        if self.constraint is not None and self.allowed_token_ids is not None:
+            raise DataError("a constraint and allowed_token_ids may leave no token to choose; give one of them")
 
-        need(self.n >= 1, "n", "1 or more")
-        need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more, or None")
-        need(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "0 or more")
-        need(0 < self.top_p <= 1, "top_p", "above 0 up to 1")
-        need(self.top_k >= -1, "top_k", "-1 or 0 (off) or more")
-        need(0 <= self.min_p <= 1, "min_p", "0 to 1")
-        need(-2 <= self.presence_penalty <= 2, "presence_penalty", "-2 to 2")
-        need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2")
-        need(math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "above 0")
-        need(self.min_tokens >= 0, "min_tokens", "0 or more")
-        need(self.logprobs is None or self.logprobs >= 0, "logprobs", "0 or more, or None")
+    def _need(self, good: bool, name: str, allowed: str) -> None:
+        if not good:
+            raise DataError(f"{name} is {getattr(self, name)!r}; allowed is {allowed}")
 
 
 @dataclass(frozen=True)

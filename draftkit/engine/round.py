@@ -106,7 +106,7 @@ def judge(
     uniforms = torch.from_numpy(np.ascontiguousarray(uniforms_A2)).to(logits_NV.device)
     verdict = verify(TOKEN_RULE, offered.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A, uniforms)
     accepted, following = torch.stack([verdict.accepted_R, verdict.next_token_R]).cpu().numpy()
-    return accepted, following
+    return np.minimum(accepted, offered.lengths_A), following  # where logits are no numbers no rule holds
 
 
 def adjust_rows(

@@ -147,10 +147,11 @@ class Scheduler:
         self.tables_SB[request.row, : len(table.blocks)] = table.blocks
         request.computed = len(table.blocks) * self.pool.block_size
         request.deaf, request.unread = not self.pool.heard(table.blocks), True
-        request.cached_tokens = min(request.computed, request.prompt_length)
-        request.started = request.started or time.perf_counter()
-        self.prefix_queries += len(request.tokens)
-        self.prefix_hits += request.computed
+        if request.started is None:  # one that was preempted finds its own blocks, which is no news
+            request.started = time.perf_counter()
+            request.cached_tokens = min(request.computed, request.prompt_length)
+            self.prefix_queries += len(request.tokens)
+            self.prefix_hits += request.computed
         self.running.append(request)
         self._grow(request)
         return True

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from draftkit.engine.request import RequestStats, SamplingParams, StepOutput, TokenEvent
 from draftkit.engine.settings import EngineSettings
@@ -27,6 +26,7 @@ from draftkit.errors import DataError
 from draftkit.serve.choice import Choice
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.pair import PlanFiles, open_pair
+from draftkit.serve.turns import Turns
 
 _SHOW_AFTER = 2.0  # seconds until a progress bar appears
 
@@ -64,12 +64,12 @@ class Piece:
 
 
 @dataclass
-class _Open:
-    """An answer in the making, and outputs that nobody has looked at."""
+class _Call:
+    """The answers that one call waits for, by the engine's names, and outputs for them that nobody has looked at."""
 
-    prompt: tuple[int, ...]
-    choice: Choice
-    outputs: deque[StepOutput]
+    choices: dict[str, Choice] = field(default_factory=dict)
+    outputs: list[StepOutput] = field(default_factory=list)
+    left: bool = False  # nobody waits any more
 
 
 class LLM:
@@ -91,8 +91,8 @@ class LLM:
         files = PlanFiles(*(Path(file) if file else None for file in (step_rate, calibration)))
         self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings(), files)
         self._texts = TokenTexts(self.tokenizer)
-        self._lock = threading.Lock()  # the engine runs one thing at a time
-        self._open: dict[str, _Open] = {}
+        self._turn = Turns()  # the engine does one thing at a time
+        self._calls: dict[str, _Call] = {}
         self._serial = itertools.count()
 
     def generate(
@@ -131,16 +131,17 @@ class LLM:
         params = params or SamplingParams()
         if params.n != 1:
             raise DataError(f"n is {params.n}; a stream is one answer, open several streams")
-        [name] = await asyncio.to_thread(self._add, [(tokens, params)])
+        call, loop = _Call(), asyncio.get_running_loop()
         try:
+            await loop.run_in_executor(None, self._add, call, [(tokens, params)])
             while True:
-                for output in await asyncio.to_thread(self._next, name):
-                    delta = self._open[name].choice.add(output)
+                for output in await loop.run_in_executor(None, self._next, call):
+                    delta = call.choices[output.request_id].add(output)
                     yield Piece(delta.text, tuple(e.token_id for e in delta.events), delta.finish_reason)
                     if delta.finish_reason is not None:
                         return
-        finally:
-            self._drop(name)
+        finally:  # handed over at once and not called back, so that it happens whatever becomes of this task
+            await asyncio.shield(loop.run_in_executor(None, self._leave, call))
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         try:
@@ -162,69 +163,68 @@ class LLM:
             for tokens, p in zip(prompts, each, strict=True)
             for i in range(p.n)
         ]
-        names = self._add(work)
+        call = _Call()
         try:
-            answers = iter(self._finish(names))
+            self._add(call, work)
+            answers = iter(self._finish(call))
         finally:
-            for name in names:
-                self._drop(name)
+            self._leave(call)
         return [
             Generation(tokens, tuple(itertools.islice(answers, p.n))) for tokens, p in zip(prompts, each, strict=True)
         ]
 
-    def _add(self, work: list[tuple[tuple[int, ...], SamplingParams]]) -> list[str]:
-        names: list[str] = []
-        with self._lock:
-            try:
-                for tokens, params in work:
-                    name = f"llm-{next(self._serial)}"
-                    self.engine.add_request(name, tokens, params)
-                    self._open[name] = _Open(tokens, Choice(self._texts, params, len(tokens)), deque())
-                    names.append(name)
-            except DataError:
-                for name in names:
-                    self.engine.abort(name)
-                    del self._open[name]
-                raise
-        return names
+    def _add(self, call: _Call, work: list[tuple[tuple[int, ...], SamplingParams]]) -> None:
+        """Hand all to the engine; none of them stays there when one cannot be served."""
+        with self._turn:
+            for tokens, params in () if call.left else work:
+                name = f"llm-{next(self._serial)}"
+                call.choices[name], self._calls[name] = Choice(self._texts, params, len(tokens)), call
+                self.engine.add_request(name, tokens, params)
 
-    def _finish(self, names: list[str]) -> list[Completion]:
+    def _finish(self, call: _Call) -> list[Completion]:
         """Step until all of these are complete; a progress bar appears when it takes long."""
-        began, made = time.monotonic(), list[Completion]()
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("answers", total=len(names), visible=False)
-            while len(made) < len(names):
-                name = names[len(made)]
-                choice = self._open[name].choice
-                for output in self._next(name):
+        began, made = time.monotonic(), dict[str, Completion]()
+        with ExitStack() as stack:
+            progress, bar = None, TaskID(0)
+            while len(made) < len(call.choices):
+                for output in self._next(call):
+                    name, choice = output.request_id, call.choices[output.request_id]
                     choice.add(output)
                     if choice.stopped_by_text:
                         self._abort(name)
-                    if choice.finish_reason is not None:
-                        made.append(_completion(choice, choice.finish_reason, output.stats))
-                        break
-                progress.update(bar, completed=len(made), visible=time.monotonic() - began > _SHOW_AFTER)
-        return made
+                    if choice.finish_reason is not None and name not in made:
+                        made[name] = _completion(choice, choice.finish_reason, output.stats)
+                if progress is None and time.monotonic() - began > _SHOW_AFTER:
+                    progress = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
+                    bar = progress.add_task("answers", total=len(call.choices))
+                if progress is not None:
+                    progress.update(bar, completed=len(made))
+        return [made[name] for name in call.choices]
 
-    def _next(self, name: str) -> list[StepOutput]:
-        """Outputs of one answer; steps the engine, for everybody, when there are none yet."""
-        with self._lock:
-            own = self._open[name].outputs
-            while not own:
-                for output in self.engine.step():
-                    if output.request_id in self._open:
-                        self._open[output.request_id].outputs.append(output)
-            outputs = list(own)
-            own.clear()
-        return outputs
+    def _next(self, call: _Call) -> list[StepOutput]:
+        """Outputs for this call; steps the engine, for everybody, while there are none. Between two steps others have their
+        turn."""
+        while True:
+            with self._turn:
+                if not call.outputs and not call.left:
+                    for output in self.engine.step():
+                        if (owner := self._calls.get(output.request_id)) is not None:
+                            owner.outputs.append(output)
+                if call.outputs or call.left:
+                    outputs, call.outputs = call.outputs, []
+                    return outputs
 
     def _abort(self, name: str) -> None:
-        with self._lock:
+        with self._turn:
             self.engine.abort(name)
 
-    def _drop(self, name: str) -> None:
-        self._abort(name)
-        self._open.pop(name, None)
+    def _leave(self, call: _Call) -> None:
+        """Nobody waits for this call any more: whatever the engine still has of it is given up."""
+        with self._turn:
+            call.left = True
+            for name in call.choices:
+                self._calls.pop(name, None)
+                self.engine.abort(name)
 
 
 def _completion(choice: Choice, finish_reason: str, stats: RequestStats) -> Completion:
