@@ -29,7 +29,7 @@ from tests.elsewhere import DEVICE, elsewhere
 from tests.test_decode import make_drafter, make_eagle
 
 PROMPTS = [(1, 2, 3), (4, 5, 6, 7, 8), (9,) * 20]
-SAMPLINGS = [Sampling(), Sampling(1.0), Sampling(0.8, top_k=9, top_p=0.9, min_p=0.01)]
+SAMPLINGS = [Sampling(), Sampling(0.8, top_k=9, top_p=0.9, min_p=0.01)]
 
 
 @pytest.fixture
@@ -55,17 +55,17 @@ def test_the_device_refuses_what_a_gpu_refuses() -> None:
             mine.numpy()
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled", "cut"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 def test_the_loop_and_the_engine_answer_alike(
     target: TransformersTarget, there: TransformersTarget, sampling: Sampling
 ) -> None:
     for drafter in drafters(target):
-        wanted = [decode(target, drafter, prompt, sampling, 12, seed=3).tokens for prompt in PROMPTS]
+        wanted = [decode(target, drafter, prompt, sampling, 7, seed=3).tokens for prompt in PROMPTS]
         engine = Engine(target, drafter, EngineSettings(plan="fixed", max_length=64))
-        asked = [(prompt, sampling_params(sampling, 12, 3)) for prompt in PROMPTS]
+        asked = [(prompt, sampling_params(sampling, 7, 3)) for prompt in PROMPTS]
         in_batch = [d.tokens for d in decode_all(engine, asked)]
         moved = drafter.to(there.device).eval()
-        assert [decode(there, moved, prompt, sampling, 12, seed=3).tokens for prompt in PROMPTS] == wanted
+        assert [decode(there, moved, prompt, sampling, 7, seed=3).tokens for prompt in PROMPTS] == wanted
         for plan in ("fixed", "planned"):
             engine = Engine(there, moved, EngineSettings(plan=plan, max_length=64))  # type: ignore[arg-type]
             assert [d.tokens for d in decode_all(engine, asked)] == in_batch
@@ -74,7 +74,7 @@ def test_the_loop_and_the_engine_answer_alike(
 def test_traces_answers_and_features_are_the_same(
     target: TransformersTarget, there: TransformersTarget, target_folder: Path, tmp_path: Path
 ) -> None:
-    settings = GenerateSettings(Sampling(1.0), 10, batch_size=3)
+    settings = GenerateSettings(Sampling(1.0), 6, batch_size=3)
     seeds = [(0, i) for i in range(len(PROMPTS))]
     answers = answer_in_batches(target, PROMPTS, seeds, settings)
     assert answer_in_batches(there, PROMPTS, seeds, settings) == answers
@@ -97,7 +97,7 @@ def test_evaluation_validation_and_profile_run(
 ) -> None:
     prompts = [EvalPrompt(str(i), "chat", p) for i, p in enumerate(PROMPTS)]
     for batch_size in (1, 8):
-        settings: Any = EvalSettings(Sampling(), 8, batch_size=batch_size, speed_prompts=1)
+        settings: Any = EvalSettings(Sampling(), 5, batch_size=batch_size, speed_prompts=1)
         wanted = evaluate(target, make_drafter(target), prompts, settings).records
         found = evaluate(there, make_drafter(target).to(there.device).eval(), prompts, settings).records
         assert [r.emitted for r in found] == [r.emitted for r in wanted]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,8 +89,13 @@ def test_rows_begin_with_a_conversation_and_depend_on_the_step_alone(corpus: Cor
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # minutes on a busy machine: corpus, tokenizer and held-out loss, three times
-def test_training_goes_on_exactly_where_it_stopped(tmp_path: Path, corpus: Corpus) -> None:
-    """Four steps in one go, and two runs of which the first is taken away after two steps: the same losses."""
+def test_training_goes_on_exactly_where_it_stopped(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps in one go, and two runs of which the first is taken away after two steps: the same losses. A tenth of the
+    corpus will do."""
+    few = replace(corpus, train=corpus.train[::10], held_out=corpus.held_out[::10])
+    monkeypatch.setattr("draftkit.tiny.train.build_corpus", lambda: few)
     settings = TinySettings(steps=4, rows=1, save_every=2, warmup=1)
     train_tiny_target(tmp_path / "whole", settings)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
