@@ -147,7 +147,7 @@ def sampling_params(
         raise bad_request(f"min_tokens is {body.min_tokens}; it must not exceed max_tokens={limit}", "min_tokens")
     check_ids(body.stop_token_ids, served, "stop_token_ids")
     check_ids(body.allowed_token_ids or (), served, "allowed_token_ids")
-    given: dict[str, Any] = {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
+    given = {**served.defaults, **{name: value for name in _PLAIN if (value := getattr(body, name)) is not None}}
     if given.get("top_k") == -1:
         given["top_k"] = 0
     given["top_k"] = min(given.get("top_k", 0), info.vocab_size)
