@@ -97,7 +97,7 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _schema_is_there(self) -> ResponseFormat:
         if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
-            raise ValueError("response_format json_schema needs json_schema.schema")
+            raise ValueError("type json_schema needs json_schema.schema")
         return self
 
 
