@@ -298,23 +298,34 @@ def serve(
     max_running: Annotated[int, typer.Option(help="answers that are made at the same time")] = 64,
     max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the target's")] = None,
     kv_gib: Annotated[float, typer.Option(help="memory for keys and values, GiB")] = 1.0,
+    generation_config: Annotated[
+        str, typer.Option(help="auto: sampling fields that a request leaves out are the target's own; none: the API's")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
     from draftkit.engine.settings import EngineSettings
+    from draftkit.errors import ServeError
     from draftkit.serve.server import load_served, run_server
-    from draftkit.serve.settings import ServeSettings
+    from draftkit.serve.settings import ServeSettings, option_names
 
-    settings = ServeSettings(host, port, tuple(api_key or ()), name, max_body, max_waiting, drain_seconds=drain_seconds)
-    engine = EngineSettings(
-        plan=plan,  # type: ignore[arg-type]  # checked there
-        device=device,
-        dtype=dtype,
-        max_running=max_running,
-        max_length=max_length,
-        kv_bytes=int(kv_gib * 2**30),
-    )
-    run_server(lambda: load_served(target, drafter, name, engine, threads, step_rate, calibration), settings)
+    if not 0 < kv_gib < float("inf"):
+        raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
+    keys = tuple(api_key or ())
+    with option_names():
+        settings = ServeSettings(
+            host, port, keys, name, max_body, max_waiting, drain_seconds=drain_seconds, generation_config=generation_config
+        )
+        engine = EngineSettings(
+            plan=plan,  # type: ignore[arg-type]  # checked there
+            device=device,
+            dtype=dtype,
+            max_running=max_running,
+            max_length=max_length,
+            kv_bytes=max(1, int(kv_gib * 2**30)),
+        )
+    pair = (target, drafter, name, engine, threads, step_rate, calibration, generation_config)
+    run_server(lambda: load_served(*pair), settings)
 
 
 @app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8")

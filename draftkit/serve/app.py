@@ -20,7 +20,7 @@ from draftkit.serve import generate
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.middleware import Envelope
 from draftkit.serve.params import chat_prompt, check_ids, check_model
-from draftkit.serve.problem import ApiError, error_body
+from draftkit.serve.problem import ApiError, error_body, shorten
 from draftkit.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from draftkit.serve.reply import token_name
 from draftkit.serve.settings import ServeSettings
@@ -187,7 +187,7 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{request.method} {shorten(request.url.path)}: {error.detail}"
     return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
 
 

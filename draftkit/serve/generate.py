@@ -44,21 +44,30 @@ class Call:
         """The prompt of choice `index`."""
         return self.prompts[index // self.body.n]
 
+    def prompt_ids(self, kind: type[ChatReply] | type[CompletionReply], index: int = 0) -> list[int] | None:
+        """The prompt's ids where they are asked for and belong, as in vLLM: a chat has one prompt, and they stand beside
+        its choices; completions have one for each choice, and they stand in it."""
+        asked = self.body.return_token_ids and isinstance(self.reply, kind)
+        return list(self.prompt_of(index)) if asked else None
+
     def echo(self, index: int) -> str:
         """The prompt's text where the request wants it back."""
         if not getattr(self.body, "echo", False):
             return ""
         return self.served.texts.decode(self.prompt_of(index), self.body.skip_special_tokens)
 
-    def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The fields that all bodies begin with."""
-        return {
+    def envelope(self, kind: str, choices: list[dict[str, Any]], first: bool = False) -> dict[str, Any]:
+        """The fields that all bodies begin with. `first`: nothing of these choices was sent before."""
+        made = {
             "id": self.reply.prefix + self.request_id,
             "object": kind,
             "created": self.created,
             "model": self.served.name,
             "choices": choices,
         }
+        if first and (prompt := self.prompt_ids(ChatReply)) is not None:
+            made["prompt_token_ids"] = prompt
+        return made
 
 
 async def completions(request: Request, worker: Worker, settings: ServeSettings) -> Response:
@@ -80,7 +89,10 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     prompts = await unless_long(_size(request), from_body.chat_prompts, body, served)
     wants_tools = bool(body.tools) and body.tool_choice != "none"
     reply = ChatReply(
-        served.texts, body.return_tokens_as_token_ids, wants_tools and template_writes_tool_calls(served.tokenizer)
+        served.texts,
+        body.return_tokens_as_token_ids,
+        wants_tools and template_writes_tool_calls(served.tokenizer),
+        one_call=not body.parallel_tool_calls,
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None
@@ -108,10 +120,12 @@ async def _answer(
         raise bad_request(
             f"{len(prompts)} prompts times n={body.n} is more than the {settings.max_choices} answers that this server "
             "makes per request",
-            "n",
+            "n" if body.n > 1 else "prompt",
         )
-    if body.truncate_prompt_tokens is not None:
-        prompts = [p[-body.truncate_prompt_tokens :] for p in prompts]
+    # The body's request_id names the request too, as in vLLM; the header goes before it.
+    if body.request_id is not None and request.headers.get("x-request-id") != request.state.request_id:
+        request.state.request_id = body.request_id
+    prompts = [from_body.truncated(p, body, served.engine.info.max_length, limit) for p in prompts]
     constraint = None
     if body.response_format is not None:  # in a thread: compiling must not hold up everybody else's streams
         constraint = await asyncio.to_thread(constraint_of, body.response_format, served)
@@ -119,7 +133,8 @@ async def _answer(
     for prompt in prompts:
         # An unset max_tokens of /v1/completions is 16, or less where the context ends sooner.
         room = served.engine.info.max_length - len(prompt)
-        own = min(limit, room) if limit is not None and body.max_tokens is None and 0 < room < limit else limit
+        unset = isinstance(body, CompletionBody) and body.max_tokens is None
+        own = min(limit, room) if limit is not None and unset and room > 0 else limit
         for i in range(body.n):
             work.append((prompt, from_body.sampling_params(body, served, prompt, i, own, logprobs, constraint)))
     choices = [Choice(served.texts, params, len(prompt)) for prompt, params in work]
@@ -164,9 +179,10 @@ async def _collect(call: Call, worker: Worker, ticket: Ticket) -> dict[str, Any]
         answer = call.reply.whole(index, choice, pieces[index], call.echo(index))
         if call.body.return_token_ids:
             answer["token_ids"] = [e.token_id for e in choice.events]
-            answer["prompt_token_ids"] = list(call.prompt_of(index))
+        if (prompt := call.prompt_ids(CompletionReply, index)) is not None:
+            answer["prompt_token_ids"] = prompt
         answers.append(answer)
-    whole = call.envelope(call.reply.whole_object, answers)
+    whole = call.envelope(call.reply.whole_object, answers, first=True)
     whole["usage"] = usage(call.choices, call.prompt_tokens)
     if call.body.return_spec_stats:
         whole["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
@@ -196,11 +212,9 @@ async def _stream(call: Call, worker: Worker, ticket: Ticket) -> AsyncGenerator[
 
 def _openings(call: Call) -> Iterator[bytes]:
     for index in range(len(call.choices)):
-        opening = call.reply.opening(index, call.echo(index))
+        opening = call.reply.opening(index, call.echo(index), call.prompt_ids(CompletionReply, index))
         if opening is not None:
-            if call.body.return_token_ids:
-                opening["prompt_token_ids"] = list(call.prompt_of(index))
-            yield event(call.envelope(call.reply.chunk_object, [opening]))
+            yield event(call.envelope(call.reply.chunk_object, [opening], first=True))
 
 
 def _chunk(call: Call, index: int, delta: Delta) -> bytes:

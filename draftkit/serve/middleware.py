@@ -14,7 +14,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from draftkit.serve.problem import error_body
+from draftkit.serve.problem import error_body, shorten
 from draftkit.serve.stream import ClientLeft
 
 log = logging.getLogger("draftkit.serve")
@@ -38,8 +38,8 @@ class Envelope:
             return
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
-        request_id = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex  # a body may give another
         began = time.monotonic()
         status = 0
 
@@ -47,7 +47,7 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                MutableHeaders(scope=message)["X-Request-Id"] = state["request_id"]
             await send(message)
 
         left = False
@@ -59,17 +59,18 @@ class Envelope:
         except ClientLeft:
             left = True
         except Exception:
-            log.exception("request %s failed", request_id)
+            log.exception("request %s failed", state["request_id"])
             if not status:
-                await _send_json(tag, 500, error_body(500, f"internal error; the log has it under {request_id}"))
+                await _send_json(tag, 500, error_body(500, f"internal error; the log has it under {state['request_id']}"))
         finally:
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
             log.log(
                 level,
                 "%s %s %s %s %.0f ms",
-                request_id,
+                state["request_id"],
                 scope["method"],
-                scope.get("raw_path", b"").decode("ascii", errors="replace"),  # not decoded: a path may hold line breaks
+                # Not decoded: a path may hold line breaks.
+                shorten(scope.get("raw_path", b"").decode("ascii", errors="replace")),
                 "client left" if left else status,
                 1000 * (time.monotonic() - began),
             )

@@ -12,7 +12,7 @@ from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.models import load_for_engine
 from draftkit.engine.settings import EngineSettings
-from draftkit.errors import ScheduleError
+from draftkit.errors import ScheduleError, ServeError
 from draftkit.schedule.calibration import Calibration, load_calibration
 from draftkit.schedule.step_rate_table import load_step_rate
 from draftkit.target.fingerprint import fingerprint
@@ -44,6 +44,8 @@ def open_pair(
     if folder is None and (given := files.step_rate or files.calibration):
         raise ScheduleError(f"{given}: there is no drafter, so nothing to plan; give --drafter or leave the file out")
     loaded = load_for_engine(target, settings)
+    if (settings.max_length or 0) > loaded.info.max_length:
+        raise ServeError(f"max_length is {settings.max_length}; {target} allows {loaded.info.max_length} at most")
     opened = open_drafter(folder, loaded, loaded.head_weight().dtype) if folder else None
     if folder and opened:
         own = fingerprint(folder)

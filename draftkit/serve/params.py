@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from draftkit.engine.request import SamplingParams
 from draftkit.errors import DataError
-from draftkit.serve.problem import ApiError, bad_request
+from draftkit.serve.problem import ApiError, bad_request, shorten
 from draftkit.serve.protocol import ChatBody, CompletionBody, Message, SamplingBody
 from draftkit.serve.structured import GrammarConstraint
+from draftkit.serve.tools import template_takes_tools
 from draftkit.serve.worker import Served
 
+_KWARGS = "chat_template_kwargs"
 MIN_TEMPERATURE = 0.01  # below it, logits / temperature overflow; vLLM raises such values too
 _PLAIN = (
     "temperature",
@@ -27,8 +30,8 @@ _PLAIN = (
 
 def check_model(name: str | None, served: Served) -> None:
     """404 for another model's name; no name means the one that is served."""
-    if name is not None and name != served.name:
-        raise ApiError(404, f"The model `{name}` does not exist; this server has `{served.name}`.", "model")
+    if name and name != served.name:
+        raise ApiError(404, f"The model `{shorten(name)}` does not exist; this server has `{served.name}`.", "model")
 
 
 def completion_prompts(body: CompletionBody, served: Served) -> list[tuple[int, ...]]:
@@ -57,13 +60,11 @@ def chat_prompt(
 ) -> str:
     """The text of a conversation through the target's chat template. Raises ApiError 400 when the template refuses."""
     extra = dict(template_kwargs or {})
-    if tools:
-        extra["tools"] = tools
-    if documents:
-        extra["documents"] = documents
-    for taken in ("tokenize", "chat_template", "conversation", "return_dict", "return_tensors"):
-        if taken in extra:
-            raise bad_request(f"chat_template_kwargs.{taken} is not allowed", "chat_template_kwargs")
+    own = {"messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {"kwargs"}
+    if taken := sorted(own & extra.keys()):
+        raise bad_request(f"{_KWARGS}.{taken[0]}: the server sets this; give variables of the template's own", _KWARGS)
+    if tools and not template_takes_tools(served.tokenizer):
+        raise bad_request('tools: the target\'s chat template has none; leave them out, or give tool_choice "none"', "tools")
     try:
         rendered = [m.for_template() for m in messages]
         return str(
@@ -73,6 +74,8 @@ def chat_prompt(
                     "tokenize": False,
                     "add_generation_prompt": add_generation_prompt and not continue_final_message,
                     "continue_final_message": continue_final_message,
+                    "tools": tools or None,
+                    "documents": documents or None,
                     **extra,
                 },
             )
@@ -96,6 +99,17 @@ def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
         template_kwargs=kwargs,
     )
     return [served.texts.encode(text, body.add_special_tokens)]
+
+
+def truncated(prompt: tuple[int, ...], body: SamplingBody, max_length: int, max_tokens: int | None) -> tuple[int, ...]:
+    """The tokens of a prompt that `truncate_prompt_tokens` leaves: the last ones, or with `truncation_side` "right" the
+    first. -1 leaves as many as the context holds beside the answer (`max_tokens`, at least one token)."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return prompt
+    if keep == -1:
+        keep = max(1, max_length - (max_tokens or 1))
+    return prompt[:keep] if body.truncation_side == "right" else prompt[-keep:]
 
 
 def sampling_params(
@@ -122,20 +136,18 @@ def sampling_params(
             "input tokens. Please reduce the length of the input.",
             "input_tokens",
         )
-    if max_tokens is not None and max_tokens < 1:
-        raise bad_request(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens")
     if max_tokens is not None and max_tokens > room:
         raise bad_request(
             f"'max_tokens' or 'max_completion_tokens' is too large: {max_tokens}. This model's maximum context length "
             f"is {info.max_length} tokens and your request has {len(prompt)} input tokens.",
-            "max_tokens",
+            "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens",
         )
     limit = room if max_tokens is None else max_tokens
     if body.min_tokens > limit:
         raise bad_request(f"min_tokens is {body.min_tokens}; it must not exceed max_tokens={limit}", "min_tokens")
     check_ids(body.stop_token_ids, served, "stop_token_ids")
     check_ids(body.allowed_token_ids or (), served, "allowed_token_ids")
-    given: dict[str, Any] = {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
+    given = {**served.defaults, **{name: value for name in _PLAIN if (value := getattr(body, name)) is not None}}
     if given.get("top_k") == -1:
         given["top_k"] = 0
     given["top_k"] = min(given.get("top_k", 0), info.vocab_size)

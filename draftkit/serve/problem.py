@@ -22,6 +22,14 @@ _TYPES = {
 }
 
 
+class Refusal(ValueError):
+    """What a body's validators raise: the message says all, `field` is what the client must change."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class ApiError(ServeError):
     """A request ends with `status` and a body that names the wrong field (`param`), when there is one."""
 
@@ -49,11 +57,19 @@ def bad_request(message: str, param: str | None = None) -> ApiError:
 
 def from_validation(error: ValidationError) -> ApiError:
     """The first mistake that pydantic found, as a 400 that names the dotted field."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    first = error.errors(include_url=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return bad_request(f"the body is not valid JSON: {first['msg']}")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, Refusal):
+        return bad_request(str(cause), cause.field)
     field = ".".join(str(part) for part in first["loc"]) or None
     message = first["msg"].removeprefix("Value error, ")
     more = error.error_count() - 1
     where = f"{field}: " if field else ""
     return bad_request(where + message + (f" (and {more} more)" if more else ""), field)
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """What a client wrote, cut to a length that a log line or an error can hold."""
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,4 +1,5 @@
-"""Request bodies: OpenAI's fields and vLLM's extra ones. Fields that are not listed are ignored, as vLLM does.
+"""Request bodies: OpenAI's fields and vLLM's extra ones. Fields that are not listed are ignored, as vLLM does, but for those
+of `unsupported.py`.
 
 Types are strict enough that a wrong value is a 400 here and never an exception further in.
 """
@@ -7,7 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+from draftkit.serve.problem import Refusal
+from draftkit.serve.unsupported import refuse_unsupported
 
 INT64 = 2**63 - 1
 MAX_CHOICES = 128
@@ -24,10 +39,38 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _one_of(what: str) -> WrapValidator:
+    """For fields that may be several things: one sentence instead of what was wrong with each of them."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {what}") from None
+
+    return WrapValidator(check)
+
+
 class Body(BaseModel):
-    """What all bodies have: unknown fields are ignored."""
+    """Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+class RequestBody(Body):
+    """What all requests have. `model` may be left out."""
+
+    model: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, data: Any) -> Any:
+        """Clients send null for what they do not set."""
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        refuse_unsupported(given)
+        return given
 
 
 class StreamOptions(Body):
@@ -54,16 +97,15 @@ class ResponseFormat(Body):
     @model_validator(mode="after")
     def _schema_is_there(self) -> ResponseFormat:
         if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
-            raise ValueError("response_format json_schema needs json_schema.schema")
+            raise ValueError("type json_schema needs json_schema.schema")
         return self
 
 
-class SamplingBody(Body):
+class SamplingBody(RequestBody):
     """Fields that completions and chat completions share."""
 
-    model: str | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(default=None, ge=0, le=INT64)
+    max_tokens: int | None = Field(default=None, ge=1, le=INT64)
     temperature: Finite | None = Field(default=None, ge=0)
     top_p: Finite | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=INT64)
@@ -87,7 +129,9 @@ class SamplingBody(Body):
     response_format: ResponseFormat | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
-    truncate_prompt_tokens: int | None = Field(default=None, ge=1, le=INT64)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=INT64)
+    truncation_side: Literal["left", "right"] = "left"
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     user: str | None = None
     # Ours. `return_spec_stats`: statistics of speculation in the response (SGLang's name is understood too).
     # `draft`: false = no speculation for this request. `return_token_origins`: stream which tokens came from where.
@@ -96,33 +140,25 @@ class SamplingBody(Body):
     )
     return_token_origins: bool = False
     draft: bool = True
-    # Understood in order to refuse them by name: ignoring them would change what the client gets.
     best_of: int | None = None
-    use_beam_search: bool = False
-    prompt_logprobs: int | None = None
-    bad_words: list[str] = Field(default_factory=list)
-    logits_processors: list[Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_means_default(cls, data: Any) -> Any:
-        """Clients send null for what they do not set."""
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
     @model_validator(mode="after")
     def _served(self) -> SamplingBody:
-        for name in ("use_beam_search", "prompt_logprobs", "bad_words", "logits_processors", "structured_outputs"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported by this server; leave it out")
         if self.best_of is not None and self.best_of != self.n:
-            raise ValueError("best_of is not supported by this server; use n")
+            raise Refusal("best_of", "best_of is not supported by this server; use n")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
+            raise Refusal("stream_options", "stream_options needs stream: true")
+        if self.truncate_prompt_tokens == 0:
+            raise Refusal("truncate_prompt_tokens", "truncate_prompt_tokens must be 1 or more, or -1 for as many as fit")
+        if self.allowed_token_ids and self.response_format is not None and self.response_format.type != "text":
+            raise Refusal("allowed_token_ids", "allowed_token_ids cannot be combined with response_format; use one of them")
         return self
 
 
-Prompt = str | TokenIds | list[str] | list[TokenIds]
+Prompt = Annotated[
+    str | TokenIds | list[str] | list[TokenIds],
+    _one_of("a text, a list of texts, a list of token ids (whole numbers from 0), or a list of such lists"),
+]
 
 
 class CompletionBody(SamplingBody):
@@ -130,26 +166,31 @@ class CompletionBody(SamplingBody):
 
     prompt: Prompt
     echo: bool = False
-    suffix: str | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _completion_served(self) -> CompletionBody:
-        if self.suffix:
-            raise ValueError("suffix is not supported by this server; leave it out")
         if self.echo and self.logprobs is not None:
-            raise ValueError("echo together with logprobs is not supported by this server; use one of them")
+            raise Refusal("echo", "echo together with logprobs is not supported by this server; use one of them")
         if isinstance(self.prompt, list) and not self.prompt:
-            raise ValueError("prompt is empty; give at least one string or token id")
+            raise Refusal("prompt", "prompt is empty; give at least one string or token id")
         return self
 
 
 class ContentPart(Body):
-    """A part of a message's content; only text can be served."""
+    """A part of a message's content; only text can be served. An assistant's refusal is text too."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
+
+    def as_text(self) -> str:
+        """What the part says. Raises ValueError when it is not text."""
+        said = self.refusal if self.type == "refusal" else self.text
+        if self.type not in ("text", "input_text", "refusal") or said is None:
+            raise ValueError(f"content part of type {self.type!r}: this server takes text parts only")
+        return said
 
 
 class Message(BaseModel):
@@ -157,7 +198,9 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="allow")
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[ContentPart] | None = None
+    content: Annotated[
+        str | list[ContentPart] | None, _one_of('a text or a list of parts such as {"type": "text", "text": "..."}')
+    ] = None
     tool_calls: list[dict[str, Any]] | None = None
 
     def for_template(self) -> dict[str, Any]:
@@ -169,10 +212,7 @@ class Message(BaseModel):
 
         message = self.model_dump(exclude_none=True)
         if isinstance(self.content, list):
-            wrong = next((p.type for p in self.content if p.type not in ("text", "input_text") or p.text is None), None)
-            if wrong is not None:
-                raise ValueError(f"content part of type {wrong!r}: this server takes text parts only")
-            message["content"] = "\n".join(p.text or "" for p in self.content)
+            message["content"] = "\n".join(part.as_text() for part in self.content)
         message.setdefault("content", "")
         for call in message.get("tool_calls", []):
             function = call.get("function")
@@ -184,20 +224,33 @@ class Message(BaseModel):
         return message
 
 
+def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool as it came: templates print it, so that nothing in it is moved or left out."""
+    function = tool.get("function")
+    named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
+    if tool.get("type", "function") != "function" or not named:
+        raise ValueError('must be {"type": "function", "function": {"name": "...", ...}}')
+    return tool
+
+
+Tools = list[Annotated[dict[str, Any], AfterValidator(_a_function)]]
+
+
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(default=None, ge=0, le=INT64)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=INT64)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | dict[str, Any] | None, _one_of("'auto' or 'none'")
+    ] = None
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     documents: list[dict[str, str]] | None = None
     reasoning_effort: str | None = None
@@ -206,27 +259,25 @@ class ChatBody(SamplingBody):
     @model_validator(mode="after")
     def _chat_served(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise Refusal("top_logprobs", "top_logprobs needs logprobs: true")
         if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
-            raise ValueError("continue_final_message and add_generation_prompt cannot both be true")
-        if self.chat_template:
-            raise ValueError("chat_template: this server uses the target's own template only; leave it out")
+            raise Refusal(
+                "continue_final_message", "continue_final_message and add_generation_prompt cannot both be true"
+            )
         if self.echo:
-            raise ValueError("echo is not supported for chat; use /v1/completions")
-        if (self.tool_choice == "required" or isinstance(self.tool_choice, dict)) and not self.tools:
-            raise ValueError("tool_choice needs tools")
+            raise Refusal("echo", "echo is not supported for chat; use /v1/completions")
         if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
-            raise ValueError("tool_choice: this server supports 'auto' and 'none'")
+            needs = "needs tools" if not self.tools else "must be 'auto' or 'none' with this server"
+            raise Refusal("tool_choice", f"tool_choice {needs}")
         return self
 
 
-class TokenizeBody(Body):
+class TokenizeBody(RequestBody):
     """POST /tokenize: a prompt, or messages through the chat template."""
 
-    model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -236,12 +287,11 @@ class TokenizeBody(Body):
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise Refusal("prompt", "give either prompt or messages")
         return self
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(RequestBody):
     """POST /detokenize."""
 
-    model: str | None = None
     tokens: TokenIds

@@ -28,10 +28,13 @@ class CompletionReply:
     prefix = "cmpl-"
     offsets: dict[int, int] = field(default_factory=dict)
 
-    def opening(self, index: int, echo: str) -> dict[str, Any] | None:
-        """The first chunk of an answer: the prompt, when it is to be echoed."""
+    def opening(self, index: int, echo: str, prompt: Sequence[int] | None) -> dict[str, Any] | None:
+        """The first chunk of an answer: the prompt, as text where it is to be echoed and as ids where they are given."""
         self.offsets[index] = len(echo)
-        return {"index": index, "text": echo, "logprobs": None, "finish_reason": None} if echo else None
+        opening = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
+        if prompt is not None:
+            return opening | {"prompt_token_ids": list(prompt), "token_ids": []}
+        return opening if echo else None
 
     def chunk(self, index: int, choice: Choice, delta: Delta) -> dict[str, Any] | None:
         """What one step adds; None when there is nothing to show."""
@@ -70,25 +73,32 @@ class CompletionReply:
         return {
             "tokens": [token_name(self.texts, e.token_id, self.as_ids) for e in events],
             "token_logprobs": [_finite(e.logprob) for e in events],
-            "top_logprobs": [{token_name(self.texts, t, self.as_ids): _finite(p) for t, p in e.top_logprobs} for e in events],
+            "top_logprobs": [self._top(e) for e in events],
             "text_offset": offsets,
         }
+
+    def _top(self, event: TokenEvent) -> dict[str, float | None]:
+        """The likeliest tokens and the one that was drawn, which may be another: OpenAI gives up to logprobs + 1."""
+        drawn = {token_name(self.texts, event.token_id, self.as_ids): _finite(event.logprob)}
+        likely = {token_name(self.texts, t, self.as_ids): _finite(p) for t, p in event.top_logprobs}
+        return drawn | likely | drawn  # it comes first, and no other token of the same text takes its place
 
 
 @dataclass
 class ChatReply:
-    """Bodies of /v1/chat/completions. `tools`: parse tool calls out of the text."""
+    """Bodies of /v1/chat/completions. `tools`: parse tool calls out of the text; `one_call`: give the first one only."""
 
     texts: TokenTexts
     as_ids: bool
     tools: bool = False
+    one_call: bool = False
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl-"
     parsers: dict[int, ToolCalls] = field(default_factory=dict)
 
-    def opening(self, index: int, echo: str) -> dict[str, Any] | None:
-        """The first chunk of an answer: who speaks."""
+    def opening(self, index: int, echo: str, prompt: Sequence[int] | None) -> dict[str, Any] | None:
+        """The first chunk of an answer: who speaks. The prompt's ids belong to the chunk, not to the choice."""
         return {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -101,7 +111,7 @@ class ChatReply:
         content, reason, given = delta.text, delta.finish_reason, 0
         calls: list[dict[str, Any]] = []
         if self.tools:
-            parser = self.parsers.setdefault(index, ToolCalls())
+            parser = self.parsers.setdefault(index, ToolCalls(self.one_call))
             given = len(parser.calls)
             content, calls = parser.add(delta.text)
             if reason is not None:
@@ -128,7 +138,7 @@ class ChatReply:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
         reason = choice.finish_reason
         if self.tools:
-            parser = ToolCalls()
+            parser = ToolCalls(self.one_call)
             content, _ = parser.add(choice.text)
             content += parser.finish()[0]
             if parser.calls:

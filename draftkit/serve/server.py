@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 import time
@@ -17,7 +18,7 @@ from draftkit.errors import DraftkitError, ServeError
 from draftkit.serve.app import create_app
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
-from draftkit.serve.settings import ServeSettings
+from draftkit.serve.settings import ServeSettings, option_names
 from draftkit.serve.worker import Served, Worker
 
 log = logging.getLogger("draftkit.serve")
@@ -32,16 +33,20 @@ def load_served(
     threads: int | None = None,
     step_rate: Path | None = None,
     calibration: Path | None = None,
+    generation_config: str = "auto",
 ) -> Served:
     """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError."""
     import torch
 
     from draftkit.serve.pair import PlanFiles, open_pair
+    from draftkit.serve.sampling_defaults import sampling_defaults
 
     if threads is not None:
         torch.set_num_threads(threads)
-    engine, tokenizer = open_pair(target, drafter, settings, PlanFiles(step_rate, calibration))
-    return Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name)
+    with option_names():
+        engine, tokenizer = open_pair(target, drafter, settings, PlanFiles(step_rate, calibration))
+    defaults = sampling_defaults(target) if generation_config == "auto" else {}
+    return Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name, defaults)
 
 
 def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
@@ -84,8 +89,10 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         bound.listen(1024)  # who comes early waits instead of being refused
-    except OSError as error:
-        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from error
+    except (OSError, UnicodeError) as error:
+        code, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+        option = "--port" if code in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        raise ServeError(f"cannot listen on {host}:{port}: {reason}; choose another {option}") from error
     return bound
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from draftkit.errors import ServeError
+
+_OPTIONS = {"max_body_bytes": "--max-body"} | {
+    name: f"--{name.replace('_', '-')}" for name in ("generation_config", "max_length", "max_running", "max_waiting")
+}
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,8 @@ class ServeSettings:
         max_waiting: answers that have not begun; more get 429 with Retry-After.
         max_choices: prompts times n in one request; more get 400.
         drain_seconds: how long running requests may take to finish after SIGTERM.
+        generation_config: "auto" = sampling fields that a request leaves out come from the target's
+            generation_config.json; "none" = from the API's defaults.
     """
 
     host: str = "127.0.0.1"
@@ -30,6 +40,7 @@ class ServeSettings:
     max_waiting: int = 512
     max_choices: int = 256
     drain_seconds: float = 120.0
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -37,5 +48,24 @@ class ServeSettings:
         for name in ("max_body_bytes", "max_waiting", "max_choices"):
             if getattr(self, name) < 1:
                 raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.generation_config not in ("auto", "none"):
+            raise ServeError(f"generation_config is {self.generation_config!r}; choose auto or none")
         if any(not key.strip() for key in self.api_keys):
             raise ServeError("an API key is empty; give a text or leave --api-key out")
+
+
+@contextmanager
+def option_names() -> Iterator[None]:
+    """Inside, a ServeError about settings names them as `draftkit serve` does: its options, and GiB instead of bytes."""
+    try:
+        yield
+    except ServeError as error:
+        raise ServeError(_in_options(str(error))) from error
+
+
+def _in_options(message: str) -> str:
+    if found := re.match(r"kv_bytes (\d+)", message):
+        message = f"--kv-gib {int(found[1]) / 2**30:.2g}{message[found.end() :]}"
+        # Rounded up: who gives what the message says has enough.
+        message = re.sub(r"(\d+) bytes", lambda m: f"--kv-gib {math.ceil(1000 * int(m[1]) / 2**30) / 1000:g}", message)
+    return re.sub("|".join(rf"\b{name}\b" for name in _OPTIONS), lambda m: _OPTIONS[m[0]], message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from typing import Any
 
@@ -16,11 +17,18 @@ def template_writes_tool_calls(tokenizer: Any) -> bool:
     return OPEN in str(tokenizer.chat_template)
 
 
-class ToolCalls:
-    """Splits an answer's text, piece by piece, into content and tool calls. A call is given when it is complete."""
+def template_takes_tools(tokenizer: Any) -> bool:
+    """False when the chat template never mentions tools: it would leave them out without a word."""
+    return re.search(r"\btools\b", str(tokenizer.chat_template)) is not None
 
-    def __init__(self) -> None:
+
+class ToolCalls:
+    """Splits an answer's text, piece by piece, into content and tool calls. A call is given when it is complete; with
+    `only_one` those after the first are dropped."""
+
+    def __init__(self, only_one: bool = False) -> None:
         self.calls: list[dict[str, Any]] = []
+        self._only_one = only_one
         self._content = StopStrings([OPEN])
         self._call = ""  # text since OPEN
         self._inside = False
@@ -48,7 +56,7 @@ class ToolCalls:
                     if call is None:
                         shown += OPEN + body + CLOSE
                     else:
-                        calls.append(call)
+                        calls += self._keep(call)
         return shown, calls
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
@@ -56,9 +64,16 @@ class ToolCalls:
         if not self._inside:
             return self._content.flush(), []
         call = self._parse(self._call)
-        return ("", [call]) if call is not None else (OPEN + self._call, [])
+        return ("", self._keep(call)) if call is not None else (OPEN + self._call, [])
 
-    def _parse(self, text: str) -> dict[str, Any] | None:
+    def _keep(self, call: dict[str, Any]) -> list[dict[str, Any]]:
+        if self._only_one and self.calls:
+            return []
+        self.calls.append(call)
+        return [call]
+
+    @staticmethod
+    def _parse(text: str) -> dict[str, Any] | None:
         try:
             found = json.loads(text)
             name, arguments = found["name"], found.get("arguments", {})
@@ -67,6 +82,4 @@ class ToolCalls:
         if not isinstance(name, str):
             return None
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": written}}
-        self.calls.append(call)
-        return call
+        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": written}}

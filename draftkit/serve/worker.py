@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,12 +28,14 @@ log = logging.getLogger("draftkit.serve")
 
 @dataclass(frozen=True)
 class Served:
-    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, and the model's public name."""
+    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name, and the sampling
+    fields of requests that leave them out, where those are not the API's."""
 
     engine: Any
     tokenizer: Any
     texts: TokenTexts
     name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 Item = tuple[int, StepOutput] | ApiError
