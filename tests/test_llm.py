@@ -61,6 +61,13 @@ def test_chat_uses_the_template_and_n_answers_have_seeds_in_a_row(llm: LLM) -> N
     assert len(set(alone)) > 1
 
 
+def test_content_may_come_in_parts(llm: LLM) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "What is a list?"}]}]
+    assert llm.chat(parts, GREEDY)[0].prompt_token_ids == llm.chat(TALK, GREEDY)[0].prompt_token_ids
+    with pytest.raises(DataError, match="'image_url'"):
+        llm.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], GREEDY)
+
+
 def test_a_stop_string_ends_the_text_and_frees_the_engine(llm: LLM) -> None:
     whole = llm.generate("def add(a, b):", GREEDY)[0].outputs[0].text
     stop = whole[len(whole) // 2 :][:3]

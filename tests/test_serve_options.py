@@ -44,7 +44,7 @@ def test_an_option_that_cannot_work_is_named_as_it_was_given(options: dict[str, 
 
 def test_what_only_the_loaded_target_can_tell_is_named_by_option_too() -> None:
     small = EngineSettings(kv_bytes=1073, compile=False)
-    with pytest.raises(ServeError, match=r"^--kv-gib 1e-06 hold 0 tokens .* give --kv-gib [\d.]+ or a smaller --max-length$"):
+    with pytest.raises(ServeError, match=r"^--kv-gib of 1e-06 GiB hold 0 tokens .* give [\d.]+ GiB or a smaller --max-length$"):
         load_served("tiny", "none", None, small)
     with pytest.raises(ServeError, match=r"^--max-length is 999999; tiny allows 2048 at most$"):
         load_served("tiny", "none", None, replace(small, max_length=999_999))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def _count_blocks(target: TransformersTarget, drafter: Drafter | None, settings:
     blocks = min(settings.kv_bytes // block_bytes, settings.max_running * per_request)
     if blocks < per_request:
         raise ServeError(
-            f"kv_bytes {settings.kv_bytes} hold {blocks * settings.block_size} tokens and one request may have {longest}; "
-            f"give {per_request * block_bytes} bytes or a smaller max_length"
+            f"kv_bytes of {settings.kv_bytes / 2**30:.2g} GiB hold {blocks * settings.block_size} tokens and one request may "
+            f"have {longest}; give {math.ceil(1000 * per_request * block_bytes / 2**30) / 1000:g} GiB or a smaller max_length"
         )
     return blocks

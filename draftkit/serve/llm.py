@@ -26,6 +26,8 @@ from draftkit.errors import DataError
 from draftkit.serve.choice import Choice
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.pair import PlanFiles, open_pair
+from draftkit.serve.protocol import Message as Spoken
+from draftkit.serve.sampling_defaults import sampling_defaults
 from draftkit.serve.turns import Turns
 
 _SHOW_AFTER = 2.0  # seconds until a progress bar appears
@@ -76,8 +78,9 @@ class LLM:
     """A target with a drafter, ready to answer. Several threads or tasks may ask at the same time; they share batches.
 
     `target` is "tiny", a folder or a hub id; `drafter` a folder, "none", or None (the embedded target's own, if there is
-    one); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`. Raises TargetError,
-    CheckpointError, or ScheduleError for files of another pair.
+    one); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`. Calls without parameters
+    sample as the target's generation_config.json says, where it says something. Raises TargetError, CheckpointError, ServeError
+    for settings that do not fit, or ScheduleError for files of another pair.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class LLM:
         files = PlanFiles(*(Path(file) if file else None for file in (step_rate, calibration)))
         self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings(), files)
         self._texts = TokenTexts(self.tokenizer)
+        self._defaults = SamplingParams(**sampling_defaults(target))
         self._turn = Turns()  # the engine does one thing at a time
         self._calls: dict[str, _Call] = {}
         self._serial = itertools.count()
@@ -128,7 +132,7 @@ class LLM:
             tokens = self._texts.encode(given, True)
         else:
             tokens = self._render(given) if given and isinstance(given[0], dict) else tuple(given)
-        params = params or SamplingParams()
+        params = params or self._defaults
         if params.n != 1:
             raise DataError(f"n is {params.n}; a stream is one answer, open several streams")
         call, loop = _Call(), asyncio.get_running_loop()
@@ -145,7 +149,8 @@ class LLM:
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         try:
-            text = str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+            plain = [Spoken.model_validate(m).for_template() if isinstance(m.get("content"), list) else m for m in messages]
+            text = str(self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # templates are programs: they raise whatever they like about their input
             raise DataError(f"the chat template cannot render these messages: {error}") from error
         return self._texts.encode(text, False)
@@ -153,7 +158,7 @@ class LLM:
     def _run(
         self, prompts: list[tuple[int, ...]], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Generation]:
-        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        each = [params or self._defaults] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise DataError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one for all or one for each")
         if any(p.constraint is not None for p in each) and sum(p.n for p in each) > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -75,6 +76,10 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
         asyncio.run(server.serve(sockets=[bound]))
     finally:
         bound.close()
+    if worker.alive:  # in the middle of loading, which nothing can interrupt: the interpreter's own end would abort there
+        log.warning("ending before the model was loaded")
+        logging.shutdown()
+        os._exit(0)
     if worker.failure is not None:
         if isinstance(worker.failure, DraftkitError):
             raise worker.failure

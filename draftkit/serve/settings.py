@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 from draftkit.errors import ServeError
 
-_OPTIONS = {"max_body_bytes": "--max-body"} | {
+_OPTIONS = {"max_body_bytes": "--max-body", "kv_bytes": "--kv-gib"} | {
     name: f"--{name.replace('_', '-')}" for name in ("generation_config", "max_length", "max_running", "max_waiting")
 }
 
@@ -56,16 +55,9 @@ class ServeSettings:
 
 @contextmanager
 def option_names() -> Iterator[None]:
-    """Inside, a ServeError about settings names them as `draftkit serve` does: its options, and GiB instead of bytes."""
+    """Inside, a ServeError about settings names them as `draftkit serve` does: its options."""
     try:
         yield
     except ServeError as error:
-        raise ServeError(_in_options(str(error))) from error
-
-
-def _in_options(message: str) -> str:
-    if found := re.match(r"kv_bytes (\d+)", message):
-        message = f"--kv-gib {int(found[1]) / 2**30:.2g}{message[found.end() :]}"
-        # Rounded up: who gives what the message says has enough.
-        message = re.sub(r"(\d+) bytes", lambda m: f"--kv-gib {math.ceil(1000 * int(m[1]) / 2**30) / 1000:g}", message)
-    return re.sub("|".join(rf"\b{name}\b" for name in _OPTIONS), lambda m: _OPTIONS[m[0]], message)
+        names = "|".join(rf"\b{name}\b" for name in _OPTIONS)
+        raise ServeError(re.sub(names, lambda found: _OPTIONS[found[0]], str(error))) from error

@@ -79,6 +79,11 @@ class Worker:
         self._thread.start()
 
     @property
+    def alive(self) -> bool:
+        """The engine's thread still runs."""
+        return self._thread.is_alive()
+
+    @property
     def in_flight(self) -> int:
         """Answers that are being made or wait to be."""
         return len(self._tickets)
