@@ -2,10 +2,11 @@
 
     python benchmarks/engine_arms.py DRAFTER --concurrency 1 2 4 8 16 32 64 --requests 198 --out benchmarks/results/arms.json
 
-All arms read with the same copy of the weights and write to the same memory: where they lie decides up to a tenth of the speed.
-Users ask the held-out prompts, and answers end where the target ends them. Arms take turns every few answers, because other
-users of a machine change its speed within seconds. A ratio is that of all tokens over all seconds, with the 95 % interval of
-a bootstrap over turns.
+All arms read with the same copy of the weights and write to the same memory: where they lie decides up to a tenth of the speed,
+and where the rest of an engine lies still some hundredths. So all are built anew several times for each concurrency, in another
+order each time; the planner goes on with what it has learned. Users ask the held-out prompts, and answers end where the target
+ends them. Arms take turns every few answers, because other users of a machine change its speed within seconds. A ratio is that
+of all tokens over all seconds, with the 95 % interval of a bootstrap over turns.
 With `--grown` target and drafter are grown to the shape of Qwen3-8B, for a GPU (see `grown.py`); there weights are fused once
 for all engines, and each has a memory of its own.
 With `--eager` passes are PyTorch operations: slow, and of nearly the same cost whatever they hold, so that drafting pays.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,18 @@ from result_file import print_result, write_result
 from rich.progress import track
 
 from draftkit.draft.checkpoint import open_drafter
+from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.fast_model import FastModel
+from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
-from draftkit.target.transformers import load_target
+from draftkit.target.transformers import TransformersTarget, load_target
 
 ARMS = ["off", "fixed", "planned"]
 FEW = 6  # answers of a turn, or one per user
-TURNS = 6  # at least
+TURNS = 24  # at least: short runs would show what a planner pays to learn, once for each concurrency
+BUILDS = 4  # of the engines, for each concurrency
 GROWN_KV_BYTES = 11 * 2**30  # 256 requests at their longest
 
 
@@ -50,6 +55,24 @@ def share(engines: Sequence[Engine]) -> None:
     for model in models[1:]:
         if isinstance(first, FastModel) and isinstance(model.model, FastModel):
             model.model.native = first.native
+
+
+def build(
+    names: Sequence[str], target: TransformersTarget, drafter: Drafter, settings: EngineSettings, shared: bool
+) -> dict[str, Engine]:
+    """The engines of all arms, in this order, with their passes compiled."""
+    engines = {
+        name: Engine(
+            target,
+            None if name == "off" else drafter,
+            replace(settings, plan="planned" if name == "planned" else "fixed"),
+        )
+        for name in names
+    }
+    compiled = [engine.wait_until_compiled() for engine in engines.values()]
+    if shared and all(compiled):
+        share(list(engines.values()))
+    return engines
 
 
 def ratio(seconds_TA: np.ndarray, above: str, below: str | None = None) -> dict[str, float]:
@@ -96,7 +119,8 @@ def main() -> None:
     parser.add_argument("drafter", type=Path)
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--requests", type=int, default=198, help="answers per arm and concurrency, in 6 turns at least")
+    parser.add_argument("--requests", type=int, default=198, help="answers per arm and concurrency")
+    parser.add_argument("--turns", type=int, default=TURNS, help="at least: a turn is 6 answers, or one for each user")
     parser.add_argument("--new-tokens", type=int, default=128, help="of an answer at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true")
@@ -112,30 +136,33 @@ def main() -> None:
     longest = max(len(prompt) for prompt in prompts) + options.new_tokens
     length = -(-longest // 16) * 16  # so that as many blocks are needed with a drafter as without
     most = max(64, *options.concurrency)
-    engines = {
-        name: Engine(
-            target,
-            None if name == "off" else drafter,
-            EngineSettings(
-                plan="planned" if name == "planned" else "fixed",
-                compile=not options.eager,
-                max_length=length,
-                max_running=most,
-                kv_bytes=GROWN_KV_BYTES if options.grown else 2**30,
-            ),
-        )
-        for name in ARMS
-    }
-    compiled = [engine.wait_until_compiled() for engine in engines.values()]
-    if all(compiled) and not options.grown:
-        share(list(engines.values()))
-    for engine in engines.values():
-        run_closed(engine, prompts, most if options.grown else 8, most if options.grown else 16, 16)
+    settings = EngineSettings(
+        compile=not options.eager,
+        max_length=length,
+        max_running=most,
+        kv_bytes=GROWN_KV_BYTES if options.grown else 2**30,
+    )
+    at_once, answers = (most, most) if options.grown else (8, 16)  # to warm up
+    planner: LengthPlanner | None = None
+
+    def built(count: int) -> dict[str, Engine]:
+        nonlocal planner
+        names = ARMS[count % 3 :] + ARMS[: count % 3]
+        engines = build(names, target, drafter, settings, not options.grown)
+        if planner is not None:
+            engines["planned"]._planner = planner
+        planner = engines["planned"]._planner
+        for engine in engines.values():
+            run_closed(engine, prompts, at_once, answers, 16)
+        return engines
+
+    builds = 1 if options.grown else BUILDS  # recording takes long, and no weights lie twice there
+    engines = built(0)
     result: dict[str, Any] = {
         "device": device_name(target.device),
         "threads": options.threads,
         "clock": "processor time" if options.threads == 1 else "wall clock",
-        "compiled": all(compiled),
+        "compiled": all(engine._uses_compiled for engine in engines.values()),
         "target": options.target,
         "parameters": sum(p.numel() for p in target.model.parameters()),
         "new_tokens": options.new_tokens,
@@ -144,7 +171,11 @@ def main() -> None:
     for concurrency in options.concurrency:
         together = max(FEW, concurrency)
         turns: list[dict[str, Load]] = []
-        for turn in track(range(max(-(-options.requests // together), TURNS)), f"{concurrency} at once"):
+        count = max(-(-options.requests // together), options.turns)
+        for turn in track(range(count), f"{concurrency} at once"):
+            if builds > 1 and turn % -(-count // builds) == 0:
+                engines.clear()
+                engines = built(turn * builds // count)
             asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
             loads = {}
             for name in ARMS[turn % 3 :] + ARMS[: turn % 3]:
