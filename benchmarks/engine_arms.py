@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,7 @@ def main() -> None:
             run_closed(engine, prompts, at_once, answers, 16)
         return engines
 
+    orders = list(permutations(ARMS))  # so that each comes as often behind each of the others
     builds = 1 if options.grown else BUILDS  # recording takes long, and no weights lie twice there
     engines = built(0)
     result: dict[str, Any] = {
@@ -178,7 +180,7 @@ def main() -> None:
                 engines = built(turn * builds // count)
             asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
             loads = {}
-            for name in ARMS[turn % 3 :] + ARMS[: turn % 3]:
+            for name in orders[turn % len(orders)]:
                 engines[name]._models.pool.forget()
                 loads[name] = run_closed(
                     engines[name], asked, concurrency, together, options.new_tokens, ignore_eos=False
