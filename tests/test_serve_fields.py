@@ -50,7 +50,6 @@ def refused(path: str, fields: dict[str, Any]) -> ApiError:
         {"guided_json": {"type": "object"}},
         {"guided_regex": "a+"},
         {"guided_grammar": "root ::= 'a'"},
-        {"structured_outputs": {"choice": ["a"]}},
         {"regex": "a+"},
         {"ebnf": "root ::= 'a'"},
         {"json_schema": "{}"},

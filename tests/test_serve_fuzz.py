@@ -48,6 +48,9 @@ likely: dict[str, st.SearchStrategy[Any]] = {
     "response_format": st.fixed_dictionaries(
         {"type": st.sampled_from(["text", "json_object", "json_schema", "x"])}, optional={"json_schema": values}
     ),
+    "structured_outputs": st.dictionaries(
+        st.sampled_from(["json", "json_object", "regex", "choice", "grammar", "x"]), values, max_size=2
+    ),
     "tools": st.lists(st.dictionaries(st.sampled_from(["type", "function"]), values, max_size=2), max_size=2),
     "model": st.just("fake"),
     "top_p": st.floats(0.001, 1),

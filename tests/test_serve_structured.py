@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,13 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from test_serve_fake_engine import fake_served
 from test_serve_harness import serving
 
-from draftkit.serve.problem import ApiError
-from draftkit.serve.protocol import ResponseFormat
+from draftkit.serve.formats import ResponseFormat, StructuredOutputs
+from draftkit.serve.problem import ApiError, from_validation
+from draftkit.serve.protocol import CompletionBody
 from draftkit.serve.structured import GrammarConstraint, constraint_of
 
 SERVED = fake_served()
@@ -107,6 +109,70 @@ def test_a_schema_that_cannot_be_enforced_is_a_400_of_one_line(schema: dict[str,
     assert caught.value.status == 400 and named in str(caught.value) and "\n" not in str(caught.value)
 
 
+ODD = 'a "quoted"\\n [x]* / ü\n'
+FORMS = [
+    ({"choice": ["yes", "no", ODD]}, ["yes", "no", ODD], ["maybe", "", "ye", "yesno"]),
+    ({"regex": r"[a-c]{2}-\d+"}, ["ab-12", "cc-0"], ["ab-", "d", "aab-1"]),
+    ({"grammar": 'root ::= "set " name\nname ::= [a-z]+'}, ["set x", "set abc"], ["set ", "set 1"]),
+    ({"grammar": 'start: "set " NAME\nNAME: /[a-z]+/'}, ["set x"], ["set X"]),
+    ({"json": {"type": "integer"}}, ["42"], ["4.2", "x"]),
+    ({"json": '{"type": "integer"}'}, ["-7"], ["{"]),
+    ({"json_object": True}, ['{"a": [1]}'], ["[1]", "1"]),
+]
+
+
+def fits(given: dict[str, Any], text: str) -> bool:
+    constraint = constraint_of(StructuredOutputs.model_validate(given), SERVED)
+    assert constraint is not None
+    return all(constraint.accept(token) for token in [*ids(text), SERVED.tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize(("given", "good", "bad"), FORMS, ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_vllms_structured_outputs_take_what_fits_and_nothing_else(
+    given: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    assert [text for text in good if not fits(given, text)] == []
+    assert [text for text in bad if fits(given, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"regex": "("}, "cannot be compiled"),
+        ({"regex": "a(?=b)"}, "cannot be compiled"),
+        ({"grammar": "root ::= ("}, "structured_outputs: "),
+        ({"grammar": "start: missing"}, "missing"),
+        ({"json": "{"}, "structured_outputs: "),
+        ({"json": {"type": "nonsense"}}, "nonsense"),
+    ],
+    ids=str,
+)
+def test_a_form_that_cannot_be_had_is_a_400_of_one_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        fits(given, "")
+    assert caught.value.status == 400 and message in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.param == "structured_outputs"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one of"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag is not supported"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs", "combined"),
+        ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [5]}, "allowed_token_ids", "combined"),
+    ],
+    ids=str,
+)
+def test_forms_that_contradict_are_named(fields: dict[str, Any], param: str, message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate({"prompt": "a", **fields})
+    error = from_validation(caught.value)
+    assert (error.status, error.param) == (400, param) and message in str(error)
+
+
 class Item(BaseModel):
     """Everything is bounded, so that any answer ends."""
 
@@ -168,3 +234,18 @@ def test_a_json_object_of_the_real_server_is_one_when_it_ends_by_itself(client: 
     )
     ended = [choice.message.content for choice in made.choices if choice.finish_reason == "stop"]
     assert ended and all(isinstance(json.loads(text or ""), dict) for text in ended)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_the_real_server_keeps_to_vllms_forms_with_drafts(client: openai.OpenAI, temperature: int) -> None:
+    def ask(**form: Any) -> list[str]:
+        more = {"structured_outputs": form, "return_spec_stats": True}
+        made = client.chat.completions.create(
+            model="tiny", messages=QUESTION, max_tokens=60, n=4, seed=3, temperature=temperature, extra_body=more
+        )
+        assert all(c.finish_reason == "stop" for c in made.choices)
+        return [c.message.content or "" for c in made.choices]
+
+    assert set(ask(choice=["first", "second one"])) <= {"first", "second one"}
+    assert all(re.fullmatch(r"[a-f]{3}-[0-9]{2}", text) for text in ask(regex="[a-f]{3}-[0-9]{2}"))
+    assert all(text in ("2 + 2", "2 - 2") for text in ask(grammar='root ::= "2 " [+-] " 2"'))

@@ -127,8 +127,9 @@ async def _answer(
         request.state.request_id = body.request_id
     prompts = [from_body.truncated(p, body, served.engine.info.max_length, limit) for p in prompts]
     constraint = None
-    if body.response_format is not None:  # in a thread: compiling must not hold up everybody else's streams
-        constraint = await asyncio.to_thread(constraint_of, body.response_format, served)
+    wanted = body.structured_outputs or body.response_format
+    if wanted is not None:  # in a thread: compiling must not hold up everybody else's streams
+        constraint = await asyncio.to_thread(constraint_of, wanted, served)
     work = []
     for prompt in prompts:
         # An unset max_tokens of /v1/completions is 16, or less where the context ends sooner.

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from draftkit.serve.formats import ResponseFormat, StructuredOutputs
 from draftkit.serve.problem import Refusal
 from draftkit.serve.unsupported import refuse_unsupported
 
@@ -80,27 +81,6 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class JsonSchema(Body):
-    """The schema of a structured answer."""
-
-    name: str = "schema"
-    schema_: dict[str, Any] | None = Field(default=None, validation_alias=AliasChoices("schema", "json_schema"))
-    strict: bool | None = None
-
-
-class ResponseFormat(Body):
-    """OpenAI's `response_format`."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _schema_is_there(self) -> ResponseFormat:
-        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
-            raise ValueError("type json_schema needs json_schema.schema")
-        return self
-
-
 class SamplingBody(RequestBody):
     """Fields that completions and chat completions share."""
 
@@ -127,6 +107,7 @@ class SamplingBody(RequestBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=INT64)
@@ -150,8 +131,13 @@ class SamplingBody(RequestBody):
             raise Refusal("stream_options", "stream_options needs stream: true")
         if self.truncate_prompt_tokens == 0:
             raise Refusal("truncate_prompt_tokens", "truncate_prompt_tokens must be 1 or more, or -1 for as many as fit")
-        if self.allowed_token_ids and self.response_format is not None and self.response_format.type != "text":
-            raise Refusal("allowed_token_ids", "allowed_token_ids cannot be combined with response_format; use one of them")
+        form = "response_format" if self.response_format is not None and self.response_format.binds else None
+        if self.structured_outputs is not None:
+            if form is not None:
+                raise Refusal("structured_outputs", f"structured_outputs cannot be combined with {form}; use one of them")
+            form = "structured_outputs"
+        if self.allowed_token_ids and form is not None:
+            raise Refusal("allowed_token_ids", f"allowed_token_ids cannot be combined with {form}; use one of them")
         return self
 
 

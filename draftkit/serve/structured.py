@@ -1,11 +1,13 @@
-"""Answers that must be JSON: a grammar (llguidance) tells, token by token, what may follow.
+"""Answers that must have a form: a grammar (llguidance) tells, token by token, what may follow.
 
-llguidance reads JSON Schema and refuses keywords that it cannot enforce, so an answer that ends by itself validates. It
-is a wheel of 3 MB that needs nothing else; xgrammar, the other common choice, brings 1 GB of Triton to Linux.
+llguidance reads JSON Schema and refuses keywords that it cannot enforce, so an answer that ends by itself validates; it reads
+regular expressions and grammars as well. It is a wheel of 3 MB that needs nothing else; xgrammar, the other common choice,
+brings 1 GB of Triton to Linux.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import lru_cache
 from typing import Any
@@ -13,46 +15,71 @@ from typing import Any
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
+from draftkit.serve.formats import ResponseFormat, StructuredOutputs
 from draftkit.serve.problem import bad_request
-from draftkit.serve.protocol import ResponseFormat
 from draftkit.serve.worker import Served
 
 log = logging.getLogger("draftkit.serve")
-_PARAM = "response_format"
 # Between the parts of JSON: a space or nothing. Without a bound small models never stop.
 _SPACES: Any = {"whitespace_pattern": " ?"}
 
 
-def constraint_of(wanted: ResponseFormat | None, served: Served) -> GrammarConstraint | None:
+def constraint_of(wanted: ResponseFormat | StructuredOutputs | None, served: Served) -> GrammarConstraint | None:
     """The constraint of an answer that has not begun, or None where any text will do; takes milliseconds, and a second
-    where the tokenizer is large and new. Raises ApiError 400 when the schema is not one, or has keywords that cannot be
-    enforced."""
-    if wanted is None or wanted.type == "text":
+    where the tokenizer is large and new. Raises ApiError 400 when the schema, expression or grammar is not one, or has
+    something in it that cannot be enforced."""
+    if wanted is None or (isinstance(wanted, ResponseFormat) and not wanted.binds):
         return None
-    given = wanted.json_schema.schema_ if wanted.type == "json_schema" and wanted.json_schema is not None else None
-    schema = given if given is not None else {"type": "object"}
-    tokenizer = _token_table(served.tokenizer, served.engine.info.vocab_size)
-    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_json_schema(schema, _SPACES), log_level=0)
+    param = "response_format" if isinstance(wanted, ResponseFormat) else "structured_outputs"
+    try:
+        tokenizer = _token_table(served.tokenizer, served.engine.info.vocab_size)
+        grammar = _grammar_of(wanted)
+    except Exception as error:  # json's and llguidance's readers raise what they like
+        raise bad_request(f"{param}: {' '.join(str(error).split())}", param) from error
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
     if matcher.is_error():
-        line = " ".join(matcher.get_error().split())
-        raise bad_request(f"response_format: this schema cannot be compiled: {line}", _PARAM)
+        what = "schema" if isinstance(wanted, ResponseFormat) else "form"
+        raise bad_request(f"{param}: this {what} cannot be compiled: {' '.join(matcher.get_error().split())}", param)
     return GrammarConstraint(matcher, tokenizer.eos_tokens, served.engine.info.vocab_size)
+
+
+def _grammar_of(wanted: ResponseFormat | StructuredOutputs) -> str:
+    schema: Any = {"type": "object"}
+    if isinstance(wanted, ResponseFormat):
+        if wanted.type == "json_schema" and wanted.json_schema is not None:
+            schema = wanted.json_schema.schema_
+    elif wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    elif wanted.choice is not None:
+        return _choice(wanted.choice)
+    elif wanted.grammar is not None:
+        return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
+    elif wanted.json_ is not None:
+        schema = json.loads(wanted.json_) if isinstance(wanted.json_, str) else wanted.json_
+    return LLMatcher.grammar_from_json_schema(schema, _SPACES)
+
+
+def _choice(texts: list[str]) -> str:
+    """One of these texts: each as a regular expression of itself, since texts in Lark cannot hold every character."""
+    escaped = ("".join(f"\\x{{{ord(c):x}}}" if not c.isalnum() else c for c in text) for text in texts)
+    return LLMatcher.grammar_from_regex("|".join(f"(?:{text})" for text in escaped))
 
 
 @lru_cache(maxsize=1)
 def _token_table(tokenizer: Any, vocab_size: int) -> LLTokenizer:
-    """The bytes of every token, as llguidance keeps them. Raises ApiError 400 for a tokenizer that has no end token, or
-    that is not of the `tokenizers` library."""
+    """The bytes of every token, as llguidance keeps them. Raises ValueError for a tokenizer that has no end token, or that is
+    not of the `tokenizers` library."""
     from llguidance.hf import from_tokenizer
 
     if tokenizer.eos_token_id is None:
-        raise bad_request("response_format: the target's tokenizer has no end token; ask for text", _PARAM)
+        raise ValueError("the target's tokenizer has no end token; ask for text")
     try:
         return from_tokenizer(tokenizer, vocab_size, tokenizer.eos_token_id)
     except ValueError as error:
-        raise bad_request(f"response_format: cannot be had with the target's tokenizer ({error})", _PARAM) from error
+        raise ValueError(f"cannot be had with the target's tokenizer ({error})") from error
 
 
 class GrammarConstraint:

@@ -10,33 +10,32 @@ from typing import Any
 
 from draftkit.serve.problem import Refusal
 
-_SCHEMA = "; use response_format"
+_FORM = "; use structured_outputs"
 # OpenAI's, vLLM's and SGLang's names, and what to do instead.
 _REFUSED = {
     "audio": "; this server answers with text",
     "bad_words": "",
     "chat_template": "; the target's own template is used",
     "custom_logit_processor": "",
-    "ebnf": _SCHEMA,
+    "ebnf": _FORM,
     "function_call": "; use tools",
     "functions": "; use tools",
-    "guided_choice": _SCHEMA,
-    "guided_grammar": _SCHEMA,
-    "guided_json": _SCHEMA,
-    "guided_regex": _SCHEMA,
+    "guided_choice": _FORM,
+    "guided_grammar": _FORM,
+    "guided_json": _FORM,
+    "guided_regex": _FORM,
     "input_ids": "; give token ids as the prompt of /v1/completions",
-    "json_schema": _SCHEMA,
+    "json_schema": _FORM,
     "logits_processors": "",
     "logprob_token_ids": "",
     "lora_path": "",
     "no_stop_trim": "; use include_stop_str_in_output",
     "prompt_embeds": "",
     "prompt_logprobs": "",
-    "regex": _SCHEMA,
+    "regex": _FORM,
     "repetition_detection": "",
     "stop_regex": "; use stop",
-    "structural_tag": _SCHEMA,
-    "structured_outputs": _SCHEMA,
+    "structural_tag": _FORM,
     "suffix": "",
     "thinking_token_budget": "",
     "use_beam_search": "",

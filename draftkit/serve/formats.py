@@ -1,0 +1,65 @@
+"""Forms that an answer must have: OpenAI's `response_format` and vLLM's `structured_outputs`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, Field, model_validator
+
+
+class JsonSchema(BaseModel):
+    """The schema of a structured answer."""
+
+    name: str = "schema"
+    schema_: dict[str, Any] | None = Field(default=None, validation_alias=AliasChoices("schema", "json_schema"))
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_there(self) -> ResponseFormat:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
+            raise ValueError("type json_schema needs json_schema.schema")
+        return self
+
+    @property
+    def binds(self) -> bool:
+        """Not any text will do."""
+        return self.type != "text"
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's `structured_outputs`: one of a JSON schema (as an object or as text), any JSON object, a regular expression, a
+    list of texts to choose from, and a grammar in GBNF or Lark."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, validation_alias="json")
+    json_object: bool | None = None
+    regex: Annotated[str, Field(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    grammar: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        """What is not known here would be ignored, and another answer given than was asked for."""
+        if isinstance(data, dict):
+            unknown = sorted(name for name, value in data.items() if value and name not in _FORMS | _HARMLESS)
+            if unknown:
+                raise ValueError(f"{unknown[0]} is not supported by this server; leave it out")
+        return data
+
+    @model_validator(mode="after")
+    def _one_form(self) -> StructuredOutputs:
+        given = [name for name in _FORMS if getattr(self, "json_" if name == "json" else name)]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(sorted(_FORMS))}")
+        return self
+
+
+_FORMS = {"json", "json_object", "regex", "choice", "grammar"}
+_HARMLESS = {"disable_fallback", "disable_any_whitespace"}  # there is one backend, and it writes JSON on one line
