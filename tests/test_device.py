@@ -15,7 +15,10 @@ from draftkit.data.conversations import Conversation, Message
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import GenerateSettings, answer_in_batches
 from draftkit.decode import decode
+from draftkit.draft.block import BlockDrafter
+from draftkit.draft.checkpoint import open_drafter, save_drafter
 from draftkit.draft.drafter import Drafter
+from draftkit.draft.warm_start import start_from_target
 from draftkit.engine.answers import decode_all, sampling_params
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
@@ -103,3 +106,18 @@ def test_evaluation_validation_and_profile_run(
         assert [r.emitted for r in found] == [r.emitted for r in wanted]
     table = profile(there, make_drafter(target), "d", ProfileSettings((1, 4), (8,), (1, 2), repeats=1))
     assert table.measured.clock == "wall clock"
+
+
+def test_drafters_begin_and_are_opened_beside_a_target_elsewhere(
+    target: TransformersTarget, there: TransformersTarget, tmp_path: Path
+) -> None:
+    for make in (make_drafter, lambda model: make_eagle(model, (5, 7, 9))):
+        wanted, found = make(target), make(there)
+        if isinstance(wanted, BlockDrafter) and isinstance(found, BlockDrafter):
+            start_from_target(wanted, list(target.layers), target.final_norm())
+            start_from_target(found, list(there.layers), there.final_norm())
+        save_drafter(found, tmp_path / type(found).__name__, {}, torch.float64)
+        opened = open_drafter(tmp_path / type(found).__name__, there, torch.float64)
+        for name, value in wanted.state_dict().items():
+            assert opened.state_dict()[name].device == there.device
+            torch.testing.assert_close(opened.state_dict()[name].cpu(), value, atol=1e-6, rtol=1e-6)  # it is read in float32
