@@ -345,17 +345,20 @@ def bench(
     json_output: JsonOption = False,
 ) -> None:
     """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length."""
-    import json
+    from typing import Any
 
-    from draftkit.serve.bench import print_bench, read_prompts, run_bench
+    from draftkit.serve.bench import as_json, print_bench, read_prompts, run_bench
     from draftkit.serve.load import LoadSettings
 
     source = prompts or Path(__file__).parent / "assets" / "tiny" / "heldout.jsonl"
     settings = LoadSettings(
         read_prompts(source), requests, warmup, 1, rate, max_tokens, temperature, ignore_eos=True, seed=seed
     )
-    results = run_bench(urls, concurrency or [1], settings, out, api_key or ())
-    typer.echo(json.dumps(results)) if json_output else print_bench(results)
+
+    def show(results: dict[str, Any]) -> None:
+        typer.echo(as_json(results)) if json_output else print_bench(results)
+
+    run_bench(urls, concurrency or [1], settings, out, api_key or (), show)
 
 
 @app.command("compile", epilog="Example: draftkit compile")

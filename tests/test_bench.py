@@ -5,7 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ import pytest
 from test_serve_harness import Server, serving
 
 from draftkit.errors import ServeError
-from draftkit.serve.bench import percentile, ratios, read_prompts, run_bench, summarise
+from draftkit.serve.bench import as_json, percentile, ratios, read_prompts, run_bench, summarise
 from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
 
 SETTINGS = LoadSettings(prompts=("one", "two", "three"), requests=6, warmup=1, max_tokens=31)
@@ -53,23 +58,55 @@ def test_a_summary_counts_good_requests_only_and_gives_each_token_its_share() ->
     assert ratios([told, half])["tokens_per_s"] == 2 and ratios([told, half])["ttft_p50"] == 2
 
 
+def ask(text: str) -> Record:
+    """What is measured about an answer whose stream is `text`."""
+
+    async def run() -> Record:
+        endpoint = Endpoint("http://x/v1/", None, SETTINGS)
+        endpoint._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: httpx.Response(200, text=text)))
+        return await endpoint.ask("hello")
+
+    return asyncio.run(run())
+
+
 def test_chunks_of_several_tokens_count_as_tokens_with_or_without_running_usage() -> None:
-    def stream(running: bool) -> httpx.Response:
+    def stream(running: bool) -> str:
         lines = [{"choices": [{"delta": {"content": "ab"}}], "usage": {"completion_tokens": 2 * i}} for i in range(1, 4)]
         if not running:
             for line in lines:
                 del line["usage"]
         lines.append({"choices": [], "usage": {"completion_tokens": 6, "prompt_tokens": 4}})
-        return httpx.Response(200, text="".join(f"data: {json.dumps(line)}\n\n" for line in lines))
+        return "".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n"
 
-    async def ask(running: bool) -> Record:
-        endpoint = Endpoint("http://x/v1/", None, SETTINGS)
-        endpoint._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: stream(running)))
-        return await endpoint.ask("hello")
-
-    told, guessed = asyncio.run(ask(True)), asyncio.run(ask(False))
+    told, guessed = ask(stream(True)), ask(stream(False))
     assert (told.output_tokens, len(told.gaps), told.prompt_tokens) == (6, 4, 4)
     assert (guessed.output_tokens, len(guessed.gaps), guessed.chunks) == (6, 5, 3)
+    assert told.usage_told and guessed.usage_told
+
+
+@pytest.mark.parametrize("usage", [*({"completion_tokens": bad} for bad in (None, "9", True, -1, 0.5, [9])), "9", [9]])
+def test_a_usage_without_a_number_counts_as_none(usage: Any) -> None:
+    line = json.dumps({"choices": [{"delta": {"content": "a"}}], "usage": usage})
+    answer = ask(f"data: {line}\n\n" * 3 + "data: [DONE]\n\n")
+    assert (answer.error, answer.output_tokens, answer.prompt_tokens, answer.usage_told) == (None, 3, 0, False)
+    odd = ask('data: {"choices": [7]}\n\ndata: [DONE]\n\n')
+    assert odd.error is not None and odd.error.startswith("AttributeError")
+
+
+@pytest.mark.parametrize("space", ["", " "])
+def test_the_space_after_data_is_optional(space: str) -> None:
+    answer = ask(f'data:{space}{{"choices": [{{"delta": {{"content": "a"}}}}]}}\n\ndata:{space}[DONE]\n\n')
+    assert (answer.error, answer.output_tokens) == (None, 1)
+
+
+def test_an_answer_that_nobody_ended_has_failed() -> None:
+    text = 'data: {"choices": [{"delta": {"content": "a"}, "finish_reason": null}]}\n\n'
+    assert ask(text).error == "the stream ended early"
+    assert ask(text + "data: [DONE]\n\n").error is None
+    assert ask(text + 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n').error is None
+    assert ask(text + 'data: {"error": "mid"}\n\n').error == "mid"
+    assert ask("data: [DONE]\n\n").error == "the answer had no tokens"
+    assert summarise([ask(text)], 1.0, {})["failed"] == 1
 
 
 def test_closed_loop_measures_what_the_server_does(slow: Server, fast: Server, tmp_path: Path) -> None:
@@ -120,6 +157,101 @@ def test_accepted_length_comes_from_metrics_where_answers_do_not_tell(fast: Serv
 
     told = asyncio.run(run())
     assert told["accepted_len"] == 3.0 and told["accepted_len_source"] == "metrics"
+
+
+@contextmanager
+def plain_server(lives: int) -> Iterator[str]:
+    """A server without usage that is found `lives` times, then no more."""
+    left = iter(range(lives))
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path.endswith("/models") and next(left, None) is not None
+            self.answer(200 if known else 404, b'{"data": [{"id": "plain"}]}')
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(200, b'data: {"choices": [{"delta": {"content": "a b"}}]}\n\n' * 2 + b"data: [DONE]\n\n")
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "draftkit.cli", "bench", "--requests", "2", "--warmup", "0", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_what_was_measured_stays_when_the_server_goes(tmp_path: Path) -> None:
+    with plain_server(lives=1) as url:
+        done = bench("--url", url, "--concurrency", "1", "--concurrency", "2", "--out", str(tmp_path))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "does not answer" in done.stderr
+    assert f"no usage from {url}: chunks are counted as tokens" in done.stdout and "TTFT" in done.stdout
+    [run] = json.loads((tmp_path / "bench.json").read_text("utf-8"))["runs"]
+    assert (run["concurrency"], run["servers"][0]["output_tokens"], run["servers"][0]["tokens_counted_by"]) == (1, 4, "chunks")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png"]
+
+
+def test_results_are_written_after_each_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two servers is gone: the first one's numbers of that level stay too, and JSON shows them."""
+    with plain_server(lives=2) as url, plain_server(lives=1) as other:
+        shown: list[dict[str, Any]] = []
+        with pytest.raises(ServeError, match="does not answer"):
+            run_bench([url, other], [1, 2], SETTINGS, tmp_path, show=shown.append)
+    runs = json.loads((tmp_path / "bench.json").read_text("utf-8"))["runs"]
+    assert [len(run["servers"]) for run in runs] == [2, 1] and ["ratios" in run for run in runs] == [True, False]
+    assert [one["runs"] for one in shown] == [runs]
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    before = (tmp_path / "bench.json").read_bytes()
+    with plain_server(lives=1) as url, pytest.raises(OSError, match="No space"):
+        run_bench([url], [1], SETTINGS, tmp_path)
+    assert (tmp_path / "bench.json").read_bytes() == before  # never half a file
+
+
+def test_an_out_that_is_a_file_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        done = bench("--url", "http://127.0.0.1:9", "--out", str(out))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "must be a folder" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_json_has_no_numbers_that_json_lacks() -> None:
+    for rate in ("nan", "inf", "-inf", "0"):
+        done = bench("--url", "http://127.0.0.1:9", "--rate", rate)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "rate is" in done.stderr
+    odd = {"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": (float("-inf"), 2, "NaN")}
+    assert json.loads(as_json(odd)) == {"a": [None, 1.5], "b": {"c": None}, "d": [None, 2, "NaN"]}
+    with plain_server(lives=1) as url:
+        done = bench("--url", url, "--temperature", "nan", "--json")
+    assert done.returncode == 2 and "every request failed" in done.stderr
+    assert json.loads(done.stdout, parse_constant=pytest.fail)["settings"]["temperature"] is None
+
+
+def test_who_counted_the_tokens_is_told() -> None:
+    def counted(*told: bool) -> Any:
+        records = [Record(sent=0.0, first=0.5, done=1.0, output_tokens=2, gaps=[0.5], usage_told=one) for one in told]
+        return summarise(records, 1.0, {})["tokens_counted_by"]
+
+    assert [counted(True, True), counted(True, False), counted()] == ["usage", "chunks", None]
 
 
 def test_mistakes_are_one_line(fast: Server, tmp_path: Path) -> None:

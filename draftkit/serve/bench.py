@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 def summarise(records: Sequence[Record], seconds: float, counters: dict[str, float]) -> dict[str, Any]:
     """Numbers of one run. Latencies in seconds; `tokens_per_s` overall, `tokens_per_s_per_user` is the median over
     requests of output tokens / e2e time; accepted length counts the bonus token, 1 + accepted / rounds.
+    `tokens_counted_by` is "chunks" where the server left out the usage of an answer: a chunk may hold several tokens.
     """
     good = [r for r in records if r.error is None and r.first is not None and r.done is not None]
     first = [r.first - r.sent for r in good if r.first is not None]
@@ -50,6 +52,7 @@ def summarise(records: Sequence[Record], seconds: float, counters: dict[str, flo
         "first_error": next((r.error for r in records if r.error), None),
         "seconds": seconds,
         "output_tokens": tokens,
+        "tokens_counted_by": ("usage" if all(r.usage_told for r in good) else "chunks") if good else None,
         "prompt_tokens": sum(r.prompt_tokens for r in good),
         "requests_per_s": len(good) / seconds,
         "tokens_per_s": tokens / seconds,
@@ -99,39 +102,39 @@ def ratios(results: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-async def bench_async(
-    urls: Sequence[str], levels: Sequence[int], settings: LoadSettings, api_keys: Sequence[str | None] = ()
-) -> dict[str, Any]:
-    """Every server at every concurrency, the servers in turn at each level so that both meet the same machine."""
-    from dataclasses import replace
+async def measure(url: str, api_key: str | None, settings: LoadSettings) -> dict[str, Any]:
+    """One server under one load. Raises ServeError when it does not answer."""
+    endpoint = Endpoint(url, api_key, settings)
+    try:
+        await endpoint.prepare()
+        records, seconds, counters = await run_load(endpoint, settings)
+    finally:
+        await endpoint.close()
+    return {"url": url, "model": endpoint.model, **summarise(records, seconds, counters)}
 
+
+async def bench_async(
+    urls: Sequence[str],
+    levels: Sequence[int],
+    settings: LoadSettings,
+    api_keys: Sequence[str | None],
+    runs: list[dict[str, Any]],
+    save: Callable[[], None],
+) -> None:
+    """Every server at every concurrency, the servers in turn at each level so that both meet the same machine. Each
+    measurement is added to `runs` and saved at once. Raises ServeError when a server does not answer.
+    """
     keys = [*api_keys, *[None] * len(urls)]
-    runs = []
     for level in levels:
         here = replace(settings, concurrency=level, requests=max(settings.requests, 2 * level))
-        results = []
+        run: dict[str, Any] = {"concurrency": level, "rate": settings.rate, "servers": []}
         for url, key in zip(urls, keys, strict=False):
-            endpoint = Endpoint(url, key, here)
-            try:
-                await endpoint.prepare()
-                records, seconds, counters = await run_load(endpoint, here)
-            finally:
-                await endpoint.close()
-            results.append({"url": url, "model": endpoint.model, **summarise(records, seconds, counters)})
-        run: dict[str, Any] = {"concurrency": level, "rate": settings.rate, "servers": results}
-        if len(results) == 2:
-            run["ratios"] = ratios(results)
-        runs.append(run)
-    told = asdict(settings)
-    told["prompts"] = len(settings.prompts)
-    return {
-        "kind": "draftkit bench",
-        "version": __version__,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": {"python": sys.version.split()[0], "system": platform.system(), "cpu": platform.machine()},
-        "settings": told,
-        "runs": runs,
-    }
+            run["servers"].append(await measure(url, key, here))
+            if len(run["servers"]) == 1:
+                runs.append(run)
+            else:
+                run["ratios"] = ratios(run["servers"])
+            save()
 
 
 def run_bench(
@@ -140,22 +143,73 @@ def run_bench(
     settings: LoadSettings,
     out: Path | None = None,
     api_keys: Sequence[str | None] = (),
+    show: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """Measure; write `bench.json` and `bench.png` into `out`. Raises ServeError when a server fails every request."""
+    """Measure; write `bench.json` and `bench.png` into `out` after each measurement, and `show` what there is at the end,
+    however it ends. Raises ServeError when a server does not answer or fails every request, or `out` cannot be a folder.
+    """
     if not 1 <= len(urls) <= 2:
         raise ServeError(f"{len(urls)} servers are given; bench takes one, or two to compare")
     if not levels or min(levels) < 1:
         raise ServeError(f"concurrency is {list(levels)}; each level must be 1 or more")
-    results = asyncio.run(bench_async(urls, levels, settings, api_keys))
+    results = _no_results(settings)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-        plot_bench(results, out / "bench.png")
+        _make_folder(out)
+    try:
+        asyncio.run(bench_async(urls, levels, settings, api_keys, results["runs"], lambda: _save(results, out)))
+    finally:
+        if results["runs"]:
+            show(results)
     for run in results["runs"]:
         for server in run["servers"]:
             if server["failed"] == server["requests"]:
                 raise ServeError(f"{server['url']}: every request failed; the first one with {server['first_error']}")
     return results
+
+
+def _no_results(settings: LoadSettings) -> dict[str, Any]:
+    """What `bench.json` holds before the first measurement."""
+    return {
+        "kind": "draftkit bench",
+        "version": __version__,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": {"python": sys.version.split()[0], "system": platform.system(), "cpu": platform.machine()},
+        "settings": {**asdict(settings), "prompts": len(settings.prompts)},
+        "runs": [],
+    }
+
+
+def _make_folder(out: Path) -> None:
+    """Raises ServeError when `out` cannot be a folder: better now than after the measurement."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ServeError(f"--out {out} must be a folder, or one that can be made: {error.strerror}") from error
+
+
+def _save(results: dict[str, Any], out: Path | None) -> None:
+    """Write both files anew; a reader meets the old one or the new one, never half of one."""
+    if out is None:
+        return
+    partial = out / "bench.json.partial"
+    partial.write_text(as_json(results, indent=1) + "\n", "utf-8")
+    partial.replace(out / "bench.json")
+    plot_bench(results, out / "bench.partial.png")
+    (out / "bench.partial.png").replace(out / "bench.png")
+
+
+def as_json(results: dict[str, Any], indent: int | None = None) -> str:
+    """JSON that every reader takes: NaN and infinities become null."""
+    return json.dumps(_finite(results), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -175,7 +229,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def print_bench(results: dict[str, Any]) -> None:
-    """A table: one row per server and level, ratios below."""
+    """A table: one row per server and level, ratios below, and a note where tokens are not what was counted."""
     from rich.console import Console
     from rich.table import Table
 
@@ -184,7 +238,7 @@ def print_bench(results: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "server" else "right")
 
     def shown(value: float | None, scale: float = 1, digits: int = 1) -> str:
-        return "–" if value is None else f"{value * scale:,.{digits}f}"
+        return "–" if value is None or not math.isfinite(value) else f"{value * scale:,.{digits}f}"
 
     for run in results["runs"]:
         for server in run["servers"]:
@@ -203,6 +257,9 @@ def print_bench(results: dict[str, Any]) -> None:
         if "ratios" in run:
             first = shown(run["ratios"]["tokens_per_s"], 1, 2)
             table.add_row("", "first / second", first + " x", shown(run["ratios"]["tokens_per_s_per_user"], 1, 2) + " x")
+    guessed = {s["url"]: 0 for run in results["runs"] for s in run["servers"] if s["tokens_counted_by"] == "chunks"}
+    if guessed:
+        table.caption = f"no usage from {' and '.join(guessed)}: chunks are counted as tokens"
     console = Console()
     console.width = max(console.width, 110)  # a pipe is 80 wide, which cuts numbers
     console.print(table)
@@ -217,7 +274,7 @@ def plot_bench(results: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for place in range(len(results["runs"][0]["servers"])):
-        rows = [(run["concurrency"], run["servers"][place]) for run in results["runs"]]
+        rows = [(r["concurrency"], r["servers"][place]) for r in results["runs"] if place < len(r["servers"])]
         points = [(s["tokens_per_s_per_user"], s["tokens_per_s"], c) for c, s in rows if s["tokens_per_s_per_user"]]
         axes.plot([p[0] for p in points], [p[1] for p in points], "o-", label=rows[0][1]["url"])
         for per_user, overall, users in points:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -43,13 +44,16 @@ class LoadSettings:
         for name in ("requests", "concurrency", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.rate is not None and self.rate <= 0:
-            raise ServeError(f"rate is {self.rate}; it must be above 0 requests per second")
+        if self.rate is not None and not (self.rate > 0 and math.isfinite(self.rate)):
+            raise ServeError(f"rate is {self.rate}; it must be a number of requests per second above 0")
 
 
 @dataclass
 class Record:
-    """One request. `gaps` holds one value per token after the first: a chunk's gap is shared by its tokens."""
+    """One request. `gaps` holds one value per token after the first: a chunk's gap is shared by its tokens.
+
+    `ended`: the server said that the answer is complete. `usage_told`: `output_tokens` is the server's count, not chunks.
+    """
 
     sent: float
     first: float | None = None
@@ -58,6 +62,8 @@ class Record:
     output_tokens: int = 0
     gaps: list[float] = field(default_factory=list)
     chunks: int = 0
+    ended: bool = False
+    usage_told: bool = False
     speculation: dict[str, Any] | None = None
     error: str | None = None
 
@@ -122,13 +128,17 @@ class Endpoint:
                     return record
                 last = record.sent
                 async for line in response.aiter_lines():
-                    if line.startswith("data: {"):
-                        last = self._take(record, json.loads(line[6:]), last)
+                    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+                    if data.startswith("{"):
+                        last = self._take(record, json.loads(data), last)
+                    record.ended = record.ended or data == "[DONE]"
             record.done = time.perf_counter()
             _share_gaps(record)
-            if record.first is None and record.error is None:
-                record.error = "the answer had no tokens"
-        except (httpx.HTTPError, ValueError) as error:
+            if not record.ended:  # a connection that ends without a length looks the same, complete or not
+                record.error = record.error or "the stream ended early"
+            elif record.first is None:
+                record.error = record.error or "the answer had no tokens"
+        except (httpx.HTTPError, ValueError, AttributeError, LookupError, TypeError) as error:  # chunks may be anything
             record.error = f"{type(error).__name__}: {error}"
         return record
 
@@ -139,15 +149,18 @@ class Endpoint:
         if "error" in chunk:
             record.error = str(chunk["error"])
             return now
-        used = chunk.get("usage") or {}
-        record.prompt_tokens = used.get("prompt_tokens", record.prompt_tokens)
+        record.prompt_tokens = _count(chunk.get("usage"), "prompt_tokens") or record.prompt_tokens
+        told = _count(chunk.get("usage"), "completion_tokens")
         metrics = chunk.get("metrics") or {}
         record.speculation = metrics.get("speculative_decoding") or record.speculation
         choices = chunk.get("choices") or []
         delta = choices[0].get("delta") or {} if choices else {}
+        record.ended = record.ended or bool(choices and choices[0].get("finish_reason"))
         text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or delta.get("tool_calls")
         before = record.output_tokens
-        total = used.get("completion_tokens", before + (1 if text else 0))
+        total = before + (1 if text else 0) if told is None else told
+        if text or told is not None:
+            record.usage_told = told is not None  # the last one decides: a usage counts all tokens before it too
         if not choices or total <= before:
             record.output_tokens = max(before, total)
             return last
@@ -158,6 +171,14 @@ class Endpoint:
         else:
             record.gaps += [(now - last) / (total - before)] * (total - before)
         return now
+
+
+def _count(usage: Any, name: str) -> int | None:
+    """A count in a usage; None where there is none or it is not a whole number."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return int(value) if value >= 0 and value % 1 == 0 else None
 
 
 def _share_gaps(record: Record) -> None:
