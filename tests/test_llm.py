@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_decode import make_drafter
@@ -20,8 +22,7 @@ from draftkit import LLM, SamplingParams
 from draftkit.draft.checkpoint import save_drafter
 from draftkit.engine.request import StepOutput
 from draftkit.errors import DataError
-from draftkit.serve.llm import _Call
-from draftkit.serve.turns import Turns
+from draftkit.serve.llm import Piece
 from draftkit.target.transformers import TransformersTarget
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
@@ -125,14 +126,14 @@ def test_one_stream_does_not_wait_for_another_that_waits(target_folder: Path, mo
     """One request at a time: the second waits for all of the first, whose pieces come as they are made."""
     llm = LLM(str(target_folder), "none", small(max_running=1))
     taken: list[int] = []
-    took = llm._next
+    step = llm._step
 
-    def counted(call: object) -> list[StepOutput]:
-        outputs = took(call)  # type: ignore[arg-type]
-        taken.append(len(outputs))
-        return outputs
+    def counted(call: Any) -> list[Piece]:
+        pieces = step(call)
+        taken.append(len(pieces))
+        return pieces
 
-    monkeypatch.setattr(llm, "_next", counted)
+    monkeypatch.setattr(llm, "_step", counted)
 
     async def read(text: str) -> int:
         return len([piece async for piece in llm.stream(text, replace(GREEDY, max_tokens=60))])
@@ -141,7 +142,7 @@ def test_one_stream_does_not_wait_for_another_that_waits(target_folder: Path, mo
         return list(await asyncio.gather(read("def add"), read("Step 1")))
 
     assert asyncio.run(both()) == [60, 60]
-    assert max(taken) <= 6, taken  # behind a lock that is not fair: some 50 at once
+    assert max(taken) <= 6, taken  # where the one that waits keeps the engine to itself: some 50 at once
 
 
 def test_a_stream_that_is_cancelled_at_any_time_leaves_nothing_behind(llm: LLM) -> None:
@@ -159,13 +160,63 @@ def test_a_stream_that_is_cancelled_at_any_time_leaves_nothing_behind(llm: LLM) 
     assert not llm.engine.has_work() and not llm._calls and llm.engine.metrics.kv_used == 0
 
 
-def test_who_asks_for_a_call_that_was_left_gets_nothing_instead_of_waiting_for_ever(llm: LLM) -> None:
-    call = _Call()
-    llm._add(call, [((1, 2, 3), GREEDY)])
-    llm._leave(call)
-    assert llm._next(call) == [] and not llm.engine.has_work()
-    llm._add(call, [((1, 2, 3), GREEDY)])  # the thread that adds may come last
+def test_a_signal_interrupts_who_waits_and_never_a_step(llm: LLM) -> None:
+    """Ctrl-C again and again, at any moment: the engine is as it was, and answers as before."""
+    wanted = llm.generate(["def add", "Step 1"], GREEDY)
+    for moment in range(15):
+        timer = threading.Timer(0.003 * moment, signal.raise_signal, [signal.SIGINT])
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012  # it may come at any of these lines
+            timer.start()
+            while True:
+                llm.generate(["def add", "Step 1"] * 3, replace(GREEDY, max_tokens=100))
+        timer.join()
+        assert not llm.engine.has_work() and not llm._calls and llm.engine.metrics.kv_used == 0
+    again = llm.generate(["def add", "Step 1"], GREEDY)
+    assert [g.outputs[0].token_ids for g in again] == [g.outputs[0].token_ids for g in wanted]
+
+
+def test_a_constraint_that_raises_ends_its_own_call_alone(llm: LLM) -> None:
+    class Broken:
+        finished = False
+
+        def allowed(self) -> Any:
+            raise ValueError("grammar of a user")
+
+        def accept(self, token: int) -> bool:
+            return True
+
+        def rollback(self, count: int) -> None:
+            pass
+
+    whole = llm.generate("def add", replace(GREEDY, max_tokens=100))[0].outputs[0].token_ids
+    found: list[Any] = []
+    other = threading.Thread(target=lambda: found.extend(llm.generate("def add", replace(GREEDY, max_tokens=100))))
+    other.start()
+    with pytest.raises(ValueError, match="grammar of a user"):
+        llm.generate("Step 1", replace(GREEDY, constraint=Broken()))
+    other.join(60)
+    assert [g.outputs[0].token_ids for g in found] == [whole]
     assert not llm.engine.has_work()
+
+
+@pytest.mark.parametrize("prompt", [[1.5, 2.5], [None], ["a", "b"], [1, "b"], [-1], [10**9]])
+def test_prompts_that_are_no_token_ids_are_named(llm: LLM, prompt: list[Any]) -> None:
+    with pytest.raises(DataError, match=r"token id"):
+        llm.generate([prompt], GREEDY)
+    assert not llm.engine.has_work()
+
+
+def test_token_ids_may_be_arrays(llm: LLM) -> None:
+    wanted = llm.generate([[1, 2, 3]], GREEDY)[0].outputs[0].token_ids
+    for prompts in (np.array([1, 2, 3]), torch.tensor([[1, 2, 3]]), [np.array([1, 2, 3])]):
+        assert llm.generate(prompts, GREEDY)[0].outputs[0].token_ids == wanted  # type: ignore[arg-type]
+
+
+def test_a_forked_child_is_told_that_it_has_no_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    parent = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
+    with pytest.raises(DataError, match="forked"):
+        llm.generate("def add", GREEDY)
 
 
 def test_whatever_goes_wrong_while_adding_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,20 +256,3 @@ def test_a_program_may_end_while_the_passes_are_being_compiled(tmp_path: Path) -
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_turns_are_taken_in_the_order_of_asking() -> None:
-    turns, order = Turns(), list[int]()
-
-    def take(number: int) -> None:
-        with turns:
-            order.append(number)
-
-    threads = [threading.Thread(target=take, args=(i,)) for i in range(5)]
-    with turns:
-        for waiting, thread in enumerate(threads, 1):
-            thread.start()
-            while len(turns._waiting) < waiting:
-                time.sleep(0.001)
-    with turns:  # behind all of them, though this thread had the lock last
-        assert order == [0, 1, 2, 3, 4]

@@ -225,6 +225,17 @@ def test_metrics_parse_and_count(server: Server) -> None:
     assert server.metric("spec_decode_num_accepted_tokens_per_pos_total") == accepted
 
 
+def test_an_answer_that_a_stop_string_ends_is_a_finished_request(server: Server) -> None:
+    names = ("request_success_total", "e2e_request_latency_seconds_count", "prompt_tokens_total")
+    for stream in (False, True):
+        before = [server.metric(name) for name in names]
+        body = CHAT | {"stop": "quick", "max_tokens": 100, "stream": stream}
+        text = server.http.post("/v1/chat/completions", json=body).text
+        assert '"finish_reason":"stop"' in text.replace(" ", "") and "brown" not in text
+        grown = [server.metric(name) - old for name, old in zip(names, before, strict=True)]
+        assert grown[:2] == [1, 1] and grown[2] > 0
+
+
 def test_the_page_is_sent_whole_also_when_a_part_is_asked_for(server: Server) -> None:
     whole = server.http.get("/chat.js")
     assert whole.status_code == 200 and "javascript" in whole.headers["content-type"]

@@ -7,6 +7,7 @@ N rows of logits, V vocabulary, F features.
 from __future__ import annotations
 
 import logging
+import operator
 import random
 import time
 from collections.abc import Sequence
@@ -88,6 +89,10 @@ class Engine:
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""
+        try:
+            tokens = list(map(operator.index, tokens))
+        except TypeError as error:
+            raise DataError(f"a prompt is a list of token ids, which are whole numbers ({error})") from error
         self._check(request_id, tokens, params)
         stop_ids: dict[int, int | None] = {t: t for t in params.stop_token_ids}
         if not params.ignore_eos:
@@ -98,7 +103,7 @@ class Engine:
         request = Running(
             request_id,
             params,
-            list(tokens),
+            tokens,
             len(tokens),
             min(params.max_tokens or room, room),
             stop_ids,

@@ -165,7 +165,7 @@ async def _next(worker: Worker, ticket: Ticket, choices: list[Choice]) -> list[t
             continue  # outputs beyond a stop string
         deltas.append((index, choice.add(output)))
         if choice.stopped_by_text:
-            worker.abort(ticket, index)
+            worker.finish(ticket, index, "stop", output.stats)
     return deltas
 
 

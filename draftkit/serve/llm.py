@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -25,12 +28,14 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.serve.choice import Choice
 from draftkit.serve.detokenize import TokenTexts
+from draftkit.serve.guard import Guarded
 from draftkit.serve.pair import PlanFiles, open_pair
 from draftkit.serve.protocol import Message as Spoken
 from draftkit.serve.sampling_defaults import sampling_defaults
-from draftkit.serve.turns import Turns
 
 _SHOW_AFTER = 2.0  # seconds until a progress bar appears
+_AT_ONCE = 0.05  # seconds of steps without coming back to a caller who wants whole answers
+T = TypeVar("T")
 
 Message = dict[str, Any]
 Prompt = str | Sequence[int]
@@ -65,17 +70,32 @@ class Piece:
     finish_reason: str | None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
-    """The answers that one call waits for, by the engine's names, and outputs for them that nobody has looked at."""
+    """The answers that one call waits for, by the engine's names, and what there is of them that nobody has taken yet."""
 
     choices: dict[str, Choice] = field(default_factory=dict)
-    outputs: list[StepOutput] = field(default_factory=list)
-    left: bool = False  # nobody waits any more
+    pieces: list[Piece] = field(default_factory=list)
+    made: dict[str, Completion] = field(default_factory=dict)
+    guards: list[Guarded] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """All its answers are there."""
+        return len(self.made) == len(self.choices)
+
+    def raise_errors(self) -> None:
+        """What a constraint raised, which has ended its answer."""
+        for guard in self.guards:
+            if guard.error is not None:
+                raise guard.error
 
 
 class LLM:
     """A target with a drafter, ready to answer. Several threads or tasks may ask at the same time; they share batches.
+
+    The engine lives in a thread of its own, which takes one thing after the other from all who ask: a signal, which interrupts
+    whoever waits, never interrupts a step. Of a process that forks it stays behind, so a child needs an `LLM` of its own.
 
     `target` is "tiny", a folder or a hub id; `drafter` a folder, "none", or None (the embedded target's own, if there is
     one); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`. Calls without parameters
@@ -95,7 +115,9 @@ class LLM:
         self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings(), files)
         self._texts = TokenTexts(self.tokenizer)
         self._defaults = SamplingParams(**sampling_defaults(target))
-        self._turn = Turns()  # the engine does one thing at a time
+        self._thread = ThreadPoolExecutor(1, "draftkit-engine")
+        self._process = os.getpid()
+        self._asking: set[_Call] = set()  # those that wait for answers
         self._calls: dict[str, _Call] = {}
         self._serial = itertools.count()
 
@@ -106,8 +128,8 @@ class LLM:
 
         Raises DataError for requests that cannot be served; nothing is then generated.
         """
-        given: Any = prompts
-        many = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        given: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+        many = [given] if isinstance(given, str) or (len(given) and isinstance(given[0], Integral)) else list(given)
         return self._run([self._texts.encode(p, True) if isinstance(p, str) else tuple(p) for p in many], params)
 
     def chat(
@@ -135,17 +157,15 @@ class LLM:
         params = params or self._defaults
         if params.n != 1:
             raise DataError(f"n is {params.n}; a stream is one answer, open several streams")
-        call, loop = _Call(), asyncio.get_running_loop()
+        call = _Call()
         try:
-            await loop.run_in_executor(None, self._add, call, [(tokens, params)])
-            while True:
-                for output in await loop.run_in_executor(None, self._next, call):
-                    delta = call.choices[output.request_id].add(output)
-                    yield Piece(delta.text, tuple(e.token_id for e in delta.events), delta.finish_reason)
-                    if delta.finish_reason is not None:
-                        return
-        finally:  # handed over at once and not called back, so that it happens whatever becomes of this task
-            await asyncio.shield(loop.run_in_executor(None, self._leave, call))
+            await asyncio.wrap_future(self._do(self._add, call, [(tokens, params)]))
+            while not (call.complete and not call.pieces):
+                for piece in await asyncio.wrap_future(self._do(self._step, call)):
+                    yield piece
+            call.raise_errors()
+        finally:  # in the thread's queue at once, so that it happens whatever becomes of this task
+            await asyncio.shield(asyncio.wrap_future(self._do(self._leave, call)))
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         try:
@@ -170,66 +190,81 @@ class LLM:
         ]
         call = _Call()
         try:
-            self._add(call, work)
-            answers = iter(self._finish(call))
+            self._do(self._add, call, work).result()
+            self._finish(call)
         finally:
-            self._leave(call)
+            self._do(self._leave, call).result()
+        answers = iter([call.made[name] for name in call.choices])
         return [
             Generation(tokens, tuple(itertools.islice(answers, p.n))) for tokens, p in zip(prompts, each, strict=True)
         ]
 
-    def _add(self, call: _Call, work: list[tuple[tuple[int, ...], SamplingParams]]) -> None:
-        """Hand all to the engine; none of them stays there when one cannot be served."""
-        with self._turn:
-            for tokens, params in () if call.left else work:
-                name = f"llm-{next(self._serial)}"
-                call.choices[name], self._calls[name] = Choice(self._texts, params, len(tokens)), call
-                self.engine.add_request(name, tokens, params)
-
-    def _finish(self, call: _Call) -> list[Completion]:
-        """Step until all of these are complete; a progress bar appears when it takes long."""
-        began, made = time.monotonic(), dict[str, Completion]()
+    def _finish(self, call: _Call) -> None:
+        """Wait until all answers are there; a progress bar appears when it takes long."""
+        began = time.monotonic()
         with ExitStack() as stack:
             progress, bar = None, TaskID(0)
-            while len(made) < len(call.choices):
-                for output in self._next(call):
-                    name, choice = output.request_id, call.choices[output.request_id]
-                    choice.add(output)
-                    if choice.stopped_by_text:
-                        self._abort(name)
-                    if choice.finish_reason is not None and name not in made:
-                        made[name] = _completion(choice, choice.finish_reason, output.stats)
+            while not call.complete:
+                self._do(self._step, call, _AT_ONCE).result()
                 if progress is None and time.monotonic() - began > _SHOW_AFTER:
                     progress = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
                     bar = progress.add_task("answers", total=len(call.choices))
                 if progress is not None:
-                    progress.update(bar, completed=len(made))
-        return [made[name] for name in call.choices]
+                    progress.update(bar, completed=len(call.made))
+        call.raise_errors()
 
-    def _next(self, call: _Call) -> list[StepOutput]:
-        """Outputs for this call; steps the engine, for everybody, while there are none. Between two steps others have their
-        turn."""
-        while True:
-            with self._turn:
-                if not call.outputs and not call.left:
-                    for output in self.engine.step():
-                        if (owner := self._calls.get(output.request_id)) is not None:
-                            owner.outputs.append(output)
-                if call.outputs or call.left:
-                    outputs, call.outputs = call.outputs, []
-                    return outputs
+    def _do(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        """Something for the engine's thread, behind what others have asked for. Raises DataError in a forked child."""
+        if os.getpid() != self._process:
+            raise DataError("this LLM stayed in the process that was forked; make one here, or start processes with spawn")
+        return self._thread.submit(function, *args)
 
-    def _abort(self, name: str) -> None:
-        with self._turn:
+    # ---- the engine's thread ----
+
+    def _add(self, call: _Call, work: list[tuple[tuple[int, ...], SamplingParams]]) -> None:
+        """Hand all to the engine; what is there when one cannot be served is given up by `_leave`."""
+        self._asking.add(call)
+        for tokens, params in work:
+            if params.constraint is not None:
+                guard = Guarded(params.constraint, self.engine.info.vocab_size)
+                call.guards.append(guard)
+                params = replace(params, constraint=guard)
+            name = f"llm-{next(self._serial)}"
+            call.choices[name], self._calls[name] = Choice(self._texts, params, len(tokens)), call
+            self.engine.add_request(name, tokens, params)
+
+    def _step(self, call: _Call, seconds: float = 0.0) -> list[Piece]:
+        """What there is of a stream; steps the engine, for everybody, while there is nothing, and for so long at least as
+        nobody else asks. Raises what a constraint of this call raised."""
+        until = time.monotonic() + seconds
+        while not call.complete and (not call.pieces or time.monotonic() < until):
+            for output in self.engine.step():
+                if (owner := self._calls.get(output.request_id)) is not None:
+                    self._take(owner, output)
+            if len(self._asking) > 1:
+                break  # what they wait for may be there
+        call.raise_errors()
+        pieces, call.pieces = call.pieces, []
+        return pieces
+
+    def _take(self, call: _Call, output: StepOutput) -> None:
+        """One step's output for an answer of this call; nothing behind its end."""
+        name, choice = output.request_id, call.choices[output.request_id]
+        if name in call.made:
+            return
+        delta = choice.add(output)
+        call.pieces.append(Piece(delta.text, tuple(e.token_id for e in delta.events), delta.finish_reason))
+        if choice.stopped_by_text:
             self.engine.abort(name)
+        if choice.finish_reason is not None:
+            call.made[name] = _completion(choice, choice.finish_reason, output.stats)
 
     def _leave(self, call: _Call) -> None:
         """Nobody waits for this call any more: whatever the engine still has of it is given up."""
-        with self._turn:
-            call.left = True
-            for name in call.choices:
-                self._calls.pop(name, None)
-                self.engine.abort(name)
+        self._asking.discard(call)
+        for name in call.choices:
+            self._calls.pop(name, None)
+            self.engine.abort(name)
 
 
 def _completion(choice: Choice, finish_reason: str, stats: RequestStats) -> Completion:

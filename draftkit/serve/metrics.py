@@ -24,7 +24,7 @@ _FROM_ENGINE = (
     ("num_preemptions", "counter", "preemptions", "Requests that were put back because memory ran out"),
     ("prefix_cache_queries", "counter", "prefix_queries", "Prompt tokens looked up in the prefix cache"),
     ("prefix_cache_hits", "counter", "prefix_hits", "Prompt tokens found in the prefix cache"),
-    ("spec_decode_num_drafts", "counter", "rounds", "Rounds of draft and verify, counted per request"),
+    ("spec_decode_num_drafts", "counter", "rounds", "Rounds, counted per request, also those in which nothing was drafted"),
     ("spec_decode_num_draft_tokens", "counter", "drafted", "Tokens that the drafter offered"),
     ("spec_decode_num_verified_tokens", "counter", "verified", "Drafted tokens that the target verified (the budget)"),
     ("spec_decode_num_accepted_tokens", "counter", "accepted", "Drafted tokens that were accepted"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from draftkit.engine.request import SamplingParams, StepOutput
+from draftkit.engine.request import RequestStats, SamplingParams, StepOutput
 from draftkit.errors import DraftkitError
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
@@ -148,6 +148,12 @@ class Worker:
     def cancel(self, ticket: Ticket) -> None:
         """Abort what is still open of a ticket; does nothing when all is finished."""
         self.abort(ticket, *ticket.open)
+
+    def finish(self, ticket: Ticket, index: int, reason: str, stats: RequestStats) -> None:
+        """An answer is complete, which the engine does not know: a stop string was found."""
+        if ticket.ids[index] in self._tickets:
+            self._metrics.on_finish(time.monotonic() - ticket.arrived, reason, stats)
+            self.abort(ticket, index)
 
     def abort(self, ticket: Ticket, *indices: int) -> None:
         """Abort some answers of a ticket; outputs that are on their way are dropped."""
