@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,30 @@ class Page:
             ({condition}) ? yes(true) : left-- > 0 ? setTimeout(look, 50) : yes(false); look(); }})"""
         assert self.run(script), f"{condition}: {self.run('document.body.innerText')} {self.console}"
 
+    def press_enter(self, text: str = "") -> None:
+        """Types a text into the question's box and presses Enter there."""
+        self.run("document.getElementById('prompt').focus()")
+        self.call("Input.insertText", text=text)
+        self.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+
+    def click(self, name: str) -> None:
+        """A mouse click in the middle of an element: unlike its click(), one that has to hit it."""
+        place = f"const e = document.getElementById('{name}'); e.scrollIntoView(); const r = e.getBoundingClientRect();"
+        x, y = self.run(f"(() => {{ {place} return [r.x + r.width / 2, r.y + r.height / 2]; }})()")
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def set(self, name: str, value: str) -> None:
+        self.run(f"document.getElementById('{name}').value = {json.dumps(value)}")
+
+    def value(self, name: str) -> str:
+        return str(self.run(f"document.getElementById('{name}').value"))
+
+    def sent(self) -> list[tuple[str, str]]:
+        """Role and text of each message of the last request."""
+        messages = self.run("JSON.parse(sent.at(-1)).messages")
+        return [(m["role"], m["content"]) for m in messages]
+
 
 @contextmanager
 def browsing(profile: Path) -> Iterator[Page]:
@@ -112,6 +137,45 @@ def server() -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def slow() -> Iterator[Server]:
+    """A server whose answers take half a minute without drafts: long enough to do something meanwhile."""
+    with serving("--step-seconds", "0.4") as running:
+        yield running
+
+
+@contextmanager
+def chatting(server: Server, profile: Path) -> Iterator[Page]:
+    """The page, ready, without drafts, and with the bodies of its requests in `sent`."""
+    with browsing(profile) as page:
+        page.call("Page.navigate", url=server.url + "/")
+        page.wait("document.getElementById('model')?.textContent.includes('fake')")
+        page.run("document.getElementById('draft').click()")
+        page.run(
+            "var sent = [], real = window.fetch;"
+            "window.fetch = (url, options) => { if (options?.body) sent.push(options.body); return real(url, options); }"
+        )
+        yield page
+
+
+@contextmanager
+def aborting(server: Server) -> Iterator[None]:
+    """What is done here makes the page leave an answer: the server hears of it within two seconds."""
+    before = sum("client left" in line for line in server.log)
+    yield
+    for _ in range(40):
+        if sum("client left" in line for line in server.log) > before:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the server goes on with an answer that nobody waits for")
+
+
+WORDS = "document.querySelectorAll('.assistant .target').length"
+IDLE = "document.getElementById('send').textContent === 'send'"
+BUSY = "document.getElementById('send').textContent === 'stop'"
+DONE = "document.querySelectorAll('.assistant[data-done]').length"
+
+
 def test_the_page_is_self_contained(server: Server) -> None:
     page = server.http.get("/")
     assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
@@ -126,9 +190,7 @@ def test_chat_shows_accepted_rejected_and_target_made_tokens(server: Server, tmp
     with browsing(tmp_path / "profile") as page:
         page.call("Page.navigate", url=server.url + "/")
         page.wait("document.getElementById('model')?.textContent.includes('fake')")
-        page.run("document.getElementById('prompt').focus()")
-        page.call("Input.insertText", text="tell me <b>about</b> a fox")
-        page.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+        page.press_enter("tell me <b>about</b> a fox")
         page.wait("document.querySelectorAll('.assistant[data-done]').length === 1")
 
         def texts(selector: str) -> list[str]:
@@ -174,3 +236,112 @@ def test_the_page_works_with_an_api_key_and_shows_errors(tmp_path: Path) -> None
         page.wait("document.getElementById('model').textContent.includes('fake')")
         page.run("document.getElementById('prompt').value = 'hi'; document.getElementById('send').click()")
         page.wait("document.querySelectorAll('.assistant[data-done]').length === 1")
+
+
+@needs_browser
+def test_the_stop_button_stops_and_enter_leaves_the_answer_and_the_next_question_alone(slow: Server, tmp_path: Path) -> None:
+    with chatting(slow, tmp_path / "profile") as page:
+        page.press_enter("first")
+        page.wait(f"{WORDS} >= 1 && {BUSY}")
+        page.press_enter("second")
+        page.press_enter()
+        so_far = page.run(WORDS)
+        page.wait(f"{WORDS} > {so_far}")
+        assert page.run(BUSY) and page.value("prompt") == "second" and page.run("sent.length") == 1
+
+        page.set("prompt", "")
+        with aborting(slow):
+            page.click("send")
+            page.wait(f"{IDLE} && document.querySelector('.error')?.textContent === ' (stopped)'")
+        assert page.run(DONE) == 0
+
+        came = page.run("document.querySelector('.assistant').textContent").removesuffix(" (stopped)")
+        page.set("max-tokens", "1")
+        page.press_enter("second")
+        page.wait(f"{DONE} === 1")
+        assert came
+        assert page.sent() == [("user", "first"), ("assistant", came), ("user", "second")], "what came is what was said"
+
+        page.set("max-tokens", "256")
+        page.press_enter("third")
+        page.wait(f"{WORDS} >= 3 && {BUSY}")
+        page.set("prompt", "fourth")
+        page.click("send")
+        page.wait(IDLE)
+        assert page.value("prompt") == "fourth", "stopping keeps what was typed"
+
+
+@needs_browser
+def test_a_new_conversation_drops_the_answer_that_runs(slow: Server, tmp_path: Path) -> None:
+    with chatting(slow, tmp_path / "profile") as page:
+        page.press_enter("old")
+        page.wait(f"{WORDS} >= 1 && {BUSY}")
+        page.click("clear")
+        assert page.run(IDLE)
+        # At once, so that the old answer ends while the new one runs.
+        page.press_enter("new")
+        page.wait(f"{WORDS} >= 1 && {BUSY}")
+        assert page.sent() == [("user", "new")] and page.run("document.querySelectorAll('.turn').length") == 2
+        page.click("send")
+        page.wait(IDLE)
+
+        page.click("clear")
+        page.press_enter("old again")
+        page.wait(f"{WORDS} >= 1 && {BUSY}")
+        with aborting(slow):
+            page.click("clear")
+        page.set("max-tokens", "1")
+        page.press_enter("newer")
+        page.wait(f"{DONE} === 1")
+        page.press_enter("newest")
+        page.wait(f"{DONE} === 2")
+        assert [role for role, _ in page.sent()] == ["user", "assistant", "user"]
+        assert page.sent()[0] == ("user", "newer")
+
+
+@needs_browser
+def test_a_failed_question_is_not_sent_again_and_can_be_asked_again(server: Server, tmp_path: Path) -> None:
+    half = 'data: {"choices": [{"delta": {"content": "half"}}]}\n\ndata: {"error": {"message": "broke"}}\n\n'
+    failing = ("Promise.reject(new TypeError('gone'))", f"Promise.resolve(new Response({json.dumps(half)}))")
+    with chatting(server, tmp_path / "profile") as page:
+        page.set("max-tokens", "0")
+        page.press_enter("why?")
+        page.wait(f"{IDLE} && document.querySelector('.error')")
+        page.set("max-tokens", "2")
+        for number, answer in enumerate(failing, 2):
+            page.run(f"var working = window.fetch; window.fetch = (u, o) => o?.body ? {answer} : real(u, o); 0")
+            page.press_enter("why?")
+            page.wait(f"{IDLE} && document.querySelectorAll('.error').length === {number}")
+            page.run("window.fetch = working; 0")
+        page.press_enter("why?")
+        page.wait(f"{DONE} === 1")
+        assert page.sent() == [("user", "why?")]
+        assert page.run("document.querySelectorAll('.turn.user').length") == 4, "the page still shows them"
+        page.press_enter("and?")
+        page.wait(f"{DONE} === 2")
+        assert [role for role, _ in page.sent()] == ["user", "assistant", "user"]
+
+
+@needs_browser
+def test_speed_leaves_out_the_tokens_that_came_before_the_clock_started(slow: Server, tmp_path: Path) -> None:
+    with chatting(slow, tmp_path / "profile") as page:
+        page.set("max-tokens", "1")
+        page.press_enter("one")
+        page.wait(f"{DONE} === 1")
+        assert "tokens/s" not in page.run("document.querySelector('.note').textContent")
+        assert page.run("document.getElementById('speed-off').textContent") == "–"
+        page.set("max-tokens", "2")
+        page.press_enter("two")
+        page.wait(f"{DONE} === 2")
+        note = page.run("document.querySelectorAll('.note')[1].textContent")
+        # One token in a step of 0.4 seconds.
+        assert note in [f"2 tokens, {speed} tokens/s, no drafts" for speed in (1, 2, 3)]
+        assert page.run("document.getElementById('speed-off').textContent") in ("1", "2", "3")
+
+
+@needs_browser
+def test_events_are_read_with_and_without_a_space_behind_the_colon(server: Server, tmp_path: Path) -> None:
+    stream = 'data:{"n":1}\n\ndata: {"n":2}\n\ndata:[DONE]\n\ndata: [DONE]\n\n'
+    with chatting(server, tmp_path / "profile") as page:
+        read = f"for await (const event of events(new Response({json.dumps(stream)}))) found.push(event.n);"
+        assert page.run(f"(async () => {{ const found = []; {read} return found; }})()") == [1, 2]

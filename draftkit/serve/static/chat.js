@@ -34,37 +34,43 @@ async function* events(response) {
     if (done) return;
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
-    for (const part of parts) if (part.startsWith("data: {")) yield JSON.parse(part.slice(6));
+    for (const part of parts) if (/^data: ?\{/.test(part)) yield JSON.parse(part.slice(5));
   }
 }
 
-function showStats(metrics, count, seconds, drafting) {
+function showStats(metrics, speed, drafting) {
   const stats = metrics.speculative_decoding;
   if (!stats) return;
   const length = stats.mean_acceptance_length;
   at("accepted-len").textContent = drafting && length ? length.toFixed(2) : "–";
-  if (seconds <= 0 || count < 2) return;
-  speeds[drafting ? "on" : "off"] = count / seconds;
+  if (!speed) return;
+  speeds[drafting ? "on" : "off"] = speed;
   at("speed-on").textContent = speeds.on ? speeds.on.toFixed(0) : "–";
   at("speed-off").textContent = speeds.off ? speeds.off.toFixed(0) : "–";
   at("ratio").textContent = speeds.on && speeds.off ? (speeds.on / speeds.off).toFixed(2) + " ×" : "–";
 }
 
+function idle() {
+  running = null;
+  at("send").textContent = "send";
+}
+
 async function ask(text) {
-  messages.push({ role: "user", content: text });
+  const question = { role: "user", content: text };
   put(turn("user"), text);
   const box = turn("assistant");
   const drafting = at("draft").checked;
-  running = new AbortController();
+  const own = new AbortController();
+  running = own;
   at("send").textContent = "stop";
-  let answer = "", count = 0, first = 0;
+  let answer = "", count = 0, first = 0, later = 0, speed = 0, keep = true;
   try {
     const response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: headers(),
-      signal: running.signal,
+      signal: own.signal,
       body: JSON.stringify({
-        messages, stream: true, return_token_origins: true, return_spec_stats: true, draft: drafting,
+        messages: [...messages, question], stream: true, return_token_origins: true, return_spec_stats: true, draft: drafting,
         temperature: Number(at("temperature").value), max_tokens: Number(at("max-tokens").value),
       }),
     });
@@ -82,25 +88,31 @@ async function ask(text) {
           put(box, piece, origin);
         });
         for (const draft of drafts) put(box, draft, "rejected");
-        count += choice.origins.tokens.length;
-        first = first || performance.now();
-        showStats(chunk.metrics, count, (performance.now() - first) / 1000, drafting);
+        count += made.length;
+        // The clock starts when the first tokens are there, so it does not count them.
+        if (first) later += made.length;
+        else first = performance.now();
+        const seconds = (performance.now() - first) / 1000;
+        speed = later && seconds > 0 ? later / seconds : 0;
+        showStats(chunk.metrics, speed, drafting);
         if (stick) at("talk").scrollTop = at("talk").scrollHeight;
       }
     }
-    const seconds = (performance.now() - first) / 1000;
     const note = document.createElement("span");
     note.className = "note";
-    note.textContent = `${count} tokens, ${(count / seconds).toFixed(0)} tokens/s, ` +
+    note.textContent = `${count} tokens, ` + (speed ? `${speed.toFixed(0)} tokens/s, ` : "") +
       (drafting ? `accepted length ${at("accepted-len").textContent}` : "no drafts");
     box.append(note);
     box.dataset.done = "yes";
   } catch (error) {
-    put(box, error.name === "AbortError" ? " (stopped)" : "error: " + error.message, "error");
+    const stopped = error.name === "AbortError";
+    keep = stopped && answer !== "";
+    put(box, stopped ? " (stopped)" : "error: " + error.message, "error");
   }
-  messages.push({ role: "assistant", content: answer });
-  running = null;
-  at("send").textContent = "send";
+  if (running !== own) return; // a new conversation has begun, and this turn is not part of it
+  // A failed turn is shown but not sent again: it has no answer to go on from. A stopped one has what came.
+  if (keep) messages.push(question, { role: "assistant", content: answer });
+  idle();
 }
 
 function read(text) {
@@ -153,9 +165,17 @@ at("form").addEventListener("submit", (event) => {
   if (text) { at("prompt").value = ""; ask(text); }
 });
 at("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); at("form").requestSubmit(); }
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  // While an answer runs, submitting stops it: that is for the button. The next question waits in its box.
+  if (!running) at("form").requestSubmit();
 });
-at("clear").addEventListener("click", () => { messages.length = 0; at("talk").replaceChildren(); });
+at("clear").addEventListener("click", () => {
+  if (running) running.abort();
+  idle();
+  messages.length = 0;
+  at("talk").replaceChildren();
+});
 at("show-rejected").addEventListener("change", (event) =>
   document.body.classList.toggle("hide-rejected", !event.target.checked));
 
