@@ -200,7 +200,7 @@ def test_a_drafted_block_is_the_same_to_the_bit_alone_and_beside_others() -> Non
             step.dtype,
             block=True,
         )
-        _, base = fast._read_block(alone)
-        _, beside = fast._read_block(step)
+        _, base = fast._read_block(alone, fast.native)
+        _, beside = fast._read_block(step, fast.native)
         assert torch.equal(base[0], beside[row])
     assert together.probs_BGV.shape == (3, 4, 40)
