@@ -17,7 +17,7 @@ from draftkit.evaluate.run import EvalResult
 
 
 def quickstart(out: Path) -> str:
-    command = [sys.executable, "-m", "draftkit.cli", "quickstart", "--out", str(out), "--minutes", "0.5"]
+    command = [sys.executable, "-m", "draftkit.cli", "quickstart", "--out", str(out), "--minutes", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout
