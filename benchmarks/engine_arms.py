@@ -15,6 +15,7 @@ With `--eager` passes are PyTorch operations: slow, and of nearly the same cost 
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -177,6 +178,7 @@ def main() -> None:
         for turn in track(range(count), f"{concurrency} at once"):
             if builds > 1 and turn % -(-count // builds) == 0:
                 engines.clear()
+                gc.collect()  # engines hold themselves, and gigabytes
                 engines = built(turn * builds // count)
             asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
             loads = {}

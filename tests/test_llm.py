@@ -211,6 +211,11 @@ def test_token_ids_may_be_arrays(llm: LLM) -> None:
     for prompts in (np.array([1, 2, 3]), torch.tensor([[1, 2, 3]]), [np.array([1, 2, 3])]):
         assert llm.generate(prompts, GREEDY)[0].outputs[0].token_ids == wanted  # type: ignore[arg-type]
 
+    async def read() -> tuple[int, ...]:
+        return tuple([token async for piece in llm.stream(np.array([1, 2, 3]), GREEDY) for token in piece.token_ids])  # type: ignore[arg-type]
+
+    assert asyncio.run(read()) == wanted
+
 
 def test_a_forked_child_is_told_that_it_has_no_engine(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = os.getpid()

@@ -117,7 +117,8 @@ FORMS = [
     ({"grammar": 'start: "set " NAME\nNAME: /[a-z]+/'}, ["set x"], ["set X"]),
     ({"json": {"type": "integer"}}, ["42"], ["4.2", "x"]),
     ({"json": '{"type": "integer"}'}, ["-7"], ["{"]),
-    ({"json_object": True}, ['{"a": [1]}'], ["[1]", "1"]),
+    ({"json": {}}, ["42", "[1]"], ["x"]),
+    ({"json_object": True, "json": None}, ['{"a": [1]}'], ["[1]", "1"]),
 ]
 
 

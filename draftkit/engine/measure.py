@@ -60,7 +60,7 @@ def warm_up(models: Models, max_running: int, step_tokens: int) -> None:
         for lengths in ([prompt], [1, min(LONG_QUERY, prompt)]):  # two kinds of kernels, see `PagedPass.of`
             step = _some_pass(models, blocks, np.array(lengths), 0)
             models.model.read(step, torch.zeros(1, dtype=torch.int64, device=models.device), models.feature_layers)
-    _wait(models)
+    wait(models)
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def _read(models: Models, blocks: list[int], tokens: int, extend: bool = False) 
     read = models.model.read(step, None, models.feature_layers)
     if extend and models.drafter is not None and read.features_TF is not None:
         models.drafter.extend(step, read.features_TF, step.tokens)
-    _wait(models)
+    wait(models)
 
 
 @torch.inference_mode()
@@ -120,7 +120,7 @@ def _draft(models: Models, drafter: FastDrafter | FastEagle, blocks: list[int], 
     lengths = np.full(requests, wanted.tokens_RP.shape[1])
     step = _some_pass(models, blocks, lengths, _context(models, int(lengths[0])) + wanted.first, wanted.block)
     drafter.draft(step, torch.zeros(requests, dtype=torch.int64, device=models.device), None)
-    _wait(models)
+    wait(models)
 
 
 def _context(models: Models, longest: int) -> int:
@@ -136,6 +136,7 @@ def _some_pass(models: Models, blocks: list[int], lengths: np.ndarray, context: 
     return Pass(tokens, starts, lengths, tables, models.pool.block_size, models.device, models.dtype, block)
 
 
-def _wait(models: Models) -> None:
+def wait(models: Models) -> None:
+    """Until a GPU has done what it was given; nothing to wait for on a CPU."""
     if models.device.type == "cuda":
         torch.cuda.synchronize(models.device)

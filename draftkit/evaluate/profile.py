@@ -19,6 +19,7 @@ from draftkit.draft.drafter import Drafter
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import unsupported
+from draftkit.engine.measure import wait
 from draftkit.engine.models import Models, build_models, start_compiling
 from draftkit.engine.passes import Pass
 from draftkit.engine.settings import EngineSettings
@@ -163,7 +164,7 @@ def _target_job(models: Models, tables_RB: np.ndarray, context: int, count: int,
     def job() -> None:
         step = Pass(tokens_T, starts_R, lengths_R, tables_RB[: len(lengths_R)], BLOCK_SIZE, models.device, models.dtype)
         processed_probs(models.model.read(step, None, models.feature_layers).logits_WV, SAMPLING)
-        _wait(models.device)
+        wait(models)
 
     return job
 
@@ -189,14 +190,9 @@ def _draft_job(
     def job() -> None:
         drafter.extend(there(ones_R, -1, ones_R), features_TF, anchors)
         drafter.draft(there(wanted.tokens_RP.ravel(), wanted.first, lengths_R, wanted.block), anchors, choose)
-        _wait(device)
+        wait(models)
 
     return job
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def plot_step_rate(table: StepRateTable, path: Path) -> None:

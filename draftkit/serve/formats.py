@@ -55,7 +55,8 @@ class StructuredOutputs(BaseModel):
 
     @model_validator(mode="after")
     def _one_form(self) -> StructuredOutputs:
-        given = [name for name in _FORMS if getattr(self, "json_" if name == "json" else name)]
+        values = {name: getattr(self, "json_" if name == "json" else name) for name in _FORMS}
+        given = [name for name, value in values.items() if value is not None and value is not False]  # {} is a schema
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(sorted(_FORMS))}")
         return self

@@ -26,7 +26,8 @@ class Guarded:
 
     def allowed(self) -> Any:
         """Bool tensor [V]: tokens that may come next."""
-        return self._ask(self._constraint.allowed, torch.ones(self._vocab_size, dtype=torch.bool))
+        found = self._ask(self._constraint.allowed, None)
+        return torch.ones(self._vocab_size, dtype=torch.bool) if found is None else found
 
     def accept(self, token: int) -> bool:
         """Go on by one token; False, and nothing changes, when it is not allowed."""

@@ -130,7 +130,7 @@ class LLM:
         """
         given: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
         many = [given] if isinstance(given, str) or (len(given) and isinstance(given[0], Integral)) else list(given)
-        return self._run([self._texts.encode(p, True) if isinstance(p, str) else tuple(p) for p in many], params)
+        return self._run([self._encode(prompt) for prompt in many], params)
 
     def chat(
         self,
@@ -150,10 +150,7 @@ class LLM:
         The engine steps in a worker thread, so the event loop stays free.
         """
         given: Any = prompt
-        if isinstance(given, str):
-            tokens = self._texts.encode(given, True)
-        else:
-            tokens = self._render(given) if given and isinstance(given[0], dict) else tuple(given)
+        tokens = self._render(given) if len(given) and isinstance(given[0], dict) else self._encode(given)
         params = params or self._defaults
         if params.n != 1:
             raise DataError(f"n is {params.n}; a stream is one answer, open several streams")
@@ -166,6 +163,13 @@ class LLM:
             call.raise_errors()
         finally:  # in the thread's queue at once, so that it happens whatever becomes of this task
             await asyncio.shield(asyncio.wrap_future(self._do(self._leave, call)))
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """A text's token ids, or those that were given, also as an array."""
+        given: Any = prompt
+        if isinstance(given, str):
+            return self._texts.encode(given, True)
+        return tuple(given.tolist() if hasattr(given, "tolist") else given)
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         try:

@@ -35,8 +35,6 @@ def sampling_defaults(target: str) -> dict[str, Any]:
     found = {name: told[name] for name in _FIELDS if told.get(name) is not None}
     try:
         SamplingParams(**found)
-        if not isinstance(found.get("top_k", 0), int):
-            raise DataError(f"top_k is {found['top_k']}; allowed is a whole number")
     except (DataError, TypeError) as error:
         raise TargetError(f"{target}: {_FILE}: {error}; mend it or give --generation-config none") from error
     if found:
