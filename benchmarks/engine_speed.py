@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all arms in this process")
     parser.add_argument("--against", metavar="NAME=URL", nargs="*", default=[], help="other servers, URL with /v1")
     parser.add_argument("--grown", action="store_true", help="of the size of Qwen3-8B, on a GPU in bfloat16 (grown.py)")
     parser.add_argument("--processor-time", action="store_true")
@@ -157,9 +158,9 @@ def main() -> None:
     if options.processor_time and options.against:
         parser.error("--processor-time counts this process alone; leave --against out")
     torch.set_num_threads(options.threads)
-    target, tokenizer = load_target(options.target), load_tokenizer(options.target)
+    target, tokenizer = load_target(options.target, dtype=options.dtype), load_tokenizer(options.target)
     prompts = [list(prompt) for prompt in read_prompts(options.target, 66)]
-    drafter = open_drafter(options.drafter, target) if options.drafter else None
+    drafter = open_drafter(options.drafter, target, target.head_weight().dtype) if options.drafter else None
     if options.grown and drafter is not None:
         target, drafter = grow_pair(target, drafter)
     room = EngineSettings(plan=options.plan, kv_bytes=2**32 if options.grown else 2**30)
@@ -176,7 +177,8 @@ def main() -> None:
     found = [compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency]
     facts = {"device": device_name(target.device), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
     facts["clock"] = "processor" if options.processor_time else "wall"
-    settings = {"target": options.target, "new_tokens": options.new_tokens, "plan": options.plan, "prompts": len(prompts)}
+    settings = {"target": options.target, "dtype": str(target.head_weight().dtype)[6:], "new_tokens": options.new_tokens}
+    settings |= {"plan": options.plan, "prompts": len(prompts)}
     if options.drafter:
         metrics = engines["engine with drafter"].metrics
         settings["accepted_len"] = round(1 + metrics.accepted / max(1, metrics.rounds), 3)

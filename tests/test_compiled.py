@@ -14,7 +14,7 @@ from test_fast_drafter import build as build_drafter
 from test_fast_model import FAMILIES, build, one_pass
 
 from draftkit.engine.compiled import CompiledPasses
-from draftkit.engine.native import NativeStack, pack_panels
+from draftkit.engine.native import FLOATS, HALVES, PAIRS, NativeStack, pack_panels
 from draftkit.ops.native_build import NoNative
 from draftkit.ops.sampling import Sampling
 
@@ -116,19 +116,22 @@ def test_the_compiled_drafter_equals_the_eager_one(changes: dict[str, Any]) -> N
 
 def test_bfloat16_numbers_are_packed_as_such_and_others_are_not_rounded() -> None:
     weight = torch.randn(20, 8)
-    assert pack_panels(weight).dtype == torch.float32
     rounded = weight.to(torch.bfloat16).float()
-    packed = pack_panels(rounded)
+    assert torch.equal(pack_panels(weight, FLOATS)[0, 3], weight[:16, 3])
+    packed = pack_panels(rounded, HALVES)
     assert packed.dtype == torch.bfloat16 and packed.shape == (2, 8, 16)
     order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
     assert torch.equal(packed[0, 3].float(), rounded[order, 3])
+    assert torch.equal(pack_panels(rounded, PAIRS)[1, 3, :4].float(), rounded[16:, 6:])
     _, fast = build("qwen3")
+    assert {layer.qkv.kind for layer in NativeStack(fast.stack, fast.ends)._layers} == {FLOATS}
     for layer in fast.stack.layers:
         for matrix in (layer.qkv, layer.out, layer.gate_up, layer.down):
             matrix.copy_(matrix.to(torch.bfloat16))
     step = one_pass([(TEXTS[0], 0, TABLES[0])])
     eager = fast.read(step, None).logits_WV
     fast.native = NativeStack(fast.stack, fast.ends)
+    assert {layer.qkv.kind for layer in fast.native._layers} == {HALVES}
     torch.testing.assert_close(fast.read(step, None).logits_WV, eager, atol=1e-4, rtol=1e-4)
 
 
@@ -169,12 +172,12 @@ def test_without_a_compiler_or_with_a_broken_one_the_reason_is_said(monkeypatch:
 
 def test_what_does_not_fit_the_compiled_pass_is_said() -> None:
     _, wide = build("qwen3", torch.float64)
-    with pytest.raises(NoNative, match=r"computes in float32, not torch\.float64"):
+    with pytest.raises(NoNative, match=r"computes in float32 or bfloat16, not torch\.float64"):
         NativeStack(wide.stack, wide.ends)
 
 
 def test_a_compiled_pass_with_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draftkit.engine.native.pack_panels", lambda weight: pack_panels(weight * 1.1))
+    monkeypatch.setattr("draftkit.engine.native.pack_panels", lambda weight, kind: pack_panels(weight * 1.1, kind))
     _, fast = build("qwen3")
     passes = CompiledPasses(fast)
     assert not passes.wait(60) and "differs from the eager one" in str(passes.reason)

@@ -42,6 +42,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq
 LAYERS = ["sliding_attention", "full_attention", "full_attention"]
 FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
+    "qwen3-wide": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=96)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "llama3": lambda: LlamaForCausalLM(
         LlamaConfig(**SIZES, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}, attention_bias=True)

@@ -1,15 +1,17 @@
-// Attention of one layer over paged keys and values; the memory of a layer is [slots, M, 2 D].
+// Attention of one layer over paged keys and values; the memory of a layer is [slots, M, 2 D], of numbers K: float or Half.
 #pragma once
-#include <vector>
+#include "attention_pairs.h"
+#include "query.h"
 
-#include "matrix.h"
-
-// A step, and for each token its position, where its key and value go, how many positions it sees and where windows reach
+// A step, its numbers, and for each token its position, where its key and value go, how many positions it sees and where windows reach
 // back from; for each request its first token.
 struct Placed : Step {
+    const int64_t *token, *start, *length, *table, *want, *capture;
     int64_t *position, *slot, *seen, *origin, *first;
 
     explicit Placed(const Step &step) : Step(step) {
+        token = numbers, start = token + tokens, length = start + requests, table = length + requests;
+        want = table + requests * table_width, capture = want + wanted;
         static thread_local std::vector<int64_t> memory;
         memory.resize(4 * tokens + requests);
         position = memory.data(), slot = position + tokens, seen = slot + tokens, origin = seen + tokens, first = origin + tokens;
@@ -26,41 +28,29 @@ struct Placed : Step {
 // Norm (when there is one) and rotation of one head in pair order; `table` is (cos, sin) pairs of the position.
 void turn(float *x, const float *norm, const float *table, int64_t size, float eps) {
     if (norm) rms_norm(x, x, norm, size, eps);
-    for (int64_t i = 0; i < size; i += 2) {
-        float a = x[i], b = x[i + 1], c = table[i], s = table[i + 1];
-        x[i] = a * c - b * s;
-        x[i + 1] = a * s + b * c;
+    constexpr Vec signs = {-1, 1, -1, 1, -1, 1, -1, 1};
+    for (int64_t i = 0; i < size; i += LANES) {
+        Vec pairs = load(x + i), both = load(table + i), turned = __builtin_shufflevector(pairs, pairs, 1, 0, 3, 2, 5, 4, 7, 6);
+        Vec cosines = __builtin_shufflevector(both, both, 0, 0, 2, 2, 4, 4, 6, 6);
+        Vec sines = __builtin_shufflevector(both, both, 1, 1, 3, 3, 5, 5, 7, 7);
+        store(x + i, pairs * cosines + turned * (sines * signs));
     }
 }
 
 // Puts one head's new key (normed, rotated) and value into the memory.
-void store_key_value(const Layer &layer, float *k, float *v, const float *k_norm, int64_t position, float *to, float eps) {
+template <typename K>
+void store_key_value(const Layer &layer, float *k, float *v, const float *k_norm, int64_t position, K *to, float eps) {
     int64_t D = layer.head_dim;
     turn(k, k_norm, layer.rotary + position * D, D, eps);
-    std::memcpy(to, k, D * sizeof(float));
-    if (layer.value_norm) rms_norm(to + D, v, nullptr, D, eps);
-    else std::memcpy(to + D, v, D * sizeof(float));
-}
-
-// A query of one head: where it is, what it may see, where its result goes.
-struct Query {
-    const float *q;
-    float *scores, *out;
-    int64_t oldest, seen;
-};
-
-// Keys and values of one head lie far apart from position to position, so that the processor does not guess the next ones.
-// `rows` has room for AHEAD positions more than there are; whatever stands there, asking for it does no harm.
-constexpr int64_t AHEAD = 8;
-inline void fetch(const float *row, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(row + i);
+    if (layer.value_norm) rms_norm(v, v, nullptr, D, eps);
+    for (int64_t i = 0; i < D; i += LANES) store(to + i, load(k + i)), store(to + D + i, load(v + i));
 }
 
 // Scores of N queries against positions first..end, four at a time (a few beyond the end are written, too).
-template <int N>
-void score(const Layer &layer, const Query *queries, const float *const *rows, int64_t first, int64_t end) {
+template <int N, typename K>
+void score(const Layer &layer, const Query *queries, const K *const *rows, int64_t first, int64_t end) {
     for (int64_t s = first; s < end; s += 4) {
-        const float *k[4];
+        const K *k[4];
         for (int j = 0; j < 4; j++) k[j] = rows[s + j < end ? s + j : end - 1];
         for (int j = 0; j < 4; j++) fetch(rows[s + j + AHEAD], layer.head_dim);
         Vec sums[N][4] = {};
@@ -72,27 +62,9 @@ void score(const Layer &layer, const Query *queries, const float *const *rows, i
     }
 }
 
-// Softmax in place over what the query may see, 0 elsewhere, not yet divided by the sum that it returns.
-float soften(const Layer &layer, const Query &query, int64_t first, int64_t end) {
-    float *scores = query.scores, top = -INFINITY;
-    int64_t from = query.oldest - first, to = query.seen - first, count = end - first;
-    for (int64_t i = 0; i < from; i++) scores[i] = -INFINITY;
-    for (int64_t i = to; i < count || i % LANES; i++) scores[i] = -INFINITY;
-    if (layer.score_cap > 0)
-        for (int64_t i = from; i < to; i++) scores[i] = cap(scores[i], layer.score_cap);
-    for (int64_t i = from; i < to; i++) top = scores[i] > top ? scores[i] : top;
-    Vec sums = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-        Vec x = load(scores + i) - top, e = x > spread(-87.f) ? exponential(x) : spread(0.f);
-        store(scores + i, e);
-        sums += e;
-    }
-    return total(sums);
-}
-
 // Results of N queries: values weighed with their scores, C vectors at once.
-template <int N, int C>
-void mix(const Query *queries, const float *factors, const float *const *rows, int64_t count, int64_t values, int64_t at) {
+template <int N, int C, typename K>
+void mix(const Query *queries, const float *factors, const K *const *rows, int64_t count, int64_t values, int64_t at) {
     Vec sums[N][C] = {};
     for (int64_t s = 0; s < count; s++) {
         fetch(rows[s + AHEAD] + values + at, C * LANES);
@@ -105,11 +77,15 @@ void mix(const Query *queries, const float *factors, const float *const *rows, i
         for (int c = 0; c < C; c++) store(queries[n].out + at + c * LANES, sums[n][c] * factors[n]);
 }
 
-template <int N>
-void answer(const Layer &layer, const Query *queries, const float *const *rows) {
+template <int N, typename K>
+void answer(const Layer &layer, const Query *queries, const K *const *rows) {
     int64_t first = queries[0].oldest, end = queries[0].seen, D = layer.head_dim, at = 0;
     for (int n = 1; n < N; n++) first = std::min(first, queries[n].oldest), end = std::max(end, queries[n].seen);
     first -= first % LANES;  // sums are then grouped alike, whichever query is beside
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(K) == sizeof(Half))
+        if (D % CHUNK == 0) return answer_pairs<N>(layer, queries, rows, first, end);
+#endif
     score<N>(layer, queries, rows, first, end);
     float factors[N];
     for (int n = 0; n < N; n++) factors[n] = 1.f / soften(layer, queries[n], first, end);
@@ -117,9 +93,24 @@ void answer(const Layer &layer, const Query *queries, const float *const *rows) 
     for (; at < D; at += LANES) mix<N, 1>(queries, factors, rows + first, end - first, D, at);
 }
 
-// One request and one key/value head: rotate and store the new keys and values, then attend for every query, in pairs.
+// Queries that share what is loaded of keys and values: their sums fill the registers, of which AVX-512 has 32.
+#ifdef __AVX512VL__
+constexpr int TOGETHER = 4;
+#else
+constexpr int TOGETHER = 2;
+#endif
+
+template <int N, typename K>
+void answer_some(int64_t count, const Layer &layer, const Query *queries, const K *const *rows) {
+    if (count == N) answer<N>(layer, queries, rows);
+    else if constexpr (N > 1) answer_some<N - 1>(count, layer, queries, rows);
+}
+
+// One request and one key/value head: rotate and store the new keys and values, then attend for every query, a few at once.
+template <typename K>
 void attend(const Stack &stack, const Layer &layer, const Placed &step, int64_t request, int64_t kv_head, float *qkv,
-            float *mixed, float *scores, int64_t positions, const float **rows) {
+            float *mixed, float *scores, int64_t positions, const K **rows) {
+    K *memory = (K *)layer.memory;
     int64_t D = layer.head_dim, fold = layer.heads / layer.kv_heads, width = (layer.heads + 2 * layer.kv_heads) * D;
     int64_t row = layer.kv_heads * 2 * D, first = step.first[request], end = first + step.length[request], longest = 0;
     const int64_t *table = step.table + request * step.table_width;
@@ -127,22 +118,21 @@ void attend(const Stack &stack, const Layer &layer, const Placed &step, int64_t 
     for (int64_t t = first; t < end; t++) {
         float *k = qkv + t * width + key_at, *v = qkv + t * width + value_at;
         store_key_value(layer, k, v, layer.qk_norm ? layer.qk_norm + key_at : nullptr, step.position[t],
-                        layer.memory + step.slot[t] * row + kv_head * 2 * D, stack.eps);
+                        memory + step.slot[t] * row + kv_head * 2 * D, stack.eps);
         longest = std::max(longest, step.seen[t]);
     }
     for (int64_t block = 0; block * step.block_size < longest; block++)
         for (int64_t i = 0; i < step.block_size; i++)
-            rows[block * step.block_size + i] =
-                layer.memory + (table[block] * step.block_size + i) * row + kv_head * 2 * D;
-    Query pair[2];
+            rows[block * step.block_size + i] = memory + (table[block] * step.block_size + i) * row + kv_head * 2 * D;
+    Query some[TOGETHER];
     int64_t waiting = 0;
     for (int64_t t = first; t < end; t++)
         for (int64_t h = kv_head * fold; h < (kv_head + 1) * fold; h++) {
             float *q = qkv + t * width + h * D;
             turn(q, layer.qk_norm ? layer.qk_norm + h * D : nullptr, layer.rotary + step.position[t] * D, D, stack.eps);
             int64_t oldest = layer.window ? std::max<int64_t>(0, step.origin[t] - layer.window) : 0;
-            pair[waiting] = {q, scores + waiting * positions, mixed + (t * layer.heads + h) * D, oldest, step.seen[t]};
-            if (++waiting == 2) answer<2>(layer, pair, rows), waiting = 0;
+            some[waiting] = {q, scores + waiting * positions, mixed + (t * layer.heads + h) * D, oldest, step.seen[t]};
+            if (++waiting == TOGETHER) answer<TOGETHER>(layer, some, rows), waiting = 0;
         }
-    if (waiting) answer<1>(layer, pair, rows);
+    answer_some<TOGETHER>(waiting, layer, some, rows);
 }

@@ -27,9 +27,17 @@ float *reserve(int64_t count) {
 }
 
 int64_t largest(const float *values, int64_t from, int64_t to) {  // the first one of equals
-    int64_t top = from;
-    for (int64_t i = from; i < to; i++) top = values[i] > values[top] ? i : top;
-    return top;
+    int64_t whole = from + (to - from) / LANES * LANES;
+    Vec tops = spread(-INFINITY);
+    for (int64_t i = from; i < whole; i += LANES) {
+        Vec x = load(values + i);
+        tops = x > tops ? x : tops;
+    }
+    float top = highest(tops);
+    for (int64_t i = whole; i < to; i++) top = values[i] > top ? values[i] : top;
+    for (int64_t i = from; i < to; i++)
+        if (values[i] == top) return i;
+    return from;  // no number at all
 }
 
 struct Shared {
@@ -38,7 +46,7 @@ struct Shared {
 struct Own {
     float *x, *normed, *scores;
     int64_t positions;  // room for scores of one query
-    const float **rows;
+    const void **rows;
 };
 
 // x = (x + y) * scale, with a norm of y first where the family has one; then normed = norm(x).
@@ -54,6 +62,7 @@ void add(const Stack &stack, const Placed &step, const float *y, const float *y_
     }
 }
 
+template <typename K>
 void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Own &own, int64_t thread, int64_t threads) {
     int64_t T = step.tokens, H = stack.hidden;
     for (int64_t t = 0; t < T; t++) rms_norm(own.normed + t * H, own.x + t * H, stack.layer[0].input_norm, H, stack.eps);
@@ -63,7 +72,7 @@ void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Ow
 #pragma omp barrier
         for (int64_t unit = thread; unit < step.requests * layer.kv_heads; unit += threads)
             attend(stack, layer, step, unit / layer.kv_heads, unit % layer.kv_heads, shared.qkv, shared.mixed, own.scores,
-                   own.positions, own.rows);
+                   own.positions, (const K **)own.rows);
 #pragma omp barrier
         multiply(layer.out, shared.mixed, T, thread, threads, Into{shared.y, H, layer.out_bias});
 #pragma omp barrier
@@ -90,6 +99,15 @@ void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Ow
 
 }  // namespace
 
+// Whether this build multiplies pairs of bfloat16 numbers.
+extern "C" int64_t multiplies_pairs() {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // Reads the step's tokens into the layers' memories; fills features, normed hidden states, logits and largest logits of
 // the wanted rows.
 extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given) {
@@ -111,9 +129,9 @@ extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given
         for (Own &own : owns) {
             own.x = space.take(T * H);
             own.normed = space.take(rows * H);
-            own.scores = space.take(2 * positions);
+            own.scores = space.take(TOGETHER * positions);
             own.positions = positions;
-            own.rows = (const float **)space.take(2 * positions);
+            own.rows = (const void **)space.take(2 * positions);
         }
         if (space.base) break;
         space.base = reserve(space.used);
@@ -123,9 +141,12 @@ extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given
         int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
         Own &own = owns[thread];
         for (int64_t t = 0; t < T; t++)
-            for (int64_t i = 0; i < H; i += LANES)
-                store(own.x + t * H + i, load(ends->embedding + step->token[t] * H + i) * ends->embedding_scale);
-        run_layers(*stack, *step, shared, own, thread, count);
+            for (int64_t i = 0, at = step->token[t] * H; i < H; i += LANES) {
+                Vec row = ends->half ? load((const Half *)ends->embedding + at + i) : load((const float *)ends->embedding + at + i);
+                store(own.x + t * H + i, row * ends->embedding_scale);
+            }
+        if (stack->half) run_layers<Half>(*stack, *step, shared, own, thread, count);
+        else run_layers<float>(*stack, *step, shared, own, thread, count);
         for (int64_t w = 0; w < step->wanted; w++)
             rms_norm(own.normed + w * H, own.x + step->want[w] * H, ends->norm, H, stack->eps);
         if (thread == 0) std::memcpy(step->hidden, own.normed, step->wanted * H * sizeof(float));
@@ -172,9 +193,11 @@ extern "C" void write_context(const Stack *stack, const Context *context, const 
             int64_t l = unit / T, t = unit % T;
             const Layer &layer = stack->layer[l];
             for (int64_t m = 0; m < M; m++) {
-                float *k = kv + t * width + (l * M + m) * D;
-                store_key_value(layer, k, k + L * M * D, context->k_norm ? context->k_norm + l * D : nullptr,
-                                step->position[t], layer.memory + (step->slot[t] * M + m) * 2 * D, stack->eps);
+                float *k = kv + t * width + (l * M + m) * D, *v = k + L * M * D;
+                const float *norm = context->k_norm ? context->k_norm + l * D : nullptr;
+                int64_t at = (step->slot[t] * M + m) * 2 * D, position = step->position[t];
+                if (stack->half) store_key_value(layer, k, v, norm, position, (Half *)layer.memory + at, stack->eps);
+                else store_key_value(layer, k, v, norm, position, (float *)layer.memory + at, stack->eps);
             }
         }
     }

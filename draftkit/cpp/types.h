@@ -2,32 +2,37 @@
 #pragma once
 #include <cstdint>
 
+typedef uint16_t Half;  // the upper half of a float32, rounded: bfloat16
+typedef uint32_t Pair;  // two of them
+enum Kind { FLOATS, HALVES, PAIRS };
+
 extern "C" {
 struct Matrix {
     const void *panels;
-    int64_t rows, cols, half;
+    int64_t rows, cols, kind;  // see matrix.h
 };
 struct Layer {  // names as in stack.py; null (window, score_cap: 0) where a family has no such part
     int64_t heads, kv_heads, head_dim, window, value_norm;
     float scale, score_cap, output_scale;
     const float *input_norm, *qkv_bias, *qk_norm, *out_bias, *mixed_norm, *mlp_norm, *mlp_out_norm, *rotary;
-    float *memory;  // [slots, M, 2 D]
+    void *memory;  // [slots, M, 2 D], float or Half
     Matrix qkv, out, gate_up, down;
 };
 struct Stack {
-    int64_t layers, hidden, gelu;
+    int64_t layers, hidden, gelu, half;  // `half`: keys and values are bfloat16
     float eps;
     const Layer *layer;
 };
 struct Ends {  // what lies before and behind the layers
-    int64_t vocab;
-    const float *embedding, *norm;
+    int64_t vocab, half;
+    const void *embedding;  // float, or with `half` bfloat16
+    const float *norm;
     float embedding_scale, logit_scale, logit_cap;
     Matrix head;
 };
 struct Step {
     int64_t tokens, requests, block_size, table_width, wanted, captures, block, threads;  // `block`: as in passes.py
-    const int64_t *token, *start, *length, *table, *want, *capture;
+    const int64_t *numbers;  // token, start, length, table, want, capture, one behind the other
     float *features, *hidden, *logits;  // [T, captures H], [W, H], [W, V]
     int64_t *best;  // [W], the first largest logit of each wanted row; null when nobody asks
 };

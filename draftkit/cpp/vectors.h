@@ -4,14 +4,19 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(32)));
 typedef uint32_t UintVec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint16_t HalfVec __attribute__((vector_size(16), aligned(2), may_alias));
 constexpr int64_t LANES = 8;
 
 inline Vec load(const float *p) { return *(const Vec *)p; }
+inline Vec load(const uint16_t *p) { return (Vec)(__builtin_convertvector(*(const HalfVec *)p, UintVec) << 16); }  // bfloat16
 inline void load_rows(const float *p, Vec &low, Vec &high) { low = load(p), high = load(p + LANES); }
 inline void load_rows(const uint16_t *p, Vec &low, Vec &high) {
     UintVec both = *(const UintVec *)p;
@@ -23,6 +28,10 @@ inline void keep(Vec &v) {  // in a register: GCC would rather read it again for
 #endif
 }
 inline void store(float *p, Vec v) { *(Vec *)p = v; }
+inline void store(uint16_t *p, Vec v) {  // rounded to the nearest bfloat16, of two equally near ones to the even
+    UintVec bits = (UintVec)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    *(HalfVec *)p = __builtin_convertvector(v == v ? rounded : bits >> 16 | 64, HalfVec);
+}
 inline Vec spread(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 inline Quad halves(Vec v) {
     return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
@@ -33,10 +42,31 @@ inline Quad totals(Vec a, Vec b, Vec c, Vec d) {  // the sum of each
     Quad rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) + __builtin_shufflevector(r, s, 2, 3, 6, 7);
     return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
 }
+inline float highest(Vec v) {
+    float top = v[0];
+    for (int64_t i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
+    return top;
+}
 inline float total(Vec v) {
     Quad h = halves(v);
     return (h[0] + h[2]) + (h[1] + h[3]);
 }
+
+#ifdef __AVX512BF16__
+typedef float Wide __attribute__((vector_size(64)));
+inline Vec lower(__m512 v) { return __builtin_shufflevector((Wide)v, (Wide)v, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline Vec upper(__m512 v) { return __builtin_shufflevector((Wide)v, (Wide)v, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline void store_half(float *to, Vec v, int half) {
+    *(Quad *)to = half ? __builtin_shufflevector(v, v, 4, 5, 6, 7) : __builtin_shufflevector(v, v, 0, 1, 2, 3);
+}
+// `count` numbers to bfloat16, two in each of `to`, which has room for a multiple of 8.
+inline void round_pairs(const float *x, int64_t count, uint32_t *to) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        __mmask8 there = count - i < LANES ? (1 << (count - i)) - 1 : 0xff;
+        _mm_storeu_si128((__m128i *)(to + i / 2), (__m128i)_mm256_cvtneps_pbh(_mm256_maskz_loadu_ps(there, x + i)));
+    }
+}
+#endif
 
 // exp to 2 units in the last place for x <= 88; below -87 it gives 0 (nearly). Cody-Waite reduction, polynomial of Cephes.
 inline Vec exponential(Vec x) {

@@ -27,6 +27,7 @@ from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
+from draftkit.ops.inference import inference
 from draftkit.ops.sampling import largest_prob
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [R, V], draft index 0..G-1 -> tokens [R], probs [R, V]
@@ -82,7 +83,7 @@ class FastDrafter:
         head = self.head
         return Ends(self.embedding, self.embedding_scale, self.norm, head.weight_VH, head.scale, head.soft_cap)
 
-    @torch.inference_mode()
+    @inference
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Write the context's keys and values of the pass's positions, all layers; `next_tokens_T` are not needed.
 
@@ -114,7 +115,7 @@ class FastDrafter:
         tokens_RP[:, 0] = anchors_R
         return DraftingPass(tokens_RP, 0, block=True)
 
-    @torch.inference_mode()
+    @inference
     def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> Drafts:
         """Propose for every request; without a confidence head the confidences are None, and then there are the largest
         probabilities (see `Proposal`).
@@ -134,7 +135,8 @@ class FastDrafter:
             largest_RG = largest_prob(base_RGV) if self.confidence is None else None  # now: the logits are overwritten
             tokens_RG, confidence_RG = head.draft(hidden_RGH, base_RGV, anchors_R)
             return tokens_RG, hidden_RGH.new_empty(*tokens_RG.shape, 0), confidence_RG, largest_RG
-        return self._walk(hidden_RGH, base_RGV, anchors_R, choose or take_largest)
+        dtype = self.norm.dtype  # the compiled pass gives float32
+        return self._walk(hidden_RGH.to(dtype), base_RGV.to(dtype), anchors_R, choose or take_largest)
 
     def greedy(self, step: Indices) -> tuple[Tensor, Tensor]:
         """Tokens of a greedy `draft` [R, G], and confidences or largest probabilities [R, G], in PyTorch operations."""
@@ -170,7 +172,7 @@ class FastDrafter:
         if native is not None:
             rows_RG = np.arange(len(step)).reshape(-1, size)[:, size - gamma :]
             base, hidden, _ = native.stack.run(step, rows_RG.ravel())
-            return hidden.unflatten(0, (-1, gamma)), base.unflatten(0, (-1, gamma))
+            return hidden.view(-1, gamma, hidden.shape[1]), base.view(-1, gamma, base.shape[1])
         played = self.recorded.block.run(step) if self.recorded is not None else None
         hidden_TH, base_TV = self.forward(self.stack.laid(step)) if played is None else played
         return self._drafting(hidden_TH, base_TV)

@@ -22,6 +22,7 @@ from draftkit.draft.families import STYLES
 from draftkit.engine.fast_drafter import Choose, DraftingPass, Drafts, fuse_layer, rotary_of, take_largest
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack, StackShape
+from draftkit.ops.inference import inference
 from draftkit.ops.sampling import largest_prob
 
 
@@ -39,7 +40,7 @@ class FastEagle:
         self.stack = Stack(shape, (self._layer,), slots)
         self._states = drafter.norm.weight.new_zeros(slots + 1, config.hidden_size)
 
-    @torch.inference_mode()
+    @inference
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Write the rows of the pass's positions: features [T, F], each with the token behind it. Rows of rejected tokens
         may be among them; they are overwritten before anything looks at them. Raises ValueError without tokens."""
@@ -62,7 +63,7 @@ class FastEagle:
         """Room for G rows per request, the first before the anchor's position; the tokens come one after the other."""
         return DraftingPass(np.repeat(anchors_R[:, None], self.gamma, 1), -1, block=False)
 
-    @torch.inference_mode()
+    @inference
     def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> Drafts:
         """G passes of one token per request, without confidences; `choose` None drafts greedily, see `FastDrafter.draft`.
 

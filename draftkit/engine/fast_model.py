@@ -28,6 +28,7 @@ from draftkit.engine.stack import (
     rms_norm,
     rotary_table,
 )
+from draftkit.ops.inference import inference
 from draftkit.target.transformers import TransformersTarget
 
 
@@ -134,7 +135,7 @@ class FastModel:
         """What lies before and behind the layers."""
         return Ends(self.embedding, self.embedding_scale, self.norm, self.head, logit_cap=self.logit_cap)
 
-    @torch.inference_mode()
+    @inference
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
         """Read the pass's tokens into the memory. `wanted` are the rows whose logits matter; None means all.
 

@@ -90,7 +90,7 @@ def load_for_engine(target: str, settings: EngineSettings) -> TransformersTarget
 
 def start_compiling(models: Models) -> CompiledPasses | None:
     """C++ passes, built in the background, or on a GPU recorded ones; None where neither can run."""
-    fits = models.device.type == "cuda" or (models.device.type == "cpu" and models.dtype == torch.float32)
+    fits = models.device.type == "cuda" or (models.device.type == "cpu" and models.dtype != torch.float64)
     if not fits or not isinstance(models.model, FastModel):
         return None
     drafter = models.drafter if isinstance(models.drafter, FastDrafter) else None

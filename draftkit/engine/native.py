@@ -3,13 +3,15 @@
 Why not `torch.compile`: at 1 to 8 tokens a pass is bound by reading weights and by starting operations. One function needs
 no padded shapes, compiles once in seconds for every target, and weights that are bfloat16 numbers are read as such.
 
+Models in float32 are computed in float32. Of models in bfloat16 keys and values are kept in it, and products of matrices take
+their input rounded to it where the processor multiplies such numbers; all else is float32 there, too.
+
 Shapes: T tokens, W wanted rows, H hidden, V vocabulary, F = K * H features, L layers, M key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -25,23 +27,23 @@ from draftkit.ops.huge_pages import HugePages
 from draftkit.ops.native_build import NoNative, load_library, structure
 
 PANEL, LANES = 16, 8  # rows per panel of a matrix, numbers per vector: as in the source
+FLOATS, HALVES, PAIRS = range(3)  # how the source reads a matrix, see matrix.h
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
-_Matrix = structure(("panels", _pointer), ("rows cols half", _int))
+_Matrix = structure(("panels", _pointer), ("rows cols kind", _int))
 _Layer = structure(
     ("heads kv_heads head_dim window value_norm", _int),
     ("scale score_cap output_scale", _float),
     ("input_norm qkv_bias qk_norm out_bias mixed_norm mlp_norm mlp_out_norm rotary memory", _pointer),
     ("qkv out gate_up down", _Matrix),
 )
-_Stack = structure(("layers hidden gelu", _int), ("eps", _float), ("layer", _pointer))
+_Stack = structure(("layers hidden gelu half", _int), ("eps", _float), ("layer", _pointer))
 _Ends = structure(
-    ("vocab", _int), ("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix)
+    ("vocab half", _int), ("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix)
 )
 _Step = structure(
     ("tokens requests block_size table_width wanted captures block threads", _int),
-    ("token start length table want capture", _pointer),
-    ("features hidden logits best", _pointer),
+    ("numbers features hidden logits best", _pointer),
 )
 _SequentialHead = structure(
     ("w1", _pointer), ("w2", _Matrix), ("confidence", _pointer), ("confidence_size", _int), ("confidence_bias", _float)
@@ -66,7 +68,7 @@ class Ends:
 
 
 class NativeStack:
-    """One stack and its ends as `cpp/step.cpp` wants them; float32 on the CPU.
+    """One stack and its ends as `cpp/step.cpp` wants them; float32 or bfloat16 on the CPU.
 
     Keys and values are those of `stack`, so that passes of both kinds may follow each other. Raises NoNative when a size
     or dtype does not fit, or nothing can be compiled.
@@ -78,22 +80,28 @@ class NativeStack:
         sizes = [stack.shape.hidden, *(layer.attention.head_dim for layer in stack.layers)]
         if any(size % LANES for size in sizes):
             raise NoNative(f"hidden and head sizes {sorted(set(sizes))} must be multiples of {LANES}")
+        dtype = ends.embedding.dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise NoNative(f"the C++ pass computes in float32 or bfloat16, not {dtype}")
+        self.library = load_library("step")
+        self.half = dtype == torch.bfloat16
+        self._pairs = self.half and bool(self.library.multiplies_pairs())
         self._kept: list[Tensor] = []
         self._pages = HugePages()
         self.hidden, self.vocab = stack.shape.hidden, len(ends.head)
         self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
         layers = ctypes.cast(self._layers, _pointer)
-        self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, stack.shape.eps, layers)
+        self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, self.half, stack.shape.eps, layers)
         self._ends = _Ends(
             self.vocab,
-            self.at(ends.embedding),
+            self.half,
+            self._keep(ends.embedding),
             self.at(ends.norm),
             ends.embedding_scale,
             ends.logit_scale,
             ends.logit_cap or 0.0,
             self.matrix(ends.head),
         )
-        self.library = load_library("step")
         self.attach(stack)
 
     def attach(self, stack: Stack) -> None:
@@ -105,34 +113,36 @@ class NativeStack:
     def run(
         self, step: Pass, wanted_W: np.ndarray, capture: tuple[int, ...] = (), best_W: np.ndarray | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits [W, V] and normed hidden states [W, H] of the wanted rows, features [T, F] of the layers `capture`.
+        """Logits [W, V] and normed hidden states [W, H] of the wanted rows, features [T, F] of the layers `capture`, float32.
 
         `best_W`, int64 [W], gets the first largest logit of each row.
         """
         count = len(wanted_W)
-        logits_WV = torch.empty(count, -(-self.vocab // LANES) * LANES)
+        width = -(-self.vocab // LANES) * LANES
+        logits_WV = torch.empty(count, width)
         hidden_WH = torch.empty(count, self.hidden)
         features_TF = torch.empty(len(step), len(capture) * self.hidden) if capture else None
-        native = _native_step(step, np.ascontiguousarray(wanted_W, dtype=np.int64), _ascending(capture))
+        native, _numbers = _native_step(step, np.ascontiguousarray(wanted_W, dtype=np.int64), _ascending(capture))
         native.logits, native.hidden = logits_WV.data_ptr(), hidden_WH.data_ptr()
         native.features = features_TF.data_ptr() if features_TF is not None else None
         native.best = best_W.ctypes.data if best_W is not None else None
         self.library.run_step(ctypes.byref(self._stack), ctypes.byref(self._ends), ctypes.byref(native))
-        return logits_WV[:, : self.vocab], hidden_WH, features_TF
+        return logits_WV if width == self.vocab else logits_WV[:, : self.vocab], hidden_WH, features_TF
 
     def write_context(self, context: NativeContext, step: Pass, features_TF: Tensor) -> None:
         """Keys and values of context features at the pass's slots, all layers."""
-        native, features_TF = _native_step(step), features_TF.contiguous()
+        features_TF = features_TF.float().contiguous()
+        native, _numbers = _native_step(step)
         self.library.write_context(
             ctypes.byref(self._stack), ctypes.byref(context.structure), ctypes.byref(native), _pointer(features_TF.data_ptr())
         )
 
     def matrix(self, weight: Tensor) -> ctypes.Structure:
         """A matrix [out, in] in panels; kept alive with this object."""
-        panels = self._pages.copy(pack_panels(weight))
-        self._kept.append(panels)
+        kind = PAIRS if self._pairs and weight.shape[1] % 2 == 0 else HALVES if _is_half(weight) else FLOATS
+        panels = self._pages.copy(pack_panels(weight, kind))
         rows = -(-len(weight) // LANES) * LANES
-        return _Matrix(panels.data_ptr(), rows, panels.shape[1], panels.dtype == torch.bfloat16)
+        return _Matrix(self._keep(panels), rows, weight.shape[1], kind)
 
     def _layer(self, layer: Layer) -> ctypes.Structure:
         shape = layer.attention
@@ -154,11 +164,10 @@ class NativeStack:
         )
 
     def at(self, tensor: Tensor | None) -> int | None:
-        """The address of a float32 tensor that is kept alive with this object; None stays None."""
-        if tensor is None:
-            return None
-        if tensor.dtype != torch.float32:
-            raise NoNative(f"the C++ pass computes in float32, not {tensor.dtype}")
+        """The address of a tensor's numbers in float32, kept alive with this object; None stays None."""
+        return None if tensor is None else self._keep(tensor.float())
+
+    def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 
@@ -167,9 +176,8 @@ class NativeContext:
     """A drafter's projections of context features: fc [H, F], its norm [H], kv [2 L M D, H], norms of keys [L, D] or None."""
 
     def __init__(self, stack: NativeStack, fc: Tensor, norm: Tensor, kv: Tensor, k_norm: Tensor | None) -> None:
-        self._kept = (norm, k_norm)
-        k_norm_at = k_norm.data_ptr() if k_norm is not None else None
-        self.structure = _Context(stack.matrix(fc), stack.matrix(kv), norm.data_ptr(), k_norm_at)
+        self._kept = stack  # weights stay alive with it
+        self.structure = _Context(stack.matrix(fc), stack.matrix(kv), stack.at(norm), stack.at(k_norm))
 
 
 class NativeHead:
@@ -198,14 +206,21 @@ class NativeHead:
         return tokens_RG, confidence_RG
 
 
-def pack_panels(weight: Tensor) -> Tensor:
-    """[out, in] to [out / 16, in, 16], rows filled up with zeros; bfloat16 when that loses nothing, then with rows 0, 8, 1,
-    9, ... of a panel as neighbours."""
+def pack_panels(weight: Tensor, kind: int) -> Tensor:
+    """[out, in] with rows filled up with zeros, as the source wants a matrix of this kind: FLOATS [out / 16, in, 16]; HALVES
+    the same in bfloat16, with rows 0, 8, 1, 9, ... of a panel as neighbours; PAIRS [out / 16, in / 2, 16, 2] in bfloat16."""
     padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    if kind == FLOATS:
+        return padded.float().unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
     half = padded.to(torch.bfloat16)
-    if not torch.equal(half.to(padded.dtype), padded):
-        return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
-    return half.unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1).flatten(2).contiguous()
+    if kind == HALVES:
+        return half.unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1).flatten(2).contiguous()
+    return half.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+
+
+def _is_half(weight: Tensor) -> bool:
+    """All numbers are bfloat16's."""
+    return torch.equal(weight.to(torch.bfloat16).to(weight.dtype), weight)
 
 
 def _interleave(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -224,13 +239,12 @@ def _ascending(layers: tuple[int, ...]) -> np.ndarray:
     return np.array(sorted(layers), dtype=np.int64)
 
 
-def _native_step(step: Pass, wanted_W: np.ndarray = _NONE, captured: np.ndarray = _NONE) -> ctypes.Structure:
-    """The pass as the source wants it: all indices in one array, since asking for an address costs more than copying."""
-    parts = (step.tokens_T, step.starts_R, step.lengths_R, step.tables_RB.ravel(), wanted_W, captured)
-    joined = np.concatenate(parts)
-    at = itertools.accumulate((8 * len(part) for part in parts[:-1]), initial=joined.ctypes.data)
+def _native_step(
+    step: Pass, wanted_W: np.ndarray = _NONE, captured: np.ndarray = _NONE
+) -> tuple[ctypes.Structure, np.ndarray]:
+    """The pass as the source wants it, and its numbers, which it points to: all in one array, since asking for an address costs
+    more than copying."""
+    numbers = np.concatenate((step.tokens_T, step.starts_R, step.lengths_R, step.tables_RB.ravel(), wanted_W, captured))
     requests, width = step.tables_RB.shape
-    sizes = (len(step), requests, step.block_size, width, len(wanted_W), len(captured))
-    native = _Step(*sizes, step.block, torch.get_num_threads(), *at)
-    native.kept = joined  # the addresses stay valid as long as this does
-    return native
+    sizes = (len(step.tokens_T), requests, step.block_size, width, len(wanted_W), len(captured))
+    return _Step(*sizes, step.block, torch.get_num_threads(), numbers.ctypes.data), numbers

@@ -28,8 +28,8 @@ class EngineSettings:
         step_tokens: tokens that one step reads at most while prompts are waiting to be read (they are cut into chunks).
         kv_bytes: memory for keys and values of target and drafter together.
         block_size: positions per block of that memory.
-        compile: build the C++ pass in the background where it can run (float32 on a CPU with a compiler), or record CUDA
-            graphs on a GPU; until then, and elsewhere, PyTorch operations do the same.
+        compile: build the C++ pass in the background where it can run (float32 or bfloat16 on a CPU with a compiler), or
+            record CUDA graphs on a GPU; until then, and elsewhere, PyTorch operations do the same.
         prefix_reuse: let requests share the memory of equal beginnings.
     """
 

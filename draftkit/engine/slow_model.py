@@ -10,6 +10,7 @@ from torch import Tensor
 
 from draftkit.engine.fast_model import ReadOut
 from draftkit.engine.passes import Pass
+from draftkit.ops.inference import inference
 from draftkit.target.interface import TargetCache
 from draftkit.target.transformers import TransformersTarget
 
@@ -21,7 +22,7 @@ class SlowModel:
         self._target = target
         self._caches: dict[int, TargetCache] = {}
 
-    @torch.inference_mode()
+    @inference
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
         """Read the pass's tokens; see `FastModel.read`."""
         hidden, features = [], []
