@@ -88,11 +88,15 @@ class Pass:
     @cached_property
     def row_T(self) -> np.ndarray:
         """The request of each token."""
+        if len(self) == len(self.lengths_R):  # one each, as in most steps
+            return np.arange(len(self))
         return np.repeat(np.arange(len(self.lengths_R)), self.lengths_R)
 
     @cached_property
     def positions_T(self) -> np.ndarray:
         """The position of each token in its request."""
+        if len(self) == len(self.lengths_R):
+            return self.starts_R
         return np.arange(len(self)) + (self.starts_R - self.firsts_R)[self.row_T]
 
     @cached_property

@@ -35,7 +35,7 @@ from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
 ALLOWANCE = 16.0  # steps without drafting that trials may lose from the start
 TAX = 0.005  # and for each step without drafting that has passed
-LISTENING = 0.03  # of a step without drafting: keeping, and reading at last, what the drafter missed (1 to 3.7 hundredths seen)
+LISTENING = 0.05  # of a step without drafting: keeping, and reading at last, what the drafter missed (2 to 7 hundredths seen)
 SPENT = 0.5  # and of what trials gain
 KEPT = 32.0  # in the fund at most; of what a trial gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
