@@ -258,14 +258,20 @@ class Engine:
         if len(work.requests) > decoding:
             ends, starts = step.ends_R[: work.answering], step.ends_R[: work.answering] - offered.lengths_A - 1
             wanted = self._there(np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]))
-        layers = self._models.feature_layers
-        deaf = self._planner.rests_long and not offered.drafting and not any(map(self._planner.drafts, work.requests))
-        if self._unread is not None and deaf:
-            self._unread.leave(work.requests)
-            layers = ()
+        layers = () if self._goes_unheard(work, offered) else self._models.feature_layers
         read = self._models.model.read(step, wanted, layers)
         self._tally.verify_seconds += time.perf_counter() - began
         return step, read
+
+    def _goes_unheard(self, work: Work, offered: Offered) -> bool:
+        """Nobody will draft from what this step reads, so it needs no features."""
+        if self._unread is None or offered.drafting:
+            return False
+        if any(request.table.heard for request in work.requests):  # in every step: asked before what takes longer
+            if not self._planner.rests_long or any(map(self._planner.drafts, work.requests)):
+                return False
+            self._unread.leave(work.requests)
+        return True
 
     def _verify(
         self, work: Work, offered: Offered, read: ReadOut, rows: RowSampling, uniforms: np.ndarray
