@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,22 +163,27 @@ def test_a_stream_that_is_cancelled_at_any_time_leaves_nothing_behind(llm: LLM) 
     assert not llm.engine.has_work() and not llm._calls and llm.engine.metrics.kv_used == 0
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is heard as in a terminal: a shell starts what it puts in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_a_signal_interrupts_who_waits_and_never_a_step(llm: LLM) -> None:
     """Ctrl-C again and again, at any moment: the engine is as it was, and answers as before."""
     wanted = llm.generate(["def add", "Step 1"], GREEDY)
-    came = 0
     for moment in range(15):
         timer = threading.Timer(0.003 * moment, signal.raise_signal, [signal.SIGINT])
-        try:  # it may come at any of these lines
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012  # it may come at any of these lines
             timer.start()
-            until = time.monotonic() + 3
+            until = time.monotonic() + 30
             while time.monotonic() < until:
                 llm.generate(["def add", "Step 1"] * 3, replace(GREEDY, max_tokens=100))
-        except KeyboardInterrupt:
-            came += 1
         timer.join()
         assert not llm.engine.has_work() and not llm._calls and llm.engine.metrics.kv_used == 0
-    assert came >= 12  # Python itself drops one that comes while a finaliser runs, as at the end of a long garbage collection
     again = llm.generate(["def add", "Step 1"], GREEDY)
     assert [g.outputs[0].token_ids for g in again] == [g.outputs[0].token_ids for g in wanted]
 
