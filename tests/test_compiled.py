@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_fast_drafter import CONFIG, LENGTHS, block_pass, propose_together
+from test_fast_drafter import CONFIG, LENGTHS, alone, block_pass, propose_together
 from test_fast_drafter import build as build_drafter
 from test_fast_model import FAMILIES, build, one_pass
 
@@ -193,17 +193,7 @@ def test_a_drafted_block_is_the_same_to_the_bit_alone_and_beside_others() -> Non
     together = propose_together(fast, features, [11, 30, 2], Sampling(1.0), uniforms)
     for row in range(3):
         step = block_pass([11, 30, 2], list(LENGTHS), CONFIG, torch.float32)
-        alone = type(step)(
-            step.tokens_T[row * 4 : row * 4 + 4],
-            step.starts_R[row : row + 1],
-            step.lengths_R[row : row + 1],
-            step.tables_RB[row : row + 1],
-            step.block_size,
-            step.device,
-            step.dtype,
-            block=True,
-        )
-        _, base = fast._read_block(alone, fast.native)
+        _, base = fast._read_block(alone(step, row), fast.native)
         _, beside = fast._read_block(step, fast.native)
         assert torch.equal(base[0], beside[row])
     assert together.probs_BGV.shape == (3, 4, 40)

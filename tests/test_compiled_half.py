@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_compiled import TABLES, TEXTS
-from test_fast_drafter import LENGTHS, block_pass, propose_together
+from test_fast_drafter import LENGTHS, alone, block_pass, propose_together
 from test_fast_drafter import build as build_drafter
 from test_fast_model import FAMILIES, build, one_pass
 from torch import Tensor
@@ -137,19 +137,7 @@ def test_drafters_come_close_and_draft_the_same_to_the_bit_beside_others(changes
     step = block_pass([11, 30, 2], list(LENGTHS), fast.config, HALF)
     tokens, _, confidence, _ = fast.draft(step, torch.tensor([11, 30, 2]), None)
     for row, anchor in enumerate((11, 30, 2)):
-        size = fast.config.block_size
-        own = slice(row * size, (row + 1) * size)
-        alone = type(step)(
-            step.tokens_T[own],
-            step.starts_R[row : row + 1],
-            step.lengths_R[row : row + 1],
-            step.tables_RB[row : row + 1],
-            step.block_size,
-            step.device,
-            step.dtype,
-            block=True,
-        )
-        found, _, said, _ = fast.draft(alone, torch.tensor([anchor]), None)
+        found, _, said, _ = fast.draft(alone(step, row), torch.tensor([anchor]), None)
         assert torch.equal(found[0], tokens[row])
         if confidence is not None and said is not None:
             assert torch.equal(said[0], confidence[row])

@@ -67,6 +67,21 @@ def block_pass(anchors: list[int], starts: list[int], config: DrafterConfig, dty
     return one_pass([[a, *masks] for a in anchors], starts, dtype, [0, 1, 2], block=True)
 
 
+def alone(step: Pass, row: int) -> Pass:
+    """One request of a pass of blocks."""
+    size = int(step.lengths_R[row])
+    return Pass(
+        step.tokens_T[row * size : (row + 1) * size],
+        step.starts_R[row : row + 1],
+        step.lengths_R[row : row + 1],
+        step.tables_RB[row : row + 1],
+        step.block_size,
+        step.device,
+        step.dtype,
+        block=True,
+    )
+
+
 def propose_together(
     fast: FastDrafter, features: list[Tensor], anchors: list[int], sampling: Sampling, uniforms_RG: Tensor
 ) -> Proposal:

@@ -264,7 +264,8 @@ class Engine:
         return step, read
 
     def _goes_unheard(self, work: Work, offered: Offered) -> bool:
-        """Nobody will draft from what this step reads, so it needs no features."""
+        """Whether nobody will draft from what this step reads, so that it needs no features; its requests are deaf from then
+        on."""
         if self._unread is None or offered.drafting:
             return False
         if any(request.table.heard for request in work.requests):  # in every step: asked before what takes longer

@@ -84,17 +84,17 @@ class NativeStack:
         if dtype not in (torch.float32, torch.bfloat16):
             raise NoNative(f"the C++ pass computes in float32 or bfloat16, not {dtype}")
         self.library = load_library("step")
-        self.half = dtype == torch.bfloat16
-        self._pairs = self.half and bool(self.library.multiplies_pairs())
+        half = dtype == torch.bfloat16
+        self._pairs = half and bool(self.library.multiplies_pairs())
         self._kept: list[Tensor] = []
         self._pages = HugePages()
         self.hidden, self.vocab = stack.shape.hidden, len(ends.head)
         self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
         layers = ctypes.cast(self._layers, _pointer)
-        self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, self.half, stack.shape.eps, layers)
+        self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, half, stack.shape.eps, layers)
         self._ends = _Ends(
             self.vocab,
-            self.half,
+            half,
             self._keep(ends.embedding),
             self.at(ends.norm),
             ends.embedding_scale,
