@@ -143,7 +143,7 @@ BAD = [
     ("/v1/completions", {"prompt": "a b c " * 1000}, 400, "input_tokens"),
     ("/v1/completions", {"prompt": "a", "n": 128, "best_of": 200}, 400, "best_of"),
     ("/v1/completions", {"prompt": ["a"] * 300}, 400, "prompt"),
-    ("/v1/completions", {"prompt": "a", "prompt_logprobs": 3}, 400, "prompt_logprobs"),
+    ("/v1/completions", {"prompt": "a", "prompt_logprobs": 30}, 400, "prompt_logprobs"),
     ("/tokenize", {}, 400, "prompt"),
     ("/detokenize", {"tokens": [-1]}, 400, "tokens.0"),
     ("/detokenize", {"tokens": [10**8]}, 400, "tokens"),

@@ -8,74 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import types
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-try:
-    from draftkit.engine import request as seam
-except ImportError:  # the engine is not there yet: its seam, word for word
-
-    @dataclass(frozen=True)
-    class SamplingParams:
-        n: int = 1
-        max_tokens: int | None = 16
-        temperature: float = 1.0
-        top_p: float = 1.0
-        top_k: int = 0
-        min_p: float = 0.0
-        presence_penalty: float = 0.0
-        frequency_penalty: float = 0.0
-        repetition_penalty: float = 1.0
-        logit_bias: dict[int, float] | None = None
-        allowed_token_ids: Any = None
-        seed: int | None = None
-        stop: tuple[str, ...] = ()
-        stop_token_ids: tuple[int, ...] = ()
-        ignore_eos: bool = False
-        min_tokens: int = 0
-        logprobs: int | None = None
-        include_stop_str_in_output: bool = False
-        skip_special_tokens: bool = True
-        draft: bool = True
-
-    @dataclass(frozen=True)
-    class TokenEvent:
-        token_id: int
-        origin: str
-        logprob: float | None
-        top_logprobs: tuple[tuple[int, float], ...]
-
-    @dataclass(frozen=True)
-    class RequestStats:
-        prompt_tokens: int = 0
-        cached_tokens: int = 0
-        output_tokens: int = 0
-        rounds: int = 0
-        drafted: int = 0
-        verified: int = 0
-        accepted: int = 0
-        accepted_per_position: tuple[int, ...] = ()
-        queue_seconds: float = 0.0
-        prefill_seconds: float = 0.0
-        decode_seconds: float = 0.0
-
-    @dataclass(frozen=True)
-    class StepOutput:
-        request_id: str
-        events: tuple[TokenEvent, ...]
-        rejected: tuple[int, ...]
-        finish_reason: str | None
-        stop_reason: int | str | None
-        stats: RequestStats
-
-    seam = types.ModuleType("draftkit.engine.request")
-    for kind in (SamplingParams, TokenEvent, RequestStats, StepOutput):
-        setattr(seam, kind.__name__, kind)
-    sys.modules.setdefault("draftkit.engine", types.ModuleType("draftkit.engine"))
-    sys.modules["draftkit.engine.request"] = seam
-
+from draftkit.engine import request as seam
 from draftkit.errors import DraftkitError
 
 ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
@@ -217,7 +154,11 @@ class FakeEngine:
             )
         if reason:
             del self.requests[name]
-        return seam.StepOutput(name, events, (7,) if drafting else (), reason, why, running.stats)
+        prompt = None
+        if first and params.prompt_logprobs is not None:
+            best = tuple((k, -0.5 - k) for k in range(params.prompt_logprobs))
+            prompt = tuple(seam.PromptToken(t, -1.5, 9, best) for t in running.prompt[1:])
+        return seam.StepOutput(name, events, (7,) if drafting else (), reason, why, running.stats, prompt)
 
 
 TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3

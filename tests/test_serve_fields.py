@@ -16,6 +16,7 @@ from test_serve_harness import CHAT, Server, serving
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice
 from draftkit.serve.problem import ApiError, from_validation, shorten
+from draftkit.serve.prompt_scores import Echo
 from draftkit.serve.protocol import ChatBody, CompletionBody, TokenizeBody
 from draftkit.serve.reply import ChatReply, CompletionReply
 
@@ -42,8 +43,8 @@ def refused(path: str, fields: dict[str, Any]) -> ApiError:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"prompt_logprobs": 0},
-        {"prompt_logprobs": 1},
+        {"prompt_logprobs": -1},
+        {"prompt_logprobs": 21},
         {"use_beam_search": True},
         {"bad_words": ["x"]},
         {"guided_choice": ["yes", "no"]},
@@ -106,7 +107,9 @@ def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(fields: dict[str, A
         (CHATS, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "both"),
         (CHATS, {"chat_template": "{{ messages }}"}, "chat_template", "own template"),
         (CHATS, {"allowed_token_ids": [5], "response_format": {"type": "json_object"}}, "allowed_token_ids", "combined"),
-        (TEXTS, {"echo": True, "logprobs": 1}, "echo", "one of them"),
+        (TEXTS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
+        (CHATS, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "stream"),
+        (TEXTS, {"max_tokens": 0}, "max_tokens", "echo"),
         ("/tokenize", {"messages": CHAT["messages"]}, "prompt", "either"),
         ("/tokenize", {"chat_template": "x"}, "chat_template", "own template"),
         ("/tokenize", {"tools": [{}]}, "tools.0", '"function"'),
@@ -155,7 +158,7 @@ def test_without_parallel_calls_the_first_one_is_given_alone() -> None:
     call = '<tool_call>{"name": "%s", "arguments": {}}</tool_call>'
     text = call % "first" + call % "second" + "<tool_call>" + '{"name": "third"}'
     for one_call, names in ((False, ["first", "second", "third"]), (True, ["first"])):
-        message = ChatReply(SERVED.texts, False, True, one_call).whole(0, choice_that_says(text), [], "")["message"]
+        message = ChatReply(SERVED.texts, False, True, one_call).whole(0, choice_that_says(text), [], Echo())["message"]
         assert [c["function"]["name"] for c in message["tool_calls"]] == names and message["content"] is None
         reply, choice = ChatReply(SERVED.texts, False, True, one_call), Choice(SERVED.texts, seam.SamplingParams(), 1)
         streamed: list[Any] = []
@@ -247,7 +250,7 @@ def test_the_drawn_token_is_always_among_the_top_ones_of_completions(asked: int,
     event = seam.TokenEvent(drawn, "target", -9.0, tuple((t, -0.5) for t in likely[:asked]))
     choice = Choice(SERVED.texts, seam.SamplingParams(logprobs=asked), 1)
     pieces = choice.add(seam.StepOutput("r", (event,), (), "length", None, seam.RequestStats())).pieces
-    told = CompletionReply(SERVED.texts, False).whole(0, choice, pieces, "")["logprobs"]
+    told = CompletionReply(SERVED.texts, False).whole(0, choice, pieces, Echo())["logprobs"]
     assert len(told["top_logprobs"][0]) == names and told["top_logprobs"][0][told["tokens"][0]] == -9.0
 
 

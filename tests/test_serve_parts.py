@@ -18,6 +18,7 @@ from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.problem import ApiError, from_validation
+from draftkit.serve.prompt_scores import Echo
 from draftkit.serve.protocol import ChatBody, CompletionBody
 from draftkit.serve.reply import ChatReply, CompletionReply, usage
 from draftkit.serve.settings import ServeSettings
@@ -98,10 +99,10 @@ def test_a_tool_call_reaches_the_client_whole_and_streamed() -> None:
     shown = [c for c in chunks if c is not None]
     assert [c["delta"]["tool_calls"][0]["index"] for c in shown if c["delta"].get("tool_calls")] == [0]
     assert shown[-1]["finish_reason"] == "tool_calls"
-    whole = reply.whole(0, choice, [], "")
+    whole = reply.whole(0, choice, [], Echo())
     assert whole["finish_reason"] == "tool_calls" and whole["message"]["content"] is None
     assert whole["message"]["tool_calls"][0]["function"]["name"] == "weather"
-    plain = ChatReply(SERVED.texts, False).whole(0, choice, [], "")
+    plain = ChatReply(SERVED.texts, False).whole(0, choice, [], Echo())
     assert plain["message"]["content"] == CALL and plain["finish_reason"] == "stop"
 
 
@@ -115,7 +116,7 @@ def test_usage_counts_each_prompt_once() -> None:
 def test_logprobs_of_completions_line_up_with_the_text() -> None:
     choice = Choice(SERVED.texts, seam.SamplingParams(logprobs=1), 1)
     pieces = list(choice.add(output(ids("naïve fox"), "length")).pieces)
-    told = CompletionReply(SERVED.texts, False).whole(0, choice, pieces, "echo")["logprobs"]
+    told = CompletionReply(SERVED.texts, False).whole(0, choice, pieces, Echo("echo"))["logprobs"]
     assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["text_offset"])
     assert told["text_offset"][0] == 4 and told["text_offset"][-1] <= 4 + len("naïve fox")
 

@@ -58,6 +58,7 @@ def commit(
         elif index < work.decoding:
             request.rounds += bool(request.gamma)
         tokens, reason, why = _cut(request, [*drafts[index][:kept], following[index]], adjustments.get(request.id))
+        first_output = not request.made
         request.tokens += tokens
         request.computed += counts[index] + min(kept, len(tokens))
         request.answered = request.answered or time.perf_counter()
@@ -65,7 +66,8 @@ def commit(
         events = _events(request, tokens, kept, outcome.logits_NV, first)
         first += lengths[index] + 1
         rejected = tuple(drafts[index][kept : lengths[index]])
-        outputs.append(StepOutput(request.id, events, rejected, reason, why, request.stats()))
+        prompt = tuple(request.scores) if first_output and request.params.prompt_logprobs is not None else None
+        outputs.append(StepOutput(request.id, events, rejected, reason, why, request.stats(), prompt))
     return outputs
 
 

@@ -31,6 +31,7 @@ from draftkit.engine.round import Chooser, Offered, adjust_rows, judge, place
 from draftkit.engine.row_sampling import RowSampling, row_sampling
 from draftkit.engine.running import Running, Uniforms
 from draftkit.engine.scheduler import Scheduler, Work
+from draftkit.engine.scoring import Scoring, score, to_score
 from draftkit.engine.settings import EngineSettings
 from draftkit.engine.slow_model import SlowModel
 from draftkit.engine.unread import LONG, Unread
@@ -254,14 +255,16 @@ class Engine:
             lengths_R[: work.answering] += offered.lengths_A
         began = time.perf_counter()
         step = self._pass(np.concatenate(flat) if len(flat) > 1 else flat[0], work.starts_R, lengths_R, work.rows_R)
-        wanted = None
+        wanted, scoring = None, list[Scoring]()
         if len(work.requests) > decoding:
             ends, starts = step.ends_R[: work.answering], step.ends_R[: work.answering] - offered.lengths_A - 1
-            wanted = self._there(np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]))
+            rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]
+            scoring = to_score(work, step.firsts_R)
+            wanted = self._there(np.concatenate(rows + [rows_S for _, rows_S in scoring]))
         layers = () if self._goes_unheard(work, offered) else self._models.feature_layers
         read = self._models.model.read(step, wanted, layers)
         self._tally.verify_seconds += time.perf_counter() - began
-        return step, read
+        return step, score(scoring, read) if scoring else read
 
     def _goes_unheard(self, work: Work, offered: Offered) -> bool:
         """Whether nobody will draft from what this step reads, so that it needs no features; its requests are deaf from then

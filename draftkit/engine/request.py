@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from draftkit.errors import DataError
 
-_LEAST = {"n": 1, "max_tokens": 1, "top_k": -1, "min_tokens": 0, "logprobs": 0}
+_LEAST = {"n": 1, "max_tokens": 1, "top_k": -1, "min_tokens": 0, "logprobs": 0, "prompt_logprobs": 0}
+_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs")
 _LEAST_TEMPERATURE = 1e-5  # below it logits over temperature leave float32
 FinishReason = str  # "stop", "length" or "abort"
 
@@ -44,7 +45,9 @@ class SamplingParams:
 
     Stop strings, `n` above 1 and special tokens in the text are the business of `LLM` and the server; the engine works
     on token ids. `max_tokens` None means all the room that the context leaves. A request with `temperature` above 0
-    and a `seed` gives the same tokens in any batch. `draft` False decodes without speculation. As in vLLM, `stop` may be one
+    and a `seed` gives the same tokens in any batch. `draft` False decodes without speculation. `prompt_logprobs` asks for the
+    log probability of every token of the prompt but the first, with that many of the most likely ones; such a prompt is read
+    whole, whatever is known of it. As in vLLM, `stop` may be one
     string, and lists and None are taken where there are tuples.
     """
 
@@ -65,6 +68,7 @@ class SamplingParams:
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     draft: bool = True
@@ -77,7 +81,7 @@ class SamplingParams:
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            optional = name in ("max_tokens", "logprobs")
+            optional = name in _OPTIONAL
             good = optional if value is None else isinstance(value, Integral) and int(value) >= least
             self._need(good, name, f"a whole number from {least} on" + ", or None" * optional)
         self._need(self.seed is None or isinstance(self.seed, Integral), "seed", "a whole number, or None")
@@ -111,8 +115,19 @@ class TokenEvent:
     under the target's own distribution, before penalties and temperature, as vLLM reports them."""
 
     token_id: int
-    origin: str  # "accepted" or "target"
+    origin: str  # "accepted" or "target"; "prompt" where a prompt is shown
     logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    """One token of a prompt, given those before it, under the target's own distribution: natural logarithms of
+    probabilities; `rank` 1 is the most likely token."""
+
+    token_id: int
+    logprob: float
+    rank: int
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
@@ -135,7 +150,8 @@ class RequestStats:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step added to one answer; `rejected` are the verified drafts of this round that were not kept."""
+    """What one step added to one answer; `rejected` are the verified drafts of this round that were not kept. `prompt` comes
+    with the first output of a request that asked for it: the prompt's tokens from the second on."""
 
     request_id: str
     events: tuple[TokenEvent, ...]
@@ -143,3 +159,4 @@ class StepOutput:
     finish_reason: FinishReason | None
     stop_reason: int | str | None
     stats: RequestStats
+    prompt: tuple[PromptToken, ...] | None = None

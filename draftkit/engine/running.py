@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from draftkit.engine.kv_cache import BlockTable
-from draftkit.engine.request import RequestStats, SamplingParams
+from draftkit.engine.request import PromptToken, RequestStats, SamplingParams
 from draftkit.ops.sampling import request_generator
 
 _ROUNDS_AHEAD = 32
@@ -72,6 +72,7 @@ class Running:
     verified: int = 0
     accepted: int = 0
     per_position: list[int] = field(default_factory=list)
+    scores: list[PromptToken] = field(default_factory=list)  # of the prompt's tokens from the second on, where asked for
 
     @property
     def made(self) -> int:
@@ -87,6 +88,11 @@ class Running:
     def to_read(self) -> int:
         """Tokens that must be read before a round can begin; the last token of an answer belongs to the round."""
         return len(self.tokens) - self.computed - (self.made > 0)
+
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt whose log probabilities are asked for and not there yet."""
+        return 0 if self.params.prompt_logprobs is None else self.prompt_length - 1 - len(self.scores)
 
     @cached_property
     def keeps_proposal(self) -> bool:

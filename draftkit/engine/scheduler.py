@@ -15,6 +15,8 @@ import numpy as np
 from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.running import Running
 
+SCORED = 256  # tokens of prompts that one step scores: of a vocabulary of 150,000 their logits are 150 MB
+
 
 @dataclass(frozen=True)
 class Work:
@@ -84,19 +86,24 @@ class Scheduler:
         for request in self.running:
             (decoding if request.decoding else reading).append(request)
         budget = max(self._step_tokens - len(decoding) - self._expected(len(decoding)), self.pool.block_size)
+        scorable = SCORED
         ends: list[tuple[Running, int]] = []
         middles: list[tuple[Running, int]] = []
-        for request in reading:
-            if budget:
-                count = min(budget, request.to_read)
-                budget -= count
-                (ends if self._answers(request, count) else middles).append((request, count))
-        while budget and self.waiting and not preempted and self._admit(self.waiting[0]):
-            request = self.waiting.popleft()
+
+        def take(request: Running) -> None:
+            nonlocal budget, scorable
             count = min(budget, request.to_read)
+            if request.unscored:
+                count = min(count, scorable)
+                scorable -= count
             budget -= count
-            if count:  # else all but its last token was found in memory: it decodes from the next step on
+            if count:  # else all but its last token was found in memory, and it decodes from the next step on; or it waits
                 (ends if self._answers(request, count) else middles).append((request, count))
+
+        for request in reading:
+            take(request)
+        while budget and self.waiting and not preempted and self._admit(self.waiting[0]):
+            take(self.waiting.popleft())
         requests = decoding + [r for r, _ in ends + middles]
         return Work(
             requests,
@@ -138,7 +145,8 @@ class Scheduler:
         """
         if not self._free_rows:
             return False
-        table = self.pool.match(request.tokens, heard=self._drafts(request))
+        known = request.tokens if not request.unscored else ()  # what is not read again has no logits
+        table = self.pool.match(known, heard=self._drafts(request))
         missing = self.pool.blocks_for(len(request.tokens) + self._ahead) - len(table.blocks)
         if missing + len(self.running) > self.pool.free:
             self.pool.release(table)

@@ -17,12 +17,12 @@ from starlette.responses import Response
 
 from draftkit import __version__
 from draftkit.serve import generate
+from draftkit.serve.detokenize import token_name
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.middleware import Envelope
 from draftkit.serve.params import chat_prompt, check_ids, check_model
 from draftkit.serve.problem import ApiError, error_body, shorten
 from draftkit.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from draftkit.serve.reply import token_name
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import read_body, unless_long
 from draftkit.serve.worker import Worker

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from draftkit.engine.request import RequestStats, SamplingParams, StepOutput, TokenEvent
+from draftkit.engine.request import PromptToken, RequestStats, SamplingParams, StepOutput, TokenEvent
 from draftkit.serve.detokenize import Detokenizer, StopStrings, TokenTexts
 
 
@@ -23,11 +23,13 @@ class Delta:
 
 @dataclass
 class Choice:
-    """Folds the engine's outputs for one answer into text."""
+    """Folds the engine's outputs for one answer into text; with `only_prompt` the engine's one token is not part of it."""
 
     texts: TokenTexts
     params: SamplingParams
     prompt_tokens: int
+    only_prompt: bool = False
+    prompt: tuple[PromptToken, ...] | None = None
     events: list[TokenEvent] = field(default_factory=list)
     stats: RequestStats | None = None
     finish_reason: str | None = None
@@ -47,6 +49,11 @@ class Choice:
         """Take one step's output. After the end, further outputs change nothing."""
         if self.finish_reason is not None:
             return Delta("", (), (), (), None, None)
+        if output.prompt is not None:
+            self.prompt = output.prompt
+        if self.only_prompt:
+            self.stats, self.finish_reason = output.stats, "length"
+            return Delta("", (), (), (), "length", None)
         shown: list[str] = []
         pieces: list[str] = []
         taken: list[TokenEvent] = []

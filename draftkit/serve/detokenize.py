@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
+
+_FLOOR = -9999.0  # JSON has no -inf; vLLM's stand-in
 
 
 class TokenTexts:
@@ -54,6 +57,16 @@ class TokenTexts:
     def decode(self, tokens: Sequence[int], skip_special: bool) -> str:
         """All tokens at once, without the cleaning of spaces that some tokenizers do: it is not incremental."""
         return str(self.tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
+
+
+def token_name(texts: TokenTexts, token: int, as_id: bool = False) -> str:
+    """A token for people to read; parts of characters show as U+FFFD."""
+    return f"token_id:{token}" if as_id else texts.token_bytes(token).decode("utf-8", errors="replace")
+
+
+def finite(logprob: float | None) -> float | None:
+    """A log probability as JSON can hold it."""
+    return None if logprob is None else max(logprob, _FLOOR) if not math.isnan(logprob) else _FLOOR
 
 
 class Detokenizer:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -14,6 +14,7 @@ from starlette.responses import Response
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice, Delta
 from draftkit.serve.problem import ApiError, bad_request
+from draftkit.serve.prompt_scores import Echo, as_vllm, echo_of
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.reply import ChatReply, CompletionReply, origins, speculation, usage
 from draftkit.serve.settings import ServeSettings
@@ -50,11 +51,25 @@ class Call:
         asked = self.body.return_token_ids and isinstance(self.reply, kind)
         return list(self.prompt_of(index)) if asked else None
 
-    def echo(self, index: int) -> str:
-        """The prompt's text where the request wants it back."""
-        if not getattr(self.body, "echo", False):
-            return ""
-        return self.served.texts.decode(self.prompt_of(index), self.body.skip_special_tokens)
+    def echo(self, index: int) -> Echo:
+        """The prompt where the request wants it back."""
+        if not (isinstance(self.body, CompletionBody) and self.body.echo):
+            return Echo()
+        scores, special = self.choices[index].prompt, self.body.skip_special_tokens
+        return echo_of(self.served.texts, self.prompt_of(index), special, scores, self.body.logprobs)
+
+    @property
+    def echoes_scores(self) -> bool:
+        """The echo can only be told when the prompt has been read."""
+        return isinstance(self.body, CompletionBody) and self.body.echo and self.body.logprobs is not None
+
+    def prompt_logprobs(self, kind: type[ChatReply] | type[CompletionReply], index: int = 0) -> dict[str, Any]:
+        """vLLM's field where it is asked for and belongs, see `prompt_ids`."""
+        scores = self.choices[index].prompt
+        if self.body.prompt_logprobs is None or scores is None or not isinstance(self.reply, kind):
+            return {}
+        top = [replace(s, top_logprobs=s.top_logprobs[: self.body.prompt_logprobs]) for s in scores]
+        return {"prompt_logprobs": as_vllm(self.served.texts, top, self.body.return_tokens_as_token_ids)}
 
     def envelope(self, kind: str, choices: list[dict[str, Any]], first: bool = False) -> dict[str, Any]:
         """The fields that all bodies begin with. `first`: nothing of these choices was sent before."""
@@ -77,7 +92,7 @@ async def completions(request: Request, worker: Worker, settings: ServeSettings)
     from_body.check_model(body.model, served)
     prompts = await unless_long(_size(request), from_body.completion_prompts, body, served)
     reply = CompletionReply(served.texts, body.return_tokens_as_token_ids)
-    limit = 16 if body.max_tokens is None else body.max_tokens
+    limit = 16 if body.max_tokens is None else max(body.max_tokens, 1)  # one is made, and not shown where none is wanted
     return await _answer(request, worker, settings, served, body, reply, prompts, limit, body.logprobs)
 
 
@@ -138,7 +153,7 @@ async def _answer(
         own = min(limit, room) if limit is not None and unset and room > 0 else limit
         for i in range(body.n):
             work.append((prompt, from_body.sampling_params(body, served, prompt, i, own, logprobs, constraint)))
-    choices = [Choice(served.texts, params, len(prompt)) for prompt, params in work]
+    choices = [Choice(served.texts, params, len(prompt), only_prompt=body.max_tokens == 0) for prompt, params in work]
     call = Call(request.state.request_id, int(time.time()), served, body, reply, prompts, choices)
     ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, work, whole=not body.stream))
     if body.stream:
@@ -182,8 +197,8 @@ async def _collect(call: Call, worker: Worker, ticket: Ticket) -> dict[str, Any]
             answer["token_ids"] = [e.token_id for e in choice.events]
         if (prompt := call.prompt_ids(CompletionReply, index)) is not None:
             answer["prompt_token_ids"] = prompt
-        answers.append(answer)
-    whole = call.envelope(call.reply.whole_object, answers, first=True)
+        answers.append(answer | call.prompt_logprobs(CompletionReply, index))
+    whole = call.envelope(call.reply.whole_object, answers, first=True) | call.prompt_logprobs(ChatReply)
     whole["usage"] = usage(call.choices, call.prompt_tokens)
     if call.body.return_spec_stats:
         whole["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
@@ -193,10 +208,13 @@ async def _collect(call: Call, worker: Worker, ticket: Ticket) -> dict[str, Any]
 async def _stream(call: Call, worker: Worker, ticket: Ticket) -> AsyncGenerator[bytes, None]:
     """Server-sent events of a response."""
     try:
-        yield b"".join(_openings(call))
+        unopened = set(range(len(call.choices)))
+        if not call.echoes_scores:
+            yield b"".join(_opening(call, index, unopened) for index in range(len(call.choices)))
         while any(c.finish_reason is None for c in call.choices):
             # What came in together leaves in one write.
-            yield b"".join(_chunk(call, index, d) for index, d in await _next(worker, ticket, call.choices))
+            deltas = await _next(worker, ticket, call.choices)
+            yield b"".join(_opening(call, index, unopened) + _chunk(call, index, delta) for index, delta in deltas)
         options = call.body.stream_options
         wants_usage = options is not None and options.include_usage
         if wants_usage or call.body.return_spec_stats:
@@ -211,11 +229,13 @@ async def _stream(call: Call, worker: Worker, ticket: Ticket) -> AsyncGenerator[
         yield event(error.body()) + b"data: [DONE]\n\n"
 
 
-def _openings(call: Call) -> Iterator[bytes]:
-    for index in range(len(call.choices)):
-        opening = call.reply.opening(index, call.echo(index), call.prompt_ids(CompletionReply, index))
-        if opening is not None:
-            yield event(call.envelope(call.reply.chunk_object, [opening], first=True))
+def _opening(call: Call, index: int, unopened: set[int]) -> bytes:
+    """The first chunk of a choice, once."""
+    if index not in unopened:
+        return b""
+    unopened.discard(index)
+    opening = call.reply.opening(index, call.echo(index), call.prompt_ids(CompletionReply, index))
+    return event(call.envelope(call.reply.chunk_object, [opening], first=True)) if opening is not None else b""
 
 
 def _chunk(call: Call, index: int, delta: Delta) -> bytes:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from draftkit.engine.request import RequestStats, SamplingParams, StepOutput, TokenEvent
+from draftkit.engine.request import PromptToken, RequestStats, SamplingParams, StepOutput, TokenEvent
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.serve.choice import Choice
@@ -55,10 +55,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Generation:
-    """The `n` answers to one prompt."""
+    """The `n` answers to one prompt; `prompt_logprobs`, where they were asked for, are of its tokens from the second on."""
 
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[Completion, ...]
+    prompt_logprobs: tuple[PromptToken, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ class LLM:
         if any(p.constraint is not None for p in each) and sum(p.n for p in each) > 1:
             raise DataError("a constraint belongs to one answer; ask for one at a time")
         work = [
-            (tokens, p if p.seed is None else replace(p, seed=p.seed + i))
+            (tokens, _of_choice(p, i))
             for tokens, p in zip(prompts, each, strict=True)
             for i in range(p.n)
         ]
@@ -198,9 +199,11 @@ class LLM:
             self._finish(call)
         finally:
             self._do(self._leave, call).result()
-        answers = iter([call.made[name] for name in call.choices])
+        answers = iter([(call.made[name], choice.prompt) for name, choice in call.choices.items()])
+        own = [list(itertools.islice(answers, p.n)) for p in each]
         return [
-            Generation(tokens, tuple(itertools.islice(answers, p.n))) for tokens, p in zip(prompts, each, strict=True)
+            Generation(tokens, tuple(made for made, _ in answered), answered[0][1])
+            for tokens, answered in zip(prompts, own, strict=True)
         ]
 
     def _finish(self, call: _Call) -> None:
@@ -269,6 +272,13 @@ class LLM:
         for name in call.choices:
             self._calls.pop(name, None)
             self.engine.abort(name)
+
+
+def _of_choice(params: SamplingParams, index: int) -> SamplingParams:
+    """Parameters of one of the `n` answers: seeds in a row, and the prompt is scored once."""
+    if not index:
+        return params
+    return replace(params, seed=None if params.seed is None else params.seed + index, prompt_logprobs=None)
 
 
 def _completion(choice: Choice, finish_reason: str, stats: RequestStats) -> Completion:

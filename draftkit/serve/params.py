@@ -165,6 +165,7 @@ def sampling_params(
             ignore_eos=body.ignore_eos,
             min_tokens=body.min_tokens,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs(body),
             include_stop_str_in_output=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
             draft=body.draft,
@@ -173,6 +174,13 @@ def sampling_params(
         )
     except DataError as error:
         raise bad_request(str(error)) from error
+
+
+def prompt_logprobs(body: SamplingBody) -> int | None:
+    """How many of the likeliest tokens are asked for beside each token of the prompt; None: nothing is."""
+    echoed = body.logprobs if isinstance(body, CompletionBody) and body.echo else None
+    asked = [top for top in (body.prompt_logprobs, echoed) if top is not None]
+    return max(asked, default=None)
 
 
 def _logit_bias(given: dict[str, float] | None, served: Served) -> dict[int, float] | None:

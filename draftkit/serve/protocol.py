@@ -104,6 +104,7 @@ class SamplingBody(RequestBody):
     min_tokens: int = Field(default=0, ge=0, le=INT64)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
@@ -129,6 +130,8 @@ class SamplingBody(RequestBody):
             raise Refusal("best_of", "best_of is not supported by this server; use n")
         if self.stream_options is not None and not self.stream:
             raise Refusal("stream_options", "stream_options needs stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise Refusal("prompt_logprobs", "prompt_logprobs is not available in a stream; leave stream out")
         if self.truncate_prompt_tokens == 0:
             raise Refusal("truncate_prompt_tokens", "truncate_prompt_tokens must be 1 or more, or -1 for as many as fit")
         form = "response_format" if self.response_format is not None and self.response_format.binds else None
@@ -151,14 +154,15 @@ class CompletionBody(SamplingBody):
     """POST /v1/completions."""
 
     prompt: Prompt
+    max_tokens: int | None = Field(default=None, ge=0, le=INT64)  # 0: the prompt alone
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _completion_served(self) -> CompletionBody:
-        if self.echo and self.logprobs is not None:
-            raise Refusal("echo", "echo together with logprobs is not supported by this server; use one of them")
+        if self.max_tokens == 0 and not self.echo:
+            raise Refusal("max_tokens", "max_tokens must be 1 or more; 0 goes with echo, for the prompt alone")
         if isinstance(self.prompt, list) and not self.prompt:
             raise Refusal("prompt", "prompt is empty; give at least one string or token id")
         return self

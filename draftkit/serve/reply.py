@@ -5,17 +5,15 @@ Plain dicts: a chunk is built per round of every request, and nothing here needs
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from draftkit.engine.request import RequestStats, TokenEvent
 from draftkit.serve.choice import Choice, Delta, spec_stats, timings
-from draftkit.serve.detokenize import TokenTexts
+from draftkit.serve.detokenize import TokenTexts, finite, token_name
+from draftkit.serve.prompt_scores import Echo
 from draftkit.serve.tools import ToolCalls
-
-_FLOOR = -9999.0  # JSON has no -inf; vLLM's stand-in
 
 
 @dataclass
@@ -28,13 +26,14 @@ class CompletionReply:
     prefix = "cmpl-"
     offsets: dict[int, int] = field(default_factory=dict)
 
-    def opening(self, index: int, echo: str, prompt: Sequence[int] | None) -> dict[str, Any] | None:
+    def opening(self, index: int, echo: Echo, prompt: Sequence[int] | None) -> dict[str, Any] | None:
         """The first chunk of an answer: the prompt, as text where it is to be echoed and as ids where they are given."""
-        self.offsets[index] = len(echo)
-        opening = {"index": index, "text": echo, "logprobs": None, "finish_reason": None}
+        self.offsets[index] = len(echo.text)
+        logprobs = self._logprobs(echo.events, echo.pieces, 0) if echo.events else None
+        opening = {"index": index, "text": echo.text, "logprobs": logprobs, "finish_reason": None}
         if prompt is not None:
             return opening | {"prompt_token_ids": list(prompt), "token_ids": []}
-        return opening if echo else None
+        return opening if echo.text or echo.events else None
 
     def chunk(self, index: int, choice: Choice, delta: Delta) -> dict[str, Any] | None:
         """What one step adds; None when there is nothing to show."""
@@ -52,14 +51,15 @@ class CompletionReply:
             "stop_reason": delta.stop_reason,
         }
 
-    def whole(self, index: int, choice: Choice, pieces: Sequence[str], echo: str) -> dict[str, Any]:
+    def whole(self, index: int, choice: Choice, pieces: Sequence[str], echo: Echo) -> dict[str, Any]:
         """A complete answer."""
         logprobs = None
         if choice.params.logprobs is not None:
-            logprobs = self._logprobs(choice.events, pieces, len(echo))
+            offset = 0 if echo.events else len(echo.text)
+            logprobs = self._logprobs([*echo.events, *choice.events], [*echo.pieces, *pieces], offset)
         return {
             "index": index,
-            "text": echo + choice.text,
+            "text": echo.text + choice.text,
             "logprobs": logprobs,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
@@ -72,15 +72,15 @@ class CompletionReply:
             offset += len(piece)
         return {
             "tokens": [token_name(self.texts, e.token_id, self.as_ids) for e in events],
-            "token_logprobs": [_finite(e.logprob) for e in events],
-            "top_logprobs": [self._top(e) for e in events],
+            "token_logprobs": [finite(e.logprob) for e in events],
+            "top_logprobs": [None if e.logprob is None else self._top(e) for e in events],
             "text_offset": offsets,
         }
 
     def _top(self, event: TokenEvent) -> dict[str, float | None]:
         """The likeliest tokens and the one that was drawn, which may be another: OpenAI gives up to logprobs + 1."""
-        drawn = {token_name(self.texts, event.token_id, self.as_ids): _finite(event.logprob)}
-        likely = {token_name(self.texts, t, self.as_ids): _finite(p) for t, p in event.top_logprobs}
+        drawn = {token_name(self.texts, event.token_id, self.as_ids): finite(event.logprob)}
+        likely = {token_name(self.texts, t, self.as_ids): finite(p) for t, p in event.top_logprobs}
         return drawn | likely | drawn  # it comes first, and no other token of the same text takes its place
 
 
@@ -97,7 +97,7 @@ class ChatReply:
     prefix = "chatcmpl-"
     parsers: dict[int, ToolCalls] = field(default_factory=dict)
 
-    def opening(self, index: int, echo: str, prompt: Sequence[int] | None) -> dict[str, Any] | None:
+    def opening(self, index: int, echo: Echo, prompt: Sequence[int] | None) -> dict[str, Any] | None:
         """The first chunk of an answer: who speaks. The prompt's ids belong to the chunk, not to the choice."""
         return {
             "index": index,
@@ -133,7 +133,7 @@ class ChatReply:
             "stop_reason": delta.stop_reason,
         }
 
-    def whole(self, index: int, choice: Choice, pieces: Sequence[str], echo: str) -> dict[str, Any]:
+    def whole(self, index: int, choice: Choice, pieces: Sequence[str], echo: Echo) -> dict[str, Any]:
         """A complete answer."""
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
         reason = choice.finish_reason
@@ -165,12 +165,7 @@ class ChatReply:
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         raw = self.texts.token_bytes(token)
-        return {"token": token_name(self.texts, token, self.as_ids), "logprob": _finite(logprob), "bytes": list(raw)}
-
-
-def token_name(texts: TokenTexts, token: int, as_id: bool = False) -> str:
-    """A token for people to read; parts of characters show as U+FFFD."""
-    return f"token_id:{token}" if as_id else texts.token_bytes(token).decode("utf-8", errors="replace")
+        return {"token": token_name(self.texts, token, self.as_ids), "logprob": finite(logprob), "bytes": list(raw)}
 
 
 def origins(texts: TokenTexts, delta: Delta) -> dict[str, Any]:
@@ -222,7 +217,3 @@ def speculation(choices: Sequence[Choice], gamma: int) -> dict[str, Any]:
 def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
     width = max(map(len, rows), default=0)
     return [[*row, *[0] * (width - len(row))] for row in rows]
-
-
-def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, _FLOOR) if not math.isnan(logprob) else _FLOOR

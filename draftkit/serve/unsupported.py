@@ -31,7 +31,6 @@ _REFUSED = {
     "lora_path": "",
     "no_stop_trim": "; use include_stop_str_in_output",
     "prompt_embeds": "",
-    "prompt_logprobs": "",
     "regex": _FORM,
     "repetition_detection": "",
     "stop_regex": "; use stop",
@@ -53,7 +52,7 @@ def refuse_unsupported(body: dict[str, Any]) -> None:
 
 
 def _asks(name: str, value: Any) -> bool:
-    """0 asks: `prompt_logprobs` 0 is the logprob of each token of the prompt."""
+    """Whether this value asks for anything; 0 does."""
     if name == "function_call" and value == "none":
         return False
     return value is not False and value not in ("", [], {})
