@@ -39,6 +39,7 @@ json_schemas = st.sampled_from(
     ]
 )
 text_parts = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=5)})
+functions = st.fixed_dictionaries({"name": st.sampled_from(["f", "g"])}, optional={"parameters": json_schemas})
 KNOWN: dict[str, st.SearchStrategy[Any]] = {
     "model": st.just("tiny"),
     "stop_token_ids": ids,
@@ -48,7 +49,9 @@ KNOWN: dict[str, st.SearchStrategy[Any]] = {
     "role": st.sampled_from(["user", "assistant", "system", "tool", "x"]),
     "content": st.text(max_size=12) | st.lists(text_parts, max_size=2),
     "schema": json_schemas | anything,
-    "tools": st.lists(st.fixed_dictionaries({"type": st.just("function"), "function": anything}), max_size=2),
+    "tools": st.lists(
+        st.fixed_dictionaries({"type": st.just("function"), "function": anything | functions}), min_size=1, max_size=2
+    ),
     "prompt": st.text(max_size=20) | ids | st.lists(st.text(max_size=5), min_size=1, max_size=3) | st.lists(ids, max_size=2),
     "chat_template_kwargs": st.just({"enable_thinking": False}) | st.dictionaries(st.text(max_size=12), anything, max_size=2),
 }

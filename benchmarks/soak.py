@@ -78,6 +78,8 @@ def random_params(source: random.Random, vocab: int, most: int) -> SamplingParam
         "stop_token_ids": tuple(source.sample(range(vocab), 3)),
         "ignore_eos": True,
         "logprobs": source.randint(0, 3),
+        "prompt_logprobs": source.randint(0, 3),
+        "bad_token_ids": tuple(tuple(source.sample(range(vocab), source.randint(1, 2))) for _ in range(3)),
     }
     chosen = [name for name in options if source.random() < 0.15]
     return SamplingParams(**given, **{name: options[name] for name in chosen})

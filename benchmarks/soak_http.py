@@ -178,6 +178,7 @@ def _random_settings(source: random.Random, vocab: int, limit: int) -> dict[str,
         "include_stop_str_in_output": True,
         "ignore_eos": True,
         "return_spec_stats": True,
+        "bad_words": [source.choice(["the", "return", " a"]), "def f"],
     }
     chosen = {name: options[name] for name in options if source.random() < 0.15}
     chosen["temperature"] = source.choice([0.0, 0.3, 0.7, 1.0, 1.5])

@@ -66,6 +66,8 @@ CASES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.1},
     {"presence_penalty": 1.5, "frequency_penalty": 0.7},
     {"frequency_penalty": -0.5, "repetition_penalty": 0.9, "logit_bias": {9: 4.0}},
+    {"logit_bias": {5: 30.0, 6: 29.5, 7: 29.0}, "bad_token_ids": ((5, 5), (5, 6, 5), (6, 7, 6, 7), (9,))},
+    {"allowed_token_ids": (11, 12, 13), "bad_token_ids": ((11,), (12, 12), (13, 13), (12, 13), (13, 12))},
     {"logit_bias": {40: 50.0}, "stop_token_ids": (40,), "min_tokens": 9},
 ]
 
@@ -82,6 +84,10 @@ def naive(target: TransformersTarget, prompt: list[int], count: int, params: Sam
             if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
                 logits[token] = float("-inf")
             logits[token] += (params.logit_bias or {}).get(token, 0.0)
+        banned = {last for *start, last in params.bad_token_ids if start == answer[max(len(answer) - len(start), 0) :]}
+        if any(value > float("-inf") for token, value in enumerate(logits) if token not in banned):
+            logits = [float("-inf") if token in banned else value for token, value in enumerate(logits)]
+        for token in range(len(logits)):
             if token in stops and len(answer) < params.min_tokens:
                 logits[token] = float("-inf")
             if token in prompt + answer:

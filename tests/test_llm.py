@@ -274,3 +274,13 @@ def test_a_program_may_end_while_the_passes_are_being_compiled(tmp_path: Path) -
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bad_words_do_not_appear(llm: LLM) -> None:
+    def answer(words: list[str]) -> list[int]:
+        params = SamplingParams(max_tokens=40, temperature=0, bad_words=words)  # type: ignore[arg-type]
+        return list(llm.generate("def add(a, b):\n", params)[0].outputs[0].token_ids)
+
+    free = {token: llm.tokenizer.decode([token]) for token in answer([])}
+    words = {t: word for t, word in free.items() if llm.tokenizer(word, add_special_tokens=False)["input_ids"] == [t]}
+    assert words and not words.keys() & set(answer(list(words.values())))

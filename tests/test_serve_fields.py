@@ -23,8 +23,13 @@ from draftkit.serve.reply import ChatReply, CompletionReply
 SERVED = fake_served()
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"description": "adds", "name": "add", "parameters": {}}}
+FORCED = {"tools": [TOOL], "tool_choice": "required"}
 KINDS: dict[str, Any] = {CHATS: ChatBody, TEXTS: CompletionBody, "/tokenize": TokenizeBody}
 LEAST = {CHATS: CHAT, TEXTS: {"prompt": "a"}, "/tokenize": {"prompt": "a"}}
+
+
+def chosen(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,8 @@ def refused(path: str, fields: dict[str, Any]) -> ApiError:
         {"prompt_logprobs": -1},
         {"prompt_logprobs": 21},
         {"use_beam_search": True},
-        {"bad_words": ["x"]},
+        {"bad_words": "x"},
+        {"bad_words": ["x"] * 300},
         {"guided_choice": ["yes", "no"]},
         {"guided_json": {"type": "object"}},
         {"guided_regex": "a+"},
@@ -96,9 +102,14 @@ def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(fields: dict[str, A
         (TEXTS, {"prompt": [1, -1]}, "prompt", "whole numbers from 0"),
         (CHATS, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "a text or a list of parts"),
         (CHATS, {"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content", "a text or a list of parts"),
-        (CHATS, {"tools": [TOOL], "tool_choice": "bogus"}, "tool_choice", "'auto' or 'none'"),
-        (CHATS, {"tools": [TOOL], "tool_choice": "required"}, "tool_choice", "'auto' or 'none'"),
+        (CHATS, {"tools": [TOOL], "tool_choice": "bogus"}, "tool_choice", "'auto', 'none', 'required'"),
+        (CHATS, {"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "'auto', 'none', 'required'"),
+        (CHATS, {"tools": [TOOL], "tool_choice": chosen("mul")}, "tool_choice", "'mul', which is not among tools"),
         (CHATS, {"tool_choice": "required"}, "tool_choice", "needs tools"),
+        (CHATS, {"tool_choice": chosen("add")}, "tool_choice", "needs tools"),
+        (CHATS, FORCED | {"response_format": {"type": "json_object"}}, "tool_choice", "another form"),
+        (CHATS, FORCED | {"structured_outputs": {"regex": "a"}}, "tool_choice", "another form"),
+        (CHATS, FORCED | {"allowed_token_ids": [5]}, "tool_choice", "allowed_token_ids"),
         (CHATS, {"tools": [{"bad": 1}]}, "tools.0", '"function"'),
         (CHATS, {"tools": [TOOL, {"type": "function", "function": {}}]}, "tools.1", '"name"'),
         (CHATS, {"tools": [{**TOOL, "type": "web_search"}]}, "tools.0", '"function"'),
@@ -272,3 +283,10 @@ def test_long_paths_and_names_are_cut_in_the_log_and_in_errors(server: Server) -
     assert "404" in server.logged("long-path ") and len(server.logged("long-path ")) < 400
     assert len(server.http.post(TEXTS, json={"prompt": "a", "model": "m" * 5000}).text) < 400
     assert shorten("a" * 200) == "a" * 200 and len(shorten("a" * 201)) == 203
+
+
+def test_bad_words_are_spelled_inside_a_text_and_behind_a_space() -> None:
+    found = SERVED.texts.spellings(["return", " return", "naïve"])
+    assert [SERVED.tokenizer.decode(ids) for ids in found] == ["return", " return", "naïve", " naïve"]
+    body = CompletionBody.model_validate({"prompt": "a", "bad_words": ["return"]})
+    assert from_body.sampling_params(body, SERVED, [5], 0, 9, None).bad_token_ids == found[:2]

@@ -1,4 +1,4 @@
-"""Changes to a request's logits before sampling: allowed tokens, bias, minimal length, penalties, grammar.
+"""Changes to a request's logits before sampling: allowed tokens, bias, bad words, minimal length, penalties, grammar.
 
 They depend on the tokens before each position, drafted ones included, so that sampling with speculation has the law of
 sampling without it. Order and meaning are vLLM's: masks and bias first, then the penalties.
@@ -23,6 +23,7 @@ def needs_adjustment(params: SamplingParams) -> bool:
     return bool(
         params.logit_bias
         or params.allowed_token_ids is not None
+        or params.bad_token_ids
         or params.min_tokens
         or params.presence_penalty
         or params.frequency_penalty
@@ -39,6 +40,8 @@ class Adjustment:
     ) -> None:
         self._params, self._constraint = params, params.constraint
         self._made = 0
+        self._tail: list[int] = []  # the end of the answer, as long as a bad word may reach back
+        self._reach = max(map(len, params.bad_token_ids), default=1) - 1
         self._stop_ids = torch.tensor(list(stop_ids), dtype=torch.int64, device=like.device)
         self._bias_V = _bias(params, vocab_size, like)
         self._penalised = bool(
@@ -54,6 +57,8 @@ class Adjustment:
         adjusted = wide(logits_PV) if self._bias_V is None else logits_PV + self._bias_V
         if self._constraint is not None:
             adjusted.masked_fill_(~self._allowed(self._constraint, drafts, first, positions).to(adjusted.device), _NEVER)
+        if self._params.bad_token_ids:
+            adjusted = self._without_bad_words(adjusted, drafts, first)
         short = min(max(self._params.min_tokens - self._made - first, 0), positions)
         if short:
             adjusted[:short] = self._unending(adjusted[:short])
@@ -68,6 +73,8 @@ class Adjustment:
                     tokens = tokens[: taken + 1]
                     break
         self._made += len(tokens)
+        if self._reach:
+            self._tail = [*self._tail, *tokens][-self._reach :]
         if self._penalised:
             index = torch.tensor(list(tokens), dtype=torch.int64, device=self._counts_V.device)
             self._counts_V.index_add_(0, index, torch.ones_like(index, dtype=self._counts_V.dtype))
@@ -80,8 +87,17 @@ class Adjustment:
 
     def _unending(self, logits_PV: Tensor) -> Tensor:
         """Without the tokens that end the answer, except where nothing else is allowed."""
-        masked_PV = logits_PV.index_fill(-1, self._stop_ids, _NEVER)
-        return torch.where((masked_PV == _NEVER).all(-1, keepdim=True), logits_PV, masked_PV)
+        return _unless_nothing_is_left(logits_PV.index_fill(-1, self._stop_ids, _NEVER), logits_PV)
+
+    def _without_bad_words(self, logits_PV: Tensor, drafts: Sequence[int], first: int) -> Tensor:
+        """Without the tokens that would complete a bad word, except where nothing else is allowed."""
+        masked_PV = logits_PV.clone()
+        for row in range(len(masked_PV)):
+            before = [*self._tail, *drafts[: first + row]]
+            for *start, last in self._params.bad_token_ids:
+                if before[len(before) - len(start) :] == start:
+                    masked_PV[row, last] = _NEVER
+        return _unless_nothing_is_left(masked_PV, logits_PV)
 
     def _allowed(self, constraint: Constraint, drafts: Sequence[int], first: int, positions: int) -> Tensor:
         """Bool [P, V]. Behind a token that the grammar does not allow, or behind its end, everything is: nobody gets there."""
@@ -110,6 +126,11 @@ class Adjustment:
             scaled = torch.where(logits_PV > 0, logits_PV / params.repetition_penalty, logits_PV * params.repetition_penalty)
             logits_PV = torch.where(seen_PV | self._prompt_V, scaled, logits_PV)
         return logits_PV - params.frequency_penalty * counts_PV - params.presence_penalty * seen_PV
+
+
+def _unless_nothing_is_left(masked_PV: Tensor, logits_PV: Tensor) -> Tensor:
+    """The masked logits; where all are masked, those from before."""
+    return torch.where((masked_PV == _NEVER).all(-1, keepdim=True), logits_PV, masked_PV)
 
 
 def wide(logits: Tensor) -> Tensor:

@@ -359,6 +359,7 @@ class Engine:
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias or ()),
             ("allowed_token_ids", allowed or ()),
+            ("bad_token_ids", [token for word in params.bad_token_ids for token in word]),
         ):
             wrong = next((t for t in ids if not 0 <= t < vocab), None)
             if wrong is not None:

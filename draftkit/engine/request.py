@@ -44,11 +44,12 @@ class SamplingParams:
     """How one answer is made. Raises DataError on values that cannot work.
 
     Stop strings, `n` above 1 and special tokens in the text are the business of `LLM` and the server; the engine works
-    on token ids. `max_tokens` None means all the room that the context leaves. A request with `temperature` above 0
-    and a `seed` gives the same tokens in any batch. `draft` False decodes without speculation. `prompt_logprobs` asks for the
-    log probability of every token of the prompt but the first, with that many of the most likely ones; such a prompt is read
-    whole, whatever is known of it. As in vLLM, `stop` may be one
-    string, and lists and None are taken where there are tuples.
+    on token ids. So they turn `bad_words`, which the answer is not to have, into `bad_token_ids`: sequences of tokens whose
+    last one never follows the others, unless nothing else may. `max_tokens` None means all the room that the context leaves.
+    A request with `temperature` above 0 and a `seed` gives the same tokens in any batch. `draft` False decodes without
+    speculation. `prompt_logprobs` asks for the log probability of every token of the prompt but the first, with that many of
+    the most likely ones; such a prompt is read whole, whatever is known of it. As in vLLM, `stop` may be one string, and
+    lists and None are taken where there are tuples.
     """
 
     n: int = 1
@@ -63,6 +64,8 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
     seed: int | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -75,7 +78,7 @@ class SamplingParams:
     constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids", "allowed_token_ids"):
+        for name in ("stop", "bad_words", "stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
             if value is not None or name != "allowed_token_ids":
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
@@ -95,9 +98,12 @@ class SamplingParams:
         self._need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2")
         scaled = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
         self._need(scaled, "repetition_penalty", "above 0")
-        self._need(all(isinstance(text, str) and text for text in self.stop), "stop", "strings that are not empty")
+        for name in ("stop", "bad_words"):
+            self._need(all(isinstance(text, str) and text for text in getattr(self, name)), name, "strings that are not empty")
         for name in ("stop_token_ids", "allowed_token_ids"):
             self._need(all(isinstance(token, Integral) for token in getattr(self, name) or ()), name, "token ids")
+        ids = all(word and all(isinstance(token, Integral) for token in word) for word in self.bad_token_ids)
+        self._need(ids, "bad_token_ids", "sequences of token ids")
         biases = (self.logit_bias or {}).items()
         numbers = all(isinstance(t, Integral) and isinstance(bias, Real) and math.isfinite(bias) for t, bias in biases)
         self._need(numbers, "logit_bias", "finite numbers by token id")

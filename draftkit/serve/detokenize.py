@@ -54,6 +54,11 @@ class TokenTexts:
         backend = self.tokenizer.backend_tokenizer
         return tuple(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)  # frees the GIL
 
+    def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Token ids of words, inside a text and behind a space, as vLLM spells its `bad_words`."""
+        both = [self.encode(space + word.lstrip(), False) for word in words for space in ("", " ")]
+        return tuple(dict.fromkeys(ids for ids in both if ids))
+
     def decode(self, tokens: Sequence[int], skip_special: bool) -> str:
         """All tokens at once, without the cleaning of spaces that some tokenizers do: it is not incremental."""
         return str(self.tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=skip_special))

@@ -1,7 +1,8 @@
-"""Forms that an answer must have: OpenAI's `response_format` and vLLM's `structured_outputs`."""
+"""Forms that an answer must have: OpenAI's `response_format` and forced tool calls, and vLLM's `structured_outputs`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, Field, model_validator
@@ -64,3 +65,15 @@ class StructuredOutputs(BaseModel):
 
 _FORMS = {"json", "json_object", "regex", "choice", "grammar"}
 _HARMLESS = {"disable_fallback", "disable_any_whitespace"}  # there is one backend, and it writes JSON on one line
+
+
+@dataclass(frozen=True)
+class ForcedCalls:
+    """`tool_choice` "required", or one function by name: the answer is a call of one of these functions (each with `name` and
+    the JSON schema `parameters`), with `many` one call or more."""
+
+    functions: tuple[dict[str, Any], ...]
+    many: bool
+
+
+Form = ResponseFormat | StructuredOutputs | ForcedCalls

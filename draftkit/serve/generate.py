@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice, Delta
+from draftkit.serve.messages import NamedTool
 from draftkit.serve.problem import ApiError, bad_request
 from draftkit.serve.prompt_scores import Echo, as_vllm, echo_of
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
@@ -103,11 +104,15 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     from_body.check_model(body.model, served)
     prompts = await unless_long(_size(request), from_body.chat_prompts, body, served)
     wants_tools = bool(body.tools) and body.tool_choice != "none"
+    parses = template_writes_tool_calls(served.tokenizer)
+    if body.forced_calls is not None and not parses:
+        raise bad_request("tool_choice: the target's chat template has no form for calls; give 'auto' or 'none'", "tool_choice")
     reply = ChatReply(
         served.texts,
         body.return_tokens_as_token_ids,
-        wants_tools and template_writes_tool_calls(served.tokenizer),
+        wants_tools and parses,
         one_call=not body.parallel_tool_calls,
+        named=isinstance(body.tool_choice, NamedTool),
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None
@@ -142,9 +147,8 @@ async def _answer(
         request.state.request_id = body.request_id
     prompts = [from_body.truncated(p, body, served.engine.info.max_length, limit) for p in prompts]
     constraint = None
-    wanted = body.structured_outputs or body.response_format
-    if wanted is not None:  # in a thread: compiling must not hold up everybody else's streams
-        constraint = await asyncio.to_thread(constraint_of, wanted, served)
+    if body.form is not None:  # in a thread: compiling must not hold up everybody else's streams
+        constraint = await asyncio.to_thread(constraint_of, body.form, served)
     work = []
     for prompt in prompts:
         # An unset max_tokens of /v1/completions is 16, or less where the context ends sooner.

@@ -29,8 +29,8 @@ from draftkit.errors import DataError
 from draftkit.serve.choice import Choice
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.guard import Guarded
+from draftkit.serve.messages import Message as Spoken
 from draftkit.serve.pair import PlanFiles, open_pair
-from draftkit.serve.protocol import Message as Spoken
 from draftkit.serve.sampling_defaults import sampling_defaults
 
 _SHOW_AFTER = 2.0  # seconds until a progress bar appears
@@ -232,6 +232,8 @@ class LLM:
         """Hand all to the engine; what is there when one cannot be served is given up by `_leave`."""
         self._asking.add(call)
         for tokens, params in work:
+            if params.bad_words:
+                params = replace(params, bad_token_ids=params.bad_token_ids + self._texts.spellings(params.bad_words))
             if params.constraint is not None:
                 guard = Guarded(params.constraint, self.engine.info.vocab_size)
                 call.guards.append(guard)

@@ -8,8 +8,9 @@ from typing import Any
 
 from draftkit.engine.request import SamplingParams
 from draftkit.errors import DataError
+from draftkit.serve.messages import Message
 from draftkit.serve.problem import ApiError, bad_request, shorten
-from draftkit.serve.protocol import ChatBody, CompletionBody, Message, SamplingBody
+from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.structured import GrammarConstraint
 from draftkit.serve.tools import template_takes_tools
 from draftkit.serve.worker import Served
@@ -160,6 +161,7 @@ def sampling_params(
             max_tokens=limit,
             logit_bias=_logit_bias(body.logit_bias, served),
             allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids else None,
+            bad_token_ids=served.texts.spellings(body.bad_words),
             stop=tuple(body.stop),
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,

@@ -8,48 +8,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from draftkit.serve.formats import ResponseFormat, StructuredOutputs
-from draftkit.serve.problem import Refusal
+from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs
+from draftkit.serve.messages import Message, NamedTool, Tools, one_of
+from draftkit.serve.problem import Refusal, shorten
 from draftkit.serve.unsupported import refuse_unsupported
 
 INT64 = 2**63 - 1
 MAX_CHOICES = 128
 MAX_STOPS = 32
+MAX_BAD_WORDS = 256
 MAX_LOGPROBS = 20
 
 TokenId = Annotated[int, Field(ge=0, le=INT64, strict=True)]
 TokenIds = list[TokenId]
+Word = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _listed(value: Any) -> Any:
     """One string stands for a list of one."""
     return [value] if isinstance(value, str) else value
-
-
-def _one_of(what: str) -> WrapValidator:
-    """For fields that may be several things: one sentence instead of what was wrong with each of them."""
-
-    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise ValueError(f"must be {what}") from None
-
-    return WrapValidator(check)
 
 
 class Body(BaseModel):
@@ -96,9 +76,10 @@ class SamplingBody(RequestBody):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     seed: int | None = Field(default=None, ge=-INT64 - 1, le=INT64)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_listed), Field(max_length=MAX_STOPS)] = Field(
+    stop: Annotated[list[Word], BeforeValidator(_listed), Field(max_length=MAX_STOPS)] = Field(
         default_factory=list
     )
+    bad_words: Annotated[list[Word], Field(max_length=MAX_BAD_WORDS)] = Field(default_factory=list)
     stop_token_ids: TokenIds = Field(default_factory=list)
     ignore_eos: bool = False
     min_tokens: int = Field(default=0, ge=0, le=INT64)
@@ -143,10 +124,16 @@ class SamplingBody(RequestBody):
             raise Refusal("allowed_token_ids", f"allowed_token_ids cannot be combined with {form}; use one of them")
         return self
 
+    @property
+    def form(self) -> Form | None:
+        """The form that the answer must have; None: any text will do."""
+        asked = self.response_format if self.response_format is not None and self.response_format.binds else None
+        return self.structured_outputs or asked
+
 
 Prompt = Annotated[
     str | TokenIds | list[str] | list[TokenIds],
-    _one_of("a text, a list of texts, a list of token ids (whole numbers from 0), or a list of such lists"),
+    one_of("a text, a list of texts, a list of token ids (whole numbers from 0), or a list of such lists"),
 ]
 
 
@@ -168,64 +155,6 @@ class CompletionBody(SamplingBody):
         return self
 
 
-class ContentPart(Body):
-    """A part of a message's content; only text can be served. An assistant's refusal is text too."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-    def as_text(self) -> str:
-        """What the part says. Raises ValueError when it is not text."""
-        said = self.refusal if self.type == "refusal" else self.text
-        if self.type not in ("text", "input_text", "refusal") or said is None:
-            raise ValueError(f"content part of type {self.type!r}: this server takes text parts only")
-        return said
-
-
-class Message(BaseModel):
-    """A chat message; fields that are not listed go to the chat template."""
-
-    model_config = ConfigDict(extra="allow")
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Annotated[
-        str | list[ContentPart] | None, _one_of('a text or a list of parts such as {"type": "text", "text": "..."}')
-    ] = None
-    tool_calls: list[dict[str, Any]] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: content is one string, a tool call's arguments are an object.
-
-        Raises ValueError for parts that are not text.
-        """
-        import json
-
-        message = self.model_dump(exclude_none=True)
-        if isinstance(self.content, list):
-            message["content"] = "\n".join(part.as_text() for part in self.content)
-        message.setdefault("content", "")
-        for call in message.get("tool_calls", []):
-            function = call.get("function")
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                try:
-                    function["arguments"] = json.loads(function["arguments"] or "{}")
-                except ValueError:
-                    raise ValueError("tool_calls.function.arguments is not valid JSON") from None
-        return message
-
-
-def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
-    """The tool as it came: templates print it, so that nothing in it is moved or left out."""
-    function = tool.get("function")
-    named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
-    if tool.get("type", "function") != "function" or not named:
-        raise ValueError('must be {"type": "function", "function": {"name": "...", ...}}')
-    return tool
-
-
-Tools = list[Annotated[dict[str, Any], AfterValidator(_a_function)]]
-
-
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
@@ -235,7 +164,8 @@ class ChatBody(SamplingBody):
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
     tools: Tools | None = None
     tool_choice: Annotated[
-        Literal["none", "auto", "required"] | dict[str, Any] | None, _one_of("'auto' or 'none'")
+        Literal["none", "auto", "required"] | NamedTool | None,
+        one_of('\'auto\', \'none\', \'required\' or {"type": "function", "function": {"name": "..."}}'),
     ] = None
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
@@ -256,10 +186,33 @@ class ChatBody(SamplingBody):
             )
         if self.echo:
             raise Refusal("echo", "echo is not supported for chat; use /v1/completions")
-        if self.tool_choice == "required" or isinstance(self.tool_choice, dict):
-            needs = "needs tools" if not self.tools else "must be 'auto' or 'none' with this server"
-            raise Refusal("tool_choice", f"tool_choice {needs}")
+        if self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool):
+            self._check_forced()
         return self
+
+    def _check_forced(self) -> None:
+        if not self.tools:
+            raise Refusal("tool_choice", "tool_choice needs tools")
+        if isinstance(self.tool_choice, NamedTool) and self.forced_calls is None:
+            name = shorten(self.tool_choice.function.name)
+            raise Refusal("tool_choice", f"tool_choice names the function {name!r}, which is not among tools")
+        if not isinstance(self.form, ForcedCalls):
+            raise Refusal("tool_choice", "a forced tool_choice cannot be combined with another form of the answer; use 'auto'")
+        if self.allowed_token_ids:
+            raise Refusal("tool_choice", "a forced tool_choice cannot be combined with allowed_token_ids; use one of them")
+
+    @property
+    def form(self) -> Form | None:
+        """The form that the answer must have; None: any text will do."""
+        return super().form or self.forced_calls
+
+    @property
+    def forced_calls(self) -> ForcedCalls | None:
+        """What `tool_choice` demands of the answer."""
+        name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+        functions = tuple(t["function"] for t in self.tools or [] if name in (None, t["function"]["name"]))
+        forced = functions and (name is not None or self.tool_choice == "required")
+        return ForcedCalls(functions, many=name is None and self.parallel_tool_calls) if forced else None
 
 
 class TokenizeBody(RequestBody):

@@ -86,12 +86,14 @@ class CompletionReply:
 
 @dataclass
 class ChatReply:
-    """Bodies of /v1/chat/completions. `tools`: parse tool calls out of the text; `one_call`: give the first one only."""
+    """Bodies of /v1/chat/completions. `tools`: parse tool calls out of the text; `one_call`: give the first one only; `named`:
+    the request named the function, and then an answer that is a call has stopped like any other, as at OpenAI and vLLM."""
 
     texts: TokenTexts
     as_ids: bool
     tools: bool = False
     one_call: bool = False
+    named: bool = False
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl-"
@@ -117,8 +119,10 @@ class ChatReply:
             if reason is not None:
                 rest, last = parser.finish()
                 content, calls = content + rest, calls + last
-                if reason == "stop" and parser.calls:
+                if reason == "stop" and parser.calls and not self.named:
                     reason = "tool_calls"
+            if parser.calls and not content.strip():  # what templates write between calls
+                content = ""
         logprobs = self._logprobs(delta.events) if choice.params.logprobs is not None else None
         if not (content or calls or reason or (logprobs and delta.events)):
             return None
@@ -143,7 +147,7 @@ class ChatReply:
             content += parser.finish()[0]
             if parser.calls:
                 message = {"role": "assistant", "content": content.strip() or None, "tool_calls": parser.calls}
-                reason = "tool_calls" if reason == "stop" else reason
+                reason = "tool_calls" if reason == "stop" and not self.named else reason
         return {
             "index": index,
             "message": message,

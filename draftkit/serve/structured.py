@@ -18,8 +18,9 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
-from draftkit.serve.formats import ResponseFormat, StructuredOutputs
+from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs
 from draftkit.serve.problem import bad_request
+from draftkit.serve.tools import CLOSE, OPEN
 from draftkit.serve.worker import Served
 
 log = logging.getLogger("draftkit.serve")
@@ -27,13 +28,20 @@ log = logging.getLogger("draftkit.serve")
 _SPACES: Any = {"whitespace_pattern": " ?"}
 
 
-def constraint_of(wanted: ResponseFormat | StructuredOutputs | None, served: Served) -> GrammarConstraint | None:
+_NAMES: dict[type[Any], tuple[str, str]] = {  # the field, and what it gives
+    ResponseFormat: ("response_format", "schema"),
+    StructuredOutputs: ("structured_outputs", "form"),
+    ForcedCalls: ("tools", "schema"),
+}
+
+
+def constraint_of(wanted: Form | None, served: Served) -> GrammarConstraint | None:
     """The constraint of an answer that has not begun, or None where any text will do; takes milliseconds, and a second
     where the tokenizer is large and new. Raises ApiError 400 when the schema, expression or grammar is not one, or has
     something in it that cannot be enforced."""
     if wanted is None or (isinstance(wanted, ResponseFormat) and not wanted.binds):
         return None
-    param = "response_format" if isinstance(wanted, ResponseFormat) else "structured_outputs"
+    param, what = _NAMES[type(wanted)]
     try:
         tokenizer = _token_table(served.tokenizer, served.engine.info.vocab_size)
         grammar = _grammar_of(wanted)
@@ -41,13 +49,14 @@ def constraint_of(wanted: ResponseFormat | StructuredOutputs | None, served: Ser
         raise bad_request(f"{param}: {' '.join(str(error).split())}", param) from error
     matcher = LLMatcher(tokenizer, grammar, log_level=0)
     if matcher.is_error():
-        what = "schema" if isinstance(wanted, ResponseFormat) else "form"
         raise bad_request(f"{param}: this {what} cannot be compiled: {' '.join(matcher.get_error().split())}", param)
     return GrammarConstraint(matcher, tokenizer.eos_tokens, served.engine.info.vocab_size)
 
 
-def _grammar_of(wanted: ResponseFormat | StructuredOutputs) -> str:
+def _grammar_of(wanted: Form) -> str:
     schema: Any = {"type": "object"}
+    if isinstance(wanted, ForcedCalls):
+        return _calls(wanted)
     if isinstance(wanted, ResponseFormat):
         if wanted.type == "json_schema" and wanted.json_schema is not None:
             schema = wanted.json_schema.schema_
@@ -64,8 +73,26 @@ def _grammar_of(wanted: ResponseFormat | StructuredOutputs) -> str:
 
 def _choice(texts: list[str]) -> str:
     """One of these texts: each as a regular expression of itself, since texts in Lark cannot hold every character."""
-    escaped = ("".join(f"\\x{{{ord(c):x}}}" if not c.isalnum() else c for c in text) for text in texts)
-    return LLMatcher.grammar_from_regex("|".join(f"(?:{text})" for text in escaped))
+    return LLMatcher.grammar_from_regex("|".join(f"(?:{_escaped(text)})" for text in texts))
+
+
+def _escaped(text: str) -> str:
+    """The regular expression of a text."""
+    return "".join(f"\\x{{{ord(c):x}}}" if not c.isalnum() else c for c in text)
+
+
+def _calls(wanted: ForcedCalls) -> str:
+    """Tool calls as chat templates write them (see tools.py). Each function's parameters are a schema by themselves, whose
+    references begin at its own root; a function without parameters takes none."""
+    rules = [f"call: /{_escaped(OPEN)}/ \"\\n\" one \"\\n\" /{_escaped(CLOSE)}/"]
+    rules.insert(0, 'start: call ("\\n" call)*' if wanted.many else "start: call")
+    rules.append("one: " + " | ".join(f"function{i}" for i in range(len(wanted.functions))))
+    for i, function in enumerate(wanted.functions):
+        head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
+        schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+        rules.append(f'function{i}: /{_escaped(head)}/ arguments{i} "}}"')
+        rules.append(f"arguments{i}: %json {json.dumps({**schema, 'x-guidance': _SPACES})}")
+    return LLMatcher.grammar_from_lark("\n".join(rules))
 
 
 @lru_cache(maxsize=1)

@@ -14,7 +14,6 @@ _FORM = "; use structured_outputs"
 # OpenAI's, vLLM's and SGLang's names, and what to do instead.
 _REFUSED = {
     "audio": "; this server answers with text",
-    "bad_words": "",
     "chat_template": "; the target's own template is used",
     "custom_logit_processor": "",
     "ebnf": _FORM,

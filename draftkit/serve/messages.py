@@ -1,0 +1,90 @@
+"""What a chat is made of: messages with their parts, tools and the choice among them. Fields that are not listed are ignored,
+but for a message's, which go to the chat template."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+
+
+def one_of(what: str) -> WrapValidator:
+    """For fields that may be several things: one sentence instead of what was wrong with each of them."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {what}") from None
+
+    return WrapValidator(check)
+
+
+class ContentPart(BaseModel):
+    """A part of a message's content; only text can be served. An assistant's refusal is text too."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+    def as_text(self) -> str:
+        """What the part says. Raises ValueError when it is not text."""
+        said = self.refusal if self.type == "refusal" else self.text
+        if self.type not in ("text", "input_text", "refusal") or said is None:
+            raise ValueError(f"content part of type {self.type!r}: this server takes text parts only")
+        return said
+
+
+class Message(BaseModel):
+    """A chat message; fields that are not listed go to the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: Annotated[
+        str | list[ContentPart] | None, one_of('a text or a list of parts such as {"type": "text", "text": "..."}')
+    ] = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: content is one string, a tool call's arguments are an object.
+
+        Raises ValueError for parts that are not text.
+        """
+        message = self.model_dump(exclude_none=True)
+        if isinstance(self.content, list):
+            message["content"] = "\n".join(part.as_text() for part in self.content)
+        message.setdefault("content", "")
+        for call in message.get("tool_calls", []):
+            function = call.get("function")
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                try:
+                    function["arguments"] = json.loads(function["arguments"] or "{}")
+                except ValueError:
+                    raise ValueError("tool_calls.function.arguments is not valid JSON") from None
+        return message
+
+
+def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool as it came: templates print it, so that nothing in it is moved or left out."""
+    function = tool.get("function")
+    named = isinstance(function, dict) and isinstance(function.get("name"), str) and function["name"]
+    if tool.get("type", "function") != "function" or not named:
+        raise ValueError('must be {"type": "function", "function": {"name": "...", ...}}')
+    return tool
+
+
+Tools = list[Annotated[dict[str, Any], AfterValidator(_a_function)]]
+
+
+class NamedFunction(BaseModel):
+    """The function that a tool choice names."""
+
+    name: str
+
+
+class NamedTool(BaseModel):
+    """`tool_choice` with a function's name."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
