@@ -3,7 +3,8 @@
     python benchmarks/soak.py DRAFTER --requests 10000 --concurrency 64 --out benchmarks/results/soak.json
 
 Greedy answers without further settings are compared with the reference loop's (`draftkit.decode`, without a drafter); a
-difference where the two largest logits are closer than rounding is counted apart. Exit code 1 when something is wrong.
+difference where the two largest logits are closer than rounding is counted apart. Log probabilities of prompts are compared
+with the Transformers module's. Exit code 1 when something is wrong.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Report:
     greedy_ties: int = 0
     greedy_wrong: int = 0
     wrong_ends: int = 0
+    prompts_scored: int = 0
+    prompts_wrong: int = 0
     preemptions: int = 0
     leaked_blocks: int = 0
     megabytes_early: float = 0.0
@@ -55,7 +58,8 @@ class Report:
     def good(self) -> bool:
         """Nothing is wrong; memory may grow by a tenth (allocator)."""
         grew = self.megabytes_end > 1.1 * self.megabytes_early
-        return not (self.greedy_wrong or self.wrong_ends or self.leaked_blocks or grew) and self.greedy_checked > 0
+        wrong = self.greedy_wrong or self.wrong_ends or self.prompts_wrong or self.leaked_blocks or grew
+        return not wrong and self.greedy_checked > 0 and self.prompts_scored > 0
 
 
 def random_params(source: random.Random, vocab: int, most: int) -> SamplingParams:
@@ -97,6 +101,7 @@ def soak(
     """Keep `concurrency` requests in the engine until all have had their end; one in twelve is meant to be aborted early."""
     source, report = random.Random(seed), Report(requests)
     reference = [decode(target, None, p, Sampling(0.0), most).tokens for p in prompts]
+    scores = [log_probs_of(target, p) for p in prompts]
     live: dict[str, tuple[int, SamplingParams, list[int]]] = {}
     doomed: dict[str, int] = {}
     began, asked, process = time.perf_counter(), 0, psutil.Process()
@@ -116,6 +121,10 @@ def soak(
                 which, params, tokens = live[output.request_id]
                 tokens += [e.token_id for e in output.events]
                 report.tokens += len(output.events)
+                if output.prompt is not None:
+                    report.prompts_scored += 1
+                    told = torch.tensor([token.logprob for token in output.prompt])
+                    report.prompts_wrong += not torch.allclose(told, scores[which], atol=ROUNDING, rtol=0)
                 if output.finish_reason is not None:
                     del live[output.request_id]
                     report.finished += 1
@@ -152,6 +161,13 @@ def _check(
         tie = place is not None and top_gap(target, [*prompt, *wanted[:place]]) < ROUNDING
         report.greedy_ties += tie
         report.greedy_wrong += not tie
+
+
+def log_probs_of(target: TransformersTarget, tokens: Sequence[int]) -> torch.Tensor:
+    """Of the tokens from the second on, each given those before it, [T - 1]."""
+    read = target.forward(torch.tensor([list(tokens)]), None)
+    found_TV = torch.log_softmax(target.logits(read.last_hidden_BTH[0]).float(), -1)
+    return found_TV[:-1].gather(1, torch.tensor(tokens[1:])[:, None]).squeeze(1)
 
 
 def top_gap(target: TransformersTarget, tokens: list[int]) -> float:
