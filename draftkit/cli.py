@@ -312,6 +312,8 @@ def serve(
 
     if not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
+    if os.environ.get("DRAFTKIT_API_KEY") == "" and not api_key:  # a secret that is missing must not leave the door open
+        raise ServeError("DRAFTKIT_API_KEY is empty; give a key, or unset it to serve without one")
     keys = tuple(api_key or ())
     with option_names():
         settings = ServeSettings(

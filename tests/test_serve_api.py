@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import time
 from collections.abc import Iterator
@@ -217,12 +219,37 @@ def test_metrics_parse_and_count(server: Server) -> None:
         "num_requests_running num_requests_waiting generation_tokens prompt_tokens num_preemptions"
     ).split():
         assert f"draftkit:{name}" in families, name
+    ours = [s for f in families.values() for s in f.samples if s.name.startswith("draftkit:")]
+    assert ours and all(s.labels["model_name"] == "fake" for s in ours)
     drafted = server.metric("spec_decode_num_draft_tokens_total")
     verified = server.metric("spec_decode_num_verified_tokens_total")
     accepted = server.metric("spec_decode_num_accepted_tokens_total")
     assert drafted > verified > accepted > 0
     assert verified == accepted + server.metric("spec_decode_num_wasted_tokens_total")
     assert server.metric("spec_decode_num_accepted_tokens_per_pos_total") == accepted
+
+
+def test_an_answer_that_nobody_waits_for_is_counted_as_aborted(server: Server) -> None:
+    def counts() -> list[float]:
+        found = text_string_to_metric_families(server.http.get("/metrics").text)
+        names = ("request_success_total", "prompt_tokens_total")
+        samples = [s for f in found for s in f.samples if s.labels.get("finished_reason", "abort") == "abort"]
+        return [sum(s.value for s in samples if s.name == f"draftkit:{name}") for name in names]
+
+    before, whole = counts(), server.metric("e2e_request_latency_seconds_count")
+    for stream in (False, True):  # two choices each
+        body = {"prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True, "stream": stream, "n": 2}
+        with (
+            contextlib.suppress(httpx.ReadTimeout),
+            httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=0.1, trust_env=False) as response,
+        ):
+            next(response.iter_lines())
+    for _ in range(100):
+        if counts()[0] == before[0] + 4:
+            break
+        time.sleep(0.05)
+    assert counts() == [before[0] + 4, before[1] + 4 * 3]
+    assert server.metric("e2e_request_latency_seconds_count") == whole
 
 
 def test_an_answer_that_a_stop_string_ends_is_a_finished_request(server: Server) -> None:
@@ -242,3 +269,30 @@ def test_the_page_is_sent_whole_also_when_a_part_is_asked_for(server: Server) ->
     for part in ("bytes=0-3", "bytes=999999999-", "B"):
         answer = server.http.get("/chat.js", headers={"Range": part})
         assert (answer.status_code, answer.content) == (200, whole.content)
+
+
+@pytest.mark.parametrize("options", [{"include_usage": True}, {"continuous_usage_stats": True}])
+def test_usage_that_was_not_asked_for_whole_is_not_in_every_chunk(server: Server, options: dict[str, bool]) -> None:
+    chunks = streamed(server, {"stream_options": options})
+    assert [bool(c.get("usage")) for c in chunks] == [False] * (len(chunks) - 1) + ["include_usage" in options]
+
+
+def test_continuous_usage_is_in_every_chunk(server: Server) -> None:
+    chunks = streamed(server, {"stream_options": {"include_usage": True, "continuous_usage_stats": True}})
+    made = [c["usage"]["completion_tokens"] for c in chunks]
+    assert made[0] == 0 and made == sorted(made) and made[-1] > 100
+
+
+def streamed(server: Server, fields: dict[str, object]) -> list[dict[str, Any]]:
+    text = server.http.post("/v1/chat/completions", json={**CHAT, "stream": True, **fields}).text
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+
+
+def test_a_body_that_is_packed_is_refused_by_name(server: Server) -> None:
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    answer = server.http.post("/v1/completions", content=gzip.compress(b'{"prompt": "a"}'), headers=headers)
+    assert answer.status_code == 415 and "gzip" in answer.json()["error"]["message"]
+
+
+def test_the_list_of_models_may_end_with_a_slash(server: Server) -> None:
+    assert server.http.get("/v1/models/").json() == server.http.get("/v1/models").json()

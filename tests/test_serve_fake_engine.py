@@ -27,6 +27,7 @@ class Info:
     vocab_size: int = 4096
     gamma: int = GAMMA
     kv_blocks_total: int = 100
+    max_running: int = 64
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class FakeEngine:
 TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3
 
 
-def fake_served(step_seconds: float = 0.0, text: str = TEXT) -> Any:
+def fake_served(step_seconds: float = 0.0, text: str = TEXT, max_running: int = 64) -> Any:
     """A `Served` over the embedded target's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -173,7 +174,7 @@ def fake_served(step_seconds: float = 0.0, text: str = TEXT) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
     engine = FakeEngine(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds)
-    engine.info = replace(engine.info, vocab_size=len(tokenizer))
+    engine.info = replace(engine.info, vocab_size=len(tokenizer), max_running=max_running)
     return Served(engine, tokenizer, TokenTexts(tokenizer), "fake")
 
 
@@ -187,7 +188,9 @@ def main() -> None:
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--api-key", action="append", default=[])
+    parser.add_argument("--max-running", type=int, default=64)
     parser.add_argument("--max-waiting", type=int, default=512)
+    parser.add_argument("--drain-seconds", type=float, default=120)
     parser.add_argument("--max-body-bytes", type=int, default=2**20)
     given = parser.parse_args()
     settings = ServeSettings(
@@ -195,9 +198,10 @@ def main() -> None:
         api_keys=tuple(given.api_key),
         max_waiting=given.max_waiting,
         max_body_bytes=given.max_body_bytes,
+        drain_seconds=given.drain_seconds,
     )
     try:
-        run_server(lambda: fake_served(given.step_seconds, given.text), settings)
+        run_server(lambda: fake_served(given.step_seconds, given.text, given.max_running), settings)
     except ServeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

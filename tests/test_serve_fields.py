@@ -114,6 +114,9 @@ def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(fields: dict[str, A
         (CHATS, {"tools": [TOOL, {"type": "function", "function": {}}]}, "tools.1", '"name"'),
         (CHATS, {"tools": [{**TOOL, "type": "web_search"}]}, "tools.0", '"function"'),
         (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
+        (TEXTS, {"structured_outputs": {"json": [1]}}, "structured_outputs.json", "as an object or as text"),
+        (TEXTS, {"prompt": ["a"] * 1025}, "prompt", "1025 prompts are more than the 1024"),
+        (TEXTS, {"logit_bias": {str(i): 1 for i in range(16_385)}}, "logit_bias", "16385 entries are more than 16384"),
         (CHATS, {"echo": True}, "echo", "/v1/completions"),
         (CHATS, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "both"),
         (CHATS, {"chat_template": "{{ messages }}"}, "chat_template", "own template"),
@@ -220,6 +223,8 @@ def test_a_limit_that_the_context_cannot_hold_is_refused_under_its_own_name(serv
     for name in ("max_tokens", "max_completion_tokens"):
         answer = server.http.post(CHATS, json={**CHAT, name: 10**6})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
+        cut = server.http.post(CHATS, json={**CHAT, name: 10**6, "truncate_prompt_tokens": -1})
+        assert cut.json() == answer.json()
 
 
 def chunks(server: Server, path: str, body: dict[str, Any]) -> list[Any]:

@@ -30,6 +30,8 @@ SERVED = fake_served()
         ({"kv_gib": -1.0}, "--kv-gib is -1;"),
         ({"max_body": 0}, "--max-body is 0;"),
         ({"max_waiting": 0}, "--max-waiting is 0;"),
+        ({"drain_seconds": -1.0}, "--drain-seconds is -1;"),
+        ({"drain_seconds": float("nan")}, "--drain-seconds is nan;"),
         ({"max_running": 0}, "--max-running is 0;"),
         ({"max_length": 1}, "--max-length is 1;"),
         ({"generation_config": "some"}, "--generation-config is 'some';"),
@@ -40,6 +42,12 @@ def test_an_option_that_cannot_work_is_named_as_it_was_given(options: dict[str, 
     with pytest.raises(ServeError) as caught:
         cli.serve(**options)
     assert str(caught.value).startswith(message) and caught.value.exit_code == 2
+
+
+def test_a_key_that_is_missing_does_not_leave_the_door_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRAFTKIT_API_KEY", "")
+    with pytest.raises(ServeError, match=r"^DRAFTKIT_API_KEY is empty; give a key"):
+        cli.serve()
 
 
 def test_what_only_the_loaded_target_can_tell_is_named_by_option_too() -> None:

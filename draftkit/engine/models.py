@@ -62,6 +62,7 @@ def build_models(
         vocab_size=loaded.info.vocab_size,
         gamma=gamma,
         kv_blocks_total=blocks,
+        max_running=settings.max_running,
         algorithm=drafter.config.algorithm if drafter is not None else "none",
         forward=f"Transformers ({reason})" if reason else "lean",
     )

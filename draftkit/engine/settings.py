@@ -65,5 +65,6 @@ class EngineInfo:
     vocab_size: int
     gamma: int
     kv_blocks_total: int
+    max_running: int
     algorithm: str
     forward: str

@@ -120,6 +120,8 @@ def _add_state(app: FastAPI, worker: Worker, metrics: ServerMetrics, settings: S
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
+        if not name:
+            return await models()
         check_model(name, worker.ready())
         return _card(worker, started)
 
@@ -181,6 +183,7 @@ def _card(worker: Worker, started: int) -> dict[str, Any]:
 async def _api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
+    request.state.problem = shorten(" ".join(f"{error.param or ''} {error}".split()))
     return JSONResponse(error.body(), error.status, error.headers)
 
 

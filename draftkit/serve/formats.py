@@ -5,7 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+
+def one_of(what: str) -> WrapValidator:
+    """For fields that may be several things: one sentence instead of what was wrong with each of them."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {what}") from None
+
+    return WrapValidator(check)
 
 
 class JsonSchema(BaseModel):
@@ -38,10 +58,12 @@ class StructuredOutputs(BaseModel):
     """vLLM's `structured_outputs`: one of a JSON schema (as an object or as text), any JSON object, a regular expression, a
     list of texts to choose from, and a grammar in GBNF or Lark."""
 
-    json_: dict[str, Any] | str | None = Field(default=None, validation_alias="json")
+    json_: Annotated[dict[str, Any] | str | None, one_of("a JSON schema, as an object or as text")] = Field(
+        default=None, validation_alias="json"
+    )
     json_object: bool | None = None
     regex: Annotated[str, Field(min_length=1)] | None = None
-    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)] | None = None
     grammar: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="before")

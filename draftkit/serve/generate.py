@@ -60,6 +60,13 @@ class Call:
         return echo_of(self.served.texts, self.prompt_of(index), special, scores, self.body.logprobs)
 
     @property
+    def running_usage(self) -> dict[str, Any]:
+        """`usage` so far, for each chunk of a stream that asks for it; as in vLLM, `include_usage` must be asked for too."""
+        options = self.body.stream_options
+        asked = options is not None and options.include_usage and options.continuous_usage_stats
+        return {"usage": usage(self.choices, self.prompt_tokens)} if asked else {}
+
+    @property
     def echoes_scores(self) -> bool:
         """The echo can only be told when the prompt has been read."""
         return isinstance(self.body, CompletionBody) and self.body.echo and self.body.logprobs is not None
@@ -239,7 +246,9 @@ def _opening(call: Call, index: int, unopened: set[int]) -> bytes:
         return b""
     unopened.discard(index)
     opening = call.reply.opening(index, call.echo(index), call.prompt_ids(CompletionReply, index))
-    return event(call.envelope(call.reply.chunk_object, [opening], first=True)) if opening is not None else b""
+    if opening is None:
+        return b""
+    return event(call.envelope(call.reply.chunk_object, [opening], first=True) | call.running_usage)
 
 
 def _chunk(call: Call, index: int, delta: Delta) -> bytes:
@@ -257,6 +266,4 @@ def _chunk(call: Call, index: int, delta: Delta) -> bytes:
     if body.return_token_origins:
         shown["origins"] = origins(call.served.texts, delta)
         chunk["metrics"] = speculation([call.choices[index]], call.served.engine.info.gamma)
-    if body.stream_options is not None and body.stream_options.continuous_usage_stats:
-        chunk["usage"] = usage(call.choices, call.prompt_tokens)
-    return event(chunk)
+    return event(chunk | call.running_usage)

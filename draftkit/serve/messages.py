@@ -6,19 +6,9 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-
-def one_of(what: str) -> WrapValidator:
-    """For fields that may be several things: one sentence instead of what was wrong with each of them."""
-
-    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise ValueError(f"must be {what}") from None
-
-    return WrapValidator(check)
+from draftkit.serve.formats import one_of
 
 
 class ContentPart(BaseModel):
@@ -42,9 +32,10 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Annotated[
-        str | list[ContentPart] | None, one_of('a text or a list of parts such as {"type": "text", "text": "..."}')
+        str | Annotated[list[ContentPart], Field(fail_fast=True)] | None,
+        one_of('a text or a list of parts such as {"type": "text", "text": "..."}'),
     ] = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: content is one string, a tool call's arguments are an object.
@@ -65,6 +56,9 @@ class Message(BaseModel):
         return message
 
 
+Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+
+
 def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
     """The tool as it came: templates print it, so that nothing in it is moved or left out."""
     function = tool.get("function")
@@ -74,7 +68,7 @@ def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
     return tool
 
 
-Tools = list[Annotated[dict[str, Any], AfterValidator(_a_function)]]
+Tools = Annotated[list[Annotated[dict[str, Any], AfterValidator(_a_function)]], Field(fail_fast=True)]
 
 
 class NamedFunction(BaseModel):

@@ -36,16 +36,28 @@ _FROM_ENGINE = (
 
 
 class ServerMetrics:
-    """All metrics of one server, in a registry of its own."""
+    """All metrics of one server, in a registry of its own, labelled with the model's name once that is known (`watch`)."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        self._begin("")
+
+    def watch(self, engine: Any, name: str) -> None:
+        """The model is loaded, and nothing was counted before: from now on the scrape has its name and the engine's numbers."""
+        self._begin(name)
+        self._registry.register(_EngineCollector(engine, name))
+
+    def _begin(self, model: str) -> None:
+        self._model, self._registry = model, CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"draftkit:{name}", text, buckets=buckets, registry=self._registry)
+            family = Histogram(f"draftkit:{name}", text, ["model_name"], buckets=buckets, registry=self._registry)
+            return family.labels(model)
 
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
-            return Counter(f"draftkit:{name}", text, labels, registry=self._registry)
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"draftkit:{name}", text, ["model_name"], registry=self._registry).labels(model)
+
+        def counters(name: str, text: str, label: str) -> Counter:
+            return Counter(f"draftkit:{name}", text, ["model_name", label], registry=self._registry)
 
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first token", _LATENCY)
         self._gap = histogram("inter_token_latency_seconds", "Time per token after the first", _GAP)
@@ -56,15 +68,15 @@ class ServerMetrics:
         self._length = histogram("spec_decode_accepted_length", "Tokens per round of a request, bonus included", _LENGTH)
         self._verified = histogram("step_verified_tokens", "Verification budget: drafted tokens verified in a step", _TOKENS)
         self._drafted = histogram("step_drafted_tokens", "Tokens drafted in a step", _TOKENS)
-        self._prompt = counter("prompt_tokens", "Prompt tokens of finished requests")
+        self._prompt = counter("prompt_tokens", "Prompt tokens of requests that finished, or were aborted while they answered")
         self._cached = counter("prompt_tokens_cached", "Of these, found in the prefix cache")
         self._generated = counter("generation_tokens", "Tokens made")
-        self._finished = counter("request_success", "Finished requests", ("finished_reason",))
-        self.rejections = counter("admission_rejections", "Requests that were turned away", ("reason",))
+        self._finished = counters("request_success", "Finished requests; abort: the client left", "finished_reason")
+        self._rejections = counters("admission_rejections", "Requests that were turned away", "reason")
 
-    def watch(self, engine: Any, name: str) -> None:
-        """From now on the scrape includes the engine's own numbers, labelled with the model's name."""
-        self._registry.register(_EngineCollector(engine, name))
+    def on_rejection(self, reason: str) -> None:
+        """A request was turned away."""
+        self._rejections.labels(self._model, reason).inc()
 
     def on_step(self, before: Any, after: Any) -> None:
         """One engine step: `before` and `after` are EngineMetrics. Called from the engine's thread."""
@@ -86,15 +98,24 @@ class ServerMetrics:
 
     def on_finish(self, seconds: float, reason: str, stats: Any) -> None:
         """An answer is complete; `stats` is its RequestStats."""
+        self._count(reason, stats)
         self._whole.observe(seconds)
-        self._finished.labels(finished_reason=reason).inc()
-        self._prompt.inc(stats.prompt_tokens)
-        self._cached.inc(stats.cached_tokens)
         self._queue.observe(stats.queue_seconds)
         self._prefill.observe(stats.prefill_seconds)
         self._decode.observe(stats.decode_seconds)
         if stats.rounds:
             self._length.observe(1 + stats.accepted / stats.rounds)
+
+    def on_abort(self, stats: Any) -> None:
+        """Nobody waits for an answer any more; `stats` is its RequestStats, None when it had not begun. It is in no
+        histogram of whole answers."""
+        self._count("abort", stats)
+
+    def _count(self, reason: str, stats: Any) -> None:
+        self._finished.labels(self._model, reason).inc()
+        if stats is not None:
+            self._prompt.inc(stats.prompt_tokens)
+            self._cached.inc(stats.cached_tokens)
 
     def render(self) -> bytes:
         """The text format that Prometheus scrapes."""

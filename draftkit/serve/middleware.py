@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -24,7 +25,7 @@ _QUIET = ("/health", "/ready", "/metrics")
 
 class Envelope:
     """ASGI middleware: gives the request an id (the client's X-Request-Id when it is a plain word), guards /v1 with the
-    API keys, and logs one line when the response is complete.
+    API keys, and logs one line when the response is complete, with what was wrong (`state["problem"]`).
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
@@ -50,14 +51,16 @@ class Envelope:
                 MutableHeaders(scope=message)["X-Request-Id"] = state["request_id"]
             await send(message)
 
-        left = False
+        end = ""
         try:
             if self._may_enter(scope["path"], headers.get("authorization", "")):
                 await self._app(scope, receive, tag)
             else:
                 await _send_json(tag, 401, error_body(401, "Unauthorized: give the server's API key as a bearer token"))
         except ClientLeft:
-            left = True
+            end = "client left"
+        except asyncio.CancelledError:  # the server ends, and the client has not read its answer; nobody waits for this task
+            end = "cut off"
         except Exception:
             log.exception("request %s failed", state["request_id"])
             if not status:
@@ -66,20 +69,22 @@ class Envelope:
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
             log.log(
                 level,
-                "%s %s %s %s %.0f ms",
+                "%s %s %s %s %.0f ms%s",
                 state["request_id"],
                 scope["method"],
                 # Not decoded: a path may hold line breaks.
                 shorten(scope.get("raw_path", b"").decode("ascii", errors="replace")),
-                "client left" if left else status,
+                end or status,
                 1000 * (time.monotonic() - began),
+                f": {state['problem']}" if "problem" in state else "",
             )
 
     def _may_enter(self, path: str, authorization: str) -> bool:
         if not self._keys or not (path == "/v1" or path.startswith("/v1/")):
             return True
         scheme, _, token = authorization.partition(" ")
-        known = [hmac.compare_digest(token.strip().encode(), key) for key in self._keys]
+        given = token.strip().encode("latin-1")  # as it came: keys are UTF-8
+        known = [hmac.compare_digest(given, key) for key in self._keys]
         return scheme.lower() == "bearer" and any(known)
 
 

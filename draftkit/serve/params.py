@@ -109,7 +109,9 @@ def truncated(prompt: tuple[int, ...], body: SamplingBody, max_length: int, max_
     if keep is None:
         return prompt
     if keep == -1:
-        keep = max(1, max_length - (max_tokens or 1))
+        keep = max_length - (max_tokens or 1)
+        if keep < 1:
+            return prompt  # no prompt goes with so many tokens, which the check of max_tokens says
     return prompt[:keep] if body.truncation_side == "right" else prompt[-keep:]
 
 

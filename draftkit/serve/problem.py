@@ -63,7 +63,8 @@ def from_validation(error: ValidationError) -> ApiError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, Refusal):
         return bad_request(str(cause), cause.field)
-    field = ".".join(str(part) for part in first["loc"]) or None
+    # In unions pydantic says which branch it tried, as dict[str,any].
+    field = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or None
     message = first["msg"].removeprefix("Value error, ")
     more = error.error_count() - 1
     where = f"{field}: " if field else ""

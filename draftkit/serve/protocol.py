@@ -10,21 +10,36 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs
-from draftkit.serve.messages import Message, NamedTool, Tools, one_of
+from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs, one_of
+from draftkit.serve.messages import Messages, NamedTool, Tools
 from draftkit.serve.problem import Refusal, shorten
 from draftkit.serve.unsupported import refuse_unsupported
 
 INT64 = 2**63 - 1
 MAX_CHOICES = 128
+MAX_PROMPTS = 1024
+MAX_BIASES = 16_384
+MAX_ENTRIES = 1024  # of a document
 MAX_STOPS = 32
 MAX_BAD_WORDS = 256
 MAX_LOGPROBS = 20
 
 TokenId = Annotated[int, Field(ge=0, le=INT64, strict=True)]
-TokenIds = list[TokenId]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]  # a body may have millions: the first mistake is enough
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Word = Annotated[str, Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _at_most(count: int) -> BeforeValidator:
+    """For objects, before their entries are read: a body has room for hundreds of thousands."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"{len(value)} entries are more than {count}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _listed(value: Any) -> Any:
@@ -73,12 +88,10 @@ class SamplingBody(RequestBody):
     presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: Finite | None = Field(default=None, ge=0.01, le=100)  # beyond, logits overflow
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], _at_most(MAX_BIASES)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     seed: int | None = Field(default=None, ge=-INT64 - 1, le=INT64)
-    stop: Annotated[list[Word], BeforeValidator(_listed), Field(max_length=MAX_STOPS)] = Field(
-        default_factory=list
-    )
+    stop: Annotated[list[Word], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] = Field(default_factory=list)
     bad_words: Annotated[list[Word], Field(max_length=MAX_BAD_WORDS)] = Field(default_factory=list)
     stop_token_ids: TokenIds = Field(default_factory=list)
     ignore_eos: bool = False
@@ -131,9 +144,17 @@ class SamplingBody(RequestBody):
         return self.structured_outputs or asked
 
 
+def _not_too_many(prompts: Any) -> Any:
+    """Before anything is read: a body has room for millions of prompts."""
+    if isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list)) and len(prompts) > MAX_PROMPTS:
+        raise ValueError(f"{len(prompts)} prompts are more than the {MAX_PROMPTS} that a request may have")
+    return prompts
+
+
 Prompt = Annotated[
-    str | TokenIds | list[str] | list[TokenIds],
+    str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)],
     one_of("a text, a list of texts, a list of token ids (whole numbers from 0), or a list of such lists"),
+    BeforeValidator(_not_too_many),
 ]
 
 
@@ -158,7 +179,7 @@ class CompletionBody(SamplingBody):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1, le=INT64)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
@@ -172,7 +193,7 @@ class ChatBody(SamplingBody):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    documents: list[dict[str, str]] | None = None
+    documents: Annotated[list[Annotated[dict[str, str], _at_most(MAX_ENTRIES)]], Field(fail_fast=True)] | None = None
     reasoning_effort: str | None = None
     echo: bool = False
 
@@ -219,7 +240,7 @@ class TokenizeBody(RequestBody):
     """POST /tokenize: a prompt, or messages through the chat template."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Messages | None = None
     tools: Tools | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True

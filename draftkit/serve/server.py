@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import os
 import socket
 import time
@@ -19,11 +20,13 @@ from draftkit.errors import DraftkitError, ServeError
 from draftkit.serve.app import create_app
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
+from draftkit.serve.problem import ApiError
 from draftkit.serve.settings import ServeSettings, option_names
 from draftkit.serve.worker import Served, Worker
 
 log = logging.getLogger("draftkit.serve")
-_FLUSH_SECONDS = 10  # for responses that are made but not yet sent when the last answer is complete
+_FLUSH_SECONDS = 10  # at most, for responses that are made but not yet sent when the last answer is complete
+_FILES = 65_536  # connections that may be open at the same time, where the system lets us have so many
 
 
 def load_served(
@@ -57,6 +60,8 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    _raise_file_limit()
+    logging.getLogger("asyncio").addFilter(_OutOfFiles())
     bound = _bind(settings.host, settings.port)
     metrics = ServerMetrics()
     worker = Worker(load, metrics, settings.max_waiting)
@@ -66,7 +71,6 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=_FLUSH_SECONDS,
     )
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -84,6 +88,37 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
         if isinstance(worker.failure, DraftkitError):
             raise worker.failure
         raise ServeError(f"the engine stopped: {worker.failure!r}; the log above says where") from worker.failure
+
+
+def _raise_file_limit() -> None:
+    """A connection is a file, and shells often allow no more than 1,024."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class _OutOfFiles(logging.Filter):
+    """One line in ten seconds about connections that cannot be taken; asyncio writes thousands of tracebacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
+        if "out of system resource" not in record.getMessage():
+            return True
+        record.exc_info, told, now = None, self._last, time.monotonic()
+        if now - told < 10:
+            return False
+        self._last = now
+        record.msg, record.args = "no connection can be taken: too many open files; raise `ulimit -n`", ()
+        return True
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -126,10 +161,18 @@ class _Server(uvicorn.Server):
             self._deadline = time.monotonic() + self._drain_seconds
             worker.drain()
             log.info("shutting down: %d answers to finish", worker.in_flight)
-        late = self._deadline is not None and time.monotonic() > self._deadline
-        if late or self._signals > 1:
-            log.warning("ending with %d unfinished answers", worker.in_flight)
-            self.force_exit = self.should_exit = True
+        left = math.inf if self._deadline is None else self._deadline - time.monotonic()
+        if left <= 0 or self._signals > 1:
+            if worker.in_flight:
+                log.warning("ending with %d unfinished answers", worker.in_flight)
+            worker.end_all(ApiError(503, "the server ends before this answer is complete; send the request elsewhere"))
+            self._end(1)
         elif worker.state == "failed" or (self._deadline is not None and not worker.in_flight):
-            self.should_exit = True
+            self._end(min(left, _FLUSH_SECONDS))
         return await super().on_tick(counter)
+
+    def _end(self, flush_seconds: float) -> None:
+        """Close, once what is made is sent or so many seconds have passed; who has not read it by then is cut off."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # our log has a line for each of these
+        self.config.timeout_graceful_shutdown = math.ceil(flush_seconds)
+        self.should_exit = True

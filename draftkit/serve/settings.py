@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from draftkit.errors import ServeError
 
 _OPTIONS = {"max_body_bytes": "--max-body", "kv_bytes": "--kv-gib"} | {
-    name: f"--{name.replace('_', '-')}" for name in ("generation_config", "max_length", "max_running", "max_waiting")
+    name: f"--{name.replace('_', '-')}"
+    for name in ("drain_seconds", "generation_config", "max_length", "max_running", "max_waiting")
 }
 
 
@@ -24,7 +26,7 @@ class ServeSettings:
         api_keys: any of these opens /v1; empty = open.
         served_name: model name in the API; None = the target's.
         max_body_bytes: larger bodies get 413.
-        max_waiting: answers that have not begun; more get 429 with Retry-After.
+        max_waiting: answers beyond those that the engine makes at the same time; more get 429 with Retry-After.
         max_choices: prompts times n in one request; more get 400.
         drain_seconds: how long running requests may take to finish after SIGTERM.
         generation_config: "auto" = sampling fields that a request leaves out come from the target's
@@ -47,6 +49,8 @@ class ServeSettings:
         for name in ("max_body_bytes", "max_waiting", "max_choices"):
             if getattr(self, name) < 1:
                 raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if not 0 <= self.drain_seconds < math.inf:
+            raise ServeError(f"drain_seconds is {self.drain_seconds:g}; give seconds, 0 or more")
         if self.generation_config not in ("auto", "none"):
             raise ServeError(f"generation_config is {self.generation_config!r}; choose auto or none")
         if any(not key.strip() for key in self.api_keys):

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from draftkit.serve.problem import ApiError, from_validation
+from draftkit.serve.problem import ApiError, from_validation, shorten
 from draftkit.serve.protocol import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -33,6 +33,9 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media != "application/json":
         raise ApiError(415, f"Content-Type is {media or 'missing'}; send application/json")
+    encoding = request.headers.get("content-encoding", "identity").lower()
+    if encoding != "identity":
+        raise ApiError(415, f"Content-Encoding is {shorten(encoding)}; send the body as it is", "content-encoding")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)

@@ -50,6 +50,7 @@ class Ticket:
     arrived: float
     items: asyncio.Queue[Item] = field(default_factory=asyncio.Queue)
     last_output: dict[int, float] = field(default_factory=dict)
+    stats: dict[int, RequestStats] = field(default_factory=dict)  # as of the last output
     open: set[int] = field(default_factory=set)
 
 
@@ -64,7 +65,6 @@ class Worker:
         self._patient: set[str] = set()  # of the engine's thread: answers that have begun and are wanted whole
         self._held: list[tuple[float, Sequence[StepOutput]]] = []  # of the engine's thread: with the time of each step
         self._tickets: dict[str, tuple[Ticket, int]] = {}
-        self._waiting: set[str] = set()
         self._serial = 0
         self._thread = threading.Thread(target=self._run, name="draftkit-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -88,11 +88,6 @@ class Worker:
         """Answers that are being made or wait to be."""
         return len(self._tickets)
 
-    @property
-    def waiting(self) -> int:
-        """Answers that have not begun."""
-        return len(self._waiting)
-
     def ready(self) -> Served:
         """What is served. Raises ApiError 503 unless requests can be taken now."""
         if self.state == "ready" and self._served is not None:
@@ -109,17 +104,18 @@ class Worker:
         """Hand answers to the engine; returns when it has taken them all. Outputs of answers that are wanted `whole` may come
         late, but for the first and the last one, and but for answers that a stop string may end.
 
-        Raises ApiError: 503 when not ready, 429 when too many wait, 400 when the engine refuses.
+        Raises ApiError: 503 when not ready, 429 when more would wait than may, 400 when the engine refuses. An idle server
+        takes any request.
         """
-        self.ready()
-        if len(self._waiting) >= self._max_waiting:
-            self._metrics.rejections.labels(reason="queue_full").inc()
-            raise ApiError(429, f"{len(self._waiting)} answers wait already; try again soon", headers={"Retry-After": "1"})
+        room = self.ready().engine.info.max_running + self._max_waiting - self.in_flight
+        if self.in_flight and len(work) > room:
+            self._metrics.on_rejection("queue_full")
+            what = f"there is room for {max(room, 0)} more answers now, and {len(work)} are asked for; try again soon"
+            raise ApiError(429, what, headers={"Retry-After": "1"})
         self._serial += 1
         ticket = Ticket(tuple(f"{name}-{self._serial}-{i}" for i in range(len(work))), time.monotonic())
         for index, request_id in enumerate(ticket.ids):
             self._tickets[request_id] = (ticket, index)
-            self._waiting.add(request_id)
             ticket.open.add(index)
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -141,22 +137,25 @@ class Worker:
         try:
             await taken
         except BaseException:
-            self.cancel(ticket)
+            self._drop(ticket, *ticket.open)
             raise
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
         """Abort what is still open of a ticket; does nothing when all is finished."""
-        self.abort(ticket, *ticket.open)
+        for index in ticket.open:
+            if ticket.ids[index] in self._tickets:
+                self._metrics.on_abort(ticket.stats.get(index))
+        self._drop(ticket, *ticket.open)
 
     def finish(self, ticket: Ticket, index: int, reason: str, stats: RequestStats) -> None:
         """An answer is complete, which the engine does not know: a stop string was found."""
         if ticket.ids[index] in self._tickets:
             self._metrics.on_finish(time.monotonic() - ticket.arrived, reason, stats)
-            self.abort(ticket, index)
+            self._drop(ticket, index)
 
-    def abort(self, ticket: Ticket, *indices: int) -> None:
-        """Abort some answers of a ticket; outputs that are on their way are dropped."""
+    def _drop(self, ticket: Ticket, *indices: int) -> None:
+        """The engine gives up some answers of a ticket; outputs that are on their way are dropped."""
         for index in indices:
             request_id = ticket.ids[index]
             if request_id in self._tickets:
@@ -167,6 +166,12 @@ class Worker:
         """Take no new requests; those in flight go on."""
         if self.state in ("ready", "loading"):
             self._change("draining")
+
+    def end_all(self, error: ApiError) -> None:
+        """Whoever still waits for an answer gets this error instead."""
+        for ticket in {id(t): t for t, _ in self._tickets.values()}.values():
+            ticket.items.put_nowait(error)
+        self._tickets.clear()
 
     async def drained(self, seconds: float) -> bool:
         """Wait until nothing is in flight; False when it took longer than `seconds`."""
@@ -254,15 +259,11 @@ class Worker:
     def _failed(self, error: BaseException) -> None:
         self.failure = error
         self._change("failed")
-        for ticket in {id(t): t for t, _ in self._tickets.values()}.values():
-            ticket.items.put_nowait(ApiError(500, f"the engine stopped: {error!r}"))
-        self._tickets.clear()
-        self._waiting.clear()
+        self.end_all(ApiError(500, f"the engine stopped: {error!r}"))
 
     def _forget(self, request_id: str) -> None:
         ticket, index = self._tickets.pop(request_id)
         ticket.open.discard(index)
-        self._waiting.discard(request_id)
 
     def _dispatch(self, held: Sequence[tuple[float, Sequence[StepOutput]]]) -> None:
         for now, outputs in held:
@@ -275,7 +276,7 @@ class Worker:
             return  # aborted while this step ran
         ticket, index = known
         if output.events:
-            self._waiting.discard(output.request_id)
+            ticket.stats[index] = output.stats
             last = ticket.last_output.get(index)
             self._metrics.on_tokens(now - (ticket.arrived if last is None else last), len(output.events), last is None)
             ticket.last_output[index] = now
