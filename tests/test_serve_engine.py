@@ -121,6 +121,13 @@ def test_metrics_count_and_a_client_that_leaves_frees_its_blocks(server: Server)
     assert server.metric("num_requests_running") == 0 and server.metric("generation_tokens_total") > 0
 
 
+def test_the_first_request_does_not_pay_for_what_became_ready_before_it() -> None:
+    with serving(command=SERVE) as server:
+        server.logged("compiled passes: in use", 60)
+        began = server.metric("num_preemptions_total"), server.metric("generation_tokens_total")
+        assert began == (0, 0), "nobody has asked for anything"
+
+
 def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:
     with serving(command=SERVE) as server:
         body = {"prompt": "one two three", "max_tokens": 300, "ignore_eos": True}

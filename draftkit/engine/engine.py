@@ -177,6 +177,12 @@ class Engine:
             calibration_error=tally.calibration_error,
         )
 
+    def settling(self) -> bool:
+        """For whoever has nothing to do: passes that have become ready are taken into use and measured now, not in the next
+        request's time. Whether there is more to wait for."""
+        self._switch_to_compiled()
+        return self._compiled is not None or self._measures_again
+
     def wait_until_compiled(self) -> bool:
         """For measurements: wait until it is settled which passes are used; whether they are the compiled ones."""
         if self._compiled is not None:
@@ -188,7 +194,8 @@ class Engine:
         """Once, when the compiled passes have come into use: what a step costs must be measured again, as soon as there is
         memory to do it in."""
         if self._compiled is not None and (used := self._compiled.done()) is not None:
-            log.info("compiled passes: %s", "in use" if used else self._compiled.reason)
+            why = f"not in use, PyTorch operations do the same slower ({self._compiled.reason})"
+            log.info("compiled passes: %s", "in use" if used else why)
             self._compiled, self._uses_compiled, self._measures_again = None, used, used
         if self._measures_again and self._measured is not None and can_measure(self._models):
             self._measures_again = False
