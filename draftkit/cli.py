@@ -347,7 +347,8 @@ def bench(
     """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length."""
     from typing import Any
 
-    from draftkit.serve.bench import as_json, print_bench, read_prompts, run_bench
+    from draftkit.output import as_json
+    from draftkit.serve.bench import print_bench, read_prompts, run_bench
     from draftkit.serve.load import LoadSettings
 
     source = prompts or Path(__file__).parent / "assets" / "tiny" / "heldout.jsonl"

@@ -20,7 +20,8 @@ import pytest
 from test_serve_harness import Server, serving
 
 from draftkit.errors import ServeError
-from draftkit.serve.bench import as_json, percentile, ratios, read_prompts, run_bench, summarise
+from draftkit.output import as_json
+from draftkit.serve.bench import percentile, ratios, read_prompts, run_bench, summarise
 from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
 
 SETTINGS = LoadSettings(prompts=("one", "two", "three"), requests=6, warmup=1, max_tokens=31)

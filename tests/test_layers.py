@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "draftkit"
 # From the bottom up. Folders on one line never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "interrupt", "permissions"}),
+    frozenset({"config", "interrupt", "output", "permissions"}),
     frozenset({"ops"}),
     frozenset({"target"}),
     frozenset({"draft"}),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from draftkit.errors import ScheduleError
+from draftkit.output import write_text
 from draftkit.schedule.step_rate import Interpolation, StepRate
 
 FORMAT = "draftkit-step-rate-1"
@@ -119,9 +120,7 @@ def save_step_rate(table: StepRateTable, path: Path) -> None:
         "draftkit": {"format": FORMAT, **asdict(table)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_step_rate(path: Path) -> StepRateTable:
