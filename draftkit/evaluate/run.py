@@ -96,7 +96,7 @@ class EvalResult:
             raw = json.loads(path.read_text("utf-8"))
             return cls(
                 environment=raw["environment"],
-                settings=raw["settings"],
+                settings=dict(raw["settings"]),
                 accepted_len={k: Interval(**_with_nan(v)) for k, v in raw["accepted_len"].items()},
                 acceptance={k: list(_with_nan(dict(enumerate(v))).values()) for k, v in raw["acceptance"].items()},
                 speed={k: Speed(**v) for k, v in raw["speed"].items()},
