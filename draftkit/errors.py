@@ -38,8 +38,8 @@ class ServeError(DraftkitError):
 
 
 class Interrupted(DraftkitError):
-    """The run was stopped by a signal; what was finished is kept. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """The run was stopped by a signal. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
 
     def __init__(self, exit_code: int = 130) -> None:
-        super().__init__("interrupted; run the same command again to go on")
+        super().__init__("interrupted")
         self.exit_code = exit_code
