@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def reason(error: Exception) -> str:
+    """Why something could not be read, for a line about it. `repr` will not do: a decoder's error holds all that it read."""
+    return f"{type(error).__name__}: {error}"
+
+
 class DraftkitError(Exception):
     """Root of all errors that the command line shows as one line; `exit_code` is what the process returns."""
 

@@ -325,7 +325,7 @@ def test_damage_and_mismatch_are_named(target: TransformersTarget, tokenizer: An
     ):
         with pytest.raises(FeatureStoreError, match=f"another {word}"):
             store.check_matches(*changed)
-    with pytest.raises(FeatureStoreError, match="another feature_layers"):
+    with pytest.raises(FeatureStoreError, match="other feature layers"):
         make_store(target, tokenizer, answers, tmp_path, (1, 2))
     shard = tmp_path / "shard-00000.safetensors"
     raw = bytearray(shard.read_bytes())

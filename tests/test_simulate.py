@@ -267,7 +267,7 @@ def test_parts_of_different_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="--step-rate"):
         open_simulation(tmp_path / "t", None, None)
     for load in ((0, 1), (1, 0), (1, 1, -1.0)):
-        with pytest.raises(ScheduleError, match="above 0"):
+        with pytest.raises(ScheduleError, match=r"^a load of \d requests, \d at once.*above 0"):
             Load(*load)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from draftkit.errors import ScheduleError
+from draftkit.errors import ScheduleError, reason
 from draftkit.output import write_text
 from draftkit.schedule.step_rate import Floats
 
@@ -110,8 +110,8 @@ def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibr
         calibration.check_drafter(drafter_fingerprint)
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ScheduleError(f"{path}: is no calibration ({error!r}); make one with draftkit calibrate") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ScheduleError(f"{path}: is no calibration ({reason(error)}); make one with draftkit calibrate") from None
     return calibration
 
 

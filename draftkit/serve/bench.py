@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from draftkit import __version__
-from draftkit.errors import ServeError
+from draftkit.errors import ServeError, reason
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
 
@@ -201,8 +201,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
                     found.append(next(m["content"] for m in row["messages"] if m["role"] == "user"))
                 else:
                     found.append(row["turns"][0] if "turns" in row else row["prompt"])
-    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
-        raise ServeError(f"{path}: needs JSONL rows with messages, turns or prompt: {error!r}") from error
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError) as error:
+        raise ServeError(f"{path}: needs JSONL rows with messages, turns or prompt: {reason(error)}") from error
     return tuple(found)
 
 
