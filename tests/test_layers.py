@@ -83,6 +83,13 @@ def test_every_import_goes_down() -> None:
     assert not found, "\n" + "\n".join(found)
 
 
+def test_the_documentation_shows_every_layer() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    shown = [line[4:42].split() for line in text.splitlines() if line.startswith("    ")]
+    wanted = [names - {"__main__"} for names in reversed(LAYERS)]
+    assert [set(names) for names in shown[: len(wanted)]] == wanted
+
+
 def test_an_upward_import_is_found_also_inside_a_function(tmp_path: Path) -> None:
     lazy = "def f():\n    from draftkit.train.trainer import train\n"
     package = write(tmp_path / "draftkit", draft__block=lazy, train__trainer="import draftkit.draft.block\n")
