@@ -31,8 +31,10 @@ RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file o
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
 PromptsOption = Annotated[list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")]
-GOES_ON = {"quickstart", "generate", "capture", "train", "evaluate", "calibrate", "tiny-target"}  # keep what is finished
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+# Commands that keep what is finished when they are interrupted, and take it up when they are given again.
+GOES_ON = {"quickstart", "generate", "capture", "train", "evaluate", "calibrate", "tiny-target"}
 
 
 @app.callback(invoke_without_command=True)

@@ -62,7 +62,7 @@ def run_record(
     with progress_bar("record", len(prompts)) as (bar, task):
         for first in range(0, len(prompts), settings.batch_size):
             batch = prompts[first : first + settings.batch_size]
-            name = hashlib.sha256(repr((seed, max_new_tokens, sampling, batch)).encode()).hexdigest()[:16]
+            name = hashlib.sha256(repr((origin, first)).encode()).hexdigest()[:16]
             part = out.with_name(f"{out.name}.{name}.part")
             if not part.exists():
                 seeds = [(seed, first + i) for i in range(len(batch))]

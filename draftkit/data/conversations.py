@@ -102,13 +102,16 @@ def _normalise(row: Any, where: str, stem: str) -> Conversation:
         if not isinstance(row.get(key, ""), (str, int)):
             raise DataError(f"{where}: {key} is a {type(row[key]).__name__}, must be a string")
     text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
-    try:
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        f"{row.get('id')}{row.get('domain')}".encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds half a character ({error.object[error.start]!a}), which no UTF-8 file can") from error
-    identity = str(row.get("id") or f"{stem}-{where.rsplit(':', 1)[1]}-{digest[:12]}")
+    _check_characters(f"{row.get('id')}{row.get('domain')}{text}", where)
+    identity = str(row.get("id") or f"{stem}-{where.rsplit(':', 1)[1]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
     return Conversation(identity, str(row.get("domain") or stem), tuple(messages))
+
+
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write a lone surrogate, "\ud800"; nothing behind it can
+        raise DataError(f"{where}: holds half a character ({error.object[error.start]!a}); remove it") from error
 
 
 def _items(row: dict[str, Any], key: str, where: str) -> list[tuple[int, Any]]:
