@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftkit import __version__
-from draftkit.errors import DraftkitError
+from draftkit.errors import ConfigError, DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
+from draftkit.output import as_json, check_file, make_folder
 
 if TYPE_CHECKING:
     from draftkit.config import Recipe
@@ -31,6 +32,9 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="override, e.
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
 PromptsOption = Annotated[list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+# Commands that keep what is finished when they are interrupted, and take it up when they are given again.
+GOES_ON = {"quickstart", "generate", "capture", "train", "evaluate", "calibrate", "tiny-target"}
 
 
 @app.callback(invoke_without_command=True)
@@ -72,6 +76,9 @@ def generate(
 ) -> None:
     """The target answers prompts; continues where it was interrupted."""
     settings = _recipe(recipe, overrides)
+    if any(out.resolve() == path.resolve() for path in prompts or []):
+        raise ConfigError(f"--out {out} is the file of prompts; choose another")
+    check_file(out)
     from draftkit import stages
 
     read = stages.read_prompts(prompts or [stages.TINY_PROMPTS])
@@ -88,6 +95,7 @@ def capture(
 ) -> None:
     """The target reads conversations into a feature store."""
     settings = _recipe(recipe, overrides)
+    make_folder(out)
     from draftkit import stages
 
     read = stages.read_prompts(conversations)
@@ -107,6 +115,7 @@ def train(
 ) -> None:
     """Train a drafter on a feature store; continues where it was interrupted."""
     settings = _recipe(recipe, overrides)
+    make_folder(out)
     from draftkit import stages
 
     first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process answers prompts for the log, and speaks
@@ -132,15 +141,14 @@ def evaluate(
 ) -> None:
     """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on."""
     settings = _recipe(recipe, overrides)
+    make_folder(out)
     from draftkit import stages
-    from draftkit.draft.checkpoint import open_drafter
     from draftkit.evaluate.plots import plot_acceptance
     from draftkit.evaluate.report import print_report
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
     target, tokenizer = stages.open_target(settings)
-    results = stages.run_evaluate(target, tokenizer, settings, open_drafter(drafter, target), read, threads)
-    stages.save_results(results, out)
+    results = stages.run_evaluate(target, tokenizer, settings, drafter, read, out, threads)
     plot_acceptance(results, out / "acceptance.png")
     typer.echo(stages.summary(results)) if json_output else print_report(results)
 
@@ -150,7 +158,7 @@ def export(
     out: OutOption,
     drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder, in any known form")],
     form: Annotated[str, typer.Option(help="portable or deepspec, see docs/checkpoints.md")] = "portable",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
     target: Annotated[str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")] = None,
     borrow: Annotated[bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")] = False,
 ) -> None:
@@ -172,10 +180,10 @@ def calibrate(
     json_output: JsonOption = False,
 ) -> None:
     """Record proposals along held-out answers and fit the confidences to their fate; SGLang reads the result."""
-    import json
     from dataclasses import asdict
 
     settings = _recipe(recipe, overrides)
+    make_folder(out)
     from draftkit import schedule_stages, stages
     from draftkit.draft.checkpoint import open_drafter
     from draftkit.evaluate.schedule_report import print_calibration
@@ -189,7 +197,7 @@ def calibrate(
     traces = schedule_stages.run_record(target, opened, drafter, chosen, Sampling(temperature), limit, seed, file)
     found = schedule_stages.run_calibrate(traces, out)
     if json_output:
-        typer.echo(json.dumps(asdict(found)))
+        typer.echo(as_json(asdict(found)))
     else:
         print_calibration(found.calibration.temperatures, found.before, found.after, found.held_out_rows, found.missing)
         typer.echo(f"written to {out / schedule_stages.CALIBRATION}; next: draftkit profile -d {drafter} -o step_rate.json")
@@ -209,6 +217,9 @@ def profile(
 ) -> None:
     """Measure what a step costs on this machine by tokens, context and requests; SGLang reads the result."""
     settings = _recipe(recipe, overrides)
+    if out.suffix == ".png":
+        raise ConfigError(f"--out {out} is the name of the plot, which lies beside the result; give one that ends in .json")
+    check_file(out)
     import torch
 
     from draftkit import schedule_stages, stages
@@ -243,20 +254,21 @@ def simulate(
     json_output: JsonOption = False,
 ) -> None:
     """Ask what speculation would bring at a load: replay recorded proposals on a step-rate table, arm by arm."""
-    import json
     from dataclasses import asdict
 
     from draftkit import schedule_stages
     from draftkit.evaluate.schedule_report import print_simulation
     from draftkit.schedule.simulate import Load
 
+    if out is not None:
+        make_folder(out)
     source = schedule_stages.open_simulation(traces, step_rate, calibration)
     levels = concurrency or ([256] if rate else [1, 4, 16, 64])
     arrivals: list[float | None] = [*rate] if rate else [None]
     loads = [Load(requests, level, one, seed) for level in levels for one in arrivals]
     outcomes, assumptions = schedule_stages.run_simulate(source, loads, out)
     if json_output:
-        typer.echo(json.dumps({"outcomes": [asdict(o) for o in outcomes], "assumptions": assumptions}))
+        typer.echo(as_json({"outcomes": [asdict(o) for o in outcomes], "assumptions": assumptions}))
     else:
         print_simulation(outcomes, assumptions)
 
@@ -349,7 +361,7 @@ def bench(
     """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length."""
     from typing import Any
 
-    from draftkit.serve.bench import as_json, print_bench, read_prompts, run_bench
+    from draftkit.serve.bench import print_bench, read_prompts, run_bench
     from draftkit.serve.load import LoadSettings
 
     source = prompts or Path(__file__).parent / "assets" / "tiny" / "heldout.jsonl"
@@ -394,6 +406,7 @@ def tiny_target(
     from draftkit.tiny.publish import publish as write_asset
     from draftkit.tiny.train import TinySettings, train_tiny_target
 
+    make_folder(out)
     result = train_tiny_target(out, TinySettings(steps=steps, rows=rows, seed=seed, compile=compile), device)
     typer.echo(f"held-out loss: {result.held_out_loss}, {result.tokens_seen:,} tokens, {result.seconds / 60:.1f} min")
     if publish:
@@ -406,7 +419,9 @@ def main() -> None:
     try:
         app()
     except (DraftkitError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        goes_on = isinstance(error, Interrupted) and GOES_ON.intersection(sys.argv[1:2])
+        hint = "; run the same command again to go on" if goes_on else ""
+        typer.echo(f"error: {' '.join(str(error).split())}{hint}", err=True)
         sys.exit(error.exit_code if isinstance(error, DraftkitError) else 1)
 
 

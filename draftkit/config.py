@@ -215,6 +215,10 @@ def _parse(raw: bytes, where: str) -> Any:
         raise ConfigError(f"{where}:{line}: is not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # what looks like a date or a number, and is none
+        raise ConfigError(f"{where}: holds a value that cannot be read ({error}); put text in quotes") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where}: is nested too deeply for a recipe") from error
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def reason(error: Exception) -> str:
+    """Why something could not be read, for a line about it. `repr` will not do: a decoder's error holds all that it read."""
+    return f"{type(error).__name__}: {error}"
+
+
 class DraftkitError(Exception):
     """Root of all errors that the command line shows as one line; `exit_code` is what the process returns."""
 
@@ -38,8 +43,8 @@ class ServeError(DraftkitError):
 
 
 class Interrupted(DraftkitError):
-    """The run was stopped by a signal; what was finished is kept. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+    """The run was stopped by a signal. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
 
     def __init__(self, exit_code: int = 130) -> None:
-        super().__init__("interrupted; run the same command again to go on")
+        super().__init__("interrupted")
         self.exit_code = exit_code

@@ -15,11 +15,11 @@ from rich.console import Console
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe
-from draftkit.draft.checkpoint import open_drafter, read_provenance
 from draftkit.engine.answers import answerer
+from draftkit.errors import ConfigError, DataError
 from draftkit.evaluate.plots import plot_acceptance
 from draftkit.evaluate.report import print_report
-from draftkit.evaluate.run import EvalResult
+from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.transformers import TransformersTarget
 
 GENERATE_SHARE, EVALUATE_SHARE = 0.14, 0.12  # of the minutes; training gets what capture leaves of the rest,
@@ -37,10 +37,16 @@ class StageTime:
     note: str
 
 
-def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = False) -> None:
-    """Run all stages into `out`, in about `minutes` minutes, and print the table and what to type next."""
-    console = Console(stderr=as_json)
-    out.mkdir(parents=True, exist_ok=True)
+def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = False) -> None:
+    """Run all stages into `out`, in about `minutes` minutes, and print the table and what to type next.
+
+    Raises ConfigError when `out` was begun with other minutes, by which its stages were sized.
+    """
+    console = Console(stderr=to_json)
+    make_folder(out)
+    planned = _once(out, "minutes", lambda: minutes)
+    if planned != minutes:
+        raise ConfigError(f"--minutes {minutes:g}: {out} was planned for {planned:g}; give these, or choose another --out")
     recipe = _evaluated_within(recipe, minutes)
     answers, features, run, results_folder = out / "answers.jsonl", out / "features", out / "drafter", out / "results"
     times: list[StageTime] = []
@@ -65,21 +71,22 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, as_json: bool = Fa
     with stage("train") as notes:
         left = minutes * (1 - EVALUATE_SHARE) - sum(t.seconds for t in times) / 60
         recipe = _trained_within(recipe, _once(out, "train_minutes", lambda: max(minutes * TRAIN_SHARE, left)))
-        if (run / "done.json").exists() and _same_recipe(run, recipe):
+        if _was_trained(run, recipe):
             notes.append(f"a drafter from this recipe is already there: {run / 'best'}")
         else:
             trained = stages.run_train(target, tokenizer, recipe, features, run)
-            (run / "done.json").write_text(json.dumps(asdict(trained), indent=1), encoding="utf-8")
+            write_text(run / "done.json", as_json(asdict(trained) | {"recipe": dump_recipe(recipe)}, indent=1))
             notes.append(f"{trained.steps} steps, simulated accepted length {trained.best:.2f}")
     with stage("evaluate") as notes:
-        results = _evaluate(target, tokenizer, recipe, run / "best", results_folder)
+        held_out = stages.read_prompts([stages.TINY_HELD_OUT])
+        results = stages.run_evaluate(target, tokenizer, recipe, run / "best", held_out, results_folder)
         plot_acceptance(results, results_folder / "acceptance.png")
         notes.append(f"{len(results[0].records)} held-out prompts at {len(results)} temperatures")
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
     measured = {"stages": [asdict(t) for t in times], "peak_gib": peak}
-    (out / "times.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
-    if as_json:
+    write_text(out / "times.json", json.dumps(measured, indent=1))
+    if to_json:
         print(stages.summary(results))
         return
     console.print()
@@ -120,10 +127,12 @@ def _evaluated_within(recipe: Recipe, minutes: float) -> Recipe:
 def _once(out: Path, name: str, decide: Callable[[], float]) -> float:
     """What was decided when this was first asked: kept, so that a second run goes on with the same."""
     path = out / "plan.json"
-    plan = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    plan = _read_notes(path)
     if name not in plan:
         plan[name] = decide()
-        path.write_text(json.dumps(plan), encoding="utf-8")
+        write_text(path, json.dumps(plan))
+    if not isinstance(plan[name], int | float):
+        raise DataError(f"{path}: {name} is {plan[name]!r}, must be a number; remove the file, or choose another --out")
     return float(plan[name])
 
 
@@ -145,23 +154,16 @@ def _generate(target: TransformersTarget, tokenizer: Any, recipe: Recipe, answer
     return first(_once(answers.parent, "prompts", affordable))
 
 
-def _evaluate(
-    target: TransformersTarget, tokenizer: Any, recipe: Recipe, drafter: Path, folder: Path
-) -> list[EvalResult]:
-    """Results of this drafter under this recipe: those that are there, or new ones."""
-    about, made_from = folder / "made_from.json", json.dumps(
-        {"drafter": read_provenance(drafter).get("sha256"), "evaluate": recipe.evaluate.model_dump()}, indent=1
-    )
-    paths = [stages.result_path(folder, t) for t in recipe.evaluate.temperatures]
-    if about.exists() and about.read_text("utf-8") == made_from and all(p.exists() for p in paths):
-        return [EvalResult.load(p) for p in paths]
-    held_out = stages.read_prompts([stages.TINY_HELD_OUT])
-    results = stages.run_evaluate(target, tokenizer, recipe, open_drafter(drafter, target), held_out)
-    stages.save_results(results, folder)
-    about.write_text(made_from, encoding="utf-8")
-    return results
+def _was_trained(run: Path, recipe: Recipe) -> bool:
+    """Whether a training by this very recipe came to its end here."""
+    return bool(_read_notes(run / "done.json").get("recipe") == dump_recipe(recipe))
 
 
-def _same_recipe(run: Path, recipe: Recipe) -> bool:
-    path = run / "recipe.yaml"
-    return path.exists() and path.read_text("utf-8") == dump_recipe(recipe)
+def _read_notes(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote down; nothing where there is no such file. Raises DataError when it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: is damaged ({error}); remove it, or choose another --out") from error

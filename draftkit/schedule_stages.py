@@ -28,7 +28,7 @@ from draftkit.schedule.calibration import (
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, Outcome, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, save_step_rate
-from draftkit.schedule.traces import Traces, join_traces, load_traces, save_traces
+from draftkit.schedule.traces import Origin, Traces, join_traces, load_traces, save_traces
 from draftkit.stages import progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED_PAIR, TransformersTarget
@@ -47,44 +47,42 @@ def run_record(
     seed: int,
     out: Path,
 ) -> Traces:
-    """Answer all prompts and record traces into `out`, or read them from there when the file is of this very pair.
+    """Answer all prompts and record traces into `out`, or read them from there when the file is of this very recording.
 
     Parts of 48 prompts are kept beside it until all are there, so an interrupted run goes on where it was. `folder` is
-    where the drafter was loaded from. Raises ScheduleError when a file is there and of another pair or temperature.
+    where the drafter was loaded from. Raises ScheduleError when a file is there and of another pair, prompts or settings.
     """
-    own = fingerprint(folder)
+    about, own = target.info, fingerprint(folder)
+    prompts_hash = hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()
+    origin = Origin(about.name, about.fingerprint, own, sampling.temperature, prompts_hash, max_new_tokens, seed)
     if out.exists():
-        return _read_own(out, target, own, sampling.temperature)
+        return _read_own(out, origin)
     settings, parts = GenerateSettings(sampling, max_new_tokens, seed=seed), []
     answer_all = answerer(target, settings.batch_size)
     with progress_bar("record", len(prompts)) as (bar, task):
         for first in range(0, len(prompts), settings.batch_size):
             batch = prompts[first : first + settings.batch_size]
-            name = hashlib.sha256(repr((seed, max_new_tokens, sampling, batch)).encode()).hexdigest()[:16]
+            name = hashlib.sha256(repr((origin, first)).encode()).hexdigest()[:16]
             part = out.with_name(f"{out.name}.{name}.part")
             if not part.exists():
                 seeds = [(seed, first + i) for i in range(len(batch))]
                 answers = answer_all([p.tokens for p in batch], seeds, settings)
                 pairs = zip(batch, answers, strict=True)
                 items = [TraceItem(p.prompt_id, p.domain, p.tokens, a.tokens) for p, a in pairs]
-                save_traces(record_traces(target, drafter, items, TraceSettings(sampling, seed + 1 + first), own), part)
+                traces = record_traces(target, drafter, items, TraceSettings(sampling, seed + 1 + first), own)
+                save_traces(replace(traces, origin=origin), part)
             parts.append(part)
             bar.update(task, advance=len(batch))
-    traces = join_traces([_read_own(p, target, own, sampling.temperature) for p in parts])
+    traces = join_traces([_read_own(p, origin) for p in parts])
     save_traces(traces, out)
     for part in parts:
         part.unlink()
     return traces
 
 
-def _read_own(path: Path, target: TransformersTarget, drafter_fingerprint: str, temperature: float) -> Traces:
+def _read_own(path: Path, origin: Origin) -> Traces:
     traces = load_traces(path)
-    traces.check_origin(target.info.fingerprint, drafter_fingerprint)
-    if traces.origin.temperature != temperature:
-        raise ScheduleError(
-            f"{path}: recorded at temperature {traces.origin.temperature:g}, asked for {temperature:g}; "
-            "choose another folder"
-        )
+    traces.check_origin(origin, path)
     return traces
 
 
@@ -105,6 +103,11 @@ def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
 
     Raises ScheduleError for a drafter without a confidence head and for traces of fewer than two prompts.
     """
+    if len(traces.prompts) < 2:
+        raise ScheduleError(
+            f"{out / TRACES}: holds answers to {len(traces.prompts)} prompt; calibration fits on one half and measures on the "
+            "other: remove it and give two prompts or more"
+        )
     if not traces.has_confidence:
         raise ScheduleError("this drafter has no confidence head, so there is nothing to calibrate; serving estimates it")
     fitted, held_out = traces.rows_of(traces.prompts[::2]), traces.rows_of(traces.prompts[1::2])
@@ -115,8 +118,6 @@ def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
         drafter_fingerprint=traces.origin.drafter_fingerprint,
         dataset=f"{len(traces.prompts[::2])} prompts, temperature {traces.origin.temperature:g}",
     )
-    if not len(held_out):
-        raise ScheduleError("traces of one prompt; calibration needs two or more, to fit and to measure")
     held = (kept_NG[held_out], usable_NG[held_out])
     calibrated_NG = calibration.apply(confidence_NG[held_out])
     report = CalibrationReport(

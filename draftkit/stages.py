@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from draftkit.draft.warm_start import start_from_target
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError, TargetError
 from draftkit.evaluate.metrics import domains_of
-from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate, spread_prompts
+from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, environment, evaluate, spread_prompts
 from draftkit.ops.sampling import Sampling
+from draftkit.output import as_json, make_folder, write_text
+from draftkit.target.fingerprint import fingerprint
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
     DTYPES,
@@ -166,8 +169,6 @@ def run_train(
         "template_hash": template_hash(tokenizer),
         "recipe": recipe.model_dump(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     with progress_bar("train", 100) as (bar, task), join_world() as world:
 
         def show(p: trainer.Progress) -> None:
@@ -175,7 +176,10 @@ def run_train(
             note += f"  accepted length {p.accepted_len:.2f}" if p.accepted_len else ""
             bar.update(task, completed=int(100 * p.share), note=note)
 
-        return trainer.train(store, drafter, target, out, train_settings(recipe), provenance, world, show)
+        def note_recipe() -> None:
+            write_text(out / "recipe.yaml", dump_recipe(recipe))
+
+        return trainer.train(store, drafter, target, out, train_settings(recipe), provenance, world, show, note_recipe)
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
@@ -216,6 +220,7 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
     if borrow and target_path is None:
         raise ConfigError("--borrow: needs the --target that lends embedding and head")
+    make_folder(out)
     target = load_target(target_path) if target_path else None
     drafter = open_drafter(folder, target) if target else load_drafter(folder)
     note = {k: v for k, v in read_provenance(folder).items() if k not in ("draftkit", "algorithm", "sha256")}
@@ -239,40 +244,54 @@ def run_evaluate(
     target: TransformersTarget,
     tokenizer: Any,
     recipe: Recipe,
-    drafter: Drafter,
+    drafter: Path,
     prompts: Sequence[Conversation],
+    out: Path,
     threads: int | None = None,
 ) -> list[EvalResult]:
-    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain."""
-    section = recipe.evaluate
+    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain.
+
+    Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings and machine, is
+    kept, and a line on standard error says so.
+    """
+    section, opened = recipe.evaluate, open_drafter(drafter, target)
     chosen = first_turns(tokenizer, prompts, section.prompts_per_domain)
+    here = {name: value for name, value in environment(target.device).items() if name != "time"}
+    made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
+    out.mkdir(parents=True, exist_ok=True)
     results = []
     for temperature in section.temperatures:
         settings = EvalSettings(
             Sampling(temperature), section.max_new_tokens, section.seed, section.batch_size, section.speed_prompts, threads
         )
-        timed = len(spread_prompts(chosen, section.speed_prompts))
-        with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as (bar, task):
-            tick = lambda: bar.update(task, advance=1)  # noqa: E731
-            results.append(evaluate(target, drafter, chosen, settings, tick=tick))
+        path = out / f"evaluate-T{temperature:g}.json"
+        made_from = hashlib.sha256(f"{made_with} {settings}".encode()).hexdigest()
+        result = _kept_result(path, made_from)
+        if result is None:
+            timed = len(spread_prompts(chosen, section.speed_prompts))
+            with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as (bar, task):
+                tick = lambda: bar.update(task, advance=1)  # noqa: E731
+                result = evaluate(target, opened, chosen, settings, tick=tick)
+            result = replace(result, settings=result.settings | {"made_from": made_from})
+            result.save(path)
+        results.append(result)
     return results
+
+
+def _kept_result(path: Path, made_from: str) -> EvalResult | None:
+    """The result that an earlier run left, if it is of the same evaluation; another one will be written over."""
+    if not path.exists():
+        return None
+    result = EvalResult.load(path)
+    if result.settings.get("made_from") != made_from:
+        return None
+    print(f"{path}: is this very evaluation and stays; remove it to measure again", file=sys.stderr)
+    return result
 
 
 def read_prompts(paths: Sequence[Path]) -> list[Conversation]:
     """Prompts of one or more files."""
     return read_conversations(paths)
-
-
-def save_results(results: Sequence[EvalResult], folder: Path) -> None:
-    """One JSON file per temperature."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for result in results:
-        result.save(result_path(folder, result.settings["sampling"]["temperature"]))
-
-
-def result_path(folder: Path, temperature: float) -> Path:
-    """Where the result of one temperature lies."""
-    return folder / f"evaluate-T{temperature:g}.json"
 
 
 def summary(results: Sequence[EvalResult]) -> str:
@@ -287,4 +306,4 @@ def summary(results: Sequence[EvalResult]) -> str:
         }
         for r in results
     ]
-    return json.dumps(rows, indent=1)
+    return as_json(rows, indent=1)

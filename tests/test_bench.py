@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -20,7 +21,8 @@ import pytest
 from test_serve_harness import Server, serving
 
 from draftkit.errors import ServeError
-from draftkit.serve.bench import as_json, percentile, ratios, read_prompts, run_bench, summarise
+from draftkit.output import as_json
+from draftkit.serve.bench import percentile, ratios, read_prompts, run_bench, summarise
 from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
 
 SETTINGS = LoadSettings(prompts=("one", "two", "three"), requests=6, warmup=1, max_tokens=31)
@@ -263,8 +265,16 @@ def test_mistakes_are_one_line(fast: Server, tmp_path: Path) -> None:
         LoadSettings(())
     with pytest.raises(ServeError, match=r"every request failed; the first one with 400: .*too large"):
         run_bench([fast.url], [1], LoadSettings(("a",), requests=2, warmup=0, max_tokens=10**6))
-    (tmp_path / "bad.jsonl").write_text('{"no": 1}\n')
-    with pytest.raises(ServeError, match="needs JSONL rows"):
-        read_prompts(tmp_path / "bad.jsonl")
+    for wrong in ("http://127.0.0.1:99999", "http://[::", "http://xn--a.com", "127.0.0.1:8000", "ftp://x", "http://"):
+        with pytest.raises(ServeError, match=f"^--url '{re.escape(wrong)}' is no address of a server"):
+            run_bench([wrong], [1], SETTINGS)
+    for key in ("schl\u00fcssel", "two\nlines"):
+        with pytest.raises(ServeError, match=r"^--api-key for .* has characters"):
+            run_bench(["http://127.0.0.1:9"], [1], SETTINGS, api_keys=[key])
+    for raw in (b'{"no": 1}\n', b"[" * 10**5, bytes(range(256)) * 1000):
+        (tmp_path / "bad.jsonl").write_bytes(raw)
+        with pytest.raises(ServeError, match="needs JSONL rows") as error:
+            read_prompts(tmp_path / "bad.jsonl")
+        assert len(str(error.value)) < 300
     (tmp_path / "good.jsonl").write_text('{"turns": ["a", "b"]}\n\n{"messages": [{"role": "user", "content": "c"}]}\n')
     assert read_prompts(tmp_path / "good.jsonl") == ("a", "c")

@@ -87,6 +87,7 @@ def test_a_file_is_read_back_and_holds_what_sglang_requires(tmp_path: Path) -> N
         ('{"temperatures": []}', "one above 0 per position"),
         ('{"temperatures": [1.0, -1.0]}', "one above 0 per position"),
         ('{"temperatures": [1.0]}', "calibration of 1 positions, the drafter has 2"),
+        ("[" * 10**5, "no calibration"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
@@ -94,6 +95,13 @@ def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str
     path.write_text(text)
     with pytest.raises(ScheduleError, match=message):
         load_calibration(path, 2, "d")
+
+
+def test_a_binary_file_is_told_in_one_short_line(tmp_path: Path) -> None:
+    (tmp_path / "c").write_bytes(bytes(range(256)) * 1000)
+    with pytest.raises(ScheduleError, match="no calibration") as error:
+        load_calibration(tmp_path / "c", 2, "d")
+    assert len(str(error.value)) < 400
 
 
 def test_a_position_without_outcomes_is_refused() -> None:

@@ -234,6 +234,7 @@ def test_what_is_wrong_in_a_folder_is_named(
 
 def test_missing_unknown_and_pickled_weights_are_named(target: TransformersTarget, tmp_path: Path) -> None:
     save_drafter(drafter_for(target, SHAPES["eagle3 reduced"]), tmp_path, {}, torch.float32)
+    (tmp_path / "draftkit.json").unlink()  # as in folders of others, which say no sha256
     path, tensors = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
     for changed, message in (
         ({k: v for k, v in tensors.items() if k != "d2t"}, "d2t is missing"),
@@ -276,6 +277,19 @@ def test_a_drafter_drafts_the_same_after_a_trip_through_its_folder(target: Trans
         assert one.tokens == other.tokens
 
 
+def test_weights_with_a_flipped_bit_are_refused_by_their_sha256(target: TransformersTarget, tmp_path: Path) -> None:
+    drafter = drafter_for(target, SHAPES["eagle3"])
+    save_drafter(drafter, tmp_path, {}, torch.float32)
+    weights, good = tmp_path / "model.safetensors", (tmp_path / "model.safetensors").read_bytes()
+    weights.write_bytes(good[:-3] + bytes([good[-3] ^ 4]) + good[-2:])
+    with pytest.raises(CheckpointError, match=rf"^{weights}: is damaged \(another sha256"):
+        load_drafter(tmp_path)
+    (tmp_path / "draftkit.json").unlink()  # as in folders of others
+    load_drafter(tmp_path)
+    save_drafter(drafter, tmp_path, {}, torch.bfloat16)  # weights that are written anew bring their own
+    load_drafter(tmp_path)
+
+
 def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: TransformersTarget, tmp_path: Path) -> None:
     drafter = drafter_for(target, SHAPES["eagle3 with norms"])
     save_drafter(drafter, tmp_path / "a", {"target_fingerprint": target.info.fingerprint}, torch.float32)
@@ -297,4 +311,4 @@ def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: 
         (["-o", str(tmp_path / "d"), "--form", "gguf"], "choose one of portable"),
     ):
         assert message in str(runner.invoke(cli.app, [*base, *arguments]).exception)
-    assert not (tmp_path / "d").exists()
+    assert not list((tmp_path / "d").glob("*"))

@@ -113,6 +113,41 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert len(errors.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quickstart", "-o", "file"],
+        ["generate", "-o", "folder"],
+        ["generate", "-o", "file/below.jsonl"],
+        ["generate", "-o", "/proc/x.jsonl"],
+        ["generate", "-p", "file", "-o", "../{}/file"],
+        ["capture", "-c", "file", "-o", "file"],
+        ["train", "-f", "folder", "-o", "file"],
+        ["evaluate", "-d", "folder", "-o", "file"],
+        ["export", "-d", "folder", "-o", "file"],
+        ["calibrate", "-d", "folder", "-o", "file/below"],
+        ["profile", "-o", "folder"],
+        ["profile", "-o", "step_rate.png"],
+        ["simulate", "-o", "file"],
+        ["bench", "--url", "http://127.0.0.1:9", "-o", "file"],
+        ["tiny-target", "-o", "file"],
+    ],
+    ids=" ".join,
+)
+def test_an_out_that_cannot_be_used_is_refused_before_the_work(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("mine")
+    *rest, out = (argument.format(tmp_path.name) for argument in arguments)
+    error = CliRunner().invoke(cli.app, [*rest, out]).exception
+    assert isinstance(error, ConfigError), repr(error)
+    assert str(error).startswith(f"--out {out} ") and "\n" not in str(error)
+    assert Path("file").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
 def test_a_bug_keeps_its_traceback() -> None:
     done = run_main("raise ZeroDivisionError('a bug')")
     _, errors = done.communicate(timeout=30)
@@ -134,8 +169,24 @@ def test_a_signal_unwinds_the_command_and_sets_the_exit_code(number: signal.Sign
     output, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert output == "state saved\n"
-    assert "Traceback" not in errors
-    assert len(errors.splitlines()) == 1
+    assert errors == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["train", "profile"])
+def test_an_interrupted_command_promises_to_go_on_only_where_it_does(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise Interrupted(130)
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(cli, "raise_on_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["draftkit", name])
+    with pytest.raises(SystemExit):
+        cli.main()
+    promise = "; run the same command again to go on" if name in cli.GOES_ON else ""
+    assert capsys.readouterr().err == f"error: interrupted{promise}\n"
+    assert cli.GOES_ON.issubset(COMMANDS) and (name == "train") == bool(promise)
 
 
 def test_exit_codes_of_errors() -> None:

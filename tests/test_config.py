@@ -165,6 +165,8 @@ def test_a_folder_of_the_same_name_does_not_hide_a_packaged_recipe(
         ("train..lr=1", ["train.", "not a known key"]),
         ("train.lr=[1", ["train.lr=[1"]),
         ("train.lr.deep=1", ["train.lr"]),
+        ("name=2026-13-01", ["'name=2026-13-01'", "month", "quotes"]),
+        ("name=" + "[" * 3000, ["nested too deeply"]),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(tmp_path: Path, override: str, words: list[str]) -> None:

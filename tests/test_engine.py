@@ -332,6 +332,14 @@ def test_parameters_are_taken_as_vllms_are_and_wrong_ones_are_named() -> None:
         {"temperature": 1e-38},
         {"temperature": float("nan")},
         {"stop_token_ids": ["a"]},
+        {"temperature": "a"},
+        {"top_p": None},
+        {"presence_penalty": "1"},
+        {"stop": 5},
+        {"stop_token_ids": 5},
+        {"bad_token_ids": 5},
+        {"bad_token_ids": (5,)},
+        {"logit_bias": [5]},
     ]
     for case in wrong:
         with pytest.raises(DataError, match=f"^{next(iter(case))} is "):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from test_decode import make_drafter
 
-from draftkit.evaluate.run import EvalPrompt, EvalSettings, evaluate
+from draftkit import stages
+from draftkit.config import Recipe, load_recipe
+from draftkit.data.conversations import Conversation, Message
+from draftkit.draft.checkpoint import save_drafter
+from draftkit.errors import Interrupted
+from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
 
@@ -28,6 +37,49 @@ def test_rounds_by_the_engine_are_those_of_the_reference_loop(target: Transforme
         shared = min(one.rounds, other.rounds)
         assert one.accepted_per_round[:shared] == other.accepted_per_round[:shared]
     assert sum(r.rounds for r in by_engine.records) > 50
+
+
+def test_a_finished_temperature_is_kept_and_anything_else_measured_again(
+    target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["evaluate.max_new_tokens=4", "evaluate.speed_prompts=0", "evaluate.temperatures=[0.0, 1.0]"]
+    recipe = load_recipe("tiny-dspark", [f"target.path={target_folder}", *sizes])
+    target, tokenizer = stages.open_target(recipe)
+    save_drafter(make_drafter(target), tmp_path / "drafter", {}, torch.float32)
+    asked = [Conversation(str(i), "chat", (Message("user", f"What is a list? {i}"),)) for i in range(2)]
+    measured: list[float] = []
+
+    def stopped_at(temperature: float | None, recipe: Recipe, prompts: list[Conversation]) -> list[EvalResult]:
+        def once(*arguments: Any, **named: Any) -> EvalResult:
+            measured.append(arguments[3].sampling.temperature)
+            if measured[-1] == temperature:
+                raise Interrupted
+            return evaluate(*arguments, **named)
+
+        measured.clear()
+        monkeypatch.setattr(stages, "evaluate", once)
+        return stages.run_evaluate(target, tokenizer, recipe, tmp_path / "drafter", prompts, tmp_path / "out")
+
+    with pytest.raises(Interrupted):
+        stopped_at(1.0, recipe, asked)
+    first = stopped_at(None, recipe, asked)
+    assert measured == [1.0] and "evaluate-T0.json: is this very evaluation" in capsys.readouterr().err
+    again = stopped_at(None, recipe, asked)
+    assert measured == [] and [r.records for r in again] == [r.records for r in first]
+    stopped_at(None, recipe, asked[:1])
+    assert measured == [0.0, 1.0]
+    stopped_at(None, recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"seed": 1})}), asked[:1])
+    assert measured == [0.0, 1.0]
+    save_drafter(make_drafter(target, head="none"), tmp_path / "drafter", {}, torch.float32)
+    stopped_at(None, recipe, asked[:1])
+    assert measured == [0.0, 1.0]
+
+
+def test_json_of_a_length_that_no_round_defines_has_null(target: TransformersTarget) -> None:
+    settings = EvalSettings(Sampling(0.0), max_new_tokens=1, batch_size=4, speed_prompts=0)
+    result = evaluate(target, make_drafter(target), PROMPTS[:1], settings)
+    [told] = json.loads(stages.summary([result]), parse_constant=pytest.fail)
+    assert told["accepted_len"]["macro"] is None
 
 
 def test_speed_is_by_domain_and_its_mean(target: TransformersTarget) -> None:

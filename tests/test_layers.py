@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "draftkit"
 # From the bottom up. Folders on one line never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "interrupt", "permissions"}),
+    frozenset({"config", "interrupt", "output", "permissions"}),
     frozenset({"ops"}),
     frozenset({"target"}),
     frozenset({"draft"}),
@@ -81,6 +81,13 @@ def write(package: Path, **modules: str) -> Path:
 def test_every_import_goes_down() -> None:
     found = violations(PACKAGE)
     assert not found, "\n" + "\n".join(found)
+
+
+def test_the_documentation_shows_every_layer() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    shown = [line[4:42].split() for line in text.splitlines() if line.startswith("    ")]
+    wanted = [names - {"__main__"} for names in reversed(LAYERS)]
+    assert [set(names) for names in shown[: len(wanted)]] == wanted
 
 
 def test_an_upward_import_is_found_also_inside_a_function(tmp_path: Path) -> None:

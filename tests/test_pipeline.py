@@ -129,11 +129,57 @@ def test_a_torn_line_is_made_again(
         assert records(torn) == records(answers)
 
 
+def write_beside_manifest(path: Path, text: str, other: Path) -> Path:
+    path.write_text(text)
+    path.with_suffix(".manifest.json").write_bytes(other.with_suffix(".manifest.json").read_bytes())
+    return path
+
+
 def test_other_settings_are_refused(
     answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer
 ) -> None:
-    with pytest.raises(DataError, match="another settings"):
+    with pytest.raises(DataError, match="other settings"):
         generate_file(target, tokenizer, prompts(), answers, replace(SETTINGS, seed=6), answer_all)
+
+
+def test_answers_to_other_prompts_of_the_same_ids_are_refused(
+    answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
+) -> None:
+    before, (first, *rest) = answers.read_text().replace('"length"', '"stop"'), prompts()
+    answers = write_beside_manifest(tmp_path / "answers.jsonl", before, answers)
+    longer = replace(first, messages=(*first.messages, Message("user", "more")))
+    for changed in (replace(first, messages=(Message("user", "another"),)), longer):
+        with pytest.raises(DataError, match=rf"answers\.jsonl: holds an answer to another prompt of id '{first.id}'"):
+            generate_file(target, tokenizer, [changed, *rest], answers, SETTINGS, answer_all)
+    spoken = replace(first, messages=(*first.messages, Message("assistant", "an answer that will be made anew")))
+    assert generate_file(target, tokenizer, [spoken, *rest], answers, SETTINGS, answer_all) == len(rest) + 1
+    assert answers.read_text() == before
+
+
+def test_a_cut_answer_stands_for_the_first_turns_of_its_own_prompt_only(
+    target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
+) -> None:
+    out, limited = tmp_path / "a.jsonl", replace(SETTINGS, max_new_tokens=1)
+    turns = Conversation("t", "chat", (Message("user", "add"), Message("user", "return")))
+    generate_file(target, tokenizer, [turns], out, limited, answer_all)
+    assert [m["role"] for m in records(out)["t"]["messages"]].count("user") == 1
+    assert generate_file(target, tokenizer, [turns], out, limited, answer_all) == 1
+    with pytest.raises(DataError, match="another prompt of id 't'"):
+        generate_file(target, tokenizer, [replace(turns, messages=turns.messages[::-1])], out, limited, answer_all)
+
+
+def test_a_file_that_generate_did_not_write_is_left_alone(
+    answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
+) -> None:
+    out, manifest = tmp_path / "mine.jsonl", tmp_path / "mine.manifest.json"
+    out.write_bytes(answers.read_bytes())
+    with pytest.raises(DataError, match=rf"^{out}: is there, and no mine\.manifest\.json"):
+        generate_file(target, tokenizer, prompts(), out, SETTINGS, answer_all)
+    for damaged in ("{", "[1]", "3"):
+        manifest.write_text(damaged)
+        with pytest.raises(DataError, match=rf"^{manifest}: is damaged"):
+            generate_file(target, tokenizer, prompts(), out, SETTINGS, answer_all)
+    assert out.read_bytes() == answers.read_bytes()
 
 
 def command(target_folder: Path, *arguments: str) -> list[str]:
@@ -279,7 +325,7 @@ def test_damage_and_mismatch_are_named(target: TransformersTarget, tokenizer: An
     ):
         with pytest.raises(FeatureStoreError, match=f"another {word}"):
             store.check_matches(*changed)
-    with pytest.raises(FeatureStoreError, match="another feature_layers"):
+    with pytest.raises(FeatureStoreError, match="other feature layers"):
         make_store(target, tokenizer, answers, tmp_path, (1, 2))
     shard = tmp_path / "shard-00000.safetensors"
     raw = bytearray(shard.read_bytes())

@@ -7,13 +7,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from draftkit import quickstart as whole_path
-from draftkit.config import load_recipe
+from draftkit.config import Recipe, dump_recipe, load_recipe
+from draftkit.errors import CheckpointError, ConfigError, DataError
 from draftkit.evaluate.run import EvalResult
+from draftkit.train.trainer import TrainReport
 
 
 def quickstart(out: Path) -> str:
@@ -41,6 +44,53 @@ def test_the_quickstart_ends_with_a_table_a_picture_and_what_to_type_next(tmp_pa
     assert max(seconds[name] for name in ("generate", "train", "evaluate")) < 5, "a finished stage was done again"
     assert (tmp_path / "answers.jsonl").read_bytes() == answers
     assert again.count("x plain decoding") == told.count("x plain decoding") == 2
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """Stages that take no time; the recipes that were trained. A training refuses another learning rate than the first."""
+    recipes: list[Recipe] = []
+
+    def train(target: Any, tokenizer: Any, recipe: Recipe, features: Path, out: Path) -> TrainReport:
+        out.mkdir(exist_ok=True)
+        if recipes and recipe.train.lr != recipes[0].train.lr:
+            (out / "recipe.yaml").write_text(dump_recipe(recipe))
+            raise CheckpointError("belongs to another recipe")
+        recipes.append(recipe)
+        return TrainReport(1, 1.0, 0, 1.0, {}, False)
+
+    info = SimpleNamespace(name="tiny", num_layers=1, hidden_size=1, vocab_size=1)
+    monkeypatch.setattr(whole_path.stages, "open_target", lambda recipe: (SimpleNamespace(info=info), None))
+    monkeypatch.setattr(whole_path.stages, "run_capture", lambda *_: SimpleNamespace(tokens=1))
+    monkeypatch.setattr(whole_path.stages, "read_prompts", lambda _: [])
+    monkeypatch.setattr(whole_path.stages, "run_train", train)
+    monkeypatch.setattr(whole_path, "_generate", lambda *_: 1)
+    monkeypatch.setattr(whole_path.stages, "run_evaluate", lambda *_: [SimpleNamespace(records=())])
+    monkeypatch.setattr(whole_path, "plot_acceptance", lambda *_: None)
+    monkeypatch.setattr(whole_path, "print_report", lambda *_: None)
+    return recipes
+
+
+def test_a_drafter_is_only_said_to_be_there_when_its_training_came_to_its_end(tmp_path: Path, trained: list[Recipe]) -> None:
+    first, other = (load_recipe("tiny-quickstart", [f"train.lr={lr}"]) for lr in ("1e-3", "2e-3"))
+    whole_path.run_quickstart(first, tmp_path, 1)
+    whole_path.run_quickstart(first, tmp_path, 1)
+    assert len(trained) == 1
+    for _ in range(2):  # also the second time, with what the first refusal may have left
+        with pytest.raises(CheckpointError, match="another recipe"):
+            whole_path.run_quickstart(other, tmp_path, 1)
+
+
+def test_a_folder_planned_for_other_minutes_is_refused(tmp_path: Path, trained: list[Recipe]) -> None:
+    recipe = load_recipe("tiny-quickstart")
+    whole_path.run_quickstart(recipe, tmp_path, 6)
+    with pytest.raises(ConfigError, match=f"^--minutes 12: {tmp_path} was planned for 6; .*another --out$"):
+        whole_path.run_quickstart(recipe, tmp_path, 12)
+    assert len(trained) == 1
+    for damaged in ("{", "3", '{"minutes": "6"}'):
+        (tmp_path / "plan.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"plan\.json: .*another --out"):
+            whole_path.run_quickstart(recipe, tmp_path, 6)
 
 
 def test_a_run_that_was_stopped_while_it_measured_its_rate_counts_new_answers_alone(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
+
+import pytest
 
 from draftkit import cli
 
@@ -30,6 +33,14 @@ def test_every_make_target_in_the_readme_exists() -> None:
     assert named <= set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 
 
-def test_the_map_has_every_folder_of_the_package() -> None:
+def test_the_map_has_every_folder_and_module_of_the_package() -> None:
     folders = {f"draftkit/{path.parent.name}/" for path in (ROOT / "draftkit").glob("*/__init__.py")}
-    assert folders - set(PATHS) == set()
+    modules = {f"draftkit/{path.name}" for path in (ROOT / "draftkit").glob("*.py")} - {"draftkit/__init__.py"}
+    assert (folders | modules) - set(PATHS) == set()
+
+
+def test_the_python_example_prints_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the packaged drafter in place of the one that the pipeline above it makes."""
+    [example] = re.findall(r"^ {4}from draftkit import LLM.*\n(?: {4}.*\n)+", README, re.MULTILINE)
+    exec(textwrap.dedent(example).replace("drafter/best", str(ROOT / "draftkit" / "assets" / "tiny" / "drafter")), {})
+    assert len(capsys.readouterr().out.split()) > 3

@@ -114,6 +114,29 @@ def test_recording_goes_on_where_it_was_interrupted(
         record(tmp_path / "t")
 
 
+def test_traces_of_another_recording_are_refused_by_their_name(target: TransformersTarget, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    prompts, out = [EvalPrompt(str(i), "code", (4 + i, 20, 31)) for i in range(3)], tmp_path / "t"
+    drafter, sampling = make_drafter(target), Sampling(1.0)
+    recorded = run_record(target, drafter, tmp_path, prompts, sampling, 4, 0, out)
+    kept = out.stat().st_mtime_ns
+    assert run_record(target, drafter, tmp_path, prompts, sampling, 4, 0, out).prompts == recorded.prompts
+    other = [replace(prompts[0], tokens=(9, 20, 31)), *prompts[1:]]
+    for changed, what in (
+        ((other, sampling, 4, 0), "other prompts"),
+        ((prompts[:2], sampling, 4, 0), "other prompts"),
+        ((prompts, Sampling(0.5), 4, 0), "another temperature"),
+        ((prompts, sampling, 5, 0), "another limit of new tokens"),
+        ((prompts, sampling, 4, 1), "another seed"),
+    ):
+        with pytest.raises(ScheduleError, match=f"^{out}: recorded with {what}; remove it or choose another -o$"):
+            run_record(target, drafter, tmp_path, *changed, out)
+    assert out.stat().st_mtime_ns == kept
+    out.write_bytes(out.read_bytes()[:-1])
+    with pytest.raises(ScheduleError, match=f"^{out}: cannot be read as traces .* remove it"):
+        run_record(target, drafter, tmp_path, prompts, sampling, 4, 0, out)
+
+
 def test_a_trace_file_is_read_back_and_knows_its_pair(tmp_path: Path) -> None:
     path, traces = tmp_path / "traces.safetensors", made_traces()
     save_traces(traces, path)
@@ -122,17 +145,17 @@ def test_a_trace_file_is_read_back_and_knows_its_pair(tmp_path: Path) -> None:
     assert back.prompts == traces.prompts
     np.testing.assert_array_equal(back.accepted_N, traces.accepted_N)
     np.testing.assert_array_equal(back.confidence_NG, traces.confidence_NG)
-    back.check_origin("target-1", "drafter-1")
+    back.check_origin(Origin("a new name", "target-1", "drafter-1", 1.0), path)
     with pytest.raises(ScheduleError, match="another drafter"):
-        back.check_origin("target-1", "drafter-2")
+        back.check_origin(replace(traces.origin, drafter_fingerprint="drafter-2"), path)
     with pytest.raises(ScheduleError, match="another target"):
-        back.check_origin("target-2", "drafter-1")
+        back.check_origin(replace(traces.origin, target_fingerprint="target-2"), path)
 
 
 def test_a_file_that_holds_no_traces_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no")
-    for path in (tmp_path / "text", tmp_path / "missing"):
-        with pytest.raises(ScheduleError, match="cannot be read as traces"):
+    for path in (tmp_path / "text", tmp_path / "missing", tmp_path):
+        with pytest.raises(ScheduleError, match=f"^{path}: cannot be read as traces"):
             load_traces(path)
     traces = made_traces()
     save_traces(replace(traces, prompts=traces.prompts[:-1]), tmp_path / "short")
@@ -244,7 +267,7 @@ def test_parts_of_different_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="--step-rate"):
         open_simulation(tmp_path / "t", None, None)
     for load in ((0, 1), (1, 0), (1, 1, -1.0)):
-        with pytest.raises(ScheduleError, match="above 0"):
+        with pytest.raises(ScheduleError, match=r"^a load of \d requests, \d at once.*above 0"):
             Load(*load)
 
 
@@ -273,6 +296,8 @@ def test_calibration_is_fitted_and_measured_on_different_prompts(tmp_path: Path)
     assert (tmp_path / "reliability.png").stat().st_size > 10_000
     with pytest.raises(ScheduleError, match="no confidence head"):
         run_calibrate(made_traces(head=False), tmp_path)
+    with pytest.raises(ScheduleError, match=r"traces\.safetensors: holds answers to 1 prompt; .* remove it"):
+        run_calibrate(made_traces(prompts=1), tmp_path)
 
 
 def test_rows_of_an_answer_do_not_depend_on_the_others(target: TransformersTarget) -> None:

@@ -111,6 +111,7 @@ def test_tables_of_sglangs_profiler_are_read(tmp_path: Path) -> None:
         ('{"draftkit": {"format": "draftkit-step-rate-9"}}', "another version"),
         ('{"sample_batch_tokens": [], "sample_steps_per_sec": []}', "at least one"),
         ('{"sample_batch_tokens": [1], "sample_steps_per_sec": [0.0]}', "must be positive"),
+        ("[" * 10**5, "no step-rate table"),
     ],
 )
 def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str) -> None:
@@ -119,6 +120,13 @@ def test_a_wrong_file_is_one_clear_error(tmp_path: Path, text: str, message: str
     with pytest.raises(ScheduleError, match=message) as error:
         load_step_rate(path)
     assert "table.json" in str(error.value)
+
+
+def test_a_binary_file_is_told_in_one_short_line(tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes(bytes(range(256)) * 1000)
+    with pytest.raises(ScheduleError, match="no step-rate table") as error:
+        load_step_rate(tmp_path / "t")
+    assert len(str(error.value)) < 400
 
 
 def test_a_table_of_another_target_is_refused() -> None:
@@ -142,6 +150,8 @@ def test_a_profile_says_what_it_measured_and_with_which_passes(target: Transform
     assert (table.measured.target_fingerprint, table.measured.drafter_fingerprint) == (target.info.fingerprint, "drafter-1")
     with pytest.raises(ScheduleError, match="choose shorter contexts"):
         profile(target, None, "", replace(settings, contexts=(5000,)))
+    with pytest.raises(ScheduleError, match=r"^profile: 1000000000 tokens per pass behind 16 .* choose fewer$"):
+        profile(target, make_drafter(target), "", replace(settings, tokens=(10**9,)))
 
 
 def test_drafting_of_eagle3_is_measured_too(target: TransformersTarget) -> None:

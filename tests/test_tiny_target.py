@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from draftkit.data.template import render_prompt
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
-from draftkit.errors import CheckpointError
+from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import load_target
 from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
@@ -85,6 +85,12 @@ def test_rows_begin_with_a_conversation_and_depend_on_the_step_alone(corpus: Cor
     assert ids.shape == weights.shape == (4, ROW_LENGTH + 1)
     assert torch.equal(ids, again) and not torch.equal(ids, other)
     assert (ids[:, 0] == ids[0, 0]).all()
+
+
+def test_a_device_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--device tpu cannot be used .* give cpu"):
+        train_tiny_target(tmp_path, TinySettings(steps=1), "tpu")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

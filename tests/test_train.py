@@ -16,7 +16,7 @@ import torch
 from conftest import make_target_folder
 
 from draftkit import stages
-from draftkit.config import Recipe, load_recipe
+from draftkit.config import Recipe, dump_recipe, load_recipe
 from draftkit.data.capture import CaptureSettings, capture
 from draftkit.data.conversations import Conversation, Message
 from draftkit.data.features import FeatureStore
@@ -348,6 +348,24 @@ def test_a_state_of_another_run_is_refused(run: Any, fast: TrainSettings, tmp_pa
     (tmp_path / "state" / "state.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="is damaged"):
         run(tmp_path, fast)
+
+
+def test_a_refused_training_leaves_the_recipe_of_the_drafter_that_is_there(
+    store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any, tmp_path: Path
+) -> None:
+    def train(**changes: Any) -> str:
+        sections = {"drafter": {"feature_layers": [0, 2]}, "train": {"steps": 1} | changes}
+        chosen = recipe.model_copy(update={k: getattr(recipe, k).model_copy(update=v) for k, v in sections.items()})
+        stages.run_train(target, tokenizer, chosen, store.folder, tmp_path)
+        return dump_recipe(chosen)
+
+    written = train()
+    assert (tmp_path / "recipe.yaml").read_text() == written
+    with pytest.raises(CheckpointError, match="another recipe"):
+        train(lr=1e-3)
+    assert (tmp_path / "recipe.yaml").read_text() == written
+    longer = train(steps=2)
+    assert (tmp_path / "recipe.yaml").read_text() == longer != written
 
 
 def test_only_the_newest_numbered_checkpoints_stay(run: Any, fast: TrainSettings, tmp_path: Path) -> None:

@@ -21,6 +21,13 @@ from draftkit.target.tokenizer import template_hash, tokenizer_hash
 from draftkit.target.transformers import DTYPES, TransformersTarget, check_feature_layers
 
 SHARD_CONVERSATIONS = 256
+MADE_FROM = {  # fields of a manifest in words, where their names are not
+    "fingerprint": "another target",
+    "feature_layers": "other feature layers",
+    "template_hash": "another chat template",
+    "tokenizer_hash": "another tokenizer",
+    "conversations_hash": "other conversations",
+}
 SPARE_BYTES = 256 * 2**20  # left free on the disk
 
 
@@ -140,7 +147,8 @@ def _open(
     found = read_manifest(out)
     differing = [k for k, v in wanted.made_from().items() if found.made_from()[k] != v]
     if differing:
-        raise FeatureStoreError(f"{out}: holds a store with another {differing[0]}; choose another folder or remove it")
+        what = MADE_FROM.get(differing[0], f"another {differing[0].replace('_', ' ')}")
+        raise FeatureStoreError(f"{out}: holds a store of {what}; choose another folder or remove it")
     return found
 
 

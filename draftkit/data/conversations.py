@@ -76,6 +76,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 hint = "the line is cut off" if not text.endswith("\n") else "one JSON object per line is needed"
                 raise DataError(f"{path}:{number}: is not JSON ({error.msg} at column {error.colno}); {hint}") from error
+            except RecursionError as error:
+                raise DataError(f"{path}:{number}: is nested too deeply for a conversation") from error
 
 
 def _normalise(row: Any, where: str, stem: str) -> Conversation:
@@ -100,8 +102,16 @@ def _normalise(row: Any, where: str, stem: str) -> Conversation:
         if not isinstance(row.get(key, ""), (str, int)):
             raise DataError(f"{where}: {key} is a {type(row[key]).__name__}, must be a string")
     text = json.dumps([[m.role, m.content] for m in messages], ensure_ascii=False)
+    _check_characters(f"{row.get('id')}{row.get('domain')}{text}", where)
     identity = str(row.get("id") or f"{stem}-{where.rsplit(':', 1)[1]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}")
     return Conversation(identity, str(row.get("domain") or stem), tuple(messages))
+
+
+def _check_characters(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can write a lone surrogate, "\ud800"; nothing behind it can
+        raise DataError(f"{where}: holds half a character ({error.object[error.start]!a}); remove it") from error
 
 
 def _items(row: dict[str, Any], key: str, where: str) -> list[tuple[int, Any]]:

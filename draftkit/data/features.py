@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from draftkit.errors import FeatureStoreError
+from draftkit.output import write_text
 from draftkit.permissions import follow_umask
 
 VERSION = 1
@@ -79,9 +80,7 @@ class FeatureSample:
 
 def write_manifest(folder: Path, manifest: StoreManifest) -> None:
     """Replace the manifest in one rename."""
-    partial = folder / (MANIFEST + ".partial")
-    partial.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> StoreManifest:

@@ -19,6 +19,7 @@ from draftkit.data.conversations import Conversation
 from draftkit.data.template import render_prompt
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator, sample
+from draftkit.output import write_text
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
 
@@ -60,10 +61,14 @@ def generate_file(
     """Answer all prompts into `out` by `answer`; returns how many records it holds in the end.
 
     Records are OpenAI messages with id, domain, finish_reason ("length" marks a truncated answer), seed and token count.
-    `tick(answers, tokens)` is called as groups of batches finish. Raises DataError when `out` was begun with other settings.
+    `tick(answers, tokens)` is called as groups of batches finish. Raises DataError when `out` was begun with other settings,
+    holds answers to other prompts of the same ids, or something else.
     """
     _check_manifest(out, target, settings)
     done = _recover(out)
+    for prompt in prompts:
+        if prompt.id in done and not done[prompt.id].answers(prompt):
+            raise DataError(f"{out}: holds an answer to another prompt of id {prompt.id!r}; choose another file or remove it")
     indexed = [(i, p.prompt(), _first_length(tokenizer, p)) for i, p in enumerate(prompts)]
     indexed.sort(key=lambda item: (item[2], item[0]))
     size = GROUP_BATCHES * settings.batch_size
@@ -187,26 +192,46 @@ def answer_limit(info: TargetInfo, prompt_tokens: int, settings: GenerateSetting
 def _check_manifest(out: Path, target: TransformersTarget, settings: GenerateSettings) -> None:
     manifest = out.with_suffix(".manifest.json")
     wanted = json.loads(json.dumps({"target": target.info.fingerprint, "settings": asdict(settings)}))
-    if out.exists() and out.stat().st_size and manifest.exists():
-        found = json.loads(manifest.read_text("utf-8"))
-        if found != wanted:
-            what = "target" if found.get("target") != wanted["target"] else "settings"
-            raise DataError(f"{out}: was begun with another {what}; choose another file or remove it")
+    if not out.exists() or not out.stat().st_size:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(manifest, json.dumps(wanted, indent=1) + "\n")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    manifest.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+    if not manifest.exists():
+        raise DataError(f"{out}: is there, and no {manifest.name} that says what it was made from; choose another file")
+    try:
+        found = dict(json.loads(manifest.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{manifest}: is damaged ({error}); choose another file or remove both") from error
+    if found != wanted:
+        what = "another target" if found.get("target") != wanted["target"] else "other settings"
+        raise DataError(f"{out}: was begun with {what}; choose another file or remove it")
 
 
-def _recover(out: Path) -> set[str]:
-    """Ids already answered; a last line that was torn by a crash is cut off."""
+@dataclass(frozen=True)
+class _Answered:
+    """What a record answers: the turns of the user's side, the first ones only where the answer was cut."""
+
+    asked: list[dict[str, str]]
+    cut: bool
+
+    def answers(self, prompt: Conversation) -> bool:
+        """Whether it is this very prompt."""
+        wanted = prompt.prompt().as_dicts()
+        return self.asked == (wanted[: len(self.asked)] if self.cut else wanted)
+
+
+def _recover(out: Path) -> dict[str, _Answered]:
+    """What is answered already, by id; a last line that was torn by a crash is cut off."""
     if not out.exists():
-        return set()
+        return {}
     raw = out.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         with out.open("r+b") as file:
             file.truncate(len(whole))
     try:
-        return {json.loads(line)["id"] for line in whole.splitlines()}
+        records = [json.loads(line) for line in whole.splitlines()]
+        asked = [[m for m in r["messages"] if m["role"] != "assistant"] for r in records]
+        return {r["id"]: _Answered(a, r["finish_reason"] != "stop") for r, a in zip(records, asked, strict=True)}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out}: a line is not a record of answers ({error}); remove the file to start anew") from error

@@ -24,6 +24,7 @@ from draftkit.draft.checkpoint_forms import read_shape, tensors_from_form, tenso
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.errors import CheckpointError
+from draftkit.output import write_text
 from draftkit.permissions import follow_umask
 from draftkit.target.transformers import TransformersTarget
 
@@ -75,13 +76,12 @@ def save_drafter(
         tensors["d2t"] = ids_W - torch.arange(len(ids_W))
         tensors["t2d"] = torch.zeros(drafter.config.vocab_size, dtype=torch.bool).index_fill_(0, ids_W, True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(fields, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".partial")
     save_file(tensors_to_form(tensors, fields["architectures"][0]), partial, metadata={"format": "pt"})
     follow_umask(partial)
-    digest = hashlib.sha256(partial.read_bytes()).hexdigest()
-    note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": digest} | provenance
-    (folder / PROVENANCE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+    note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": _sha256(partial)} | provenance
+    write_text(folder / PROVENANCE, json.dumps(note, indent=1) + "\n")
     partial.replace(folder / WEIGHTS)
 
 
@@ -133,9 +133,11 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterSh
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
-    Raises CheckpointError when a file is missing or damaged, or lacks what the index says.
+    Raises CheckpointError when a file is missing or damaged (a folder of draftkit's holds the sha256 of its weights), or lacks
+    what the index says.
     """
     if (folder / WEIGHTS).exists():
+        _check_digest(folder)
         return _read_file(folder / WEIGHTS)
     if not (folder / INDEX).exists():
         pickled = any(folder.glob("*.bin"))
@@ -190,6 +192,18 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is damaged ({error}); train or copy it again") from error
+
+
+def _check_digest(folder: Path) -> None:
+    """Raise CheckpointError when the weights are not those that the provenance was written for, if it says."""
+    wanted = read_provenance(folder).get("sha256")
+    if wanted and wanted != _sha256(folder / WEIGHTS):
+        raise CheckpointError(f"{folder / WEIGHTS}: is damaged (another sha256 than in {PROVENANCE}); train or copy it again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:

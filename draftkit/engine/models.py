@@ -50,7 +50,7 @@ def build_models(
     max_length = min(settings.max_length or loaded.info.max_length, loaded.info.max_length)
     gamma = drafter.gamma if drafter is not None else 0
     reason = unsupported(loaded)
-    blocks = _count_blocks(loaded, drafter, settings, max_length + gamma + 1)
+    blocks = count_blocks(loaded, drafter, settings, max_length + gamma + 1)
     slots = blocks * settings.block_size
     model = SlowModel(loaded) if reason else FastModel(loaded, slots, max_length + gamma + 1)
     fast: FastDrafter | FastEagle | None = None
@@ -99,7 +99,7 @@ def start_compiling(models: Models) -> CompiledPasses | None:
     return CompiledPasses(models.model, drafter, models.feature_layers, widest)
 
 
-def _count_blocks(target: TransformersTarget, drafter: Drafter | None, settings: EngineSettings, longest: int) -> int:
+def count_blocks(target: TransformersTarget, drafter: Drafter | None, settings: EngineSettings, longest: int) -> int:
     """Blocks that fit `kv_bytes`, at most what all requests at their longest need. Raises ServeError for less than one."""
     config = target.model.config.get_text_config()
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)

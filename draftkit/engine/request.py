@@ -6,6 +6,7 @@ Names and defaults of `SamplingParams` are vLLM's.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 from draftkit.errors import DataError
 
 _LEAST = {"n": 1, "max_tokens": 1, "top_k": -1, "min_tokens": 0, "logprobs": 0, "prompt_logprobs": 0}
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs")
 _LEAST_TEMPERATURE = 1e-5  # below it logits over temperature leave float32
 FinishReason = str  # "stop", "length" or "abort"
@@ -80,6 +82,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words", "stop_token_ids", "allowed_token_ids"):
             value = getattr(self, name)
+            self._need(value is None or isinstance(value, Iterable), name, "a list")
             if value is not None or name != "allowed_token_ids":
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         for name, least in _LEAST.items():
@@ -90,6 +93,8 @@ class SamplingParams:
         self._need(self.seed is None or isinstance(self.seed, Integral), "seed", "a whole number, or None")
         short = self.max_tokens is None or self.min_tokens <= self.max_tokens
         self._need(short, "min_tokens", f"up to max_tokens, which is {self.max_tokens}")
+        for name in _NUMBERS:
+            self._need(isinstance(getattr(self, name), Real), name, "a number")
         warm = math.isfinite(self.temperature) and self.temperature >= _LEAST_TEMPERATURE
         self._need(self.temperature == 0 or warm, "temperature", f"0 (greedy) or {_LEAST_TEMPERATURE:g} and more")
         self._need(0 < self.top_p <= 1, "top_p", "above 0 up to 1")
@@ -102,8 +107,10 @@ class SamplingParams:
             self._need(all(isinstance(text, str) and text for text in getattr(self, name)), name, "strings that are not empty")
         for name in ("stop_token_ids", "allowed_token_ids"):
             self._need(all(isinstance(token, Integral) for token in getattr(self, name) or ()), name, "token ids")
-        ids = all(word and all(isinstance(token, Integral) for token in word) for word in self.bad_token_ids)
+        words = self.bad_token_ids if isinstance(self.bad_token_ids, Sequence) else (None,)
+        ids = all(isinstance(word, Sequence) and word and all(isinstance(t, Integral) for t in word) for word in words)
         self._need(ids, "bad_token_ids", "sequences of token ids")
+        self._need(self.logit_bias is None or isinstance(self.logit_bias, Mapping), "logit_bias", "numbers by token id")
         biases = (self.logit_bias or {}).items()
         numbers = all(isinstance(t, Integral) and isinstance(bias, Real) and math.isfinite(bias) for t, bias in biases)
         self._need(numbers, "logit_bias", "finite numbers by token id")

@@ -5,6 +5,7 @@ Shapes: R requests, T tokens in the pass, V vocabulary, F features.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import unsupported
 from draftkit.engine.measure import wait
-from draftkit.engine.models import Models, build_models, start_compiling
+from draftkit.engine.models import Models, build_models, count_blocks, start_compiling
 from draftkit.engine.passes import Pass
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
@@ -72,7 +73,7 @@ def profile(
 
     A pass of n tokens holds ceil(n / tokens_per_request) requests. It includes the sampling distribution of every row.
     Drafting includes writing the context of one committed token per request and drawing the proposal. Raises ScheduleError
-    for a target that the lean forward cannot run and for contexts that are too long for it.
+    for a target that the lean forward cannot run, for contexts that are too long for it, and for more than fits the memory.
     """
     if reason := unsupported(target):
         raise ScheduleError(f"profile: {reason}")
@@ -83,8 +84,14 @@ def profile(
             f"{target.info.max_length}; choose shorter contexts"
         )
     most = max(-(-max(settings.tokens) // settings.tokens_per_request), *settings.requests)
-    unlimited = 2**62  # the pool is as large as so many requests of this length need
-    sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=unlimited, block_size=BLOCK_SIZE)
+    room = _half_of_memory(target.device)
+    sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=room, block_size=BLOCK_SIZE)
+    gamma = drafter.gamma if drafter is not None else 0
+    if count_blocks(target, drafter, sizes, longest + gamma + 1) < most * -(-(longest + gamma + 1) // BLOCK_SIZE):
+        raise ScheduleError(
+            f"profile: {max(settings.tokens)} tokens per pass behind {max(settings.contexts)} of context need more than half "
+            f"of the memory ({room / 2**30:.1f} GiB); choose fewer"
+        )
     models = build_models(target, drafter, sizes)
     compiling = start_compiling(models)
     compiled = compiling is not None and compiling.wait()
@@ -114,6 +121,14 @@ def profile(
             passes="compiled" if compiled else "PyTorch operations",
         ),
     )
+
+
+def _half_of_memory(device: torch.device) -> int:
+    """Bytes that keys and values may take: half of what a GPU has free, or of what the machine has; weights and logits need
+    the rest."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0]) // 2
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -33,6 +33,7 @@ from draftkit.evaluate.metrics import (
 )
 from draftkit.ops.sampling import Sampling
 from draftkit.ops.verify import TOKEN_RULE
+from draftkit.output import as_json, write_text
 from draftkit.target.interface import Target
 from draftkit.target.transformers import TransformersTarget
 
@@ -86,10 +87,7 @@ class EvalResult:
 
     def save(self, path: Path) -> None:
         """Write as JSON (NaN as null), the file replaced in one rename."""
-        text = json.dumps(_without_nan(asdict(self)), indent=1)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_text(path, as_json(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> EvalResult:
@@ -98,7 +96,7 @@ class EvalResult:
             raw = json.loads(path.read_text("utf-8"))
             return cls(
                 environment=raw["environment"],
-                settings=raw["settings"],
+                settings=dict(raw["settings"]),
                 accepted_len={k: Interval(**_with_nan(v)) for k, v in raw["accepted_len"].items()},
                 acceptance={k: list(_with_nan(dict(enumerate(v))).values()) for k, v in raw["acceptance"].items()},
                 speed={k: Speed(**v) for k, v in raw["speed"].items()},
@@ -222,11 +220,3 @@ def _record(raw: dict[str, Any]) -> PromptRecord:
 
 def _with_nan(values: dict[Any, Any]) -> dict[Any, float]:
     return {k: float("nan") if v is None else v for k, v in values.items()}
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(v) for v in value]
-    return None if isinstance(value, float) and value != value else value

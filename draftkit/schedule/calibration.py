@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from draftkit.errors import ScheduleError
+from draftkit.errors import ScheduleError, reason
+from draftkit.output import write_text
 from draftkit.schedule.step_rate import Floats
 
 Bools = npt.NDArray[np.bool_]
@@ -95,9 +96,7 @@ def _mildest(errors: list[float]) -> float:
 def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write JSON that SGLang's `--speculative-dspark-confidence-sts-path` reads: {"temperatures": [...], ...}."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(vars(calibration), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(vars(calibration), indent=1) + "\n")
 
 
 def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibration:
@@ -111,8 +110,8 @@ def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibr
         calibration.check_drafter(drafter_fingerprint)
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {error}") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ScheduleError(f"{path}: is no calibration ({error!r}); make one with draftkit calibrate") from None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ScheduleError(f"{path}: is no calibration ({reason(error)}); make one with draftkit calibrate") from None
     return calibration
 
 

@@ -37,7 +37,9 @@ class Load:
 
     def __post_init__(self) -> None:
         if self.requests < 1 or self.concurrency < 1 or (self.rate is not None and not self.rate > 0):
-            raise ScheduleError(f"load {self}: requests, concurrency and rate must be above 0")
+            rate = "" if self.rate is None else f", {self.rate:g} per second"
+            told = f"{self.requests} requests, {self.concurrency} at once{rate}"
+            raise ScheduleError(f"a load of {told}: requests, concurrency and rate must be above 0")
 
 
 @dataclass(frozen=True)

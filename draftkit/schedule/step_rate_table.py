@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from draftkit.errors import ScheduleError
+from draftkit.errors import ScheduleError, reason
+from draftkit.output import write_text
 from draftkit.schedule.step_rate import Interpolation, StepRate
 
 FORMAT = "draftkit-step-rate-1"
@@ -119,9 +120,7 @@ def save_step_rate(table: StepRateTable, path: Path) -> None:
         "draftkit": {"format": FORMAT, **asdict(table)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_step_rate(path: Path) -> StepRateTable:
@@ -145,8 +144,8 @@ def load_step_rate(path: Path) -> StepRateTable:
         return StepRateTable((0,), tuple(content["sample_batch_tokens"]), (tuple(1 / r for r in rates),))
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ScheduleError(f"{path}: is no step-rate table ({error!r}); make one with draftkit profile") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ScheduleError(f"{path}: is no step-rate table ({reason(error)}); make one with draftkit profile") from None
 
 
 def _ours(content: dict[str, Any]) -> StepRateTable:

@@ -28,16 +28,28 @@ from draftkit.schedule.step_rate import Floats, Ints
 
 FORMAT = "draftkit-traces-1"
 TENSORS = ("confidence", "draft_max", "accepted", "block_accepted", "usable")
+ORIGIN = {  # fields of an origin, and what it means when one differs
+    "target_fingerprint": "another target",
+    "drafter_fingerprint": "another drafter",
+    "temperature": "another temperature",
+    "prompts_hash": "other prompts",
+    "max_new_tokens": "another limit of new tokens",
+    "seed": "another seed",
+}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a trace comes from. Fingerprints are those of `target.fingerprint`."""
+    """Where a trace comes from. Fingerprints are those of `target.fingerprint`; the last three are those of
+    `draftkit calibrate`, which records into a file once and reads it from then on."""
 
     target: str
     target_fingerprint: str
     drafter_fingerprint: str
     temperature: float
+    prompts_hash: str = ""
+    max_new_tokens: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,16 +98,11 @@ class Traces:
         position = np.arange(self.gamma)
         return (position < self.accepted_N[:, None]).astype(np.float64), position < self.usable_N[:, None]
 
-    def check_origin(self, target_fingerprint: str, drafter_fingerprint: str) -> None:
-        """Raise ScheduleError when the trace was recorded with another pair."""
-        for what, found, wanted in (
-            ("target", self.origin.target_fingerprint, target_fingerprint),
-            ("drafter", self.origin.drafter_fingerprint, drafter_fingerprint),
-        ):
-            if found != wanted:
-                raise ScheduleError(
-                    f"traces of another {what} (recorded {found[:12]}, given {wanted[:12]}); record them again with this pair"
-                )
+    def check_origin(self, wanted: Origin, path: Path) -> None:
+        """Raise ScheduleError when the trace, which lies at `path`, was recorded with something else."""
+        for name, what in ORIGIN.items():
+            if getattr(self.origin, name) != getattr(wanted, name):
+                raise ScheduleError(f"{path}: recorded with {what}; remove it or choose another -o")
 
 
 def save_traces(traces: Traces, path: Path) -> None:
@@ -129,8 +136,9 @@ def load_traces(path: Path) -> Traces:
             tensors = {name: file.get_tensor(name) for name in TENSORS}
         prompts = tuple(TracedPrompt(**p) for p in json.loads(metadata["prompts"]))
         origin = Origin(**json.loads(metadata["origin"]))
-    except (SafetensorError, FileNotFoundError, KeyError, TypeError, ValueError) as error:
-        raise ScheduleError(f"{path}: cannot be read as traces ({error}); record them with draftkit calibrate") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        hint = "remove it and record them again" if path.is_file() else "record them"
+        raise ScheduleError(f"{path}: cannot be read as traces ({error}); {hint} with draftkit calibrate") from None
     confidence_NG, draft_max_NG, *counts = tensors.values()
     traces = Traces(origin, prompts, confidence_NG, draft_max_NG.astype(np.float32), *(c.astype(np.int64) for c in counts))
     if sum(p.rows for p in prompts) != len(traces.accepted_N) or traces.confidence_NG.ndim != 2:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from draftkit import __version__
-from draftkit.errors import ServeError
+from draftkit.errors import ServeError, reason
+from draftkit.output import as_json, make_folder, write_text
 from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
 
 PERCENTILES = (50, 90, 99)
@@ -146,7 +147,8 @@ def run_bench(
     show: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measure; write `bench.json` and `bench.png` into `out` after each measurement, and `show` what there is at the end,
-    however it ends. Raises ServeError when a server does not answer or fails every request, or `out` cannot be a folder.
+    however it ends. Raises ServeError when a server does not answer or fails every request, ConfigError when `out` cannot be
+    a folder.
     """
     if not 1 <= len(urls) <= 2:
         raise ServeError(f"{len(urls)} servers are given; bench takes one, or two to compare")
@@ -154,7 +156,7 @@ def run_bench(
         raise ServeError(f"concurrency is {list(levels)}; each level must be 1 or more")
     results = _no_results(settings)
     if out is not None:
-        _make_folder(out)
+        make_folder(out)
     try:
         asyncio.run(bench_async(urls, levels, settings, api_keys, results["runs"], lambda: _save(results, out)))
     finally:
@@ -179,37 +181,13 @@ def _no_results(settings: LoadSettings) -> dict[str, Any]:
     }
 
 
-def _make_folder(out: Path) -> None:
-    """Raises ServeError when `out` cannot be a folder: better now than after the measurement."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ServeError(f"--out {out} must be a folder, or one that can be made: {error.strerror}") from error
-
-
 def _save(results: dict[str, Any], out: Path | None) -> None:
     """Write both files anew; a reader meets the old one or the new one, never half of one."""
     if out is None:
         return
-    partial = out / "bench.json.partial"
-    partial.write_text(as_json(results, indent=1) + "\n", "utf-8")
-    partial.replace(out / "bench.json")
+    write_text(out / "bench.json", as_json(results, indent=1) + "\n")
     plot_bench(results, out / "bench.partial.png")
     (out / "bench.partial.png").replace(out / "bench.png")
-
-
-def as_json(results: dict[str, Any], indent: int | None = None) -> str:
-    """JSON that every reader takes: NaN and infinities become null."""
-    return json.dumps(_finite(results), indent=indent, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -223,8 +201,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
                     found.append(next(m["content"] for m in row["messages"] if m["role"] == "user"))
                 else:
                     found.append(row["turns"][0] if "turns" in row else row["prompt"])
-    except (OSError, ValueError, LookupError, TypeError, StopIteration) as error:
-        raise ServeError(f"{path}: needs JSONL rows with messages, turns or prompt: {error!r}") from error
+    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError) as error:
+        raise ServeError(f"{path}: needs JSONL rows with messages, turns or prompt: {reason(error)}") from error
     return tuple(found)
 
 

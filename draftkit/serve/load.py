@@ -68,11 +68,25 @@ class Record:
     error: str | None = None
 
 
+def _checked(url: str) -> str:
+    """The address itself. Raises ServeError when it cannot be that of a server."""
+    try:
+        parsed = httpx.URL(url)
+        good = parsed.scheme in ("http", "https") and parsed.host and (parsed.port or 0) < 2**16
+    except (httpx.InvalidURL, UnicodeError):  # a name that cannot be written in ASCII
+        good = False
+    if not good:
+        raise ServeError(f"--url {url!r} is no address of a server; give one like http://127.0.0.1:8000 (ports end at 65535)")
+    return url
+
+
 class Endpoint:
-    """A server under test."""
+    """A server under test. Raises ServeError for an address or a key that cannot be sent."""
 
     def __init__(self, url: str, api_key: str | None, settings: LoadSettings) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        self.url = _checked(url).rstrip("/").removesuffix("/v1")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ServeError(f"--api-key for {self.url} has characters that no HTTP header may have; give printable ASCII")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
         self._http = httpx.AsyncClient(headers=headers, timeout=settings.timeout, limits=limits, trust_env=False)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from draftkit.errors import CheckpointError
+from draftkit.errors import CheckpointError, ConfigError
 from draftkit.permissions import follow_umask
 from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
 from draftkit.tiny.corpus_python import Example
@@ -70,8 +70,13 @@ def train_tiny_target(
     """Train (or go on training) in `out`; leaves `out/state` for resuming and the tokenizer in `out/tokenizer`.
 
     `before_step` is called with the number of each step. Raises CheckpointError when `out/state` was made with another
-    model shape.
+    model shape, and ConfigError for a device that is not there.
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).splitlines()[0]
+        raise ConfigError(f"--device {device} cannot be used ({line}); give cpu, or cuda where there is a GPU") from error
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     corpus = build_corpus()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from draftkit.errors import ConfigError
+from draftkit.output import as_json, write_text
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
@@ -39,7 +39,7 @@ class TrainLog:
         """Add the numbers of a step; nested ones get names like "validation/macro" in the trackers."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step} | _finite(line), allow_nan=False) + "\n")
+        self._file.write(as_json({"step": step} | line) + "\n")
         self._file.flush()
         flat = dict(_flattened(line))
         if self._board is not None:
@@ -77,9 +77,7 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except ValueError:
             break
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def _run_id(folder: Path) -> str:
@@ -90,13 +88,6 @@ def _run_id(folder: Path) -> str:
 
         path.write_text(secrets.token_hex(4), encoding="utf-8")
     return path.read_text("utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for them."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flattened(line: dict[str, Any], before: str = "") -> list[tuple[str, float]]:

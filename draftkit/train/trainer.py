@@ -99,9 +99,11 @@ def train(
     provenance: dict[str, Any],
     world: World,
     report: Callable[[Progress], None] = lambda progress: None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> TrainReport:
     """Train `drafter` on `store` into `out/best`, `out/last` and `out/checkpoints`; a run that was interrupted goes on
-    from `out/state`, also with another number of processes.
+    from `out/state`, also with another number of processes. `accepted` is called once in the first process, when nothing
+    that lies in `out` is against this run.
 
     Raises DataError when the store is too small or when losses stop being finite, CheckpointError when `out/state`
     belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and SIGTERM end the run behind a
@@ -118,6 +120,8 @@ def train(
     optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay)
     out.mkdir(parents=True, exist_ok=True)
     at = load_state(out / "state", parallel, optimizer, fingerprint) or Position(0, 0.0, 0.0, 0, 0, fingerprint)
+    if world.first:
+        accepted()
     total = settings.steps or settings.epochs * maker.per_epoch
     in_a_row = 0  # skipped steps
     drafter.train()
