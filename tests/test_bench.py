@@ -245,7 +245,8 @@ def test_json_has_no_numbers_that_json_lacks() -> None:
     with plain_server(lives=1) as url:
         done = bench("--url", url, "--temperature", "nan", "--json")
     assert done.returncode == 2 and "every request failed" in done.stderr
-    assert json.loads(done.stdout, parse_constant=pytest.fail)["settings"]["temperature"] is None
+    settings = json.loads(done.stdout, parse_constant=pytest.fail)["settings"]
+    assert settings["temperature"] is None and "concurrency" not in settings, "which is each run's own"
 
 
 def test_who_counted_the_tokens_is_told() -> None:

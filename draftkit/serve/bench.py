@@ -171,12 +171,13 @@ def run_bench(
 
 def _no_results(settings: LoadSettings) -> dict[str, Any]:
     """What `bench.json` holds before the first measurement."""
+    told = {**asdict(settings), "prompts": len(settings.prompts)}
     return {
         "kind": "draftkit bench",
         "version": __version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"python": sys.version.split()[0], "system": platform.system(), "cpu": platform.machine()},
-        "settings": {**asdict(settings), "prompts": len(settings.prompts)},
+        "settings": {name: value for name, value in told.items() if name != "concurrency"},  # each run has its own
         "runs": [],
     }
 
