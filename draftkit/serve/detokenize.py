@@ -55,7 +55,8 @@ class TokenTexts:
         return tuple(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)  # frees the GIL
 
     def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Token ids of words, inside a text and behind a space, as vLLM spells its `bad_words`."""
+        """Token ids of words, inside a text and behind a space. (vLLM leaves the second out where it has another length, and
+        so says " stamps", one token, in spite of the bad word "stamps", two.)"""
         both = [self.encode(space + word.lstrip(), False) for word in words for space in ("", " ")]
         return tuple(dict.fromkeys(ids for ids in both if ids))
 
