@@ -278,7 +278,7 @@ def test_a_program_may_end_while_the_passes_are_being_compiled(tmp_path: Path) -
 
 def test_bad_words_do_not_appear(llm: LLM) -> None:
     def answer(words: list[str]) -> list[int]:
-        params = SamplingParams(max_tokens=40, temperature=0, bad_words=words)  # type: ignore[arg-type]
+        params = SamplingParams(max_tokens=40, temperature=0, bad_words=tuple(words))
         return list(llm.generate("def add(a, b):\n", params)[0].outputs[0].token_ids)
 
     free = {token: llm.tokenizer.decode([token]) for token in answer([])}

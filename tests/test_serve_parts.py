@@ -185,7 +185,8 @@ def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest() -> None:
         worker.drain()
         with pytest.raises(ApiError, match="shutting down"):
             await worker.submit("new", [([1], params)])
-        assert await worker.drained(10) and worker.in_flight == 0
+        while worker.in_flight:
+            await asyncio.sleep(0.02)
         assert sorted(engine.aborted) == sorted(left.ids) and not engine.requests
         outputs = [kept.items.get_nowait() for _ in range(kept.items.qsize())]
         assert sum(len(o.events) for _, o in outputs) == 200 and outputs[-1][1].finish_reason == "length"

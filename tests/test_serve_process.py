@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import httpx
 import openai
@@ -218,10 +219,15 @@ def test_a_reader_who_stalls_does_not_hold_up_the_end() -> None:
         assert not [line for line in server.log if "Traceback" in line]
 
 
+def serving_within(soft: int, hard: int) -> AbstractContextManager[Server]:
+    """A server that may open so many files, and may raise that to `hard`."""
+    code = f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard})); sys.argv = sys.argv[1:]"
+    start = f"import resource, runpy, sys; {code}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return serving(command=(sys.executable, "-c", start, str(FAKE)))
+
+
 def test_running_out_of_files_is_one_line_and_passes() -> None:
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60)); sys.argv = sys.argv[1:]; "
-    command = (sys.executable, "-c", limit + "runpy.run_path(sys.argv[0], run_name='__main__')", str(FAKE))
-    with serving(command=command) as server:
+    with serving_within(60, 60) as server:
         host, port = server.url.removeprefix("http://").split(":")
         idle = [socket.create_connection((host, int(port)), 5) for _ in range(80)]
         server.logged("too many open files")
@@ -234,9 +240,7 @@ def test_running_out_of_files_is_one_line_and_passes() -> None:
 
 
 def test_the_limit_of_files_is_raised_as_far_as_it_may_be() -> None:
-    limit = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 300)); sys.argv = sys.argv[1:]; "
-    command = (sys.executable, "-c", limit + "runpy.run_path(sys.argv[0], run_name='__main__')", str(FAKE))
-    with serving(command=command) as server:
+    with serving_within(60, 300) as server:
         host, port = server.url.removeprefix("http://").split(":")
         many = [socket.create_connection((host, int(port)), 5) for _ in range(150)]
         with httpx.Client(base_url=server.url, timeout=15, trust_env=False) as http:

@@ -175,15 +175,6 @@ class Worker:
             ticket.items.put_nowait(error)
         self._tickets.clear()
 
-    async def drained(self, seconds: float) -> bool:
-        """Wait until nothing is in flight; False when it took longer than `seconds`."""
-        deadline = time.monotonic() + seconds
-        while self._tickets and self.state == "draining":
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(0.02)
-        return True
-
     def stop(self, seconds: float = 10.0) -> None:
         """End the thread after its current step. May be called from any thread."""
         self._commands.put(None)
