@@ -297,6 +297,29 @@ def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_
     assert tokens_of(heard) == tokens_of(deaf) and heard[-1].stats.drafted > 0
 
 
+def test_whether_a_newcomer_is_heard_is_asked_of_the_load_that_it_makes(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One alone might draft, two never: the prompt of a second one is read without features, though one decodes then."""
+    engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=FLAT))
+    speculation, read = engine._planner._speculation, engine._models.model.read
+    monkeypatch.setattr(speculation, "budget", lambda slots, others=0: 0)
+    monkeypatch.setattr(speculation, "rests_long", lambda requests: requests == 2)
+    asked: list[bool] = []
+
+    def noting(step: Pass, wanted: torch.Tensor | None, layers: tuple[int, ...] = ()) -> ReadOut:
+        asked.append(bool(layers))
+        return read(step, wanted, layers)
+
+    monkeypatch.setattr(engine._models.model, "read", noting)
+    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    engine.add_request("b", PROMPTS[1], SamplingParams(max_tokens=4, temperature=0, ignore_eos=True))
+    finish(engine)
+    assert all(asked[:4]) and not any(asked[4:])
+
+
 def test_compiled_passes_come_into_use_and_the_step_rate_is_measured_again(target_folder: Path) -> None:
     """float32, where the compiled pass runs: the same answers before and after, up to ties in the arithmetic."""
     settings = small(plan="planned", dtype="float32", step_tokens=64)

@@ -58,6 +58,21 @@ def test_the_budget_is_the_best_of_all_and_at_least_no_speculation() -> None:
         assert budget_from(survival, JAGGED, 0.0) == best
 
 
+def test_requests_that_do_not_draft_count_as_ones_whose_drafts_are_worth_nothing() -> None:
+    """Each is a token of the pass and gets one; but the drafter's time is that of those who draft."""
+    free = StepRate(JAGGED.tokens, JAGGED.pass_seconds, interpolation=JAGGED.interpolation)
+    budgets = set()
+    for seed in range(100):
+        survival, others = random_survival(seed, requests=1 + seed % 12), seed % 7
+        among = np.concatenate([survival, np.zeros((others, survival.shape[1]))])
+        budgets.add(budget_from(survival, free, others=others))
+        assert budget_from(survival, free, others=others) == budget_from(among, free)
+        assert plan_verification(survival, free, others).tolist() == plan_verification(among, free)[: len(survival)].tolist()
+    assert len(budgets) > 5
+    paid = StepRate((1, 100), (1.0, 1.0), (1, 2), (0.3, 90.0))
+    assert budget_from(np.full((1, 4), 0.9), paid, others=1) == 4
+
+
 def test_an_expensive_drafter_is_left_alone() -> None:
     costly = StepRate((1, 100), (1.0, 1.1), (1,), (50.0,))
     survival = np.full((1, 4), 0.9)

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from draftkit.schedule.planner import admit
-from draftkit.schedule.speculation import ALLOWANCE, AS_SAID, FIRST_MEASURE, HOPELESS_REST, KEPT, LONGEST_REST, TAX, Speculation
+from draftkit.schedule.speculation import (
+    ALLOWANCE,
+    AS_SAID,
+    FIRST_MEASURE,
+    HOPELESS_REST,
+    KEPT,
+    LONGEST_REST,
+    RECENT,
+    TAX,
+    Speculation,
+)
 from draftkit.schedule.step_rate import StepRate
 
 GAMMA = 4
@@ -168,3 +178,51 @@ def test_decisions_follow_from_earlier_steps_alone() -> None:
         tokens, seconds = int(rng.integers(4, 12)), float(rng.uniform(0.8, 3))
         for one in (first, second):
             one.record(4, budgets[0] > 0, budgets[0], tokens, seconds)
+
+
+def test_those_who_cannot_draft_wait_for_those_who_do_and_count() -> None:
+    """Drafting for one triples its tokens in steps that take 1.8 times as long: worth it alone, not beside seven others."""
+
+    def share(others: int) -> float:
+        speculation, slots = Speculation(8, GAMMA, StepRate((1, 1000), (1.0, 1.0), (1,), (0.8,))), np.arange(1)
+        drafted = 0
+        for _ in range(2000):
+            budget = speculation.budget(slots, others)
+            if budget:
+                speculation.push(slots, np.array([[0.95, 0.9, 0.1, 0.0]]))
+            tokens, seconds = (3, 1.8) if budget else (1, 1.0)
+            speculation.record(1 + others, budget > 0, budget, tokens + others, seconds)
+            drafted += budget > 0
+        return drafted / 2000
+
+    assert share(0) > 0.95
+    assert share(7) < 0.02
+
+
+def test_what_a_step_takes_right_behind_a_prompt_is_not_what_drafting_saves() -> None:
+    """One that reads alone takes up to twice as long then; among many a prompt changes little."""
+    for requests, slow in ((1, 3.0), (64, 1.0)):
+        speculation = Speculation(64, GAMMA, SAID)
+        plain = float(SAID.target_seconds(np.array([requests]))[0])
+        for step in range(206):
+            if step % 20 == 0:
+                speculation.disturb()
+            speculation.rest(requests, listening=False)
+            speculation.record(requests, False, 0, requests, plain * (slow if step % 20 < 6 else 1.0))
+        (load,) = speculation._loads.values()
+        assert len(load.plain) == RECENT and set(load.plain) == {1.0}
+
+
+def test_steps_behind_drafting_at_another_load_are_not_settled_either() -> None:
+    speculation, drafted = Speculation(2, GAMMA, SAID), 0
+    for number in range(100):
+        if number % 10:
+            speculation.rest(1, listening=False)
+            speculation.record(1, False, 0, 1, 3.0)
+        else:
+            budget = speculation.budget(np.arange(2))
+            speculation.push(np.arange(2), np.full((2, GAMMA), 0.9).cumprod(-1))
+            speculation.record(2, budget > 0, budget, 8, 1.4)
+            drafted += budget > 0
+    assert drafted == 10
+    assert not speculation._loads[1].plain  # drafting with two was never far enough away

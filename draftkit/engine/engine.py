@@ -66,7 +66,7 @@ class Engine:
             self.info.gamma,
             settings.step_tokens,
             self._on_release,
-            lambda request: self._planner.drafts(request),
+            lambda request, running: self._planner.drafts(request, running),
             lambda requests: self._planner.expected(requests),
         )
         self._tally = Tally(self.info.gamma)
@@ -150,6 +150,8 @@ class Engine:
         if len(work.requests) == work.decoding:
             verified = int(offered.lengths_A.sum()) if offered.drafting else 0
             self._planner.record(work.requests, outputs, verified, seconds)
+        else:
+            self._planner.disturb()
         self._tally.other_seconds += seconds - (self._model_seconds - before)
         return outputs
 
@@ -279,7 +281,8 @@ class Engine:
         if self._unread is None or offered.drafting:
             return False
         if any(request.table.heard for request in work.requests):  # in every step: asked before what takes longer
-            if not self._planner.rests_long or any(map(self._planner.drafts, work.requests)):
+            running = len(self._scheduler.running)
+            if not self._planner.rests_long(running) or any(self._planner.drafts(r, running) for r in work.requests):
                 return False
             self._unread.leave(work.requests)
         return True

@@ -42,14 +42,13 @@ class LengthPlanner:
         """What a step is taken to cost; None: lengths are fixed."""
         return self._speculation.step_rate if self._speculation is not None else None
 
-    @property
-    def rests_long(self) -> bool:
-        """Nobody who does not have to will draft for many steps."""
-        return self._speculation is not None and self._speculation.rests_long
+    def rests_long(self, running: int) -> bool:
+        """Nobody who does not have to will draft for many steps, while so many requests run."""
+        return self._speculation is not None and self._speculation.rests_long(running)
 
-    def drafts(self, request: Running) -> bool:
-        """Whether a request that begins now may come to draft before it ends."""
-        return request.gamma > 0 and (request.keeps_proposal or not self.rests_long)
+    def drafts(self, request: Running, running: int) -> bool:
+        """Whether a request that begins now, and makes them so many, may come to draft before it ends."""
+        return request.gamma > 0 and (request.keeps_proposal or not self.rests_long(running))
 
     def expected(self, requests: int) -> int:
         """Drafted tokens of so many requests that the next pass will hardly exceed: where lengths are planned, as many as the
@@ -80,14 +79,14 @@ class LengthPlanner:
             return hearing
         self._able, self._budget = hearing, 0
         if hearing:
-            self._budget = self._speculation.budget([decoding[i].row for i in hearing])
+            self._budget = self._speculation.budget([decoding[i].row for i in hearing], len(decoding) - len(hearing))
         else:  # rests go by all the same
-            self._speculation.rest(len(able), listening=False)
+            self._speculation.rest(len(decoding), listening=False)
         if self._budget:
             return hearing
         seeded = [i for i in hearing if decoding[i].keeps_proposal]
         self._quiet = 0 if seeded else self._speculation.sure_rest
-        self._decoding, self._resting = len(decoding), (len(hearing or able), bool(hearing))
+        self._decoding, self._resting = len(decoding), (len(decoding), bool(hearing))
         return seeded
 
     def confidence(self, said_DG: np.ndarray | None, largest_DG: np.ndarray | None) -> np.ndarray | None:
@@ -127,8 +126,13 @@ class LengthPlanner:
             return
         if any(decoding[i].keeps_proposal for i in able):
             return
-        tokens = sum(len(outputs[i].events) for i in able) if self._budget else len(able)
-        self._speculation.record(len(able), self._budget > 0, verified, tokens, seconds)
+        tokens = sum(len(output.events) for output in outputs) if self._budget else len(decoding)
+        self._speculation.record(len(decoding), self._budget > 0, verified, tokens, seconds)
+
+    def disturb(self) -> None:
+        """A step is over in which somebody did read one."""
+        if self._speculation is not None:
+            self._speculation.disturb()
 
     def forget(self, row: int) -> None:
         """The request of this row is gone."""

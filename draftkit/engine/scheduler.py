@@ -37,7 +37,8 @@ class Work:
 class Scheduler:
     """Keeps the requests in order of arrival. `gamma` positions behind the known tokens are reserved for proposals.
 
-    `drafts` says of a newcomer whether it may draft: its prefix is then reused as far as the drafter has read it too.
+    `drafts` says of a newcomer whether it may draft, as one of so many: its prefix is then reused as far as the drafter has
+    read it too.
     `expected` says how many drafted tokens so many requests will hardly exceed in the next pass.
     """
 
@@ -49,7 +50,7 @@ class Scheduler:
         gamma: int,
         step_tokens: int,
         on_release: Callable[[Running], None],
-        drafts: Callable[[Running], bool],
+        drafts: Callable[[Running, int], bool],
         expected: Callable[[int], int],
     ) -> None:
         self.pool, self._ahead, self._step_tokens = pool, gamma + 1, step_tokens
@@ -146,7 +147,7 @@ class Scheduler:
         if not self._free_rows:
             return False
         known = request.tokens if not request.unscored else ()  # what is not read again has no logits
-        table = self.pool.match(known, heard=self._drafts(request))
+        table = self.pool.match(known, heard=self._drafts(request, len(self.running) + 1))
         missing = self.pool.blocks_for(len(request.tokens) + self._ahead) - len(table.blocks)
         if missing + len(self.running) > self.pool.free:
             self.pool.release(table)

@@ -9,7 +9,8 @@ enumeration.) A search over all budgets that uses the survivals of the same step
 
 Equal survivals are ordered by position, then by request: never by token value, and a request's prefix stays contiguous.
 
-Shapes: R requests, G = gamma drafted positions. Positions that were not drafted have survival 0 and are never admitted.
+Shapes: R requests that draft, G = gamma drafted positions. Positions that were not drafted have survival 0 and are never
+admitted. `others` requests may be in the same pass without drafting: each is one token of it and gets one token.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ def survival_of(confidence_RG: Floats) -> tuple[Floats, int]:
     return np.where(missing_RG, 0.0, confidence_RG).clip(0.0, 1.0).cumprod(-1), int(missing_RG.sum())
 
 
-def plan_verification(survival_RG: Floats, step_rate: StepRate) -> Ints:
+def plan_verification(survival_RG: Floats, step_rate: StepRate, others: int = 0) -> Ints:
     """Lengths [R] by Algorithm 1 of the DSpark paper: admit by falling survival while the estimate of tokens per second
 
-        Theta(B) = (R + sum of admitted survivals) / (seconds of a pass of B tokens + seconds of drafting)
+        Theta(B) = (R + others + sum of admitted survivals) / (seconds of a pass of B tokens + seconds of drafting)
 
     rises, and stop at the first token that does not raise it. The early stop keeps it lossless. The drafter has run when
     this is asked, so its time is in every Theta, that of length zero too: the plan is never worse than verifying
     nothing. Whether drafting pays at all must be known before it: `budget_from` of earlier survivals is above 0.
     """
     order_N, gain_N = _by_survival(survival_RG)
-    theta = _rate(gain_N, len(survival_RG), step_rate)
+    theta = _rate(gain_N, len(survival_RG), others, step_rate)
     falls = np.flatnonzero(theta[1:] <= theta[:-1])
     admitted = int(falls[0]) if len(falls) else len(order_N)
     return _lengths(order_N[:admitted], len(survival_RG))
 
 
-def budget_from(stale_survival_RG: Floats, step_rate: StepRate, worth: float = 1.0) -> int:
+def budget_from(stale_survival_RG: Floats, step_rate: StepRate, worth: float = 1.0, others: int = 0) -> int:
     """The number K of drafted tokens that the next pass should hold, from survivals of EARLIER steps (the paper: two).
 
     The best Theta of all K, however jagged the step rate. K = 0 stands for no drafting and is compared without the
@@ -55,9 +56,10 @@ def budget_from(stale_survival_RG: Floats, step_rate: StepRate, worth: float = 1
     (`history.SurvivalHistory` keeps what is needed.) With survivals of the same step the search would bias the output
     (Appendix A of the paper): the end of the search depends on tokens that it decides about.
     """
-    requests = len(stale_survival_RG)
+    drafting = len(stale_survival_RG)
     _, gain_N = _by_survival(stale_survival_RG)
-    theta = _rate(gain_N, requests, step_rate)
+    theta = _rate(gain_N, drafting, others, step_rate)
+    requests = drafting + others
     theta[0] = worth * requests / step_rate.pass_table(requests)[requests] if requests else 0.0
     return int(theta.argmax())
 
@@ -92,12 +94,13 @@ def _by_survival(survival_RG: Floats) -> tuple[Ints, Floats]:
     return order_N[:count] % max(requests, 1), gain_N[:count]
 
 
-def _rate(gain_N: Floats, requests: int, step_rate: StepRate) -> Floats:
+def _rate(gain_N: Floats, drafting: int, others: int, step_rate: StepRate) -> Floats:
     """Theta of the first 0..N candidates, tokens per second [N + 1]."""
+    requests = drafting + others
     tokens = np.full(len(gain_N) + 1, float(requests))
     tokens[1:] += gain_N.cumsum()
     end = requests + len(tokens)
-    rate: Floats = tokens / (step_rate.pass_table(end)[requests:end] + step_rate.drafter_seconds(requests))
+    rate: Floats = tokens / (step_rate.pass_table(end)[requests:end] + step_rate.drafter_seconds(drafting))
     return rate
 
 

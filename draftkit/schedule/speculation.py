@@ -5,6 +5,8 @@ compares what drafting steps really brought with what they really took, at the s
 
     gain of a step = tokens / R - seconds / seconds of a step without drafting      (unit: steps without drafting)
 
+of all requests that decode: those that do not draft wait for the others.
+
 Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
 prediction is against it, when a request joins, or when it has lost what it may. It may lose the credit, which is ALLOWANCE
 to begin with and grows by TAX with every step without drafting, or the fund, which is SPENT of what trials gain and pays
@@ -17,7 +19,7 @@ at each load no speculation would have been ahead by at most KEPT and ALLOWANCE 
 
 Both judges look at earlier steps only, so the target's law is kept.
 
-Shapes: R requests that decode, S slots, G = gamma drafted positions.
+Shapes: R requests that draft, S slots, G = gamma drafted positions.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ FIRST_REST, LONGEST_REST = 64, 1024  # steps: for each that was lost; at most
 SHORT_REST = 8  # for each that was lost, where trials have gained together
 HOPELESS_REST = 8192  # where not even luck would make drafting pay
 LONG_REST = 128  # what is read during such a rest will hardly be drafted from
-MEASURE_EVERY, FIRST_MEASURE = 512, 16  # drafting steps after which steps without are measured
-SETTLED = 8  # in a row, then one counts: behind a step that drafted they take up to half as long again (caches)
+MEASURE_EVERY, FIRST_MEASURE = 1024, 16  # drafting steps after which steps without are measured
+SETTLED, SURE = 12, 24  # in a row, then one counts: behind drafting or a prompt they take up to twice as long (caches)
 RECENT = 9  # steps of each kind that count
 AS_SAID = 3  # drafting steps that are taken to have cost what the step rate says, before any was measured
 MOST = 2.0  # times the usual cost that a single drafting step is taken to have had at most: others use the machine, too
@@ -60,7 +62,6 @@ class _Load:
     unmeasured: int = MEASURE_EVERY - FIRST_MEASURE  # drafting steps since one without was measured
     gain: float = 0.0  # of the present trial
     drafted: int = 0  # drafting steps of the present trial
-    idle: int = 0  # steps since the last one that drafted
     resting: int = 0  # steps until the next trial
     hopeless: bool = False  # the next trial was put off, because not even luck would make it pay
     rest: int = FIRST_REST  # steps of the next rest for each that the trial loses
@@ -74,26 +75,24 @@ class _Load:
         disturbances do not count."""
         return median(self.drafting)
 
-    def measure(self, drafting: bool, ratio: float) -> None:
-        """Measured seconds of a step over predicted ones. One that drafted is held against the last steps without, since a
-        machine that others use may be half as fast a minute later; the first of a trial, which finds nothing in the caches,
-        does not count."""
-        if not drafting:
-            if self.idle >= SETTLED:
-                self.plain.append(ratio)
-        elif self.plain and self.drafted > 1:
+    def measure(self, ratio: float) -> None:
+        """Measured seconds of a step that drafted over predicted ones, held against the last steps without, since a machine
+        that others use may be half as fast a minute later; the first of a trial, which finds nothing in the caches, does not
+        count."""
+        if self.plain and self.drafted > 1:
             self.drafting.append(ratio / median(self.plain))
 
-    def count(self, drafting: bool, listening: bool = True) -> None:
-        """A step was decided; whether any request listens, should it come to that."""
-        if drafting:
-            self.drafted, self.unmeasured, self.idle = self.drafted + 1, self.unmeasured + 1, 0
-            return
+    def drafts(self) -> None:
+        """The drafter runs in the step that was decided."""
+        self.drafted, self.unmeasured = self.drafted + 1, self.unmeasured + 1
+
+    def rests(self, settled: bool, listening: bool) -> None:
+        """It does not; whether the steps before were such ones, and whether any request listens, should it come to that."""
         listened = listening and not self.deaf
-        self.idle, self.credit = self.idle + 1, min(self.credit + TAX, ALLOWANCE)
+        self.credit = min(self.credit + TAX, ALLOWANCE)
         if listened:
             self.pay(LISTENING)
-        if self.idle >= SETTLED:
+        if settled:
             self.unmeasured = 0
 
     def stop(self) -> None:
@@ -109,7 +108,7 @@ class _Load:
         else:
             self.resting = min(int(self.rest * weight), LONGEST_REST)
             self.rest = min(2 * self.rest, LONGEST_REST)
-        self.gain, self.drafted, self.idle, self.hopeless = 0.0, 0, 0, False
+        self.gain, self.drafted, self.hopeless = 0.0, 0, False
 
     def pay(self, steps: float) -> None:
         """Out of the fund, then out of the credit."""
@@ -131,8 +130,9 @@ class _Load:
 
     @property
     def deaf(self) -> bool:
-        """Nothing will be drafted for long, whoever joins; so the drafter need not even listen."""
-        return (self.resting >= LONG_REST and not self.open) or max(self.credit, self.fund) <= 0
+        """Nothing will be drafted for long, whoever joins; so the drafter need not even listen. A credit that listening alone
+        would soon use up is left to grow."""
+        return not self.open and (self.resting >= LONG_REST or self.credit < ALLOWANCE / 4)
 
 
 class Speculation:
@@ -146,12 +146,16 @@ class Speculation:
         self._history = SurvivalHistory(slots, gamma, prior_G)
         self._loads: defaultdict[int, _Load] = defaultdict(_Load)
         self._last: _Load | None = None
-        self._looking = False  # in the step that was decided last
+        self._others = 0  # requests of the step that was decided last that do not draft
+        self._looking = False  # in that step
+        self._idle = self._calm = 0  # steps since one that drafted, since one that read a prompt, at any load: caches are one
         self._met: set[int] = set()  # slots whose requests were there before
 
-    def budget(self, slots_R: Sequence[int] | Ints) -> int:
-        """Drafted tokens that this step's pass should hold, all requests together; 0: the drafter rests."""
-        load = self._last = self._loads[len(slots_R).bit_length()]
+    def budget(self, slots_R: Sequence[int] | Ints, others: int = 0) -> int:
+        """Drafted tokens that this step's pass should hold, all requests together; 0: the drafter rests. `others` requests
+        decode as well and cannot draft."""
+        load = self._last = self._load(len(slots_R) + others)
+        self._others, self._calm = others, self._calm + 1
         if not self._met.issuperset(slots_R):
             self._met.update(slots_R)
             load.join()
@@ -160,38 +164,44 @@ class Speculation:
             budget = 0
         else:
             budget = self._decide(load, slots_R)
-        load.count(budget > 0)
-        if not budget:
+        if budget:
+            self._idle = 0
+            load.drafts()
+        else:
             self._history.rest()
+            self._rests(load, listening=True)
         return budget
 
     @property
     def sure_rest(self) -> int:
         """For so many steps the budget will be 0 and `record` of no use, if no request comes or goes; see `rest`."""
         last = self._last
-        return max(last.resting - RECENT, 0) if last is not None and last.idle > SETTLED else 0
+        return max(last.resting - RECENT, 0) if last is not None and self._idle > SURE else 0
 
     def rest(self, requests: int, listening: bool) -> None:
         """One of these steps has come, or one in which none of the requests can draft, because none was listening."""
-        load = self._last = self._loads[requests.bit_length()]
+        load = self._last = self._load(requests)
+        self._calm += 1
         load.resting = max(load.resting - 1, 0)
-        load.count(False, listening)
+        self._rests(load, listening)
 
     def lengths(self, survival_RG: Floats, budget: int) -> Ints:
         """Drafted tokens to verify of each request, [R], in the step for which `budget` was the answer, by the survivals of
         its proposals. A step that only looks what the drafter promises goes by Algorithm 1: it verifies what promises to
         pay now, were it nothing, while the budget knows older survivals or those of others."""
-        return plan_verification(survival_RG, self.step_rate) if budget and self._looking else admit(survival_RG, budget)
+        if budget and self._looking:
+            return plan_verification(survival_RG, self.step_rate, self._others)
+        return admit(survival_RG, budget)
 
-    @property
-    def rests_long(self) -> bool:
-        """At the load of the step that was decided last the drafter will rest for long, whoever joins."""
-        return self._last is not None and not self._last.drafted and self._last.deaf
+    def rests_long(self, requests: int) -> bool:
+        """While so many requests decode the drafter will rest for long, whoever joins."""
+        load = self._load(requests)
+        return not load.drafted and load.deaf
 
     @property
     def measures(self) -> bool:
         """Whether `record` has a use for the step that was decided last: not in a rest that has long to go."""
-        return self._last is None or self._last.resting < RECENT or self._last.idle <= SETTLED
+        return self._last is None or self._last.resting < RECENT or self._idle <= SURE
 
     def push(self, slots_R: Ints, survival_RG: Floats) -> None:
         """The survivals of this step's proposals."""
@@ -202,24 +212,39 @@ class Speculation:
         self._history.forget(slots_R)
         self._met.difference_update(slots_R)
 
+    def disturb(self) -> None:
+        """A step is over that read a prompt, too."""
+        self._calm = 0
+
     def record(self, requests: int, drafting: bool, verified: int, tokens: int, seconds: float) -> None:
-        """A step is over: requests that decoded, whether they drafted, drafted tokens verified, tokens gained by all, and
+        """A step is over: requests that decoded, whether some drafted, drafted tokens verified, tokens gained by all, and
         the seconds that it took. Steps that did other things as well are left out."""
-        load, step_rate = self._loads[requests.bit_length()], self.step_rate
+        load, step_rate = self._load(requests), self.step_rate
         passes = step_rate.pass_table(requests + verified)
         plain = float(passes[requests])
         if not drafting:
-            if load.idle < SETTLED and load.plain:  # what drafting does to the steps behind it is its cost, too
+            if self._idle >= SETTLED:
+                if self._calm * requests >= SETTLED:  # a prompt among many changes little
+                    if SETTLED < self._idle <= SURE and load.plain:
+                        load.plain.pop()  # of the first steps of a rest the last one counts
+                    load.plain.append(seconds / plain)
+            elif load.plain:  # what drafting does to the steps behind it is its cost, too
                 load.pay(min(max(seconds / (plain * median(load.plain)) - 1, 0), 1))
-            load.measure(False, seconds / plain)
             return
-        predicted = float(passes[requests + verified]) + step_rate.drafter_seconds(requests)
-        load.measure(True, seconds / predicted)
+        predicted = float(passes[requests + verified]) + step_rate.drafter_seconds(requests - self._others)
+        load.measure(seconds / predicted)
         usual = load.dearness * predicted / plain
         cost = min(seconds / (plain * median(load.plain)), MOST * usual) if load.plain else usual
         load.gain = min(load.gain + tokens / requests - cost, KEPT)
         if load.gain < -max(load.credit, load.fund, 0.0) and load.drafted:
             load.stop()
+
+    def _load(self, requests: int) -> _Load:
+        return self._loads[requests.bit_length()]
+
+    def _rests(self, load: _Load, listening: bool) -> None:
+        self._idle += 1
+        load.rests(self._idle >= SETTLED, listening)
 
     def _decide(self, load: _Load, slots_R: Sequence[int] | Ints) -> int:
         if load.unmeasured >= MEASURE_EVERY or (not load.drafted and max(load.credit, load.fund) <= 0):
@@ -227,14 +252,14 @@ class Speculation:
         worth = MARGIN * load.dearness
         if not load.drafted and not load.hopeless:
             hopeful_RG = self._history.hopeful(len(slots_R))
-            if not budget_from(hopeful_RG, self.step_rate, worth):
+            if not budget_from(hopeful_RG, self.step_rate, worth, self._others):
                 load.resting, load.hopeless = HOPELESS_REST, True
                 return 0
         stale_RG = self._history.stale(np.asarray(slots_R))
         self._looking = load.drafted < LOOK
-        if self._looking or load.idle:  # the step before was spent on measuring
-            return budget_from(stale_RG, self.step_rate, 0.0)
-        budget = budget_from(stale_RG, self.step_rate, worth)
+        if self._looking or self._idle:  # the step before was spent on measuring
+            return budget_from(stale_RG, self.step_rate, 0.0, self._others)
+        budget = budget_from(stale_RG, self.step_rate, worth, self._others)
         if not budget:
             load.stop()
         return budget
