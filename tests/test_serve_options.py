@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,15 @@ def test_requests_take_the_targets_sampling_where_they_leave_it_out() -> None:
     assert (params.temperature, params.top_p, params.min_p) == (0.9, 1.0, 0)
     assert params.top_k == served.engine.info.vocab_size
     assert sampling_params(CompletionBody(prompt="a"), served, [1], 0, 9, None).temperature == 0.6
+
+
+def test_collecting_garbage_does_not_go_over_what_is_loaded() -> None:
+    """Hundreds of thousands of objects, of libraries mostly: a collection of all of them held every stream up."""
+    code = (
+        "import gc; from draftkit.engine.settings import EngineSettings; from draftkit.serve.server import load_served\n"
+        "settings = EngineSettings(max_running=2, max_length=64, kv_bytes=2**22, compile=False)\n"
+        "served = load_served('tiny', 'none', None, settings)\n"
+        "print(gc.get_freeze_count(), len(gc.get_objects()))"
+    )
+    frozen, left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert int(frozen) > 100_000 and int(left) < int(frozen) / 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import math
 import os
@@ -51,7 +52,10 @@ def load_served(
     with option_names():
         engine, tokenizer = open_pair(target, drafter, settings, PlanFiles(step_rate, calibration))
     defaults = sampling_defaults(target) if generation_config == "auto" else {}
-    return Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name, defaults)
+    served = Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name, defaults)
+    gc.collect()
+    gc.freeze()  # to go over all that is loaded takes Python a quarter of a second, in which nobody would get a token
+    return served
 
 
 def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
