@@ -263,12 +263,8 @@ def test_a_drafter_that_rested_proposes_what_it_would_have_proposed(
     assert found[0] == found[1] == found[2]
 
 
-def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_again(
-    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No features are asked for; what was written meanwhile is reused by those who do not draft, and by those alone."""
-    engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=STEEP))
-    fresh = Engine(target, make_drafter(target), small(plan="planned", step_rate=FLAT))
+def noted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The layers whose features each pass of the target is asked for, filled in from now on."""
     asked: list[tuple[int, ...]] = []
     read = engine._models.model.read
 
@@ -277,6 +273,16 @@ def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_
         return read(step, wanted, layers)
 
     monkeypatch.setattr(engine._models.model, "read", noting)
+    return asked
+
+
+def test_while_the_drafter_rests_for_long_requests_are_deaf_and_later_ones_read_again(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No features are asked for; what was written meanwhile is reused by those who do not draft, and by those alone."""
+    engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=STEEP))
+    fresh = Engine(target, make_drafter(target), small(plan="planned", step_rate=FLAT))
+    asked = noted(engine, monkeypatch)
     params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
 
     def answer(engine: Engine, name: str, prompt: list[int]) -> list[StepOutput]:
@@ -302,16 +308,10 @@ def test_whether_a_newcomer_is_heard_is_asked_of_the_load_that_it_makes(
 ) -> None:
     """One alone might draft, two never: the prompt of a second one is read without features, though one decodes then."""
     engine = Engine(target, make_drafter(target), small(plan="planned", step_rate=FLAT))
-    speculation, read = engine._planner._speculation, engine._models.model.read
+    speculation = engine._planner._speculation
     monkeypatch.setattr(speculation, "budget", lambda slots, others=0: 0)
     monkeypatch.setattr(speculation, "rests_long", lambda requests: requests == 2)
-    asked: list[bool] = []
-
-    def noting(step: Pass, wanted: torch.Tensor | None, layers: tuple[int, ...] = ()) -> ReadOut:
-        asked.append(bool(layers))
-        return read(step, wanted, layers)
-
-    monkeypatch.setattr(engine._models.model, "read", noting)
+    asked = noted(engine, monkeypatch)
     engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
     for _ in range(4):
         engine.step()

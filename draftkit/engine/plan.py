@@ -35,7 +35,7 @@ class LengthPlanner:
         self._able: list[int] = []
         self._budget = self._verified = 0  # drafted tokens of this step's pass: as planned; as it was then
         self._quiet = self._decoding = 0  # for so many steps nobody drafts, as long as so many requests decode,
-        self._resting = (0, False)  # so many of which could, and whether some listen
+        self._listening = False  # and whether some of them listen
 
     @property
     def step_rate(self) -> StepRate | None:
@@ -65,7 +65,7 @@ class LengthPlanner:
         self._verified = 0
         if self._quiet and self._speculation is not None and len(decoding) == self._decoding:
             self._quiet -= 1
-            self._speculation.rest(*self._resting)
+            self._speculation.rest(self._decoding, self._listening)
             self._able = []
             return []
         able, hearing = [], []
@@ -86,7 +86,7 @@ class LengthPlanner:
             return hearing
         seeded = [i for i in hearing if decoding[i].keeps_proposal]
         self._quiet = 0 if seeded else self._speculation.sure_rest
-        self._decoding, self._resting = len(decoding), (len(decoding), bool(hearing))
+        self._decoding, self._listening = len(decoding), bool(hearing)
         return seeded
 
     def confidence(self, said_DG: np.ndarray | None, largest_DG: np.ndarray | None) -> np.ndarray | None:
@@ -130,7 +130,7 @@ class LengthPlanner:
         self._speculation.record(len(decoding), self._budget > 0, verified, tokens, seconds)
 
     def disturb(self) -> None:
-        """A step is over in which somebody did read one."""
+        """A step is over in which somebody read a prompt: what it took is no measure, and neither is what the next take."""
         if self._speculation is not None:
             self._speculation.disturb()
 
