@@ -310,7 +310,9 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; default: float32 on a CPU, else bfloat16")] = None,
     max_running: Annotated[int, typer.Option(help="answers that are made at the same time")] = 64,
     max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the target's")] = None,
-    kv_gib: Annotated[float, typer.Option(help="memory for keys and values, GiB")] = 1.0,
+    kv_gib: Annotated[
+        float | None, typer.Option(help="memory for keys and values; default: most of a GPU's; on a CPU 1, or for one request")
+    ] = None,
     generation_config: Annotated[
         str, typer.Option(help="auto: sampling fields that a request leaves out are the target's own; none: the API's")
     ] = "auto",
@@ -322,7 +324,7 @@ def serve(
     from draftkit.serve.server import load_served, run_server
     from draftkit.serve.settings import ServeSettings, option_names
 
-    if not 0 < kv_gib < float("inf"):
+    if kv_gib is not None and not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
     if os.environ.get("DRAFTKIT_API_KEY") == "" and not api_key:  # a secret that is missing must not leave the door open
         raise ServeError("DRAFTKIT_API_KEY is empty; give a key, or unset it to serve without one")
@@ -337,7 +339,7 @@ def serve(
             dtype=dtype,
             max_running=max_running,
             max_length=max_length,
-            kv_bytes=max(1, int(kv_gib * 2**30)),
+            kv_bytes=max(1, int(kv_gib * 2**30)) if kv_gib is not None else None,
         )
     pair = (target, drafter, name, engine, threads, step_rate, calibration, generation_config)
     run_server(lambda: load_served(*pair), settings)

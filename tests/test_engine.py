@@ -320,15 +320,17 @@ def test_whether_a_newcomer_is_heard_is_asked_of_the_load_that_it_makes(
     assert all(asked[:4]) and not any(asked[4:])
 
 
-def test_compiled_passes_come_into_use_and_the_step_rate_is_measured_again(target_folder: Path) -> None:
+@pytest.mark.parametrize("plan", ["planned", "fixed"])
+def test_compiled_passes_come_into_use_and_the_step_rate_is_measured_again(target_folder: Path, plan: str) -> None:
     """float32, where the compiled pass runs: the same answers before and after, up to ties in the arithmetic."""
-    settings = small(plan="planned", dtype="float32", step_tokens=64)
+    settings = small(plan=plan, dtype="float32", step_tokens=64)
     drafter = make_drafter(load_target(str(target_folder), dtype="float64")).float()
     engine = Engine(str(target_folder), drafter, settings)
     before = engine._planner.step_rate
-    assert before is not None
+    assert (before is None) == (plan == "fixed"), "lengths that are fixed need no step rate"
     compiled = engine.wait_until_compiled()
-    assert compiled == (engine._planner.step_rate is not before)
+    assert (compiled and plan == "planned") == (engine._planner.step_rate is not before)
+    assert not engine.settling(), "a server would ask again and again"
     engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
     found = tokens_of(finish(engine)["a"])
     own = load_target(str(target_folder)).model.generate(

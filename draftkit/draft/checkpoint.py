@@ -109,11 +109,11 @@ def load_drafter(
 
 
 def open_drafter(
-    folder: Path, target: TransformersTarget, dtype: torch.dtype = torch.float32
+    folder: Path, target: TransformersTarget, dtype: torch.dtype | None = None
 ) -> BlockDrafter | EagleDrafter:
-    """Read a folder onto the target's device, and check that the drafter fits the target. Raises CheckpointError when it does
-    not."""
-    drafter = load_drafter(folder, dtype, target).to(target.device)
+    """Read a folder onto the target's device, in its dtype unless another is given, and check that the drafter fits the target.
+    Raises CheckpointError when it does not."""
+    drafter = load_drafter(folder, dtype or target.head_weight().dtype, target).to(target.device)
     if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
         raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")
     made_for = read_provenance(folder).get("target_fingerprint")

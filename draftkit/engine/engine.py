@@ -44,8 +44,9 @@ log = logging.getLogger("draftkit.engine")
 class Engine:
     """Answers of many requests, step by step, in one thread.
 
-    `target` and `drafter` are names (folder or hub id) or loaded models. Raises what loading them raises, and
-    ScheduleError when a calibration does not fit the drafter.
+    `target` and `drafter` are names (folder or hub id) or loaded models; a loaded drafter is moved to the target's device and
+    dtype. Raises what loading them raises, ServeError when the memory is too small, and ScheduleError when a calibration does
+    not fit the drafter.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Engine:
         self._compiled = start_compiling(self._models) if settings.compile else None
         self._uses_compiled = self._measures_again = False
         measures = settings.plan == "planned" and settings.step_rate is None
-        self._measured = self._models.drafter if measures else None
+        self._drafter_to_measure = self._models.drafter if measures else None
         self._max_running = settings.max_running
         self.calibration = settings.calibration
         if self.calibration is not None:
@@ -85,8 +86,8 @@ class Engine:
         if self._compiled is not None and self._models.device.type == "cuda" and self._compiled.wait():
             warm_up(self._models, settings.max_running, settings.step_tokens)
             self._switch_to_compiled()
-        if self._measured is not None and self._planner.step_rate is None:
-            self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
+        if self._drafter_to_measure is not None and self._planner.step_rate is None:
+            self._planner.use(measure_step_rate(self._models, self._drafter_to_measure, self._max_running))
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""
@@ -198,10 +199,11 @@ class Engine:
         if self._compiled is not None and (used := self._compiled.done()) is not None:
             why = f"not in use, PyTorch operations do the same slower ({self._compiled.reason})"
             log.info("compiled passes: %s", "in use" if used else why)
-            self._compiled, self._uses_compiled, self._measures_again = None, used, used
-        if self._measures_again and self._measured is not None and can_measure(self._models):
+            self._compiled, self._uses_compiled = None, used
+            self._measures_again = used and self._drafter_to_measure is not None
+        if self._measures_again and self._drafter_to_measure is not None and can_measure(self._models):
             self._measures_again = False
-            self._planner.use(measure_step_rate(self._models, self._measured, self._max_running))
+            self._planner.use(measure_step_rate(self._models, self._drafter_to_measure, self._max_running))
 
     # --- the parts of a step
 

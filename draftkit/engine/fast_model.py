@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from draftkit.draft.families import block_shape
 from draftkit.engine.graphs import RecordedPasses
 from draftkit.engine.native import Ends, NativeStack
 from draftkit.engine.passes import Pass
@@ -87,6 +88,16 @@ def unsupported(target: TransformersTarget) -> str | None:
     if _activation(config) not in _ACTIVATIONS:
         return f"activation {_activation(config)}"
     return next((what for name, what in _MISSING_PARTS.items() if getattr(config, name, None)), None)
+
+
+def key_numbers(target: TransformersTarget) -> int:
+    """Numbers that a token's keys have in all layers together; its values have as many."""
+    config = target.model.config.get_text_config()
+    if unsupported(target) is None:
+        layers = getattr(target.model, target.model.base_model_prefix).layers
+        return sum(int(layer.self_attn.k_proj.out_features) for layer in layers)
+    widest = block_shape(config, "llama")
+    return int(config.num_hidden_layers) * widest.num_kv_heads * widest.head_dim
 
 
 class FastModel:

@@ -29,8 +29,8 @@ _AT_LEAST = 16  # sizes up to here are measured however long it takes: one reque
 
 
 def measure_step_rate(models: Models, drafter: FastDrafter | FastEagle, max_running: int) -> StepRate:
-    """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up
-    (16 is always reached).
+    """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up, up to 16
+    however long it takes.
 
     `drafter` is the models'. The passes write to blocks that are borrowed from the pool. Raises ServeError when too few
     are free.
@@ -79,7 +79,7 @@ def _borrowed(models: Models, tokens: int = 0) -> Iterator[list[int]]:
 
 def _positions(models: Models) -> int:
     """Of the memory that measuring writes to."""
-    return min(_CONTEXT + models.info.gamma + 1, models.info.max_length)
+    return _context(models) + models.info.gamma + 1
 
 
 def _measure(largest: int, run: Callable[[int], None]) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -106,7 +106,7 @@ def _read(models: Models, blocks: list[int], tokens: int, extend: bool = False) 
     requests = -(-tokens // width)
     lengths = np.full(requests, width)
     lengths[-1] = tokens - width * (requests - 1)
-    context = 0 if isinstance(models.model, SlowModel) else _context(models, width)  # that one has no caches yet
+    context = 0 if isinstance(models.model, SlowModel) else _context(models)  # that one has no caches yet
     step = _some_pass(models, blocks, lengths, context)
     read = models.model.read(step, None, models.feature_layers)
     if extend and models.drafter is not None and read.features_TF is not None:
@@ -118,14 +118,14 @@ def _read(models: Models, blocks: list[int], tokens: int, extend: bool = False) 
 def _draft(models: Models, drafter: FastDrafter | FastEagle, blocks: list[int], requests: int) -> None:
     wanted = drafter.drafting_pass(np.zeros(requests, np.int64))
     lengths = np.full(requests, wanted.tokens_RP.shape[1])
-    step = _some_pass(models, blocks, lengths, _context(models, int(lengths[0])) + wanted.first, wanted.block)
+    step = _some_pass(models, blocks, lengths, _context(models) + wanted.first, wanted.block)
     drafter.draft(step, torch.zeros(requests, dtype=torch.int64, device=models.device), None)
     wait(models)
 
 
-def _context(models: Models, longest: int) -> int:
-    """Tokens before a pass with so many tokens per request."""
-    return min(_CONTEXT, models.info.max_length - longest)
+def _context(models: Models) -> int:
+    """Tokens before a pass; behind the longest request there is room for a proposal."""
+    return min(_CONTEXT, models.info.max_length)
 
 
 def _some_pass(models: Models, blocks: list[int], lengths: np.ndarray, context: int, block: bool = False) -> Pass:

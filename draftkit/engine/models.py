@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import FastModel, unsupported
 from draftkit.engine.kv_cache import BlockPool
+from draftkit.engine.memory import room_for
 from draftkit.engine.settings import EngineInfo, EngineSettings
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
@@ -44,14 +44,13 @@ def build_models(
     loaded = load_for_engine(target, settings) if isinstance(target, str) else target
     weight = loaded.head_weight()
     if isinstance(drafter, str | Path):
-        drafter = open_drafter(Path(drafter), loaded, weight.dtype)
+        drafter = open_drafter(Path(drafter), loaded)
     if drafter is not None:
         drafter = drafter.to(weight.device, weight.dtype).eval()
-    max_length = min(settings.max_length or loaded.info.max_length, loaded.info.max_length)
     gamma = drafter.gamma if drafter is not None else 0
     reason = unsupported(loaded)
-    blocks = count_blocks(loaded, drafter, settings, max_length + gamma + 1)
-    slots = blocks * settings.block_size
+    room = room_for(loaded, drafter, settings)
+    max_length, slots = room.max_length, room.blocks * settings.block_size
     model = SlowModel(loaded) if reason else FastModel(loaded, slots, max_length + gamma + 1)
     fast: FastDrafter | FastEagle | None = None
     if drafter is not None:
@@ -61,14 +60,14 @@ def build_models(
         max_length=max_length,
         vocab_size=loaded.info.vocab_size,
         gamma=gamma,
-        kv_blocks_total=blocks,
+        kv_blocks_total=room.blocks,
         max_running=settings.max_running,
         algorithm=drafter.config.algorithm if drafter is not None else "none",
         forward=f"Transformers ({reason})" if reason else "lean",
     )
     behind = fast is not None and fast.looks_ahead  # its last row of a block holds a token of the next
     reuse = settings.prefix_reuse and not reason and not behind
-    pool = BlockPool(blocks, settings.block_size, reuse)
+    pool = BlockPool(room.blocks, settings.block_size, reuse)
     layers = drafter.config.feature_layers if drafter is not None else ()
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
 
@@ -97,22 +96,3 @@ def start_compiling(models: Models) -> CompiledPasses | None:
     drafter = models.drafter if isinstance(models.drafter, FastDrafter) else None
     widest = models.pool.blocks_for(models.info.max_length + models.info.gamma + 1)
     return CompiledPasses(models.model, drafter, models.feature_layers, widest)
-
-
-def count_blocks(target: TransformersTarget, drafter: Drafter | None, settings: EngineSettings, longest: int) -> int:
-    """Blocks that fit `kv_bytes`, at most what all requests at their longest need. Raises ServeError for less than one."""
-    config = target.model.config.get_text_config()
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    numbers = int(config.num_hidden_layers) * heads * head_dim
-    if drafter is not None:
-        numbers += drafter.config.num_layers * drafter.config.num_kv_heads * drafter.config.head_dim
-    block_bytes = 2 * numbers * target.head_weight().element_size() * settings.block_size
-    per_request = -(-longest // settings.block_size)
-    blocks = min(settings.kv_bytes // block_bytes, settings.max_running * per_request)
-    if blocks < per_request:
-        raise ServeError(
-            f"kv_bytes of {settings.kv_bytes / 2**30:.2g} GiB hold {blocks * settings.block_size} tokens and one request may "
-            f"have {longest}; give {math.ceil(1000 * per_request * block_bytes / 2**30) / 1000:g} GiB or a smaller max_length"
-        )
-    return blocks

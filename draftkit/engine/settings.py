@@ -24,9 +24,11 @@ class EngineSettings:
         dtype: float32, bfloat16 or float64 for both models; None = float32 on a CPU, bfloat16 on a GPU.
         device: a torch device; None = a GPU where there is one.
         max_running: requests that are worked on at the same time; more wait.
-        max_length: tokens of one request, prompt and answer; None = all that the target allows.
+        max_length: tokens of one request, prompt and answer; None = all that the target allows (and the memory holds, where
+            that is not given either).
         step_tokens: tokens that one step reads at most while prompts are waiting to be read (they are cut into chunks).
-        kv_bytes: memory for keys and values of target and drafter together.
+        kv_bytes: memory for keys and values of target and drafter together; None = most of what a GPU has free, on a CPU one
+            GiB, or what one request needs.
         block_size: positions per block of that memory.
         compile: build the C++ pass in the background where it can run (float32 or bfloat16 on a CPU with a compiler), or
             record CUDA graphs on a GPU; until then, and elsewhere, PyTorch operations do the same.
@@ -41,7 +43,7 @@ class EngineSettings:
     max_running: int = 64
     max_length: int | None = None
     step_tokens: int = 512
-    kv_bytes: int = 2**30
+    kv_bytes: int | None = None
     block_size: int = 16
     compile: bool = True
     prefix_reuse: bool = True
@@ -50,7 +52,7 @@ class EngineSettings:
         if self.plan not in PLANS:
             raise ServeError(f"plan is {self.plan!r}; choose one of {', '.join(PLANS)}")
         for name in ("max_running", "step_tokens", "kv_bytes", "block_size"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if self.max_length is not None and self.max_length < 2:
             raise ServeError(f"max_length is {self.max_length}; it must be 2 or more")

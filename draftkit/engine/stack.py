@@ -110,11 +110,6 @@ class Stack:
             return False
         return all(layer.attention.head_dim in paged_attention.HEAD_DIMS for layer in self.layers)
 
-    @property
-    def bytes_per_slot(self) -> int:
-        """Memory of one position in all layers."""
-        return sum(memory[:1].nbytes for memory in self.memory)
-
     def run(self, x_TH: Tensor, step: Indices, capture: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
         """Hidden states after the last layer, before the final norm, [T, H], and the outputs of the layers `capture`."""
         turned: dict[int, Tensor] = {}

@@ -5,7 +5,6 @@ Shapes: R requests, T tokens in the pass, V vocabulary, F features.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import unsupported
 from draftkit.engine.measure import wait
-from draftkit.engine.models import Models, build_models, count_blocks, start_compiling
+from draftkit.engine.memory import available_bytes, room_for
+from draftkit.engine.models import Models, build_models, start_compiling
 from draftkit.engine.passes import Pass
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
@@ -84,13 +84,13 @@ def profile(
             f"{target.info.max_length}; choose shorter contexts"
         )
     most = max(-(-max(settings.tokens) // settings.tokens_per_request), *settings.requests)
-    room = _half_of_memory(target.device)
+    room = available_bytes(target.device)
     sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=room, block_size=BLOCK_SIZE)
     gamma = drafter.gamma if drafter is not None else 0
-    if count_blocks(target, drafter, sizes, longest + gamma + 1) < most * -(-(longest + gamma + 1) // BLOCK_SIZE):
+    if room_for(target, drafter, sizes).blocks < most * -(-(longest + gamma + 1) // BLOCK_SIZE):
         raise ScheduleError(
-            f"profile: {max(settings.tokens)} tokens per pass behind {max(settings.contexts)} of context need more than half "
-            f"of the memory ({room / 2**30:.1f} GiB); choose fewer"
+            f"profile: {max(settings.tokens)} tokens per pass behind {max(settings.contexts)} of context need more than "
+            f"the {room / 2**30:.1f} GiB that are there for keys and values; choose fewer"
         )
     models = build_models(target, drafter, sizes)
     compiling = start_compiling(models)
@@ -121,14 +121,6 @@ def profile(
             passes="compiled" if compiled else "PyTorch operations",
         ),
     )
-
-
-def _half_of_memory(device: torch.device) -> int:
-    """Bytes that keys and values may take: half of what a GPU has free, or of what the machine has; weights and logits need
-    the rest."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -46,7 +46,7 @@ def open_pair(
     loaded = load_for_engine(target, settings)
     if (settings.max_length or 0) > loaded.info.max_length:
         raise ServeError(f"max_length is {settings.max_length}; {target} allows {loaded.info.max_length} at most")
-    opened = open_drafter(folder, loaded, loaded.head_weight().dtype) if folder else None
+    opened = open_drafter(folder, loaded) if folder else None
     if folder and opened:
         own = fingerprint(folder)
         if files.step_rate:
