@@ -339,40 +339,6 @@ def test_compiled_passes_come_into_use_and_the_step_rate_is_measured_again(targe
     assert found == own[0, 4:].tolist()
 
 
-def test_parameters_are_taken_as_vllms_are_and_wrong_ones_are_named() -> None:
-    given = SamplingParams(stop="Step 2", stop_token_ids=[3, 4], allowed_token_ids=None)  # type: ignore[arg-type]
-    assert (given.stop, given.stop_token_ids, given.allowed_token_ids) == (("Step 2",), (3, 4), None)
-    assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()  # type: ignore[arg-type]
-    wrong: list[dict[str, object]] = [
-        {"stop": ("",)},
-        {"stop": [1]},
-        {"min_tokens": 20, "max_tokens": 10},
-        {"seed": 1.5},
-        {"max_tokens": 2.5},
-        {"logprobs": 1.5},
-        {"top_k": 2.5},
-        {"logit_bias": {"5": 1}},
-        {"logit_bias": {5: "2.0"}},
-        {"logit_bias": {5: float("inf")}},
-        {"temperature": 1e-38},
-        {"temperature": float("nan")},
-        {"stop_token_ids": ["a"]},
-        {"temperature": "a"},
-        {"top_p": None},
-        {"presence_penalty": "1"},
-        {"stop": 5},
-        {"stop_token_ids": 5},
-        {"bad_token_ids": 5},
-        {"bad_token_ids": (5,)},
-        {"logit_bias": [5]},
-    ]
-    for case in wrong:
-        with pytest.raises(DataError, match=f"^{next(iter(case))} is "):
-            SamplingParams(**case)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="constraint and allowed_token_ids"):
-        SamplingParams(constraint=object(), allowed_token_ids=(1,))  # type: ignore[arg-type]
-
-
 def test_a_request_that_cannot_be_added_is_not_there(target: TransformersTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(target, None, small())
 

@@ -6,6 +6,8 @@ CUDA adds to that needs a GPU.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -81,6 +83,20 @@ def test_features_outlive_the_next_pass() -> None:
     before = first.clone()
     fast.read(one_pass([([3, 4], 2, [5])]), None, (0,))
     assert torch.equal(first, before)
+
+
+def test_a_model_that_is_given_up_frees_its_memory_in_spite_of_its_recordings() -> None:
+    fast = build("qwen3")[1]
+    fast.stack.paged = True
+    record_passes(fast, None, (), WIDEST, Recorder())
+    fast.read(one_pass([([1, 2], 0, [5])]), None)
+    memory = weakref.ref(fast.stack.memory[0])
+    gc.disable()
+    try:
+        del fast
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def test_padding_writes_to_the_spare_slot_alone() -> None:

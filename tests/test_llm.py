@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from test_engine import small
 
 from draftkit import LLM, SamplingParams
 from draftkit.draft.checkpoint import save_drafter
+from draftkit.engine.fast_model import FastModel
 from draftkit.engine.request import StepOutput
 from draftkit.errors import DataError
 from draftkit.serve.llm import Piece
@@ -210,6 +213,51 @@ def test_a_constraint_that_raises_ends_its_own_call_alone(llm: LLM) -> None:
     other.join(60)
     assert [g.outputs[0].token_ids for g in found] == [whole]
     assert not llm.engine.has_work()
+
+
+@pytest.mark.parametrize("drafter", ["none", None])
+def test_an_llm_that_is_given_up_frees_its_memory_at_once(drafter: str | None) -> None:
+    """Not when the garbage collector next comes by: the memory of keys and values may be most of a GPU's."""
+    gc.collect()
+    gc.disable()
+    try:
+        own = LLM("tiny", drafter)
+        own.generate("def add", GREEDY)
+        own.engine.wait_until_compiled()
+        engine, model = weakref.ref(own.engine), own.engine._models.model
+        assert isinstance(model, FastModel)
+        memory = weakref.ref(model.stack.memory[0])
+        del own, model
+        assert engine() is None and memory() is None
+    finally:
+        gc.enable()
+
+
+def test_a_constraint_may_end_the_answer_with_any_token_which_is_part_of_the_text(llm: LLM) -> None:
+    class UpTo:
+        """Everything is allowed until so many tokens are there."""
+
+        def __init__(self, most: int) -> None:
+            self.taken, self._most = 0, most
+
+        @property
+        def finished(self) -> bool:
+            return self.taken >= self._most
+
+        def allowed(self) -> torch.Tensor:
+            return torch.ones(llm.engine.info.vocab_size, dtype=torch.bool)
+
+        def accept(self, token: int) -> bool:
+            self.taken += 1
+            return True
+
+        def rollback(self, count: int) -> None:
+            self.taken -= count
+
+    long = replace(GREEDY, max_tokens=20, ignore_eos=True)
+    [whole], [cut] = llm.generate("def add", long), llm.generate("def add", replace(long, constraint=UpTo(6)))
+    assert cut.outputs[0].token_ids == whole.outputs[0].token_ids[:6] and cut.outputs[0].finish_reason == "stop"
+    assert cut.outputs[0].text == llm.generate("def add", replace(long, max_tokens=6))[0].outputs[0].text
 
 
 @pytest.mark.parametrize("prompt", [[1.5, 2.5], [None], ["a", "b"], [1, "b"], [-1], [10**9]])

@@ -162,7 +162,7 @@ class FakeEngine:
         if first and params.prompt_logprobs is not None:
             best = tuple((k, -0.5 - k) for k in range(params.prompt_logprobs))
             prompt = tuple(seam.PromptToken(t, -1.5, 9, best) for t in running.prompt[1:])
-        return seam.StepOutput(name, events, (7,) if drafting else (), reason, why, running.stats, prompt)
+        return seam.StepOutput(name, events, (7,) if drafting else (), reason, why, running.stats, prompt, reason == "stop")
 
 
 TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3

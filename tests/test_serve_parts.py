@@ -33,7 +33,7 @@ STATS = seam.RequestStats(1, 0, 0, 0, 0, 0, 0, (), 0.0, 0.0, 0.0)
 
 def output(tokens: list[int], reason: str | None = None, **more: Any) -> Any:
     events = tuple(seam.TokenEvent(t, "accepted", -1.0, ((t, -1.0),)) for t in tokens)
-    return seam.StepOutput("r", events, (), reason, more.get("stop_reason"), STATS)
+    return seam.StepOutput("r", events, (), reason, more.get("stop_reason"), STATS, stop_token=reason == "stop")
 
 
 def ids(text: str) -> list[int]:

@@ -67,7 +67,8 @@ def commit(
         first += lengths[index] + 1
         rejected = tuple(drafts[index][kept : lengths[index]])
         prompt = tuple(request.scores) if first_output and request.params.prompt_logprobs is not None else None
-        outputs.append(StepOutput(request.id, events, rejected, reason, why, request.stats(), prompt))
+        stop_token = reason == "stop" and tokens[-1] in request.stop_ids  # a grammar may end with any
+        outputs.append(StepOutput(request.id, events, rejected, reason, why, request.stats(), prompt, stop_token))
     return outputs
 
 

@@ -90,8 +90,11 @@ def record_passes(
     """From now on, record each size of pass when it first comes, and play it back after that. `widest`: blocks of the longest
     request."""
 
+    own = weakref.proxy(model)  # which holds its recordings: not in a circle, so that memory is free when it goes
+
     def read(step: PagedPass, _: Tensor | None) -> Outputs:
-        return model.forward(step, None, feature_layers)
+        outputs: Outputs = own.forward(step, None, feature_layers)
+        return outputs
 
     model.recorded = RecordedPasses(read, model.stack.slots, widest, record)
     if drafter is not None:

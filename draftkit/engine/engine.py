@@ -11,6 +11,7 @@ import operator
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
-from draftkit.engine.fast_model import ReadOut
+from draftkit.engine.fast_model import FastModel, ReadOut
 from draftkit.engine.measure import can_measure, measure_step_rate, warm_up
 from draftkit.engine.metrics import EngineMetrics, Tally
 from draftkit.engine.models import build_models, start_compiling
@@ -60,15 +61,18 @@ class Engine:
         self.info = self._models.info
         self._requests: dict[str, Running] = {}
         self._adjustments: dict[str, Adjustment] = {}
-        self._scheduler = Scheduler(
+        self.calibration = settings.calibration
+        if self.calibration is not None:
+            self.calibration.check_gamma(self.info.gamma)
+        self._planner = LengthPlanner(settings.max_running, self.info.gamma, self.calibration)
+        self._scheduler = Scheduler(  # nothing below an engine points back to it: one that is given up frees its memory at once
             self._models.pool,
             settings.max_running,
             self.info.max_length,
             self.info.gamma,
             settings.step_tokens,
-            self._on_release,
-            lambda request, running: self._planner.drafts(request, running),
-            lambda requests: self._planner.expected(requests),
+            self._planner,
+            partial(_forget, self._planner, self._models.model),
         )
         self._tally = Tally(self.info.gamma)
         self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None
@@ -77,10 +81,6 @@ class Engine:
         measures = settings.plan == "planned" and settings.step_rate is None
         self._drafter_to_measure = self._models.drafter if measures else None
         self._max_running = settings.max_running
-        self.calibration = settings.calibration
-        if self.calibration is not None:
-            self.calibration.check_gamma(self.info.gamma)
-        self._planner = LengthPlanner(settings.max_running, self.info.gamma, self.calibration)
         if settings.plan == "planned" and settings.step_rate is not None:
             self._planner.use(settings.step_rate)
         if self._compiled is not None and self._models.device.type == "cuda" and self._compiled.wait():
@@ -352,11 +352,6 @@ class Engine:
     def _model_seconds(self) -> float:
         return self._tally.draft_seconds + self._tally.verify_seconds
 
-    def _on_release(self, request: Running) -> None:
-        self._planner.forget(request.row)
-        if isinstance(self._models.model, SlowModel) and request.table.blocks:
-            self._models.model.forget(request.table.blocks[0])
-
     def _check(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         vocab, longest = self.info.vocab_size, self.info.max_length
         if request_id in self._requests:
@@ -378,3 +373,10 @@ class Engine:
                 raise DataError(f"{name}: token id {wrong} is out of vocabulary; allowed are 0 to {vocab - 1}")
         if allowed is not None and not allowed:
             raise DataError("allowed_token_ids is empty: no token could follow; leave it out or give at least one id")
+
+
+def _forget(planner: LengthPlanner, model: FastModel | SlowModel, request: Running) -> None:
+    """A request gives up its row and its memory."""
+    planner.forget(request.row)
+    if isinstance(model, SlowModel) and request.table.blocks:
+        model.forget(request.table.blocks[0])

@@ -9,6 +9,7 @@ L layers, M key/value heads, D head size, r Markov rank.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -202,7 +203,8 @@ class RecordedDrafter:
     values."""
 
     def __init__(self, drafter: FastDrafter, widest: int, record: Record) -> None:
-        slots, size = drafter.stack.slots, drafter.config.block_size
+        slots, size, features = drafter.stack.slots, drafter.config.block_size, drafter.fc.shape[1]
+        drafter = weakref.proxy(drafter)  # see `record_passes`
 
         def write_context(step: PagedPass, features_TF: Tensor | None) -> Outputs:
             if features_TF is not None:
@@ -211,7 +213,7 @@ class RecordedDrafter:
 
         self.block = RecordedPasses(lambda step, _: drafter.forward(step), slots, widest, record, size)
         self.greedy = RecordedPasses(lambda step, _: drafter.greedy(step), slots, widest, record, size)
-        self.context = RecordedPasses(write_context, slots, widest, record, features=drafter.fc.shape[1])
+        self.context = RecordedPasses(write_context, slots, widest, record, features=features)
 
 
 class NativeDrafter:

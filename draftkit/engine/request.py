@@ -14,7 +14,15 @@ from typing import Any, Protocol
 from draftkit.errors import DataError
 
 _LEAST = {"n": 1, "max_tokens": 1, "top_k": -1, "min_tokens": 0, "logprobs": 0, "prompt_logprobs": 0}
-_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_RANGES = {
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (1e-6, 1e6),
+}
+_LARGEST_BIAS = 1e20  # with the least penalty and temperature logits stay below float32's largest number
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs")
 _LEAST_TEMPERATURE = 1e-5  # below it logits over temperature leave float32
 FinishReason = str  # "stop", "length" or "abort"
@@ -84,42 +92,64 @@ class SamplingParams:
             value = getattr(self, name)
             self._need(value is None or isinstance(value, Iterable), name, "a list")
             if value is not None or name != "allowed_token_ids":
-                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            optional = name in _OPTIONAL
-            good = optional if value is None else isinstance(value, Integral) and int(value) >= least
-            self._need(good, name, f"a whole number from {least} on" + ", or None" * optional)
-        self._need(self.seed is None or isinstance(self.seed, Integral), "seed", "a whole number, or None")
-        short = self.max_tokens is None or self.min_tokens <= self.max_tokens
-        self._need(short, "min_tokens", f"up to max_tokens, which is {self.max_tokens}")
-        for name in _NUMBERS:
-            self._need(isinstance(getattr(self, name), Real), name, "a number")
-        warm = math.isfinite(self.temperature) and self.temperature >= _LEAST_TEMPERATURE
-        self._need(self.temperature == 0 or warm, "temperature", f"0 (greedy) or {_LEAST_TEMPERATURE:g} and more")
-        self._need(0 < self.top_p <= 1, "top_p", "above 0 up to 1")
-        self._need(0 <= self.min_p <= 1, "min_p", "0 to 1")
-        self._need(-2 <= self.presence_penalty <= 2, "presence_penalty", "-2 to 2")
-        self._need(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "-2 to 2")
-        scaled = math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0
-        self._need(scaled, "repetition_penalty", "above 0")
+                self._set(name, (value,) if isinstance(value, str) else tuple(() if value is None else value))
+        self._check_numbers()
         for name in ("stop", "bad_words"):
             self._need(all(isinstance(text, str) and text for text in getattr(self, name)), name, "strings that are not empty")
         for name in ("stop_token_ids", "allowed_token_ids"):
-            self._need(all(isinstance(token, Integral) for token in getattr(self, name) or ()), name, "token ids")
+            self._need(all(map(_is_whole, getattr(self, name) or ())), name, "token ids")
         words = self.bad_token_ids if isinstance(self.bad_token_ids, Sequence) else (None,)
-        ids = all(isinstance(word, Sequence) and word and all(isinstance(t, Integral) for t in word) for word in words)
+        ids = all(isinstance(word, Sequence) and word and all(map(_is_whole, word)) for word in words)
         self._need(ids, "bad_token_ids", "sequences of token ids")
-        self._need(self.logit_bias is None or isinstance(self.logit_bias, Mapping), "logit_bias", "numbers by token id")
-        biases = (self.logit_bias or {}).items()
-        numbers = all(isinstance(t, Integral) and isinstance(bias, Real) and math.isfinite(bias) for t, bias in biases)
-        self._need(numbers, "logit_bias", "finite numbers by token id")
+        if self.logit_bias is not None:
+            self._need(isinstance(self.logit_bias, Mapping), "logit_bias", "numbers by token id")
+            biases = {token: _number(bias) for token, bias in self.logit_bias.items()}
+            good = all(_is_whole(token) and abs(bias) <= _LARGEST_BIAS for token, bias in biases.items())
+            self._need(good, "logit_bias", f"numbers from -{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g} by token id")
+            self._set("logit_bias", {int(token): bias for token, bias in biases.items()})
+        parts = ("finished", "allowed", "accept", "rollback")
+        is_grammar = self.constraint is None or all(hasattr(self.constraint, part) for part in parts)
+        self._need(is_grammar, "constraint", f"an object with {', '.join(parts)}, or None")
         if self.constraint is not None and self.allowed_token_ids is not None:
             raise DataError("a constraint and allowed_token_ids may leave no token to choose; give one of them")
+
+    def _check_numbers(self) -> None:
+        """Numbers of any kind (NumPy's too) become Python's own."""
+        for name, least in _LEAST.items():
+            value, optional = getattr(self, name), name in _OPTIONAL
+            good = optional if value is None else _is_whole(value) and value >= least
+            self._need(good, name, f"a whole number from {least} on" + ", or None" * optional)
+            self._set(name, None if value is None else int(value))
+        self._need(self.seed is None or _is_whole(self.seed), "seed", "a whole number, or None")
+        self._set("seed", None if self.seed is None else int(self.seed))
+        short = self.max_tokens is None or self.min_tokens <= self.max_tokens
+        self._need(short, "min_tokens", f"up to max_tokens, which is {self.max_tokens}")
+        for name, (lowest, highest) in _RANGES.items():
+            number = _number(getattr(self, name))
+            self._need(lowest <= number <= highest, name, f"a number from {lowest:g} to {highest:g}")
+            self._set(name, number)
+        warm = math.isfinite(self.temperature) and self.temperature >= _LEAST_TEMPERATURE
+        self._need(self.temperature == 0 or warm, "temperature", f"0 (greedy) or {_LEAST_TEMPERATURE:g} and more")
+        self._need(self.top_p > 0, "top_p", "above 0 up to 1")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def _need(self, good: bool, name: str, allowed: str) -> None:
         if not good:
             raise DataError(f"{name} is {getattr(self, name)!r}; allowed is {allowed}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(value: object) -> float:
+    """As a float; NaN, which is in no range, for what is no number or too large for one."""
+    try:
+        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -164,7 +194,8 @@ class RequestStats:
 @dataclass(frozen=True)
 class StepOutput:
     """What one step added to one answer; `rejected` are the verified drafts of this round that were not kept. `prompt` comes
-    with the first output of a request that asked for it: the prompt's tokens from the second on."""
+    with the first output of a request that asked for it: the prompt's tokens from the second on. `stop_token`: the last event
+    is a token that ended the answer and is no part of its text."""
 
     request_id: str
     events: tuple[TokenEvent, ...]
@@ -173,3 +204,4 @@ class StepOutput:
     stop_reason: int | str | None
     stats: RequestStats
     prompt: tuple[PromptToken, ...] | None = None
+    stop_token: bool = False

@@ -96,7 +96,8 @@ def _top_k(probs_MV: Tensor, top_k_M1: Tensor) -> Tensor:
 def _top_p(probs_MV: Tensor, top_p_M1: Tensor) -> Tensor:
     ordered, order = probs_MV.sort(dim=-1, descending=True, stable=True)
     before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens
-    return torch.zeros_like(probs_MV, dtype=torch.bool).scatter_(-1, order, before < top_p_M1)
+    least = torch.finfo(probs_MV.dtype).tiny  # see `processed_probs`
+    return torch.zeros_like(probs_MV, dtype=torch.bool).scatter_(-1, order, before < top_p_M1.clamp_min(least))
 
 
 def _min_p(probs_MV: Tensor, min_p_M1: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from draftkit.engine.kv_cache import BlockPool
+from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.running import Running
 
 SCORED = 256  # tokens of prompts that one step scores: of a vocabulary of 150,000 their logits are 150 MB
@@ -37,9 +38,8 @@ class Work:
 class Scheduler:
     """Keeps the requests in order of arrival. `gamma` positions behind the known tokens are reserved for proposals.
 
-    `drafts` says of a newcomer whether it may draft, as one of so many: its prefix is then reused as far as the drafter has
-    read it too.
-    `expected` says how many drafted tokens so many requests will hardly exceed in the next pass.
+    The planner says of a newcomer whether it may draft: its prefix is then reused as far as the drafter has read it too.
+    `on_release` is told of each request that gives up its row.
     """
 
     def __init__(
@@ -49,9 +49,8 @@ class Scheduler:
         length: int,
         gamma: int,
         step_tokens: int,
+        planner: LengthPlanner,
         on_release: Callable[[Running], None],
-        drafts: Callable[[Running, int], bool],
-        expected: Callable[[int], int],
     ) -> None:
         self.pool, self._ahead, self._step_tokens = pool, gamma + 1, step_tokens
         self.waiting: deque[Running] = deque()
@@ -60,7 +59,7 @@ class Scheduler:
         self.prefix_queries = self.prefix_hits = 0  # tokens looked up at admission, tokens found
         self.tables_SB = np.zeros((rows, pool.blocks_for(length + self._ahead)), np.int64)
         self._free_rows = list(range(rows))[::-1]
-        self._on_release, self._drafts, self._expected = on_release, drafts, expected
+        self._planner, self._on_release = planner, on_release
 
     def add(self, request: Running) -> None:
         """Put a request at the end of the queue."""
@@ -86,7 +85,7 @@ class Scheduler:
         reading: list[Running] = []
         for request in self.running:
             (decoding if request.decoding else reading).append(request)
-        budget = max(self._step_tokens - len(decoding) - self._expected(len(decoding)), self.pool.block_size)
+        budget = max(self._step_tokens - len(decoding) - self._planner.expected(len(decoding)), self.pool.block_size)
         scorable = SCORED
         ends: list[tuple[Running, int]] = []
         middles: list[tuple[Running, int]] = []
@@ -147,7 +146,7 @@ class Scheduler:
         if not self._free_rows:
             return False
         known = request.tokens if not request.unscored else ()  # what is not read again has no logits
-        table = self.pool.match(known, heard=self._drafts(request, len(self.running) + 1))
+        table = self.pool.match(known, heard=self._planner.drafts(request, len(self.running) + 1))
         missing = self.pool.blocks_for(len(request.tokens) + self._ahead) - len(table.blocks)
         if missing + len(self.running) > self.pool.free:
             self.pool.release(table)

@@ -37,7 +37,8 @@ def processed_probs(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens
-        probs = _renormalise(torch.zeros_like(probs).scatter_(-1, order, ordered.where(before < sampling.top_p, 0.0)))
+        top_p = max(sampling.top_p, torch.finfo(probs.dtype).tiny)  # the most likely token stays, whatever float32 makes of it
+        probs = _renormalise(torch.zeros_like(probs).scatter_(-1, order, ordered.where(before < top_p, 0.0)))
     if sampling.min_p > 0:
         probs = _renormalise(probs.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), 0.0))
     return probs

@@ -57,7 +57,7 @@ class Choice:
         shown: list[str] = []
         pieces: list[str] = []
         taken: list[TokenEvent] = []
-        hidden_last = output.finish_reason == "stop" and not self.params.include_stop_str_in_output
+        hidden_last = output.stop_token and not self.params.include_stop_str_in_output
         for i, event in enumerate(output.events):
             taken.append(event)
             hide = hidden_last and i == len(output.events) - 1  # the stop token itself
