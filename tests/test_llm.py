@@ -26,7 +26,7 @@ from draftkit import LLM, SamplingParams
 from draftkit.draft.checkpoint import save_drafter
 from draftkit.engine.fast_model import FastModel
 from draftkit.engine.request import StepOutput
-from draftkit.errors import DataError
+from draftkit.errors import DataError, ServeError
 from draftkit.serve.llm import Piece
 from draftkit.target.transformers import TransformersTarget
 
@@ -265,6 +265,23 @@ def test_prompts_that_are_no_token_ids_are_named(llm: LLM, prompt: list[Any]) ->
     with pytest.raises(DataError, match=r"token id"):
         llm.generate([prompt], GREEDY)
     assert not llm.engine.has_work()
+
+
+@pytest.mark.parametrize("prompt", [None, 5, {"prompt": "a"}, b"abc", [b"abc"], [None], "half \ud800"])
+def test_what_is_no_prompt_is_named(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(DataError, match=r"^(prompts are|a prompt is|a prompt holds) .*; give "):
+        llm.generate(prompt, GREEDY)
+    with pytest.raises(DataError, match=r"^the chat template cannot render these messages"):
+        llm.chat([{"role": "user", "content": "\ud800"}], GREEDY)
+    assert not llm.engine.has_work()
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, [GREEDY, None], "greedy"])
+def test_what_are_no_parameters_is_named(llm: LLM, params: Any) -> None:
+    with pytest.raises(DataError, match=r"^sampling parameters are .*; give SamplingParams"):
+        llm.generate(["a", "b"], params)
+    with pytest.raises(ServeError, match=r"^settings are .*; give EngineSettings"):
+        LLM("tiny", None, {"max_running": 3})  # type: ignore[arg-type]
 
 
 def test_token_ids_may_be_arrays(llm: LLM) -> None:

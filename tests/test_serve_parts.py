@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -162,7 +163,9 @@ def run_worker(load: Any, use: Any) -> Any:
     async def main() -> Any:
         worker = Worker(load, ServerMetrics(), 4)
         worker.start()
-        await asyncio.wait_for(worker.changed.wait(), 10)
+        until = time.monotonic() + 10
+        while worker.state == "loading" and time.monotonic() < until:
+            await asyncio.sleep(0.01)
         try:
             return await asyncio.wait_for(use(worker), 10)
         finally:

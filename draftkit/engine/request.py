@@ -25,7 +25,7 @@ _RANGES = {
 _LARGEST_BIAS = 1e20  # with the least penalty and temperature logits stay below float32's largest number
 _OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs")
 _LEAST_TEMPERATURE = 1e-5  # below it logits over temperature leave float32
-FinishReason = str  # "stop", "length" or "abort"
+FinishReason = str  # "stop" or "length"
 
 
 class Constraint(Protocol):

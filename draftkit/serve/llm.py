@@ -25,7 +25,7 @@ from rich.progress import Progress, TaskID
 
 from draftkit.engine.request import PromptToken, RequestStats, SamplingParams, StepOutput, TokenEvent
 from draftkit.engine.settings import EngineSettings
-from draftkit.errors import DataError
+from draftkit.errors import DataError, ServeError
 from draftkit.serve.choice import Choice
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.guard import Guarded
@@ -112,6 +112,8 @@ class LLM:
         step_rate: str | Path | None = None,
         calibration: str | Path | None = None,
     ) -> None:
+        if settings is not None and not isinstance(settings, EngineSettings):
+            raise ServeError(f"settings are {settings!r}; give EngineSettings(...)")
         files = PlanFiles(*(Path(file) if file else None for file in (step_rate, calibration)))
         self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings(), files)
         self._texts = TokenTexts(self.tokenizer)
@@ -130,7 +132,10 @@ class LLM:
         Raises DataError for requests that cannot be served; nothing is then generated.
         """
         given: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-        many = [given] if isinstance(given, str) or (len(given) and isinstance(given[0], Integral)) else list(given)
+        single = isinstance(given, str) or (_is_list(given) and len(given) and isinstance(given[0], Integral))
+        if not (single or _is_list(given)):
+            raise DataError(f"prompts are {given!r}; give a text, a list of token ids, or a list of these")
+        many = [given] if single else list(given)
         return self._run([self._encode(prompt) for prompt in many], params)
 
     def chat(
@@ -153,6 +158,7 @@ class LLM:
         given: Any = prompt
         tokens = self._render(given) if len(given) and isinstance(given[0], dict) else self._encode(given)
         params = params or self._defaults
+        _check_params([params])
         if params.n != 1:
             raise DataError(f"n is {params.n}; a stream is one answer, open several streams")
         call = _Call()
@@ -167,15 +173,17 @@ class LLM:
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         """A text's token ids, or those that were given, also as an array."""
-        given: Any = prompt
+        given: Any = prompt.tolist() if hasattr(prompt, "tolist") else prompt
         if isinstance(given, str):
-            return self._texts.encode(given, True)
-        return tuple(given.tolist() if hasattr(given, "tolist") else given)
+            return self._texts.encode(_utf8(given), True)
+        if not _is_list(given):
+            raise DataError(f"a prompt is {given!r}; give a text, or a list of token ids")
+        return tuple(given)
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         try:
             plain = [Spoken.model_validate(m).for_template() if isinstance(m.get("content"), list) else m for m in messages]
-            text = str(self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
+            text = _utf8(self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # templates are programs: they raise whatever they like about their input
             raise DataError(f"the chat template cannot render these messages: {error}") from error
         return self._texts.encode(text, False)
@@ -184,6 +192,7 @@ class LLM:
         self, prompts: list[tuple[int, ...]], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Generation]:
         each = [params or self._defaults] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        _check_params(each)
         if len(each) != len(prompts):
             raise DataError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one for all or one for each")
         if any(p.constraint is not None for p in each) and sum(p.n for p in each) > 1:
@@ -287,3 +296,23 @@ def _completion(choice: Choice, finish_reason: str, stats: RequestStats) -> Comp
     events = tuple(choice.events)
     ids = tuple(e.token_id for e in events)
     return Completion(choice.text, ids, finish_reason, choice.stop_reason, events, stats)
+
+
+def _is_list(given: object) -> bool:
+    """Whether it may be a list of prompts or token ids: of bytes the numbers would be taken."""
+    return isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray)
+
+
+def _utf8(text: str) -> str:
+    """The text itself. Raises DataError for half a surrogate pair, of which the tokenizer does not say what is wrong."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a prompt holds half a character ({error.reason} at {error.start}); give whole ones") from error
+    return text
+
+
+def _check_params(each: Sequence[object]) -> None:
+    for params in each:
+        if not isinstance(params, SamplingParams):
+            raise DataError(f"sampling parameters are {params!r}; give SamplingParams(...), one for all or one for each prompt")

@@ -73,7 +73,6 @@ class Worker:
         self._served: Served | None = None
         self.state = "loading"
         self.failure: BaseException | None = None
-        self.changed = asyncio.Event()  # set whenever `state` changes
 
     def start(self) -> None:
         """Begin loading; call it from the event loop that will serve."""
@@ -248,7 +247,6 @@ class Worker:
 
     def _change(self, state: str) -> None:
         self.state = state
-        self.changed.set()
 
     def _loaded(self, served: Served) -> None:
         self._served = served
