@@ -35,9 +35,10 @@ def _end_building() -> None:
 
 
 class CompiledPasses:
-    """Builds the C++ passes of a target and, where there is one, its drafter, in a thread of its own; on a GPU, passes are
-    recorded as CUDA graphs instead, each size when it first comes: with the outputs of the `feature_layers`;
-    `widest` are the blocks of the longest request.
+    """Builds the C++ passes of a target and, where there is one, its drafter, in a thread of its own. On a GPU passes are
+    recorded as CUDA graphs instead, each size when it first comes.
+
+    `feature_layers` are the layers whose outputs a recording gives, `widest` the blocks that the longest request has.
 
     Each model switches by itself, between two passes, after the new pass gave the eager one's numbers on a small memory
     aside. Where that cannot be, `reason` says why, and the PyTorch operations go on.

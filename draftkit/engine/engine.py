@@ -181,8 +181,8 @@ class Engine:
         )
 
     def settling(self) -> bool:
-        """For whoever has nothing to do: passes that have become ready are taken into use and measured now, not in the next
-        request's time. Whether there is more to wait for."""
+        """To be called by whoever is idle: takes compiled passes that have become ready into use and measures them now, not in
+        the next request's time. Returns whether to call again."""
         self._switch_to_compiled()
         return self._compiled is not None or self._measures_again
 

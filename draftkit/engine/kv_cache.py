@@ -23,7 +23,7 @@ class BlockTable:
 
     blocks: list[int] = field(default_factory=list)
     links: list[int] = field(default_factory=list)  # chain link of each full, registered block
-    heard: bool = True  # what further blocks get will be written by the drafter too
+    heard: bool = True  # the drafter will write its keys and values, too, into blocks that are added from now on
 
 
 @dataclass

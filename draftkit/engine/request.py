@@ -56,7 +56,8 @@ class SamplingParams:
     Stop strings, `n` above 1 and special tokens in the text are the business of `LLM` and the server; the engine works
     on token ids. So they turn `bad_words`, which the answer is not to have, into `bad_token_ids`: sequences of tokens whose
     last one never follows the others, unless nothing else may. `max_tokens` None means all the room that the context leaves.
-    A request with `temperature` above 0 and a `seed` gives the same tokens in any batch. `draft` False decodes without
+    A request with `temperature` above 0 and a `seed` gives the same tokens in any batch (but for rounding where PyTorch
+    operations draft, see docs/passes.md). `draft` False decodes without
     speculation. `prompt_logprobs` asks for the log probability of every token of the prompt but the first, with that many of
     the most likely ones; such a prompt is read whole, whatever is known of it. As in vLLM, `stop` may be one string, and
     lists and None are taken where there are tuples.

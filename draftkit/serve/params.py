@@ -16,7 +16,7 @@ from draftkit.serve.tools import template_takes_tools
 from draftkit.serve.worker import Served
 
 _KWARGS = "chat_template_kwargs"
-MIN_TEMPERATURE = 0.01  # below it, logits / temperature overflow; vLLM raises such values too
+MIN_TEMPERATURE = 0.01  # smaller ones are lifted to it, as vLLM does; `LLM` takes them as they are
 _PLAIN = (
     "temperature",
     "top_p",
