@@ -100,9 +100,9 @@ def decode(
 
     while len(answer) < max_new_tokens and answer[-1] not in target.info.stop_token_ids:
         # Draft: gamma tokens after the anchor, with the very probabilities they were drawn from.
-        uniforms_G = torch.rand(gamma + 2, generator=random, dtype=torch.float64)
+        uniforms = torch.rand(gamma + 2, generator=random, dtype=torch.float64)
         if drafter and context is not None:
-            proposal = drafter.propose(context, anchor_B, sampling, uniforms_G[None, :gamma])
+            proposal = drafter.propose(context, anchor_B, sampling, uniforms[None, :gamma])
         else:
             proposal = _empty_proposal(target)
 
@@ -115,7 +115,7 @@ def decode(
         read = target.forward(torch.cat([anchor_B[:, None], tokens_BL], dim=1), cache, layers)
         probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), sampling)
         lengths_B = torch.tensor([verified], device=target.device)
-        verdict = verify(rule, tokens_BL, probs_BTV, draft_probs_BLV, lengths_B, uniforms_G[None, gamma:])
+        verdict = verify(rule, tokens_BL, probs_BTV, draft_probs_BLV, lengths_B, uniforms[None, gamma:])
         accepted = int(verdict.accepted_R)
         new_tokens = [*tokens_BL[0, :accepted].tolist(), int(verdict.next_token_R)]
 

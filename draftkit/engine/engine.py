@@ -237,13 +237,13 @@ class Engine:
         adjustments = [self._adjustments.get(r.id) for r in drafting]
         choose = None  # the drafter's own greedy walk
         if not rows.greedy or any(adjustments):
-            choose = Chooser(rows.take(torch.tensor(chosen, device=device)), self._there(uniforms[chosen]), adjustments)
+            choose = Chooser(rows.take(torch.tensor(chosen, device=device)), self._on_device(uniforms[chosen]), adjustments)
         anchors = np.array([r.tokens[-1] for r in drafting])
         wanted = drafter.drafting_pass(anchors)
         lengths_D = np.full(len(drafting), wanted.tokens_RP.shape[1])
         starts_D, rows_D = work.starts_R[chosen] + wanted.first, work.rows_R[chosen]
         step = self._pass(wanted.tokens_RP.ravel(), starts_D, lengths_D, rows_D, wanted.block)
-        tokens_DG, probs_DGV, *said = drafter.draft(step, self._there(anchors), choose)
+        tokens_DG, probs_DGV, *said = drafter.draft(step, self._on_device(anchors), choose)
         told = [t.cpu().numpy() if t is not None else None for t in said]  # on a GPU this waits for the pass
         self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
         confidence = self._planner.confidence(*told)
@@ -271,7 +271,7 @@ class Engine:
             ends, starts = step.ends_R[: work.answering], step.ends_R[: work.answering] - offered.lengths_A - 1
             rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]
             scoring = to_score(work, step.firsts_R)
-            wanted = self._there(np.concatenate(rows + [rows_S for _, rows_S in scoring]))
+            wanted = self._on_device(np.concatenate(rows + [rows_S for _, rows_S in scoring]))
         layers = () if self._goes_unheard(work, offered) else self._models.feature_layers
         read = self._models.model.read(step, wanted, layers)
         self._tally.verify_seconds += time.perf_counter() - began
@@ -323,7 +323,7 @@ class Engine:
         else:
             following = self._following(work, step, outcome) if drafter.looks_ahead else step.tokens_T
         if outcome.offered.drafting or len(step) > LONG:
-            drafter.extend(step, read.features_TF, self._there(following) if drafter.looks_ahead else None)
+            drafter.extend(step, read.features_TF, self._on_device(following) if drafter.looks_ahead else None)
         else:
             self._unread.add(work.requests, step, read.features_TF, following)
         self._tally.draft_seconds += time.perf_counter() - began
@@ -345,7 +345,7 @@ class Engine:
         tables = self._scheduler.tables_SB[rows_R]
         return Pass(tokens_T, starts_R, lengths_R, tables, models.pool.block_size, models.device, models.dtype, block)
 
-    def _there(self, array: np.ndarray) -> Tensor:
+    def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._models.device)
 
     @property

@@ -118,17 +118,17 @@ class Pass:
     @cached_property
     def tokens(self) -> Tensor:
         """Token ids [T] on the device."""
-        return self._there(self.tokens_T)
+        return self._on_device(self.tokens_T)
 
     @cached_property
     def positions(self) -> Tensor:
         """Absolute positions [T] on the device."""
-        return self._there(self.positions_T)
+        return self._on_device(self.positions_T)
 
     @cached_property
     def slots(self) -> Tensor:
         """Where keys and values go, [T] on the device."""
-        return self._there(self.slots_T)
+        return self._on_device(self.slots_T)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -145,20 +145,20 @@ class Pass:
         real_RQ = cell_RQ < lengths[:, None]
         flat_RQ = firsts[:, None] + np.minimum(cell_RQ, lengths[:, None] - 1)
         padded = not real_RQ.all()
-        index = slice(None) if alone else self._there(flat_RQ[real_RQ])
+        index = slice(None) if alone else self._on_device(flat_RQ[real_RQ])
         return Group(
             index,
-            self._there(flat_RQ) if padded or not alone else None,
-            self._there(np.flatnonzero(real_RQ)) if padded else None,
+            self._on_device(flat_RQ) if padded or not alone else None,
+            self._on_device(np.flatnonzero(real_RQ)) if padded else None,
             len(rows_R),
-            self._there(np.ascontiguousarray(self.tables_RB[rows_R, :blocks]).reshape(-1)),
+            self._on_device(np.ascontiguousarray(self.tables_RB[rows_R, :blocks]).reshape(-1)),
             blocks * self.block_size,
-            self._there(self.seen_T[flat_RQ]),
-            self._there(self.origins_T[flat_RQ]),
+            self._on_device(self.seen_T[flat_RQ]),
+            self._on_device(self.origins_T[flat_RQ]),
             self.dtype,
         )
 
-    def _there(self, array: np.ndarray) -> Tensor:
+    def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 

@@ -190,13 +190,13 @@ def _draft_job(
         probs_RV = processed_probs(logits_RV, SAMPLING)
         return sample(probs_RV, uniforms_RG[:, k]), probs_RV
 
-    def there(tokens_T: np.ndarray, first: int, lengths_R: np.ndarray, block: bool = False) -> Pass:
+    def pass_at(tokens_T: np.ndarray, first: int, lengths_R: np.ndarray, block: bool = False) -> Pass:
         starts_R = ones_R * (context + first)
         return Pass(tokens_T, starts_R, lengths_R, tables_RB, BLOCK_SIZE, device, models.dtype, block)
 
     def job() -> None:
-        drafter.extend(there(ones_R, -1, ones_R), features_TF, anchors)
-        drafter.draft(there(wanted.tokens_RP.ravel(), wanted.first, lengths_R, wanted.block), anchors, choose)
+        drafter.extend(pass_at(ones_R, -1, ones_R), features_TF, anchors)
+        drafter.draft(pass_at(wanted.tokens_RP.ravel(), wanted.first, lengths_R, wanted.block), anchors, choose)
         wait(models)
 
     return job
