@@ -232,6 +232,26 @@ def test_what_is_wrong_in_a_folder_is_named(
     assert caught.type.__module__ == "draftkit.errors"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_token_id": 10**6}, r"mask_token_id: 1000000 must lie between 0 and the target's \d+$"),
+        ({"mask_token_id": -1}, "mask_token_id: -1 must lie"),
+        ({"target_layer_ids": [0, 3]}, r"feature_layers: \[0, 3\] must be ascending and distinct, from 0 to 2"),
+        ({"target_layer_ids": [-1, 2]}, r"feature_layers: \[-1, 2\]"),
+        ({"num_key_value_heads": 0}, "num_kv_heads: 0 must be 1 or more"),
+    ],
+)
+def test_a_number_outside_its_range_is_named_with_the_file(
+    changes: dict[str, Any], message: str, target: TransformersTarget, tmp_path: Path
+) -> None:
+    """Ids that nothing refuses reach C++, where they are addresses."""
+    save_drafter(drafter_for(target, BLOCK), tmp_path, {}, torch.float32)
+    edit(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'config.json'}: drafter\.{message}"):
+        read_config(tmp_path)
+
+
 def test_missing_unknown_and_pickled_weights_are_named(target: TransformersTarget, tmp_path: Path) -> None:
     save_drafter(drafter_for(target, SHAPES["eagle3 reduced"]), tmp_path, {}, torch.float32)
     (tmp_path / "draftkit.json").unlink()  # as in folders of others, which say no sha256

@@ -23,7 +23,7 @@ from draftkit.draft.checkpoint_fields import Fields
 from draftkit.draft.checkpoint_forms import read_shape, tensors_from_form, tensors_to_form, write_shape
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
-from draftkit.errors import CheckpointError
+from draftkit.errors import CheckpointError, ConfigError
 from draftkit.output import write_text
 from draftkit.permissions import follow_umask
 from draftkit.target.transformers import TransformersTarget
@@ -127,7 +127,10 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterSh
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a drafter")
-    return read_shape(Fields(_read_json(path), str(path)), num_target_layers)
+    try:
+        return read_shape(Fields(_read_json(path), str(path)), num_target_layers)
+    except ConfigError as error:  # of the shape itself, which does not know where it was read
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
