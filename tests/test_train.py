@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 import types
 from contextlib import closing
@@ -327,6 +328,24 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run: Any, fast: TrainSettings, t
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     first, second = (load_drafter(tmp_path / p / "last").state_dict() for p in ("whole", "parts"))
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("steps", [12, 10], ids=["behind the last check", "before the last check"])
+def test_a_signal_behind_the_last_step_ends_the_run_too(steps: int, run: Any, fast: TrainSettings, tmp_path: Path) -> None:
+    """No step is left to ask about it; what would follow the training must not begin."""
+
+    def ctrl_c(progress: Progress) -> None:
+        if progress.step == steps:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as caught:
+        run(tmp_path, replace(fast, steps=steps), ctrl_c)
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run(tmp_path, replace(fast, steps=steps)).steps == steps
+    assert len(losses(tmp_path)) == steps, "and the second run has no step to make"
+    load_drafter(tmp_path / "last")
 
 
 def test_the_log_forgets_what_a_lost_part_of_a_run_wrote(run: Any, fast: TrainSettings, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def train(
 
     Raises DataError when the store is too small or when losses stop being finite, CheckpointError when `out/state`
     belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and SIGTERM end the run behind a
-    step, in all processes, with the state saved.
+    step, in all processes, with the state saved; one that comes behind the last step, when everything is saved.
     """
     split = split_store(store, settings.validation_share, settings.seed)
     if not split.train:
@@ -178,12 +178,12 @@ def train(
         if lengths is None:
             at, lengths = check(at)
             log.write(at.step, {"validation": lengths})
-    note = provenance | {"step": at.step, "validation": lengths}
-    whole = parallel.whole()
-    if world.first:
-        save_drafter(whole, out / "last", note, SAVED_DTYPE)
-        if not (out / "best").exists():  # no validation was above zero
-            save_drafter(whole, out / "best", note, SAVED_DTYPE)
+        note = provenance | {"step": at.step, "validation": lengths}
+        whole = parallel.whole()
+        if world.first:
+            save_drafter(whole, out / "last", note, SAVED_DTYPE)
+            if not (out / "best").exists():  # no validation was above zero
+                save_drafter(whole, out / "best", note, SAVED_DTYPE)
     return TrainReport(at.step, at.seconds, at.skipped, at.best, lengths, _tired(settings, at))
 
 
