@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,21 @@ from safetensors.torch import load_file, save_file
 from test_block_drafter import CONFIG as BLOCK
 from test_eagle3 import CONFIG as EAGLE
 from test_eagle3 import GEMMA, eagle_for
+from test_simulate import made_traces
 from typer.testing import CliRunner
 
 from draftkit import cli
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, save_drafter
+from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, read_provenance, save_drafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.errors import CheckpointError
 from draftkit.ops.sampling import Sampling
+from draftkit.output import write_text
+from draftkit.schedule.traces import save_traces
 from draftkit.target.transformers import TransformersTarget
+from draftkit.train.folder import write_folder
 
 DFLASH: dict[str, Any] = {"head": "none", "markov_rank": 0, "confidence": False, "confidence_with_markov": False}
 SHAPES: dict[str, DrafterShape] = {
@@ -308,6 +313,31 @@ def test_weights_with_a_flipped_bit_are_refused_by_their_sha256(target: Transfor
     load_drafter(tmp_path)
     save_drafter(drafter, tmp_path, {}, torch.bfloat16)  # weights that are written anew bring their own
     load_drafter(tmp_path)
+
+
+def test_provenance_is_json_also_when_a_number_is_none(target: TransformersTarget, tmp_path: Path) -> None:
+    save_drafter(drafter_for(target, BLOCK), tmp_path, {"validation": {"decoded": float("nan")}}, torch.float32)
+    assert "NaN" not in (tmp_path / "draftkit.json").read_text()
+    assert read_provenance(tmp_path)["validation"] == {"decoded": None}
+
+
+def test_a_disk_that_does_not_take_a_file_is_one_line_with_its_name(target: TransformersTarget, tmp_path: Path) -> None:
+    """A limit on the size of files is to a writer what a full disk is."""
+    drafter, traces = drafter_for(target, BLOCK), made_traces()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in (
+        ("model.safetensors.partial", lambda: save_drafter(drafter, tmp_path, {}, torch.float32)),
+        ("state.new/state.safetensors", lambda: write_folder(tmp_path / "state", {"x": torch.zeros(10_000)}, {})),
+        ("traces.partial", lambda: save_traces(traces, tmp_path / "traces")),
+        ("text", lambda: write_text(tmp_path / "text", "x" * 10_000)),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            with pytest.raises(OSError, match=rf"^{tmp_path / name}: cannot be written \(.*; make room") as caught:
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: TransformersTarget, tmp_path: Path) -> None:

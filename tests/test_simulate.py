@@ -152,6 +152,16 @@ def test_a_trace_file_is_read_back_and_knows_its_pair(tmp_path: Path) -> None:
         back.check_origin(replace(traces.origin, target_fingerprint="target-2"), path)
 
 
+def test_traces_with_a_flipped_bit_are_refused_by_their_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "traces.safetensors"
+    save_traces(made_traces(), path)
+    good = path.read_bytes()
+    for place in (good.index(b"target-1"), good.index(b"prompt_id") + 15, len(good) // 2, len(good) - 3):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(ScheduleError, match=f"^{path}: is damaged"):
+            load_traces(path)
+
+
 def test_a_file_that_holds_no_traces_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no")
     for path in (tmp_path / "text", tmp_path / "missing", tmp_path):

@@ -7,7 +7,6 @@ together with its target. Nothing is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from draftkit.draft.checkpoint_forms import read_shape, tensors_from_form, tenso
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.errors import CheckpointError, ConfigError
-from draftkit.output import write_text
-from draftkit.permissions import follow_umask
+from draftkit.output import as_json, sha256_of, write_tensors, write_text
 from draftkit.target.transformers import TransformersTarget
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
@@ -65,7 +63,7 @@ def save_drafter(
     """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter.
 
     `form` is one of `checkpoint_forms.FORMS`. With a `lender`, embedding and head are left out. Raises CheckpointError
-    when the form cannot hold this drafter, or when they are not the lender's.
+    when the form cannot hold this drafter, or when they are not the lender's, and OSError when the disk does not take it.
     """
     fields = write_shape(drafter.config, form) | {"dtype": str(dtype).removeprefix("torch.")}
     tensors = {k: v.detach().to("cpu", dtype).clone().contiguous() for k, v in drafter.state_dict().items()}
@@ -78,10 +76,9 @@ def save_drafter(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, json.dumps(fields, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".partial")
-    save_file(tensors_to_form(tensors, fields["architectures"][0]), partial, metadata={"format": "pt"})
-    follow_umask(partial)
-    note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": _sha256(partial)} | provenance
-    write_text(folder / PROVENANCE, json.dumps(note, indent=1) + "\n")
+    write_tensors(partial, tensors_to_form(tensors, fields["architectures"][0]), save_file, {"format": "pt"})
+    note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": sha256_of(partial)} | provenance
+    write_text(folder / PROVENANCE, as_json(note, indent=1) + "\n")
     partial.replace(folder / WEIGHTS)
 
 
@@ -200,13 +197,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def _check_digest(folder: Path) -> None:
     """Raise CheckpointError when the weights are not those that the provenance was written for, if it says."""
     wanted = read_provenance(folder).get("sha256")
-    if wanted and wanted != _sha256(folder / WEIGHTS):
+    if wanted and wanted != sha256_of(folder / WEIGHTS):
         raise CheckpointError(f"{folder / WEIGHTS}: is damaged (another sha256 than in {PROVENANCE}); train or copy it again")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:
