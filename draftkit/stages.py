@@ -183,9 +183,12 @@ def run_train(
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
-    """The recipe's train section as the trainer takes it."""
-    section = recipe.train.model_dump()
-    return TrainSettings(**(section | {"loss": LossSettings(**section["loss"]), "track": tuple(section["track"])}))
+    """The recipe's train section and the drafter's start as the trainer takes them."""
+    section, start_layers = recipe.train.model_dump(), recipe.drafter.start_layers
+    section |= {"loss": LossSettings(**section["loss"]), "track": tuple(section["track"])}
+    return TrainSettings(
+        **section, start=recipe.drafter.start, start_layers=tuple(start_layers) if start_layers else None
+    )
 
 
 def new_drafter_for(

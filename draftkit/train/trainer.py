@@ -40,7 +40,7 @@ FREE |= {"validate_every", "decode_prompts", "patience", "keep_checkpoints", "tr
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a drafter is trained: the recipe's `train` section (units and defaults there)."""
+    """How a drafter is trained: the recipe's `train` section (units and defaults there), and where the drafter begins."""
 
     epochs: int
     steps: int | None
@@ -65,6 +65,8 @@ class TrainSettings:
     track: tuple[str, ...]
     seed: int
     loss: LossSettings
+    start: str  # of the recipe's `drafter` section, as the next one: they decide the weights of step 0
+    start_layers: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,12 @@ def train(
         """Validate, keep the drafter where it is worth it, and save the state."""
         lengths: dict[str, Any] = validate(parallel, held_out, settings.loss)
         whole = parallel.whole()
-        note = provenance | {"step": step.step, "validation": lengths}
         better = lengths["macro"] > step.best
         if world.first:
             if settings.decode_prompts:
                 count, seed = settings.decode_prompts, settings.seed
-                lengths = lengths | {"decoded": decoded_length(whole, target, store, split.validation, count, seed)}
+                lengths |= {"decoded": decoded_length(whole, target, store, split.validation, count, seed)}
+            note = provenance | {"step": step.step, "validation": lengths}
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:
                 save_drafter(whole, out / "best", note, SAVED_DTYPE)
