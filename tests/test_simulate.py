@@ -242,6 +242,18 @@ def test_the_same_seed_gives_the_same_outcome() -> None:
     assert first != other
 
 
+def test_users_beyond_the_requests_change_nothing_and_cost_nothing() -> None:
+    arm = arms_for(4)["budget"]
+    enough, many = (simulate(made_traces(), FLAT, Load(20, users), "budget", arm) for users in (20, 10**12))
+    assert replace(many, concurrency=20) == enough
+
+
+@pytest.mark.parametrize("seed", [-5, 2**63])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(ScheduleError, match=f"seed {seed}: must be 0 or more and below"):
+        Load(20, 4, seed=seed)
+
+
 def test_budgets_see_survivals_of_the_step_before_only() -> None:
     history, slots = SurvivalHistory(3, 1), np.array([0, 2])
     assert history.stale(slots).tolist() == [[1.0], [1.0]]
