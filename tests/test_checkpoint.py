@@ -343,6 +343,7 @@ def test_a_disk_that_does_not_take_a_file_is_one_line_with_its_name(target: Tran
 def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: TransformersTarget, tmp_path: Path) -> None:
     drafter = drafter_for(target, SHAPES["eagle3 with norms"])
     save_drafter(drafter, tmp_path / "a", {"target_fingerprint": target.info.fingerprint}, torch.float32)
+    save_drafter(drafter, tmp_path / "b16", {}, torch.bfloat16)
     runner, base = CliRunner(), ["export", "-d", str(tmp_path / "a")]
     done = runner.invoke(cli.app, [*base, "-o", str(tmp_path / "b"), "--form", "deepspec", "--dtype", "float32"])
     assert done.exit_code == 0, done.output
@@ -354,6 +355,10 @@ def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: 
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     note = json.loads((tmp_path / "c" / "draftkit.json").read_text())
     assert (note["algorithm"], note["target_fingerprint"]) == ("eagle3", target.info.fingerprint)
+    lent = ["--target", str(target_folder), "--borrow", "--dtype", "float32"]  # a target of more bits than the drafter saved
+    again = runner.invoke(cli.app, ["export", "-d", str(tmp_path / "b16"), "-o", str(tmp_path / "e"), *lent])
+    assert again.exit_code == 0, again.output or again.exception
+    assert not {"embed_tokens.weight", "lm_head.weight"} & load_file(tmp_path / "e" / "model.safetensors").keys()
     for arguments, message in (
         (["-o", str(tmp_path / "a")], "the drafter's own folder"),
         (["-o", str(tmp_path / "d"), "--borrow"], "needs the --target"),
