@@ -83,7 +83,7 @@ class DrafterConfig(DrafterShape):
     mask_token_id: int
     layout: str = "anchor"
     head: str = "markov"
-    markov_rank: int = 256
+    markov_rank: int
     confidence: bool = True
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
