@@ -47,6 +47,7 @@ def make_rows(vocabulary: int, anchors: int, hidden: int, rank: int) -> Rows:
         tokens_N=torch.randint(vocabulary, (count,)),
         grid_N=torch.arange(count),
         gamma=GAMMA,
+        place_N=torch.arange(count),
     )
 
 
@@ -61,7 +62,7 @@ def whole_loss(rows: Rows, settings: LossSettings) -> Tensor:
 
 def whole_forward(rows: Rows) -> tuple[Tensor, Tensor]:
     """Draft logits and the target's probabilities, [N, V]."""
-    assert rows.hidden_NH is not None and rows.markov is not None
+    assert rows.markov is not None
     weight = rows.target_head.weight_VH
     logits = rows.hidden_NH @ weight.T + rows.markov[0] @ rows.markov[1].T
     return logits, torch.softmax(rows.target_hidden_NH @ weight.T, -1)

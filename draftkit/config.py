@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from draftkit.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
@@ -42,7 +43,7 @@ class GenerateSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     max_new_tokens: int = Field(256, ge=1)
     batch_size: int = Field(48, ge=1)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class CaptureSection(Section):
@@ -65,14 +66,19 @@ class DrafterSection(Section):
     block_size: int = Field(7, ge=1, description="block positions: tokens drafted per round, one less in one_plus_n")
     window: int | None = Field(None, ge=1, description="context positions before the anchor that are seen; null: all")
     num_features: int = Field(5, ge=1, description="target layers listened to, evenly spread")
-    feature_layers: list[int] | None = Field(None, description="layer OUTPUT indices, instead of num_features")
+    feature_layers: list[int] | None = Field(None, min_length=1, description="layer OUTPUT indices, instead of num_features")
+    mask_token_id: int | None = Field(
+        None, ge=0, description="token of the positions to draft; null: the tokenizer's mask, else an unused embedding row"
+    )
     head: Literal["markov", "gated", "rnn", "none"] = "markov"
     markov_rank: int = Field(256, ge=1)
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
     intermediate_size: int | None = Field(None, ge=1)
     start: Literal["random", "target"] = Field("random", description="target: layers begin as copies of the target's")
-    start_layers: list[int] | None = Field(None, description="target layers to begin as; null: spread over all of them")
+    start_layers: list[int] | None = Field(
+        None, min_length=1, description="target layers to begin as; null: spread over all of them"
+    )
     draft_vocab_size: int | None = Field(None, ge=2, description="eagle3: only the most frequent tokens are drafted")
 
     @model_validator(mode="before")
@@ -129,7 +135,7 @@ class TrainSection(Section):
     patience: int | None = Field(None, ge=1, description="validations without a better one that end the run")
     keep_checkpoints: int = Field(2, ge=0, description="newest numbered checkpoints that stay")
     track: list[Literal["tensorboard", "wandb"]] = Field([], description="besides log.jsonl; extra `log`")
-    seed: int = 0
+    seed: Seed = 0
     loss: LossSection = LossSection()
 
 
@@ -141,7 +147,7 @@ class EvaluateSection(Section):
     prompts_per_domain: int = Field(100, ge=1)
     batch_size: int = Field(32, ge=1, description="answers made at the same time by the engine; 1 = the reference loop")
     speed_prompts: int = Field(30, ge=0, description="prompts decoded with and without drafter for the speed, in all")
-    seed: int = 980406
+    seed: Seed = 980406
 
 
 class Recipe(Section):

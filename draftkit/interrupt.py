@@ -27,8 +27,9 @@ def raise_on_signals() -> None:
 def noted_signals() -> Iterator[Callable[[], int]]:
     """Within, the first SIGINT or SIGTERM is only noted: the given function returns its exit code (130, 143), or 0.
 
-    The loop inside asks at a good moment, ends, and raises `Interrupted`. A second signal ends the process at once. Outside
-    the main thread, which alone gets signals, nothing changes.
+    The loop inside asks at a good moment, ends, and raises `Interrupted`; so does this at its end, for a signal that came too
+    late to be asked about. A second signal ends the process at once. Outside the main thread, which alone gets signals,
+    nothing changes.
     """
     code = 0
 
@@ -46,3 +47,5 @@ def noted_signals() -> Iterator[Callable[[], int]]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+    if code:
+        raise Interrupted(code)

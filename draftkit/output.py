@@ -1,14 +1,22 @@
-"""How results are written: a place that cannot take them is named before the work, files are replaced in one rename."""
+"""How results are written: a place that cannot take them is named before the work, files and folders are replaced by renaming,
+and a disk that fails is told with the file's name."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from draftkit.errors import ConfigError
+from draftkit.permissions import follow_umask
 
 
 def make_folder(out: Path) -> None:
@@ -34,10 +42,61 @@ def check_file(out: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one rename: a reader meets the old text or the new one, never half of one."""
+    """Replace a file in one rename: a reader meets the old text or the new one, never half of one.
+
+    Raises OSError that names the file when the disk does not take it.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with naming(path):
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Any], save_file: Callable[..., None], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file by the `save_file` for this kind of tensors, as readable as other files.
+
+    Raises OSError that names the file when the disk does not take it.
+    """
+    with naming(path):
+        save_file(tensors, path, metadata)
+        follow_umask(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file the disk did not take, and what to do: a write that fails does not know the name of its file."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: cannot be written ({why}); make room or choose another place, and run it again") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def swap_folder(new: Path, folder: Path) -> None:
+    """Put a finished folder in the place of another: `newest_folder` finds one of the two after a kill at any moment."""
+    old = _old(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_folder(folder: Path) -> Path | None:
+    """The folder, or what it was before a swap that was killed half way; None when there is neither."""
+    return next((place for place in (folder, _old(folder)) if place.exists()), None)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -29,7 +29,7 @@ from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
 from draftkit.draft.warm_start import start_from_target
 from draftkit.engine.answers import answerer
-from draftkit.errors import ConfigError, TargetError
+from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, environment, evaluate, spread_prompts
 from draftkit.ops.sampling import Sampling
@@ -78,6 +78,7 @@ def run_generate(
     answer: Answerer | None = None,
 ) -> int:
     """Stage 1: the target answers the prompts, by `answer` where one is at hand."""
+    _check_mask_token(recipe, target, tokenizer)
     section = recipe.generate
     settings = GenerateSettings(
         Sampling(section.temperature, section.top_k, section.top_p),
@@ -106,6 +107,7 @@ def run_capture(
     target: TransformersTarget, tokenizer: Any, recipe: Recipe, conversations: Sequence[Conversation], out: Path
 ) -> CaptureReport:
     """Stage 2: the target reads the conversations into a feature store."""
+    _check_mask_token(recipe, target, tokenizer)
     section = recipe.capture
     settings = CaptureSettings(feature_layers(recipe, target), section.max_length, section.batch_tokens, section.dtype)
     with progress_bar("capture", len(conversations)) as (bar, task):
@@ -135,7 +137,7 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
     dspark = section.algorithm == "dspark"
     return DrafterConfig(
         **sizes,
-        mask_token_id=_mask_token(target, tokenizer),
+        mask_token_id=_mask_token(recipe, target, tokenizer),
         layout=section.layout,
         window=section.window,
         head=section.head if dspark else "none",
@@ -146,13 +148,28 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
     )
 
 
-def _mask_token(target: TransformersTarget, tokenizer: Any) -> int:
-    mask = tokenizer.mask_token_id
-    if mask is None:  # an unused row of the embedding, as DeepSpec does it for Qwen3
+def _mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> int:
+    """The token that stands for what a block drafter drafts: the recipe's, else the tokenizer's, else an unused row of the
+    embedding, as DeepSpec does it for Qwen3. Raises ConfigError when there is none."""
+    mask, last = recipe.drafter.mask_token_id, target.info.vocab_size - 1
+    if mask is not None and mask > last:
+        raise ConfigError(f"drafter.mask_token_id: {mask} must lie between 0 and the target's {last}")
+    if mask is None:
+        mask = tokenizer.mask_token_id
+    if mask is None:
         mask = len(tokenizer)
-    if mask >= target.info.vocab_size:
-        raise TargetError(f"{target.info.name}: has neither a mask token nor an unused embedding row to stand for one")
+    if mask > last:
+        raise ConfigError(
+            f"drafter.mask_token_id: {target.info.name} has neither a mask token nor an unused embedding row; give a token "
+            f"that no text holds (a reserved one), from 0 to {last}, or take the algorithm eagle3, which needs none"
+        )
     return int(mask)
+
+
+def _check_mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> None:
+    """Raise ConfigError before the long work that training would only follow to refuse its recipe."""
+    if recipe.drafter.algorithm != "eagle3":
+        _mask_token(recipe, target, tokenizer)
 
 
 def run_train(
@@ -183,9 +200,12 @@ def run_train(
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
-    """The recipe's train section as the trainer takes it."""
-    section = recipe.train.model_dump()
-    return TrainSettings(**(section | {"loss": LossSettings(**section["loss"]), "track": tuple(section["track"])}))
+    """The recipe's train section and the drafter's start as the trainer takes them."""
+    section, start_layers = recipe.train.model_dump(), recipe.drafter.start_layers
+    section |= {"loss": LossSettings(**section["loss"]), "track": tuple(section["track"])}
+    return TrainSettings(
+        **section, start=recipe.drafter.start, start_layers=tuple(start_layers) if start_layers else None
+    )
 
 
 def new_drafter_for(

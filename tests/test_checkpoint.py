@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,21 @@ from safetensors.torch import load_file, save_file
 from test_block_drafter import CONFIG as BLOCK
 from test_eagle3 import CONFIG as EAGLE
 from test_eagle3 import GEMMA, eagle_for
+from test_simulate import made_traces
 from typer.testing import CliRunner
 
 from draftkit import cli
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, save_drafter
+from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, read_provenance, save_drafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.errors import CheckpointError
 from draftkit.ops.sampling import Sampling
+from draftkit.output import write_text
+from draftkit.schedule.traces import save_traces
 from draftkit.target.transformers import TransformersTarget
+from draftkit.train.folder import write_folder
 
 DFLASH: dict[str, Any] = {"head": "none", "markov_rank": 0, "confidence": False, "confidence_with_markov": False}
 SHAPES: dict[str, DrafterShape] = {
@@ -232,6 +237,26 @@ def test_what_is_wrong_in_a_folder_is_named(
     assert caught.type.__module__ == "draftkit.errors"
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_token_id": 10**6}, r"mask_token_id: 1000000 must lie between 0 and the target's \d+$"),
+        ({"mask_token_id": -1}, "mask_token_id: -1 must lie"),
+        ({"target_layer_ids": [0, 3]}, r"feature_layers: \[0, 3\] must be ascending and distinct, from 0 to 2"),
+        ({"target_layer_ids": [-1, 2]}, r"feature_layers: \[-1, 2\]"),
+        ({"num_key_value_heads": 0}, "num_kv_heads: 0 must be 1 or more"),
+    ],
+)
+def test_a_number_outside_its_range_is_named_with_the_file(
+    changes: dict[str, Any], message: str, target: TransformersTarget, tmp_path: Path
+) -> None:
+    """Ids that nothing refuses reach C++, where they are addresses."""
+    save_drafter(drafter_for(target, BLOCK), tmp_path, {}, torch.float32)
+    edit(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=rf"^{tmp_path / 'config.json'}: drafter\.{message}"):
+        read_config(tmp_path)
+
+
 def test_missing_unknown_and_pickled_weights_are_named(target: TransformersTarget, tmp_path: Path) -> None:
     save_drafter(drafter_for(target, SHAPES["eagle3 reduced"]), tmp_path, {}, torch.float32)
     (tmp_path / "draftkit.json").unlink()  # as in folders of others, which say no sha256
@@ -290,9 +315,35 @@ def test_weights_with_a_flipped_bit_are_refused_by_their_sha256(target: Transfor
     load_drafter(tmp_path)
 
 
+def test_provenance_is_json_also_when_a_number_is_none(target: TransformersTarget, tmp_path: Path) -> None:
+    save_drafter(drafter_for(target, BLOCK), tmp_path, {"validation": {"decoded": float("nan")}}, torch.float32)
+    assert "NaN" not in (tmp_path / "draftkit.json").read_text()
+    assert read_provenance(tmp_path)["validation"] == {"decoded": None}
+
+
+def test_a_disk_that_does_not_take_a_file_is_one_line_with_its_name(target: TransformersTarget, tmp_path: Path) -> None:
+    """A limit on the size of files is to a writer what a full disk is."""
+    drafter, traces = drafter_for(target, BLOCK), made_traces()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, write in (
+        ("model.safetensors.partial", lambda: save_drafter(drafter, tmp_path, {}, torch.float32)),
+        ("state.new/state.safetensors", lambda: write_folder(tmp_path / "state", {"x": torch.zeros(10_000)}, {})),
+        ("traces.partial", lambda: save_traces(traces, tmp_path / "traces")),
+        ("text", lambda: write_text(tmp_path / "text", "x" * 10_000)),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            with pytest.raises(OSError, match=rf"^{tmp_path / name}: cannot be written \(.*; make room") as caught:
+                write()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert len(str(caught.value).splitlines()) == 1
+
+
 def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: TransformersTarget, tmp_path: Path) -> None:
     drafter = drafter_for(target, SHAPES["eagle3 with norms"])
     save_drafter(drafter, tmp_path / "a", {"target_fingerprint": target.info.fingerprint}, torch.float32)
+    save_drafter(drafter, tmp_path / "b16", {}, torch.bfloat16)
     runner, base = CliRunner(), ["export", "-d", str(tmp_path / "a")]
     done = runner.invoke(cli.app, [*base, "-o", str(tmp_path / "b"), "--form", "deepspec", "--dtype", "float32"])
     assert done.exit_code == 0, done.output
@@ -304,6 +355,10 @@ def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: 
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     note = json.loads((tmp_path / "c" / "draftkit.json").read_text())
     assert (note["algorithm"], note["target_fingerprint"]) == ("eagle3", target.info.fingerprint)
+    lent = ["--target", str(target_folder), "--borrow", "--dtype", "float32"]  # a target of more bits than the drafter saved
+    again = runner.invoke(cli.app, ["export", "-d", str(tmp_path / "b16"), "-o", str(tmp_path / "e"), *lent])
+    assert again.exit_code == 0, again.output or again.exception
+    assert not {"embed_tokens.weight", "lm_head.weight"} & load_file(tmp_path / "e" / "model.safetensors").keys()
     for arguments, message in (
         (["-o", str(tmp_path / "a")], "the drafter's own folder"),
         (["-o", str(tmp_path / "d"), "--borrow"], "needs the --target"),

@@ -152,6 +152,16 @@ def test_a_trace_file_is_read_back_and_knows_its_pair(tmp_path: Path) -> None:
         back.check_origin(replace(traces.origin, target_fingerprint="target-2"), path)
 
 
+def test_traces_with_a_flipped_bit_are_refused_by_their_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "traces.safetensors"
+    save_traces(made_traces(), path)
+    good = path.read_bytes()
+    for place in (good.index(b"target-1"), good.index(b"prompt_id") + 15, len(good) // 2, len(good) - 3):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(ScheduleError, match=f"^{path}: is damaged"):
+            load_traces(path)
+
+
 def test_a_file_that_holds_no_traces_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no")
     for path in (tmp_path / "text", tmp_path / "missing", tmp_path):
@@ -230,6 +240,18 @@ def test_the_same_seed_gives_the_same_outcome() -> None:
     )
     assert first == again
     assert first != other
+
+
+def test_users_beyond_the_requests_change_nothing_and_cost_nothing() -> None:
+    arm = arms_for(4)["budget"]
+    enough, many = (simulate(made_traces(), FLAT, Load(20, users), "budget", arm) for users in (20, 10**12))
+    assert replace(many, concurrency=20) == enough
+
+
+@pytest.mark.parametrize("seed", [-5, 2**63])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(ScheduleError, match=f"seed {seed}: must be 0 or more and below"):
+        Load(20, 4, seed=seed)
 
 
 def test_budgets_see_survivals_of_the_step_before_only() -> None:

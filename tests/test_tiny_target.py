@@ -20,7 +20,7 @@ from draftkit.target.transformers import load_target
 from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
 from draftkit.tiny.publish import publish
 from draftkit.tiny.rows import ROW_LENGTH, RowSampler
-from draftkit.tiny.train import TinySettings, train_tiny_target
+from draftkit.tiny.train import TinySettings, _save_state, train_tiny_target
 
 ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
 
@@ -91,6 +91,15 @@ def test_a_device_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^--device tpu cannot be used .* give cpu"):
         train_tiny_target(tmp_path, TinySettings(steps=1), "tpu")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_state_of_other_settings_is_refused_at_once(tmp_path: Path) -> None:
+    begun = TinySettings(steps=4, rows=2)
+    _save_state(tmp_path / "state", torch.nn.Linear(1, 1), [], begun, 1, 0.0)
+    with pytest.raises(CheckpointError, match=r"state: was begun with steps 4 \(given 5\), seed 7 \(given 8\); give the same"):
+        train_tiny_target(tmp_path, replace(begun, steps=5, seed=8))
+    with pytest.raises(CheckpointError, match="weights do not fit this model"):
+        train_tiny_target(tmp_path, replace(begun, save_every=1))  # decides no step: it goes on to the weights
 
 
 @pytest.mark.slow

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import shutil
+import signal
 import sys
 import types
 from contextlib import closing
@@ -27,6 +30,7 @@ from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
 from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate, pack, split_store, steps_from
+from draftkit.train.folder import read_folder, write_folder
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
 from draftkit.train.trainer import Progress, TrainReport, TrainSettings
@@ -298,7 +302,7 @@ def test_training_learns_and_writes_what_it_says(run: Any, fast: TrainSettings, 
     for name in ("best", "last"):
         assert load_drafter(tmp_path / name).config.block_size == 4
     note = json.loads((tmp_path / "best" / "draftkit.json").read_text())
-    assert note["validation"]["macro"] == report.best
+    assert note["validation"] == next(v for v in validations if v["macro"] == report.best)
 
 
 def test_simulated_length_is_one_plus_the_survivals(store: FeatureStore) -> None:
@@ -329,6 +333,24 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run: Any, fast: TrainSettings, t
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.mark.parametrize("steps", [12, 10], ids=["behind the last check", "before the last check"])
+def test_a_signal_behind_the_last_step_ends_the_run_too(steps: int, run: Any, fast: TrainSettings, tmp_path: Path) -> None:
+    """No step is left to ask about it; what would follow the training must not begin."""
+
+    def ctrl_c(progress: Progress) -> None:
+        if progress.step == steps:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted) as caught:
+        run(tmp_path, replace(fast, steps=steps), ctrl_c)
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert run(tmp_path, replace(fast, steps=steps)).steps == steps
+    assert len(losses(tmp_path)) == steps, "and the second run has no step to make"
+    load_drafter(tmp_path / "last")
+
+
 def test_the_log_forgets_what_a_lost_part_of_a_run_wrote(run: Any, fast: TrainSettings, tmp_path: Path) -> None:
     """After a kill the log is ahead of the state, and its last line may be torn."""
     run(tmp_path, replace(fast, steps=8))
@@ -345,9 +367,63 @@ def test_a_state_of_another_run_is_refused(run: Any, fast: TrainSettings, tmp_pa
     with pytest.raises(CheckpointError, match="another recipe or other features"):
         run(tmp_path, replace(fast, lr=1e-3))
     run(tmp_path, replace(fast, steps=3, micro_batch_size=1, keep_checkpoints=1))
-    (tmp_path / "state" / "state.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="is damaged"):
-        run(tmp_path, fast)
+    state = tmp_path / "state" / "state.safetensors"
+    good = state.read_bytes()
+    for damaged in (b"nothing", good[:-9] + bytes([good[-9] ^ 4]) + good[-8:]):
+        state.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=rf"^{state}: is damaged \(another sha256"):
+            run(tmp_path, fast)
+    state.write_bytes(good)
+    run(tmp_path, fast)
+
+
+def test_a_state_of_another_start_is_refused(run: Any, recipe: Recipe, tmp_path: Path) -> None:
+    """Where a drafter begins shows neither in its shape nor in the train section."""
+
+    def settings(**start: Any) -> TrainSettings:
+        drafter = recipe.drafter.model_copy(update=start)
+        return replace(stages.train_settings(recipe.model_copy(update={"drafter": drafter})), steps=2)
+
+    run(tmp_path, settings(start="target", start_layers=[2]))
+    for other in ({"start": "random"}, {"start": "target"}, {"start": "target", "start_layers": [1]}):
+        with pytest.raises(CheckpointError, match="another recipe"):
+            run(tmp_path, settings(**other))
+    run(tmp_path, settings(start="target", start_layers=[2]))
+
+
+def test_a_state_is_whole_after_kills_at_any_two_moments_of_writing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    left = 0  # renames and removals until the kill
+
+    def deadly(function: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return function(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", deadly(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", deadly(shutil.rmtree))
+    killed = 0
+    for moments in itertools.product(range(7), repeat=2):
+        folder, left = tmp_path / "{}{}".format(*moments) / "state", 99
+        write_folder(folder, {"step": torch.tensor(0)}, {"step": 0})
+        for step in (1, 2):
+            left = moments[step - 1]
+            try:
+                write_folder(folder, {"step": torch.tensor(step)}, {"step": step})
+            except Killed:
+                killed += 1
+        found = read_folder(folder)
+        assert found is not None and int(found[0]["step"]) == found[1]["step"], moments
+    assert killed > 60
 
 
 def test_a_refused_training_leaves_the_recipe_of_the_drafter_that_is_there(

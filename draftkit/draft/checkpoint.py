@@ -7,7 +7,6 @@ together with its target. Nothing is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from draftkit.draft.checkpoint_fields import Fields
 from draftkit.draft.checkpoint_forms import read_shape, tensors_from_form, tensors_to_form, write_shape
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
-from draftkit.errors import CheckpointError
-from draftkit.output import write_text
-from draftkit.permissions import follow_umask
+from draftkit.errors import CheckpointError, ConfigError
+from draftkit.output import as_json, sha256_of, write_tensors, write_text
 from draftkit.target.transformers import TransformersTarget
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
@@ -65,7 +63,7 @@ def save_drafter(
     """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter.
 
     `form` is one of `checkpoint_forms.FORMS`. With a `lender`, embedding and head are left out. Raises CheckpointError
-    when the form cannot hold this drafter, or when they are not the lender's.
+    when the form cannot hold this drafter, or when they are not the lender's, and OSError when the disk does not take it.
     """
     fields = write_shape(drafter.config, form) | {"dtype": str(dtype).removeprefix("torch.")}
     tensors = {k: v.detach().to("cpu", dtype).clone().contiguous() for k, v in drafter.state_dict().items()}
@@ -78,10 +76,9 @@ def save_drafter(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, json.dumps(fields, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".partial")
-    save_file(tensors_to_form(tensors, fields["architectures"][0]), partial, metadata={"format": "pt"})
-    follow_umask(partial)
-    note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": _sha256(partial)} | provenance
-    write_text(folder / PROVENANCE, json.dumps(note, indent=1) + "\n")
+    write_tensors(partial, tensors_to_form(tensors, fields["architectures"][0]), save_file, {"format": "pt"})
+    note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": sha256_of(partial)} | provenance
+    write_text(folder / PROVENANCE, as_json(note, indent=1) + "\n")
     partial.replace(folder / WEIGHTS)
 
 
@@ -127,7 +124,10 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterSh
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a drafter")
-    return read_shape(Fields(_read_json(path), str(path)), num_target_layers)
+    try:
+        return read_shape(Fields(_read_json(path), str(path)), num_target_layers)
+    except ConfigError as error:  # of the shape itself, which does not know where it was read
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -197,13 +197,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 def _check_digest(folder: Path) -> None:
     """Raise CheckpointError when the weights are not those that the provenance was written for, if it says."""
     wanted = read_provenance(folder).get("sha256")
-    if wanted and wanted != _sha256(folder / WEIGHTS):
+    if wanted and wanted != sha256_of(folder / WEIGHTS):
         raise CheckpointError(f"{folder / WEIGHTS}: is damaged (another sha256 than in {PROVENANCE}); train or copy it again")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:
@@ -243,7 +238,9 @@ def _leave_out_borrowed(
 ) -> None:
     ids_W = drafter.draft_ids_W if isinstance(drafter, EagleDrafter) else None
     for name in (EMBEDDING, HEAD):
-        if not torch.equal(tensors[name], _borrowed("drafter", name, lender, ids_W).to("cpu", dtype)):
+        theirs = _borrowed("drafter", name, lender, ids_W).to("cpu", dtype)
+        rounded = theirs.to(torch.bfloat16).to(dtype)  # what a drafter has that was once saved in bfloat16
+        if not any(torch.equal(tensors[name], weights) for weights in (theirs, rounded)):
             raise CheckpointError(f"{name} is not the one of {lender.info.name}: it must be written")
         if name == EMBEDDING or ids_W is None:  # engines look for a reduced head in the folder
             del tensors[name]

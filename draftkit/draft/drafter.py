@@ -47,8 +47,12 @@ class DrafterShape:
     rotary_share: float = 1.0
 
     def __post_init__(self) -> None:
-        if list(self.feature_layers) != sorted(set(self.feature_layers)):
-            raise ConfigError(f"drafter.feature_layers: {list(self.feature_layers)} must be ascending and distinct")
+        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"drafter.{name}: {getattr(self, name)} must be 1 or more")
+        layers, last = list(self.feature_layers), self.num_target_layers - 2  # as a target gives them
+        if layers != sorted(set(layers)) or any(not 0 <= i <= last for i in layers):
+            raise ConfigError(f"drafter.feature_layers: {layers} must be ascending and distinct, from 0 to {last}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"drafter.num_heads: {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.gamma < 1:
@@ -79,7 +83,7 @@ class DrafterConfig(DrafterShape):
     mask_token_id: int
     layout: str = "anchor"
     head: str = "markov"
-    markov_rank: int = 256
+    markov_rank: int
     confidence: bool = True
     confidence_with_markov: bool = True
     confidence_stop_gradient: bool = False
@@ -87,6 +91,9 @@ class DrafterConfig(DrafterShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            last = self.vocab_size - 1
+            raise ConfigError(f"drafter.mask_token_id: {self.mask_token_id} must lie between 0 and the target's {last}")
         if self.head not in HEADS:
             raise ConfigError(f"drafter.head: {self.head!r} is not known, choose one of {', '.join(HEADS)}")
         if self.layout not in LAYOUTS:

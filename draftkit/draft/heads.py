@@ -47,9 +47,7 @@ class MarkovHead(nn.Module):
         return torch.tanh(output), keep * state + (1 - keep) * torch.tanh(candidate)
 
     def unroll(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """m for all positions of a block with known tokens: [..., G, H] and [..., G, r] to [..., G, r]."""
-        if self.kind != "rnn":
-            return self.step(hidden, previous, None)[0]
+        """m of an RNN head for all positions of a block with known tokens: [..., G, H] and [..., G, r] to [..., G, r]."""
         state, rows = None, []
         for k in range(hidden.shape[-2]):
             row, state = self.step(hidden[..., k, :], previous[..., k, :], state)

@@ -60,18 +60,18 @@ class Rows:
     """The rows that count, in ascending order of `grid_N`.
 
     `grid_N` is the place of a row in the [blocks, G] grid of all drafted positions; `markov` is (m [N, r], W_2 [V, r])
-    or None; a drafter with a head of its own gives it as W_2, and no `head`.
+    or None.
     """
 
-    hidden_NH: Tensor | None
-    head: Head | None
+    hidden_NH: Tensor
+    head: Head
     markov: tuple[Tensor, Tensor] | None
     target_hidden_NH: Tensor
     target_head: Head
     tokens_N: Tensor  # int64, x* as the drafter's head counts; -1 is outside its vocabulary
     grid_N: Tensor  # int64
     gamma: int
-    place_N: Tensor | None = None  # int64; rows with one number have one target state, whose logits are made once per chunk
+    place_N: Tensor  # int64; rows with one number have one target state, whose logits are made once per chunk
     draft_ids_W: Tensor | None = None  # target ids of a reduced draft vocabulary, the rows of `head`
 
 
@@ -103,7 +103,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_NH: Tensor | None,
+        hidden_NH: Tensor,
         m_Nr: Tensor | None,
         w2_Vr: Tensor | None,
         rows: Rows,
@@ -176,8 +176,6 @@ def _one_chunk(
 def _shared_states(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor]:
     """One row of the chunk for each of its u target states, and the state of each row: blocks overlap. int64 [u], [n]."""
     own_n = torch.arange(chunk.stop - chunk.start, device=rows.tokens_N.device)
-    if rows.place_N is None:
-        return own_n, own_n
     places_u, state_n = rows.place_N[chunk].unique(return_inverse=True)
     return torch.empty_like(places_u).scatter_(0, state_n, own_n), state_n
 
@@ -195,17 +193,12 @@ def _whole_blocks(grid_N: Tensor, gamma: int, rows: int) -> list[slice]:
 
 def _draft_logits(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor | None]:
     """z of a chunk [n, V], and the soft cap's derivative d head(h) / d (scale W h) where there is a cap."""
-    base = derivative = None
-    if rows.hidden_NH is not None and rows.head is not None:
-        base = rows.head.logits(rows.hidden_NH[chunk])
-        if rows.head.soft_cap:
-            derivative = 1 - (base / rows.head.soft_cap).square_()
+    base, derivative = rows.head.logits(rows.hidden_NH[chunk]), None
+    if rows.head.soft_cap:
+        derivative = 1 - (base / rows.head.soft_cap).square_()
     if rows.markov is not None:
         m_Nr, w2_Vr = rows.markov
-        m, w2 = m_Nr[chunk], w2_Vr.to(m_Nr.dtype)
-        base = m @ w2.T if base is None else base.addmm_(m, w2.T)
-    if base is None:
-        raise ValueError("these rows have no draft logits: give hidden states and a head, or m and W_2")
+        base.addmm_(m_Nr[chunk], w2_Vr.to(m_Nr.dtype).T)
     return base, derivative
 
 
@@ -310,7 +303,7 @@ def _push_back(
             of_w2.addmm_(gradient_nV.T, m_Nr[chunk])
         elif of_w2 is not None:
             of_w2 += gradient_nV.T @ m_Nr[chunk]
-    if of_hidden is not None and rows.head is not None:
+    if of_hidden is not None:
         if derivative_nV is not None:
             gradient_nV.mul_(derivative_nV)
         of_hidden[chunk] = (gradient_nV @ rows.head.weight_VH.to(gradient_nV.dtype)).mul_(rows.head.scale)

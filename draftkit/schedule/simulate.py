@@ -40,6 +40,8 @@ class Load:
             rate = "" if self.rate is None else f", {self.rate:g} per second"
             told = f"{self.requests} requests, {self.concurrency} at once{rate}"
             raise ScheduleError(f"a load of {told}: requests, concurrency and rate must be above 0")
+        if not 0 <= self.seed < 2**63:
+            raise ScheduleError(f"a load's seed {self.seed}: must be 0 or more and below 2^63")
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,10 @@ class _Run:
         self.step_rate = table.at(float(np.mean(contexts)))
         self.estimator = None if traces.has_confidence else AcceptanceEstimator(traces.gamma)
         self.slots = np.zeros(0, np.int64)
-        self.free = list(range(load.concurrency))[::-1]
-        self.row_S, self.end_S, self.length_S = (np.zeros(load.concurrency, np.int64) for _ in range(3))
-        self.began_S = np.zeros(load.concurrency)
+        slots = min(load.concurrency, load.requests)
+        self.free = list(range(slots))[::-1]
+        self.row_S, self.end_S, self.length_S = (np.zeros(slots, np.int64) for _ in range(3))
+        self.began_S = np.zeros(slots)
         self.now = self.full_until = 0.0
         self.tokens = self.full_tokens = self.steps = self.request_steps = self.verified = self.drafting = 0
         self.speeds: list[float] = []
@@ -162,7 +165,7 @@ class _Run:
         self.draft_max_NG = traces.draft_max_NG.astype(np.float64)
         self.survival_NG = self._survivals() if self.estimator is None else np.zeros((0, traces.gamma))
         prior_G = self.survival_NG.mean(0) if self.estimator is None else None
-        self.speculation = Speculation(load.concurrency, traces.gamma, self.step_rate, prior_G)
+        self.speculation = Speculation(slots, traces.gamma, self.step_rate, prior_G)
 
     def _survivals(self) -> Floats:
         confidence_NG = self.traces.confidence_NG.astype(np.float64)

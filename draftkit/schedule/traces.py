@@ -11,6 +11,7 @@ Shapes: N rows (anchors of all prompts), G = gamma drafted positions, P prompts.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from draftkit.errors import ScheduleError
-from draftkit.permissions import follow_umask
+from draftkit.output import write_tensors
 from draftkit.schedule.step_rate import Floats, Ints
 
 FORMAT = "draftkit-traces-1"
@@ -106,7 +107,7 @@ class Traces:
 
 
 def save_traces(traces: Traces, path: Path) -> None:
-    """Write one safetensors file, replaced in one rename."""
+    """Write one safetensors file, replaced in one rename. Raises OSError that names it when the disk does not take it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     tensors: dict[str, npt.NDArray[Any]] = {
@@ -121,19 +122,29 @@ def save_traces(traces: Traces, path: Path) -> None:
         "origin": json.dumps(asdict(traces.origin)),
         "prompts": json.dumps([asdict(p) for p in traces.prompts]),
     }
-    save_file(tensors, partial, metadata)
-    follow_umask(partial)
+    write_tensors(partial, tensors, save_file, metadata | {"sha256": _digest(metadata, tensors)})
     partial.replace(path)
 
 
+def _digest(metadata: dict[str, str], tensors: dict[str, npt.NDArray[Any]]) -> str:
+    """The sha256 of what a trace file says, in hexadecimal."""
+    digest = hashlib.sha256("".join(metadata[name] for name in ("format", "origin", "prompts")).encode())
+    for name in TENSORS:
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
+
+
 def load_traces(path: Path) -> Traces:
-    """Read a file of `save_traces`. Raises ScheduleError for anything else."""
+    """Read a file of `save_traces`. Raises ScheduleError for anything else, and for one that is damaged: it holds a sha256
+    of its content (the embedded pair's is older and has none)."""
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ScheduleError(f"{path}: is no trace file ({FORMAT}); record one with draftkit calibrate")
             tensors = {name: file.get_tensor(name) for name in TENSORS}
+        if metadata.get("sha256", wanted := _digest(metadata, tensors)) != wanted:
+            raise ScheduleError(f"{path}: is damaged (another sha256); remove it and record them again with draftkit calibrate")
         prompts = tuple(TracedPrompt(**p) for p in json.loads(metadata["prompts"]))
         origin = Origin(**json.loads(metadata["origin"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from draftkit.errors import CheckpointError
 from draftkit.tiny.corpus import DOMAINS, Corpus, write_prompts
 from draftkit.tiny.model import new_model
 from draftkit.tiny.tokenizer import CHAT_TEMPLATE
+from draftkit.train.folder import read_folder
 
 CARD = """\
 ---
@@ -45,17 +45,17 @@ knows nothing, and its sums are often wrong. Do not use it for anything else.
 
 
 def publish(run: Path, corpus: Corpus, folder: Path) -> None:
-    """Write the asset folder from a finished run. Raises CheckpointError when the run is not finished."""
+    """Write the asset folder from a finished run. Raises CheckpointError when it is not finished, or its state is damaged."""
     from draftkit.tiny.corpus import HELD_OUT_PER_DOMAIN, PROMPTS_PER_DOMAIN
     from draftkit.tiny.rows import MIXTURE, ROW_LENGTH
 
-    if not (run / "result.json").exists():
+    state = read_folder(run / "state")
+    if state is None or not (run / "result.json").exists():
         raise CheckpointError(f"{run}: training has not finished; run `draftkit tiny-target --out {run}` again")
     result = json.loads((run / "result.json").read_text())
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "tokenizer")
     model: Any = new_model(tokenizer, 0)
-    tensors = load_file(run / "state" / "state.safetensors")
-    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
+    model.load_state_dict({k[6:]: v for k, v in state[0].items() if k.startswith("model.")}, strict=False)
     model.tie_weights()
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(

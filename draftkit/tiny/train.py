@@ -12,18 +12,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from draftkit.errors import CheckpointError, ConfigError
-from draftkit.permissions import follow_umask
 from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
 from draftkit.tiny.corpus_python import Example
 from draftkit.tiny.model import new_model
 from draftkit.tiny.muon import Muon
 from draftkit.tiny.rows import ROW_LENGTH, RowSampler, encode
 from draftkit.tiny.tokenizer import train_tokenizer
+from draftkit.train.folder import read_folder, write_folder
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def train_tiny_target(
 ) -> TinyResult:
     """Train (or go on training) in `out`; leaves `out/state` for resuming and the tokenizer in `out/tokenizer`.
 
-    `before_step` is called with the number of each step. Raises CheckpointError when `out/state` was made with another
-    model shape, and ConfigError for a device that is not there.
+    `before_step` is called with the number of each step. Raises CheckpointError when `out/state` is damaged or was made
+    with another model shape or other settings, and ConfigError for a device that is not there.
     """
     try:
         torch.empty(0, device=device)
@@ -79,6 +78,7 @@ def train_tiny_target(
         raise ConfigError(f"--device {device} cannot be used ({line}); give cpu, or cuda where there is a GPU") from error
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    earlier, start, seconds = _read_state(out / "state", settings)
     corpus = build_corpus()
     tokenizer = tokenizer_for(corpus)
     tokenizer.save_pretrained(out / "tokenizer")
@@ -86,7 +86,8 @@ def train_tiny_target(
     model: Any = new_model(tokenizer, settings.seed)
     model.to(device)
     optimizers = _optimizers(model, settings)
-    start, seconds = _load_state(out / "state", model, optimizers)
+    if earlier:
+        _restore(out / "state", earlier, model, optimizers)
     forward = torch.compile(model.model) if settings.compile else model.model
     log = (out / "log.jsonl").open("a", encoding="utf-8")
     columns = (TextColumn("tiny target"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
@@ -103,7 +104,7 @@ def train_tiny_target(
             record: dict[str, object] = {"step": step, "loss": round(loss, 4), "tokens_per_s": round(rate)}
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
                 record["held_out"] = held_out_loss(model, tokenizer, _some(corpus.held_out, 40), device)
-                _save_state(out / "state", model, optimizers, step + 1, seconds)
+                _save_state(out / "state", model, optimizers, settings, step + 1, seconds)
             log.write(json.dumps(record) + "\n")
             log.flush()
     final = held_out_loss(model, tokenizer, corpus.held_out, device)
@@ -180,33 +181,43 @@ def _optimizers(model: Qwen3ForCausalLM, settings: TinySettings) -> list[torch.o
 
 
 def _save_state(
-    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, seconds: float
+    folder: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    settings: TinySettings,
+    step: int,
+    seconds: float,
 ) -> None:
-    """Weights, optimizer moments and position, safetensors and JSON only; the folder is replaced in one rename."""
-    tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    """Weights, optimizer moments and position."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     for index, optimizer in enumerate(optimizers):
         for key, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optim.{index}.{key}.{n}": torch.as_tensor(v) for n, v in state.items()}
-    new, old = folder.with_suffix(".new"), folder.with_suffix(".old")
-    new.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.clone() for k, v in tensors.items()}, new / "state.safetensors")
-    follow_umask(new / "state.safetensors")
-    (new / "state.json").write_text(json.dumps({"step": step, "seconds": seconds}))
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    for path in old.glob("*"):
-        path.unlink()
-    if old.exists():
-        old.rmdir()
+    write_folder(folder, tensors, {"step": step, "seconds": seconds, "settings": _deciding(settings)})
 
 
-def _load_state(
-    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> tuple[int, float]:
-    if not folder.exists():
-        return 0, 0.0
-    tensors = load_file(folder / "state.safetensors")
+def _deciding(settings: TinySettings) -> dict[str, Any]:
+    """The settings that decide the steps, by name."""
+    return {name: value for name, value in asdict(settings).items() if name not in ("save_every", "compile")}
+
+
+def _read_state(folder: Path, settings: TinySettings) -> tuple[dict[str, Tensor], int, float]:
+    """Tensors, step and seconds of an earlier run, none where there was none. Raises CheckpointError when its state is damaged
+    or of other settings."""
+    found = read_folder(folder)
+    if found is None:
+        return {}, 0, 0.0
+    tensors, note = found
+    begun, wanted = note.get("settings", {}), _deciding(settings)
+    others = [f"{name} {begun.get(name)} (given {value})" for name, value in wanted.items() if begun.get(name) != value]
+    if others:
+        raise CheckpointError(f"{folder}: was begun with {', '.join(others)}; give the same again, or choose another --out")
+    return tensors, note["step"], note["seconds"]
+
+
+def _restore(
+    folder: Path, tensors: dict[str, Tensor], model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
     weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -221,5 +232,3 @@ def _load_state(
                 _, _, parameter, name = key.split(".", 3)
                 state.setdefault(int(parameter), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    position = json.loads((folder / "state.json").read_text())
-    return position["step"], position["seconds"]

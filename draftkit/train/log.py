@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from draftkit.errors import ConfigError
-from draftkit.output import as_json, write_text
+from draftkit.output import as_json, naming, write_text
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
@@ -25,9 +25,9 @@ class TrainLog:
         self._file = self._board = self._wandb = None
         if not writes:
             return
-        path = folder / "log.jsonl"
-        _keep_until(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = folder / "log.jsonl"
+        _keep_until(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
         if "tensorboard" in trackers:
             self._board = self._modules["tensorboard"].SummaryWriter(folder / "tensorboard", purge_step=step + 1)
         if "wandb" in trackers:
@@ -39,8 +39,9 @@ class TrainLog:
         """Add the numbers of a step; nested ones get names like "validation/macro" in the trackers."""
         if self._file is None:
             return
-        self._file.write(as_json({"step": step} | line) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(as_json({"step": step} | line) + "\n")
+            self._file.flush()
         flat = dict(_flattened(line))
         if self._board is not None:
             for name, value in flat.items():

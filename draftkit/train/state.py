@@ -1,23 +1,19 @@
-"""The resumable state of a training run: parameters, AdamW moments and position; safetensors and JSON only.
+"""The resumable state of a training run: parameters, AdamW moments and position.
 
 Tensors are stored whole, whatever the number of processes, so that another number of them can go on.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftkit.draft.checkpoint import check_tensors
 from draftkit.errors import CheckpointError
-from draftkit.permissions import follow_umask
+from draftkit.train.folder import read_folder, write_folder
 from draftkit.train.parallel import ParallelDrafter, to_part, to_whole
 
 WEIGHT = "model."  # before the names of parameters; moments are NAME.exp_avg and so on, behind "adam."
@@ -40,28 +36,14 @@ class Position:
 
 
 def save_state(folder: Path, parallel: ParallelDrafter, optimizer: torch.optim.Optimizer, position: Position) -> None:
-    """Write beside the old state, then swap: a kill at any moment leaves the old state or the new one.
-
-    All processes call it; the first one writes.
-    """
+    """Replace the state; all processes call it, the first one writes. Raises OSError when the disk does not take it."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parallel.trained.items():
         tensors[WEIGHT + name] = to_whole(parameter.detach())
         for kind, value in optimizer.state[parameter].items():
             tensors[f"{MOMENT}{name}.{kind}"] = to_whole(torch.as_tensor(value))
-    if not parallel.world.first:
-        return
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, new / "state.safetensors")
-    follow_umask(new / "state.safetensors")
-    (new / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if parallel.world.first:
+        write_folder(folder, tensors, asdict(position))
 
 
 def load_state(
@@ -71,20 +53,19 @@ def load_state(
 
     Raises CheckpointError when the state is damaged or belongs to another recipe or other data.
     """
-    old = folder.with_name(folder.name + ".old")
-    source = folder if folder.exists() else old  # killed between the two renames of a swap
-    if not source.exists():
+    found = read_folder(folder)
+    if found is None:
         return None
+    tensors, note = found
     try:
-        position = Position(**json.loads((source / "position.json").read_text("utf-8")))
-        tensors = load_file(source / "state.safetensors")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{source}: is damaged ({error}); remove it to start anew") from error
+        position = Position(**note)
+    except TypeError as error:
+        raise CheckpointError(f"{folder}: is damaged ({error}); remove it to start anew") from error
     if position.fingerprint != fingerprint:
-        raise CheckpointError(f"{source}: belongs to another recipe or other features; remove it or choose another folder")
+        raise CheckpointError(f"{folder}: belongs to another recipe or other features; remove it or choose another folder")
     trained = parallel.trained
     weights = {k.removeprefix(WEIGHT): v for k, v in tensors.items() if k.startswith(WEIGHT)}
-    check_tensors(str(source), {n: p.shape for n, p in trained.items()}, weights)
+    check_tensors(str(folder), {n: p.shape for n, p in trained.items()}, weights)
     moments: dict[int, dict[str, Tensor]] = {}
     for index, (name, parameter) in enumerate(trained.items()):
         with torch.no_grad():

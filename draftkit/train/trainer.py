@@ -40,7 +40,7 @@ FREE |= {"validate_every", "decode_prompts", "patience", "keep_checkpoints", "tr
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a drafter is trained: the recipe's `train` section (units and defaults there)."""
+    """How a drafter is trained: the recipe's `train` section (units and defaults there), and where the drafter begins."""
 
     epochs: int
     steps: int | None
@@ -65,6 +65,8 @@ class TrainSettings:
     track: tuple[str, ...]
     seed: int
     loss: LossSettings
+    start: str  # of the recipe's `drafter` section, as the next one: they decide the weights of step 0
+    start_layers: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def train(
 
     Raises DataError when the store is too small or when losses stop being finite, CheckpointError when `out/state`
     belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and SIGTERM end the run behind a
-    step, in all processes, with the state saved.
+    step, in all processes, with the state saved; one that comes behind the last step, when everything is saved.
     """
     split = split_store(store, settings.validation_share, settings.seed)
     if not split.train:
@@ -130,12 +132,12 @@ def train(
         """Validate, keep the drafter where it is worth it, and save the state."""
         lengths: dict[str, Any] = validate(parallel, held_out, settings.loss)
         whole = parallel.whole()
-        note = provenance | {"step": step.step, "validation": lengths}
         better = lengths["macro"] > step.best
         if world.first:
             if settings.decode_prompts:
                 count, seed = settings.decode_prompts, settings.seed
-                lengths = lengths | {"decoded": decoded_length(whole, target, store, split.validation, count, seed)}
+                lengths |= {"decoded": decoded_length(whole, target, store, split.validation, count, seed)}
+            note = provenance | {"step": step.step, "validation": lengths}
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:
                 save_drafter(whole, out / "best", note, SAVED_DTYPE)
@@ -178,12 +180,12 @@ def train(
         if lengths is None:
             at, lengths = check(at)
             log.write(at.step, {"validation": lengths})
-    note = provenance | {"step": at.step, "validation": lengths}
-    whole = parallel.whole()
-    if world.first:
-        save_drafter(whole, out / "last", note, SAVED_DTYPE)
-        if not (out / "best").exists():  # no validation was above zero
-            save_drafter(whole, out / "best", note, SAVED_DTYPE)
+        note = provenance | {"step": at.step, "validation": lengths}
+        whole = parallel.whole()
+        if world.first:
+            save_drafter(whole, out / "last", note, SAVED_DTYPE)
+            if not (out / "best").exists():  # no validation was above zero
+                save_drafter(whole, out / "best", note, SAVED_DTYPE)
     return TrainReport(at.step, at.seconds, at.skipped, at.best, lengths, _tired(settings, at))
 
 
