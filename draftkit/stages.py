@@ -236,7 +236,7 @@ def first_turns(tokenizer: Any, prompts: Sequence[Conversation], per_domain: int
         counts[p.domain] = counts.get(p.domain, 0) + 1
         if counts[p.domain] <= per_domain:
             first = next(i for i, m in enumerate(p.messages) if m.role == "user")
-            chosen.append(EvalPrompt(p.id, p.domain, render_prompt(tokenizer, p.as_dicts()[: first + 1])))
+            chosen.append(EvalPrompt(p.id, p.domain, render_prompt(tokenizer, p.as_dicts()[: first + 1], p.id)))
     return chosen
 
 

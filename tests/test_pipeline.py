@@ -288,6 +288,20 @@ def test_a_store_holds_what_the_target_thinks(
         assert not sample.loss_mask_T[0]
 
 
+def test_what_a_template_rewrites_is_left_out_and_counted(
+    target: TransformersTarget, target_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(target_folder))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content.replace('bad', 'good') }}{% endfor %}"
+    told = [Conversation(a, "chat", (Message("user", "add"), Message("assistant", a))) for a in ("bad", "step")]
+    settings = CaptureSettings((0, 2), dtype="float32")
+    report = capture(target, tokenizer, told, tmp_path / "features", settings)
+    assert (report.conversations, report.rewritten) == (1, 1)
+    assert FeatureStore(tmp_path / "features")[0].id == "step"
+    with pytest.raises(FeatureStoreError, match=r"none of 1 conversations .* 1 rewritten by the chat template"):
+        capture(target, tokenizer, told[:1], tmp_path / "none", settings)
+
+
 def test_capture_goes_on_after_the_last_whole_shard(
     target: TransformersTarget, tokenizer: Any, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
