@@ -39,6 +39,11 @@ class Conversation:
         """OpenAI form, as chat templates expect it."""
         return [{"role": m.role, "content": m.content} for m in self.messages]
 
+    def first_turn(self) -> Conversation:
+        """Up to the first message of the user."""
+        first = next(i for i, m in enumerate(self.messages) if m.role == "user")
+        return Conversation(self.id, self.domain, self.messages[: first + 1])
+
     def prompt(self) -> Conversation:
         """The user's side: every assistant turn removed."""
         return Conversation(self.id, self.domain, tuple(m for m in self.messages if m.role != "assistant"))
