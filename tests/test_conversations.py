@@ -67,6 +67,7 @@ def test_three_forms_become_one(tmp_path: Path) -> None:
         (b'{"turns": ["a \\ud800"]}\n', r":1: holds half a character \('\\ud800'\)"),
         (b'{"turns": ["a"], "id": "\\udfff"}\n', ":1: holds half a character"),
         (b'{"turns": ["a"], "domain": "\\ud800"}\n', ":1: holds half a character"),
+        (b'{"turns": ["x"], "id": ' + b"9" * 5000 + b"}\n", ":1: holds a number that is too long"),
         (b"[" * 10**5 + b"\n", ":1: is nested too deeply"),
         (b'{"turns": ["x"], "id": "a"}\n{"turns": ["y"], "id": "a"}\n', ":2: id 'a' was there before"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from test_target import make_family
 from draftkit.data import capture as capture_module
 from draftkit.data.capture import CaptureSettings, capture
 from draftkit.data.conversations import Conversation, Message, read_conversations
-from draftkit.data.features import FeatureStore
+from draftkit.data.features import FeatureStore, write_shard
 from draftkit.data.generate import Answerer, GenerateSettings, answer_in_batches, generate_file
 from draftkit.data.template import render_prompt
 from draftkit.engine.answers import EngineAnswers, answerer
@@ -422,6 +423,9 @@ def test_capture_goes_on_after_the_last_whole_shard(
     read = read_conversations([answers])
     with pytest.raises(Stop):
         capture(target, tokenizer, read, tmp_path / "parts", settings, stop_after_two)
+    told = rf"parts: holds 8 of {len(whole)} conversations; run the same `draftkit capture`"
+    with pytest.raises(FeatureStoreError, match=told):
+        FeatureStore(tmp_path / "parts")
     kept = (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns
     parts = make_store(target, tokenizer, answers, tmp_path / "parts")
     assert (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns == kept
@@ -443,7 +447,8 @@ def test_damage_and_mismatch_are_named(target: TransformersTarget, tokenizer: An
     with pytest.raises(FeatureStoreError, match="other feature layers"):
         make_store(target, tokenizer, answers, tmp_path, (1, 2))
     shard = tmp_path / "shard-00000.safetensors"
-    raw = bytearray(shard.read_bytes())
+    intact = shard.read_bytes()
+    raw = bytearray(intact)
     raw[-5] ^= 1
     shard.write_bytes(raw)
     with pytest.raises(FeatureStoreError, match=r"shard-00000\.safetensors: is damaged"):
@@ -451,11 +456,30 @@ def test_damage_and_mismatch_are_named(target: TransformersTarget, tokenizer: An
     shard.write_bytes(raw[:-5])
     with pytest.raises(FeatureStoreError, match=r"shard-00000\.safetensors: has \d+ of \d+ bytes"):
         FeatureStore(tmp_path)
+    shard.write_bytes(intact)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for key, value in (("length", 10**6), ("start", -1), ("length", 0)):
+        broken = json.loads(json.dumps(manifest))
+        broken["shards"][0]["samples"][0][key] = value
+        (tmp_path / "manifest.json").write_text(json.dumps(broken))
+        with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged \(.* in shard-00000\.safetensors\)"):
+            FeatureStore(tmp_path)[0]
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged"):
         FeatureStore(tmp_path)
     with pytest.raises(FeatureStoreError, match="holds no feature store"):
         FeatureStore(tmp_path / "nothing")
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write beyond this fails
+    try:
+        with pytest.raises(FeatureStoreError, match=r"shard\.partial: cannot be written \(.*\); free some space") as error:
+            write_shard(tmp_path, "shard", {"tokens": torch.zeros(10_000)}, ())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
 
 
 def test_a_full_disk_is_noticed_before_capture_begins(

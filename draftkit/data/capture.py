@@ -157,6 +157,7 @@ def _open(
         template_hash=template_hash(tokenizer),
         tokenizer_hash=tokenizer_hash(tokenizer),
         conversations_hash=digest,
+        conversations=len(usable),
         dtype=settings.dtype,
         hidden_size=target.info.hidden_size,
     )

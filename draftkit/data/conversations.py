@@ -81,6 +81,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 hint = "the line is cut off" if not text.endswith("\n") else "one JSON object per line is needed"
                 raise DataError(f"{path}:{number}: is not JSON ({error.msg} at column {error.colno}); {hint}") from error
+            except ValueError as error:  # Python reads no whole number of more than 4,300 digits
+                raise DataError(f"{path}:{number}: holds a number that is too long for a conversation; remove it") from error
             except RecursionError as error:
                 raise DataError(f"{path}:{number}: is nested too deeply for a conversation") from error
 
