@@ -101,8 +101,8 @@ def capture(
     read = stages.read_prompts(conversations)
     report = stages.run_capture(*stages.open_target(settings), settings, read, out)
     typer.echo(
-        f"{report.conversations} conversations, {report.tokens} tokens in {out} ({report.too_long} too long, "
-        f"{report.without_answer} without an answer); next: draftkit train -f {out} -o drafter"
+        f"{report.conversations} conversations, {report.tokens} tokens in {out} ({report.left_out()}); "
+        f"next: draftkit train -f {out} -o drafter"
     )
 
 

@@ -50,7 +50,8 @@ def run_record(
     """Answer all prompts and record traces into `out`, or read them from there when the file is of this very recording.
 
     Parts of 48 prompts are kept beside it until all are there, so an interrupted run goes on where it was. `folder` is
-    where the drafter was loaded from. Raises ScheduleError when a file is there and of another pair, prompts or settings.
+    where the drafter was loaded from. Raises ScheduleError when a file is there and of another pair, prompts or settings,
+    and when no answer has two tokens.
     """
     about, own = target.info, fingerprint(folder)
     prompts_hash = hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()
@@ -74,9 +75,14 @@ def run_record(
             parts.append(part)
             bar.update(task, advance=len(batch))
     traces = join_traces([_read_own(p, origin) for p in parts])
-    save_traces(traces, out)
+    if traces.prompts:
+        save_traces(traces, out)
     for part in parts:
         part.unlink()
+    if not traces.prompts:
+        raise ScheduleError(
+            f"{len(prompts)} prompts, none with an answer of two tokens or more, so nothing was drafted; give other prompts"
+        )
     return traces
 
 

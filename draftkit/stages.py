@@ -255,8 +255,7 @@ def first_turns(tokenizer: Any, prompts: Sequence[Conversation], per_domain: int
     for p in prompts:
         counts[p.domain] = counts.get(p.domain, 0) + 1
         if counts[p.domain] <= per_domain:
-            first = next(i for i, m in enumerate(p.messages) if m.role == "user")
-            chosen.append(EvalPrompt(p.id, p.domain, render_prompt(tokenizer, p.as_dicts()[: first + 1])))
+            chosen.append(EvalPrompt(p.id, p.domain, render_prompt(tokenizer, p.first_turn().as_dicts(), p.id)))
     return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -15,14 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from test_target import make_family
 
 from draftkit.data import capture as capture_module
 from draftkit.data.capture import CaptureSettings, capture
 from draftkit.data.conversations import Conversation, Message, read_conversations
-from draftkit.data.features import FeatureStore
+from draftkit.data.features import FeatureStore, write_shard
 from draftkit.data.generate import Answerer, GenerateSettings, answer_in_batches, generate_file
 from draftkit.data.template import render_prompt
 from draftkit.engine.answers import EngineAnswers, answerer
+from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError, FeatureStoreError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
@@ -168,6 +171,105 @@ def test_a_cut_answer_stands_for_the_first_turns_of_its_own_prompt_only(
         generate_file(target, tokenizer, [replace(turns, messages=turns.messages[::-1])], out, limited, answer_all)
 
 
+def test_a_prompt_without_room_is_told_and_costs_no_other_answer(
+    answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path, capsys: Any
+) -> None:
+    out, huge = tmp_path / "a.jsonl", Conversation("huge", "chat", (Message("user", "list " * 300),))
+    for _ in range(2):  # a run that finds everything done tells it again
+        assert generate_file(target, tokenizer, [*prompts(), huge], out, SETTINGS, answer_all) == 15
+        assert capsys.readouterr().err.startswith(f"{out}: 1 of 15 prompts leave no room for an answer, 'huge' first")
+    found = records(out)
+    assert (found["huge"]["finish_reason"], found.pop("huge")["completion_tokens"]) == ("too_long", 0)
+    assert found == records(answers)
+
+
+def test_a_conversation_that_fills_the_context_ends_with_its_last_answer(
+    target: TransformersTarget, tokenizer: Any, tmp_path: Path
+) -> None:
+    info = replace(target.info, stop_token_ids=tuple(range(20, target.info.vocab_size)))  # answers end at once
+    stopping = TransformersTarget(target.model, info)
+    turns = Conversation("t", "chat", (Message("user", "list " * 60),) * 4)
+    generate_file(stopping, tokenizer, [turns], tmp_path / "a.jsonl", SETTINGS, partial(answer_in_batches, stopping))
+    record = records(tmp_path / "a.jsonl")["t"]
+    assert [m["role"] for m in record["messages"]] == ["user", "assistant"] * 3
+    assert record["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("made", [EngineAnswers, lambda target, running: partial(answer_in_batches, target)])
+def test_a_long_neighbour_does_not_shorten_an_answer(target: TransformersTarget, made: Any) -> None:
+    settings = replace(SETTINGS, sampling=Sampling(0.0))
+    lengths = [len(a.tokens) for a in made(target, 4)([(4, 20, 31), (7,) * 250, (7,) * 256], [(0, 0)] * 3, settings)]
+    assert lengths == [12, 6, 0]
+
+
+def test_a_row_that_filled_the_context_does_not_end_its_batch() -> None:
+    target = make_family("gpt2")  # positions are rows of a table of 256
+    tokens, seeds = [(7,) * 250, *[(4, 20, 31)] * 7], [(0, i) for i in range(8)]
+    found = answer_in_batches(target, tokens, seeds, replace(SETTINGS, batch_size=8))
+    assert len(found[0].tokens) == 6
+    assert max(len(a.tokens) for a in found) == 12
+
+
+def test_an_engine_whose_memory_ends_before_the_context_limits_answers_too(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftkit.engine.answers.EngineSettings", partial(EngineSettings, max_length=40))
+    found = EngineAnswers(target, 4)([(7,) * 40, (7,) * 37], [(0, 0)] * 2, replace(SETTINGS, sampling=Sampling(0.0)))
+    assert [len(a.tokens) for a in found] == [0, 3]
+
+
+def test_several_turns_are_answered_under_a_template_that_insists_on_alternating_roles(
+    target: TransformersTarget, target_folder: Path, answer_all: Answerer, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(target_folder))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.role + m.content }}{% endfor %}"
+    )
+    turns = Conversation("t", "chat", (Message("user", "add"), Message("user", "return")))
+    assert generate_file(target, tokenizer, [turns], tmp_path / "a.jsonl", SETTINGS, answer_all) == 1
+
+
+def test_a_second_run_is_kept_out_while_the_first_one_writes(
+    answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.jsonl"
+
+    def meanwhile(*arguments: Any) -> Any:
+        with pytest.raises(DataError, match=r"a\.jsonl: another run is writing it"):
+            generate_file(target, tokenizer, prompts(), out, SETTINGS, answer_all)
+        return answer_all(*arguments)
+
+    for answer in (meanwhile, answer_all):  # when it has ended, another one may
+        generate_file(target, tokenizer, prompts(), out, SETTINGS, answer)
+        assert records(out) == records(answers)
+
+
+def test_a_file_that_holds_answers_twice_is_refused(
+    answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
+) -> None:
+    lines = answers.read_text().splitlines(keepends=True)
+    out = write_beside_manifest(tmp_path / "a.jsonl", "".join([*lines, *lines[3:5]]), answers)
+    with pytest.raises(DataError, match=rf"holds 2 answers twice, '{json.loads(lines[3])['id']}' first"):
+        generate_file(target, tokenizer, prompts(), out, SETTINGS, answer_all)
+
+
+def test_another_template_or_other_stop_tokens_are_refused(
+    answers: Path, target: TransformersTarget, target_folder: Path, answer_all: Answerer
+) -> None:
+    for change, what in (
+        (lambda t: setattr(t, "chat_template", t.chat_template + " "), "another chat template"),
+        (lambda t: t.add_tokens("<new>"), "another tokenizer"),
+    ):
+        tokenizer = load_tokenizer(str(target_folder))
+        change(tokenizer)
+        with pytest.raises(DataError, match=f"was begun with {what}; choose another file"):
+            generate_file(target, tokenizer, prompts(), answers, SETTINGS, answer_all)
+    stopping = TransformersTarget(target.model, replace(target.info, stop_token_ids=(2, 5)))
+    with pytest.raises(DataError, match="was begun with other stop tokens"):
+        generate_file(stopping, load_tokenizer(str(target_folder)), prompts(), answers, SETTINGS, answer_all)
+
+
 def test_a_file_that_generate_did_not_write_is_left_alone(
     answers: Path, target: TransformersTarget, tokenizer: Any, answer_all: Answerer, tmp_path: Path
 ) -> None:
@@ -288,6 +390,20 @@ def test_a_store_holds_what_the_target_thinks(
         assert not sample.loss_mask_T[0]
 
 
+def test_what_a_template_rewrites_is_left_out_and_counted(
+    target: TransformersTarget, target_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(target_folder))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content.replace('bad', 'good') }}{% endfor %}"
+    told = [Conversation(a, "chat", (Message("user", "add"), Message("assistant", a))) for a in ("bad", "step")]
+    settings = CaptureSettings((0, 2), dtype="float32")
+    report = capture(target, tokenizer, told, tmp_path / "features", settings)
+    assert (report.conversations, report.rewritten) == (1, 1)
+    assert FeatureStore(tmp_path / "features")[0].id == "step"
+    with pytest.raises(FeatureStoreError, match=r"none of 1 conversations .* 1 rewritten by the chat template"):
+        capture(target, tokenizer, told[:1], tmp_path / "none", settings)
+
+
 def test_capture_goes_on_after_the_last_whole_shard(
     target: TransformersTarget, tokenizer: Any, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +423,9 @@ def test_capture_goes_on_after_the_last_whole_shard(
     read = read_conversations([answers])
     with pytest.raises(Stop):
         capture(target, tokenizer, read, tmp_path / "parts", settings, stop_after_two)
+    told = rf"parts: holds 8 of {len(whole)} conversations; run the same `draftkit capture`"
+    with pytest.raises(FeatureStoreError, match=told):
+        FeatureStore(tmp_path / "parts")
     kept = (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns
     parts = make_store(target, tokenizer, answers, tmp_path / "parts")
     assert (tmp_path / "parts" / "shard-00000.safetensors").stat().st_mtime_ns == kept
@@ -328,7 +447,8 @@ def test_damage_and_mismatch_are_named(target: TransformersTarget, tokenizer: An
     with pytest.raises(FeatureStoreError, match="other feature layers"):
         make_store(target, tokenizer, answers, tmp_path, (1, 2))
     shard = tmp_path / "shard-00000.safetensors"
-    raw = bytearray(shard.read_bytes())
+    intact = shard.read_bytes()
+    raw = bytearray(intact)
     raw[-5] ^= 1
     shard.write_bytes(raw)
     with pytest.raises(FeatureStoreError, match=r"shard-00000\.safetensors: is damaged"):
@@ -336,11 +456,30 @@ def test_damage_and_mismatch_are_named(target: TransformersTarget, tokenizer: An
     shard.write_bytes(raw[:-5])
     with pytest.raises(FeatureStoreError, match=r"shard-00000\.safetensors: has \d+ of \d+ bytes"):
         FeatureStore(tmp_path)
+    shard.write_bytes(intact)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for key, value in (("length", 10**6), ("start", -1), ("length", 0)):
+        broken = json.loads(json.dumps(manifest))
+        broken["shards"][0]["samples"][0][key] = value
+        (tmp_path / "manifest.json").write_text(json.dumps(broken))
+        with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged \(.* in shard-00000\.safetensors\)"):
+            FeatureStore(tmp_path)[0]
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged"):
         FeatureStore(tmp_path)
     with pytest.raises(FeatureStoreError, match="holds no feature store"):
         FeatureStore(tmp_path / "nothing")
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write beyond this fails
+    try:
+        with pytest.raises(FeatureStoreError, match=r"shard\.partial: cannot be written \(.*\); free some space") as error:
+            write_shard(tmp_path, "shard", {"tokens": torch.zeros(10_000)}, ())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
 
 
 def test_a_full_disk_is_noticed_before_capture_begins(

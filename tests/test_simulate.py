@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from draftkit.cli import app
 from draftkit.data.generate import answer_batch
 from draftkit.decode import decode
-from draftkit.errors import DataError, ScheduleError
+from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import EvalPrompt
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.calibration import Calibration, save_calibration
@@ -173,10 +173,27 @@ def test_a_file_that_holds_no_traces_is_one_clear_error(tmp_path: Path) -> None:
         load_traces(tmp_path / "short")
 
 
-def test_answers_of_one_token_give_no_trace(target: TransformersTarget) -> None:
-    items = [TraceItem("a", "code", (4, 5), (6,))]
-    with pytest.raises(DataError, match="two tokens"):
-        record_traces(target, make_drafter(target), items, TraceSettings(Sampling(0.0)), "d")
+def test_a_part_without_an_answer_of_two_tokens_is_passed_over(target: TransformersTarget, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    full = [EvalPrompt(f"full{i}", "code", (7,) * 255) for i in range(48)]  # room for one token
+    drafter, sampling = make_drafter(target), Sampling(1.0)
+    prompts = [*full, EvalPrompt("a", "code", (4, 20, 31))]
+    recorded = run_record(target, drafter, tmp_path, prompts, sampling, 4, 0, tmp_path / "t")
+    assert [p.prompt_id for p in recorded.prompts] == ["a"]
+    with pytest.raises(ScheduleError, match=r"^48 prompts, none with an answer of two tokens"):
+        run_record(target, drafter, tmp_path, full, sampling, 4, 0, tmp_path / "none")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "t"]
+
+
+def test_answers_that_fill_the_context_are_traced_as_far_as_a_proposal_fits(target: TransformersTarget) -> None:
+    drafter, settings = make_drafter(target), TraceSettings(Sampling(1.0))
+    item = TraceItem("a", "code", (7,) * 240, tuple(range(20, 36)))
+    traces = record_traces(target, drafter, [item], settings, "d")
+    assert traces.prompts[0].rows == 256 - drafter.gamma - 240 - 1
+    shorter = replace(item, answer=item.answer[: -drafter.gamma])
+    np.testing.assert_allclose(
+        traces.confidence_NG, record_traces(target, drafter, [shorter], settings, "d").confidence_NG, atol=1e-5
+    )
 
 
 # --- simulator

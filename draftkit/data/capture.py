@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from draftkit.data.conversations import Conversation
 from draftkit.data.features import MANIFEST, SampleEntry, StoreManifest, read_manifest, write_manifest, write_shard
-from draftkit.data.template import Rendered, render_conversation
+from draftkit.data.template import Rendered, RewrittenError, render_conversation
 from draftkit.errors import FeatureStoreError
 from draftkit.target.tokenizer import template_hash, tokenizer_hash
 from draftkit.target.transformers import DTYPES, TransformersTarget, check_feature_layers
@@ -43,12 +44,19 @@ class CaptureSettings:
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """What was captured: conversations, tokens, and how many were left out as too long or without an answer."""
+    """What was captured: conversations, tokens, and how many were left out as too long, without an answer, or rewritten by
+    the chat template."""
 
     conversations: int
     tokens: int
     too_long: int
     without_answer: int
+    rewritten: int
+
+    def left_out(self) -> str:
+        """How many conversations were left out, and why."""
+        rewritten = f"{self.rewritten} rewritten by the chat template"
+        return f"{self.too_long} too long, {self.without_answer} without an answer, {rewritten}"
 
 
 def capture(
@@ -61,10 +69,11 @@ def capture(
 ) -> CaptureReport:
     """Fill the store in `out`; shards that are there already are kept, so that an interrupted capture goes on.
 
-    Raises FeatureStoreError when `out` holds a store of something else or the disk has too little room.
+    Raises FeatureStoreError when `out` holds a store of something else or the disk has too little room, DataError when the
+    chat template refuses a conversation.
     """
     check_feature_layers(settings.feature_layers, target.info.num_layers)
-    rendered = [(c, render_conversation(tokenizer, c)) for c in conversations]
+    rendered = _render(tokenizer, conversations)
     usable = [(c, r) for c, r in rendered if any(r.loss_mask) and len(r.tokens) <= settings.max_length]
     usable.sort(key=lambda item: (len(item[1].tokens), item[0].id))
     tokens = sum(len(r.tokens) for _, r in usable)
@@ -73,9 +82,11 @@ def capture(
         tokens,
         sum(len(r.tokens) > settings.max_length for _, r in rendered),
         sum(not any(r.loss_mask) for _, r in rendered),
+        len(conversations) - len(rendered),
     )
     if not usable:
-        raise FeatureStoreError(f"none of {len(rendered)} conversations has an answer within {settings.max_length} tokens")
+        none = f"none of {len(conversations)} conversations has an answer within {settings.max_length} tokens"
+        raise FeatureStoreError(f"{none} ({report.left_out()}); give others")
     manifest = _open(target, tokenizer, usable, out, settings)
     parts = range(0, len(usable), SHARD_CONVERSATIONS)
     done = {shard.file for shard in manifest.shards if (out / shard.file).exists()}
@@ -92,6 +103,15 @@ def capture(
             write_manifest(out, manifest)
         tick(len(part))
     return report
+
+
+def _render(tokenizer: Any, conversations: Sequence[Conversation]) -> list[tuple[Conversation, Rendered]]:
+    """The conversations that the chat template does not rewrite."""
+    rendered = []
+    for conversation in conversations:
+        with suppress(RewrittenError):
+            rendered.append((conversation, render_conversation(tokenizer, conversation)))
+    return rendered
 
 
 def bytes_per_token(target: TransformersTarget, settings: CaptureSettings) -> int:
@@ -137,6 +157,7 @@ def _open(
         template_hash=template_hash(tokenizer),
         tokenizer_hash=tokenizer_hash(tokenizer),
         conversations_hash=digest,
+        conversations=len(usable),
         dtype=settings.dtype,
         hidden_size=target.info.hidden_size,
     )

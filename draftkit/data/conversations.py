@@ -39,6 +39,11 @@ class Conversation:
         """OpenAI form, as chat templates expect it."""
         return [{"role": m.role, "content": m.content} for m in self.messages]
 
+    def first_turn(self) -> Conversation:
+        """Up to the first message of the user."""
+        first = next(i for i, m in enumerate(self.messages) if m.role == "user")
+        return Conversation(self.id, self.domain, self.messages[: first + 1])
+
     def prompt(self) -> Conversation:
         """The user's side: every assistant turn removed."""
         return Conversation(self.id, self.domain, tuple(m for m in self.messages if m.role != "assistant"))
@@ -76,6 +81,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 hint = "the line is cut off" if not text.endswith("\n") else "one JSON object per line is needed"
                 raise DataError(f"{path}:{number}: is not JSON ({error.msg} at column {error.colno}); {hint}") from error
+            except ValueError as error:  # Python reads no whole number of more than 4,300 digits
+                raise DataError(f"{path}:{number}: holds a number that is too long for a conversation; remove it") from error
             except RecursionError as error:
                 raise DataError(f"{path}:{number}: is nested too deeply for a conversation") from error
 

@@ -21,7 +21,7 @@ from draftkit.errors import FeatureStoreError
 from draftkit.output import write_text
 from draftkit.permissions import follow_umask
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 PARTS = ("tokens", "loss_mask", "features", "last_hidden")
 
@@ -56,6 +56,7 @@ class StoreManifest:
     template_hash: str
     tokenizer_hash: str
     conversations_hash: str
+    conversations: int  # as many as a finished store holds
     dtype: str
     hidden_size: int
     version: int = VERSION
@@ -102,9 +103,13 @@ def read_manifest(folder: Path) -> StoreManifest:
 
 
 def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tuple[SampleEntry, ...]) -> ShardEntry:
-    """Write one shard in one rename and describe it."""
+    """Write one shard in one rename and describe it. Raises FeatureStoreError when the disk does not take it."""
     partial = folder / (name + ".partial")
-    save_file(tensors, partial)
+    try:
+        save_file(tensors, partial)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        reason = " ".join(str(error).split())
+        raise FeatureStoreError(f"{partial}: cannot be written ({reason}); free some space and run capture again") from error
     follow_umask(partial)
     digest = _sha256(partial)
     size = partial.stat().st_size
@@ -114,7 +119,9 @@ def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tu
 
 class FeatureStore:
     """Reader: `len(store)` conversations, `store[i]` one of them. Shards are checked when they are first read; they stay
-    on disk, mapped into memory, and only the conversation that is asked for is copied. Threads may share a store."""
+    on disk, mapped into memory, and only the conversation that is asked for is copied. Threads may share a store.
+
+    Raises FeatureStoreError when shards are missing or damaged, or do not hold what the manifest says."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -126,6 +133,9 @@ class FeatureStore:
             if not path.exists() or path.stat().st_size != shard.bytes:
                 found = path.stat().st_size if path.exists() else 0
                 raise FeatureStoreError(f"{path}: has {found} of {shard.bytes} bytes; remove it and run capture again")
+        if len(self) != self.manifest.conversations:
+            holds = f"holds {len(self)} of {self.manifest.conversations} conversations"
+            raise FeatureStoreError(f"{folder}: {holds}; run the same `draftkit capture` again to finish it")
 
     def __len__(self) -> int:
         return len(self._index)
@@ -133,7 +143,10 @@ class FeatureStore:
     def __getitem__(self, index: int) -> FeatureSample:
         shard, entry = self._index[index]
         opened = self._shard(shard)
-        end = entry.start + entry.length
+        end, held = entry.start + entry.length, opened.get_slice("tokens").get_shape()[0]
+        if not 0 <= entry.start < end <= held:
+            where = f"{entry.id!r} at tokens {entry.start} to {end} of {held} in {shard.file}"
+            raise FeatureStoreError(f"{self.folder / MANIFEST}: is damaged ({where}); capture again into an empty folder")
         parts = (opened.get_slice(name)[entry.start : end] for name in PARTS)
         return FeatureSample(entry.id, entry.domain, *parts)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -20,10 +22,23 @@ from draftkit.data.template import render_prompt
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator, sample
 from draftkit.output import write_text
-from draftkit.target.interface import TargetInfo
+from draftkit.target.tokenizer import template_hash, tokenizer_hash
 from draftkit.target.transformers import TransformersTarget
 
+try:
+    import fcntl
+except ImportError:  # a system without it
+    fcntl = None  # type: ignore[assignment]
+
 GROUP_BATCHES = 8  # batches whose answers are written together: enough to keep a batch full, little to lose
+TOO_LONG = "too_long"
+MADE_WITH = {  # what a manifest says, and what it means when it differs
+    "target": "another target",
+    "template": "another chat template",
+    "tokenizer": "another tokenizer",
+    "stop_token_ids": "other stop tokens",
+    "settings": "other settings",
+}
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them
 
 
@@ -39,11 +54,13 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated tokens (the stop token included) and "stop" or "length"."""
+    """Generated tokens (the stop token included) and "stop" or "length". No tokens: the prompt leaves no room for any."""
 
     tokens: tuple[int, ...]
     finish_reason: str
 
+
+NO_ROOM = Answer((), "length")
 
 # From prompts (token ids) and the seed of each to their answers.
 Answerer = Callable[[Sequence[Sequence[int]], Sequence[tuple[int, int]], GenerateSettings], list[Answer]]
@@ -60,19 +77,23 @@ def generate_file(
 ) -> int:
     """Answer all prompts into `out` by `answer`; returns how many records it holds in the end.
 
-    Records are OpenAI messages with id, domain, finish_reason ("length" marks a truncated answer), seed and token count.
-    `tick(answers, tokens)` is called as groups of batches finish. Raises DataError when `out` was begun with other settings,
-    holds answers to other prompts of the same ids, or something else.
+    Records are OpenAI messages with id, domain, finish_reason, seed and token count. The reason "length" marks a truncated
+    answer, or a conversation that filled the context before its last turn, "too_long" a prompt that leaves no room for an
+    answer; a line on standard error counts these. `tick(answers, tokens)` is called as groups of batches finish. Raises
+    DataError when `out` was begun with other settings, holds answers to other prompts of the same ids, or something else,
+    when another run is writing it, and when the chat template refuses a prompt.
     """
-    _check_manifest(out, target, settings)
-    done = _recover(out)
-    for prompt in prompts:
-        if prompt.id in done and not done[prompt.id].answers(prompt):
-            raise DataError(f"{out}: holds an answer to another prompt of id {prompt.id!r}; choose another file or remove it")
-    indexed = [(i, p.prompt(), _first_length(tokenizer, p)) for i, p in enumerate(prompts)]
-    indexed.sort(key=lambda item: (item[2], item[0]))
-    size = GROUP_BATCHES * settings.batch_size
+    out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
+        _lock(file, out)
+        _check_manifest(out, target, tokenizer, settings)
+        done = _recover(out)
+        other = next((p.id for p in prompts if p.id in done and not done[p.id].answers(p)), None)
+        if other is not None:
+            raise DataError(f"{out}: holds an answer to another prompt of id {other!r}; choose another file or remove it")
+        indexed = [(i, p.prompt(), _first_length(tokenizer, p)) for i, p in enumerate(prompts)]
+        indexed.sort(key=lambda item: (item[2], item[0]))
+        size = GROUP_BATCHES * settings.batch_size
         for start in range(0, len(indexed), size):
             batch = [(i, p) for i, p, _ in indexed[start : start + size]]
             missing = [p.id for _, p in batch if p.id not in done]
@@ -85,11 +106,28 @@ def generate_file(
                 file.flush()
                 os.fsync(file.fileno())
             tick(len(batch), tokens)
+    too_long = [name for name, answered in _recover(out).items() if answered.reason == TOO_LONG]
+    if too_long:
+        line = f"{len(too_long)} of {len(indexed)} prompts leave no room for an answer, {too_long[0]!r} first"
+        print(f"{out}: {line}; their records say finish_reason {TOO_LONG!r}", file=sys.stderr)
     return len(indexed)
 
 
+def _lock(file: TextIO, out: Path) -> None:
+    """Keep other runs out until the file is closed. Raises DataError when one has it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"{out}: another run is writing it; wait for its end or choose another file") from error
+    except OSError:
+        pass  # a file system without locks
+
+
 def _first_length(tokenizer: Any, prompt: Conversation) -> int:
-    return len(render_prompt(tokenizer, prompt.prompt().as_dicts()))
+    """Tokens of the first turn: the others cannot be rendered before it is answered."""
+    return len(render_prompt(tokenizer, prompt.first_turn().as_dicts(), prompt.id))
 
 
 def _answer_conversations(
@@ -107,9 +145,14 @@ def _answer_conversations(
                 histories[r].append(waiting[r].pop(0))
                 if histories[r][-1]["role"] == "user":
                     break
-        prompts = [render_prompt(tokenizer, histories[r]) for r in open_rows]
+        prompts = [render_prompt(tokenizer, histories[r], batch[r][1].id) for r in open_rows]
         seeds = [(settings.seed, batch[r][0] * 64 + turn) for r in open_rows]
         for r, answer in zip(open_rows, answer_all(prompts, seeds, settings), strict=True):
+            if answer == NO_ROOM:
+                reasons[r] = "length" if turn else TOO_LONG
+                while turn and histories[r][-1]["role"] != "assistant":  # it ends with its last answer
+                    histories[r].pop()
+                continue
             content = tokenizer.decode(answer.tokens, skip_special_tokens=True)
             reasons[r] = answer.finish_reason if content else "empty"
             counts[r] += len(answer.tokens)
@@ -133,11 +176,14 @@ def answer_in_batches(
     seeds: Sequence[tuple[int, int]],
     settings: GenerateSettings,
 ) -> list[Answer]:
-    """Answer prompts (token ids) in order, `batch_size` of them at a time. Raises DataError for one that leaves no room."""
-    answers: list[Answer] = []
-    for start in range(0, len(prompts), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        answers += answer_batch(target, prompts[part], seeds[part], settings)
+    """Answer prompts (token ids) in order, `batch_size` of them at a time; NO_ROOM where a prompt leaves none."""
+    fitting = [i for i, p in enumerate(prompts) if answer_limit(target.info.max_length, len(p), settings)]
+    answers = [NO_ROOM] * len(prompts)
+    for start in range(0, len(fitting), settings.batch_size):
+        part = fitting[start : start + settings.batch_size]
+        made = answer_batch(target, [prompts[i] for i in part], [seeds[i] for i in part], settings)
+        for i, answer in zip(part, made, strict=True):
+            answers[i] = answer
     return answers
 
 
@@ -148,9 +194,10 @@ def answer_batch(
     seeds: Sequence[tuple[int, int]],
     settings: GenerateSettings,
 ) -> list[Answer]:
-    """Answer prompts (token ids) together, padded on the left; finished rows are dropped from the batch as it goes."""
+    """Answer prompts (token ids) that leave room together, padded on the left; finished rows are dropped as it goes."""
     longest = max(map(len, prompts))
-    limit = answer_limit(target.info, longest, settings)
+    limits = torch.tensor([answer_limit(target.info.max_length, len(p), settings) for p in prompts])
+    limit = int(limits.max())
     pad = target.info.stop_token_ids[0] if target.info.stop_token_ids else 0
     device = target.device
     tokens_BT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -162,14 +209,15 @@ def answer_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     cache = target.new_cache()
     for step in range(limit):
-        positions = (mask_BS.cumsum(-1) - 1).clamp_min(0)[:, -tokens_BT.shape[1] :]
+        last = target.info.max_length - 1  # rows that filled the context stay for a while; nothing is read behind it
+        positions = (mask_BS.cumsum(-1) - 1).clamp(0, last)[:, -tokens_BT.shape[1] :]
         output = target.forward(tokens_BT, cache, (), mask_BS, positions)
         probs = processed_probs(target.logits(output.last_hidden_BTH[:, -1]), settings.sampling)
         drawn_B = sample(probs, uniforms[rows, step])
         for row, prompt, token in zip(range(len(rows)), rows.tolist(), drawn_B.tolist(), strict=True):
             if not finished[row]:
                 answers[prompt].append(token)
-        finished |= torch.isin(drawn_B, stops)
+        finished |= torch.isin(drawn_B, stops) | (limits[rows] == step + 1).to(device)
         if finished.all():
             break
         tokens_BT, mask_BS = drawn_B[:, None], torch.cat([mask_BS, torch.ones_like(mask_BS[:, :1])], 1)
@@ -181,19 +229,22 @@ def answer_batch(
     return [Answer(tuple(a), "stop" if a[-1] in stop_ids else "length") for a in answers]
 
 
-def answer_limit(info: TargetInfo, prompt_tokens: int, settings: GenerateSettings) -> int:
-    """The most tokens that an answer may have. Raises DataError when the prompt leaves no room."""
-    room = info.max_length - prompt_tokens
-    if room < 1:
-        raise DataError(f"a prompt has {prompt_tokens} tokens, the target's maximum is {info.max_length}; shorten it")
-    return min(settings.max_new_tokens, room)
+def answer_limit(max_length: int, prompt_tokens: int, settings: GenerateSettings) -> int:
+    """The most tokens that an answer may have where prompt and answer may have `max_length`; 0 when there is no room."""
+    return max(0, min(settings.max_new_tokens, max_length - prompt_tokens))
 
 
-def _check_manifest(out: Path, target: TransformersTarget, settings: GenerateSettings) -> None:
+def _check_manifest(out: Path, target: TransformersTarget, tokenizer: Any, settings: GenerateSettings) -> None:
     manifest = out.with_suffix(".manifest.json")
-    wanted = json.loads(json.dumps({"target": target.info.fingerprint, "settings": asdict(settings)}))
-    if not out.exists() or not out.stat().st_size:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    made_with = {
+        "target": target.info.fingerprint,
+        "template": template_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "stop_token_ids": target.info.stop_token_ids,
+        "settings": asdict(settings),
+    }
+    wanted = json.loads(json.dumps(made_with))
+    if not out.stat().st_size:
         write_text(manifest, json.dumps(wanted, indent=1) + "\n")
         return
     if not manifest.exists():
@@ -202,28 +253,27 @@ def _check_manifest(out: Path, target: TransformersTarget, settings: GenerateSet
         found = dict(json.loads(manifest.read_text("utf-8")))
     except (ValueError, TypeError) as error:
         raise DataError(f"{manifest}: is damaged ({error}); choose another file or remove both") from error
-    if found != wanted:
-        what = "another target" if found.get("target") != wanted["target"] else "other settings"
-        raise DataError(f"{out}: was begun with {what}; choose another file or remove it")
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            what = MADE_WITH[name] if name in found else "another version of draftkit"
+            raise DataError(f"{out}: was begun with {what}; choose another file or remove it")
 
 
 @dataclass(frozen=True)
 class _Answered:
-    """What a record answers: the turns of the user's side, the first ones only where the answer was cut."""
+    """What a record answers: the turns of the user's side, the first ones only where the reason is not "stop"."""
 
     asked: list[dict[str, str]]
-    cut: bool
+    reason: str
 
     def answers(self, prompt: Conversation) -> bool:
         """Whether it is this very prompt."""
         wanted = prompt.prompt().as_dicts()
-        return self.asked == (wanted[: len(self.asked)] if self.cut else wanted)
+        return self.asked == (wanted if self.reason == "stop" else wanted[: len(self.asked)])
 
 
 def _recover(out: Path) -> dict[str, _Answered]:
     """What is answered already, by id; a last line that was torn by a crash is cut off."""
-    if not out.exists():
-        return {}
     raw = out.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
@@ -231,7 +281,10 @@ def _recover(out: Path) -> dict[str, _Answered]:
             file.truncate(len(whole))
     try:
         records = [json.loads(line) for line in whole.splitlines()]
+        twice = [name for name, count in Counter(r["id"] for r in records).items() if count > 1]
+        if twice:
+            raise DataError(f"{out}: holds {len(twice)} answers twice, {twice[0]!r} first; remove the file to start anew")
         asked = [[m for m in r["messages"] if m["role"] != "assistant"] for r in records]
-        return {r["id"]: _Answered(a, r["finish_reason"] != "stop") for r, a in zip(records, asked, strict=True)}
+        return {r["id"]: _Answered(a, r["finish_reason"]) for r, a in zip(records, asked, strict=True)}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out}: a line is not a record of answers ({error}); remove the file to start anew") from error

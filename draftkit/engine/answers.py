@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from draftkit.data.generate import Answer, Answerer, GenerateSettings, answer_in_batches, answer_limit
+from draftkit.data.generate import NO_ROOM, Answer, Answerer, GenerateSettings, answer_in_batches, answer_limit
 from draftkit.decode import Decoded, Round
 from draftkit.engine.engine import Engine
 from draftkit.engine.fast_model import unsupported
@@ -29,20 +29,21 @@ class EngineAnswers:
     """Answers lists of prompts with a target, at most `running` of them at the same time."""
 
     def __init__(self, target: TransformersTarget, running: int) -> None:
-        self._target = target
         self._engine = Engine(target, None, EngineSettings(max_running=running, prefix_reuse=False))
         self._engine.wait_until_compiled()
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[tuple[int, int]], settings: GenerateSettings
     ) -> list[Answer]:
-        """One answer per prompt (token ids), in order. Raises DataError for a prompt that leaves no room."""
-        limits = [answer_limit(self._target.info, len(tokens), settings) for tokens in prompts]
+        """One answer per prompt (token ids), in order; NO_ROOM where a prompt leaves none."""
+        limits = [answer_limit(self._engine.info.max_length, len(tokens), settings) for tokens in prompts]
         requests = [
             (tokens, sampling_params(settings.sampling, limit, combined_seed(*seed)))
             for tokens, limit, seed in zip(prompts, limits, seeds, strict=True)
+            if limit
         ]
-        return [Answer(d.tokens, d.finish_reason) for d in decode_all(self._engine, requests)]
+        made = (Answer(d.tokens, d.finish_reason) for d in decode_all(self._engine, requests))
+        return [next(made) if limit else NO_ROOM for limit in limits]
 
 
 def sampling_params(sampling: Sampling, max_new_tokens: int, seed: int) -> SamplingParams:

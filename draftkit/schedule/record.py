@@ -9,14 +9,13 @@ Shapes: B answers, T tokens, S longest answer with its prompt, G = gamma drafted
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from draftkit.draft.drafter import Drafter
-from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator
 from draftkit.ops.verify import BLOCK_RULE, TOKEN_RULE, verify
 from draftkit.schedule.traces import Origin, TracedPrompt, Traces
@@ -54,11 +53,11 @@ def record_traces(
 ) -> Traces:
     """Traces of all answers of two tokens or more, in the order of `items`; `tick` is called as batches finish.
 
-    Raises DataError when no answer has two tokens, or one is too long for the target.
+    Answers are cut where a proposal behind them would no longer fit the target's context. There may be none to trace.
     """
-    chosen = [(i, item) for i, item in enumerate(items) if len(item.answer) > 1]
-    if not chosen:
-        raise DataError(f"{len(items)} prompts, none with an answer of two tokens or more; nothing was drafted")
+    room = target.info.max_length - drafter.gamma
+    cut = [replace(item, answer=item.answer[: max(0, room - len(item.prompt))]) for item in items]
+    chosen = [(i, item) for i, item in enumerate(cut) if len(item.answer) > 1]
     found: dict[int, _Rows] = {}
     by_start = sorted(chosen, key=lambda pair: (len(pair[1].prompt), pair[0]))
     for first in range(0, len(by_start), BATCH):
@@ -80,8 +79,8 @@ def record_traces(
     return Traces(
         origin,
         tuple(prompts),
-        np.stack([c for r in ordered for c in r.confidence]),
-        np.stack([m for r in ordered for m in r.draft_max]),
+        np.array([c for r in ordered for c in r.confidence], np.float32).reshape(-1, drafter.gamma),
+        np.array([m for r in ordered for m in r.draft_max], np.float32).reshape(-1, drafter.gamma),
         np.array([a for r in ordered for a in r.accepted], np.int64),
         np.array([a for r in ordered for a in r.block_accepted], np.int64),
         np.array([u for r in ordered for u in r.usable], np.int64),
@@ -105,11 +104,6 @@ def _record_batch(
     gamma, layers, stops = drafter.gamma, drafter.config.feature_layers, target.info.stop_token_ids
     texts = [item.prompt + item.answer for _, item in batch]
     longest = max(map(len, texts))
-    if longest + gamma > target.info.max_length:
-        raise DataError(
-            f"an answer with its prompt has {longest} tokens, {gamma} drafted ones come on top; "
-            f"the target's maximum is {target.info.max_length}, lower the limit of new tokens"
-        )
     tokens_BS = torch.tensor([[*t, *[0] * (longest - len(t))] for t in texts], device=target.device)
     anchors = [range(len(item.prompt), len(item.prompt) + len(item.answer) - 1) for _, item in batch]
     uniforms_BSG = torch.stack(
