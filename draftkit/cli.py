@@ -348,9 +348,11 @@ def serve(
 @app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8")
 def bench(
     urls: Annotated[list[str], typer.Option("--url", help="server; give two to compare them")],
-    concurrency: Annotated[list[int] | None, typer.Option(help="users at once; repeatable")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="users at once; repeatable; default: 1, with --rate 256, the most at once")
+    ] = None,
     rate: Annotated[float | None, typer.Option(help="Poisson arrivals per second instead of waiting users")] = None,
-    requests: Annotated[int, typer.Option(help="per level, at least two per user")] = 64,
+    requests: Annotated[int, typer.Option(help="per level; without --rate at least two per user")] = 64,
     warmup: int = 4,
     max_tokens: int = 128,
     temperature: float = 0.0,
@@ -360,7 +362,9 @@ def bench(
     seed: int = 0,
     json_output: JsonOption = False,
 ) -> None:
-    """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length."""
+    """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length.
+
+    Exit code 2 when a request fails; what was measured is printed and written all the same."""
     from typing import Any
 
     from draftkit.serve.bench import print_bench, read_prompts, run_bench
@@ -374,7 +378,8 @@ def bench(
     def show(results: dict[str, Any]) -> None:
         typer.echo(as_json(results)) if json_output else print_bench(results)
 
-    run_bench(urls, concurrency or [1], settings, out, api_key or (), show)
+    # By default nothing but the server holds arrivals up.
+    run_bench(urls, concurrency or [1 if rate is None else 256], settings, out, api_key or (), show)
 
 
 @app.command("compile", epilog="Example: draftkit compile")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,6 +24,7 @@ from test_serve_harness import Server, serving
 
 from draftkit.errors import ServeError
 from draftkit.output import as_json
+from draftkit.serve import load
 from draftkit.serve.bench import percentile, ratios, read_prompts, run_bench, summarise
 from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
 
@@ -84,6 +87,63 @@ def test_chunks_of_several_tokens_count_as_tokens_with_or_without_running_usage(
     assert (told.output_tokens, len(told.gaps), told.prompt_tokens) == (6, 4, 4)
     assert (guessed.output_tokens, len(guessed.gaps), guessed.chunks) == (6, 5, 3)
     assert told.usage_told and guessed.usage_told
+
+
+def clocked(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+    """What the load's clock shows, reading by reading."""
+    left = iter(seconds)
+    monkeypatch.setattr(load, "time", SimpleNamespace(perf_counter=lambda: next(left)))
+
+
+def test_a_usage_with_the_finish_reason_counts_the_chunks_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks of four tokens each and an end that says so: 0.2 s for the tokens behind the first."""
+    clocked(monkeypatch, 0.0, 1.0, 1.1, 1.2, 1.3, 1.3)
+    text, end = {"delta": {"content": "abcd"}}, {"delta": {}, "finish_reason": "length"}
+    usage = {"completion_tokens": 12}
+    lines = [*[{"choices": [text]}] * 3, {"choices": [end], "usage": usage}]
+    answer = ask("".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n")
+    assert (answer.output_tokens, answer.chunks, answer.first) == (12, 3, 1.0)
+    assert answer.gaps == pytest.approx([0.2 / 11] * 11), "not a few gaps of chunks and many of nothing"
+
+
+def test_the_first_chunk_of_several_tokens_leaves_the_later_gaps_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocked(monkeypatch, 0.0, 1.0, 1.1, 1.3, 1.3)
+    lines = [{"choices": [{"delta": {"content": "a"}}], "usage": {"completion_tokens": n}} for n in (3, 4, 5)]
+    answer = ask("".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n")
+    assert answer.gaps == pytest.approx([0.1, 0.2])
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_events_end_where_the_format_says_and_not_inside_a_text(end: str) -> None:
+    line = json.dumps({"choices": [{"delta": {"content": "a\u2028b\u0085c\x0bd"}}]}, ensure_ascii=False)
+    answer = ask(f"data: {line}{end}{end}data: [DONE]{end}{end}")
+    assert (answer.error, answer.output_tokens) == (None, 1)
+
+
+def test_an_error_that_is_null_is_none() -> None:
+    answer = ask('data: {"error": null, "choices": [{"delta": {"content": "a"}}]}\n\ndata: [DONE]\n\n')
+    assert (answer.error, answer.output_tokens) == (None, 1)
+
+
+def test_counters_are_read_with_and_without_a_time_and_other_text_is_no_failure() -> None:
+    lines = [
+        "# TYPE vllm:spec_decode_num_drafts_total counter",
+        'vllm:spec_decode_num_drafts_total{engine="0",model_name="a } b"} 3 1700000000000',
+        'vllm:spec_decode_num_drafts_total{engine="1",model_name="a } b"} 4',
+        'vllm:spec_decode_num_accepted_tokens_per_pos_total{position="0"} 9',
+        "llamacpp:spec_decode_num_draft_tokens_total 12 1700000000000",
+        "this line is nobody's",
+    ]
+
+    async def counters(text: str) -> dict[str, float]:
+        endpoint = Endpoint("http://x", None, SETTINGS)
+        endpoint._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: httpx.Response(200, text=text)))
+        return await endpoint.counters()
+
+    found = {"spec_decode_num_drafts_total": 7.0, "spec_decode_num_draft_tokens_total": 12.0}
+    assert asyncio.run(counters("\n".join(lines))) == found
+    for odd in ('a:spec_decode_num_drafts_total{b="c"} oops', "spec_decode_num_drafts_total", "spec_decode_num_ {", "<html>"):
+        assert asyncio.run(counters(odd)) == {}, odd
 
 
 @pytest.mark.parametrize("usage", [*({"completion_tokens": bad} for bad in (None, "9", True, -1, 0.5, [9])), "9", [9]])
@@ -162,9 +222,11 @@ def test_accepted_length_comes_from_metrics_where_answers_do_not_tell(fast: Serv
 
 
 @contextmanager
-def plain_server(lives: int) -> Iterator[str]:
-    """A server without usage that is found `lives` times, then no more."""
+def plain_server(lives: int, cut_off: Container[int] = (), together: int = 1) -> Iterator[str]:
+    """A server without usage that is found `lives` times, then no more. It ends the answers of the numbers in `cut_off`, from 1
+    on, too early, and answers when `together` requests have come."""
     left = iter(range(lives))
+    numbers, meeting = itertools.count(1), threading.Barrier(together, timeout=10)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -173,7 +235,9 @@ def plain_server(lives: int) -> Iterator[str]:
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.answer(200, b'data: {"choices": [{"delta": {"content": "a b"}}]}\n\n' * 2 + b"data: [DONE]\n\n")
+            meeting.wait()
+            end = b"" if next(numbers) in cut_off else b"data: [DONE]\n\n"
+            self.answer(200, b'data: {"choices": [{"delta": {"content": "a b"}}]}\n\n' * 2 + end)
 
         def answer(self, status: int, body: bytes) -> None:
             self.send_response(status)
@@ -243,10 +307,48 @@ def test_json_has_no_numbers_that_json_lacks() -> None:
     odd = {"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": (float("-inf"), 2, "NaN")}
     assert json.loads(as_json(odd)) == {"a": [None, 1.5], "b": {"c": None}, "d": [None, 2, "NaN"]}
     with plain_server(lives=1) as url:
-        done = bench("--url", url, "--temperature", "nan", "--json")
-    assert done.returncode == 2 and "every request failed" in done.stderr
+        done = bench("--url", url, "--json")
+    assert done.returncode == 0
     settings = json.loads(done.stdout, parse_constant=pytest.fail)["settings"]
-    assert settings["temperature"] is None and "concurrency" not in settings, "which is each run's own"
+    assert settings["rate"] is None and "concurrency" not in settings, "which is each run's own"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--temperature", "nan"), "--temperature is nan;"),
+        (("--temperature", "inf"), "--temperature is inf;"),
+        (("--temperature", "-1"), "--temperature is -1;"),
+        (("--warmup", "-1"), "--warmup is -1;"),
+        (("--max-tokens", "0"), "--max-tokens is 0;"),
+        (("--rate", "0"), "--rate is 0;"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_one_line_before_a_server_is_asked(option: tuple[str, str], message: str) -> None:
+    done = bench("--url", "http://127.0.0.1:9", *option)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_a_request_that_failed_is_told_below_the_table_and_by_the_exit_code(tmp_path: Path) -> None:
+    """The server cuts one answer of three off: the numbers of the others are there, and a script can tell."""
+    with plain_server(lives=1, cut_off={2}) as url:
+        done = bench("--url", url, "--requests", "3", "--out", str(tmp_path))
+    assert done.returncode == 2 and "TTFT" in done.stdout
+    assert done.stderr == (
+        f"error: {url} at concurrency 1: 1 of 3 requests failed; the first one with the stream ended early\n"
+    )
+    [run] = json.loads((tmp_path / "bench.json").read_text("utf-8"))["runs"]
+    assert run["servers"][0]["failed"] == 1 and run["servers"][0]["output_tokens"] == 4
+
+
+def test_with_a_rate_the_server_alone_limits_what_is_in_flight() -> None:
+    """Five arrivals within milliseconds, to a server that answers when all five have come; no sixth is made of them."""
+    with plain_server(lives=1, together=5) as url:
+        done = bench("--url", url, "--rate", "1000", "--requests", "5", "--json")
+    assert done.returncode == 0, done.stderr
+    [run] = json.loads(done.stdout)["runs"]
+    assert (run["concurrency"], run["servers"][0]["requests"], run["servers"][0]["failed"]) == (256, 5, 0)
 
 
 def test_who_counted_the_tokens_is_told() -> None:
@@ -277,5 +379,11 @@ def test_mistakes_are_one_line(fast: Server, tmp_path: Path) -> None:
         with pytest.raises(ServeError, match="needs JSONL rows") as error:
             read_prompts(tmp_path / "bad.jsonl")
         assert len(str(error.value)) < 300
-    (tmp_path / "good.jsonl").write_text('{"turns": ["a", "b"]}\n\n{"messages": [{"role": "user", "content": "c"}]}\n')
-    assert read_prompts(tmp_path / "good.jsonl") == ("a", "c")
+    parts = '{"messages": [{"role": "user", "content": [1]}]}'
+    for row in ("5", '{"prompt": 5}', '{"turns": [["a"]]}', '{"messages": "ab"}', parts):
+        (tmp_path / "bad.jsonl").write_text(f'{{"prompt": "good"}}\n\n{row}\n')
+        with pytest.raises(ServeError, match=r"bad.jsonl, line 3: needs JSONL rows"):
+            read_prompts(tmp_path / "bad.jsonl")
+    rows = '{"turns": ["a\u2028b\u0085c", "b"]}\r\n\r\n{"messages": [{"role": "user", "content": "c"}]}\n'
+    (tmp_path / "good.jsonl").write_bytes(rows.encode())
+    assert read_prompts(tmp_path / "good.jsonl") == ("a\u2028b\u0085c", "c")

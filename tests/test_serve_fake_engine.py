@@ -136,7 +136,8 @@ class FakeEngine:
         )
         took = sum(e.origin == "accepted" for e in events)
         per = tuple(n + (i < took) for i, n in enumerate(old.accepted_per_position))
-        running.stats = replace(old, output_tokens=len(running.made))
+        seconds = 0.0 if first else old.decode_seconds + self.step_seconds
+        running.stats = replace(old, output_tokens=len(running.made), decode_seconds=seconds)
         if drafting:
             running.stats = replace(
                 running.stats,
@@ -168,7 +169,7 @@ class FakeEngine:
 TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3
 
 
-def fake_served(step_seconds: float = 0.0, text: str = TEXT, max_running: int = 64) -> Any:
+def fake_served(step_seconds: float = 0.0, text: str = TEXT, max_running: int = 64, name: str = "fake") -> Any:
     """A `Served` over the embedded target's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -178,7 +179,7 @@ def fake_served(step_seconds: float = 0.0, text: str = TEXT, max_running: int = 
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
     engine = FakeEngine(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds)
     engine.info = replace(engine.info, vocab_size=len(tokenizer), max_running=max_running)
-    return Served(engine, tokenizer, TokenTexts(tokenizer), "fake")
+    return Served(engine, tokenizer, TokenTexts(tokenizer), name)
 
 
 def main() -> None:
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--step-seconds", type=float, default=0.0)
     parser.add_argument("--text", default=TEXT)
+    parser.add_argument("--name", default="fake")
     parser.add_argument("--api-key", action="append", default=[])
     parser.add_argument("--max-running", type=int, default=64)
     parser.add_argument("--max-waiting", type=int, default=512)
@@ -204,7 +206,7 @@ def main() -> None:
         drain_seconds=given.drain_seconds,
     )
     try:
-        run_server(lambda: fake_served(given.step_seconds, given.text, given.max_running), settings)
+        run_server(lambda: fake_served(given.step_seconds, given.text, given.max_running, given.name), settings)
     except ServeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -17,6 +17,7 @@ from draftkit import __version__
 from draftkit.errors import ServeError, reason
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
+from draftkit.serve.problem import shorten
 
 PERCENTILES = (50, 90, 99)
 
@@ -127,7 +128,8 @@ async def bench_async(
     """
     keys = [*api_keys, *[None] * len(urls)]
     for level in levels:
-        here = replace(settings, concurrency=level, requests=max(settings.requests, 2 * level))
+        least = 2 * level if settings.rate is None else 1  # users need work; arrivals are as many as were asked for
+        here = replace(settings, concurrency=level, requests=max(settings.requests, least))
         run: dict[str, Any] = {"concurrency": level, "rate": settings.rate, "servers": []}
         for url, key in zip(urls, keys, strict=False):
             run["servers"].append(await measure(url, key, here))
@@ -147,8 +149,8 @@ def run_bench(
     show: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """Measure; write `bench.json` and `bench.png` into `out` after each measurement, and `show` what there is at the end,
-    however it ends. Raises ServeError when a server does not answer or fails every request, ConfigError when `out` cannot be
-    a folder.
+    however it ends. Raises ServeError when a server does not answer or a measured request fails, ConfigError when `out`
+    cannot be a folder.
     """
     if not 1 <= len(urls) <= 2:
         raise ServeError(f"{len(urls)} servers are given; bench takes one, or two to compare")
@@ -162,11 +164,20 @@ def run_bench(
     finally:
         if results["runs"]:
             show(results)
-    for run in results["runs"]:
-        for server in run["servers"]:
-            if server["failed"] == server["requests"]:
-                raise ServeError(f"{server['url']}: every request failed; the first one with {server['first_error']}")
+    _check_answered(results)
     return results
+
+
+def _check_answered(results: dict[str, Any]) -> None:
+    """Raises ServeError when a measured request failed: numbers of the others alone must not pass for the server's."""
+    bad = [(run["concurrency"], s) for run in results["runs"] for s in run["servers"] if s["failed"]]
+    if bad:
+        users, server = bad[0]
+        failed, asked = server["failed"], server["requests"]
+        count = "every request" if failed == asked else f"{failed} of {asked} requests"
+        more = f" (and requests of {len(bad) - 1} more measurements)" if len(bad) > 1 else ""
+        error = shorten(str(server["first_error"]), 500)
+        raise ServeError(f"{server['url']} at concurrency {users}: {count} failed{more}; the first one with {error}")
 
 
 def _no_results(settings: LoadSettings) -> dict[str, Any]:
@@ -193,18 +204,26 @@ def _save(results: dict[str, Any], out: Path | None) -> None:
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The first user message of every conversation in a JSONL file. Raises ServeError."""
-    found = []
     try:
-        for line in path.read_text("utf-8").splitlines():
-            if line.strip():
-                row = json.loads(line)
-                if "messages" in row:
-                    found.append(next(m["content"] for m in row["messages"] if m["role"] == "user"))
-                else:
-                    found.append(row["turns"][0] if "turns" in row else row["prompt"])
-    except (OSError, ValueError, LookupError, TypeError, StopIteration, RecursionError) as error:
+        lines = path.read_text("utf-8").split("\n")  # splitlines() would end lines inside texts, too
+    except (OSError, ValueError) as error:
         raise ServeError(f"{path}: needs JSONL rows with messages, turns or prompt: {reason(error)}") from error
-    return tuple(found)
+    return tuple(_first_question(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _first_question(line: str, place: str) -> str:
+    """What the user says first in a row. Raises ServeError where that is no text."""
+    try:
+        row = json.loads(line)
+        if "messages" in row:
+            text = next((m["content"] for m in row["messages"] if m["role"] == "user"), None)
+        else:
+            text = row["turns"][0] if "turns" in row else row["prompt"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ServeError(f"{place}: needs JSONL rows with messages, turns or prompt: {reason(error)}") from error
+    if not isinstance(text, str):
+        raise ServeError(f"{place}: needs JSONL rows with messages, turns or prompt: the user's first message is no text")
+    return text
 
 
 def print_bench(results: dict[str, Any]) -> None:
@@ -212,7 +231,9 @@ def print_bench(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{results['settings']['max_tokens']} new tokens per request; latencies in ms")
+    rate = results["settings"]["rate"]
+    arrivals = "" if rate is None else f"; {rate:g} arrivals per second"
+    table = Table(title=f"{results['settings']['max_tokens']} new tokens per request{arrivals}; latencies in ms")
     for column in ("users", "server", "tok/s", "tok/s/user", "TTFT p50", "p99", "per token", "e2e p50", "accepted", "failed"):
         table.add_column(column, justify="left" if column == "server" else "right")
 

@@ -10,12 +10,14 @@ import asyncio
 import json
 import math
 import random
+import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from draftkit.errors import ServeError
 
@@ -24,6 +26,7 @@ from draftkit.errors import ServeError
 class LoadSettings:
     """What is sent, and how. `rate` None: closed loop, each of `concurrency` users sends its next request when its last
     is answered; else arrivals are a Poisson process of `rate` requests per second, `concurrency` at most in flight.
+    Raises ServeError on values that cannot work; it names them as the options of `draftkit bench`.
     """
 
     prompts: tuple[str, ...]
@@ -41,11 +44,13 @@ class LoadSettings:
     def __post_init__(self) -> None:
         if not self.prompts:
             raise ServeError("there are no prompts to send; give a file with at least one conversation")
-        for name in ("requests", "concurrency", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-        if self.rate is not None and not (self.rate > 0 and math.isfinite(self.rate)):
-            raise ServeError(f"rate is {self.rate}; it must be a number of requests per second above 0")
+        for name, least in (("requests", 1), ("concurrency", 1), ("max_tokens", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ServeError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ServeError(f"--rate is {self.rate:g}; it must be a number of requests per second above 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ServeError(f"--temperature is {self.temperature:g}; it must be a number, 0 or more")
 
 
 @dataclass
@@ -53,6 +58,7 @@ class Record:
     """One request. `gaps` holds one value per token after the first: a chunk's gap is shared by its tokens.
 
     `ended`: the server said that the answer is complete. `usage_told`: `output_tokens` is the server's count, not chunks.
+    `guessed`: a chunk came without a usage and counted as one token, until a later usage counts it rightly.
     """
 
     sent: float
@@ -64,6 +70,7 @@ class Record:
     chunks: int = 0
     ended: bool = False
     usage_told: bool = False
+    guessed: bool = False
     speculation: dict[str, Any] | None = None
     error: str | None = None
 
@@ -103,18 +110,12 @@ class Endpoint:
             raise ServeError(f"{self.url}: /v1/models does not answer: {error}; is the server up, the key right?") from error
 
     async def counters(self) -> dict[str, float]:
-        """Counters of speculation from /metrics (draftkit, vLLM, llama-server names); empty where there are none."""
+        """Counters of speculation from /metrics (draftkit, vLLM, llama-server names); empty where there are none that can
+        be read."""
         try:
-            text = (await self._http.get(self.url + "/metrics")).text
-        except httpx.HTTPError:
+            return _speculation_counters((await self._http.get(self.url + "/metrics")).text)
+        except (httpx.HTTPError, ValueError, LookupError):  # the last two: no Prometheus text
             return {}
-        found: dict[str, float] = {}
-        for line in text.splitlines():
-            name, _, rest = line.partition("{") if "{" in line else line.partition(" ")
-            short = name.split(":")[-1]
-            if short.startswith("spec_decode_num_") and short.endswith("_total") and "per_pos" not in short:
-                found[short] = found.get(short, 0.0) + float(rest.rsplit(maxsplit=1)[-1])
-        return found
 
     async def close(self) -> None:
         """Close all connections."""
@@ -141,7 +142,7 @@ class Endpoint:
                     record.error = f"{response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
                     return record
                 last = record.sent
-                async for line in response.aiter_lines():
+                async for line in _lines(response):
                     data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                     if data.startswith("{"):
                         last = self._take(record, json.loads(data), last)
@@ -160,7 +161,7 @@ class Endpoint:
     def _take(record: Record, chunk: dict[str, Any], last: float) -> float:
         """Fold one chunk into the record; returns the time of the last chunk that brought tokens."""
         now = time.perf_counter()
-        if "error" in chunk:
+        if chunk.get("error"):  # some servers send null in every chunk
             record.error = str(chunk["error"])
             return now
         record.prompt_tokens = _count(chunk.get("usage"), "prompt_tokens") or record.prompt_tokens
@@ -175,15 +176,17 @@ class Endpoint:
         total = before + (1 if text else 0) if told is None else told
         if text or told is not None:
             record.usage_told = told is not None  # the last one decides: a usage counts all tokens before it too
-        if not choices or total <= before:
-            record.output_tokens = max(before, total)
+        record.guessed = record.guessed or (bool(text) and told is None)
+        record.output_tokens = max(before, total)
+        # A usage behind chunks without one counts their tokens too: how many came with this chunk, nobody has told.
+        came = int(bool(text)) if record.guessed else total - before
+        if not choices or came <= 0:
             return last
-        record.output_tokens = total
         record.chunks += 1
         if record.first is None:
             record.first = now
         else:
-            record.gaps += [(now - last) / (total - before)] * (total - before)
+            record.gaps += [(now - last) / came] * came
         return now
 
 
@@ -195,9 +198,33 @@ def _count(usage: Any, name: str) -> int | None:
     return int(value) if value >= 0 and value % 1 == 0 else None
 
 
+def _speculation_counters(text: str) -> dict[str, float]:
+    """Totals of speculation in Prometheus text, summed over labels. Raises ValueError or LookupError for other text."""
+    ours = "\n".join(line for line in text.split("\n") if "spec_decode_num_" in line and not line.startswith("#"))
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(ours):
+        for sample in family.samples:
+            short = sample.name.split(":")[-1]
+            if short.startswith("spec_decode_num_") and short.endswith("_total") and "per_pos" not in short:
+                found[short] = found.get(short, 0.0) + sample.value
+    return found
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of server-sent events, which end in CR, LF or both. httpx's own lines end at U+2028, U+0085 and others too,
+    which may stand inside an event. Between CR and LF there is an empty line, which says nothing here.
+    """
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *whole, rest = re.split(rb"[\r\n]", rest + piece)
+        for line in whole:
+            yield line.decode(errors="replace")
+    yield rest.decode(errors="replace")
+
+
 def _share_gaps(record: Record) -> None:
     """Where only the end of a stream told how many tokens its chunks held, all tokens get the mean gap."""
-    if record.chunks and record.chunks == len(record.gaps) + 1 < record.output_tokens:
+    if record.guessed and record.chunks == len(record.gaps) + 1 < record.output_tokens:
         count = record.output_tokens - 1
         record.gaps = [sum(record.gaps) / count] * count
 

@@ -3,13 +3,15 @@
 
 const at = (id) => document.getElementById(id);
 const messages = [];
-const speeds = { on: null, off: null };
+const speeds = new Map(); // a question and its settings -> tokens per second, with drafts and without
 const history = [];
 let running = null; // AbortController of the answer that is being made
 
+// A header is bytes, and the server reads keys as UTF-8: so every key can be sent.
+const bytes = (text) => String.fromCharCode(...new TextEncoder().encode(text));
 const headers = () => ({
   "Content-Type": "application/json",
-  ...(at("key").value ? { Authorization: "Bearer " + at("key").value } : {}),
+  ...(at("key").value ? { Authorization: "Bearer " + bytes(at("key").value) } : {}),
 });
 
 function turn(role) {
@@ -20,10 +22,11 @@ function turn(role) {
 }
 
 function put(box, text, kind) {
-  const span = document.createElement("span");
-  if (kind) span.className = kind;
-  span.textContent = text;
-  box.append(span);
+  const rejected = kind === "rejected", piece = document.createElement(rejected ? "del" : "span");
+  if (kind) piece.className = kind;
+  if (rejected) piece.setAttribute("aria-hidden", "true"); // not part of the answer
+  piece.textContent = text;
+  box.append(piece);
 }
 
 async function* events(response) {
@@ -38,20 +41,18 @@ async function* events(response) {
   }
 }
 
-function showStats(metrics, speed, drafting) {
-  const stats = metrics.speculative_decoding;
-  if (!stats) return;
-  const length = stats.mean_acceptance_length;
+function showStats(metrics, speed, drafting, measured) {
+  const length = metrics.speculative_decoding?.mean_acceptance_length;
   at("accepted-len").textContent = drafting && length ? length.toFixed(2) : "–";
-  if (!speed) return;
-  speeds[drafting ? "on" : "off"] = speed;
-  at("speed-on").textContent = speeds.on ? speeds.on.toFixed(0) : "–";
-  at("speed-off").textContent = speeds.off ? speeds.off.toFixed(0) : "–";
-  at("ratio").textContent = speeds.on && speeds.off ? (speeds.on / speeds.off).toFixed(2) + " ×" : "–";
+  if (speed) measured[drafting ? "on" : "off"] = speed;
+  at("speed-on").textContent = measured.on?.toFixed(0) ?? "–";
+  at("speed-off").textContent = measured.off?.toFixed(0) ?? "–";
+  at("ratio").textContent = measured.on && measured.off ? (measured.on / measured.off).toFixed(2) + " ×" : "–";
 }
 
 function idle() {
   running = null;
+  at("talk").setAttribute("aria-busy", "false");
   at("send").textContent = "send";
 }
 
@@ -63,15 +64,18 @@ async function ask(text) {
   const own = new AbortController();
   running = own;
   at("send").textContent = "stop";
-  let answer = "", count = 0, first = 0, later = 0, speed = 0, keep = true;
+  at("talk").setAttribute("aria-busy", "true"); // an answer is read out when it is complete, not token by token
+  const settings = { draft: drafting, temperature: Number(at("temperature").value), max_tokens: Number(at("max-tokens").value) };
+  const asked = JSON.stringify([text, settings.temperature, settings.max_tokens]);
+  if (!speeds.has(asked)) speeds.set(asked, {});
+  let answer = "", count = 0, first = 0, speed = 0, keep = true;
   try {
     const response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: headers(),
       signal: own.signal,
       body: JSON.stringify({
-        messages: [...messages, question], stream: true, return_token_origins: true, return_spec_stats: true, draft: drafting,
-        temperature: Number(at("temperature").value), max_tokens: Number(at("max-tokens").value),
+        messages: [...messages, question], stream: true, return_token_origins: true, return_spec_stats: true, ...settings,
       }),
     });
     if (!response.ok) throw new Error((await response.json()).error.message);
@@ -89,12 +93,11 @@ async function ask(text) {
         });
         for (const draft of drafts) put(box, draft, "rejected");
         count += made.length;
-        // The clock starts when the first tokens are there, so it does not count them.
-        if (first) later += made.length;
-        else first = performance.now();
-        const seconds = (performance.now() - first) / 1000;
-        speed = later && seconds > 0 ? later / seconds : 0;
-        showStats(chunk.metrics, speed, drafting);
+        first ||= made.length;
+        // The server's clock starts when the first tokens are there, so it does not count them.
+        const seconds = chunk.metrics.decode_seconds;
+        speed = count > first && seconds > 0 ? (count - first) / seconds : 0;
+        showStats(chunk.metrics, speed, drafting, speeds.get(asked));
         if (stick) at("talk").scrollTop = at("talk").scrollHeight;
       }
     }
@@ -107,7 +110,7 @@ async function ask(text) {
   } catch (error) {
     const stopped = error.name === "AbortError";
     keep = stopped && answer !== "";
-    put(box, stopped ? " (stopped)" : "error: " + error.message, "error");
+    put(box, stopped ? " (stopped)" : "error: " + error.message, stopped ? "error stopped" : "error");
   }
   if (running !== own) return; // a new conversation has begun, and this turn is not part of it
   // A failed turn is shown but not sent again: it has no answer to go on from. A stopped one has what came.
@@ -118,30 +121,39 @@ async function ask(text) {
 function read(text) {
   const values = {};
   for (const line of text.split("\n")) {
-    const match = /^draftkit:(\w+)\{[^}]*\} (\S+)$/.exec(line);
-    if (match) values[match[1]] = Number(match[2]);
+    // A label's text may hold braces.
+    const match = /^draftkit:(\w+)\{((?:[^"}]|"(?:[^"\\]|\\.)*")*)\} (\S+)$/.exec(line);
+    if (!match) continue;
+    values[match[1]] = Number(match[3]);
+    values.model = /model_name=("(?:[^"\\]|\\.)*")/.exec(match[2])?.[1];
   }
   return values;
 }
 
-let last = null;
+const percent = (part, whole) => (whole > 0 ? (100 * part / whole).toFixed(0) + " %" : "–");
+
+let last = null, served; // the last numbers; whose they were, null where nobody answered
 async function watch() {
   try {
     const now = read(await (await fetch("/metrics")).text());
+    if (served !== undefined && now.model && served !== now.model) begin(); // another server has taken its place
+    served = now.model ?? null;
     const drafted = now.spec_decode_num_draft_tokens_total, verified = now.spec_decode_num_verified_tokens_total;
     const wasted = now.spec_decode_num_wasted_tokens_total, rounds = now.spec_decode_num_drafts_total;
     at("running").textContent = now.num_requests_running ?? "–";
     if (last && rounds > last.rounds) {
-      const share = (verified - last.verified) / Math.max(1, drafted - last.drafted);
-      at("budget").textContent = (100 * share).toFixed(0) + " %";
-      at("wasted").textContent = (100 * (wasted - last.wasted) / Math.max(1, verified - last.verified)).toFixed(0) + " %";
+      at("budget").textContent = percent(verified - last.verified, drafted - last.drafted);
+      at("wasted").textContent = percent(wasted - last.wasted, verified - last.verified);
     }
     const passed = last ? rounds - last.rounds : 0;
     history.push(passed > 0 ? [(drafted - last.drafted) / passed, (verified - last.verified) / passed] : [0, 0]);
     if (history.length > 120) history.shift();
     last = { drafted, verified, wasted, rounds };
     draw();
-  } catch { at("running").textContent = "–"; }
+  } catch {
+    served = null;
+    at("running").textContent = "–";
+  }
 }
 
 function draw() {
@@ -156,6 +168,9 @@ function draw() {
     pen.fillStyle = style.getPropertyValue("--target");
     if (drafted) pen.fillRect(i * 2, y(drafted), 2, 2);
   });
+  const [drafted, verified] = history.at(-1);
+  const told = `per round in the last second: ${drafted.toFixed(1)} tokens drafted, ${verified.toFixed(1)} of them verified`;
+  canvas.setAttribute("aria-label", told);
 }
 
 at("form").addEventListener("submit", (event) => {
@@ -176,17 +191,22 @@ at("clear").addEventListener("click", () => {
   messages.length = 0;
   at("talk").replaceChildren();
 });
-at("show-rejected").addEventListener("change", (event) =>
-  document.body.classList.toggle("hide-rejected", !event.target.checked));
 
+let timer = 0, tries = 0;
 async function begin() {
+  clearTimeout(timer);
+  const own = ++tries;
+  let told = "connecting…", final = false;
   try {
     const response = await fetch("/v1/models", { headers: headers() });
     const body = await response.json();
-    at("model").textContent = response.ok ? `${body.data[0].id} · ${body.data[0].gamma} drafts per round` :
-      response.status === 401 ? "needs an API key" : "loading…";
-    if (!response.ok) setTimeout(begin, 1000);
-  } catch { setTimeout(begin, 1000); }
+    final = response.ok || response.status === 401; // after a 401 only another key helps
+    told = response.ok ? `${body.data[0].id} · ${body.data[0].gamma} drafts per round` :
+      response.status !== 401 ? "loading…" : at("key").value ? "wrong API key" : "needs an API key";
+  } catch { /* nobody answers yet */ }
+  if (own !== tries) return; // a later try knows better
+  at("model").textContent = told;
+  if (!final) timer = setTimeout(begin, 1000);
 }
 at("key").addEventListener("change", begin);
 setInterval(watch, 1000);
