@@ -7,6 +7,7 @@ import gzip
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -296,3 +297,20 @@ def test_a_body_that_is_packed_is_refused_by_name(server: Server) -> None:
 
 def test_the_list_of_models_may_end_with_a_slash(server: Server) -> None:
     assert server.http.get("/v1/models/").json() == server.http.get("/v1/models").json()
+
+
+def test_head_answers_as_get_without_a_body(server: Server) -> None:
+    for path in ("/", "/chat.css", "/health", "/ready", "/metrics", "/version", "/v1/models", "/nothing"):
+        get, head = server.http.get(path), server.http.head(path)
+        assert (head.status_code, head.headers["content-type"]) == (get.status_code, get.headers["content-type"])
+        assert head.content == b""
+        assert path == "/metrics" or head.headers["content-length"] == get.headers["content-length"] != "0"
+    assert server.http.head("/v1/completions").status_code == 405
+
+
+def test_every_metric_is_described(server: Server) -> None:
+    server.http.post("/v1/chat/completions", json=CHAT)
+    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text("utf-8").split("## Metrics")[1].split("## The page")[0]
+    families = [f.name.removeprefix("draftkit:") for f in text_string_to_metric_families(server.http.get("/metrics").text)]
+    assert [name for name in families if f"`{name}`" not in text and not name.endswith("_created")] == []
+    assert len(families) > 30

@@ -35,12 +35,18 @@ SERVED = fake_served()
         ({"drain_seconds": -1.0}, "--drain-seconds is -1;"),
         ({"drain_seconds": float("nan")}, "--drain-seconds is nan;"),
         ({"max_running": 0}, "--max-running is 0;"),
+        ({"max_running": 100_000_000}, "--max-running is 100000000; it may be 65536 at most"),
+        ({"name": ""}, "--name is empty;"),
+        ({"name": " "}, "--name is empty;"),
         ({"max_length": 1}, "--max-length is 1;"),
         ({"generation_config": "some"}, "--generation-config is 'some';"),
     ],
     ids=str,
 )
-def test_an_option_that_cannot_work_is_named_as_it_was_given(options: dict[str, Any], message: str) -> None:
+def test_an_option_that_cannot_work_is_named_as_it_was_given(
+    options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("draftkit.serve.server.run_server", lambda *_: pytest.fail("it serves"))
     with pytest.raises(ServeError) as caught:
         cli.serve(**options)
     assert str(caught.value).startswith(message) and caught.value.exit_code == 2
@@ -58,6 +64,8 @@ def test_what_only_the_loaded_target_can_tell_is_named_by_option_too() -> None:
         load_served("tiny", "none", None, small)
     with pytest.raises(ServeError, match=r"^--max-length is 999999; tiny allows 2048 at most$"):
         load_served("tiny", "none", None, replace(small, max_length=999_999))
+    with pytest.raises(ServeError, match=r"^memory does not hold this server: .*; give a --max-running below 1000000000000,"):
+        load_served("tiny", "none", None, EngineSettings(max_running=10**12, max_length=64, kv_bytes=2**22, compile=False))
 
 
 @pytest.mark.parametrize("host", ["300.1.1.1", "192.0.2.1", ".."])

@@ -111,7 +111,15 @@ def test_usage_counts_each_prompt_once() -> None:
     choices = [Choice(SERVED.texts, seam.SamplingParams(), 3) for _ in range(2)]
     for choice in choices:
         choice.add(output([5, 6], "length"))
-    assert usage(choices, 3)["total_tokens"] == 3 + 4
+    assert usage(choices, 3, 2)["total_tokens"] == 3 + 4
+
+
+def test_cached_tokens_are_summed_over_prompts_as_their_first_answers_found_them() -> None:
+    """Two prompts of ten tokens, two answers each: the second answer finds what the first has read."""
+    choices = [Choice(SERVED.texts, seam.SamplingParams(), 10) for _ in range(4)]
+    for choice, cached in zip(choices, (4, 9, 6, 9), strict=True):
+        choice.stats = seam.RequestStats(prompt_tokens=10, cached_tokens=cached)
+    assert usage(choices, 20, 2)["prompt_tokens_details"] == {"cached_tokens": 4 + 6}
 
 
 def test_logprobs_of_completions_line_up_with_the_text() -> None:

@@ -19,7 +19,7 @@ from draftkit.schedule.calibration import Calibration, load_calibration, save_ca
 from draftkit.schedule.step_rate_table import Measured, StepRateTable, load_step_rate, save_step_rate
 from draftkit.serve import pair
 from draftkit.serve.llm import LLM
-from draftkit.serve.pair import PlanFiles, open_pair
+from draftkit.serve.pair import PlanFiles, find_drafter, open_pair
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
 
@@ -63,6 +63,12 @@ def test_the_embedded_pair_takes_the_calibration_of_its_own_drafter_and_no_other
     engine, _ = open_pair("tiny", None, SMALL)
     assert engine.calibration is None
     assert "calibration of another drafter" in caplog.messages[-2]
+
+
+def test_the_embedded_targets_own_drafter_does_not_depend_on_the_working_directory() -> None:
+    assert find_drafter("tiny", None) == DRAFTER and DRAFTER.is_dir()
+    assert (find_drafter("tiny", "none"), find_drafter("another", None)) == (None, None)
+    assert find_drafter("tiny", "own") == find_drafter("another", "own") == Path("own")
 
 
 def test_both_files_reach_the_planner_of_an_llm(tmp_path: Path) -> None:

@@ -198,6 +198,7 @@ def test_who_is_not_ready_when_the_time_is_over_is_told(signals: int) -> None:
         *_, last, done = [line for line in answers[True].text.splitlines() if line]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503 and done == "data: [DONE]"
         server.logged("ending with 2 unfinished")
+        assert len([line for line in server.log if "200" in line and "cut off with 503" in line]) == 1
         assert not [line for line in server.log if "Traceback" in line or "before the model" in line]
 
 

@@ -64,7 +64,7 @@ class Call:
         """`usage` so far, for each chunk of a stream that asks for it; as in vLLM, `include_usage` must be asked for too."""
         options = self.body.stream_options
         asked = options is not None and options.include_usage and options.continuous_usage_stats
-        return {"usage": usage(self.choices, self.prompt_tokens)} if asked else {}
+        return {"usage": usage(self.choices, self.prompt_tokens, self.body.n)} if asked else {}
 
     @property
     def echoes_scores(self) -> bool:
@@ -168,7 +168,7 @@ async def _answer(
     call = Call(request.state.request_id, int(time.time()), served, body, reply, prompts, choices)
     ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, work, whole=not body.stream))
     if body.stream:
-        return EventStream(_stream(call, worker, ticket), on_close=lambda: worker.cancel(ticket))
+        return EventStream(_stream(call, worker, ticket, request), on_close=lambda: worker.cancel(ticket))
     try:
         whole = await unless_client_leaves(request.receive, _collect(call, worker, ticket))
     finally:
@@ -210,14 +210,14 @@ async def _collect(call: Call, worker: Worker, ticket: Ticket) -> dict[str, Any]
             answer["prompt_token_ids"] = prompt
         answers.append(answer | call.prompt_logprobs(CompletionReply, index))
     whole = call.envelope(call.reply.whole_object, answers, first=True) | call.prompt_logprobs(ChatReply)
-    whole["usage"] = usage(call.choices, call.prompt_tokens)
+    whole["usage"] = usage(call.choices, call.prompt_tokens, call.body.n)
     if call.body.return_spec_stats:
         whole["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
     return whole
 
 
-async def _stream(call: Call, worker: Worker, ticket: Ticket) -> AsyncGenerator[bytes, None]:
-    """Server-sent events of a response."""
+async def _stream(call: Call, worker: Worker, ticket: Ticket, request: Request) -> AsyncGenerator[bytes, None]:
+    """Server-sent events of a response. An error in the middle is an event, and a word in the log: the status is sent."""
     try:
         unopened = set(range(len(call.choices)))
         if not call.echoes_scores:
@@ -231,12 +231,13 @@ async def _stream(call: Call, worker: Worker, ticket: Ticket) -> AsyncGenerator[
         if wants_usage or call.body.return_spec_stats:
             last = call.envelope(call.reply.chunk_object, [])
             if wants_usage:
-                last["usage"] = usage(call.choices, call.prompt_tokens)
+                last["usage"] = usage(call.choices, call.prompt_tokens, call.body.n)
             if call.body.return_spec_stats:
                 last["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
             yield event(last)
         yield b"data: [DONE]\n\n"
     except ApiError as error:
+        request.state.problem = f"cut off with {error.status}, {error}"
         yield event(error.body()) + b"data: [DONE]\n\n"
 
 

@@ -25,7 +25,7 @@ _QUIET = ("/health", "/ready", "/metrics")
 
 class Envelope:
     """ASGI middleware: gives the request an id (the client's X-Request-Id when it is a plain word), guards /v1 with the
-    API keys, and logs one line when the response is complete, with what was wrong (`state["problem"]`).
+    API keys, answers HEAD as GET, and logs one line when the response is complete, with what was wrong (`state["problem"]`).
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
@@ -54,7 +54,8 @@ class Envelope:
         end = ""
         try:
             if self._may_enter(scope["path"], headers.get("authorization", "")):
-                await self._app(scope, receive, tag)
+                # Uvicorn, which keeps the scope with HEAD in it, leaves the body out.
+                await self._app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, tag)
             else:
                 await _send_json(tag, 401, error_body(401, "Unauthorized: give the server's API key as a bearer token"))
         except ClientLeft:

@@ -21,7 +21,7 @@ from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
 
 log = logging.getLogger("draftkit.serve")
 EMBEDDED_NAME = "tiny"
-_OWN_DRAFTERS = (EMBEDDED / "drafter", Path("runs/quickstart/drafter/best"))
+_OWN_DRAFTER = EMBEDDED / "drafter"
 _OWN_CALIBRATION = EMBEDDED_PAIR / "calibration.json"
 
 
@@ -65,15 +65,10 @@ def open_pair(
 
 def find_drafter(target: str, drafter: str | None) -> Path | None:
     """The folder of the drafter: the one that was named, none for "none", and for the embedded target, where no word was
-    said, the one that came with it or that the quickstart made."""
+    said, the one that came with it."""
     if drafter is not None:
         return None if drafter == "none" else Path(drafter)
-    if target != EMBEDDED_NAME:
-        return None
-    found = next((f for f in _OWN_DRAFTERS if (f / "config.json").exists()), None)
-    if found is None:
-        log.info("there is no drafter for the embedded target yet; make one with: draftkit quickstart --out runs/quickstart")
-    return found
+    return _OWN_DRAFTER if target == EMBEDDED_NAME else None
 
 
 def _read_calibration(path: Path | None, drafter: Drafter, own: str) -> Calibration | None:

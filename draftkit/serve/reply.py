@@ -5,7 +5,7 @@ Plain dicts: a chunk is built per round of every request, and nothing here needs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -180,19 +180,17 @@ def origins(texts: TokenTexts, delta: Delta) -> dict[str, Any]:
     }
 
 
-def usage(choices: Iterable[Choice], prompt_tokens: int) -> dict[str, Any]:
-    """OpenAI's `usage` over all answers of a request; `prompt_tokens` counts each prompt once."""
-    made = 0
-    cached = 0
-    for choice in choices:
-        made += len(choice.events)
-        if choice.stats is not None:
-            cached = max(cached, choice.stats.cached_tokens)
+def usage(choices: Sequence[Choice], prompt_tokens: int, n: int) -> dict[str, Any]:
+    """OpenAI's `usage` over all answers of a request, `n` for each prompt. Each prompt counts once, and so does what was
+    known of it: by its first answer, since the others find what that one has read."""
+    made = sum(len(choice.events) for choice in choices)
+    firsts = [(choice.stats.cached_tokens, choice.prompt_tokens) for choice in choices[::n] if choice.stats is not None]
+    cached = sum(min(found, length) for found, length in firsts)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": made,
         "total_tokens": prompt_tokens + made,
-        "prompt_tokens_details": {"cached_tokens": min(cached, prompt_tokens)},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 

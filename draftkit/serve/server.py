@@ -49,8 +49,12 @@ def load_served(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with option_names():
-        engine, tokenizer = open_pair(target, drafter, settings, PlanFiles(step_rate, calibration))
+    try:
+        with option_names():
+            engine, tokenizer = open_pair(target, drafter, settings, PlanFiles(step_rate, calibration))
+    except MemoryError as error:
+        told = f"{error}; give a --max-running below {settings.max_running}, or a smaller --max-length or target"
+        raise ServeError(f"memory does not hold this server: {told}") from error
     defaults = sampling_defaults(target) if generation_config == "auto" else {}
     served = Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name, defaults)
     gc.collect()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from draftkit.errors import ServeError
 
+MOST_RUNNING = 65_536  # answers at a time; each has rows of numbers from the start, and a connection
 _OPTIONS = {"max_body_bytes": "--max-body", "kv_bytes": "--kv-gib"} | {
     name: f"--{name.replace('_', '-')}"
     for name in ("drain_seconds", "generation_config", "max_length", "max_running", "max_waiting")
@@ -24,7 +25,6 @@ class ServeSettings:
         host: address to bind; loopback unless told otherwise.
         port: TCP port; 0 lets the system choose one (it is in the log).
         api_keys: any of these opens /v1; empty = open.
-        served_name: model name in the API; None = the target's.
         max_body_bytes: larger bodies get 413.
         max_waiting: answers beyond those that the engine makes at the same time; more get 429 with Retry-After.
         max_choices: prompts times n in one request; more get 400.
@@ -36,7 +36,6 @@ class ServeSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
-    served_name: str | None = None
     max_body_bytes: int = 8 * 2**20
     max_waiting: int = 512
     max_choices: int = 256
