@@ -141,6 +141,32 @@ def test_a_family_that_changes_its_logits_in_an_unknown_way_is_refused(target_fo
         check_target(make_family_without_cache(target))
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(name: str, value: float, tmp_path: Path) -> None:
+    weights = make_target_folder(tmp_path) / "model.safetensors"
+    tensors = load_file(weights)
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(TargetError, match="its logits are no finite numbers in float32; copy its weights again"):
+        load_target(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"eos', r"generation_config\.json: is damaged \(Unterminated string"),
+        ('{"eos_token_id": "x"}', "eos_token_id is 'x', must be a token id or a list of them"),
+        ('{"eos_token_id": [2, "x"]}', r"eos_token_id is \[2, 'x'\], must be a token id"),
+    ],
+)
+def test_a_damaged_generation_config_is_named(text: str, message: str, tmp_path: Path) -> None:
+    (make_target_folder(tmp_path) / "generation_config.json").write_text(text)
+    with pytest.raises(TargetError, match=message) as error:
+        load_target(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def make_family_without_cache(target: TransformersTarget) -> TransformersTarget:
     """The same model, whose forward refuses a cache."""
     inner = target._base.forward

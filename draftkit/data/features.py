@@ -92,7 +92,8 @@ def read_manifest(folder: Path) -> StoreManifest:
     try:
         raw = json.loads(path.read_text("utf-8"))
         if raw["version"] != VERSION:
-            raise FeatureStoreError(f"{path}: is of version {raw['version']}, this draftkit reads {VERSION}; capture again")
+            version = f"is of version {raw['version']}, this draftkit reads {VERSION}"
+            raise FeatureStoreError(f"{path}: {version}; capture again into an empty folder")
         shards = tuple(
             ShardEntry(**{**shard, "samples": tuple(SampleEntry(**s) for s in shard["samples"])})
             for shard in raw.pop("shards")

@@ -5,6 +5,7 @@ Shapes: B batch, T new tokens, S cached + new tokens, H hidden size, V vocabular
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -145,7 +146,7 @@ def check_target(target: TransformersTarget) -> None:
     """Compare the seam with the model itself on four tokens: logits, and reading in pieces with a crop in between.
 
     A family that scales its logits in a way not known here, or whose memory works differently, would otherwise give
-    wrong answers without a word. Raises TargetError.
+    wrong answers without a word, and so would weights that are no numbers. Raises TargetError.
     """
     vocab, dtype = target.info.vocab_size, target.head_weight().dtype
     tokens_BT = torch.tensor([[1 % vocab, vocab // 3, vocab // 2, vocab - 1]], device=target.device)
@@ -161,12 +162,15 @@ def check_target(target: TransformersTarget) -> None:
         held = cache.length
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise TargetError(f"{name}: this family does not run behind draftkit's target interface: {_line(error)}") from error
+    if not torch.isfinite(wanted_BTV).all():
+        what = f"its logits are no finite numbers in {str(dtype).removeprefix('torch.')}"
+        raise TargetError(f"{name}: {what}; copy its weights again or choose another dtype")
     scale = float(wanted_BTV.abs().max()) or 1.0
     single = 1e-3 if dtype in (torch.float32, torch.float64) else 0.03
-    if float((whole_BTV - wanted_BTV).abs().max()) > single * scale:
+    if not float((whole_BTV - wanted_BTV).abs().max()) <= single * scale:  # so that NaN is refused, too
         raise TargetError(f"{name}: logits differ from the model's own; this family scales them in a way not known here")
     # Pieces of other shapes round differently, and experts may then be chosen differently: a coarse bound in half precision.
-    if held != 4 or float((pieces_BTV - wanted_BTV[:, 2:]).abs().max()) > (10 * single) * scale:
+    if held != 4 or not float((pieces_BTV - wanted_BTV[:, 2:]).abs().max()) <= (10 * single) * scale:
         raise TargetError(f"{name}: reading in pieces differs from reading at once; its cache does not work behind draftkit")
 
 
@@ -221,6 +225,7 @@ def load_target(
     if loading["missing_keys"]:  # Transformers would go on with random numbers in their place
         missing = sorted(loading["missing_keys"])
         raise TargetError(f"{path}: {len(missing)} weights are missing, {missing[0]} first; give the complete checkpoint")
+    _check_generation_config(folder)
     text = config.get_text_config()
     info = TargetInfo(
         name=path,
@@ -229,7 +234,7 @@ def load_target(
         vocab_size=int(model.get_output_embeddings().weight.shape[0]),
         hidden_size=int(text.hidden_size),
         num_layers=int(text.num_hidden_layers),
-        stop_token_ids=_stop_tokens(model),
+        stop_token_ids=_stop_tokens(model, path),
         max_length=int(getattr(text, "max_position_embeddings", 2048)),
         family=str(text.model_type),
     )
@@ -260,11 +265,24 @@ def _line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _stop_tokens(model: Any) -> tuple[int, ...]:
+def _check_generation_config(folder: Path) -> None:
+    """Raise TargetError when the file is there and no JSON: Transformers would go on without its stop tokens."""
+    path = folder / "generation_config.json"
+    try:
+        if path.exists():
+            json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise TargetError(f"{path}: is damaged ({_line(error)}); copy it again or remove it") from error
+
+
+def _stop_tokens(model: Any, name: str) -> tuple[int, ...]:
     found = getattr(model.generation_config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
     if found is None:
         return ()
-    return tuple(found) if isinstance(found, (list, tuple)) else (int(found),)
+    ids = tuple(found) if isinstance(found, list | tuple) else (found,)
+    if any(type(i) is not int for i in ids):
+        raise TargetError(f"{name}: eos_token_id is {found!r}, must be a token id or a list of them; correct the configuration")
+    return ids
 
 
 def _decoder_layers(base: Any) -> tuple[nn.ModuleList, Any]:
