@@ -429,11 +429,11 @@ def main() -> None:
     raise_on_signals()
     try:
         app()
-    except (DraftkitError, OSError) as error:
+    except (DraftkitError, Interrupted, OSError) as error:
         goes_on = isinstance(error, Interrupted) and GOES_ON.intersection(sys.argv[1:2])
         hint = "; run the same command again to go on" if goes_on else ""
         typer.echo(f"error: {' '.join(str(error).split())}{hint}", err=True)
-        sys.exit(error.exit_code if isinstance(error, DraftkitError) else 1)
+        sys.exit(1 if isinstance(error, OSError) else error.exit_code)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ class ServeError(DraftkitError):
     """The server or a benchmark of one cannot run."""
 
 
-class Interrupted(DraftkitError):
-    """The run was stopped by a signal. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+class Interrupted(BaseException):
+    """The run was stopped by a signal. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM). No Exception, as KeyboardInterrupt is
+    none: it may come inside a chat template or a tokenizer, whose errors are told as the user's."""
 
     def __init__(self, exit_code: int = 130) -> None:
         super().__init__("interrupted")

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "draftkit"
 # From the bottom up. Folders on one line never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "interrupt", "output", "permissions"}),
+    frozenset({"permissions"}),
+    frozenset({"config", "interrupt", "output"}),
     frozenset({"ops"}),
     frozenset({"target"}),
     frozenset({"draft"}),
