@@ -322,12 +322,10 @@ def serve(
     from draftkit.engine.settings import EngineSettings
     from draftkit.errors import ServeError
     from draftkit.serve.server import load_served, run_server
-    from draftkit.serve.settings import MOST_RUNNING, ServeSettings, option_names
+    from draftkit.serve.settings import ServeSettings, option_names
 
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
-    if max_running > MOST_RUNNING:
-        raise ServeError(f"--max-running is {max_running}; it may be {MOST_RUNNING} at most")
     if name is not None and not name.strip():
         raise ServeError("--name is empty; give the model's name in the API, or leave it out to take the target's")
     if os.environ.get("DRAFTKIT_API_KEY") == "" and not api_key:  # a secret that is missing must not leave the door open

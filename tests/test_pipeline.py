@@ -475,7 +475,7 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a write beyond this fails
     try:
-        with pytest.raises(FeatureStoreError, match=r"shard\.partial: cannot be written \(.*\); free some space") as error:
+        with pytest.raises(OSError, match=r"shard\.partial: cannot be written \(.*\); make room") as error:
             write_shard(tmp_path, "shard", {"tokens": torch.zeros(10_000)}, ())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

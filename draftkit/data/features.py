@@ -7,7 +7,6 @@ state at t come from the target after it has read tokens 0..t of the conversatio
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from draftkit.errors import FeatureStoreError
-from draftkit.output import write_text
-from draftkit.permissions import follow_umask
+from draftkit.output import sha256_of, write_tensors, write_text
 
 VERSION = 2
 MANIFEST = "manifest.json"
@@ -104,15 +102,10 @@ def read_manifest(folder: Path) -> StoreManifest:
 
 
 def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tuple[SampleEntry, ...]) -> ShardEntry:
-    """Write one shard in one rename and describe it. Raises FeatureStoreError when the disk does not take it."""
+    """Write one shard in one rename and describe it. Raises OSError that names it when the disk does not take it."""
     partial = folder / (name + ".partial")
-    try:
-        save_file(tensors, partial)
-    except SafetensorError as error:  # what safetensors makes of a full disk
-        reason = " ".join(str(error).split())
-        raise FeatureStoreError(f"{partial}: cannot be written ({reason}); free some space and run capture again") from error
-    follow_umask(partial)
-    digest = _sha256(partial)
+    write_tensors(partial, tensors, save_file)
+    digest = sha256_of(partial)
     size = partial.stat().st_size
     partial.replace(folder / name)
     return ShardEntry(name, digest, size, samples)
@@ -179,15 +172,10 @@ class FeatureStore:
     def _shard(self, shard: ShardEntry) -> Any:
         if shard.file not in self._opened:
             path = self.folder / shard.file
-            if _sha256(path) != shard.sha256:
+            if sha256_of(path) != shard.sha256:
                 raise FeatureStoreError(f"{path}: is damaged (checksum differs); remove it and run capture again")
             try:
                 self._opened[shard.file] = safe_open(path, framework="pt")
             except SafetensorError as error:
                 raise FeatureStoreError(f"{path}: is damaged ({error}); remove it and run capture again") from error
         return self._opened[shard.file]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

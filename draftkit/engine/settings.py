@@ -11,6 +11,7 @@ from draftkit.schedule.step_rate import StepRate
 
 Plan = Literal["planned", "fixed"]
 PLANS = ("planned", "fixed")
+_MOST_RUNNING = 65_536  # each has rows of numbers from the start
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class EngineSettings:
         for name in ("max_running", "step_tokens", "kv_bytes", "block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.max_running > _MOST_RUNNING:
+            raise ServeError(f"max_running is {self.max_running}; it may be {_MOST_RUNNING} at most")
         if self.max_length is not None and self.max_length < 2:
             raise ServeError(f"max_length is {self.max_length}; it must be 2 or more")
 

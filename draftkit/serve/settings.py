@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from draftkit.errors import ServeError
 
-MOST_RUNNING = 65_536  # answers at a time; each has rows of numbers from the start, and a connection
 _OPTIONS = {"max_body_bytes": "--max-body", "kv_bytes": "--kv-gib"} | {
     name: f"--{name.replace('_', '-')}"
     for name in ("drain_seconds", "generation_config", "max_length", "max_running", "max_waiting")
