@@ -20,7 +20,7 @@ from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import unsupported
 from draftkit.engine.measure import wait
-from draftkit.engine.memory import available_bytes, room_for
+from draftkit.engine.memory import available_bytes, bytes_per_position
 from draftkit.engine.models import Models, build_models, start_compiling
 from draftkit.engine.passes import Pass
 from draftkit.engine.settings import EngineSettings
@@ -85,13 +85,14 @@ def profile(
         )
     most = max(-(-max(settings.tokens) // settings.tokens_per_request), *settings.requests)
     room = available_bytes(target.device)
-    sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=room, block_size=BLOCK_SIZE)
     gamma = drafter.gamma if drafter is not None else 0
-    if room_for(target, drafter, sizes).blocks < most * -(-(longest + gamma + 1) // BLOCK_SIZE):
+    positions = most * -(-(longest + gamma + 1) // BLOCK_SIZE) * BLOCK_SIZE
+    if positions * bytes_per_position(target, drafter) > room:
         raise ScheduleError(
             f"profile: {max(settings.tokens)} tokens per pass behind {max(settings.contexts)} of context need more than "
             f"the {room / 2**30:.1f} GiB that are there for keys and values; choose fewer"
         )
+    sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=room, block_size=BLOCK_SIZE)
     models = build_models(target, drafter, sizes)
     compiling = start_compiling(models)
     compiled = compiling is not None and compiling.wait()
