@@ -282,6 +282,8 @@ class Engine:
         on."""
         if self._unread is None or offered.drafting:
             return False
+        if len(work.requests) == work.decoding and (listening := self._planner.goes_on_as_before) is not None:
+            return not listening
         if any(request.table.heard for request in work.requests):  # in every step: asked before what takes longer
             running = len(self._scheduler.running)
             if not self._planner.rests_long(running) or any(self._planner.drafts(r, running) for r in work.requests):
@@ -322,7 +324,9 @@ class Engine:
             following = outcome.next_A
         else:
             following = self._following(work, step, outcome) if drafter.looks_ahead else step.tokens_T
-        if outcome.offered.drafting or len(step) > LONG:
+        newcomers = work.answering > work.decoding and not drafter.looks_ahead  # one that looks ahead reads in order
+        soon = newcomers and self._planner.looks(len(self._scheduler.running))
+        if outcome.offered.drafting or len(step) > LONG or soon:
             drafter.extend(step, read.features_TF, self._on_device(following) if drafter.looks_ahead else None)
         else:
             self._unread.add(work.requests, step, read.features_TF, following)

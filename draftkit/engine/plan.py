@@ -17,6 +17,9 @@ from draftkit.schedule.planner import survival_of
 from draftkit.schedule.speculation import Speculation
 from draftkit.schedule.step_rate import StepRate
 
+FOREVER = 2**62  # steps: who has not heard all will not draft, as long as nobody comes
+LISTENING_QUIET = 64  # steps: then the account is asked whether to go on listening
+
 
 class LengthPlanner:
     """Fixed lengths until `use` gives a step rate. From then on lengths are planned as the paper does in production:
@@ -32,10 +35,11 @@ class LengthPlanner:
         self._speculation: Speculation | None = None
         self._estimator = AcceptanceEstimator(gamma)
         self._largest_DG: np.ndarray | None = None  # of this step's proposals, for the estimator
-        self._able: list[int] = []
+        self._able: Sequence[int] = ()
         self._budget = self._verified = 0  # drafted tokens of this step's pass: as planned; as it was then
         self._quiet = self._decoding = 0  # for so many steps nobody drafts, as long as so many requests decode,
         self._listening = False  # and whether some of them listen
+        self._untold = 0  # of these steps, those that the account has yet to hear of: one by one they cost more
 
     @property
     def step_rate(self) -> StepRate | None:
@@ -44,7 +48,18 @@ class LengthPlanner:
 
     def rests_long(self, running: int) -> bool:
         """Nobody who does not have to will draft for many steps, while so many requests run."""
+        self._tell()
         return self._speculation is not None and self._speculation.rests_long(running)
+
+    @property
+    def goes_on_as_before(self) -> bool | None:
+        """Within a rest: whether those who decode listen, which does not change then; None outside of one."""
+        return self._listening if self._untold else None
+
+    def looks(self, running: int) -> bool:
+        """Requests that begin to decode, and make them so many, draft in their first step."""
+        self._tell()
+        return self._speculation is None or self._speculation.looks(running)
 
     def drafts(self, request: Running, running: int) -> bool:
         """Whether a request that begins now, and makes them so many, may come to draft before it ends."""
@@ -57,17 +72,16 @@ class LengthPlanner:
 
     def use(self, step_rate: StepRate) -> None:
         """Plan by this step rate; what was measured by another one is forgotten."""
-        self._quiet = 0
+        self._quiet = self._untold = 0
         self._speculation = Speculation(self._rows, self.gamma, step_rate)
 
     def choose_drafting(self, decoding: Sequence[Running]) -> list[int]:
         """Indices of the requests that draft in this step."""
-        self._verified = 0
-        if self._quiet and self._speculation is not None and len(decoding) == self._decoding:
-            self._quiet -= 1
-            self._speculation.rest(self._decoding, self._listening)
-            self._able = []
+        if self._quiet and len(decoding) == self._decoding:
+            self._quiet, self._untold, self._able = self._quiet - 1, self._untold + 1, ()
             return []
+        self._tell()
+        self._verified = 0
         able, hearing = [], []
         for index, request in enumerate(decoding):  # in every step: one loop, few calls
             if request.gamma and (request.keeps_proposal or request.limit - request.made > 1):  # `most`, without the call
@@ -85,7 +99,7 @@ class LengthPlanner:
         if self._budget:
             return hearing
         seeded = [i for i in hearing if decoding[i].keeps_proposal]
-        self._quiet = 0 if seeded else self._speculation.sure_rest
+        self._quiet = 0 if seeded else min(self._speculation.sure_rest, LISTENING_QUIET) if hearing else FOREVER
         self._decoding, self._listening = len(decoding), bool(hearing)
         return seeded
 
@@ -131,11 +145,13 @@ class LengthPlanner:
 
     def disturb(self) -> None:
         """A step is over in which somebody read a prompt: what it took is no measure, and neither is what the next take."""
+        self._tell()
         if self._speculation is not None:
             self._speculation.disturb()
 
     def forget(self, row: int) -> None:
         """The request of this row is gone."""
+        self._tell()
         self._quiet = 0
         if self._speculation is not None:
             self._speculation.forget(np.array([row]))
@@ -143,3 +159,8 @@ class LengthPlanner:
     def most(self, request: Running) -> int:
         """Drafted tokens of this request that may be of use."""
         return self.gamma if request.keeps_proposal else min(self.gamma, request.limit - request.made - 1)
+
+    def _tell(self) -> None:
+        if self._untold and self._speculation is not None:
+            self._speculation.rest(self._decoding, self._listening, self._untold)
+            self._untold = 0

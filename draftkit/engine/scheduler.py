@@ -154,7 +154,7 @@ class Scheduler:
         request.row, request.table = self._free_rows.pop(), table
         self.tables_SB[request.row, : len(table.blocks)] = table.blocks
         request.computed = len(table.blocks) * self.pool.block_size
-        request.deaf, request.unread = not self.pool.heard(table.blocks), True
+        request.deaf, request.unread = not self.pool.heard(table.blocks), bool(table.blocks)
         if request.started is None:  # one that was preempted finds its own blocks, which is no news
             request.started = time.perf_counter()
             request.cached_tokens = min(request.computed, request.prompt_length)

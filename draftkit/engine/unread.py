@@ -16,7 +16,6 @@ other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,15 +33,8 @@ _TOGETHER = 256  # passes that are looked into at once: few by few they take lon
 _GONE = -1  # the block of a token that is no longer wanted
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One pass: who read it, its features, the token behind each of its tokens, and the pool's clock then."""
-
-    requests: Sequence[Running]
-    read: Pass
-    features_TF: Tensor
-    next_T: np.ndarray
-    clock: int
+# One pass: who read it, its features [T, F], the token behind each of its tokens, int64 [T], and the pool's clock then.
+_Step = tuple[Sequence[Running], Pass, Tensor, np.ndarray, int]  # one is made in every step, and a class would take longer
 
 
 class Unread:
@@ -58,8 +50,8 @@ class Unread:
 
     def add(self, requests: Sequence[Running], step: Pass, features_TF: Tensor, next_T: np.ndarray) -> None:
         """Keep a pass of these requests, with the token behind each of its tokens; nothing of it may be rejected."""
-        self._steps.append(_Step(requests, step, features_TF, next_T, self._pool.clock))
-        self._waiting += len(step)
+        self._steps.append((requests, step, features_TF, next_T, self._pool.clock))
+        self._waiting += len(next_T)
         if self._count + self._waiting >= LIMIT:
             self._make_room()
         elif len(self._steps) >= _TOGETHER:
@@ -84,13 +76,14 @@ class Unread:
     def _leave(self, request: Running) -> None:
         blocks = request.table.blocks
         missed = blocks[request.computed // self._pool.block_size :]
-        found_N = self._find(blocks)
-        unread = self._blocks(found_N)
-        if self._pool.shared(unread):  # somebody drafts from what is unread
-            self._read(found_N)
-        else:
-            self._kept_4N[0, found_N] = _GONE
-            missed = unread + missed
+        if request.unread:
+            found_N = self._find(blocks)
+            unread = self._blocks(found_N)
+            if self._pool.shared(unread):  # somebody drafts from what is unread
+                self._read(found_N)
+            else:
+                self._kept_4N[0, found_N] = _GONE
+                missed = unread + missed
         self._pool.leave_unheard(missed)
         request.deaf, request.table.heard = True, False
 
@@ -99,22 +92,22 @@ class Unread:
         what a block got after that (see `BlockPool.clock`) is not this."""
         if not self._steps:
             return
-        passes = [step.read for step in self._steps]
-        starts_U, lengths_U = np.concatenate([(p.starts_R, p.lengths_R) for p in passes], 1)
+        requests_of, passes, features, following, clocks = zip(*self._steps, strict=True)
+        starts_U = np.concatenate([p.starts_R for p in passes])
+        lengths_U = np.concatenate([p.lengths_R for p in passes])
         counts = [len(p.starts_R) for p in passes]
         widths_U = np.repeat([p.tables_RB.shape[1] for p in passes], counts)
-        clocks_U = np.repeat([step.clock for step in self._steps], counts)
+        clocks_U = np.repeat(clocks, counts)
         tables = np.concatenate([p.tables_RB.ravel() for p in passes])
         of_T = np.repeat(np.arange(len(starts_U)), lengths_U)
         positions_T = np.arange(len(of_T)) + (starts_U - lengths_U.cumsum() + lengths_U)[of_T]
         blocks_T = tables[(widths_U.cumsum() - widths_U)[of_T] + positions_T // self._pool.block_size]
-        next_T = np.concatenate([step.next_T for step in self._steps])
         new = slice(self._count, self._count + len(of_T))
-        self._kept_4N[:, new] = blocks_T, positions_T, next_T, clocks_U[of_T]
-        self._put(new, torch.cat([step.features_TF for step in self._steps]))
+        self._kept_4N[:, new] = blocks_T, positions_T, np.concatenate(following), clocks_U[of_T]
+        self._put(new, torch.cat(features))
         self._count, self._waiting = new.stop, 0
-        for step in self._steps:
-            for request in step.requests:
+        for requests in requests_of:
+            for request in requests:
                 request.unread = True
         self._steps.clear()
 
