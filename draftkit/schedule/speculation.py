@@ -10,10 +10,10 @@ of all requests that decode: those that do not draft wait for the others.
 Drafting goes on in trials. A trial begins with LOOK drafting steps, so that survivals are known, and ends when the
 prediction is against it, when a request joins, or when it has lost what the account allows (`account.py`): what earlier trials
 gained, or a credit, 16 steps to begin with and half a percent of all steps without drafting. Both also pay for listening, and
-for the first steps behind a trial, which take longer. Without either there is no trial. Behind a trial that gained the next one
-follows at once; behind one that lost after FIRST_REST steps for each that it lost, twice as many behind each further one;
-losses below one step count as their squares. Requests differ in what a drafter is worth to them: one that joins gets a trial at
-once while there is something in the fund, or half of the credit.
+for the first steps behind a trial, which take longer and count as lost by it. Without either there is no trial. Behind a
+trial that gained the next one follows at once; behind one that lost x steps after FIRST_REST * x^2, twice as many behind each
+further one. Requests differ in what a drafter is worth to them: one that joins gets a trial at once while there is something
+in the fund, or half of the credit.
 
 Both judges look at earlier steps only, so the target's law is kept.
 
@@ -35,7 +35,7 @@ from draftkit.schedule.step_rate import Floats, Ints, StepRate
 LISTENING, LISTENING_EACH = 30e-6, 5e-6  # seconds of a step, and for each request: keeping what the drafter misses
 KEPT = 32.0  # of what a trial gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
-FIRST_REST, LONGEST_REST = 256, 1024  # steps: for each that was lost; at most
+FIRST_REST, LONGEST_REST = 32, 1024  # steps, behind a trial that lost one; at most
 HOPELESS_REST = 8192  # where not even luck would make drafting pay
 LONG_REST = 128  # what is read during such a rest will hardly be drafted from
 MEASURE_EVERY, FIRST_MEASURE = 1024, 16  # drafting steps after which steps without are measured
@@ -47,7 +47,7 @@ MARGIN = 1.05  # drafting must promise this much over plain decoding; the best o
 class _Load:
     """What is known of one load (numbers of requests of the same magnitude), and the trial that goes on there."""
 
-    listening: float  # what it costs, in steps without drafting
+    listening_cost: float  # in steps without drafting
     costs: Costs = field(default_factory=Costs)
     account: Account = field(default_factory=Account)
     unmeasured: int = MEASURE_EVERY - FIRST_MEASURE  # drafting steps since one without was measured
@@ -55,7 +55,8 @@ class _Load:
     drafted: int = 0  # drafting steps of the present trial
     resting: int = 0  # steps until the next trial
     hopeless: bool = False  # the next trial was put off, because not even luck would make it pay
-    rest: int = FIRST_REST  # steps of the next rest for each that the trial loses
+    lost: float = 0.0  # by the last trial, and by the steps behind it, which took longer
+    failures: int = 0  # trials that lost, one behind the other
     listened: bool = False  # in the last step, in which nobody drafted
 
     def drafts(self) -> None:
@@ -68,7 +69,7 @@ class _Load:
         self.listened = listening and not self.deaf
         self.account.rest(steps)
         if self.listened:
-            self.account.book(-self.listening * steps)
+            self.account.book(-self.listening_cost * steps)
         if settled:
             self.unmeasured = 0
 
@@ -81,20 +82,29 @@ class _Load:
     def stop(self) -> None:
         """The trial is over."""
         self.account.book(self.gain)
-        if self.gain > 0:
-            self.rest = FIRST_REST
-        else:
-            weight = self.gain * max(self.gain, -1.0)  # what costs little may soon be tried again
-            self.resting = min(int(self.rest * abs(weight)), LONGEST_REST)
-            self.rest = min(2 * self.rest, LONGEST_REST)
-        self.gain, self.drafted, self.hopeless = 0.0, 0, False
+        self.lost, self.gain, self.drafted, self.hopeless = -self.gain, 0.0, 0, False
+        self.failures = self.failures + 1 if self.lost > 0 else 0
+        self._put_off()
+
+    def leaves_cold(self, steps: float, behind: int) -> None:
+        """The step `behind` the trial (1: the next one) took so much longer, which is its cost, too."""
+        self.account.book(-steps)
+        self.lost += steps
+        self.failures = max(self.failures, self.lost > 0)
+        self._put_off(behind)
+
+    def _put_off(self, since: int = 0) -> None:
+        """The next trial, so many steps behind the last one; what costs little may soon be tried again."""
+        if self.failures:
+            rest = int(min(FIRST_REST * 2.0 ** (self.failures - 1) * self.lost**2, LONGEST_REST))
+            self.resting = max(rest - since, 0)
 
     def join(self) -> None:
         """A request is new here: what was learned of others does not say whether drafting pays for it."""
         if self.drafted:
             self.stop()
         if self.open:
-            self.resting, self.rest = 0, FIRST_REST
+            self.resting = self.failures = 0
 
     @property
     def open(self) -> bool:
@@ -201,7 +211,7 @@ class Speculation:
         load, passes = self._load(requests), self.step_rate.pass_table(requests + verified)
         plain = float(passes[requests])
         if not drafting:
-            self._record_plain(load, requests, seconds / plain / (1 + load.listening * load.listened))  # that was charged
+            self._record_plain(load, requests, seconds / plain / (1 + load.listening_cost * load.listened))  # that was charged
             return
         predicted = float(passes[requests + verified]) + self.step_rate.drafter_seconds(requests - self._others)
         if load.drafted > 1:  # the first one finds nothing in the caches
@@ -212,7 +222,7 @@ class Speculation:
         if self._idle < SETTLED:  # what drafting does to the steps behind it is its cost, too
             steps = load.costs.of_plain(ratio)
             if steps is not None:
-                load.account.book(-min(max(steps - 1, 0), 1))
+                load.leaves_cold(min(max(steps - 1, 0), 1), self._idle)
         elif self._calm * requests >= SETTLED:  # a prompt among many changes little
             load.costs.measure_plain(ratio, again=SETTLED < self._idle <= SURE)  # of the first of a rest the last one counts
 
