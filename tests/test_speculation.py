@@ -258,3 +258,21 @@ def test_listening_is_charged_by_the_time_it_takes() -> None:
             speculation.rest(1, listening=True)
         (load,) = speculation._loads.values()
         assert least <= ALLOWANCE - load.account.credit <= most
+
+
+def test_what_a_step_that_drafted_leaves_behind_is_charged_where_it_drafted() -> None:
+    """Two requests draft, one of them ends, and the other's first steps alone take half as long again."""
+    speculation = Speculation(2, GAMMA, SAID)
+    for requests in (2, 1):
+        World(0.1, 0.1, dear=2).run(speculation, requests, 100)
+    alone, together = (speculation._loads[requests.bit_length()] for requests in (1, 2))
+    assert alone.resting > 6
+    together.resting = together.failures = 0
+    before = alone.account.credit, together.account.credit, alone.resting
+    assert speculation.budget(np.arange(2))
+    speculation.forget(np.arange(1, 2))
+    for _ in range(6):
+        speculation.rest(1, listening=True)
+        speculation.record(1, False, 0, 1, 1.5)
+    assert together.gain < -2.5 or together.account.credit < before[1] - 2.5
+    assert alone.account.credit > before[0] - 0.1 and alone.resting == before[2] - 6

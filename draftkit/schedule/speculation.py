@@ -87,7 +87,10 @@ class _Load:
         self._put_off()
 
     def leaves_cold(self, steps: float, behind: int) -> None:
-        """The step `behind` the trial (1: the next one) took so much longer, which is its cost, too."""
+        """The step `behind` the last one that drafted (1: the next one) took so much longer, which is the trial's cost, too."""
+        if self.drafted:  # it goes on: this step was put in to be measured
+            self.gain -= steps
+            return
         self.account.book(-steps)
         self.lost += steps
         self.failures = max(self.failures, self.lost > 0)
@@ -129,6 +132,7 @@ class Speculation:
         self._history = SurvivalHistory(slots, gamma, prior_G)
         self._loads: dict[int, _Load] = {}
         self._last: _Load | None = None
+        self._drafted: _Load | None = None  # where a step drafted last
         self._others = 0  # requests of the step that was decided last that do not draft
         self._looking = False  # in that step
         self._idle = self._calm = 0  # steps since one that drafted, since one that read a prompt, at any load: caches are one
@@ -148,7 +152,7 @@ class Speculation:
         else:
             budget = self._decide(load, slots_R)
         if budget:
-            self._idle = 0
+            self._idle, self._drafted = 0, load
             load.drafts()
         else:
             self._history.rest()
@@ -221,8 +225,8 @@ class Speculation:
     def _record_plain(self, load: _Load, requests: int, ratio: float) -> None:
         if self._idle < SETTLED:  # what drafting does to the steps behind it is its cost, too
             steps = load.costs.of_plain(ratio)
-            if steps is not None:
-                load.leaves_cold(min(max(steps - 1, 0), 1), self._idle)
+            if steps is not None and self._drafted is not None:
+                self._drafted.leaves_cold(min(max(steps - 1, 0), 1), self._idle)
         elif self._calm * requests >= SETTLED:  # a prompt among many changes little
             load.costs.measure_plain(ratio, again=SETTLED < self._idle <= SURE)  # of the first of a rest the last one counts
 
