@@ -99,7 +99,10 @@ class LengthPlanner:
         if self._budget:
             return hearing
         seeded = [i for i in hearing if decoding[i].keeps_proposal]
-        self._quiet = 0 if seeded else min(self._speculation.sure_rest, LISTENING_QUIET) if hearing else FOREVER
+        if hearing:
+            self._quiet = 0 if seeded else min(self._speculation.sure_rest, LISTENING_QUIET)
+        else:  # some may listen for others: those at their last token, and those that are not to draft
+            self._quiet = 0 if any(request.table.heard for request in decoding) else FOREVER
         self._decoding, self._listening = len(decoding), bool(hearing)
         return seeded
 
