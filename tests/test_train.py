@@ -426,6 +426,22 @@ def test_a_state_is_whole_after_kills_at_any_two_moments_of_writing_it(
     assert killed > 60
 
 
+def test_the_log_has_a_step_before_the_state_does(
+    run: Any, fast: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a kill between the two would leave a hole: a run goes on behind the step of its state."""
+    seen: list[tuple[int, int]] = []
+    save = trainer.save_state
+
+    def watched(folder: Path, parallel: Any, optimizer: Any, position: Any) -> None:
+        seen.append((position.step, read_log(tmp_path)[-1]["step"]))
+        save(folder, parallel, optimizer, position)
+
+    monkeypatch.setattr(trainer, "save_state", watched)
+    run(tmp_path, replace(fast, validate_every=3))
+    assert len(seen) > 1 and all(saved == logged for saved, logged in seen)
+
+
 def test_a_refused_training_leaves_the_recipe_of_the_drafter_that_is_there(
     store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -129,7 +129,8 @@ def train(
     drafter.train()
 
     def check(step: Position) -> tuple[Position, dict[str, Any]]:
-        """Validate, keep the drafter where it is worth it, and save the state."""
+        """Validate, and keep the drafter where it is worth it. The state is saved once the log has the step: a kill between
+        the two loses no line."""
         lengths: dict[str, Any] = validate(parallel, held_out, settings.loss)
         whole = parallel.whole()
         better = lengths["macro"] > step.best
@@ -141,9 +142,7 @@ def train(
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:
                 save_drafter(whole, out / "best", note, SAVED_DTYPE)
-        step = replace(step, best=max(step.best, lengths["macro"]), stale=0 if better else step.stale + 1)
-        save_state(out / "state", parallel, optimizer, step)
-        return step, lengths
+        return replace(step, best=max(step.best, lengths["macro"]), stale=0 if better else step.stale + 1), lengths
 
     with (
         TrainLog(out, at.step, settings.track, provenance, world.first) as log,
@@ -170,6 +169,8 @@ def train(
                     at, lengths = check(at)
                     line["validation"] = lengths
                 log.write(at.step, line)
+                if lengths is not None:
+                    save_state(out / "state", parallel, optimizer, at)
                 if world.first:
                     report(Progress(at.step, share, at.seconds, done.loss, lengths["macro"] if lengths else None))
                 if done.stop:
@@ -180,6 +181,7 @@ def train(
         if lengths is None:
             at, lengths = check(at)
             log.write(at.step, {"validation": lengths})
+            save_state(out / "state", parallel, optimizer, at)
         note = provenance | {"step": at.step, "validation": lengths}
         whole = parallel.whole()
         if world.first:
