@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_load import read_prompts
+from engine_load import answer_at_once, read_prompts
 from result_file import print_result
 from rich.progress import track
 
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
@@ -42,13 +41,8 @@ def record(target: TransformersTarget, drafter: Drafter, prompts: list[tuple[int
     """Greedy answers, and the proposals behind their tokens."""
     engine = Engine(target, None, EngineSettings())
     engine.wait_until_compiled()
-    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    for name, prompt in zip(answers, prompts, strict=True):
-        engine.add_request(name, prompt, SamplingParams(max_tokens=new_tokens, temperature=0.0))
-    while engine.has_work():
-        for output in engine.step():
-            answers[output.request_id] += [event.token_id for event in output.events]
-    items = [TraceItem(name, "", tuple(p), tuple(answers[name])) for name, p in zip(answers, prompts, strict=True)]
+    answers = answer_at_once(engine, prompts, new_tokens)
+    items = [TraceItem(str(i), "", tuple(p), tuple(a)) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
     return record_traces(target, drafter, items, TraceSettings(Sampling(0.0)), "benchmark")
 
 

@@ -57,6 +57,17 @@ def read_prompts(target: str, count: int) -> list[tuple[int, ...]]:
     return [render_prompt(tokenizer, c.as_dicts()[:1]) for c in turns[:count]]
 
 
+def answer_at_once(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy answers of at most `new_tokens` tokens to prompts that are asked at the same time, token ids, in their order."""
+    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for name, prompt in zip(answers, prompts, strict=True):
+        engine.add_request(name, list(prompt), SamplingParams(max_tokens=new_tokens, temperature=0.0))
+    while engine.has_work():
+        for output in engine.step():
+            answers[output.request_id] += [event.token_id for event in output.events]
+    return list(answers.values())
+
+
 def run_closed(
     engine: Engine,
     prompts: Sequence[Sequence[int]],

@@ -22,14 +22,13 @@ from pathlib import Path
 
 import httpx
 import torch
-from engine_load import read_prompts
+from engine_load import answer_at_once, read_prompts
 from grown import grow_pair
 from result_file import print_result
 from rich.progress import Progress
 
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
 from draftkit.target.tokenizer import load_tokenizer
@@ -68,18 +67,7 @@ def generate_arm(target: TransformersTarget, new_tokens: int) -> Arm:
 
 def engine_arm(engine: Engine, new_tokens: int) -> Arm:
     """All prompts at once through the engine."""
-    params = SamplingParams(max_tokens=new_tokens, temperature=0.0)
-
-    def run(prompts: Sequence[Prompt]) -> list[list[int] | int]:
-        answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-        for name, prompt in zip(answers, prompts, strict=True):
-            engine.add_request(name, prompt, params)
-        while engine.has_work():
-            for output in engine.step():
-                answers[output.request_id] += [event.token_id for event in output.events]
-        return list(answers.values())
-
-    return run
+    return lambda prompts: [*answer_at_once(engine, prompts, new_tokens)]
 
 
 def server_arm(url: str, new_tokens: int, decode: Callable[[Prompt], str]) -> Arm:

@@ -33,13 +33,13 @@ def test_a_rest_of_those_who_do_not_listen_is_told_to_the_account_in_one_piece()
     plan, alone = planner(), [running(5, deaf=True, row=0)]
     for _ in range(50):
         assert plan.choose_drafting(alone) == []
-    assert plan.goes_on_as_before is False
+    assert plan.listening_in_rest is False
     assert plan._speculation is not None
     load = plan._speculation._load(1)
     assert load.account.credit == -3.0 + TAX
     plan.forget(0)
     assert abs(load.account.credit - (-3.0 + 50 * TAX)) < 1e-9 < ALLOWANCE
-    assert plan.goes_on_as_before is None
+    assert plan.listening_in_rest is None
 
 
 def test_who_listens_without_drafting_is_asked_about_in_every_step() -> None:
@@ -47,7 +47,7 @@ def test_who_listens_without_drafting_is_asked_about_in_every_step() -> None:
     for listener in (running(99, deaf=False, row=1), running(5, deaf=False, row=1, gamma=0)):
         plan, both = planner(), [running(5, deaf=True, row=0), listener]
         for _ in range(3):
-            assert plan.choose_drafting(both) == [] and plan.goes_on_as_before is None
+            assert plan.choose_drafting(both) == [] and plan.listening_in_rest is None
 
 
 def test_those_who_listen_are_asked_again_before_long() -> None:
@@ -55,6 +55,6 @@ def test_those_who_listen_are_asked_again_before_long() -> None:
     asked = 0
     for _ in range(300):
         assert plan.choose_drafting(alone) == []
-        asked += plan.goes_on_as_before is None
-        assert plan.goes_on_as_before in (None, True)
+        asked += plan.listening_in_rest is None
+        assert plan.listening_in_rest in (None, True)
     assert 3 <= asked < 60

@@ -276,3 +276,12 @@ def test_what_a_step_that_drafted_leaves_behind_is_charged_where_it_drafted() ->
         speculation.record(1, False, 0, 1, 1.5)
     assert together.gain < -2.5 or together.account.credit < before[1] - 2.5
     assert alone.account.credit > before[0] - 0.1 and alone.resting == before[2] - 6
+
+
+def test_a_server_that_has_failed_for_weeks_goes_on() -> None:
+    """Every failure doubles the next rest; after a thousand of them that is no number any more."""
+    load = Speculation(1, GAMMA, SAID)._load(1)
+    for _ in range(3000):
+        load.gain = -0.01
+        load.stop()
+    assert load.failures == 3000 and 0 < load.resting <= LONGEST_REST

@@ -282,7 +282,7 @@ class Engine:
         on."""
         if self._unread is None or offered.drafting:
             return False
-        if len(work.requests) == work.decoding and (listening := self._planner.goes_on_as_before) is not None:
+        if len(work.requests) == work.decoding and (listening := self._planner.listening_in_rest) is not None:
             return not listening
         if any(request.table.heard for request in work.requests):  # in every step: asked before what takes longer
             running = len(self._scheduler.running)

@@ -52,7 +52,7 @@ class LengthPlanner:
         return self._speculation is not None and self._speculation.rests_long(running)
 
     @property
-    def goes_on_as_before(self) -> bool | None:
+    def listening_in_rest(self) -> bool | None:
         """Within a rest: whether those who decode listen, which does not change then; None outside of one."""
         return self._listening if self._untold else None
 

@@ -36,6 +36,7 @@ LISTENING, LISTENING_EACH = 30e-6, 5e-6  # seconds of a step, and for each reque
 KEPT = 32.0  # of what a trial gained, so much may be lost again before it ends
 LOOK = 1  # drafting steps at the beginning of a trial, whatever is predicted: afterwards its survivals are known
 FIRST_REST, LONGEST_REST = 32, 1024  # steps, behind a trial that lost one; at most
+MOST_DOUBLINGS = 16  # of a rest, however many trials lost one behind the other
 HOPELESS_REST = 8192  # where not even luck would make drafting pay
 LONG_REST = 128  # what is read during such a rest will hardly be drafted from
 MEASURE_EVERY, FIRST_MEASURE = 1024, 16  # drafting steps after which steps without are measured
@@ -93,13 +94,14 @@ class _Load:
             return
         self.account.book(-steps)
         self.lost += steps
-        self.failures = max(self.failures, self.lost > 0)
+        self.failures = max(self.failures, int(self.lost > 0))
         self._put_off(behind)
 
     def _put_off(self, since: int = 0) -> None:
         """The next trial, so many steps behind the last one; what costs little may soon be tried again."""
         if self.failures:
-            rest = int(min(FIRST_REST * 2.0 ** (self.failures - 1) * self.lost**2, LONGEST_REST))
+            doubled = FIRST_REST * 2 ** min(self.failures - 1, MOST_DOUBLINGS)
+            rest = int(min(doubled * self.lost**2, LONGEST_REST))
             self.resting = max(rest - since, 0)
 
     def join(self) -> None:
