@@ -85,7 +85,7 @@ def save_drafter(
 def load_drafter(
     folder: Path, dtype: torch.dtype = torch.float32, target: TransformersTarget | None = None
 ) -> BlockDrafter | EagleDrafter:
-    """Read a folder in any known form; what it leaves out is borrowed from `target`.
+    """Read a folder in any known form; what it leaves out, or holds with the same numbers, are the very tensors of `target`.
 
     Raises CheckpointError naming the file, the field or the tensor that is wrong, or that only the target can give.
     """
@@ -93,13 +93,16 @@ def load_drafter(
     if (folder / "mask_embedding.pt").exists():
         raise CheckpointError(f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores")
     tensors = tensors_from_form(read_tensors(folder), config)
-    drafter = _build(config)
+    with torch.device("meta"):  # no memory for weights that are replaced
+        drafter = _build(config)
     ids_W = _take_draft_ids(str(folder), config, tensors)
     for name in (EMBEDDING, HEAD):
         if name not in tensors:
             tensors[name] = _borrowed(str(folder), name, target, ids_W)
     check_tensors(str(folder), {k: v.shape for k, v in drafter.state_dict().items()}, tensors)
-    drafter.load_state_dict(tensors)
+    shared = _shared(tensors, target, ids_W) if target is not None else {}
+    own = {name: t.to(dtype, copy=True) for name, t in tensors.items() if name not in shared}  # files are mapped: copied
+    drafter.load_state_dict(own | shared, assign=True)
     if isinstance(drafter, EagleDrafter):
         drafter.choose_vocabulary(ids_W, _head_to_train_with(drafter, target))
     return drafter.to(dtype).eval()
@@ -221,8 +224,16 @@ def _borrowed(where: str, name: str, target: TransformersTarget | None, draft_id
     if target is None:
         raise CheckpointError(f"{where}: has no {name}, which is its target's; give the target too (--target)")
     if name == EMBEDDING:
-        return target.embedding_weight()
-    return target.head_weight() if draft_ids_W is None else target.head_weight()[draft_ids_W]
+        return target.embedding_weight().detach()
+    head_VH = target.head_weight().detach()
+    return head_VH if draft_ids_W is None else head_VH[draft_ids_W]
+
+
+def _shared(tensors: dict[str, Tensor], target: TransformersTarget, draft_ids_W: Tensor | None) -> dict[str, Tensor]:
+    """The target's embedding and head, those of them that hold the drafter's numbers in the same dtype."""
+    names = (EMBEDDING, HEAD) if draft_ids_W is None else (EMBEDDING,)
+    theirs = {name: _borrowed("drafter", name, target, None) for name in names}
+    return {n: t for n, t in theirs.items() if t.dtype == tensors[n].dtype and torch.equal(tensors[n].to(t.device), t)}
 
 
 def _head_to_train_with(drafter: EagleDrafter, target: TransformersTarget | None) -> Tensor | None:

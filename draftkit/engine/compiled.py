@@ -20,7 +20,8 @@ from draftkit.engine.stack import Stack
 from draftkit.ops.native_build import NoNative, stop_compilers
 
 _BLOCK, _SLOTS = 4, 24  # block size and positions of the check's own memory
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest number, between two orders of summing and rounding
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a row's spread, between two orders of summing and rounding;
+_WORST = 5  # times as much in single rows: some tokens lie where a real model's bfloat16 passes are far from float32's, too
 
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
@@ -78,7 +79,7 @@ class CompiledPasses:
             with torch.inference_mode():
                 model.native = _native_model(model)
                 if drafter is not None:
-                    drafter.native = _native_drafter(drafter)
+                    drafter.native = _native_drafter(drafter, model)
         except NoNative as error:
             self.reason = str(error)
         except Exception as error:  # whatever a machine may come up with, serving goes on
@@ -114,7 +115,8 @@ def _native_model(model: FastModel) -> NativeStack:
     return trial.native
 
 
-def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
+def _native_drafter(drafter: FastDrafter, target: FastModel) -> NativeDrafter:
+    lender = target.native if _same(drafter.head.weight_VH, target.head) else None
     trial, size = copy.copy(drafter), drafter.config.block_size
     trial.stack = Stack(drafter.stack.shape, drafter.stack.layers, _SLOTS + 2 * _BLOCK * size)
     lengths_R = np.minimum([3, 5], len(drafter.stack.layers[0].rotary) - size)
@@ -128,7 +130,7 @@ def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
         return trial.draft(block, anchors_R, lambda logits_RV, _: (anchors_R, logits_RV))[1]
 
     eager = draft()
-    trial.native = native = NativeDrafter(drafter, trial.stack)
+    trial.native = native = NativeDrafter(drafter, trial.stack, lender)
     _compare("drafter", eager, draft())
     native.stack.attach(drafter.stack)
     return native
@@ -143,7 +145,16 @@ def _trial_pass(ends: Ends, starts_R: np.ndarray, lengths_R: np.ndarray, block: 
     return Pass(tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), ends.embedding.dtype, block=behind)
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """The same numbers at the same place."""
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
 def _compare(what: str, eager: Tensor, native: Tensor) -> None:
-    difference = float((eager - native).abs().max())
-    if not difference <= _TOLERANCE[eager.dtype] * max(1.0, float(eager.abs().max())):
-        raise NoNative(f"the compiled {what} differs from the eager one by {difference:.2g}")
+    """Raise NoNative unless the rows of logits [..., V] are the same but for rounding."""
+    eager_NV, native_NV = (t.float().flatten(0, -2) for t in (eager, native))
+    spread_N = (eager_NV - eager_NV.mean(-1, keepdim=True)).norm(dim=-1)
+    error_N = (eager_NV - native_NV).norm(dim=-1) / spread_N.clamp_min(1e-30)
+    tolerance, middle, worst = _TOLERANCE[eager.dtype], float(error_N.median()), float(error_N.max())
+    if not (middle <= tolerance and worst <= _WORST * tolerance):
+        raise NoNative(f"the compiled {what} differs from the eager one by {middle:.2g} of a row's spread, at worst {worst:.2g}")

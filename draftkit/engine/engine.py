@@ -200,6 +200,8 @@ class Engine:
             why = f"not in use, PyTorch operations do the same slower ({self._compiled.reason})"
             log.info("compiled passes: %s", "in use" if used else why)
             self._compiled, self._uses_compiled = None, used
+            if used:
+                self._models.drop_copies()
             self._measures_again = used and self._drafter_to_measure is not None
         if self._measures_again and self._drafter_to_measure is not None and can_measure(self._models):
             self._measures_again = False

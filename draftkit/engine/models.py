@@ -36,6 +36,12 @@ class Models:
     device: torch.device
     dtype: torch.dtype
 
+    def drop_copies(self) -> None:
+        """Compiled passes are in use: no weight needs to lie here a second time."""
+        for model in (self.model, self.drafter):
+            if isinstance(model, FastModel | FastDrafter):
+                model.drop_copies()
+
 
 def build_models(
     target: str | TransformersTarget, drafter: str | Path | Drafter | None, settings: EngineSettings
