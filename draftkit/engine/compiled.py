@@ -157,4 +157,5 @@ def _compare(what: str, eager: Tensor, native: Tensor) -> None:
     error_N = (eager_NV - native_NV).norm(dim=-1) / spread_N.clamp_min(1e-30)
     tolerance, middle, worst = _TOLERANCE[eager.dtype], float(error_N.median()), float(error_N.max())
     if not (middle <= tolerance and worst <= _WORST * tolerance):
-        raise NoNative(f"the compiled {what} differs from the eager one by {middle:.2g} of a row's spread, at worst {worst:.2g}")
+        told = f"differs from the eager one by {middle:.2g} of a row's spread, at worst {worst:.2g}"
+        raise NoNative(f"the compiled {what} {told}")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ class NativeStack:
         self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
         layers = ctypes.cast(self._layers, _pointer)
         self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, half, stack.shape.eps, layers)
-        self._ends = _Ends(
+        self._ends: Any = _Ends(
             self.vocab,
             half,
             self._keep(ends.embedding),
