@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 WHOLE_FILE_BYTES = 2**26  # larger files are sampled
 WINDOWS, WINDOW_BYTES = 256, 4096
@@ -18,17 +22,21 @@ def fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json", folder / "tokenizer.json"]):
-        if not path.exists():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            if size <= WHOLE_FILE_BYTES:
-                digest.update(file.read())
-                continue
-            header = int.from_bytes(file.read(8), "little")  # a safetensors file begins with its header's length
-            digest.update(file.read(min(header, WHOLE_FILE_BYTES)))
-            for window in range(WINDOWS):
-                file.seek(window * (size - WINDOW_BYTES) // (WINDOWS - 1))
-                digest.update(file.read(WINDOW_BYTES))
+        if path.exists():
+            hash_file(path, digest)
     return digest.hexdigest()
+
+
+def hash_file(path: Path, digest: Hash) -> None:
+    """Add name, size and contents of a file to a digest; of a large one windows, see `fingerprint`."""
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}\n".encode())
+    with path.open("rb") as file:
+        if size <= WHOLE_FILE_BYTES:
+            digest.update(file.read())
+            return
+        header = int.from_bytes(file.read(8), "little")  # a safetensors file begins with its header's length
+        digest.update(file.read(min(header, WHOLE_FILE_BYTES)))
+        for window in range(WINDOWS):
+            file.seek(window * (size - WINDOW_BYTES) // (WINDOWS - 1))
+            digest.update(file.read(WINDOW_BYTES))
