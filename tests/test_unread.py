@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from test_decode import make_drafter
-from test_engine import PROMPTS, finish, small, tokens_of
 
 from draftkit.engine.engine import Engine
 from draftkit.engine.passes import Pass
 from draftkit.engine.request import SamplingParams, StepOutput
 from draftkit.schedule.step_rate import StepRate
 from draftkit.target.transformers import TransformersTarget
+from support.drafters import make_drafter
+from support.engine import PROMPTS, finish, small, tokens_of
 
 
 class Watched:
