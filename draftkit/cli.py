@@ -34,7 +34,7 @@ PromptsOption = Annotated[list[Path] | None, typer.Option("--prompts", "-p", hel
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
-GOES_ON = {"quickstart", "generate", "capture", "train", "evaluate", "calibrate", "tiny-target"}
+GOES_ON = {"quickstart", "generate", "capture", "train", "evaluate", "calibrate"}
 
 
 @app.callback(invoke_without_command=True)
@@ -398,28 +398,6 @@ def compile_now() -> None:
             typer.echo(f"{name}: ready ({time.perf_counter() - began:.0f} s)")
         except NoNative as error:
             typer.echo(f"{name}: not compiled, PyTorch operations do the same slower: {error}")
-
-
-@app.command("tiny-target", epilog="Example: draftkit tiny-target --out runs/tiny --steps 1600 --publish assets/tiny")
-def tiny_target(
-    out: OutOption = Path("runs/tiny"),
-    steps: Annotated[int, typer.Option(min=1)] = 1600,
-    rows: Annotated[int, typer.Option(help="rows of 512 tokens per step", min=1)] = 16,
-    seed: int = 7,
-    device: str = "cpu",
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile; needs a C++ compiler")] = False,
-    publish: Annotated[Path | None, typer.Option(help="also write the asset folder here")] = None,
-) -> None:
-    """Train the embedded target again from this Python's library; continues where it was interrupted."""
-    from draftkit.tiny.corpus import build_corpus
-    from draftkit.tiny.publish import publish as write_asset
-    from draftkit.tiny.train import TinySettings, train_tiny_target
-
-    make_folder(out)
-    result = train_tiny_target(out, TinySettings(steps=steps, rows=rows, seed=seed, compile=compile), device)
-    typer.echo(f"held-out loss: {result.held_out_loss}, {result.tokens_seen:,} tokens, {result.seconds / 60:.1f} min")
-    if publish:
-        write_asset(out, build_corpus(), publish)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"data", "schedule", "decode"}),
     frozenset({"train", "engine"}),
     frozenset({"serve", "evaluate", "export"}),
-    frozenset({"stages", "tiny"}),
+    frozenset({"stages"}),
     frozenset({"schedule_stages"}),
     frozenset({"quickstart"}),
     frozenset({"cli", "__main__"}),
