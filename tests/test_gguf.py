@@ -136,7 +136,7 @@ def test_a_cache_without_room_is_said_before_anything_is_written(
         load_target(str(model_file))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(TargetError, match="cannot be made .* set XDG_CACHE_HOME"):
+    with pytest.raises(TargetError, match=r"cannot be made .* set XDG_CACHE_HOME"):
         load_target(str(model_file))
 
 

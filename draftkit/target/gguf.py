@@ -103,11 +103,13 @@ def _unpack(parts: list[Path], folder: Path, fingerprint: str) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
     except OSError as error:
-        raise TargetError(f"{folder.parent}: cannot be made ({error.strerror}); set XDG_CACHE_HOME to a writable folder") from error
+        advice = "set XDG_CACHE_HOME to a writable folder"
+        raise TargetError(f"{folder.parent}: cannot be made ({error.strerror}); {advice}") from error
     needed = numbers * _UNPACKED_BYTES
     if free < needed:
         room = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        raise TargetError(f"{folder.parent}: {parts[0].name} unpacked {room}; free some or set XDG_CACHE_HOME to another folder")
+        advice = "free some or set XDG_CACHE_HOME to another folder"
+        raise TargetError(f"{folder.parent}: {parts[0].name} unpacked {room}; {advice}")
     print(f"unpacking {parts[0].name} into {folder}, once", file=sys.stderr)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
