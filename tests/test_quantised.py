@@ -60,9 +60,9 @@ def test_scales_that_would_be_left_out_are_refused(fp8_folder: Path, quantisatio
     ("quantisation", "word"),
     [
         ({"quant_method": "plankton"}, "is quantised by 'plankton', which Transformers does not read"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, r"cannot load a target: .*[Gg][Pp][Tt][Qq]"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, r"cannot load a target: .*GPTQ"),
         ({"quant_method": "awq", "bits": 4}, r"cannot load a target: .*(?i:awq|gptq)"),
-        ({"quant_method": "compressed-tensors", "config_groups": {}}, r"cannot load a target: compressed-tensors.* is required"),
+        ({"quant_method": "compressed-tensors", "config_groups": {}}, r"cannot load a target: compressed-tensors.* required"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"cannot load a target: .*bitsandbytes"),
     ],
 )
