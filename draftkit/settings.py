@@ -194,7 +194,7 @@ class TrainSettings(Section):
     ] = 200
     decode_prompts: Annotated[
         int,
-        Field(ge=0, description="validation prompts that are really answered each time"),
+        Field(ge=0, description="validation prompts that are really answered each time, in one process"),
     ] = 6
     patience: Annotated[
         int | None,

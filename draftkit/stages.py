@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate,
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.fingerprint import fingerprint
+from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
     DTYPES,
@@ -43,6 +44,7 @@ from draftkit.target.transformers import (
     load_target,
     spread_feature_layers,
 )
+from draftkit.target.weights import TargetFiles
 from draftkit.train import trainer
 from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport
@@ -67,6 +69,13 @@ def open_target(recipe: Recipe, device: str | None = None) -> tuple[Transformers
     algorithm_named(recipe.drafter.algorithm)  # a mistake shows before the target is loaded
     target = load_target(section.path, section.revision, section.dtype, device or best_device())
     return target, load_tokenizer(section.path, section.revision)
+
+
+def read_target(recipe: Recipe) -> tuple[TargetFiles, Any]:
+    """What the files of the recipe's target say, and its tokenizer; the model is not loaded."""
+    section = recipe.target
+    algorithm_named(recipe.drafter.algorithm)
+    return TargetFiles(section.path, section.revision, section.dtype), load_tokenizer(section.path, section.revision)
 
 
 def run_generate(
@@ -97,7 +106,7 @@ def run_generate(
         return generate_file(target, tokenizer, prompts, out, settings, answer or answerer(target, section.batch_size), tick)
 
 
-def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...]:
+def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
     """The target layers that the drafter listens to."""
     chosen = recipe.drafter.feature_layers
     return tuple(chosen) if chosen else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
@@ -116,9 +125,9 @@ def run_capture(
         )
 
 
-def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
+def drafter_config(recipe: Recipe, target: TargetWeights, tokenizer: Any) -> DrafterShape:
     """The drafter's shape: the recipe's choices, the target's sizes."""
-    section, text = recipe.drafter, target.model.config.get_text_config()
+    section, text = recipe.drafter, target.text_config
     algorithm = algorithm_named(section.algorithm)
     automatic = algorithm.style or style_of(target.info.family)
     sizes = asdict(block_shape(text, automatic if section.style == "auto" else section.style)) | {
@@ -136,7 +145,7 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
     return algorithm.shape(section, sizes, mask)
 
 
-def _mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> int:
+def _mask_token(recipe: Recipe, target: TargetWeights, tokenizer: Any) -> int:
     """The token that stands for what a block drafter drafts: the recipe's, else the tokenizer's, else an unused row of the
     embedding, as DeepSpec does it for Qwen3. Raises ConfigError when there is none."""
     mask, last = recipe.drafter.mask_token_id, target.info.vocab_size - 1
@@ -154,16 +163,25 @@ def _mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> i
     return int(mask)
 
 
-def _check_mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> None:
+def _check_mask_token(recipe: Recipe, target: TargetWeights, tokenizer: Any) -> None:
     """Raise ConfigError before the long work that training would only follow to refuse its recipe."""
     if algorithm_named(recipe.drafter.algorithm).masks:
         _mask_token(recipe, target, tokenizer)
 
 
 def run_train(
-    target: TransformersTarget, tokenizer: Any, recipe: Recipe, features: Path, out: Path
+    target: TargetWeights,
+    tokenizer: Any,
+    recipe: Recipe,
+    features: Path,
+    out: Path,
+    model: Callable[[], Target] | None = None,
 ) -> TrainReport:
-    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer."""
+    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer.
+
+    Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it, null loads it then.
+    Where several processes train together there are no such answers, and none of them loads it.
+    """
     store = FeatureStore(features)
     layers = feature_layers(recipe, target)
     store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer))
@@ -184,12 +202,13 @@ def run_train(
         def note_recipe() -> None:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
 
+        load = model or (lambda: open_target(recipe)[0])
         start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
-        return trainer.train(store, drafter, target, out, recipe.train, provenance, world, show, note_recipe, start)
+        return trainer.train(store, drafter, load, out, recipe.train, provenance, world, show, note_recipe, start)
 
 
 def new_drafter_for(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore | None = None
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
 ) -> Drafter:
     """A fresh drafter, seeded by the recipe, on the target's embedding and head.
 
@@ -220,7 +239,7 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
     if borrow and target_path is None:
         raise ConfigError("--borrow: needs the --target that lends embedding and head")
     make_folder(out)
-    target = load_target(target_path) if target_path else None
+    target = TargetFiles(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
     note = {k: v for k, v in read_provenance(folder).items() if k not in ("draftkit", "algorithm", "sha256")}
     save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow else None)

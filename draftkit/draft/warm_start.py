@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from draftkit.draft.block import BlockDrafter
 from draftkit.errors import ConfigError
+from draftkit.target.interface import HasWeights
 
 RANDOM_SHARE = 0.2  # of the random start of `fc` that stays
 
@@ -28,7 +28,7 @@ def spread_start_layers(depth: int, num_layers: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def start_from_target(
-    drafter: BlockDrafter, layers: Sequence[nn.Module], norm: nn.Module, chosen: Sequence[int] | None = None
+    drafter: BlockDrafter, layers: Sequence[HasWeights], norm: HasWeights, chosen: Sequence[int] | None = None
 ) -> None:
     """Overwrite the drafter's starting weights with those of the target's decoder `layers` (all, in order) and `norm`.
 
