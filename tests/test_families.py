@@ -249,7 +249,7 @@ def test_the_qwen3_4b_recipe_gives_the_published_drafters_tensors() -> None:
     """Shapes of dspark_qwen3_4b_block7, without memory for any of them."""
     text = AutoConfig.for_model("qwen3", **QWEN3_4B)
     info = TargetInfo("Qwen/Qwen3-4B", None, "f", 151_936, 2560, 36, (151_645,), 40_960, "qwen3")
-    target = SimpleNamespace(model=SimpleNamespace(config=text), info=info)
+    target = SimpleNamespace(text_config=text, info=info)
     tokenizer = AddedTokens(151_669)
     config = drafter_config(load_recipe("qwen3-4b-dspark"), target, tokenizer)  # type: ignore[arg-type]
     assert isinstance(config, DrafterConfig)

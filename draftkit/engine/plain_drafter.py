@@ -1,9 +1,9 @@
 """Drafters without a paged form: `Drafter.propose`, one request after the other, behind the interface of the paged ones.
 
-A proposal is what the drafter finds most likely, at any temperature of the request: its distribution is then the token
-itself, which is what is handed to `choose` and verified against.
+A proposal is what the drafter finds most likely, at any temperature of the request: it was drawn with certainty, and that
+is the distribution it is verified against.
 
-Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features, V vocabulary.
+Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from draftkit.draft.drafter import DraftContext, Drafter
-from draftkit.engine.fast_drafter import Choose, DraftingPass, Drafts
+from draftkit.engine.drawing import Drafts, Drawing
+from draftkit.engine.fast_drafter import DraftingPass
 from draftkit.engine.passes import Pass
 from draftkit.ops.inference import inference
 from draftkit.ops.sampling import Sampling
-
-_NEVER = -1e9  # a logit whose softmax is 0 at any temperature, and still a number where a grammar forbids the proposal
 
 
 class PlainDrafter:
@@ -33,7 +32,8 @@ class PlainDrafter:
     @inference
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Read the pass's features [T, F]; what is read of rejected tokens is cut off before it is used."""
-        assert next_tokens_T is not None
+        if next_tokens_T is None:
+            raise ValueError("a drafter reads each position with the token after it")
         for row, (first, end) in enumerate(zip(step.firsts_R, step.ends_R, strict=True)):
             context = self._context(step, row)
             self._drafter.extend(context, features_TF[None, first:end], next_tokens_T[None, first:end])
@@ -43,28 +43,22 @@ class PlainDrafter:
         return DraftingPass(anchors_R[:, None], 0, block=False)
 
     @inference
-    def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> Drafts:
-        """Propose for every request; see `FastDrafter.draft`."""
+    def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
+        """What the drafter finds most likely after every request's anchor; `drawing` makes no difference."""
         uniforms = torch.zeros(1, self.gamma, dtype=torch.float64, device=anchors_R.device)
         proposals = [
             self._drafter.propose(self._context(step, row), anchors_R[row : row + 1], Sampling(0.0), uniforms)
             for row in range(len(anchors_R))
         ]
         tokens_RG = torch.cat([p.tokens_BG for p in proposals])
-        said = [p.confidence_BG for p in proposals if p.confidence_BG is not None]
+        confidence = [p.confidence_BG for p in proposals if p.confidence_BG is not None]
         largest = [p.largest_BG for p in proposals if p.largest_BG is not None]
-        confidence_RG = torch.cat(said) if len(said) == len(proposals) else None
-        largest_RG = torch.cat(largest) if len(largest) == len(proposals) and confidence_RG is None else None
-        if choose is None:
-            return tokens_RG, proposals[0].probs_BGV.new_empty(*tokens_RG.shape, 0), confidence_RG, largest_RG
-        shape = (len(anchors_R), self.config.vocab_size)
-        tokens, probs = [], []
-        for k in range(self.gamma):
-            logits_RV = proposals[0].probs_BGV.new_full(shape, _NEVER).scatter_(1, tokens_RG[:, k : k + 1], 0.0)
-            token_R, probs_RV = choose(logits_RV, k)
-            tokens.append(token_R)
-            probs.append(probs_RV)
-        return torch.stack(tokens, 1), torch.stack(probs, 1), confidence_RG, largest_RG
+        return Drafts(
+            tokens_RG,
+            None,
+            torch.cat(confidence) if len(confidence) == len(proposals) else None,
+            torch.cat(largest) if len(largest) == len(proposals) and not confidence else None,
+        )
 
     def forget(self, block: int) -> None:
         """Drop the context of the request that has this first block."""
