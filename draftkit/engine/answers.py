@@ -1,7 +1,7 @@
 """Answers to prompts through the engine, many side by side: continuous batching and the lean forward.
 
-A prompt's answer depends on the prompt, its seed and the sampling settings alone where the compiled pass runs, which is why
-building it is waited for: an interrupted run that is started again must end with the same records.
+A prompt's answer depends on the prompt, its seed and the sampling settings alone where the compiled pass runs: an interrupted
+run that is started again ends with the same records.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ class EngineAnswers:
 
     def __init__(self, target: TransformersTarget, running: int) -> None:
         self._engine = Engine(target, None, EngineSettings(max_running=running, prefix_reuse=False))
-        self._engine.wait_until_compiled()
 
     def __call__(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[tuple[int, int]], settings: GenerateSettings

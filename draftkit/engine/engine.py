@@ -6,7 +6,6 @@ N rows of logits, V vocabulary, F features.
 
 from __future__ import annotations
 
-import logging
 import operator
 import random
 import time
@@ -21,10 +20,11 @@ from torch import Tensor
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
+from draftkit.engine.compiled import compile_models
 from draftkit.engine.fast_model import FastModel, ReadOut
-from draftkit.engine.measure import can_measure, measure_step_rate, warm_up
+from draftkit.engine.measure import measure_step_rate, warm_up
 from draftkit.engine.metrics import EngineMetrics, Tally
-from draftkit.engine.models import build_models, start_compiling
+from draftkit.engine.models import build_models
 from draftkit.engine.passes import Pass
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.request import SamplingParams, StepOutput
@@ -35,15 +35,14 @@ from draftkit.engine.scheduler import Scheduler, Work
 from draftkit.engine.scoring import Scoring, score, to_score
 from draftkit.engine.settings import EngineSettings
 from draftkit.engine.slow_model import SlowModel
-from draftkit.engine.unread import LONG, Unread
 from draftkit.errors import DataError
+from draftkit.schedule.step_rate import StepRate
 from draftkit.target.transformers import TransformersTarget
-
-log = logging.getLogger("draftkit.engine")
 
 
 class Engine:
-    """Answers of many requests, step by step, in one thread.
+    """Answers of many requests, step by step, in one thread. Passes are compiled and measured when it is made, and none is
+    exchanged later; `compiled` says whether they could be.
 
     `target` and `drafter` are names (folder or hub id) or loaded models; a loaded drafter is moved to the target's device and
     dtype. Raises what loading them raises, ServeError when the memory is too small, and ScheduleError when a calibration does
@@ -64,7 +63,11 @@ class Engine:
         self.calibration = settings.calibration
         if self.calibration is not None:
             self.calibration.check_gamma(self.info.gamma)
-        self._planner = LengthPlanner(settings.max_running, self.info.gamma, self.calibration)
+        self.compiled = settings.compile and compile_models(self._models)
+        if self.compiled and self._models.device.type == "cuda":
+            warm_up(self._models, settings.max_running, settings.step_tokens)
+        step_rate = self._step_rate(settings)
+        self._planner = LengthPlanner(settings.max_running, self.info.gamma, step_rate, self.calibration)
         self._scheduler = Scheduler(  # nothing below an engine points back to it: one that is given up frees its memory at once
             self._models.pool,
             settings.max_running,
@@ -75,19 +78,12 @@ class Engine:
             partial(_forget, self._planner, self._models.model),
         )
         self._tally = Tally(self.info.gamma)
-        self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None
-        self._compiled = start_compiling(self._models) if settings.compile else None
-        self._uses_compiled = self._measures_again = False
-        measures = settings.plan == "planned" and settings.step_rate is None
-        self._drafter_to_measure = self._models.drafter if measures else None
-        self._max_running = settings.max_running
-        if settings.plan == "planned" and settings.step_rate is not None:
-            self._planner.use(settings.step_rate)
-        if self._compiled is not None and self._models.device.type == "cuda" and self._compiled.wait():
-            warm_up(self._models, settings.max_running, settings.step_tokens)
-            self._switch_to_compiled()
-        if self._drafter_to_measure is not None and self._planner.step_rate is None:
-            self._planner.use(measure_step_rate(self._models, self._drafter_to_measure, self._max_running))
+
+    def _step_rate(self, settings: EngineSettings) -> StepRate | None:
+        """What steps cost, given or measured now; None where lengths are fixed."""
+        if settings.plan != "planned" or self._models.drafter is None:
+            return None
+        return settings.step_rate or measure_step_rate(self._models, self._models.drafter, settings.max_running)
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""
@@ -133,7 +129,6 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """One round for all who decode, one chunk for prompts that are being read; what it adds to each answer."""
-        self._switch_to_compiled()
         began, before = time.perf_counter(), self._model_seconds
         work = self._scheduler.schedule()
         if not work.requests:
@@ -149,10 +144,8 @@ class Engine:
                 self.abort(output.request_id)
         seconds = time.perf_counter() - began
         if len(work.requests) == work.decoding:
-            verified = int(offered.lengths_A.sum()) if offered.drafting else 0
-            self._planner.record(work.requests, outputs, verified, seconds)
-        else:
-            self._planner.disturb()
+            tokens = sum(len(output.events) for output in outputs)
+            self._planner.record(work.requests, bool(offered.drafting), tokens, seconds)
         self._tally.other_seconds += seconds - (self._model_seconds - before)
         return outputs
 
@@ -180,31 +173,6 @@ class Engine:
             calibration_error=tally.calibration_error,
         )
 
-    def settling(self) -> bool:
-        """To be called by whoever is idle: takes compiled passes that have become ready into use and measures them now, not in
-        the next request's time. Returns whether to call again."""
-        self._switch_to_compiled()
-        return self._compiled is not None or self._measures_again
-
-    def wait_until_compiled(self) -> bool:
-        """For measurements: wait until it is settled which passes are used; whether they are the compiled ones."""
-        if self._compiled is not None:
-            self._compiled.wait()
-        self._switch_to_compiled()
-        return self._uses_compiled
-
-    def _switch_to_compiled(self) -> None:
-        """Once, when the compiled passes have come into use: what a step costs must be measured again, as soon as there is
-        memory to do it in."""
-        if self._compiled is not None and (used := self._compiled.done()) is not None:
-            why = f"not in use, PyTorch operations do the same slower ({self._compiled.reason})"
-            log.info("compiled passes: %s", "in use" if used else why)
-            self._compiled, self._uses_compiled = None, used
-            self._measures_again = used and self._drafter_to_measure is not None
-        if self._measures_again and self._drafter_to_measure is not None and can_measure(self._models):
-            self._measures_again = False
-            self._planner.use(measure_step_rate(self._models, self._drafter_to_measure, self._max_running))
-
     # --- the parts of a step
 
     def _randomness(self, work: Work) -> tuple[RowSampling, np.ndarray]:
@@ -224,7 +192,7 @@ class Engine:
     def _draft(self, work: Work, rows: RowSampling, uniforms: np.ndarray) -> Offered:
         """Proposals of those who draft, with the lengths that the plan lets through."""
         lengths_A = np.zeros(work.answering, np.int64)
-        chosen = self._planner.choose_drafting(work.requests[: work.decoding])
+        chosen = self._planner.drafting(work.requests[: work.decoding])
         drafter, device = self._models.drafter, self._models.device
         if drafter is None or not chosen:
             empty = torch.empty(work.answering, 0, dtype=torch.int64, device=device)
@@ -232,8 +200,6 @@ class Engine:
             return Offered(empty, probs, lengths_A, [], None)
         drafting = [work.requests[i] for i in chosen]
         began = time.perf_counter()
-        if self._unread is not None:
-            self._unread.read(drafting)
         adjustments = [self._adjustments.get(r.id) for r in drafting]
         choose = None  # the drafter's own greedy walk
         if not rows.greedy or any(adjustments):
@@ -247,7 +213,7 @@ class Engine:
         told = [t.cpu().numpy() if t is not None else None for t in said]  # on a GPU this waits for the pass
         self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
         confidence = self._planner.confidence(*told)
-        lengths_A[chosen] = self._planner.lengths(drafting, confidence)
+        lengths_A[chosen] = self._planner.lengths(drafting, confidence, work.decoding - len(drafting))
         probs_AGV = None if rows.greedy else place(probs_DGV, chosen, work.answering)
         return Offered(place(tokens_DG, chosen, work.answering), probs_AGV, lengths_A, chosen, confidence)
 
@@ -272,24 +238,9 @@ class Engine:
             rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]
             scoring = to_score(work, step.firsts_R)
             wanted = self._on_device(np.concatenate(rows + [rows_S for _, rows_S in scoring]))
-        layers = () if self._goes_unheard(work, offered) else self._models.feature_layers
-        read = self._models.model.read(step, wanted, layers)
+        read = self._models.model.read(step, wanted, self._models.feature_layers)
         self._tally.verify_seconds += time.perf_counter() - began
         return step, score(scoring, read) if scoring else read
-
-    def _goes_unheard(self, work: Work, offered: Offered) -> bool:
-        """Whether nobody will draft from what this step reads, so that it needs no features; its requests are deaf from then
-        on."""
-        if self._unread is None or offered.drafting:
-            return False
-        if len(work.requests) == work.decoding and (listening := self._planner.listening_in_rest) is not None:
-            return not listening
-        if any(request.table.heard for request in work.requests):  # in every step: asked before what takes longer
-            running = len(self._scheduler.running)
-            if not self._planner.rests_long(running) or any(self._planner.drafts(r, running) for r in work.requests):
-                return False
-            self._unread.leave(work.requests)
-        return True
 
     def _verify(
         self, work: Work, offered: Offered, read: ReadOut, rows: RowSampling, uniforms: np.ndarray
@@ -315,21 +266,13 @@ class Engine:
         return Outcome(offered, accepted, following, read.logits_WV)
 
     def _extend(self, work: Work, step: Pass, read: ReadOut, outcome: Outcome) -> None:
-        """The drafter listens to everything that the target has read."""
-        if self._models.drafter is None or self._unread is None or read.features_TF is None:
+        """The drafter reads everything that the target has read."""
+        drafter = self._models.drafter
+        if drafter is None or read.features_TF is None:
             return
         began = time.perf_counter()
-        drafter = self._models.drafter
-        if len(step) == work.decoding:
-            following = outcome.next_A
-        else:
-            following = self._following(work, step, outcome) if drafter.looks_ahead else step.tokens_T
-        newcomers = work.answering > work.decoding and not drafter.looks_ahead  # one that looks ahead reads in order
-        soon = newcomers and self._planner.looks(len(self._scheduler.running))
-        if outcome.offered.drafting or len(step) > LONG or soon:
-            drafter.extend(step, read.features_TF, self._on_device(following) if drafter.looks_ahead else None)
-        else:
-            self._unread.add(work.requests, step, read.features_TF, following)
+        following = self._on_device(self._following(work, step, outcome)) if drafter.looks_ahead else None
+        drafter.extend(step, read.features_TF, following)
         self._tally.draft_seconds += time.perf_counter() - began
 
     def _following(self, work: Work, step: Pass, outcome: Outcome) -> np.ndarray:

@@ -11,7 +11,6 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.draft.eagle3 import EagleDrafter
-from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import FastModel, unsupported
@@ -86,13 +85,3 @@ def load_for_engine(target: str, settings: EngineSettings) -> TransformersTarget
     device = settings.device or best_device()
     dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
     return load_target(target, dtype=dtype, device=device)
-
-
-def start_compiling(models: Models) -> CompiledPasses | None:
-    """C++ passes, built in the background, or on a GPU recorded ones; None where neither can run."""
-    fits = models.device.type == "cuda" or (models.device.type == "cpu" and models.dtype != torch.float64)
-    if not fits or not isinstance(models.model, FastModel):
-        return None
-    drafter = models.drafter if isinstance(models.drafter, FastDrafter) else None
-    widest = models.pool.blocks_for(models.info.max_length + models.info.gamma + 1)
-    return CompiledPasses(models.model, drafter, models.feature_layers, widest)

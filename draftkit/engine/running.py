@@ -65,8 +65,6 @@ class Running:
     started: float | None = None
     answered: float | None = None  # when the first token came
     cached_tokens: int = 0
-    deaf: bool = False  # the drafter's context has holes, in a reused prefix or this answer, so it does not draft
-    unread: bool = True  # its blocks may hold what the drafter has yet to read (`Unread`)
     rounds: int = 0
     drafted: int = 0
     verified: int = 0

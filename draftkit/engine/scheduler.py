@@ -36,10 +36,8 @@ class Work:
 
 
 class Scheduler:
-    """Keeps the requests in order of arrival. `gamma` positions behind the known tokens are reserved for proposals.
-
-    The planner says of a newcomer whether it may draft: its prefix is then reused as far as the drafter has read it too.
-    `on_release` is told of each request that gives up its row.
+    """Keeps the requests in order of arrival. `gamma` positions after the known tokens are reserved for proposals; the planner
+    says how many tokens of a step they take. `on_release` is told of each request that gives up its row.
     """
 
     def __init__(
@@ -85,7 +83,9 @@ class Scheduler:
         reading: list[Running] = []
         for request in self.running:
             (decoding if request.decoding else reading).append(request)
-        budget = max(self._step_tokens - len(decoding) - self._planner.expected(len(decoding)), self.pool.block_size)
+        prompts = bool(reading or self.waiting)
+        expected = len(decoding) + self._planner.expected(decoding) if prompts else 0
+        budget = max(self._step_tokens - expected, self.pool.block_size)
         scorable = SCORED
         ends: list[tuple[Running, int]] = []
         middles: list[tuple[Running, int]] = []
@@ -146,7 +146,7 @@ class Scheduler:
         if not self._free_rows:
             return False
         known = request.tokens if not request.unscored else ()  # what is not read again has no logits
-        table = self.pool.match(known, heard=self._planner.drafts(request, len(self.running) + 1))
+        table = self.pool.match(known)
         missing = self.pool.blocks_for(len(request.tokens) + self._ahead) - len(table.blocks)
         if missing + len(self.running) > self.pool.free:
             self.pool.release(table)
@@ -154,7 +154,6 @@ class Scheduler:
         request.row, request.table = self._free_rows.pop(), table
         self.tables_SB[request.row, : len(table.blocks)] = table.blocks
         request.computed = len(table.blocks) * self.pool.block_size
-        request.deaf, request.unread = not self.pool.heard(table.blocks), bool(table.blocks)
         if request.started is None:  # one that was preempted finds its own blocks, which is no news
             request.started = time.perf_counter()
             request.cached_tokens = min(request.computed, request.prompt_length)

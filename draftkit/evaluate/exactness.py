@@ -1,4 +1,4 @@
-"""Proof by enumeration that a verification rule, with a planner before it, leaves the target's law as it is.
+"""Proof by enumeration that a verification rule, with a planner before it, leaves the target distribution as it is.
 
 On a tiny vocabulary every proposal, every plan, every verdict of up to three rounds of one or two requests is summed
 over in float64. What comes out is the joint law of the first tokens of all requests, not an estimate: it must be the
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from draftkit.ops.verify import RULES, Rule
+from draftkit.schedule.gate import PROBE, Gate
 from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
-from draftkit.schedule.speculation import Speculation
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
 DEVIATION_ALLOWED = 1e-12
@@ -44,51 +44,43 @@ class Tables:
 
 @dataclass(frozen=True)
 class PlannerCase:
-    """A planner under test: `lengths(confidence_RG, budget) -> [R]`; `budget(stale confidence_RG)` is asked with the
-    confidences of `lag` rounds earlier, ones before there are any. Without a budget, lag is 0 and budget 0."""
+    """A planner under test: `lengths(confidence_RG, budget) -> [R]`; `budget(stale confidence_RG, tokens)` is asked with the
+    confidences of `lag` rounds earlier and, where it `counts` them, the tokens that this round brought all requests together;
+    ones and 0 before there are any. Without a budget, lag is 0 and budget 0."""
 
     name: str
     lengths: Callable[[Floats, int], Ints]
-    budget: Callable[[Floats], int] | None = None
+    budget: Callable[[Floats, int], int] | None = None
     lag: int = 0
+    counts: bool = False
 
 
 def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase]:
-    """Every planner of `schedule.planner`, and the budget as the engine asks for it."""
+    """Every planner of `schedule.planner`, and the budget with the gate before it, as the engine asks for it."""
+
+    def cut(confidence_RG: Floats, budget: int) -> Ints:
+        return admit(survival_of(confidence_RG)[0], budget)
+
+    def budget(stale_RG: Floats, _: int) -> int:
+        return budget_from(survival_of(stale_RG)[0], step_rate)
+
     return [
         PlannerCase("fixed", lambda c, _: plan_fixed(len(c), gamma)),
         PlannerCase("threshold", lambda c, _: plan_threshold(c, 0.5)),
         PlannerCase("algorithm-1", lambda c, _: plan_verification(survival_of(c)[0], step_rate)),
-        PlannerCase(
-            "budget", lambda c, k: admit(survival_of(c)[0], k), lambda c: budget_from(survival_of(c)[0], step_rate), lag
-        ),
-        PlannerCase("first-look", lambda c, _: _first_lengths(c, step_rate)),
-        PlannerCase("speculation", lambda c, k: admit(survival_of(c)[0], k), lambda c: _asked_budget(c, step_rate), 1),
+        PlannerCase("budget", cut, budget, lag),
+        PlannerCase("gate", cut, lambda c, tokens: gated_budget(c, tokens, step_rate), 1, counts=True),
     ]
 
 
-def _begin(requests: int, gamma: int, step_rate: StepRate) -> tuple[Speculation, int]:
-    """A new `Speculation`, and the budget of its first step; 0 where drafting is hopeless."""
-    speculation = Speculation(requests, gamma, step_rate)
-    return speculation, speculation.budget(np.arange(requests))
-
-
-def _first_lengths(confidence_RG: Floats, step_rate: StepRate) -> Ints:
-    """What `Speculation` lets through of the first proposals."""
-    requests, gamma = confidence_RG.shape
-    speculation, budget = _begin(requests, gamma, step_rate)
-    return speculation.lengths(survival_of(confidence_RG)[0], budget)
-
-
-def _asked_budget(earlier_RG: Floats, step_rate: StepRate) -> int:
-    """What it answers after a step of drafting with these confidences, which kept two tokens of each request."""
-    requests = len(earlier_RG)
-    slots, (speculation, budget) = np.arange(requests), _begin(requests, earlier_RG.shape[1], step_rate)
-    if budget:
-        speculation.push(slots, survival_of(earlier_RG)[0])
-    seconds = float(step_rate.step_seconds(requests, slots[-1:] + 1)[0])
-    speculation.record(requests, budget > 0, requests, 2 * requests, seconds)
-    return speculation.budget(slots)
+def gated_budget(stale_RG: Floats, tokens: int, step_rate: StepRate) -> int:
+    """The budget after a step that drafted with these confidences and brought so many tokens; 0 where the gate then says that
+    the next one does not draft. What it knew before lets that step decide: at two tokens per request drafting goes on."""
+    requests, gate = len(stale_RG), Gate()
+    for brought in [1.5] * PROBE + [1.49] * PROBE + [1.475] * (PROBE - 1):  # with the drafter, without, and with it again
+        gate.record(requests, brought * requests, 1.0)
+    gate.record(requests, tokens or 2 * requests, 1.0)
+    return budget_from(survival_of(stale_RG)[0], step_rate) if gate.drafts(requests) else 0
 
 
 def same_step_search(step_rate: StepRate) -> PlannerCase:
@@ -187,18 +179,21 @@ def _output_law(ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tab
     plans = _Plans(case, tables)
     start = np.zeros((len(ready[0].moves),) * len(tables))
     start.flat[0] = 1.0
-    groups: dict[tuple[int, ...], Floats] = {(): start}  # patterns of the last `lag` rounds -> mass per joint node
+    groups: dict[_Past, Floats] = {(): start}  # what is known of the last `lag` rounds -> mass per joint node
     for _ in range(rounds):
-        following: dict[tuple[int, ...], Floats] = {}
+        following: dict[_Past, Floats] = {}
         for history, mass in groups.items():
-            for pattern, moved in _advance(mass, ready, plans, history):
-                key = (*history, pattern)[-case.lag :] if case.lag else ()
+            for shown, moved in _advance(mass, ready, plans, history):
+                key = (*history, shown)[-case.lag :] if case.lag else ()
                 following[key] = following[key] + moved if key in following else moved
         groups = following
     law: Floats = np.sum(list(groups.values()), axis=0)
     for axis, table in enumerate(tables):
         law = np.moveaxis(np.tensordot(law, _continuation(table), (axis, 0)), -1, axis)
     return law
+
+
+_Past = tuple[tuple[int, int], ...]  # of a few rounds: the joint pattern of confidences, and the tokens of all requests
 
 
 # --- one round of one request, for every node, draft prefix and length
@@ -245,6 +240,7 @@ class _Round:
         shown_SMG = tables.level_NG[path_SMH[..., :gamma], np.arange(gamma)]
         digits = LEVELS ** np.arange(gamma)
         self.pattern[:active] = (shown_SMG * digits).sum(-1)[:, ::vocab]  # the last token is unseen by any confidence
+        self.depth = np.repeat(np.arange(length + 1), vocab ** np.arange(length + 1))  # [E], tokens before each node
 
 
 class _Plans:
@@ -262,22 +258,22 @@ class _Plans:
         self.unknown = np.ones((self.requests, gamma))
         self._known: dict[int, Ints] = {}
 
-    def lengths(self, history: tuple[int, ...]) -> Ints:
-        """For a past, given as the joint patterns of the last rounds."""
+    def lengths(self, history: _Past) -> Ints:
+        """For what is known of the last rounds."""
         budget = 0
         if self.case.budget is not None:
-            stale = self.confidence[history[0]] if len(history) == self.case.lag else self.unknown
-            budget = self.case.budget(stale)
+            pattern, tokens = history[0] if len(history) == self.case.lag else (None, 0)
+            budget = self.case.budget(self.unknown if pattern is None else self.confidence[pattern], tokens)
         if budget not in self._known:
             self._known[budget] = np.array([self.case.lengths(c, budget) for c in self.confidence])
         return self._known[budget]
 
 
 def _advance(
-    mass: Floats, rounds: Sequence[_Round], plans: _Plans, history: tuple[int, ...]
-) -> list[tuple[int, Floats]]:
-    """One round from the joint nodes: (joint pattern shown, mass per joint node after it); one entry with pattern 0 when
-    the planner keeps no past."""
+    mass: Floats, rounds: Sequence[_Round], plans: _Plans, history: _Past
+) -> list[tuple[tuple[int, int], Floats]]:
+    """One round from the joint nodes: what it shows (joint pattern, tokens) and the mass per joint node after it; what the
+    planner does not look at is 0."""
     lengths_CR = plans.lengths(history)
     places = np.nonzero(mass)
     prefixes = rounds[0].pattern.shape[1]
@@ -291,10 +287,19 @@ def _advance(
     moved = [one.moves[n, k, lengths_CR[pattern, r]] for r, (one, n, k) in enumerate(zip(rounds, nodes, chosen, strict=True))]
     moved[0] = moved[0] * weight[:, None]
     shown = pattern if plans.case.lag else np.zeros_like(pattern)
+    before = sum(one.depth[n] for one, n in zip(rounds, nodes, strict=True)) * plans.case.counts
+    after = rounds[0].depth if len(rounds) == 1 else rounds[0].depth[:, None] + rounds[1].depth
     found = []
-    for one_pattern in np.unique(shown):
-        rows = shown == one_pattern
-        found.append((int(one_pattern), moved[0][rows].T @ moved[1][rows] if len(moved) > 1 else moved[0][rows].sum(0)))
+    for one_pattern, depth in np.unique(np.stack([shown, before]), axis=1).T:
+        rows = (shown == one_pattern) & (before == depth)
+        joint = moved[0][rows].T @ moved[1][rows] if len(moved) > 1 else moved[0][rows].sum(0)
+        if not plans.case.counts:
+            found.append(((int(one_pattern), 0), joint))
+            continue
+        for tokens in range(int(after.max() - depth) + 1):
+            brought = np.where(after - depth == tokens, joint, 0.0)
+            if brought.any():
+                found.append(((int(one_pattern), tokens), brought))
     return found
 
 

@@ -142,7 +142,6 @@ def _answers(
     seeds, sampling, limit = range(settings.seed, settings.seed + len(prompts)), settings.sampling, settings.max_new_tokens
     if settings.batch_size > 1 and not unsupported(target):
         engine = Engine(target, drafter, EngineSettings(plan="fixed", max_running=settings.batch_size, prefix_reuse=False))
-        engine.wait_until_compiled()
         requests = [(p.tokens, sampling_params(sampling, limit, s)) for p, s in zip(prompts, seeds, strict=True)]
         return decode_all(engine, requests, tick)
     decoded = []

@@ -13,7 +13,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -40,7 +39,6 @@ class Served:
 
 
 Item = tuple[int, StepOutput] | ApiError
-SETTLE = 0.2  # seconds after which an idle engine is asked again whether something has become ready
 HELD = 0.1  # seconds for which outputs may be held back
 
 
@@ -199,7 +197,7 @@ class Worker:
         while True:
             command = None
             if not engine.has_work():
-                command = self._wait(engine)
+                command = self._commands.get()
                 if command is None:
                     return
                 command(engine)
@@ -219,13 +217,6 @@ class Worker:
                 if any(urgent) or (self._held and time.monotonic() - self._held[0][0] >= HELD):
                     self._call(self._dispatch, self._held)
                     self._held = []
-
-    def _wait(self, engine: Any) -> Callable[[Any], None] | None:
-        """The next command. An engine that has nothing else to do takes into use what has become ready meanwhile."""
-        while engine.settling():
-            with suppress(queue.Empty):
-                return self._commands.get(timeout=SETTLE)
-        return self._commands.get()
 
     def _urgent(self, output: StepOutput) -> bool:
         """Somebody waits for it."""
