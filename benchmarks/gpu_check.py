@@ -38,7 +38,7 @@ ARMS = {
 
 def family(name: str, dtype: torch.dtype) -> float | None:
     """The largest difference between kernels and operations over all rounds; None where there are no kernels."""
-    from test_fast_model import BLOCK, build, one_pass
+    from support.paged_target import BLOCK, build, one_pass
 
     target, _ = build(name, dtype)
     target.model.to("cuda")
@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU is there")
-    from test_fast_model import FAMILIES
+    from support.paged_target import FAMILIES
 
     families = {name: {str(t)[6:]: family(name, t) for t in (torch.float32, torch.bfloat16)} for name in FAMILIES}
     prompts = read_prompts("tiny", options.prompts)

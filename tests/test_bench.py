@@ -20,13 +20,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from test_serve_harness import Server, serving
 
 from draftkit.errors import ServeError
 from draftkit.output import as_json
 from draftkit.serve import load
 from draftkit.serve.bench import percentile, ratios, read_prompts, run_bench, summarise
 from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
+from support.server import Server, serving
 
 SETTINGS = LoadSettings(prompts=("one", "two", "three"), requests=6, warmup=1, max_tokens=31)
 

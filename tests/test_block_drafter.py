@@ -9,32 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_drafter import plain_loss, plain_rows
 from safetensors.torch import load_file, save_file
 
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import load_drafter, save_drafter
-from draftkit.draft.drafter import HEADS, DrafterConfig, LossSettings, TrainBatch
+from draftkit.draft.drafter import HEADS, LossSettings, TrainBatch
 from draftkit.draft.families import STYLES
 from draftkit.draft.layout import lay_out
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
+from support.drafters import BLOCK_CONFIG as CONFIG
+from support.plain_drafter import plain_loss, plain_rows
 
-CONFIG = DrafterConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=40,
-    feature_layers=(0, 2),
-    num_target_layers=4,
-    mask_token_id=3,
-    block_size=4,
-    markov_rank=6,
-    max_length=64,
-)
 LENGTH = 20
 
 

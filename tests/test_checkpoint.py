@@ -11,10 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_block_drafter import CONFIG as BLOCK
-from test_eagle3 import CONFIG as EAGLE
-from test_eagle3 import GEMMA, eagle_for
-from test_simulate import made_traces
 from typer.testing import CliRunner
 
 from draftkit import cli
@@ -29,6 +25,10 @@ from draftkit.output import write_text
 from draftkit.schedule.traces import save_traces
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train.folder import write_folder
+from support.drafters import BLOCK_CONFIG as BLOCK
+from support.drafters import EAGLE_CONFIG as EAGLE
+from support.drafters import GEMMA, eagle_for
+from support.traces import made_traces
 
 DFLASH: dict[str, Any] = {"head": "none", "markov_rank": 0, "confidence": False, "confidence_with_markov": False}
 SHAPES: dict[str, DrafterShape] = {

@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_fast_drafter import CONFIG, LENGTHS, alone, block_pass, propose_together
-from test_fast_drafter import build as build_drafter
-from test_fast_model import FAMILIES, build, one_pass
 
 from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.native import FLOATS, HALVES, PAIRS, NativeStack, pack_panels
 from draftkit.ops.native_build import NoNative
 from draftkit.ops.sampling import Sampling
-
-TEXTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (50, 9, 23)]
-TABLES = [[5, 30, 2, 17, 9, 33, 0, 21, 12, 3, 7, 26, 14], [1, 4, 6], [8, 10, 11, 13, 15, 16]]
+from support.drafters import BLOCK_CONFIG
+from support.paged_drafter import LENGTHS, alone, block_pass, propose_together
+from support.paged_drafter import build as build_drafter
+from support.paged_target import FAMILIES, TABLES, TEXTS, build, one_pass
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,7 +190,7 @@ def test_a_drafted_block_is_the_same_to_the_bit_alone_and_beside_others() -> Non
     uniforms = torch.zeros(3, fast.gamma, dtype=torch.float64)
     together = propose_together(fast, features, [11, 30, 2], Sampling(1.0), uniforms)
     for row in range(3):
-        step = block_pass([11, 30, 2], list(LENGTHS), CONFIG, torch.float32)
+        step = block_pass([11, 30, 2], list(LENGTHS), BLOCK_CONFIG, torch.float32)
         _, base = fast._read_block(alone(step, row), fast.native)
         _, beside = fast._read_block(step, fast.native)
         assert torch.equal(base[0], beside[row])

@@ -8,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_compiled import TABLES, TEXTS
-from test_fast_drafter import LENGTHS, alone, block_pass, propose_together
-from test_fast_drafter import build as build_drafter
-from test_fast_model import FAMILIES, build, one_pass
 from torch import Tensor
 
 from draftkit.draft.checkpoint import new_drafter, open_drafter
@@ -26,6 +22,9 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.ops import native_build
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget, load_target
+from support.paged_drafter import LENGTHS, alone, block_pass, propose_together
+from support.paged_drafter import build as build_drafter
+from support.paged_target import FAMILIES, TABLES, TEXTS, build, one_pass
 
 HALF = torch.bfloat16
 

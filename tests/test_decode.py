@@ -9,64 +9,14 @@ import pytest
 import torch
 
 from draftkit.decode import Plan, Round, decode, verify_all
-from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import new_drafter
-from draftkit.draft.drafter import HEADS, Drafter, DrafterConfig
-from draftkit.draft.eagle3 import EagleConfig
+from draftkit.draft.drafter import HEADS, Drafter
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs
 from draftkit.ops.verify import RULES, TOKEN_RULE, Rule
 from draftkit.target.transformers import TransformersTarget
+from support.drafters import make_drafter, make_eagle
 
 PROMPTS = [[4, 20, 31, 7], [9, 9, 9], [40, 41, 42, 43, 44, 45, 46], [300]]
-
-
-def make_drafter(target: TransformersTarget, head: str = "markov", layout: str = "anchor", block: int = 4) -> BlockDrafter:
-    """A random drafter whose proposals are not all wrong: its Markov head is random, its base is the target's head."""
-    torch.manual_seed(1)
-    config = DrafterConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        vocab_size=target.info.vocab_size,
-        feature_layers=(0, 2),
-        num_target_layers=4,
-        mask_token_id=3,
-        block_size=block,
-        layout=layout,
-        head=head,
-        markov_rank=6 if head != "none" else 0,
-        confidence=head != "none",
-        max_length=256,
-    )
-    drafter = new_drafter(config, target.embedding_weight(), target.head_weight())
-    if drafter.markov_head is not None:
-        torch.nn.init.normal_(drafter.markov_head.markov_w2.weight)
-    return drafter.double().eval()
-
-
-def make_eagle(target: TransformersTarget, ids: tuple[int, ...]) -> Drafter:
-    """A random EAGLE-3 drafter with a draft vocabulary of `ids`."""
-    torch.manual_seed(1)
-    config = EagleConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        vocab_size=target.info.vocab_size,
-        feature_layers=(0, 2),
-        num_target_layers=4,
-        block_size=3,
-        style="llama",
-        max_length=256,
-        draft_vocab_size=len(ids),
-    )
-    drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), torch.tensor(ids))
-    return drafter.double().eval()
 
 
 @pytest.mark.parametrize("head", HEADS)

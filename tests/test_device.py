@@ -28,8 +28,8 @@ from draftkit.ops.sampling import Sampling
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
-from tests.elsewhere import DEVICE, elsewhere
-from tests.test_decode import make_drafter, make_eagle
+from support.drafters import make_drafter, make_eagle
+from support.elsewhere import DEVICE, elsewhere
 
 PROMPTS = [(1, 2, 3), (4, 5, 6, 7, 8), (9,) * 20]
 SAMPLINGS = [Sampling(), Sampling(0.8, top_k=9, top_p=0.9, min_p=0.01)]

@@ -15,29 +15,17 @@ from draftkit.data.conversations import Conversation, Message, read_conversation
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
-from draftkit.draft.checkpoint import new_drafter, open_drafter
+from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import LossSettings, TrainBatch
-from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.draft.layout import lay_out
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
+from support.drafters import EAGLE_CONFIG as CONFIG
+from support.drafters import GEMMA, eagle_for
 
-CONFIG = EagleConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    vocab_size=40,
-    feature_layers=(0, 2),
-    num_target_layers=4,
-    block_size=4,
-    style="llama",
-    max_length=64,
-)
 LENGTH, STEPS = 20, 4
-GEMMA = {"style": "gemma4", "shared_key_value": True, "rotary_share": 0.5, "soft_cap": 5.0}
 VARIANTS = [{}, {"style": "qwen3"}, {"norm_before_residual": True}, GEMMA, {"feature_layers": (0, 1, 2)}]
 ROPE_ERROR = {"atol": 1e-6, "rtol": 1e-6}  # the package turns by float32 angles
 
@@ -275,17 +263,6 @@ def test_documents_of_one_row_do_not_see_each_other() -> None:
     for name, parameter in drafter.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, wanted[name], msg=name)
-
-
-def eagle_for(target: TransformersTarget, **changes: object) -> EagleDrafter:
-    torch.manual_seed(1)
-    vocab = target.info.vocab_size
-    config = replace(CONFIG, hidden_size=32, vocab_size=vocab, max_length=256, **changes)  # type: ignore[arg-type]
-    ids = torch.arange(0, vocab, 2)[: config.draft_vocab_size] if config.draft_vocab_size else None
-    drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids)
-    assert isinstance(drafter, EagleDrafter)
-    torch.nn.init.eye_(drafter.fc.weight[:, -32:])  # says again what the target just said: right where it repeats itself
-    return drafter.double().eval()
 
 
 @pytest.mark.parametrize("changes", [{}, {"style": "qwen3", "draft_vocab_size": 100}])

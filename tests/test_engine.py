@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXTS
-from test_decode import make_drafter
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from draftkit.decode import decode
@@ -20,34 +18,14 @@ from draftkit.engine.fast_model import ReadOut
 from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.passes import Pass
 from draftkit.engine.request import SamplingParams, StepOutput
-from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.step_rate import StepRate
 from draftkit.target.transformers import TransformersTarget, load_target
 from draftkit.tiny.tokenizer import train_tokenizer
-
-PROMPTS = [[4, 20, 31, 7], [9, 9, 9], list(range(40, 90)), [100], [4, 20, 31, 8, 9, 10], [77] * 33]
-
-
-def finish(engine: Engine, steps: int = 10_000) -> dict[str, list[StepOutput]]:
-    """Run until nothing is left to do; the outputs of each request."""
-    outputs: dict[str, list[StepOutput]] = {}
-    for _ in range(steps):
-        if not engine.has_work():
-            return outputs
-        for output in engine.step():
-            outputs.setdefault(output.request_id, []).append(output)
-    raise AssertionError(f"not finished after {steps} steps")
-
-
-def tokens_of(outputs: list[StepOutput]) -> list[int]:
-    return [event.token_id for output in outputs for event in output.events]
-
-
-def small(**changes: object) -> EngineSettings:
-    given = {"plan": "fixed", "dtype": "float64", "device": "cpu", "kv_bytes": 2**22, "block_size": 4, "step_tokens": 16}
-    return EngineSettings(**given | changes)  # type: ignore[arg-type]
+from support.drafters import make_drafter
+from support.engine import PROMPTS, finish, small, tokens_of
+from support.targets import TEXTS
 
 
 @pytest.mark.parametrize("head", [None, "none", "markov", "gated", "rnn"])

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import make_drafter
-from test_engine import PROMPTS, finish, small, tokens_of
 
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
@@ -15,6 +13,8 @@ from draftkit.engine.row_sampling import processed_rows, row_sampling
 from draftkit.engine.running import Uniforms
 from draftkit.ops.sampling import Sampling, processed_probs, sample
 from draftkit.target.transformers import TransformersTarget
+from support.drafters import make_drafter
+from support.engine import PROMPTS, finish, small, tokens_of
 
 SETTINGS = [
     {"temperature": 0.0},

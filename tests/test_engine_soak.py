@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_decode import make_drafter
-from test_engine import PROMPTS, small
 
 from draftkit.engine.engine import Engine
 from draftkit.target.transformers import TransformersTarget
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from soak import Report, soak
+
+from support.drafters import make_drafter
+from support.engine import PROMPTS, small
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_decode import make_drafter
 
 from draftkit import stages
 from draftkit.config import Recipe, load_recipe
@@ -19,6 +18,7 @@ from draftkit.errors import Interrupted
 from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
+from support.drafters import make_drafter
 
 PROMPTS = [EvalPrompt(str(i), ["code", "chat"][i % 2], (4 + i % 20, 20, 31 + i)) for i in range(10)]
 

@@ -12,15 +12,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_fast_drafter import LENGTHS, propose_together
-from test_fast_drafter import build as build_drafter
-from test_fast_model import build, one_pass
 from torch import Tensor
 
 from draftkit.engine.compiled import record_passes
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.graphs import Play, RecordedPasses, padded, sizes
 from draftkit.ops.sampling import Sampling
+from support.paged_drafter import LENGTHS, propose_together
+from support.paged_drafter import build as build_drafter
+from support.paged_target import build, one_pass
 
 paged_attention = pytest.importorskip("draftkit.ops.paged_attention")  # Triton is on Linux alone
 TEXTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (14, 6, 9)]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import finish, tokens_of
 
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import new_drafter, open_drafter
@@ -23,6 +22,8 @@ from draftkit.target.transformers import EMBEDDED, TransformersTarget, check_tar
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from engine_load import read_prompts
 from grown import Growth, grow_drafter, grow_target, head_sources
+
+from support.engine import finish, tokens_of
 
 GROWTH = Growth(hidden=2, mlp=2, heads=16, kv_heads=4, layers=15, draft_layers=3, vocab=4196)
 PROMPTS = read_prompts("tiny", 3)

@@ -111,3 +111,15 @@ def test_forbidden_relative_and_unknown_modules_are_found(tmp_path: Path) -> Non
         "draftkit/ops/verify.py:1: ops must not import config",
         "draftkit/ops/verify.py:2: relative import; write draftkit.ops...",
     ]
+
+
+def test_no_test_file_imports_another() -> None:
+    """What they share lies in `tests/support/`, so that a test file can be moved or deleted alone."""
+    tests = Path(__file__).parent
+    names = {p.stem for p in tests.glob("*.py")}
+    for path in sorted(tests.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom | ast.Import):
+                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                for module in modules:
+                    assert not names & set(module.split(".")), f"{path.name}:{node.lineno} imports {module}"

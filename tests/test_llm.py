@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_decode import make_drafter
-from test_engine import small
 
 from draftkit import LLM, SamplingParams
 from draftkit.draft.checkpoint import save_drafter
@@ -29,6 +27,8 @@ from draftkit.engine.request import StepOutput
 from draftkit.errors import DataError, ServeError
 from draftkit.serve.llm import Piece
 from draftkit.target.transformers import TransformersTarget
+from support.drafters import make_drafter
+from support.engine import small
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 TALK = [{"role": "user", "content": "What is a list?"}]

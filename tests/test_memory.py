@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_decode import make_drafter, make_eagle
-from test_engine import PROMPTS, finish, small, tokens_of
-from test_fast_model import build
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from draftkit.engine import measure, memory
@@ -20,6 +17,9 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ServeError
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
+from support.drafters import make_drafter, make_eagle
+from support.engine import PROMPTS, finish, small, tokens_of
+from support.paged_target import build
 
 GIB = 2**30
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decode import make_drafter
-from test_simulate import made_traces
 
 from draftkit.data.features import write_shard
 from draftkit.draft.checkpoint import save_drafter
@@ -19,6 +17,8 @@ from draftkit.schedule.traces import save_traces
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train.parallel import ParallelDrafter, World
 from draftkit.train.state import Position, save_state
+from support.drafters import make_drafter
+from support.traces import made_traces
 
 
 @pytest.fixture(params=[0o022, 0o027, 0o077], ids=["all", "group", "owner"])

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_target import make_family
 
 from draftkit.data import capture as capture_module
 from draftkit.data.capture import CaptureSettings, capture
@@ -30,6 +29,7 @@ from draftkit.errors import DataError, FeatureStoreError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import TransformersTarget
+from support.targets import make_family
 
 WORDS = ["list", "value", "holds", "step", "return", "what", "add", "number"]
 SETTINGS = GenerateSettings(Sampling(1.0), max_new_tokens=12, batch_size=4, seed=5)

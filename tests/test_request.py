@@ -9,12 +9,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from test_engine import PROMPTS, finish, small, tokens_of
 
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
 from draftkit.errors import DataError
 from draftkit.target.transformers import load_target
+from support.engine import PROMPTS, finish, small, tokens_of
 
 
 def test_parameters_are_taken_as_vllms_are_and_wrong_ones_are_named() -> None:

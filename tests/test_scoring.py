@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_decode import make_drafter
-from test_engine import PROMPTS, finish, small, tokens_of
 
 from draftkit.engine import scheduler
 from draftkit.engine.engine import Engine
 from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.request import PromptToken, SamplingParams
 from draftkit.target.transformers import TransformersTarget
+from support.drafters import make_drafter
+from support.engine import PROMPTS, finish, small, tokens_of
 
 LONG = [(7 * i + i * i) % 90 + 10 for i in range(70)]
 ASKED = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, prompt_logprobs=2)

@@ -14,7 +14,8 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from test_serve_harness import CHAT, TEXT, Server, serving
+
+from support.server import CHAT, TEXT, Server, serving
 
 
 @pytest.fixture(scope="module")

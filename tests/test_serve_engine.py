@@ -5,21 +5,18 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
-from test_serve_harness import Server, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
-SERVE = (sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")
+from support.server import ASSET, SERVE, Server, serving
+
 QUESTIONS = ("Solve for x: 3x + 4 = 19.", "Write a function that adds two numbers.", "What is 17 + 25?")
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from test_serve_fake_engine import fake_served, seam
-from test_serve_harness import CHAT, Server, serving
 
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice
@@ -19,6 +17,8 @@ from draftkit.serve.problem import ApiError, from_validation, shorten
 from draftkit.serve.prompt_scores import Echo
 from draftkit.serve.protocol import ChatBody, CompletionBody, TokenizeBody
 from draftkit.serve.reply import ChatReply, CompletionReply
+from support.fake_engine import fake_served, seam
+from support.server import CHAT, Server, serving
 
 SERVED = fake_served()
 CHATS, TEXTS = "/v1/chat/completions", "/v1/completions"

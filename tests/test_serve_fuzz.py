@@ -10,9 +10,9 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_serve_harness import Server, serving
 
 from draftkit.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from support.server import Server, serving
 
 scalars = st.one_of(
     st.none(),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_serve_fake_engine import fake_served, replace
 
 from draftkit import cli
 from draftkit.engine.settings import EngineSettings
@@ -19,6 +18,7 @@ from draftkit.serve.params import sampling_params
 from draftkit.serve.protocol import CompletionBody
 from draftkit.serve.sampling_defaults import sampling_defaults
 from draftkit.serve.server import _bind, load_served
+from support.fake_engine import fake_served, replace
 
 SERVED = fake_served()
 

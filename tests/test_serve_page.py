@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_serve_harness import TEXT, Server, serving
+
+from support.server import TEXT, Server, serving
 
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None)
 needs_browser = pytest.mark.skipif(

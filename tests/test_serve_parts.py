@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from test_serve_fake_engine import FakeEngine, fake_served, seam
 
 from draftkit.errors import ServeError, TargetError
 from draftkit.serve import params as from_body
@@ -26,6 +25,7 @@ from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import ClientLeft, EventStream
 from draftkit.serve.tools import ToolCalls
 from draftkit.serve.worker import Worker
+from support.fake_engine import FakeEngine, fake_served, seam
 
 SERVED = fake_served()
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'

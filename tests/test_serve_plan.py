@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
-from test_serve_harness import serving
 
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
@@ -22,6 +21,7 @@ from draftkit.serve.llm import LLM
 from draftkit.serve.pair import PlanFiles, find_drafter, open_pair
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
+from support.server import serving
 
 SERVE = (sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")
 DRAFTER = EMBEDDED / "drafter"

@@ -16,7 +16,8 @@ from contextlib import AbstractContextManager
 import httpx
 import openai
 import pytest
-from test_serve_harness import CHAT, FAKE, TEXT, Server, serving
+
+from support.server import CHAT, FAKE, TEXT, Server, serving
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_serve_engine import ASSET, SERVE
-from test_serve_harness import Server, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from draftkit import LLM, SamplingParams
+from support.server import ASSET, SERVE, Server, serving
 
 TEXT = "def add(a, b):\n    return a + b  # naïve\n\n\ndef mul(a, b):\n"
 COMPLETIONS = "/v1/completions"

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from test_serve_fake_engine import fake_served
-from test_serve_harness import serving
 
 from draftkit.serve.formats import ResponseFormat, StructuredOutputs
 from draftkit.serve.problem import ApiError, from_validation
 from draftkit.serve.protocol import CompletionBody
 from draftkit.serve.structured import GrammarConstraint, constraint_of
+from support.fake_engine import fake_served
+from support.server import serving
 
 SERVED = fake_served()
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"], "additionalProperties": False}

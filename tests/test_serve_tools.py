@@ -10,13 +10,12 @@ from typing import Any, Literal
 import openai
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
-from test_serve_engine import ASSET, SERVE
-from test_serve_fake_engine import fake_served
-from test_serve_harness import serving
 
 from draftkit.serve.formats import ForcedCalls
 from draftkit.serve.problem import ApiError
 from draftkit.serve.structured import constraint_of
+from support.fake_engine import fake_served
+from support.server import ASSET, SERVE, serving
 
 TEMPLATE = (
     "{% for t in tools %}{{ t | tojson }} {% endfor %}Calls are <tool_call>...</tool_call>.\n"

@@ -23,30 +23,14 @@ from draftkit.schedule.history import SurvivalHistory
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, save_step_rate
-from draftkit.schedule.traces import Origin, TracedPrompt, Traces, load_traces, save_traces
+from draftkit.schedule.traces import Origin, Traces, load_traces, save_traces
 from draftkit.schedule_stages import open_simulation, run_calibrate, run_record, run_simulate
 from draftkit.target.transformers import TransformersTarget
-from tests.test_decode import make_drafter
+from support.drafters import make_drafter
+from support.traces import made_traces
 
 FLAT = StepRateTable((0,), (1, 10_000), ((1.0, 1.0),), (1, 10_000), (0.25, 0.25))  # a pass is free of charge for any tokens
 DEAR = StepRateTable((0,), (1, 10_000), ((0.001, 10.0),), (1,), (0.0,))  # pure arithmetic: every token costs
-
-
-def made_traces(gamma: int = 4, prompts: int = 40, rows: int = 30, head: bool = True, seed: int = 0) -> Traces:
-    """Easy and hard prompts; the confidences are the true chances."""
-    rng = np.random.default_rng(seed)
-    ease = np.repeat(rng.uniform(0.3, 0.95, prompts), rows)
-    chance = np.clip(ease[:, None] + rng.normal(0, 0.15, (prompts * rows, gamma)), 0.02, 0.98)
-    accepted = (rng.uniform(size=chance.shape) < chance).cumprod(-1).sum(-1)
-    return Traces(
-        Origin("tiny", "target-1", "drafter-1", 1.0),
-        tuple(TracedPrompt(f"p{i}", "code", 20, i * rows, rows) for i in range(prompts)),
-        (chance if head else np.full_like(chance, np.nan)).astype(np.float32),
-        chance.astype(np.float32),
-        accepted.astype(np.int64),
-        accepted.astype(np.int64),
-        np.full(len(accepted), gamma),
-    )
 
 
 # --- traces

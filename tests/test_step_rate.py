@@ -14,7 +14,7 @@ from draftkit.evaluate.profile import ProfileSettings, profile
 from draftkit.schedule.step_rate import StepRate
 from draftkit.schedule.step_rate_table import Measured, StepRateTable, load_step_rate, save_step_rate
 from draftkit.target.transformers import TransformersTarget
-from tests.test_decode import make_drafter, make_eagle
+from support.drafters import make_drafter, make_eagle
 
 TABLE = StepRateTable(
     contexts=(64, 256),

@@ -13,44 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, make_target_folder
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftkit.errors import TargetError
 from draftkit.target import fingerprint as fingerprint_module
-from draftkit.target.interface import TargetInfo
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, check_target, load_target, spread_feature_layers
+from support.targets import FAMILIES, make_family, make_target_folder
 
 COMMIT = "0123abcd" * 5
 TOKENS = torch.tensor([[5, 30, 7, 61, 12, 9, 44, 3]])
-
-# What each family does differently: windows, soft caps, scaled logits, experts, recurrent layers.
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "llama": {},
-    "mistral": {"sliding_window": 4},
-    "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 8},
-    "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8},
-    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
-    "cohere": {"logit_scale": 0.25},
-    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256},
-    "qwen3_moe": MOE,
-    "qwen3_next": MOE | LINEAR | {"shared_expert_intermediate_size": 16},
-}
-
-
-def make_family(family: str, **changes: Any) -> TransformersTarget:
-    """A random model of the family, in float64 where torch has the kernels (experts have none)."""
-    torch.manual_seed(0)
-    sizes = SIZES | {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | FAMILIES[family] | changes)))
-    if "num_experts" not in FAMILIES[family]:
-        model = model.double()
-    return TransformersTarget(model, TargetInfo("random", None, "f", 300, 32, 4, (2,), 256, family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_target_folder
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
@@ -35,6 +34,7 @@ from draftkit.train.optim import lr_scale, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
 from draftkit.train.trainer import Progress, TrainReport, TrainSettings
 from draftkit.train.validation import expected_lengths
+from support.targets import make_target_folder
 
 WORDS = "list value holds step return what add number the a of is".split()
 ALONE = World(0, 1, torch.device("cpu"))

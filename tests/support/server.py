@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-FAKE = Path(__file__).parent / "test_serve_fake_engine.py"
+ASSET = Path(__file__).parents[2] / "draftkit" / "assets" / "tiny"
+SERVE = (sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")
+FAKE = Path(__file__).parent / "fake_engine.py"
 TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 

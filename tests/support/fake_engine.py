@@ -1,6 +1,6 @@
 """A stand-in for the engine that follows its seam: tokens are a function of prompt and seed, time is a sleep.
 
-`python tests/test_serve_fake_engine.py --port 0 ...` is a server process over it, for tests of the server alone.
+`python tests/support/fake_engine.py --port 0 ...` is a server process over it, for tests of the server alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from draftkit.engine import request as seam
 from draftkit.errors import DraftkitError
 
-ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
+ASSET = Path(__file__).parents[2] / "draftkit" / "assets" / "tiny"
 GAMMA = 4
 MAX_LENGTH = 512
 

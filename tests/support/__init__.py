@@ -1,0 +1,1 @@
+"""What several test files share: small targets and drafters, servers to talk to, second implementations."""
