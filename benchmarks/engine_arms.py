@@ -71,8 +71,7 @@ def build(
         )
         for name in names
     }
-    compiled = [engine.wait_until_compiled() for engine in engines.values()]
-    if shared and all(compiled):
+    if shared and all(engine.compiled for engine in engines.values()):
         share(list(engines.values()))
     return engines
 
@@ -165,7 +164,7 @@ def main() -> None:
         "device": device_name(target.device),
         "threads": options.threads,
         "clock": "processor time" if options.threads == 1 else "wall clock",
-        "compiled": all(engine._uses_compiled for engine in engines.values()),
+        "compiled": all(engine.compiled for engine in engines.values()),
         "target": options.target,
         "parameters": sum(p.numel() for p in target.model.parameters()),
         "new_tokens": options.new_tokens,

@@ -194,7 +194,6 @@ def main() -> None:
     prompts = read_prompts(options.target, 64)
     settings = EngineSettings(max_running=options.concurrency, kv_bytes=options.kv_megabytes * 2**20)
     engine = Engine(target, str(options.drafter), settings)
-    engine.wait_until_compiled()
     report = soak(engine, target, prompts, options.requests, options.concurrency, options.new_tokens)
     result = {"cpu": device_name(), "concurrency": options.concurrency, "good": report.good, **asdict(report)}
     print_result(result, options.out)

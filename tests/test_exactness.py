@@ -29,7 +29,7 @@ from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, Rule
 @pytest.mark.parametrize("requests", [1, 2])
 def test_every_rule_behind_every_planner_keeps_the_joint_law(requests: int, gamma: int) -> None:
     findings = prove(requests, gamma, tables=3, seed=gamma)
-    planners = ("fixed", "threshold", "algorithm-1", "budget", "first-look", "speculation")
+    planners = ("fixed", "threshold", "algorithm-1", "budget", "gate")
     assert {(f.rule, f.planner) for f in findings} == {(rule, planner) for rule in RULES for planner in planners}
     assert max(f.deviation for f in findings) < DEVIATION_ALLOWED
 
@@ -87,7 +87,7 @@ def test_the_proof_is_about_plans_that_differ() -> None:
         tables = [random_tables(3, 3, 3, rng) for _ in range(2)]
         for case in planner_cases(random_step_rate(8, rng), gamma=3, lag=1):
             plans = _Plans(case, tables)
-            for history in ((), (0,), (5,)):
+            for history in ((), ((0, 2),), ((5, 4),)):
                 seen.setdefault(case.name, set()).update(np.unique(plans.lengths(history)).tolist())
     assert seen.pop("fixed") == {3}
     assert all(lengths == {0, 1, 2, 3} for lengths in seen.values()), seen
@@ -100,7 +100,7 @@ def test_the_command_prints_the_table_and_fails_when_the_law_is_missed(monkeypat
     assert "0.85" in done.output
     done = CliRunner().invoke(app, ["verify-lossless", "--gamma", "1", "--tables", "1", "--json"])
     found = json.loads(done.output)
-    assert len(found["findings"]) == 24
+    assert len(found["findings"]) == 20
     assert found["largest_deviation"] < DEVIATION_ALLOWED
     broken = Rule("token", TOKEN_RULE.length_law, BLOCK_RULE.next_token_law)
     monkeypatch.setitem(RULES, "token", broken)

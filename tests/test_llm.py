@@ -223,7 +223,6 @@ def test_an_llm_that_is_given_up_frees_its_memory_at_once(drafter: str | None) -
     try:
         own = LLM("tiny", drafter)
         own.generate("def add", GREEDY)
-        own.engine.wait_until_compiled()
         engine, model = weakref.ref(own.engine), own.engine._models.model
         assert isinstance(model, FastModel)
         memory = weakref.ref(model.stack.memory[0])

@@ -37,7 +37,6 @@ def test_prompts_are_scored_beside_others_and_in_any_chunks(
 ) -> None:
     monkeypatch.setattr(scheduler, "SCORED", scored)
     engine = Engine(target, make_drafter(target), small(step_tokens=step_tokens, compile=compile))
-    engine.wait_until_compiled()
     plain = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     engine.add_request("plain", PROMPTS[0], plain)
     engine.step()
@@ -51,7 +50,6 @@ def test_prompts_are_scored_beside_others_and_in_any_chunks(
     assert outputs["single"][0].prompt == ()
     assert all(o.prompt is None for name in outputs for o in outputs[name][name in ("long", "short", "single") :])
     alone = Engine(target, make_drafter(target), small(compile=compile))
-    alone.wait_until_compiled()
     for name, prompt in (("plain", PROMPTS[0]), ("beside", PROMPTS[2]), ("long", LONG)):
         alone.add_request(name, prompt, plain)
         told = tokens_of(outputs[name])

@@ -10,6 +10,7 @@ import operator
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -64,6 +65,8 @@ class Engine:
         if self.calibration is not None:
             self.calibration.check_gamma(self.info.gamma)
         self.compiled = settings.compile and compile_models(self._models)
+        if self.compiled:
+            self.info = replace(self.info, forward="compiled")
         if self.compiled and self._models.device.type == "cuda":
             warm_up(self._models, settings.max_running, settings.step_tokens)
         step_rate = self._step_rate(settings)

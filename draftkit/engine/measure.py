@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import product
 from statistics import median
 from typing import TypeVar
 
@@ -120,8 +121,8 @@ def warm_up(models: Models, max_running: int, step_tokens: int) -> None:
     with _borrowed(models, step_tokens) as blocks:
         for tokens in sizes(max_running * width):
             pass_job(models, _shared(blocks, -(-tokens // width)), _context(models), tokens, width)()
-        for requests in sizes(max_running) if drafter is not None else ():
-            for greedy in (True, False):
+        if drafter is not None:
+            for requests, greedy in product(sizes(max_running), (True, False)):
                 draft_job(models, drafter, _shared(blocks, requests), _context(models), greedy)()
         prompt = min(step_tokens, models.info.max_length - 1)
         for tokens in (prompt, 1 + min(LONG_QUERY, prompt)):  # two kinds of kernels, see `PagedPass.of`
@@ -165,7 +166,7 @@ def _borrowed(models: Models, tokens: int = 0) -> Iterator[list[int]]:
 
 def _context(models: Models) -> int:
     """Tokens before a pass; after the longest request there is room for a proposal."""
-    return min(_CONTEXT, models.info.max_length)
+    return min(_CONTEXT, models.info.max_length - 1)
 
 
 def _shared(blocks: list[int], requests: int) -> np.ndarray:

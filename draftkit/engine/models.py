@@ -62,7 +62,7 @@ def build_models(
         kv_blocks_total=room.blocks,
         max_running=settings.max_running,
         algorithm=drafter.config.algorithm if drafter is not None else "none",
-        forward=f"Transformers ({reason})" if reason else "lean",
+        forward=f"Transformers ({reason})" if reason else "PyTorch operations",
     )
     behind = fast is not None and fast.looks_ahead  # its last row of a block holds a token of the next
     reuse = settings.prefix_reuse and not reason and not behind

@@ -36,6 +36,11 @@ class LengthPlanner:
         self._largest_DG: np.ndarray | None = None  # of this step's proposals, for the estimator
         self._verified = gamma * rows  # drafted tokens of the last pass that held some
 
+    @property
+    def step_rate(self) -> StepRate | None:
+        """What a step is taken to cost; None where lengths are fixed."""
+        return self._budgets.step_rate if self._budgets is not None else None
+
     def drafting(self, decoding: Sequence[Running]) -> list[int]:
         """Indices of the requests that draft in this step."""
         able = [i for i, request in enumerate(decoding) if self._most(request) > 0]

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from draftkit.ops.verify import RULES, Rule
-from draftkit.schedule.gate import PROBE, Gate
+from draftkit.schedule.gate import EVIDENCE, SHORTEST, Gate
 from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
@@ -77,8 +77,11 @@ def gated_budget(stale_RG: Floats, tokens: int, step_rate: StepRate) -> int:
     """The budget after a step that drafted with these confidences and brought so many tokens; 0 where the gate then says that
     the next one does not draft. What it knew before lets that step decide: at two tokens per request drafting goes on."""
     requests, gate = len(stale_RG), Gate()
-    for brought in [1.5] * PROBE + [1.49] * PROBE + [1.475] * (PROBE - 1):  # with the drafter, without, and with it again
-        gate.record(requests, brought * requests, 1.0)
+    least = SHORTEST + EVIDENCE // requests
+    for _ in range(least):  # without the drafter
+        gate.record(requests, 0.75 * requests, 1.0)
+    for _ in range(least - 1):  # with it
+        gate.record(requests, 0.0, 0.1)
     gate.record(requests, tokens or 2 * requests, 1.0)
     return budget_from(survival_of(stale_RG)[0], step_rate) if gate.drafts(requests) else 0
 

@@ -53,14 +53,12 @@ def budget_from(stale_survival_RG: Floats, step_rate: StepRate, others: int = 0)
     """The number K of drafted tokens that the pass of a step that drafts should hold, from survivals of EARLIER steps (the
     paper: two).
 
-    The best Theta of all K above 0, however jagged the step rate (0 where nothing was drafted). Whether to draft at all is
-    the gate's affair. With survivals of the same step the search would bias the output (Appendix A of the paper): the end of
-    the search depends on tokens that it decides about.
+    The best Theta of all K, however jagged the step rate. Whether to draft at all is decided before (`gate.py`). With
+    survivals of the same step the search would bias the output (Appendix A of the paper): the end of the search depends on
+    tokens that it decides about.
     """
     _, gain_N = _by_survival(stale_survival_RG)
-    theta = _rate(gain_N, len(stale_survival_RG), others, step_rate)
-    theta[0] = 0.0
-    return int(theta.argmax())
+    return int(_rate(gain_N, len(stale_survival_RG), others, step_rate).argmax())
 
 
 def admit(survival_RG: Floats, budget: int) -> Ints:
