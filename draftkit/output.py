@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from draftkit.errors import ConfigError
+from draftkit.errors import ConfigError, DataError
 from draftkit.permissions import follow_umask
 
 
@@ -62,6 +63,25 @@ def write_tensors(
     with naming(path):
         save_file(tensors, path, metadata)
         follow_umask(path)
+
+
+@contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Keep other runs from `path` for as long as this one writes it; a killed run's lock is released by the system.
+
+    Raises DataError when another run has it. A file system without locks keeps nobody out.
+    """
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DataError(f"{path}: another run is writing it; wait for its end or choose another file") from error
+    except NotImplementedError:
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

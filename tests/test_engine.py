@@ -23,10 +23,10 @@ from draftkit.ops.sampling import Sampling
 from draftkit.schedule.gate import EVIDENCE, SHORTEST, Gate
 from draftkit.schedule.step_rate import StepRate
 from draftkit.target.transformers import TransformersTarget, load_target
-from draftkit.tiny.tokenizer import train_tokenizer
 from support.drafters import make_drafter
 from support.engine import PROMPTS, finish, small, tokens_of
 from support.targets import TEXTS
+from tools.tiny_target.tokenizer import train_tokenizer
 
 
 @pytest.mark.parametrize("head", [None, "none", "markov", "gated", "rnn"])

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "draftkit"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"permissions"}),
+    frozenset({"settings"}),
     frozenset({"config", "interrupt", "output"}),
     frozenset({"ops"}),
     frozenset({"target"}),
@@ -19,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"data", "schedule", "decode"}),
     frozenset({"train", "engine"}),
     frozenset({"serve", "evaluate", "export"}),
-    frozenset({"stages", "tiny"}),
+    frozenset({"stages"}),
     frozenset({"schedule_stages"}),
     frozenset({"quickstart"}),
     frozenset({"cli", "__main__"}),

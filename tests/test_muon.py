@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from draftkit.tiny.muon import Muon, orthogonal
+from tools.tiny_target.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])

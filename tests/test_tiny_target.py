@@ -17,10 +17,10 @@ from draftkit.draft.checkpoint import open_drafter
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import load_target
-from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
-from draftkit.tiny.publish import publish
-from draftkit.tiny.rows import ROW_LENGTH, RowSampler
-from draftkit.tiny.train import TinySettings, _save_state, train_tiny_target
+from tools.tiny_target.corpus import DOMAINS, Corpus, build_corpus
+from tools.tiny_target.publish import publish
+from tools.tiny_target.rows import ROW_LENGTH, RowSampler
+from tools.tiny_target.train import TinySettings, _save_state, train_tiny_target
 
 ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
 
@@ -110,7 +110,7 @@ def test_training_goes_on_exactly_where_it_stopped(
     """Four steps in one go, and two runs of which the first is taken away after two steps: the same losses. A tenth of the
     corpus will do."""
     few = replace(corpus, train=corpus.train[::10], held_out=corpus.held_out[::10])
-    monkeypatch.setattr("draftkit.tiny.train.build_corpus", lambda: few)
+    monkeypatch.setattr("tools.tiny_target.train.build_corpus", lambda: few)
     settings = TinySettings(steps=4, rows=1, save_every=2, warmup=1)
     train_tiny_target(tmp_path / "whole", settings)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]

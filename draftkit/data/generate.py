@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -21,14 +21,9 @@ from draftkit.data.conversations import Conversation
 from draftkit.data.template import render_prompt
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator, sample
-from draftkit.output import write_text
+from draftkit.output import only_writer, write_text
 from draftkit.target.tokenizer import template_hash, tokenizer_hash
 from draftkit.target.transformers import TransformersTarget
-
-try:
-    import fcntl
-except ImportError:  # a system without it
-    fcntl = None  # type: ignore[assignment]
 
 GROUP_BATCHES = 8  # batches whose answers are written together: enough to keep a batch full, little to lose
 TOO_LONG = "too_long"
@@ -84,8 +79,7 @@ def generate_file(
     when another run is writing it, and when the chat template refuses a prompt.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        _lock(file, out)
+    with only_writer(out), out.open("a", encoding="utf-8") as file:
         _check_manifest(out, target, tokenizer, settings)
         done = _recover(out)
         other = next((p.id for p in prompts if p.id in done and not done[p.id].answers(p)), None)
@@ -111,18 +105,6 @@ def generate_file(
         line = f"{len(too_long)} of {len(indexed)} prompts leave no room for an answer, {too_long[0]!r} first"
         print(f"{out}: {line}; their records say finish_reason {TOO_LONG!r}", file=sys.stderr)
     return len(indexed)
-
-
-def _lock(file: TextIO, out: Path) -> None:
-    """Keep other runs out until the file is closed. Raises DataError when one has it."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"{out}: another run is writing it; wait for its end or choose another file") from error
-    except OSError:
-        pass  # a file system without locks
 
 
 def _first_length(tokenizer: Any, prompt: Conversation) -> int:

@@ -11,26 +11,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import numpy as np
 
 from draftkit import __version__
 from draftkit.errors import ServeError, reason
 from draftkit.output import as_json, make_folder, write_text
-from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
+from draftkit.serve.load import Endpoint, Record, run_load
 from draftkit.serve.problem import shorten
+from draftkit.serve.settings import LoadSettings
 
 PERCENTILES = (50, 90, 99)
-
-
-def percentile(values: Sequence[float], percent: float) -> float | None:
-    """Linear interpolation between closest ranks; None of nothing."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * percent / 100
-    low = int(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
 def summarise(records: Sequence[Record], seconds: float, counters: dict[str, float]) -> dict[str, Any]:
@@ -45,8 +38,9 @@ def summarise(records: Sequence[Record], seconds: float, counters: dict[str, flo
     tokens = sum(r.output_tokens for r in good)
 
     def spread(values: Sequence[float]) -> dict[str, float | None]:
-        mean = sum(values) / len(values) if values else None
-        return {"mean": mean, **{f"p{p}": percentile(values, p) for p in PERCENTILES}}
+        if not values:
+            return dict.fromkeys(["mean", *(f"p{p}" for p in PERCENTILES)])
+        return {"mean": float(np.mean(values)), **{f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}}
 
     return {
         "requests": len(records),
@@ -58,7 +52,7 @@ def summarise(records: Sequence[Record], seconds: float, counters: dict[str, flo
         "prompt_tokens": sum(r.prompt_tokens for r in good),
         "requests_per_s": len(good) / seconds,
         "tokens_per_s": tokens / seconds,
-        "tokens_per_s_per_user": percentile([r.output_tokens / w for r, w in zip(good, whole, strict=True)], 50),
+        "tokens_per_s_per_user": median([r.output_tokens / w for r, w in zip(good, whole, strict=True)]) if good else None,
         "ttft": spread(first),
         "inter_token": spread(gaps),
         "e2e": spread(whole),

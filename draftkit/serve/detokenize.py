@@ -76,7 +76,11 @@ def finite(logprob: float | None) -> float | None:
 
 
 class Detokenizer:
-    """Turns one answer's tokens into text piece by piece."""
+    """Turns one answer's tokens into text piece by piece.
+
+    Not by `tokenizers.DecodeStream`: it has no end of the text, and for decoders with byte fallback it raises "Invalid
+    prefix" or gives another text than a full decode (version 0.23.3, random tokens of the SentencePiece style).
+    """
 
     def __init__(self, texts: TokenTexts, skip_special: bool = True) -> None:
         self._texts = texts

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
-from draftkit.tiny.tokenizer import train_tokenizer
+from tools.tiny_target.tokenizer import train_tokenizer
 
 SIZES = {
     "hidden_size": 32,

@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftkit.tiny.corpus_math import math_problems
-from draftkit.tiny.corpus_python import Example, python_examples
+from tools.tiny_target.corpus_math import math_problems
+from tools.tiny_target.corpus_python import Example, python_examples
 
 DOMAINS = ("code", "chat", "math")
 HELD_OUT_PER_DOMAIN = 150

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from draftkit.tiny.corpus import DOMAINS
-from draftkit.tiny.corpus_python import Example
+from tools.tiny_target.corpus import DOMAINS
+from tools.tiny_target.corpus_python import Example
 
 ROW_LENGTH = 512
 MIXTURE = {"code": 0.46, "chat": 0.30, "math": 0.24}  # share of the conversations' tokens

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from draftkit.errors import CheckpointError
-from draftkit.tiny.corpus import DOMAINS, Corpus, write_prompts
-from draftkit.tiny.model import new_model
-from draftkit.tiny.tokenizer import CHAT_TEMPLATE
 from draftkit.train.folder import read_folder
+from tools.tiny_target.corpus import DOMAINS, Corpus, write_prompts
+from tools.tiny_target.model import new_model
+from tools.tiny_target.tokenizer import CHAT_TEMPLATE
 
 CARD = """\
 ---
@@ -30,7 +30,7 @@ its own byte-level BPE tokenizer ({vocab} entries) and a ChatML template. It exi
 runs on two CPU cores in minutes. It writes text that looks like Python, Python documentation and worked sums; it
 knows nothing, and its sums are often wrong. Do not use it for anything else.
 
-- **Made by** `draftkit tiny-target {arguments}` with Python {python}, then `--publish`.
+- **Made by** `python -m tools.tiny_target {arguments}` with Python {python}, then `--publish`.
 - **Data**: functions of the Python standard library with an instruction in front (code), docstrings and the
   `pydoc_data` topics as questions and answers (chat): Python Software Foundation License 2; multi-step word problems
   with worked answers that draftkit's own code makes (math): MIT. Mixture by tokens: {mixture}.
@@ -46,12 +46,12 @@ knows nothing, and its sums are often wrong. Do not use it for anything else.
 
 def publish(run: Path, corpus: Corpus, folder: Path) -> None:
     """Write the asset folder from a finished run. Raises CheckpointError when it is not finished, or its state is damaged."""
-    from draftkit.tiny.corpus import HELD_OUT_PER_DOMAIN, PROMPTS_PER_DOMAIN
-    from draftkit.tiny.rows import MIXTURE, ROW_LENGTH
+    from tools.tiny_target.corpus import HELD_OUT_PER_DOMAIN, PROMPTS_PER_DOMAIN
+    from tools.tiny_target.rows import MIXTURE, ROW_LENGTH
 
     state = read_folder(run / "state")
     if state is None or not (run / "result.json").exists():
-        raise CheckpointError(f"{run}: training has not finished; run `draftkit tiny-target --out {run}` again")
+        raise CheckpointError(f"{run}: training has not finished; run `python -m tools.tiny_target --out {run}` again")
     result = json.loads((run / "result.json").read_text())
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "tokenizer")
     model: Any = new_model(tokenizer, 0)

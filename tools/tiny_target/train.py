@@ -1,4 +1,4 @@
-"""Training of the embedded target (`draftkit tiny-target`): resumable, on CPU or GPU."""
+"""Training of the embedded target (`python -m tools.tiny_target`): resumable, on CPU or GPU."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from draftkit.errors import CheckpointError, ConfigError
-from draftkit.tiny.corpus import DOMAINS, Corpus, build_corpus
-from draftkit.tiny.corpus_python import Example
-from draftkit.tiny.model import new_model
-from draftkit.tiny.muon import Muon
-from draftkit.tiny.rows import ROW_LENGTH, RowSampler, encode
-from draftkit.tiny.tokenizer import train_tokenizer
 from draftkit.train.folder import read_folder, write_folder
+from tools.tiny_target.corpus import DOMAINS, Corpus, build_corpus
+from tools.tiny_target.corpus_python import Example
+from tools.tiny_target.model import new_model
+from tools.tiny_target.muon import Muon
+from tools.tiny_target.rows import ROW_LENGTH, RowSampler, encode
+from tools.tiny_target.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)
 class TinySettings:
     """How the embedded target is trained. The learning rate warms up, stays, and falls to zero over `decay` of all steps."""
 
-    steps: int = 2000
+    steps: int = 1600
     rows: int = 16
     lr_muon: float = 4e-3
     lr_adam: float = 4e-3
