@@ -10,6 +10,7 @@ with the headers that they include. Prints one line per file and the sums, or on
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -88,8 +89,8 @@ def training(walk: Walk) -> tuple[str, ...]:
     from draftkit.stages import run_capture, run_train
     from draftkit.target.tokenizer import load_tokenizer
     from draftkit.target.transformers import load_target
-    from draftkit.train import trainer
 
+    trainer: Any = importlib.import_module("draftkit.train.trainer")
     take_step: Callable[..., Any] = trainer.take_step
     steps = 0
 

@@ -18,7 +18,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from draftkit.engine.fast_drafter import FastDrafter, take_largest
+from draftkit.engine.drawing import Drawing
+from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.graphs import sizes
 from draftkit.engine.kv_cache import BlockTable
@@ -26,6 +27,7 @@ from draftkit.engine.models import Models
 from draftkit.engine.passes import LONG_QUERY, Pass
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
+from draftkit.ops.sampling import Sampling, row_settings
 from draftkit.schedule.step_rate import StepRate
 
 _SECONDS = 1.0  # of the measurement at the start of an engine, in all
@@ -67,12 +69,13 @@ def draft_job(
     ones_R, size = np.ones(len(tables_RB), np.int64), models.pool.block_size
     wanted, anchors = drafter.drafting_pass(ones_R), torch.ones(len(ones_R), dtype=torch.int64, device=models.device)
     starts_R, lengths_R = ones_R * (context + wanted.first), ones_R * wanted.tokens_RP.shape[1]
+    settings_R, uniforms_RG = row_settings([Sampling(1.0)]).repeat(len(ones_R)), np.full((len(ones_R), drafter.gamma), 0.5)
 
     @torch.inference_mode()
     def run() -> None:
         tokens_T = wanted.tokens_RP.ravel()
         step = Pass(tokens_T, starts_R, lengths_R, tables_RB, size, models.device, models.dtype, wanted.block)
-        drafter.draft(step, anchors, None if greedy else take_largest)
+        drafter.draft(step, anchors, None if greedy else Drawing(settings_R, uniforms_RG))
         wait(models)
 
     return run
