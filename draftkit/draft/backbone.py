@@ -37,7 +37,8 @@ class RMSNorm(nn.Module):
 def rope_table(
     length: int, head_dim: int, theta: float, device: torch.device | None = None, share: float = 1.0, first: int = 0
 ) -> Tensor:
-    """cos and sin of the positions first..length - 1, float32 [length - first, 2, D]: frequencies are computed here, never stored or cast.
+    """cos and sin of the positions first..length - 1, float32 [length - first, 2, D]: frequencies are computed here, never
+    stored or cast.
 
     With a `share` below 1 only that part of the frequencies turns (Transformers calls this rope type "proportional").
     """
