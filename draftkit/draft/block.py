@@ -97,7 +97,7 @@ class BlockDrafter(Drafter):
         block = _own(context)
         hidden = self.hidden_norm(self.fc(features_BTF.to(self.fc.weight.dtype)))
         rotation = self._rotation_at(block.length, hidden.shape[1])
-        read = [layer.self_attn.keys_values(hidden, rotation) for layer in self._blocks()]
+        read = [layer.self_attn.keys_values(hidden, rotation) for layer in self.draft_layers()]
         keys, values = (torch.stack(parts).transpose(2, 3) for parts in zip(*read, strict=True))  # [L, B, M, T, D]
         block.append(keys, values)
 
@@ -134,7 +134,7 @@ class BlockDrafter(Drafter):
         x = self.embed(tokens_BP)
         rotation = self._rotation_at(context.length, config.block_size)
         seen = slice(max(0, context.length - config.window) if config.window else 0, context.length)
-        for index, layer in enumerate(self._blocks()):
+        for index, layer in enumerate(self.draft_layers()):
             attention, normed = layer.self_attn, layer.input_layernorm(x)
             q = attention.queries(attention.q_proj(normed).unflatten(-1, (-1, config.head_dim)), rotation)
             k, v = attention.keys_values(normed, rotation)
@@ -149,7 +149,8 @@ class BlockDrafter(Drafter):
         hidden: Tensor = self.norm(x[:, config.block_size - self.gamma :])
         return hidden
 
-    def _blocks(self) -> list[DraftLayer]:
+    def draft_layers(self) -> list[DraftLayer]:
+        """Its decoder layers, in order."""
         return cast(list[DraftLayer], list(self.layers))
 
     def _rope(self, length: int, first: int = 0) -> Tensor:
@@ -208,7 +209,7 @@ class BlockDrafter(Drafter):
         plan = plan_blocks(
             layout.start_X, layout.stop_X, layout.document_X, size, len(layout.context_C), config.head_dim
         )
-        for layer in self._blocks():
+        for layer in self.draft_layers():
             x_QH = layer(x_QH, context_CH, block_rope, context_rope, plan)
         hidden: Tensor = self.norm(x_QH.unflatten(0, (-1, size))[:, size - self.gamma :])
         return hidden
