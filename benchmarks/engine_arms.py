@@ -32,7 +32,7 @@ from rich.progress import track
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_model import FastModel
+from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
@@ -55,7 +55,7 @@ def share(engines: Sequence[Engine]) -> None:
         raise SystemExit(f"the engines have {[model.pool.num_blocks for model in models]} blocks and cannot share a memory")
     first = models[0].model
     for model in models[1:]:
-        if isinstance(first, FastModel) and isinstance(model.model, FastModel):
+        if isinstance(first, PagedModel) and isinstance(model.model, PagedModel):
             model.model.native = first.native
 
 

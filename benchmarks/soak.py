@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from draftkit.decode import decode
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling

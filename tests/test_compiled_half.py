@@ -15,9 +15,9 @@ from draftkit.draft.drafter import Drafter, DrafterConfig
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.engine.compiled import compile_passes
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_model import FastModel
 from draftkit.engine.native import HALVES, PAIRS, NativeStack
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.paged_model import PagedModel
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops import native_build
 from draftkit.ops.sampling import Sampling
@@ -39,16 +39,16 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, t
     return str(request.param)
 
 
-def native_logits(fast: FastModel) -> Tensor:
+def native_logits(fast: PagedModel) -> Tensor:
     fast.native = NativeStack(fast.stack, fast.ends)
     step = one_pass([(text, 0, table) for text, table in zip(TEXTS, TABLES, strict=True)])
     return fast.read(step, None).logits_WV
 
 
-def widened(fast: FastModel, family: str) -> FastModel:
+def widened(fast: PagedModel, family: str) -> PagedModel:
     """The float32 model with the very weights of a bfloat16 one."""
     target, _ = build(family, HALF)
-    return FastModel(type(target)(target.model.float(), target.info), fast.stack.slots, 128)
+    return PagedModel(type(target)(target.model.float(), target.info), fast.stack.slots, 128)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,8 @@ import torch
 from draftkit.engine import scheduler
 from draftkit.engine.engine import Engine
 from draftkit.engine.kv_cache import BlockTable
-from draftkit.engine.request import PromptToken, SamplingParams
+from draftkit.engine.outputs import PromptToken
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter
 from support.engine import PROMPTS, finish, small, tokens_of

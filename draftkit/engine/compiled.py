@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftkit.engine.fast_drafter import FastDrafter, NativeDrafter, RecordedDrafter
-from draftkit.engine.fast_model import FastModel
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses, cuda_recorder
 from draftkit.engine.models import Models
 from draftkit.engine.native import Ends, NativeStack
+from draftkit.engine.paged_drafter import NativeDrafter, PagedDrafter, RecordedDrafter
+from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import Stack
 from draftkit.ops.native_build import NoNative
@@ -29,9 +29,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest number
 
 def compile_models(models: Models) -> bool:
     """Compile the passes of both models, or record them on a GPU; whether they are used. Where not, the log says why."""
-    if not isinstance(models.model, FastModel):
+    if not isinstance(models.model, PagedModel):
         return False  # the Transformers module, see `EngineInfo.forward`
-    drafter = models.drafter if isinstance(models.drafter, FastDrafter) else None
+    drafter = models.drafter if isinstance(models.drafter, PagedDrafter) else None
     widest = models.pool.blocks_for(models.info.max_length + models.info.gamma + 1)
     reason = compile_passes(models.model, drafter, models.feature_layers, widest)
     if reason is not None:
@@ -40,7 +40,7 @@ def compile_models(models: Models) -> bool:
 
 
 def compile_passes(
-    model: FastModel, drafter: FastDrafter | None = None, feature_layers: tuple[int, ...] = (), widest: int = 1
+    model: PagedModel, drafter: PagedDrafter | None = None, feature_layers: tuple[int, ...] = (), widest: int = 1
 ) -> str | None:
     """Compile, and use what was compiled; the reason where that cannot be (PyTorch operations then go on).
 
@@ -65,7 +65,7 @@ def compile_passes(
 
 
 def record_passes(
-    model: FastModel, drafter: FastDrafter | None, feature_layers: tuple[int, ...], widest: int, record: Record
+    model: PagedModel, drafter: PagedDrafter | None, feature_layers: tuple[int, ...], widest: int, record: Record
 ) -> None:
     """From now on, record each size of pass when it first comes, and play it back after that. `widest`: blocks of the longest
     request."""
@@ -81,7 +81,7 @@ def record_passes(
         drafter.recorded = RecordedDrafter(drafter, widest, record)
 
 
-def _native_model(model: FastModel) -> NativeStack:
+def _native_model(model: PagedModel) -> NativeStack:
     trial = copy.copy(model)
     trial.stack = Stack(model.stack.shape, model.stack.layers, _SLOTS)
     lengths_R = np.minimum([3, 5], len(model.stack.layers[0].rotary))
@@ -93,7 +93,7 @@ def _native_model(model: FastModel) -> NativeStack:
     return trial.native
 
 
-def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
+def _native_drafter(drafter: PagedDrafter) -> NativeDrafter:
     trial, size = copy.copy(drafter), drafter.config.block_size
     trial.stack = Stack(drafter.stack.shape, drafter.stack.layers, _SLOTS + 2 * _BLOCK * size)
     lengths_R = np.minimum([3, 5], len(drafter.stack.layers[0].rotary) - size)
@@ -113,12 +113,12 @@ def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
 
 
 def _trial_pass(ends: Ends, starts_R: np.ndarray, lengths_R: np.ndarray, block: int = 0) -> Pass:
-    """Two requests in blocks out of order; behind a context it is a drafter's block of `block` tokens."""
+    """Two requests in blocks out of order; after a context it is a drafter's block of `block` tokens."""
     tokens = np.arange(lengths_R.sum()) % len(ends.embedding)
     width = -(-(8 + block) // _BLOCK)
     tables = np.arange(2 * width)[::-1].reshape(width, 2).T
-    behind = bool(starts_R.any())
-    return Pass(tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), ends.embedding.dtype, block=behind)
+    follows = bool(starts_R.any())
+    return Pass(tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), ends.embedding.dtype, block=follows)
 
 
 def _compare(what: str, eager: Tensor, native: Tensor) -> None:

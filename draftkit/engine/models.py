@@ -1,4 +1,4 @@
-"""From names to the two models in memory: the target behind its pass, the drafter beside it, and the blocks they share."""
+"""From names to the two models in memory: the target after its pass, the drafter beside it, and the blocks they share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.draft.eagle3 import EagleDrafter
-from draftkit.engine.fast_drafter import FastDrafter
-from draftkit.engine.fast_eagle import FastEagle
-from draftkit.engine.fast_model import FastModel, unsupported
+from draftkit.engine.hf_model import HFModel
 from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.memory import room_for
+from draftkit.engine.paged_drafter import PagedDrafter
+from draftkit.engine.paged_eagle import PagedEagle
+from draftkit.engine.paged_model import PagedModel, unsupported
 from draftkit.engine.settings import EngineInfo, EngineSettings
-from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
 from draftkit.target.transformers import TransformersTarget, best_device, load_target
 
@@ -27,8 +27,8 @@ class Models:
     """Both models over one pool of blocks. `feature_layers` is empty and `drafter` None without a drafter."""
 
     info: EngineInfo
-    model: FastModel | SlowModel
-    drafter: FastDrafter | FastEagle | None
+    model: PagedModel | HFModel
+    drafter: PagedDrafter | PagedEagle | None
     feature_layers: tuple[int, ...]
     stop_token_ids: tuple[int, ...]
     pool: BlockPool
@@ -50,8 +50,8 @@ def build_models(
     reason = unsupported(loaded)
     room = room_for(loaded, drafter, settings)
     max_length, slots = room.max_length, room.blocks * settings.block_size
-    model = SlowModel(loaded) if reason else FastModel(loaded, slots, max_length + gamma + 1)
-    fast: FastDrafter | FastEagle | None = None
+    model = HFModel(loaded) if reason else PagedModel(loaded, slots, max_length + gamma + 1)
+    fast: PagedDrafter | PagedEagle | None = None
     if drafter is not None:
         fast = _fast_drafter(drafter, slots, max_length)
     info = EngineInfo(
@@ -64,19 +64,19 @@ def build_models(
         algorithm=drafter.config.algorithm if drafter is not None else "none",
         forward=f"Transformers ({reason})" if reason else "PyTorch operations",
     )
-    behind = fast is not None and fast.looks_ahead  # its last row of a block holds a token of the next
-    reuse = settings.prefix_reuse and not reason and not behind
+    ahead = fast is not None and fast.looks_ahead  # its last row of a block holds a token of the next
+    reuse = settings.prefix_reuse and not reason and not ahead
     pool = BlockPool(room.blocks, settings.block_size, reuse)
     layers = drafter.config.feature_layers if drafter is not None else ()
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
 
 
-def _fast_drafter(drafter: Drafter, slots: int, max_length: int) -> FastDrafter | FastEagle:
+def _fast_drafter(drafter: Drafter, slots: int, max_length: int) -> PagedDrafter | PagedEagle:
     """The paged form of a drafter. Raises ServeError for a kind that has none."""
     if isinstance(drafter, BlockDrafter):
-        return FastDrafter(drafter, slots, max_length)
+        return PagedDrafter(drafter, slots, max_length)
     if isinstance(drafter, EagleDrafter):
-        return FastEagle(drafter, slots, max_length)
+        return PagedEagle(drafter, slots, max_length)
     raise ServeError(f"the engine runs block drafters and EAGLE-3, not {type(drafter).__name__}; use `draftkit.decode`")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from draftkit.engine.running import Running
+from draftkit.engine.request import Request
 from draftkit.schedule.calibration import Calibration
 from draftkit.schedule.estimator import AcceptanceEstimator
 from draftkit.schedule.gate import Gate
@@ -41,14 +41,14 @@ class LengthPlanner:
         """What a step is taken to cost; None where lengths are fixed."""
         return self._budgets.step_rate if self._budgets is not None else None
 
-    def drafting(self, decoding: Sequence[Running]) -> list[int]:
+    def drafting(self, decoding: Sequence[Request]) -> list[int]:
         """Indices of the requests that draft in this step."""
         able = [i for i, request in enumerate(decoding) if self._most(request) > 0]
         if self._budgets is None or self._gate.drafts(len(decoding)):
             return able
         return [i for i in able if decoding[i].keeps_proposal]
 
-    def expected(self, decoding: Sequence[Running]) -> int:
+    def expected(self, decoding: Sequence[Request]) -> int:
         """Drafted tokens that the next pass will hardly exceed: where lengths are planned, as many as the last one held,
         since they change little from step to step."""
         most = self.gamma * len(self.drafting(decoding))
@@ -65,7 +65,7 @@ class LengthPlanner:
         self._largest_DG = largest_DG
         return self._estimator.confidence(largest_DG)
 
-    def lengths(self, drafting: Sequence[Running], confidence_DG: np.ndarray | None, others: int = 0) -> np.ndarray:
+    def lengths(self, drafting: Sequence[Request], confidence_DG: np.ndarray | None, others: int = 0) -> np.ndarray:
         """How many drafted tokens of each are verified, int64 [D]; `others` decode beside them without drafting."""
         most_D = np.array([self._most(r) for r in drafting], np.int64)
         if self._budgets is None or confidence_DG is None:
@@ -82,7 +82,7 @@ class LengthPlanner:
         if self._largest_DG is not None:
             self._estimator.observe(self._largest_DG, accepted_D, lengths_D)
 
-    def record(self, decoding: Sequence[Running], drafted: bool, tokens: int, seconds: float) -> None:
+    def record(self, decoding: Sequence[Request], drafted: bool, tokens: int, seconds: float) -> None:
         """A step is over in which nobody read a prompt: whether it drafted, what it brought and how long it took. Where
         seeded samples drafted, or nobody was able to, it does not say what drafting is worth."""
         as_said = drafted == self._gate.drafts(len(decoding))
@@ -94,7 +94,7 @@ class LengthPlanner:
         if self._budgets is not None:
             self._budgets.forget(np.array([row]))
 
-    def _most(self, request: Running) -> int:
+    def _most(self, request: Request) -> int:
         """Drafted tokens of this request that may be of use."""
         left = self.gamma if request.keeps_proposal else min(self.gamma, request.limit - request.made - 1)
         return left if request.gamma else 0

@@ -1,7 +1,7 @@
 """Proof by enumeration that a verification rule, with a planner before it, leaves the target distribution as it is.
 
 On a tiny vocabulary every proposal, every plan, every verdict of up to three rounds of one or two requests is summed
-over in float64. What comes out is the joint law of the first tokens of all requests, not an estimate: it must be the
+over in float64. What comes out is the joint distribution of the first tokens of all requests, not an estimate: it must be the
 product of the targets' own. The rules and planners are the functions that decoding and the engine call.
 
 Prefixes are nodes of a tree: the root is 0, the child of node n by token t is V n + 1 + t. A request ends at depth L;
@@ -31,7 +31,7 @@ LEVELS = 3  # distinct confidences per table
 
 @dataclass(frozen=True)
 class Tables:
-    """A target, a drafter and a confidence head by table: what each says behind every prefix, at every block position."""
+    """A target, a drafter and a confidence head by table: what each says after every prefix, at every block position."""
 
     vocab: int
     gamma: int
@@ -97,7 +97,7 @@ def same_step_search(step_rate: StepRate) -> PlannerCase:
 
 
 def random_tables(vocab: int, gamma: int, length: int, rng: np.random.Generator) -> Tables:
-    """Random sharp distributions behind every prefix; confidences of a few levels, so that ties, 0 and 1 occur."""
+    """Random sharp distributions after every prefix; confidences of a few levels, so that ties, 0 and 1 occur."""
     nodes = _first_of_depth(vocab, length + gamma)
     levels = rng.uniform(size=LEVELS)
     levels[rng.uniform(size=LEVELS) < 0.15] = 0.0
@@ -119,22 +119,22 @@ def random_step_rate(most_tokens: int, rng: np.random.Generator) -> StepRate:
     return StepRate(tuple(range(1, most_tokens + 1)), tuple(seconds))
 
 
-def output_law(rule: Rule, case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
-    """Joint law of the first L tokens of each request, [O] * R."""
-    return _output_law([_Round(rule, t) for t in tables], case, tables, rounds)
+def output_distribution(rule: Rule, case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
+    """Joint distribution of the first L tokens of each request, [O] * R."""
+    return _output_distribution([_Round(rule, t) for t in tables], case, tables, rounds)
 
 
-def deviation(law: Floats, tables: Sequence[Tables]) -> float:
-    """Largest difference between a joint law and the product of the targets' own."""
+def deviation(distribution: Floats, tables: Sequence[Tables]) -> float:
+    """Largest difference between a joint distribution and the product of the targets' own."""
     own = np.ones(())
     for table in tables:
         own = np.multiply.outer(own, _continuation(table)[0])
-    return float(np.abs(law - own).max())
+    return float(np.abs(distribution - own).max())
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The largest deviation over all tables of one rule behind one planner."""
+    """The largest deviation over all tables of one rule after one planner."""
 
     rule: str
     planner: str
@@ -147,7 +147,7 @@ class Finding:
 def prove(
     requests: int, gamma: int, tables: int, vocab: int = 3, seed: int = 0, tick: Callable[[], None] = lambda: None
 ) -> list[Finding]:
-    """Every rule behind every planner, over random tables and step rates; `tick` is called after each table.
+    """Every rule after every planner, over random tables and step rates; `tick` is called after each table.
 
     One request: three rounds, L = gamma + 2, budgets two rounds old. Two requests that share a pass: two rounds, L = 3,
     budgets one round old (the harder case for staleness).
@@ -161,15 +161,15 @@ def prove(
         for rule in RULES.values():
             ready = [_Round(rule, t) for t in chosen]
             for case in cases:
-                found = deviation(_output_law(ready, case, chosen, rounds), chosen)
+                found = deviation(_output_distribution(ready, case, chosen, rounds), chosen)
                 worst[rule.name, case.name] = max(found, worst.get((rule.name, case.name), 0.0))
         tick()
     return [Finding(rule, planner, requests, gamma, rounds, found) for (rule, planner), found in worst.items()]
 
 
 def appendix_a() -> tuple[Tables, StepRate]:
-    """The paper's example of a search that biases: p = (0.7, 0.3), q = (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 behind the first
-    token and 0 behind the second; 1, 0.5 and 0.45 steps per second for passes of 1, 2 and 3 tokens."""
+    """The paper's example of a search that biases: p = (0.7, 0.3), q = (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 after the first
+    token and 0 after the second; 1, 0.5 and 0.45 steps per second for passes of 1, 2 and 3 tokens."""
     nodes, gamma = _first_of_depth(2, 4), 2
     level_NG = np.zeros((nodes, gamma), np.int64)
     level_NG[1, 1], level_NG[2, 1] = 1, 2
@@ -178,7 +178,7 @@ def appendix_a() -> tuple[Tables, StepRate]:
     return tables, StepRate((1, 2, 3), (1.0, 1 / 0.5, 1 / 0.45))
 
 
-def _output_law(ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
+def _output_distribution(ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
     plans = _Plans(case, tables)
     start = np.zeros((len(ready[0].moves),) * len(tables))
     start.flat[0] = 1.0
@@ -190,10 +190,10 @@ def _output_law(ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tab
                 key = (*history, shown)[-case.lag :] if case.lag else ()
                 following[key] = following[key] + moved if key in following else moved
         groups = following
-    law: Floats = np.sum(list(groups.values()), axis=0)
+    distribution: Floats = np.sum(list(groups.values()), axis=0)
     for axis, table in enumerate(tables):
-        law = np.moveaxis(np.tensordot(law, _continuation(table), (axis, 0)), -1, axis)
-    return law
+        distribution = np.moveaxis(np.tensordot(distribution, _continuation(table), (axis, 0)), -1, axis)
+    return distribution
 
 
 _Past = tuple[tuple[int, int], ...]  # of a few rounds: the joint pattern of confidences, and the tokens of all requests
@@ -229,11 +229,11 @@ class _Round:
         for verified in range(gamma + 1):
             proposals = DenseProposals(tokens, p, q, torch.full((rows,), verified))
             lengths, weights = length_distribution(rule, proposals)
-            law = lengths.numpy().reshape((*chance_SM.shape, gamma + 1))
+            distribution = lengths.numpy().reshape((*chance_SM.shape, gamma + 1))
             for accepted in range(verified + 1):
                 place = torch.full((rows,), accepted)
                 following = proposals.next_token_distribution(place, weights[:, accepted]).numpy()
-                weight = (chance_SM * law[..., accepted]).reshape(rows, 1) * following
+                weight = (chance_SM * distribution[..., accepted]).reshape(rows, 1) * following
                 child = path_SMH[..., accepted].reshape(rows, 1) * vocab + 1 + np.arange(vocab)
                 cell = source[:, None] * ends + _ancestor(child, vocab, ends)
                 moved = np.bincount(cell.ravel(), weight.ravel(), active * prefixes * ends)

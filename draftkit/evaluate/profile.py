@@ -16,10 +16,10 @@ import torch
 
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.compiled import compile_models
-from draftkit.engine.fast_model import unsupported
 from draftkit.engine.measure import Job, draft_job, pass_job, timed
 from draftkit.engine.memory import available_bytes, bytes_per_position
 from draftkit.engine.models import Models, build_models
+from draftkit.engine.paged_model import unsupported
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import environment
@@ -84,7 +84,7 @@ def profile(
     positions = most * -(-(longest + gamma + 1) // BLOCK_SIZE) * BLOCK_SIZE
     if positions * bytes_per_position(target, drafter) > room:
         raise ScheduleError(
-            f"profile: {max(settings.tokens)} tokens per pass behind {max(settings.contexts)} of context need more than "
+            f"profile: {max(settings.tokens)} tokens per pass after {max(settings.contexts)} of context need more than "
             f"the {room / 2**30:.1f} GiB that are there for keys and values; choose fewer"
         )
     sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=room, block_size=BLOCK_SIZE)

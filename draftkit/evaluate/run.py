@@ -19,7 +19,7 @@ from draftkit.decode import Decoded, decode
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.answers import decode_all, sampling_params
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_model import unsupported
+from draftkit.engine.paged_model import unsupported
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.evaluate.metrics import (

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from draftkit.engine.request import RequestStats, SamplingParams, StepOutput
+from draftkit.engine.outputs import RequestStats, StepOutput
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DraftkitError
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
