@@ -15,7 +15,7 @@ from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.engine.engine import Engine
 from draftkit.engine.kv_cache import BlockTable
-from draftkit.engine.paged_drafter import PagedDrafter
+from draftkit.engine.paged_drafter import PagedBlockDrafter
 from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError
@@ -231,7 +231,7 @@ def test_passes_are_compiled_and_measured_before_the_first_request_and_stay(targ
     engine = Engine(str(target_folder), drafter, settings)
     assert (engine._planner.step_rate is None) == (plan == "fixed"), "lengths that are fixed need no step rate"
     model, paged = engine._models.model, engine._models.drafter
-    assert isinstance(model, PagedModel) and isinstance(paged, PagedDrafter)
+    assert isinstance(model, PagedModel) and isinstance(paged, PagedBlockDrafter)
     passes, rate = (model.native, paged.native), engine._planner.step_rate
     assert engine.compiled and None not in passes
     engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))

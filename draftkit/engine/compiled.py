@@ -16,7 +16,7 @@ from torch import Tensor
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses, cuda_recorder
 from draftkit.engine.models import Models
 from draftkit.engine.native import Ends, NativeStack
-from draftkit.engine.paged_drafter import NativeDrafter, PagedDrafter, RecordedDrafter
+from draftkit.engine.paged_drafter import NativeDrafter, PagedBlockDrafter, RecordedDrafter
 from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import Stack
@@ -31,7 +31,7 @@ def compile_models(models: Models) -> bool:
     """Compile the passes of both models, or record them on a GPU; whether they are used. Where not, the log says why."""
     if not isinstance(models.model, PagedModel):
         return False  # the Transformers module, see `EngineInfo.forward`
-    drafter = models.drafter if isinstance(models.drafter, PagedDrafter) else None
+    drafter = models.drafter if isinstance(models.drafter, PagedBlockDrafter) else None
     widest = models.pool.blocks_for(models.info.max_length + models.info.gamma + 1)
     reason = compile_passes(models.model, drafter, models.feature_layers, widest)
     if reason is not None:
@@ -40,7 +40,7 @@ def compile_models(models: Models) -> bool:
 
 
 def compile_passes(
-    model: PagedModel, drafter: PagedDrafter | None = None, feature_layers: tuple[int, ...] = (), widest: int = 1
+    model: PagedModel, drafter: PagedBlockDrafter | None = None, feature_layers: tuple[int, ...] = (), widest: int = 1
 ) -> str | None:
     """Compile, and use what was compiled; the reason where that cannot be (PyTorch operations then go on).
 
@@ -65,7 +65,7 @@ def compile_passes(
 
 
 def record_passes(
-    model: PagedModel, drafter: PagedDrafter | None, feature_layers: tuple[int, ...], widest: int, record: Record
+    model: PagedModel, drafter: PagedBlockDrafter | None, feature_layers: tuple[int, ...], widest: int, record: Record
 ) -> None:
     """From now on, record each size of pass when it first comes, and play it back after that. `widest`: blocks of the longest
     request."""
@@ -93,7 +93,7 @@ def _native_model(model: PagedModel) -> NativeStack:
     return trial.native
 
 
-def _native_drafter(drafter: PagedDrafter) -> NativeDrafter:
+def _native_drafter(drafter: PagedBlockDrafter) -> NativeDrafter:
     trial, size = copy.copy(drafter), drafter.config.block_size
     trial.stack = Stack(drafter.stack.shape, drafter.stack.layers, _SLOTS + 2 * _BLOCK * size)
     lengths_R = np.minimum([3, 5], len(drafter.stack.layers[0].rotary) - size)

@@ -23,12 +23,11 @@ from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
 from draftkit.engine.compiled import compile_models
 from draftkit.engine.drawing import Drawing
-from draftkit.engine.hf_model import HFModel
 from draftkit.engine.measure import measure_step_rate, warm_up
 from draftkit.engine.metrics import EngineMetrics, Tally
-from draftkit.engine.models import build_models
+from draftkit.engine.models import Models, build_models
 from draftkit.engine.outputs import StepOutput
-from draftkit.engine.paged_model import PagedModel, ReadOut
+from draftkit.engine.paged_model import ReadOut
 from draftkit.engine.passes import Pass
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.request import Request, Uniforms
@@ -80,7 +79,7 @@ class Engine:
             self.info.gamma,
             settings.step_tokens,
             self._planner,
-            partial(_forget, self._planner, self._models.model),
+            partial(_forget, self._planner, self._models),
         )
         self._tally = Tally(self.info.gamma)
 
@@ -326,8 +325,8 @@ class Engine:
             raise DataError("allowed_token_ids is empty: no token could follow; leave it out or give at least one id")
 
 
-def _forget(planner: LengthPlanner, model: PagedModel | HFModel, request: Request) -> None:
+def _forget(planner: LengthPlanner, models: Models, request: Request) -> None:
     """A request gives up its row and its memory."""
     planner.forget(request.row)
-    if isinstance(model, HFModel) and request.table.blocks:
-        model.forget(request.table.blocks[0])
+    if request.table.blocks:
+        models.forget(request.table.blocks[0])

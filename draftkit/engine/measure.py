@@ -22,9 +22,7 @@ from draftkit.engine.drawing import Drawing
 from draftkit.engine.graphs import sizes
 from draftkit.engine.hf_model import HFModel
 from draftkit.engine.kv_cache import BlockTable
-from draftkit.engine.models import Models
-from draftkit.engine.paged_drafter import PagedDrafter
-from draftkit.engine.paged_eagle import PagedEagle
+from draftkit.engine.models import Models, PagedDrafter
 from draftkit.engine.passes import LONG_QUERY, Pass
 from draftkit.errors import ServeError
 from draftkit.ops.sampling import Sampling, row_settings
@@ -63,7 +61,7 @@ def pass_job(models: Models, tables_RB: np.ndarray, context: int, tokens: int, e
 
 
 def draft_job(
-    models: Models, drafter: PagedDrafter | PagedEagle, tables_RB: np.ndarray, context: int, greedy: bool = True
+    models: Models, drafter: PagedDrafter, tables_RB: np.ndarray, context: int, greedy: bool = True
 ) -> Job:
     """Proposals for the requests of these tables, after `context` tokens; not `greedy`: as for sampled requests."""
     ones_R, size = np.ones(len(tables_RB), np.int64), models.pool.block_size
@@ -100,7 +98,7 @@ def timed(
     return seconds
 
 
-def measure_step_rate(models: Models, drafter: PagedDrafter | PagedEagle, max_running: int) -> StepRate:
+def measure_step_rate(models: Models, drafter: PagedDrafter, max_running: int) -> StepRate:
     """Medians over sizes 1, 2, 4, ...: up to all that `max_running` requests may need, as far as the time reaches, and to 16
     however long it takes. `drafter` is the models'. Raises ServeError when too few blocks are free to write to."""
     with _borrowed(models) as blocks:
@@ -162,8 +160,7 @@ def _borrowed(models: Models, tokens: int = 0) -> Iterator[list[int]]:
     try:
         yield table.blocks
     finally:
-        if isinstance(models.model, HFModel):
-            models.model.forget(table.blocks[0])
+        models.forget(table.blocks[0])
         models.pool.release(table)
 
 

@@ -220,7 +220,7 @@ class NativeHead:
             self.structure.confidence_bias = float(confidence.proj.bias)
 
     def draft(self, hidden_RGH: Tensor, base_RGC: Tensor, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
-        """See `PagedDrafter.draft`. The base logits are overwritten; their rows may be apart."""
+        """See `PagedBlockDrafter.draft`. The base logits are overwritten; their rows may be apart."""
         (requests, positions, hidden), columns = hidden_RGH.shape, base_RGC.shape[2]
         sizes = (requests, positions, hidden, columns, base_RGC.stride(1), torch.get_num_threads(), 0, positions)
         tokens_RG = torch.empty(requests, positions, dtype=torch.int64)

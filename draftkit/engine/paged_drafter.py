@@ -45,7 +45,7 @@ class DraftingPass:
     block: bool
 
 
-class PagedDrafter:
+class PagedBlockDrafter:
     """Weights taken from a loaded `BlockDrafter` (layer matrices are fused copies; embedding and heads are shared).
 
     `slots` positions of memory (blocks * block size, as the target's pool has them); `max_length` is the longest
@@ -213,7 +213,7 @@ class RecordedDrafter:
     """Recordings of a drafter's passes: over its blocks, those and the greedy way along the head, and from features to keys and
     values."""
 
-    def __init__(self, drafter: PagedDrafter, widest: int, record: Record) -> None:
+    def __init__(self, drafter: PagedBlockDrafter, widest: int, record: Record) -> None:
         slots, size, features = drafter.stack.slots, drafter.config.block_size, drafter.fc.shape[1]
         drafter = weakref.proxy(drafter)  # see `record_passes`
 
@@ -230,7 +230,7 @@ class RecordedDrafter:
 class NativeDrafter:
     """The C++ passes of a drafter: over its blocks, from features to keys and values, and along the head. Raises NoNative."""
 
-    def __init__(self, drafter: PagedDrafter, stack: Stack) -> None:
+    def __init__(self, drafter: PagedBlockDrafter, stack: Stack) -> None:
         self.stack = NativeStack(stack, drafter.ends)
         self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
         self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, None)

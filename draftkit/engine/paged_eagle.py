@@ -28,7 +28,7 @@ from draftkit.ops.sampling import largest_prob
 
 
 class PagedEagle:
-    """Weights of a loaded `EagleDrafter` (layer matrices are fused copies); `slots` and `max_length` as in `PagedDrafter`."""
+    """Weights of a loaded `EagleDrafter` (layer matrices are fused copies); `slots`, `max_length` as in `PagedBlockDrafter`."""
 
     looks_ahead = True  # `extend` needs the token after each position
 
@@ -66,7 +66,7 @@ class PagedEagle:
 
     @inference
     def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
-        """G passes of one token per request, without confidences; `drawing` None drafts greedily, see `PagedDrafter.draft`.
+        """G passes of one token per request, without confidences; `drawing` None drafts greedily.
 
         `step` is the `drafting_pass`: where the rows lie; their token ids do not matter.
         """
