@@ -9,12 +9,12 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig, Qwen3Config, Qwen3
 from draftkit.decode import decode
 from draftkit.engine import measure, memory
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_drafter import FastDrafter
-from draftkit.engine.fast_eagle import FastEagle
-from draftkit.engine.fast_model import FastModel
 from draftkit.engine.memory import Room, bytes_per_position, room_for
+from draftkit.engine.paged_drafter import PagedBlockDrafter
+from draftkit.engine.paged_eagle import PagedEagle
+from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import Pass
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ServeError
 from draftkit.ops.sampling import Sampling
@@ -81,11 +81,11 @@ def test_what_is_counted_is_what_is_taken(target: TransformersTarget, kind: str)
     drafters = {"block": make_drafter, "eagle3": lambda target: make_eagle(target, tuple(range(50)))}
     drafter = drafters[kind](target) if kind in drafters else None
     models = Engine(counted, drafter, small(max_length=32))._models
-    assert isinstance(models.model, FastModel)
+    assert isinstance(models.model, PagedModel)
     memories = [*models.model.stack.memory]
     if models.drafter is not None:
         memories += models.drafter.stack.memory
-    if isinstance(models.drafter, FastEagle):
+    if isinstance(models.drafter, PagedEagle):
         memories.append(models.drafter._states)
     assert bytes_per_position(counted, drafter) == sum(one[:1].nbytes for one in memories)
 
@@ -129,9 +129,9 @@ def test_each_weight_lies_in_memory_once_when_compiled_passes_are_in_use() -> No
     target, prompt = load_target("tiny"), [5, 8, 13, 21, 34]
     wanted = decode(target, None, prompt, Sampling(0.0), 24, 0).tokens
     engine = Engine(target, EMBEDDED / "drafter", EngineSettings(plan="fixed"))
-    assert engine.wait_until_compiled()
+    assert engine.compiled
     model, drafter = engine._models.model, engine._models.drafter
-    assert isinstance(model, FastModel) and isinstance(drafter, FastDrafter)
+    assert isinstance(model, PagedModel) and isinstance(drafter, PagedBlockDrafter)
     assert model.native is not None and drafter.native is not None
     left = [model.head, drafter.head.weight_VH, drafter.fc, drafter.context_kv]
     assert model.stack.layers == drafter.stack.layers == () and all(t.numel() == 0 for t in left)

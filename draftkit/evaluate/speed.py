@@ -52,8 +52,6 @@ def measure_speed(
         return {}
     room = EngineSettings(max_running=1, prefix_reuse=False)
     engines = [Engine(target, None, room), Engine(target, drafter, room)]
-    for engine in engines:
-        engine.wait_until_compiled()
     for _, tokens in asked[:: max(1, len(asked) // WARM_UP)]:
         for engine in engines:
             _answer(engine, tokens, sampling, max_new_tokens, seed)
