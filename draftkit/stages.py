@@ -23,12 +23,10 @@ from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import Answerer, GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
-from draftkit.draft.block import BlockDrafter
+from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
-from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
-from draftkit.draft.eagle3 import EagleConfig
-from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
-from draftkit.draft.warm_start import start_from_target
+from draftkit.draft.drafter import Drafter, DrafterShape
+from draftkit.draft.families import block_shape, style_of
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
@@ -66,6 +64,7 @@ def progress_bar(title: str, total: float) -> Iterator[tuple[Progress, Any]]:
 def open_target(recipe: Recipe, device: str | None = None) -> tuple[TransformersTarget, Any]:
     """The recipe's target and its tokenizer; without a device, on a GPU where there is one."""
     section = recipe.target
+    algorithm_named(recipe.drafter.algorithm)  # a mistake shows before the target is loaded
     target = load_target(section.path, section.revision, section.dtype, device or best_device())
     return target, load_tokenizer(section.path, section.revision)
 
@@ -120,11 +119,11 @@ def run_capture(
 def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
     """The drafter's shape: the recipe's choices, the target's sizes."""
     section, text = recipe.drafter, target.model.config.get_text_config()
-    eagle = section.algorithm == "eagle3"
-    automatic = EAGLE_STYLE if eagle else style_of(target.info.family)
+    algorithm = algorithm_named(section.algorithm)
+    automatic = algorithm.style or style_of(target.info.family)
     sizes = asdict(block_shape(text, automatic if section.style == "auto" else section.style)) | {
         "hidden_size": target.info.hidden_size,
-        "num_layers": section.num_layers,
+        "num_layers": section.num_layers or algorithm.layers,
         "vocab_size": target.info.vocab_size,
         "feature_layers": feature_layers(recipe, target),
         "num_target_layers": target.info.num_layers,
@@ -133,20 +132,8 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
     }
     if section.intermediate_size:
         sizes["intermediate_size"] = section.intermediate_size
-    if eagle:
-        return EagleConfig(**sizes, draft_vocab_size=section.draft_vocab_size)
-    dspark = section.algorithm == "dspark"
-    return DrafterConfig(
-        **sizes,
-        mask_token_id=_mask_token(recipe, target, tokenizer),
-        layout=section.layout,
-        window=section.window,
-        head=section.head if dspark else "none",
-        markov_rank=section.markov_rank if dspark and section.head != "none" else 0,
-        confidence=dspark,
-        confidence_with_markov=section.confidence_with_markov and dspark and section.head != "none",
-        confidence_stop_gradient=section.confidence_stop_gradient,
-    )
+    mask = _mask_token(recipe, target, tokenizer) if algorithm.masks else 0
+    return algorithm.shape(section, sizes, mask)
 
 
 def _mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> int:
@@ -169,7 +156,7 @@ def _mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> i
 
 def _check_mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> None:
     """Raise ConfigError before the long work that training would only follow to refuse its recipe."""
-    if recipe.drafter.algorithm != "eagle3":
+    if algorithm_named(recipe.drafter.algorithm).masks:
         _mask_token(recipe, target, tokenizer)
 
 
@@ -210,13 +197,14 @@ def new_drafter_for(
     """
     torch.manual_seed(recipe.train.seed)
     config, ids_W = drafter_config(recipe, target, tokenizer), None
-    if isinstance(config, EagleConfig) and config.draft_vocab_size and store is not None:
+    if config.draft_vocab_size and store is not None:
         ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
     if recipe.drafter.start == "target":
-        if not isinstance(drafter, BlockDrafter):
+        start = algorithm_named(recipe.drafter.algorithm).start
+        if start is None:
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
-        start_from_target(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers)
+        start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers)
     return drafter
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from draftkit.config import RECIPES, Recipe, load_recipe
 from draftkit.decode import decode
+from draftkit.draft.algorithms import ALGORITHMS
 from draftkit.draft.backbone import DraftLayer, Rotation, rope_table
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import new_drafter
@@ -222,7 +223,8 @@ def test_a_packaged_recipe_loads_and_says_only_what_differs_from_the_defaults(na
 def test_recipes_of_the_paper_have_its_values(name: str) -> None:
     recipe = load_recipe(name)
     drafter, train, kind = recipe.drafter, recipe.train, name.rsplit("-", 1)[1]
-    assert (drafter.algorithm, drafter.block_size, drafter.num_layers) == (kind, 7, 1 if kind == "eagle3" else 5)
+    layers = drafter.num_layers or ALGORITHMS[drafter.algorithm].layers
+    assert (drafter.algorithm, drafter.block_size, layers) == (kind, 7, 1 if kind == "eagle3" else 5)
     assert (drafter.head, drafter.markov_rank, len(drafter.feature_layers or ())) == ("markov", 256, 5)
     assert (train.anchors, train.lr, train.warmup, train.batch_size, train.epochs) == (512, 6e-4, 0.04, 512, 10)
     assert (train.dtype, recipe.target.dtype, recipe.capture.max_length) == ("bfloat16", "bfloat16", 4096)
