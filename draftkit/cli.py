@@ -120,10 +120,8 @@ def train(
     make_folder(out)
     from draftkit import stages
 
-    first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process answers prompts for the log, and speaks
-    device = None if settings.train.decode_prompts and first else "cpu"  # the others have no use for the target on a GPU
-    report = stages.run_train(*stages.open_target(settings, device), settings, features, out)
-    if not first:
+    report = stages.run_train(*stages.read_target(settings), settings, features, out)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
@@ -292,9 +290,9 @@ def verify_lossless(
 
 @app.command(epilog="Example: draftkit serve --drafter drafter/best")
 def serve(
-    target: Annotated[str, typer.Option(help="folder or hub name; tiny = the embedded one")] = "tiny",
+    target: Annotated[str, typer.Option(help="folder, GGUF file or hub name; or tiny, smollm2")] = "tiny",
     drafter: Annotated[
-        str | None, typer.Option("--drafter", "-d", help="drafter folder, or none; default: the embedded target's own")
+        str | None, typer.Option("--drafter", "-d", help="drafter folder, or none; default: the packaged one, if any")
     ] = None,
     host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = ServeSettings.host,
     port: Annotated[int, typer.Option(help="0 = any free one")] = ServeSettings.port,

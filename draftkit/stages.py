@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,14 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.capture import CaptureReport, CaptureSettings, capture
 from draftkit.data.conversations import Conversation, read_conversations
-from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
+from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import Answerer, GenerateSettings, generate_file
+from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.template import render_prompt
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.draft.families import block_shape, style_of
+from draftkit.draft.warm_start import CapturedText
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
@@ -34,6 +36,7 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate,
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.fingerprint import fingerprint
+from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
     DTYPES,
@@ -43,10 +46,12 @@ from draftkit.target.transformers import (
     load_target,
     spread_feature_layers,
 )
+from draftkit.target.weights import TargetFiles
 from draftkit.train import trainer
 from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport
 
+START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands of vectors for each number
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
@@ -69,6 +74,13 @@ def open_target(recipe: Recipe, device: str | None = None) -> tuple[Transformers
     return target, load_tokenizer(section.path, section.revision)
 
 
+def read_target(recipe: Recipe) -> tuple[TargetFiles, Any]:
+    """What the files of the recipe's target say, and its tokenizer; the model is not loaded."""
+    section = recipe.target
+    algorithm_named(recipe.drafter.algorithm)
+    return TargetFiles(section.path, section.revision, section.dtype), load_tokenizer(section.path, section.revision)
+
+
 def run_generate(
     target: TransformersTarget,
     tokenizer: Any,
@@ -78,7 +90,6 @@ def run_generate(
     answer: Answerer | None = None,
 ) -> int:
     """Stage 1: the target answers the prompts, by `answer` where one is at hand."""
-    _check_mask_token(recipe, target, tokenizer)
     section = recipe.generate
     settings = GenerateSettings(
         Sampling(section.temperature, section.top_k, section.top_p),
@@ -97,7 +108,7 @@ def run_generate(
         return generate_file(target, tokenizer, prompts, out, settings, answer or answerer(target, section.batch_size), tick)
 
 
-def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...]:
+def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
     """The target layers that the drafter listens to."""
     chosen = recipe.drafter.feature_layers
     return tuple(chosen) if chosen else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
@@ -107,7 +118,6 @@ def run_capture(
     target: TransformersTarget, tokenizer: Any, recipe: Recipe, conversations: Sequence[Conversation], out: Path
 ) -> CaptureReport:
     """Stage 2: the target reads the conversations into a feature store."""
-    _check_mask_token(recipe, target, tokenizer)
     section = recipe.capture
     settings = CaptureSettings(feature_layers(recipe, target), section.max_length, section.batch_tokens, section.dtype)
     with progress_bar("capture", len(conversations)) as (bar, task):
@@ -116,9 +126,11 @@ def run_capture(
         )
 
 
-def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
-    """The drafter's shape: the recipe's choices, the target's sizes."""
-    section, text = recipe.drafter, target.model.config.get_text_config()
+def drafter_config(
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
+) -> DrafterShape:
+    """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in `store` does not use."""
+    section, text = recipe.drafter, target.text_config
     algorithm = algorithm_named(section.algorithm)
     automatic = algorithm.style or style_of(target.info.family)
     sizes = asdict(block_shape(text, automatic if section.style == "auto" else section.style)) | {
@@ -132,38 +144,26 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
     }
     if section.intermediate_size:
         sizes["intermediate_size"] = section.intermediate_size
-    mask = _mask_token(recipe, target, tokenizer) if algorithm.masks else 0
+    vocab, mask = target.info.vocab_size, 0
+    if algorithm.masks:
+        count = lambda: count_tokens(store, vocab) if store else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
+        mask = choose_mask_token(tokenizer, vocab, section.mask_token_id, count)
     return algorithm.shape(section, sizes, mask)
 
 
-def _mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> int:
-    """The token that stands for what a block drafter drafts: the recipe's, else the tokenizer's, else an unused row of the
-    embedding, as DeepSpec does it for Qwen3. Raises ConfigError when there is none."""
-    mask, last = recipe.drafter.mask_token_id, target.info.vocab_size - 1
-    if mask is not None and mask > last:
-        raise ConfigError(f"drafter.mask_token_id: {mask} must lie between 0 and the target's {last}")
-    if mask is None:
-        mask = tokenizer.mask_token_id
-    if mask is None:
-        mask = len(tokenizer)
-    if mask > last:
-        raise ConfigError(
-            f"drafter.mask_token_id: {target.info.name} has neither a mask token nor an unused embedding row; give a token "
-            f"that no text holds (a reserved one), from 0 to {last}, or take the algorithm eagle3, which needs none"
-        )
-    return int(mask)
-
-
-def _check_mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> None:
-    """Raise ConfigError before the long work that training would only follow to refuse its recipe."""
-    if algorithm_named(recipe.drafter.algorithm).masks:
-        _mask_token(recipe, target, tokenizer)
-
-
 def run_train(
-    target: TransformersTarget, tokenizer: Any, recipe: Recipe, features: Path, out: Path
+    target: TargetWeights,
+    tokenizer: Any,
+    recipe: Recipe,
+    features: Path,
+    out: Path,
+    model: Callable[[], Target] | None = None,
 ) -> TrainReport:
-    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer."""
+    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer.
+
+    Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it, null loads it then.
+    Where several processes train together there are no such answers, and none of them loads it.
+    """
     store = FeatureStore(features)
     layers = feature_layers(recipe, target)
     store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer))
@@ -184,19 +184,20 @@ def run_train(
         def note_recipe() -> None:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
 
+        load = model or (lambda: open_target(recipe)[0])
         start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
-        return trainer.train(store, drafter, target, out, recipe.train, provenance, world, show, note_recipe, start)
+        return trainer.train(store, drafter, load, out, recipe.train, provenance, world, show, note_recipe, start)
 
 
 def new_drafter_for(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore | None = None
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
 ) -> Drafter:
     """A fresh drafter, seeded by the recipe, on the target's embedding and head.
 
     A reduced draft vocabulary holds the most frequent tokens of the answers in `store`.
     """
     torch.manual_seed(recipe.train.seed)
-    config, ids_W = drafter_config(recipe, target, tokenizer), None
+    config, ids_W = drafter_config(recipe, target, tokenizer, store), None
     if config.draft_vocab_size and store is not None:
         ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
@@ -204,8 +205,20 @@ def new_drafter_for(
         start = algorithm_named(recipe.drafter.algorithm).start
         if start is None:
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
-        start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers)
+        text = _some_text(store) if store is not None else None
+        start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
     return drafter
+
+
+def _some_text(store: FeatureStore) -> CapturedText:
+    """The first conversations of a store, about START_TOKENS tokens of them."""
+    samples, tokens = [], 0
+    for index in range(len(store)):
+        samples.append(store[index])
+        tokens += len(samples[-1].tokens_T)
+        if tokens >= START_TOKENS:
+            break
+    return CapturedText(torch.cat([s.tokens_T for s in samples]), torch.cat([s.features_TF for s in samples]))
 
 
 def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool) -> int:
@@ -220,7 +233,7 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
     if borrow and target_path is None:
         raise ConfigError("--borrow: needs the --target that lends embedding and head")
     make_folder(out)
-    target = load_target(target_path) if target_path else None
+    target = TargetFiles(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
     note = {k: v for k, v in read_provenance(folder).items() if k not in ("draftkit", "algorithm", "sha256")}
     save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow else None)

@@ -22,7 +22,7 @@ from draftkit.draft.checkpoint_fields import Fields
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.output import as_json, sha256_of, write_tensors, write_text
-from draftkit.target.transformers import TransformersTarget
+from draftkit.target.interface import TargetWeights
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
 INDEX = WEIGHTS + ".index.json"
@@ -32,7 +32,7 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 def new_drafter(
     config: DrafterShape, embedding_VH: Tensor, head_VH: Tensor, draft_ids_W: Tensor | None = None
 ) -> Drafter:
-    """A fresh drafter with frozen copies of the target's embedding and head.
+    """A fresh drafter, in float32 on the CPU, over the target's embedding and head: the very tensors where they are so, too.
 
     `draft_ids_W` (int64) are the target ids of a reduced draft vocabulary. Raises CheckpointError when sizes
     do not fit.
@@ -40,12 +40,13 @@ def new_drafter(
     drafter = build(config)
     drafter.choose_vocabulary(draft_ids_W, head_VH)
     head_VH = head_VH if draft_ids_W is None else head_VH[draft_ids_W]
-    for parameter, source in ((drafter.embed_tokens.weight, embedding_VH), (drafter.lm_head.weight, head_VH)):
-        if parameter.shape != source.shape:
+    for module, source in ((drafter.embed_tokens, embedding_VH), (drafter.lm_head, head_VH)):
+        if module.weight.shape != source.shape:
             raise CheckpointError(
-                f"target embedding {tuple(source.shape)} does not fit a drafter of {tuple(parameter.shape)}"
+                f"target embedding {tuple(source.shape)} does not fit a drafter of {tuple(module.weight.shape)}"
             )
-        parameter.data.copy_(source)
+        own = source.detach().to(module.weight.device, module.weight.dtype)  # the same tensor where nothing differs
+        module.weight = torch.nn.Parameter(own, requires_grad=False)
     return drafter
 
 
@@ -55,7 +56,7 @@ def save_drafter(
     provenance: dict[str, Any],
     dtype: torch.dtype,
     form: str = "portable",
-    lender: TransformersTarget | None = None,
+    lender: TargetWeights | None = None,
 ) -> None:
     """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter.
 
@@ -81,7 +82,7 @@ def save_drafter(
 
 
 def load_drafter(
-    folder: Path, dtype: torch.dtype = torch.float32, target: TransformersTarget | None = None
+    folder: Path, dtype: torch.dtype = torch.float32, target: TargetWeights | None = None
 ) -> Drafter:
     """Read a folder in any known form; what it leaves out is borrowed from `target`.
 
@@ -103,7 +104,7 @@ def load_drafter(
 
 
 def open_drafter(
-    folder: Path, target: TransformersTarget, dtype: torch.dtype | None = None
+    folder: Path, target: TargetWeights, dtype: torch.dtype | None = None
 ) -> Drafter:
     """Read a folder onto the target's device, in its dtype unless another is given, and check that the drafter fits the target.
     Raises CheckpointError when it does not."""
@@ -204,7 +205,7 @@ def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]
     return offsets_W.long() + torch.arange(len(offsets_W))
 
 
-def _borrowed(where: str, name: str, target: TransformersTarget | None, draft_ids_W: Tensor | None) -> Tensor:
+def _borrowed(where: str, name: str, target: TargetWeights | None, draft_ids_W: Tensor | None) -> Tensor:
     if target is None:
         raise CheckpointError(f"{where}: has no {name}, which is its target's; give the target too (--target)")
     if name == EMBEDDING:
@@ -212,7 +213,7 @@ def _borrowed(where: str, name: str, target: TransformersTarget | None, draft_id
     return target.head_weight() if draft_ids_W is None else target.head_weight()[draft_ids_W]
 
 
-def _head_to_train_with(drafter: Drafter, target: TransformersTarget | None) -> Tensor | None:
+def _head_to_train_with(drafter: Drafter, target: TargetWeights | None) -> Tensor | None:
     """The target's head, unless the drafter's own is the same."""
     if target is None:
         return None
@@ -221,7 +222,7 @@ def _head_to_train_with(drafter: Drafter, target: TransformersTarget | None) -> 
 
 
 def _leave_out_borrowed(
-    drafter: Drafter, tensors: dict[str, Tensor], lender: TransformersTarget, dtype: torch.dtype
+    drafter: Drafter, tensors: dict[str, Tensor], lender: TargetWeights, dtype: torch.dtype
 ) -> None:
     ids_W = drafter.draft_ids_W
     for name in (EMBEDDING, HEAD):

@@ -1,9 +1,9 @@
 """Drafters without a paged form: `Drafter.propose`, one request after the other, behind the interface of the paged ones.
 
-A proposal is what the drafter finds most likely, at any temperature of the request: its distribution is then the token
-itself, which is what is drawn from and verified against.
+A proposal is what the drafter finds most likely, at any temperature of the request: it was drawn with certainty, and that
+is the distribution it is verified against.
 
-Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features, V vocabulary.
+Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from draftkit.engine.passes import Pass
 from draftkit.ops.inference import inference
 from draftkit.ops.sampling import Sampling
 
-_NEVER = -1e9  # a logit whose softmax is 0 at any temperature, and still a number where a grammar forbids the proposal
-
 
 class PlainDrafter:
     """Keeps one context per request, found by the request's first block: prefixes must not be shared."""
@@ -34,7 +32,8 @@ class PlainDrafter:
     @inference
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Read the pass's features [T, F]; what is read of rejected tokens is cut off before it is used."""
-        assert next_tokens_T is not None
+        if next_tokens_T is None:
+            raise ValueError("a drafter reads each position with the token after it")
         for row, (first, end) in enumerate(zip(step.firsts_R, step.ends_R, strict=True)):
             context = self._context(step, row)
             self._drafter.extend(context, features_TF[None, first:end], next_tokens_T[None, first:end])
@@ -45,23 +44,21 @@ class PlainDrafter:
 
     @inference
     def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
-        """Propose for every request; see `FastDrafter.draft`."""
+        """What the drafter finds most likely after every request's anchor; `drawing` makes no difference."""
         uniforms = torch.zeros(1, self.gamma, dtype=torch.float64, device=anchors_R.device)
         proposals = [
             self._drafter.propose(self._context(step, row), anchors_R[row : row + 1], Sampling(0.0), uniforms)
             for row in range(len(anchors_R))
         ]
         tokens_RG = torch.cat([p.tokens_BG for p in proposals])
-        said = [p.confidence_BG for p in proposals if p.confidence_BG is not None]
+        confidence = [p.confidence_BG for p in proposals if p.confidence_BG is not None]
         largest = [p.largest_BG for p in proposals if p.largest_BG is not None]
-        confidence_RG = torch.cat(said) if len(said) == len(proposals) else None
-        largest_RG = torch.cat(largest) if len(largest) == len(proposals) and confidence_RG is None else None
-        if drawing is None:
-            return Drafts(tokens_RG, None, confidence_RG, largest_RG)
-        shape, like, tokens = (len(anchors_R), self.config.vocab_size), proposals[0].probs_BGV, []
-        for k in range(self.gamma):
-            tokens.append(drawing(like.new_full(shape, _NEVER).scatter_(1, tokens_RG[:, k : k + 1], 0.0), k))
-        return Drafts(torch.stack(tokens, 1), drawing.drawn(), confidence_RG, largest_RG)
+        return Drafts(
+            tokens_RG,
+            None,
+            torch.cat(confidence) if len(confidence) == len(proposals) else None,
+            torch.cat(largest) if len(largest) == len(proposals) and not confidence else None,
+        )
 
     def forget(self, block: int) -> None:
         """Drop the context of the request that has this first block."""
