@@ -68,7 +68,8 @@ def request(walk: Walk) -> tuple[str, ...]:
     metrics, settings = ServerMetrics(), ServeSettings()
     worker = Worker(lambda: load_served("tiny", None, None, EngineSettings(max_running=8)), metrics, 8)
     server = uvicorn.Server(uvicorn.Config(create_app(worker, metrics, settings), port=0, log_level="warning"))
-    threading.Thread(target=server.run, daemon=True).start()
+    running = threading.Thread(target=server.run, daemon=True)
+    running.start()
     while worker.state == "loading" or not server.started:
         time.sleep(0.05)
     engine, port = worker.ready().engine, server.servers[0].sockets[0].getsockname()[1]
@@ -78,6 +79,7 @@ def request(walk: Walk) -> tuple[str, ...]:
     if answer.status_code != 200 or not engine.metrics.accepted:
         raise SystemExit(f"the request was not answered with drafts: {answer.status_code}, {engine.metrics}")
     server.should_exit = True
+    running.join()
     return ("step",) if engine.compiled else ()
 
 
