@@ -18,14 +18,15 @@ from starlette.responses import Response
 from draftkit import __version__
 from draftkit.serve import generate
 from draftkit.serve.detokenize import token_name
+from draftkit.serve.limits import MAX_COUNTED, check_fits
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.middleware import Envelope
 from draftkit.serve.params import chat_prompt, check_ids, check_model
 from draftkit.serve.problem import ApiError, error_body, shorten
 from draftkit.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from draftkit.serve.settings import ServeSettings
-from draftkit.serve.stream import read_body, unless_long
-from draftkit.serve.worker import Worker
+from draftkit.serve.stream import body_size, read_body, unless_long
+from draftkit.serve.worker import Served, Worker
 
 _STATIC = Path(__file__).parent / "static"
 _FILES = {"": "index.html", "chat.css": "chat.css", "chat.js": "chat.js"}
@@ -83,23 +84,8 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
         body = await read_body(request, TokenizeBody, settings.max_body_bytes)
         served = worker.ready()
         check_model(body.model, served)
-        if body.messages is not None:
-            text = chat_prompt(
-                body.messages,
-                served,
-                tools=body.tools,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                template_kwargs=body.chat_template_kwargs,
-            )
-            special = bool(body.add_special_tokens)
-        else:
-            text, special = body.prompt or "", body.add_special_tokens is not False
-        ids = await unless_long(len(text), served.texts.encode, text, special)
-        names = [token_name(served.texts, i) for i in ids] if body.return_token_strs else None
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": served.engine.info.max_length, "tokens": ids, "token_strs": names}
-        )
+        made = await unless_long(body_size(request), _tokenized, body, served)
+        return JSONResponse(made)
 
     @app.post("/detokenize")
     async def text_of(request: Request) -> Response:
@@ -107,7 +93,28 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
         served = worker.ready()
         check_model(body.model, served)
         check_ids(body.tokens, served, "tokens")
-        return JSONResponse({"prompt": served.texts.decode(body.tokens, skip_special=False)})
+        return JSONResponse({"prompt": await unless_long(body_size(request), served.texts.decode, body.tokens, False)})
+
+
+def _tokenized(body: TokenizeBody, served: Served) -> dict[str, Any]:
+    """The answer to POST /tokenize. Raises ApiError 400 for texts that are much longer than the context."""
+    longest = served.engine.info.max_length
+    if body.messages is not None:
+        text = chat_prompt(
+            body.messages,
+            served,
+            tools=body.tools,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            template_kwargs=body.chat_template_kwargs,
+        )
+        special = bool(body.add_special_tokens)
+    else:
+        text, special = body.prompt or "", body.add_special_tokens is not False
+    check_fits(served.texts, [text], max(longest, MAX_COUNTED))
+    ids = served.texts.encode(text, special)
+    names = [token_name(served.texts, i) for i in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": names}
 
 
 def _add_state(app: FastAPI, worker: Worker, metrics: ServerMetrics, settings: ServeSettings) -> None:

@@ -13,12 +13,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from draftkit.serve.limits import check_size
 from draftkit.serve.problem import ApiError, from_validation, shorten
 from draftkit.serve.protocol import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
 ResultT = TypeVar("ResultT")
-_LONG = 16_384  # bytes; tokenising takes about a microsecond per byte
+LONG = 4096  # bytes; tokenising takes about a microsecond per byte
 
 
 class ClientLeft(Exception):
@@ -47,8 +48,13 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
                 raise _too_large(limit)
     except ClientDisconnect:
         raise ClientLeft from None
+    return await unless_long(len(raw), _parsed, raw, kind)
+
+
+def _parsed(raw: bytearray, kind: type[BodyT]) -> BodyT:
+    check_size(raw)
     try:
-        return kind.model_validate_json(bytes(raw))
+        return kind.model_validate_json(raw)
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -59,7 +65,13 @@ def _too_large(limit: int) -> ApiError:
 
 async def unless_long(size: int, work: Callable[..., ResultT], *args: Any) -> ResultT:
     """`work(*args)`, in a thread when its input of `size` bytes would hold up everybody else's streams."""
-    return work(*args) if size < _LONG else await asyncio.to_thread(work, *args)
+    return work(*args) if size < LONG else await asyncio.to_thread(work, *args)
+
+
+def body_size(request: Request) -> int:
+    """Bytes of the body as declared; a body in chunks of unknown length counts as long."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdigit() else LONG
 
 
 async def _client_leaves(receive: Receive) -> None:
