@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,16 +110,15 @@ and on your own conversations:
 
 def _trained_within(recipe: Recipe, minutes: float) -> Recipe:
     """The recipe with a training of so many minutes."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"minutes": minutes, "epochs": 1000})})
+    return recipe.model_copy(update={"train": replace(recipe.train, minutes=minutes, epochs=1000)})
 
 
 def _evaluated_within(recipe: Recipe, minutes: float) -> Recipe:
     """The recipe with an evaluation that fits the minutes of the whole."""
-    evaluate = recipe.evaluate.model_copy(
-        update={
-            "prompts_per_domain": max(1, round(PROMPTS_PER_DOMAIN * minutes)),
-            "speed_prompts": max(3, round(SPEED_PROMPTS * minutes)),
-        }
+    evaluate = replace(
+        recipe.evaluate,
+        prompts_per_domain=max(1, round(PROMPTS_PER_DOMAIN * minutes)),
+        speed_prompts=max(3, round(SPEED_PROMPTS * minutes)),
     )
     return recipe.model_copy(update={"evaluate": evaluate})
 

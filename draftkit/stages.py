@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -24,14 +25,14 @@ from draftkit.data.generate import Answerer, GenerateSettings, generate_file
 from draftkit.data.template import render_prompt
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
-from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
+from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
 from draftkit.draft.warm_start import start_from_target
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
-from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, environment, evaluate, spread_prompts
+from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, spread_prompts
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.fingerprint import fingerprint
@@ -46,7 +47,7 @@ from draftkit.target.transformers import (
 )
 from draftkit.train import trainer
 from draftkit.train.parallel import join_world
-from draftkit.train.trainer import TrainReport, TrainSettings
+from draftkit.train.trainer import TrainReport
 
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
@@ -196,16 +197,8 @@ def run_train(
         def note_recipe() -> None:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
 
-        return trainer.train(store, drafter, target, out, train_settings(recipe), provenance, world, show, note_recipe)
-
-
-def train_settings(recipe: Recipe) -> TrainSettings:
-    """The recipe's train section and the drafter's start as the trainer takes them."""
-    section, start_layers = recipe.train.model_dump(), recipe.drafter.start_layers
-    section |= {"loss": LossSettings(**section["loss"]), "track": tuple(section["track"])}
-    return TrainSettings(
-        **section, start=recipe.drafter.start, start_layers=tuple(start_layers) if start_layers else None
-    )
+        start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
+        return trainer.train(store, drafter, target, out, recipe.train, provenance, world, show, note_recipe, start)
 
 
 def new_drafter_for(
@@ -215,8 +208,6 @@ def new_drafter_for(
 
     A reduced draft vocabulary holds the most frequent tokens of the answers in `store`.
     """
-    import torch
-
     torch.manual_seed(recipe.train.seed)
     config, ids_W = drafter_config(recipe, target, tokenizer), None
     if isinstance(config, EagleConfig) and config.draft_vocab_size and store is not None:
@@ -274,23 +265,23 @@ def run_evaluate(
     kept, and a line on standard error says so.
     """
     section, opened = recipe.evaluate, open_drafter(drafter, target)
+    if threads:
+        torch.set_num_threads(threads)
     chosen = first_turns(tokenizer, prompts, section.prompts_per_domain)
     here = {name: value for name, value in environment(target.device).items() if name != "time"}
     made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
     out.mkdir(parents=True, exist_ok=True)
     results = []
     for temperature in section.temperatures:
-        settings = EvalSettings(
-            Sampling(temperature), section.max_new_tokens, section.seed, section.batch_size, section.speed_prompts, threads
-        )
+        sampling = Sampling(temperature)
         path = out / f"evaluate-T{temperature:g}.json"
-        made_from = hashlib.sha256(f"{made_with} {settings}".encode()).hexdigest()
+        made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
         result = _kept_result(path, made_from)
         if result is None:
             timed = len(spread_prompts(chosen, section.speed_prompts))
             with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as (bar, task):
                 tick = lambda: bar.update(task, advance=1)  # noqa: E731
-                result = evaluate(target, opened, chosen, settings, tick=tick)
+                result = evaluate(target, opened, chosen, section, sampling, tick)
             result = replace(result, settings=result.settings | {"made_from": made_from})
             result.save(path)
         results.append(result)

@@ -23,9 +23,10 @@ from draftkit.engine.answers import decode_all, sampling_params
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.profile import ProfileSettings, profile
-from draftkit.evaluate.run import EvalPrompt, EvalSettings, evaluate
+from draftkit.evaluate.run import EvalPrompt, evaluate
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
+from draftkit.settings import EvaluateSettings
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 from support.drafters import make_drafter, make_eagle
@@ -100,9 +101,9 @@ def test_evaluation_validation_and_profile_run(
 ) -> None:
     prompts = [EvalPrompt(str(i), "chat", p) for i, p in enumerate(PROMPTS)]
     for batch_size in (1, 8):
-        settings: Any = EvalSettings(Sampling(), 5, batch_size=batch_size, speed_prompts=1)
-        wanted = evaluate(target, make_drafter(target), prompts, settings).records
-        found = evaluate(there, make_drafter(target).to(there.device).eval(), prompts, settings).records
+        settings: Any = EvaluateSettings(max_new_tokens=5, batch_size=batch_size, speed_prompts=1)
+        wanted = evaluate(target, make_drafter(target), prompts, settings, Sampling()).records
+        found = evaluate(there, make_drafter(target).to(there.device).eval(), prompts, settings, Sampling()).records
         assert [r.emitted for r in found] == [r.emitted for r in wanted]
     table = profile(there, make_drafter(target), "d", ProfileSettings((1, 4), (8,), (1, 2), repeats=1))
     assert table.measured.clock == "wall clock"

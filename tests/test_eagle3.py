@@ -16,11 +16,12 @@ from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer
 from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
-from draftkit.draft.drafter import LossSettings, TrainBatch
+from draftkit.draft.drafter import TrainBatch
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.draft.layout import lay_out
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling
+from draftkit.settings import LossSettings
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import EAGLE_CONFIG as CONFIG
 from support.drafters import GEMMA, eagle_for
