@@ -298,7 +298,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = ServeSettings.host,
     port: Annotated[int, typer.Option(help="0 = any free one")] = ServeSettings.port,
-    api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="guards /v1; repeatable")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="needed but to monitor; repeatable")] = None,
     name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
     max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = ServeSettings.max_waiting,
     max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = ServeSettings.max_body_bytes,
@@ -320,6 +320,9 @@ def serve(
     generation_config: Annotated[
         str, typer.Option(help="auto: sampling fields that a request leaves out are the target's own; none: the API's")
     ] = ServeSettings.generation_config,
+    honour_special_tokens: Annotated[
+        bool, typer.Option(help="special tokens in contents count, as in most servers; default: they are text")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
@@ -346,7 +349,7 @@ def serve(
             max_length=max_length,
             kv_bytes=max(1, int(kv_gib * 2**30)) if kv_gib is not None else None,
         )
-    pair = (target, drafter, name, engine, threads, step_rate, calibration, generation_config)
+    pair = (target, drafter, name, engine, threads, step_rate, calibration, generation_config, honour_special_tokens)
     run_server(lambda: load_served(*pair), settings)
 
 

@@ -34,7 +34,7 @@ from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, spread_prompts
 from draftkit.ops.sampling import Sampling
-from draftkit.output import as_json, make_folder, write_text
+from draftkit.output import as_json, make_folder, one_writer, write_text
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
@@ -104,6 +104,7 @@ def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...
     return tuple(chosen) if chosen else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
 
 
+@one_writer()
 def run_capture(
     target: TransformersTarget, tokenizer: Any, recipe: Recipe, conversations: Sequence[Conversation], out: Path
 ) -> CaptureReport:
@@ -173,6 +174,7 @@ def _check_mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any
         _mask_token(recipe, target, tokenizer)
 
 
+@one_writer()
 def run_train(
     target: TransformersTarget, tokenizer: Any, recipe: Recipe, features: Path, out: Path
 ) -> TrainReport:
@@ -250,6 +252,7 @@ def first_turns(tokenizer: Any, prompts: Sequence[Conversation], per_domain: int
     return chosen
 
 
+@one_writer()
 def run_evaluate(
     target: TransformersTarget,
     tokenizer: Any,

@@ -110,7 +110,6 @@ def test_a_tag_that_is_one_token_is_written_once(special: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
     tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t in ("<tool_call>", "</tool_call>")])
     grammars = Grammars(tokenizer, len(tokenizer))
-    from draftkit.serve.grammar_source import GrammarSource
     matcher = grammars.matcher(GrammarSource("calls", [[{"name": "now"}], False]))
     constraint = GrammarConstraint(matcher, grammars.table.eos_tokens, len(tokenizer))
     tokens: list[int] = []

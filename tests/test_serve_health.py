@@ -119,7 +119,8 @@ def test_health_answers_while_a_field_is_full(server: Server, path: str, name: s
             answer = server.http.post(path, content=raw, headers={"Content-Type": "application/json"}, timeout=60)
         grown = psutil.Process(server.process.pid).memory_info().rss - before
         assert answer.status_code in (200, 400, 413) and len(answer.content) < 2**27
-        print(f"{name}: {answer.status_code}, /health {asking.slowest:.3f} s of {asking.count}, memory {grown / 2**20:+.0f} MiB")
+        told = f"/health {asking.slowest:.3f} s of {asking.count}, memory {grown / 2**20:+.0f} MiB"
+        print(f"{name}: {answer.status_code}, {told}")
         if asking.slowest < LATEST:
             break
     assert asking.count and asking.slowest < LATEST

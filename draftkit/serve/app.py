@@ -53,7 +53,7 @@ def create_app(worker: Worker, metrics: ServerMetrics, settings: ServeSettings) 
         await asyncio.get_running_loop().run_in_executor(None, worker.stop)
 
     app = FastAPI(title="draftkit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Envelope, api_keys=settings.api_keys)
+    app.add_middleware(Envelope, api_keys=settings.api_keys, most=settings.max_connections)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     _add_generation(app, worker, settings)
@@ -99,20 +99,22 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
 def _tokenized(body: TokenizeBody, served: Served) -> dict[str, Any]:
     """The answer to POST /tokenize. Raises ApiError 400 for texts that are much longer than the context."""
     longest = served.engine.info.max_length
+    most = max(longest, MAX_COUNTED)
     if body.messages is not None:
-        text = chat_prompt(
+        ids = chat_prompt(
             body.messages,
             served,
             tools=body.tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
             template_kwargs=body.chat_template_kwargs,
+            add_special_tokens=bool(body.add_special_tokens),
+            most_tokens=most,
         )
-        special = bool(body.add_special_tokens)
     else:
-        text, special = body.prompt or "", body.add_special_tokens is not False
-    check_fits(served.texts, [text], max(longest, MAX_COUNTED))
-    ids = served.texts.encode(text, special)
+        text = body.prompt or ""
+        check_fits(served.texts, [text], most)
+        ids = served.texts.encode(text, body.add_special_tokens is not False)
     names = [token_name(served.texts, i) for i in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": names}
 
@@ -190,7 +192,7 @@ def _card(worker: Worker, started: int) -> dict[str, Any]:
 async def _api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    request.state.problem = shorten(" ".join(f"{error.param or ''} {error}".split()))
+    request.state.problem = shorten(f"{error.param or ''} {error}".strip())
     return JSONResponse(error.body(), error.status, error.headers)
 
 

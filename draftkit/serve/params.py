@@ -10,6 +10,7 @@ from draftkit.engine.request import SamplingParams
 from draftkit.errors import DataError
 from draftkit.serve.limits import MAX_COUNTED, check_fits, too_long
 from draftkit.serve.messages import Message
+from draftkit.serve.plain_text import PlainText, check_roles
 from draftkit.serve.problem import ApiError, bad_request, shorten
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.tools import template_takes_tools
@@ -65,31 +66,39 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     template_kwargs: dict[str, Any] | None = None,
-) -> str:
-    """The text of a conversation through the target's chat template. Raises ApiError 400 when the template refuses."""
+    add_special_tokens: bool = False,
+    most_tokens: int,
+) -> tuple[int, ...]:
+    """Token ids of a conversation through the target's chat template. Raises ApiError 400 when the template refuses, or when
+    there surely are more than `most_tokens`."""
     extra = dict(template_kwargs or {})
-    own = {"messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {"kwargs"}
+    own = {"self", "messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {"kwargs"}
     if taken := sorted(own & extra.keys()):
         raise bad_request(f"{_KWARGS}.{taken[0]}: the server sets this; give variables of the template's own", _KWARGS)
     if tools and not template_takes_tools(served.tokenizer):
         raise bad_request('tools: the target\'s chat template has none; leave them out, or give tool_choice "none"', "tools")
+    check_roles([m.role for m in messages], str(served.tokenizer.chat_template))
+    plain = PlainText(served.texts)
+    mark = (lambda value: value) if served.honour_special_tokens else plain.mark
     try:
-        rendered = [m.for_template() for m in messages]
-        return str(
+        text = str(
             served.tokenizer.apply_chat_template(
-                rendered,
+                [mark(m.for_template()) for m in messages],
                 **{
                     "tokenize": False,
                     "add_generation_prompt": add_generation_prompt and not continue_final_message,
                     "continue_final_message": continue_final_message,
-                    "tools": tools or None,
-                    "documents": documents or None,
-                    **extra,
+                    "tools": mark(tools) or None,
+                    "documents": mark(documents) or None,
+                    **mark(extra),
                 },
             )
         )
     except Exception as error:  # templates are programs: they raise whatever they like about their input
-        raise bad_request(f"the chat template cannot render these messages: {error}", "messages") from error
+        why = shorten(plain.unmarked(str(error)), 1000)
+        raise bad_request(f"the chat template cannot render these messages: {why}", "messages") from error
+    check_fits(served.texts, [text], most_tokens)
+    return plain.encode(text, add_special_tokens)
 
 
 def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
@@ -97,7 +106,7 @@ def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
     kwargs = dict(body.chat_template_kwargs)
     if body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-    text = chat_prompt(
+    prompt = chat_prompt(
         body.messages,
         served,
         tools=body.tools if body.tool_choice != "none" else None,
@@ -105,9 +114,10 @@ def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=kwargs,
+        add_special_tokens=body.add_special_tokens,
+        most_tokens=_most_tokens(body, served),
     )
-    check_fits(served.texts, [text], _most_tokens(body, served))
-    return [served.texts.encode(text, body.add_special_tokens)]
+    return [prompt]
 
 
 def truncated(prompt: tuple[int, ...], body: SamplingBody, max_length: int, max_tokens: int | None) -> tuple[int, ...]:

@@ -20,6 +20,9 @@ from draftkit.serve.protocol import Body
 BodyT = TypeVar("BodyT", bound=Body)
 ResultT = TypeVar("ResultT")
 LONG = 4096  # bytes; tokenising takes about a microsecond per byte
+BODY_SECONDS = 20.0  # that a body may take, and longer by its size where it comes
+SLOWEST = 16_384  # bytes of it in a second
+STALLED_SECONDS = 60.0  # until a client that does not take what is streamed has left
 
 
 class ClientLeft(Exception):
@@ -41,13 +44,19 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
     raw = bytearray()
+    until = asyncio.get_running_loop().time() + BODY_SECONDS
     try:
-        async for piece in request.stream():
-            raw += piece
-            if len(raw) > limit:
-                raise _too_large(limit)
+        async with asyncio.timeout_at(until) as timer:
+            async for piece in request.stream():
+                raw += piece
+                if len(raw) > limit:
+                    raise _too_large(limit)
+                timer.reschedule(until + len(raw) / SLOWEST)
     except ClientDisconnect:
         raise ClientLeft from None
+    except TimeoutError:
+        slow = f"{len(raw)} bytes of the body came within {BODY_SECONDS:g} s; send {SLOWEST} in a second or more"
+        raise ApiError(408, slow, headers={"Connection": "close"}) from None
     return await unless_long(len(raw), _parsed, raw, kind)
 
 
@@ -117,8 +126,12 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+        try:
+            async for event in self._events:
+                async with asyncio.timeout(STALLED_SECONDS):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        except TimeoutError:
+            raise ClientLeft from None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

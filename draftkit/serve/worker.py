@@ -29,14 +29,16 @@ log = logging.getLogger("draftkit.serve")
 
 @dataclass(frozen=True)
 class Served:
-    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name, and the sampling
-    fields of requests that leave them out, where those are not the API's."""
+    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name, the sampling
+    fields of requests that leave them out, where those are not the API's, and whether special tokens in a client's text
+    count."""
 
     engine: Any
     tokenizer: Any
     texts: TokenTexts
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    honour_special_tokens: bool = False
 
 
 Item = tuple[int, StepOutput] | ApiError
