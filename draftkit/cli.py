@@ -298,7 +298,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = ServeSettings.host,
     port: Annotated[int, typer.Option(help="0 = any free one")] = ServeSettings.port,
-    api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="needed but to monitor; repeatable")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="opens the API; repeatable")] = None,
     name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
     max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = ServeSettings.max_waiting,
     max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = ServeSettings.max_body_bytes,

@@ -236,7 +236,8 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
     make_folder(out)
     target = load_target(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
-    note = {k: v for k, v in read_provenance(folder).items() if k not in ("draftkit", "algorithm", "sha256")}
+    own = ("draftkit", "algorithm", "sha256", "config_sha256", "digest")
+    note = {k: v for k, v in read_provenance(folder).items() if k not in own}
     save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow else None)
     return (out / WEIGHTS).stat().st_size
 

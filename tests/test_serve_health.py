@@ -40,7 +40,7 @@ COMPLETIONS: dict[str, dict[str, Any]] = {
     "prompt of ids": {"prompt": [5] * (limits.MAX_VALUES - 10)},
     "prompt_logprobs": {"n": 60, "prompt": [5] * 400, "prompt_logprobs": limits.MAX_LOGPROBS},
     "prompt_logprobs without cap": {"n": N, "prompt": [5] * 400, "prompt_logprobs": limits.MAX_LOGPROBS},
-    "logprobs": {"n": N, "max_tokens": 500, "ignore_eos": True, "logprobs": limits.MAX_LOGPROBS},
+    "logprobs": {"n": N, "max_tokens": 100, "ignore_eos": True, "logprobs": limits.MAX_LOGPROBS},
     "schema": {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
     "choice": {"structured_outputs": {"choice": ["some text to choose " * 5 + str(i) for i in range(5000)]}},
     "values": {"user_data": [[]] * (BODY // 5)},
@@ -102,7 +102,7 @@ class Asking:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving("--max-body-bytes", str(BODY)) as running:
+    with serving("--max-body-bytes", str(BODY), "--step-seconds", "0.02") as running:
         if hasattr(os, "sched_setaffinity"):
             cores = os.sched_getaffinity(0)
             for thread in psutil.Process(running.process.pid).threads():

@@ -29,6 +29,7 @@ from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint
 from draftkit.serve.tools import template_writes_tool_calls
 from draftkit.serve.worker import Served, Ticket, Worker
 
+_TAKEN = 64  # outputs that are made into text before others get their turn
 _COMPILING = ThreadPoolExecutor(2 * MAX_WAITING, "draftkit-grammar")  # who waits here takes no thread from other requests
 
 
@@ -219,9 +220,10 @@ async def _answer(
 
 
 async def _next(worker: Worker, ticket: Ticket, choices: list[Choice]) -> list[tuple[int, Delta]]:
-    """At least one delta: waits for the first output and takes the others that are there. Raises ApiError."""
+    """At least one delta: waits for the first output and takes others that are there. Raises ApiError."""
+    await asyncio.sleep(0)  # a queue that is never empty never gives way to others
     items = [await ticket.items.get()]
-    while not ticket.items.empty():
+    while not ticket.items.empty() and len(items) < _TAKEN:
         items.append(ticket.items.get_nowait())
     deltas = []
     for item in items:

@@ -76,6 +76,7 @@ class Grammars:
         self._waiting = threading.BoundedSemaphore(MAX_WAITING)
         self._turn = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
+        self.compile_seconds = 0.0  # of processor time, for the grammar that was tried last
 
     def matcher(self, source: GrammarSource) -> LLMatcher:
         """A matcher at its beginning. Raises ValueError saying why there is none, RecursionError, or ApiError 503."""
@@ -96,6 +97,7 @@ class Grammars:
         answer = self._ask(key)
         if "error" in answer:
             raise ValueError(answer["error"])
+        self.compile_seconds = answer["compile_seconds"]
         matcher = LLMatcher(self.table, answer["grammar"], log_level=0)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
