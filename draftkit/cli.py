@@ -320,6 +320,9 @@ def serve(
     generation_config: Annotated[
         str, typer.Option(help="auto: sampling fields that a request leaves out are the target's own; none: the API's")
     ] = ServeSettings.generation_config,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="web pages of this origin may ask (CORS); * = all; repeatable")
+    ] = None,
     honour_special_tokens: Annotated[
         bool, typer.Option(help="special tokens in contents count, as in most servers; default: they are text")
     ] = False,
@@ -339,7 +342,14 @@ def serve(
     keys = tuple(api_key or ())
     with option_names():
         settings = ServeSettings(
-            host, port, keys, max_body, max_waiting, drain_seconds=drain_seconds, generation_config=generation_config
+            host,
+            port,
+            keys,
+            max_body,
+            max_waiting,
+            drain_seconds=drain_seconds,
+            generation_config=generation_config,
+            allow_origins=tuple(allow_origin or ()),
         )
         engine = EngineSettings(
             plan=plan,  # type: ignore[arg-type]  # checked there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import sys
@@ -111,3 +112,22 @@ def test_all_routes_but_those_of_monitors_and_the_page_need_the_key(server: Serv
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
         assert server.http.post(path, json={}, headers=without).status_code == 401
     assert server.http.get("/v1/models", headers=without).status_code == 401
+
+
+def test_bodies_may_be_zipped_and_not_without_bound(server: Server) -> None:
+    def send(raw: bytes) -> int:
+        headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+        return server.http.post("/v1/completions", content=raw, headers=headers).status_code
+
+    whole = gzip.compress(json.dumps({"prompt": "a", "max_tokens": 1}).encode())
+    assert [send(whole), send(whole[:-4]), send(b"plain"), send(b"")] == [200, 400, 400, 400]
+    assert send(gzip.compress(b" " * 2**26)) == 413
+
+
+def test_pages_of_an_origin_that_is_allowed_may_ask() -> None:
+    asks = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
+    with serving("--api-key", "k", "--allow-origin", "https://example.com") as allowing, serving("--api-key", "k") as strict:
+        told = [s.http.options("/v1/models", headers=asks).headers for s in (allowing, strict)]
+        assert [t.get("access-control-allow-origin") for t in told] == ["https://example.com", None]
+        other = allowing.http.get("/health", headers={"Origin": "https://example.org"})
+        assert "access-control-allow-origin" not in other.headers

@@ -121,3 +121,15 @@ def test_a_tag_that_is_one_token_is_written_once(special: bool) -> None:
     assert constraint.finished and text == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
     one = tokenizer.convert_tokens_to_ids("<tool_call>")
     assert (one in tokens) != special
+
+
+def test_formats_that_nobody_knows_are_annotations() -> None:
+    """JSON Schema says so, and Pydantic writes them: `format: path`, `format: binary`."""
+    schema = {"properties": {"format": {"type": "string", "format": "path"}, "x": {"const": {"format": "path"}}}}
+    form = StructuredOutputs.model_validate({"json": {**schema, "required": ["format", "x"], "additionalProperties": False}})
+    constraint = constraint_of(form, SERVED)
+    assert constraint is not None
+    for token in SERVED.texts.encode('{"format": "/tmp", "x": {"format": "path"}}', False):
+        assert constraint.accept(token)
+    with pytest.raises(ApiError):
+        constraint_of(StructuredOutputs.model_validate({"json": {"type": "string", "pattern": "a(?=b)"}}), SERVED)

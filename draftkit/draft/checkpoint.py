@@ -211,7 +211,8 @@ def _check_digest(folder: Path) -> None:
         raise CheckpointError(f"{folder / PROVENANCE}: is damaged (another digest than its own); {again}")
     for field, name in (("sha256", WEIGHTS), ("config_sha256", CONFIG)):
         if note.get(field) and note[field] != sha256_of(folder / name):
-            raise CheckpointError(f"{folder / name}: is damaged (another sha256 than in {PROVENANCE}); {again}")
+            differs = f"is damaged (another sha256 than in {PROVENANCE})"
+            raise CheckpointError(f"{folder / name}: {differs}; {again}, or remove {PROVENANCE}")
 
 
 def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:

@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from draftkit import __version__
@@ -54,6 +55,8 @@ def create_app(worker: Worker, metrics: ServerMetrics, settings: ServeSettings) 
 
     app = FastAPI(title="draftkit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Envelope, api_keys=settings.api_keys, most=settings.max_connections)
+    if settings.allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     _add_generation(app, worker, settings)

@@ -15,6 +15,8 @@ from draftkit.serve.tools import CLOSE, OPEN
 
 # Between the parts of JSON: a space or nothing. Without a bound small models never stop.
 _SPACES: Any = {"whitespace_pattern": " ?"}
+_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri".split())  # that llguidance knows
+_VALUES = frozenset({"const", "enum", "default", "examples"})  # keywords whose values are no schemas
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,19 @@ def grammar_of(source: GrammarSource) -> str:
         return LLMatcher.grammar_from_lark(any_to_lark(value))
     if source.kind == "calls":
         return _calls(*value)
-    return LLMatcher.grammar_from_json_schema(json.loads(value) if isinstance(value, str) else value, _SPACES)
+    schema = json.loads(value) if isinstance(value, str) else value
+    return LLMatcher.grammar_from_json_schema(_known_formats(schema), _SPACES)
+
+
+def _known_formats(schema: Any) -> Any:
+    """The schema without formats that llguidance does not know: JSON Schema calls `format` an annotation, and a "path" or a
+    "binary" is any text."""
+    if isinstance(schema, list):
+        return [_known_formats(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {k: v for k, v in schema.items() if k != "format" or not isinstance(v, str) or v in _FORMATS}
+    return {k: v if k in _VALUES else _known_formats(v) for k, v in kept.items()}
 
 
 def _choice(texts: list[str]) -> str:
@@ -80,5 +94,5 @@ def _calls(functions: list[dict[str, Any]], many: bool) -> str:
         head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
         schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
         rules.append(f'function{i}: /{_escaped(head)}/ arguments{i} "}}"')
-        rules.append(f"arguments{i}: %json {json.dumps({**schema, 'x-guidance': _SPACES})}")
+        rules.append(f"arguments{i}: %json {json.dumps({**_known_formats(schema), 'x-guidance': _SPACES})}")
     return LLMatcher.grammar_from_lark("\n".join(rules))

@@ -32,6 +32,7 @@ class ServeSettings:
         drain_seconds: how long running requests may take to finish after SIGTERM.
         generation_config: "auto" = sampling fields that a request leaves out come from the target's
             generation_config.json; "none" = from the API's defaults.
+        allow_origins: web pages of these origins ("https://example.com", or "*" for all) may ask, by CORS.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +44,7 @@ class ServeSettings:
     max_connections: int = 4096
     drain_seconds: float = 120.0
     generation_config: str = "auto"
+    allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -38,8 +39,8 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
     if media != "application/json":
         raise ApiError(415, f"Content-Type is {media or 'missing'}; send application/json")
     encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding != "identity":
-        raise ApiError(415, f"Content-Encoding is {shorten(encoding)}; send the body as it is", "content-encoding")
+    if encoding not in ("identity", "gzip"):
+        raise ApiError(415, f"Content-Encoding is {shorten(encoding)}; send gzip, or the body as it is", "content-encoding")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
@@ -57,7 +58,23 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
     except TimeoutError:
         slow = f"{len(raw)} bytes of the body came within {BODY_SECONDS:g} s; send {SLOWEST} in a second or more"
         raise ApiError(408, slow, headers={"Connection": "close"}) from None
+    if encoding == "gzip":
+        raw = await asyncio.to_thread(_unzipped, raw, limit)
     return await unless_long(len(raw), _parsed, raw, kind)
+
+
+def _unzipped(raw: bytearray, limit: int) -> bytearray:
+    """The body, of which no more is unpacked than may be. Raises ApiError 413 or 400."""
+    unpacking = zlib.decompressobj(wbits=31)
+    try:
+        unpacked = bytearray(unpacking.decompress(raw, limit + 1))
+    except zlib.error as error:
+        raise ApiError(400, f"the body is no gzip ({error})", "content-encoding") from error
+    if len(unpacked) > limit:
+        raise _too_large(limit)
+    if not unpacking.eof:
+        raise ApiError(400, "the body is no gzip (its end is missing)", "content-encoding")
+    return unpacked
 
 
 def _parsed(raw: bytearray, kind: type[BodyT]) -> BodyT:

@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--drain-seconds", type=float, default=120)
     parser.add_argument("--max-body-bytes", type=int, default=2**20)
     parser.add_argument("--max-connections", type=int, default=4096)
+    parser.add_argument("--allow-origin", action="append", default=[])
     parser.add_argument("--honour-special-tokens", action="store_true")
     given = parser.parse_args()
     settings = ServeSettings(
@@ -209,6 +210,7 @@ def main() -> None:
         max_body_bytes=given.max_body_bytes,
         drain_seconds=given.drain_seconds,
         max_connections=given.max_connections,
+        allow_origins=tuple(given.allow_origin),
     )
 
     def served() -> Any:
