@@ -17,14 +17,14 @@ from draftkit.engine.request import PromptToken, SamplingParams
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice, Delta
 from draftkit.serve.guard import Guarded
-from draftkit.serve.limits import MAX_SCORES
+from draftkit.serve.limits import MAX_SCORES, MAX_TOLD_SCORES
 from draftkit.serve.messages import NamedTool
 from draftkit.serve.problem import ApiError, bad_request
 from draftkit.serve.prompt_scores import Echo, as_vllm, echo_of
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.reply import ChatReply, CompletionReply, origins, speculation, usage
 from draftkit.serve.settings import ServeSettings
-from draftkit.serve.stream import EventStream, body_size, dump, event, read_body, unless_client_leaves, unless_long
+from draftkit.serve.stream import EventStream, body_size, dump, event, joined, read_body, unless_client_leaves, unless_long
 from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint_of
 from draftkit.serve.tools import template_writes_tool_calls
 from draftkit.serve.worker import Served, Ticket, Worker
@@ -161,8 +161,10 @@ def _prepared(
     prompts = [from_body.truncated(p, body, longest, limit) for p in prompts_of(body, served)]
     lengths = [from_body.answer_length(body, served, p, _own_limit(body, limit, longest - len(p))) for p in prompts]
     scored = from_body.prompt_logprobs(body)
-    if scored is not None and (told := sum(map(len, prompts)) * body.n * (1 + scored)) > MAX_SCORES:
-        raise bad_request(f"prompt_logprobs: {told} log probabilities are more than {MAX_SCORES}; ask for fewer at a time")
+    told = sum(map(len, prompts)) * (1 + scored) if scored is not None else 0
+    for count, most in ((told, MAX_SCORES), (told * body.n, MAX_TOLD_SCORES)):
+        if count > most:
+            raise bad_request(f"prompt_logprobs: {count} log probabilities are more than {most}; ask for fewer at a time")
     own = partial(_guarded, constraint, served)
     return Prepared(prompts, [shared.of_answer(i, length, own()) for length in lengths for i in range(body.n)])
 
@@ -258,20 +260,23 @@ def _values(call: Call) -> int:
 
 
 def _whole(call: Call, pieces: list[list[str]]) -> bytes:
-    answers = []
+    """The body, written choice by choice: to write JSON keeps all threads waiting, and so does clearing up after it."""
+    told: list[bytes] = []
     for index, choice in enumerate(call.choices):
+        if index % call.body.n == 0:  # the prompt's, for all its choices
+            scores = dump(call.prompt_logprobs(CompletionReply, index))
         answer = call.reply.whole(index, choice, pieces[index], call.echo(index))
         if call.body.return_token_ids:
             answer["token_ids"] = [e.token_id for e in choice.events]
         if (prompt := call.prompt_ids(CompletionReply, index)) is not None:
             answer["prompt_token_ids"] = prompt
-        answers.append(answer | call.prompt_logprobs(CompletionReply, index))
-    whole = call.envelope(call.reply.whole_object, [], first=True) | call.prompt_logprobs(ChatReply)
+        told.append(joined(dump(answer), scores))
+    whole = call.envelope(call.reply.whole_object, [], first=True)
     whole["usage"] = usage(call.choices, call.prompt_tokens, call.body.n)
     if call.body.return_spec_stats:
         whole["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
-    told = b",".join(map(dump, answers))  # one by one: to write JSON keeps all threads waiting
-    return dump(whole).replace(b'"choices":[]', b'"choices":[' + told + b"]", 1)
+    body = joined(dump(whole), dump(call.prompt_logprobs(ChatReply)))
+    return body.replace(b'"choices":[]', b'"choices":[' + b",".join(told) + b"]", 1)
 
 
 async def _stream(call: Call, worker: Worker, ticket: Ticket, request: Request) -> AsyncGenerator[bytes, None]:

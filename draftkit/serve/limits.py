@@ -28,7 +28,8 @@ MAX_BAD_WORDS = 256
 MAX_WORD = 1024  # characters of a stop string or a bad word
 MAX_NAME = 256  # characters of a model's or a user's name
 MAX_LOGPROBS = 20
-MAX_SCORES = 2**19  # log probabilities of prompts in one response, `n` times each
+MAX_SCORES = 2**17  # log probabilities of prompts, for one request
+MAX_TOLD_SCORES = 2**19  # the same as they are told, with each of `n` choices
 MAX_COUNTED = 2**16  # tokens of a text that is only counted, or of which a part is kept, where the context has less
 _PIECE = 2**15  # characters that are tokenised at a time
 

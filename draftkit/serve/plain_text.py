@@ -13,8 +13,6 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.problem import bad_request, printable, shorten
 
@@ -44,12 +42,10 @@ class PlainText:
         """Token ids of what the template has written."""
         if not self._marked:
             return self._texts.encode(rendered, add_special_tokens)
-        spelling = Tokenizer.from_str(self._texts.tokenizer.backend_tokenizer.to_str())
-        spelling.encode_special_tokens = True
         ids = list(self._texts.encode("", add_special_tokens))
         for place, piece in enumerate(re.split(re.escape(self._mark) + r"(\d+);", rendered)):
             if place % 2:
-                ids += spelling.encode(self._names[int(piece)], add_special_tokens=False).ids
+                ids += self._texts.spell(self._names[int(piece)])
             else:
                 ids += self._texts.encode(piece, False)
         return tuple(ids)

@@ -160,3 +160,8 @@ def event(data: dict[str, Any]) -> bytes:
 def dump(data: dict[str, Any]) -> bytes:
     """Compact JSON in UTF-8."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def joined(one: bytes, other: bytes) -> bytes:
+    """Two JSON objects as one that has the fields of both."""
+    return one if other == b"{}" else one[:-1] + b"," + other[1:]

@@ -14,24 +14,21 @@ class _Spelling(TokenizerWrapper):
     """What llguidance asks of a tokenizer. By itself it takes every added token that looks like <this> for a special one,
     which no text can contain; here only those count that the tokenizer calls special, and text is text."""
 
-    def __init__(self, backend: Tokenizer, texts: TokenTexts, vocab_size: int, eos: int) -> None:
+    def __init__(self, texts: TokenTexts, vocab_size: int, eos: int) -> None:
         self.is_tokenizer_wrapper = True  # its own __init__ asks for another tokenizer inside
         self.bos_token_id = None
         self.eos_token_id = eos
         self.tokens = [texts.token_bytes(token) for token in range(vocab_size)]
         self.special_token_ids = sorted(texts.special)
-        self._backend = backend
-        self._backend.encode_special_tokens = True  # a special token's name in a text is spelled
+        self._texts = texts
 
     def __call__(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self._texts.spell(text))
 
 
 def token_table(written: str, vocab_size: int, eos: int) -> LLTokenizer:
     """The table of a tokenizer (`tokenizer.json` as text) for `vocab_size` ids, of which `eos` ends an answer."""
-    backend = Tokenizer.from_str(written)
     texts = TokenTexts(SimpleNamespace(backend_tokenizer=Tokenizer.from_str(written)))
     if not texts.byte_level:  # llguidance knows how these write bytes and spaces
         return LLTokenizer(written, n_vocab=vocab_size, eos_token=eos)
-    return LLTokenizer(_Spelling(backend, texts, vocab_size, eos), n_vocab=vocab_size, eos_token=eos)
+    return LLTokenizer(_Spelling(texts, vocab_size, eos), n_vocab=vocab_size, eos_token=eos)
