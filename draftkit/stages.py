@@ -19,16 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.capture import CaptureReport, CaptureSettings, capture
 from draftkit.data.conversations import Conversation, read_conversations
-from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
+from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import Answerer, GenerateSettings, generate_file
+from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.template import render_prompt
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
-from draftkit.draft.warm_start import start_from_target
+from draftkit.draft.warm_start import CapturedText, start_from_target
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
@@ -49,6 +50,7 @@ from draftkit.train import trainer
 from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport
 
+START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands of vectors for each number
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
@@ -79,7 +81,6 @@ def run_generate(
     answer: Answerer | None = None,
 ) -> int:
     """Stage 1: the target answers the prompts, by `answer` where one is at hand."""
-    _check_mask_token(recipe, target, tokenizer)
     section = recipe.generate
     settings = GenerateSettings(
         Sampling(section.temperature, section.top_k, section.top_p),
@@ -109,7 +110,6 @@ def run_capture(
     target: TransformersTarget, tokenizer: Any, recipe: Recipe, conversations: Sequence[Conversation], out: Path
 ) -> CaptureReport:
     """Stage 2: the target reads the conversations into a feature store."""
-    _check_mask_token(recipe, target, tokenizer)
     section = recipe.capture
     settings = CaptureSettings(feature_layers(recipe, target), section.max_length, section.batch_tokens, section.dtype)
     with progress_bar("capture", len(conversations)) as (bar, task):
@@ -118,8 +118,10 @@ def run_capture(
         )
 
 
-def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
-    """The drafter's shape: the recipe's choices, the target's sizes."""
+def drafter_config(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore | None = None
+) -> DrafterShape:
+    """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in `store` does not use."""
     section, text = recipe.drafter, target.model.config.get_text_config()
     eagle = section.algorithm == "eagle3"
     automatic = EAGLE_STYLE if eagle else style_of(target.info.family)
@@ -136,10 +138,11 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
         sizes["intermediate_size"] = section.intermediate_size
     if eagle:
         return EagleConfig(**sizes, draft_vocab_size=section.draft_vocab_size)
-    dspark = section.algorithm == "dspark"
+    dspark, vocab = section.algorithm == "dspark", target.info.vocab_size
+    count = lambda: count_tokens(store, vocab) if store else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
     return DrafterConfig(
         **sizes,
-        mask_token_id=_mask_token(recipe, target, tokenizer),
+        mask_token_id=choose_mask_token(tokenizer, vocab, section.mask_token_id, count),
         layout=section.layout,
         window=section.window,
         head=section.head if dspark else "none",
@@ -148,30 +151,6 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
         confidence_with_markov=section.confidence_with_markov and dspark and section.head != "none",
         confidence_stop_gradient=section.confidence_stop_gradient,
     )
-
-
-def _mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> int:
-    """The token that stands for what a block drafter drafts: the recipe's, else the tokenizer's, else an unused row of the
-    embedding, as DeepSpec does it for Qwen3. Raises ConfigError when there is none."""
-    mask, last = recipe.drafter.mask_token_id, target.info.vocab_size - 1
-    if mask is not None and mask > last:
-        raise ConfigError(f"drafter.mask_token_id: {mask} must lie between 0 and the target's {last}")
-    if mask is None:
-        mask = tokenizer.mask_token_id
-    if mask is None:
-        mask = len(tokenizer)
-    if mask > last:
-        raise ConfigError(
-            f"drafter.mask_token_id: {target.info.name} has neither a mask token nor an unused embedding row; give a token "
-            f"that no text holds (a reserved one), from 0 to {last}, or take the algorithm eagle3, which needs none"
-        )
-    return int(mask)
-
-
-def _check_mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> None:
-    """Raise ConfigError before the long work that training would only follow to refuse its recipe."""
-    if recipe.drafter.algorithm != "eagle3":
-        _mask_token(recipe, target, tokenizer)
 
 
 @one_writer()
@@ -211,15 +190,27 @@ def new_drafter_for(
     A reduced draft vocabulary holds the most frequent tokens of the answers in `store`.
     """
     torch.manual_seed(recipe.train.seed)
-    config, ids_W = drafter_config(recipe, target, tokenizer), None
+    config, ids_W = drafter_config(recipe, target, tokenizer, store), None
     if isinstance(config, EagleConfig) and config.draft_vocab_size and store is not None:
         ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
     if recipe.drafter.start == "target":
         if not isinstance(drafter, BlockDrafter):
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
-        start_from_target(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers)
+        text = _some_text(store) if store is not None else None
+        start_from_target(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
     return drafter
+
+
+def _some_text(store: FeatureStore) -> CapturedText:
+    """The first conversations of a store, about START_TOKENS tokens of them."""
+    samples, tokens = [], 0
+    for index in range(len(store)):
+        samples.append(store[index])
+        tokens += len(samples[-1].tokens_T)
+        if tokens >= START_TOKENS:
+            break
+    return CapturedText(torch.cat([s.tokens_T for s in samples]), torch.cat([s.features_TF for s in samples]))
 
 
 def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool) -> int:
