@@ -34,8 +34,9 @@ def is_intact(note: Mapping[str, Any]) -> bool:
     return note.get(DIGEST) == digest_of(note)
 
 
-def read_json(path: Path, error: type[DraftkitError]) -> Any:
-    """What a JSON file says. Raises `error` when it is no regular file, too large, or no JSON that Python can hold."""
+def read_json(path: Path, error: type[DraftkitError], otherwise: str = "is damaged") -> Any:
+    """What a JSON file says. Raises `error` when it is no regular file, too large, or no JSON that Python can hold, which is
+    told by `otherwise`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -44,9 +45,9 @@ def read_json(path: Path, error: type[DraftkitError]) -> Any:
             raise error(f"{path}: has {status.st_size} bytes, and {MAX_JSON} are allowed")
         return json.loads(path.read_text("utf-8"))
     except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror})") from cause
+        raise error(f"{path}: cannot be read ({cause.strerror}); give another file") from cause
     except (ValueError, RecursionError) as cause:  # a number of 5,000 digits, or nested too deeply
-        raise error(f"{path}: is damaged ({reason(cause)})") from cause
+        raise error(f"{path}: {otherwise} ({reason(cause)})") from cause
 
 
 def is_plain_name(name: object) -> bool:

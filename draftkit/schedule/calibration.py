@@ -103,7 +103,7 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
 def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibration:
     """Read the calibration of a drafter of gamma positions. Raises ScheduleError for another one, and for no calibration."""
     try:
-        content = read_json(path, ScheduleError)
+        content = read_json(path, ScheduleError, "is no calibration")
         if DIGEST in content and not is_intact(content):
             raise ScheduleError("is damaged (another digest than its own); make it again with draftkit calibrate")
         fields = {k: v for k, v in content.items() if k in Calibration.__annotations__}

@@ -127,7 +127,7 @@ def save_step_rate(table: StepRateTable, path: Path) -> None:
 def load_step_rate(path: Path) -> StepRateTable:
     """Read our file or one of SGLang's profiler. Raises ScheduleError for anything else."""
     try:
-        content = read_json(path, ScheduleError)
+        content = read_json(path, ScheduleError, "is no step-rate table")
         if DIGEST in content and not is_intact(content):
             raise ScheduleError("is damaged (another digest than its own); measure again with draftkit profile")
         if "draftkit" in content:
