@@ -61,6 +61,11 @@ class TransformersTarget:
         """Where the weights are."""
         return self._head.weight.device
 
+    @property
+    def text_config(self) -> Any:
+        """The Transformers configuration of the language model."""
+        return self.model.config.get_text_config()
+
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer. Raises TargetError when the family has none where most have it."""
         norm = getattr(self._layer_owner, "norm", None)
@@ -242,8 +247,8 @@ def load_target(
         vocab_size=int(model.get_output_embeddings().weight.shape[0]),
         hidden_size=int(text.hidden_size),
         num_layers=int(text.num_hidden_layers),
-        stop_token_ids=_stop_tokens(model, path),
-        max_length=_longest(text),
+        stop_token_ids=stop_tokens(model, path),
+        max_length=longest_context(text),
         family=str(text.model_type),
     )
     try:
@@ -257,7 +262,7 @@ def load_target(
 LONGROPE_SPARE = 64  # positions that a proposal may reach beyond the last token of an answer
 
 
-def _longest(text: Any) -> int:
+def longest_context(text: Any) -> int:
     """Tokens that prompt and answer may have together. Where rotary angles change with the length of what is read (Phi-3's
     "longrope"), keys that were read before are turned by other angles than those after them: right up to the length from which
     they change, and no further."""
@@ -327,7 +332,8 @@ def _check_generation_config(folder: Path) -> None:
         raise TargetError(f"{path}: is damaged ({_line(error)}); copy it again or remove it") from error
 
 
-def _stop_tokens(model: Any, name: str) -> tuple[int, ...]:
+def stop_tokens(model: Any, name: str) -> tuple[int, ...]:
+    """The ids that end an answer. Raises TargetError when the configuration holds something else."""
     found = getattr(model.generation_config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
     if found is None:
         return ()
