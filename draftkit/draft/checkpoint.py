@@ -96,12 +96,14 @@ def load_drafter(
     if (folder / "mask_embedding.pt").exists():
         raise CheckpointError(f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores")
     tensors = tensors_from_form(read_tensors(folder), config)
-    drafter = build(config)
     ids_W = _take_draft_ids(str(folder), config, tensors)
     for name in (EMBEDDING, HEAD):
         if name not in tensors:
             tensors[name] = _borrowed(str(folder), name, target, ids_W)
-    check_tensors(str(folder), {k: v.shape for k, v in drafter.state_dict().items()}, tensors)
+    with torch.device("meta"):  # no memory until the sizes are known to be those of the tensors
+        wanted = {k: v.shape for k, v in build(config).state_dict().items()}
+    check_tensors(str(folder), wanted, tensors)
+    drafter = build(config)
     drafter.load_state_dict(tensors)
     drafter.choose_vocabulary(ids_W, _head_to_train_with(drafter, target))
     return drafter.to(dtype).eval()

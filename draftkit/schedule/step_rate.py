@@ -108,7 +108,7 @@ def _check_points(
         raise ScheduleError(f"{what}: {len(x)} points of {axis} and {len(y)} values; give as many of each, at least one")
     numbers = all(isinstance(v, Integral) and not isinstance(v, bool) for v in x)
     if not numbers or not 1 <= x[0] <= x[-1] <= MOST or any(b <= a for a, b in pairwise(x)):
-        raise ScheduleError(f"{what}: {axis} {list(x)[:8]} must be whole numbers from 1 to {MOST}, ascending")
+        raise ScheduleError(f"{what}: {axis} {list(x)[:8]} must be at least 1 and at most {MOST}, whole and ascending")
     bad = [v for v in y if not isinstance(v, Real) or not 0 <= v <= MOST or (v == 0 and not zero_allowed)]
     if bad:
         raise ScheduleError(f"{what}: {bad[0]} seconds; every value must be finite and positive, measure it again")
