@@ -13,7 +13,8 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from draftkit.engine.request import PromptToken, SamplingParams
+from draftkit.engine.outputs import PromptToken
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice, Delta
 from draftkit.serve.guard import Guarded

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError
 from draftkit.serve.limits import MAX_COUNTED, check_fits, too_long
 from draftkit.serve.messages import Message

@@ -1,7 +1,7 @@
 """A block drafter over flattened tokens and paged memory: the same proposals as `BlockDrafter.propose`, for many requests.
 
 The drafter's keys and values live in the slots of the target's blocks, in a memory of their own. A block in work writes
-its positions behind the committed ones; the next `extend` or `draft` of the request overwrites them.
+its positions after the committed ones; the next `extend` or `draft` of the request overwrites them.
 
 Shapes: R requests, T tokens, P block positions, G = gamma drafted tokens, F = K * H features, H hidden, V vocabulary,
 L layers, M key/value heads, D head size, r Markov rank.
@@ -24,9 +24,9 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
 from draftkit.engine.drawing import Drafts, Drawing
-from draftkit.engine.fast_model import fuse_qkv
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
+from draftkit.engine.paged_model import fuse_qkv
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
 from draftkit.ops.inference import inference
@@ -45,11 +45,11 @@ class DraftingPass:
     block: bool
 
 
-class FastDrafter:
+class PagedBlockDrafter:
     """Weights taken from a loaded `BlockDrafter` (layer matrices are fused copies; embedding and heads are shared).
 
     `slots` positions of memory (blocks * block size, as the target's pool has them); `max_length` is the longest
-    request in tokens, the block behind it not counted. Raises ConfigError for a drafter that this stack cannot run.
+    request in tokens, the block after it not counted. Raises ConfigError for a drafter that this stack cannot run.
     """
 
     looks_ahead = False  # `extend` needs no tokens
@@ -63,6 +63,7 @@ class FastDrafter:
         self.embedding_scale = float(scale) if style.scaled_embedding else 1.0
         self.norm, self.fc, self.hidden_norm = drafter.norm.weight, drafter.fc.weight, drafter.hidden_norm.weight
         self.markov, self.confidence = drafter.markov_head, drafter.confidence_head
+        self.draft_ids_W, self._over_target = drafter.draft_ids_W, drafter.over_target
         rotary = rotary_of(config, max_length, self.norm)
         blocks = cast(list[DraftLayer], list(drafter.layers))
         layers = tuple(fuse_layer(block, config, rotary, config.window) for block in blocks)
@@ -79,7 +80,7 @@ class FastDrafter:
 
     @property
     def ends(self) -> Ends:
-        """What lies before and behind the layers."""
+        """What lies before and after the layers."""
         head = self.head
         return Ends(self.embedding, self.embedding_scale, self.norm, head.weight_VH, head.scale, head.soft_cap)
 
@@ -87,7 +88,7 @@ class FastDrafter:
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Write the context's keys and values of the pass's positions, all layers; `next_tokens_T` are not needed.
 
-        The pass may be the one that the target has just read, rejected tokens included: what lies behind the committed
+        The pass may be the one that the target has just read, rejected tokens included: what lies after the committed
         positions is overwritten before anything looks at it.
         """
         if self.native is not None:
@@ -125,10 +126,9 @@ class FastDrafter:
         if drawing is None and self.recorded is not None and (played := self.recorded.greedy.run(step)) is not None:
             tokens_RG, said_RG = played
             return Drafts(tokens_RG, None, *((said_RG, None) if self.confidence is not None else (None, said_RG)))
-        native = self.native  # another thread may set it meanwhile, and the head must see what its own pass gave
-        hidden_RGH, base_RGV = self._read_block(step, native)
-        if native is not None:
-            return native.head.draft(hidden_RGH, base_RGV, anchors_R, drawing)
+        hidden_RGH, base_RGV = self._read_block(step, self.native)
+        if self.native is not None:
+            return self.native.head.draft(hidden_RGH, base_RGV, anchors_R, drawing)
         tokens_RG, *said = self._walk(hidden_RGH, base_RGV, anchors_R, drawing or take_largest)
         return Drafts(tokens_RG, drawing.drawn() if drawing is not None else None, *said)
 
@@ -141,7 +141,7 @@ class FastDrafter:
 
     @inference
     def logits_along(self, step: Pass, anchors_R: Tensor, tokens_RG: Tensor) -> Tensor:
-        """Logits [R, G, V] before each of these drafted tokens, in PyTorch operations."""
+        """Logits of the head's tokens before each of these drafted tokens [R, G, W], in PyTorch operations."""
         logits: list[Tensor] = []
 
         def follow(logits_RV: Tensor, k: int) -> Tensor:
@@ -149,18 +149,19 @@ class FastDrafter:
             return tokens_RG[:, k]
 
         self._walk(*self._read_block(step, None), anchors_R, follow)
-        return torch.stack(logits, 1)
+        logits_RGV = torch.stack(logits, 1)
+        return logits_RGV if self.draft_ids_W is None else logits_RGV[..., self.draft_ids_W]
 
     @inference
     def compiled_logits(self, step: Pass, anchors_R: Tensor, native: NativeDrafter) -> tuple[Tensor, Tensor]:
-        """Greedy tokens [R, G] and the logits [R, G, V] before each, of the compiled pass."""
+        """Greedy tokens [R, G] and the logits [R, G, W] before each, of the compiled pass."""
         hidden_RGH, base_RGV = self._read_block(step, native)
         return native.head.draft(hidden_RGH, base_RGV, anchors_R, None).tokens_DG, base_RGV  # the head writes there
 
     def _walk(
         self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor, choose: Choose
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Along the head, behind what the block gave: tokens, and confidences or largest probabilities."""
+        """Along the head, after what the block gave: tokens, and confidences or largest probabilities."""
         previous_R, state = anchors_R, None
         tokens, largest, embedded = [], [], []
         for k in range(self.gamma):
@@ -169,6 +170,7 @@ class FastDrafter:
                 embedded.append(self.markov.previous(previous_R))
                 row_Rr, state = self.markov.step(hidden_RGH[:, k], embedded[-1], state)
                 logits_RV = torch.addmm(logits_RV, row_Rr, self.markov.markov_w2.weight.t())
+            logits_RV = self._over_target(logits_RV)
             if self.confidence is None:
                 largest.append(largest_prob(logits_RV))
             previous_R = choose(logits_RV, k)
@@ -214,7 +216,7 @@ class RecordedDrafter:
     """Recordings of a drafter's passes: over its blocks, those and the greedy way along the head, and from features to keys and
     values."""
 
-    def __init__(self, drafter: FastDrafter, widest: int, record: Record) -> None:
+    def __init__(self, drafter: PagedBlockDrafter, widest: int, record: Record) -> None:
         slots, size, features = drafter.stack.slots, drafter.config.block_size, drafter.fc.shape[1]
         drafter = weakref.proxy(drafter)  # see `record_passes`
 
@@ -231,14 +233,14 @@ class RecordedDrafter:
 class NativeDrafter:
     """The C++ passes of a drafter: over its blocks, from features to keys and values, and along the head. Raises NoNative."""
 
-    def __init__(self, drafter: FastDrafter, stack: Stack) -> None:
+    def __init__(self, drafter: PagedBlockDrafter, stack: Stack) -> None:
         self.stack = NativeStack(stack, drafter.ends)
         self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
-        self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, None)
+        self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, drafter.draft_ids_W)
 
 
 def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:
-    """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted behind."""
+    """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted after."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     frequencies[int(config.rotary_share * config.head_dim // 2) :] = 0
     return rotary_table(max_length + config.block_size, frequencies, 1.0, like.dtype).to(like.device)
@@ -251,7 +253,7 @@ def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: 
     if module.q_norm is not None and module.k_norm is not None:
         q, k = (pair_rows(n.weight, size) for n in (module.q_norm, module.k_norm))
         qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
-    behind = layer.post_attention_layernorm.weight
+    after_attention = layer.post_attention_layernorm.weight
     return Layer(
         attention=AttentionShape(
             heads=config.num_heads,
@@ -268,8 +270,8 @@ def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: 
         qk_norm=qk_norm,
         out=columns_first(module.o_proj.weight),
         out_bias=None,
-        mixed_norm=behind if layer.output_norms else None,
-        mlp_norm=layer.pre_feedforward_layernorm.weight if layer.output_norms else behind,
+        post_attention_norm=after_attention if layer.output_norms else None,
+        mlp_norm=layer.pre_feedforward_layernorm.weight if layer.output_norms else after_attention,
         gate_up=columns_first(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
         down=columns_first(layer.mlp.down_proj.weight),
         mlp_out_norm=layer.post_feedforward_layernorm.weight if layer.output_norms else None,
