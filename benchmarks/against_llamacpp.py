@@ -55,7 +55,7 @@ def llama_server(program: Sequence[str], file: Path, port: int, threads: int) ->
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", type=shlex.split, required=True, help="llama.cpp's llama-server, with options where it needs any")
+    parser.add_argument("--server", type=shlex.split, required=True, help="llama.cpp's llama-server, options after it")
     parser.add_argument("--bf16", type=Path, help="the same weights in bfloat16, as GGUF")
     parser.add_argument("--drafter", help='folder, or "none"; default: the one that comes with smollm2')
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSONL of conversations; default: the embedded held-out ones")
