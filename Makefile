@@ -20,7 +20,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(VENV)/bin/draftkit verify-lossless
-	$(VENV)/bin/python benchmarks/greedy_equality.py runs/quickstart/drafter/best --prompts 60
+	$(VENV)/bin/python -m checks.agreement runs/quickstart/drafter/best --prompts 60
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

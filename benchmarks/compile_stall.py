@@ -1,7 +1,7 @@
 """What building the compiled pass costs those who are being served meanwhile: milliseconds per one-token pass of the embedded
 target before, during and after, from an empty cache folder and from a filled one.
 
-    python benchmarks/compile_stall.py --out result.json
+    python -m benchmarks.compile_stall --out result.json
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from result_file import print_result
 
+from benchmarks.result_file import print_result
 from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_model import FastModel
 from draftkit.engine.passes import Pass

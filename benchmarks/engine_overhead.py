@@ -1,6 +1,6 @@
 """Share of the engine's steps that is not a forward pass, at several concurrencies, with and without a drafter.
 
-    python benchmarks/engine_overhead.py DRAFTER --out benchmarks/results/engine_overhead.json
+    python -m benchmarks.engine_overhead DRAFTER --out benchmarks/results/engine_overhead.json
 
 A drafter's pass here is its backbone and heads; drawing tokens from its logits counts as overhead, and so do verification,
 scheduling and bookkeeping.
@@ -13,9 +13,9 @@ import statistics
 from pathlib import Path
 
 import torch
-from engine_load import read_prompts, run_closed
-from result_file import print_result
 
+from benchmarks.engine_load import read_prompts, run_closed
+from benchmarks.result_file import print_result
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name

@@ -5,7 +5,7 @@ tokens, hidden size 256, rank 256, float32, CPU. Every arm runs in a process of 
 is the peak resident size during loss and backward less what was resident before. The third arm stops at logits and
 probabilities of both models: no loss and no gradients, so its time is no comparison.
 
-    python benchmarks/loss_memory.py --out benchmarks/results/loss_memory.json
+    python -m benchmarks.loss_memory --out benchmarks/results/loss_memory.json
 
 Runs are added to those of the same setting that the file already holds.
 """
@@ -128,7 +128,7 @@ def main() -> None:
     same = all(earlier.get(name) == value for name, value in setting.items())
     runs: dict[str, list[dict[str, float]]] = earlier["runs"] if same else {arm: [] for arm in ARMS}
     for _, arm in track([(i, arm) for i in range(args.repeats) for arm in ARMS], "arms", console=Console(stderr=True)):
-        command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
+        command = [sys.executable, "-m", "benchmarks.loss_memory", *sys.argv[1:], "--arm", arm]
         runs[arm].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     pairs = list(zip(*runs.values(), strict=True))
     result = setting | {

@@ -1,6 +1,6 @@
 """The scheduled arms against every fixed length and no speculation, over loads, on measured and parametric step rates.
 
-    python benchmarks/scheduling.py --out benchmarks/results/scheduling.json
+    python -m benchmarks.scheduling --out benchmarks/results/scheduling.json
 
 Uses the embedded pair's recorded traces. Prints per table and load the ratios asked for, and where the paper's comparison
 at matched speed (budget arm against a one-token drafter) falls.

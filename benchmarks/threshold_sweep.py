@@ -1,6 +1,6 @@
 """Static confidence threshold 0 to 0.8: accepted share of verified tokens and tokens per step, by domain (Figure 5).
 
-    python benchmarks/threshold_sweep.py calibration/traces.safetensors --out benchmarks/results/threshold_sweep.json
+    python -m benchmarks.threshold_sweep calibration/traces.safetensors --out benchmarks/results/threshold_sweep.json
 
 Walks every traced prompt once per threshold, on the raw confidences as the paper does.
 """

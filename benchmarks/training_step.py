@@ -1,6 +1,6 @@
 """Our training step against the same step written plainly, in supervised drafted tokens per second.
 
-    python benchmarks/training_step.py --features features --steps 20 --set train.anchors=512
+    python -m benchmarks.training_step --features features --steps 20 --set train.anchors=512
 
 With the paper's 512 anchors per conversation, those with fewer places are padded to the most of the batch in the plain step.
 
@@ -21,9 +21,9 @@ from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
-from result_file import print_result
 from torch import Tensor, nn
 
+from benchmarks.result_file import print_result
 from draftkit import stages
 from draftkit.config import load_recipe
 from draftkit.data.features import FeatureStore

@@ -7,7 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):  # the same tests everywhere; benchmarks/gpu_check.py is for a GPU
+if not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):  # the same tests everywhere; checks/gpu.py is for a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Thousands of requests with random lengths, settings and aborts through one engine: errors, leaks, memory, answers.
 
-    python benchmarks/soak.py DRAFTER --requests 10000 --concurrency 64 --out benchmarks/results/soak.json
+    python -m checks.soak DRAFTER --requests 10000 --concurrency 64 --out checks/results/soak.json
 
 Greedy answers without further settings are compared with the reference loop's (`draftkit.decode`, without a drafter); a
 difference where the two largest logits are closer than rounding is counted apart. Log probabilities of prompts are compared
@@ -19,10 +19,10 @@ from typing import Any
 
 import psutil
 import torch
-from engine_load import read_prompts
-from result_file import print_result
 from rich.progress import Progress
 
+from benchmarks.engine_load import read_prompts
+from benchmarks.result_file import print_result
 from draftkit.decode import decode
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams

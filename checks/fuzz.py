@@ -1,6 +1,6 @@
 """Thousands of right, nearly right and wrong requests against the real server process with the real engine.
 
-    python benchmarks/fuzz_server.py --cases 5000 --out benchmarks/results/fuzz_server.json
+    python -m checks.fuzz --cases 5000 --out checks/results/fuzz.json
 
 Bodies are drawn from the server's own /openapi.json, and one case in eight is below JSON: broken bytes, other methods,
 content types and paths. No answer may be a 5xx (nothing here asks for 503 or 429), every refusal must say why, every
@@ -25,11 +25,11 @@ from typing import Any
 import httpx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from openapi_cases import Raw, bodies, raws
-from result_file import print_result
 from rich.progress import Progress
-from server_process import ServerProcess, server_process
 
+from benchmarks.result_file import print_result
+from benchmarks.server_process import ServerProcess, server_process
+from checks.openapi_cases import Raw, bodies, raws
 from draftkit.evaluate.run import device_name
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
