@@ -19,14 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.capture import CaptureReport, CaptureSettings, capture
 from draftkit.data.conversations import Conversation, read_conversations
-from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
+from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.data.generate import Answerer, GenerateSettings, generate_file
+from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.template import render_prompt
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.draft.families import block_shape, style_of
+from draftkit.draft.warm_start import CapturedText
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
@@ -49,6 +51,7 @@ from draftkit.train import trainer
 from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport
 
+START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands of vectors for each number
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
@@ -87,7 +90,6 @@ def run_generate(
     answer: Answerer | None = None,
 ) -> int:
     """Stage 1: the target answers the prompts, by `answer` where one is at hand."""
-    _check_mask_token(recipe, target, tokenizer)
     section = recipe.generate
     settings = GenerateSettings(
         Sampling(section.temperature, section.top_k, section.top_p),
@@ -116,7 +118,6 @@ def run_capture(
     target: TransformersTarget, tokenizer: Any, recipe: Recipe, conversations: Sequence[Conversation], out: Path
 ) -> CaptureReport:
     """Stage 2: the target reads the conversations into a feature store."""
-    _check_mask_token(recipe, target, tokenizer)
     section = recipe.capture
     settings = CaptureSettings(feature_layers(recipe, target), section.max_length, section.batch_tokens, section.dtype)
     with progress_bar("capture", len(conversations)) as (bar, task):
@@ -125,8 +126,10 @@ def run_capture(
         )
 
 
-def drafter_config(recipe: Recipe, target: TargetWeights, tokenizer: Any) -> DrafterShape:
-    """The drafter's shape: the recipe's choices, the target's sizes."""
+def drafter_config(
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
+) -> DrafterShape:
+    """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in `store` does not use."""
     section, text = recipe.drafter, target.text_config
     algorithm = algorithm_named(section.algorithm)
     automatic = algorithm.style or style_of(target.info.family)
@@ -141,32 +144,11 @@ def drafter_config(recipe: Recipe, target: TargetWeights, tokenizer: Any) -> Dra
     }
     if section.intermediate_size:
         sizes["intermediate_size"] = section.intermediate_size
-    mask = _mask_token(recipe, target, tokenizer) if algorithm.masks else 0
+    vocab, mask = target.info.vocab_size, 0
+    if algorithm.masks:
+        count = lambda: count_tokens(store, vocab) if store else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
+        mask = choose_mask_token(tokenizer, vocab, section.mask_token_id, count)
     return algorithm.shape(section, sizes, mask)
-
-
-def _mask_token(recipe: Recipe, target: TargetWeights, tokenizer: Any) -> int:
-    """The token that stands for what a block drafter drafts: the recipe's, else the tokenizer's, else an unused row of the
-    embedding, as DeepSpec does it for Qwen3. Raises ConfigError when there is none."""
-    mask, last = recipe.drafter.mask_token_id, target.info.vocab_size - 1
-    if mask is not None and mask > last:
-        raise ConfigError(f"drafter.mask_token_id: {mask} must lie between 0 and the target's {last}")
-    if mask is None:
-        mask = tokenizer.mask_token_id
-    if mask is None:
-        mask = len(tokenizer)
-    if mask > last:
-        raise ConfigError(
-            f"drafter.mask_token_id: {target.info.name} has neither a mask token nor an unused embedding row; give a token "
-            f"that no text holds (a reserved one), from 0 to {last}, or take the algorithm eagle3, which needs none"
-        )
-    return int(mask)
-
-
-def _check_mask_token(recipe: Recipe, target: TargetWeights, tokenizer: Any) -> None:
-    """Raise ConfigError before the long work that training would only follow to refuse its recipe."""
-    if algorithm_named(recipe.drafter.algorithm).masks:
-        _mask_token(recipe, target, tokenizer)
 
 
 def run_train(
@@ -215,7 +197,7 @@ def new_drafter_for(
     A reduced draft vocabulary holds the most frequent tokens of the answers in `store`.
     """
     torch.manual_seed(recipe.train.seed)
-    config, ids_W = drafter_config(recipe, target, tokenizer), None
+    config, ids_W = drafter_config(recipe, target, tokenizer, store), None
     if config.draft_vocab_size and store is not None:
         ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
@@ -223,8 +205,20 @@ def new_drafter_for(
         start = algorithm_named(recipe.drafter.algorithm).start
         if start is None:
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
-        start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers)
+        text = _some_text(store) if store is not None else None
+        start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
     return drafter
+
+
+def _some_text(store: FeatureStore) -> CapturedText:
+    """The first conversations of a store, about START_TOKENS tokens of them."""
+    samples, tokens = [], 0
+    for index in range(len(store)):
+        samples.append(store[index])
+        tokens += len(samples[-1].tokens_T)
+        if tokens >= START_TOKENS:
+            break
+    return CapturedText(torch.cat([s.tokens_T for s in samples]), torch.cat([s.features_TF for s in samples]))
 
 
 def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool) -> int:
