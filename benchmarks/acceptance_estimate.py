@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.result_file import print_result
-from draftkit.evaluate.run import environment
 from draftkit.schedule.calibration import quality_of
 from draftkit.schedule.estimator import AcceptanceEstimator
 from draftkit.schedule.planner import admit, survival_of
@@ -90,7 +89,7 @@ def main() -> None:
     parser.add_argument("traces", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    result = {"environment": environment(), "traces": [compare(load_traces(path)) for path in options.traces]}
+    result = {"traces": [compare(load_traces(path)) for path in options.traces]}
     print_result(result, options.out)
 
 

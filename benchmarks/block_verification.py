@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.result_file import print_result
-from draftkit.evaluate.run import environment
 from draftkit.schedule.step_rate import Ints
 from draftkit.schedule.traces import Traces, load_traces
 
@@ -44,7 +43,6 @@ def main() -> None:
     chosen = np.random.default_rng(0).integers(0, len(tokens), (4000, len(tokens)))
     low, high = np.percentile(token_R[chosen].sum(1) / block_R[chosen].sum(1), [2.5, 97.5])
     result = {
-        "environment": environment(),
         "temperature": traces.origin.temperature,
         "prompts": len(tokens),
         "anchors": len(traces.accepted_N),

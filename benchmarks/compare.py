@@ -24,6 +24,7 @@ import yaml
 from rich.progress import Progress
 
 from benchmarks.compare_report import Arm, build_report, plot_report, print_table
+from benchmarks.result_file import write_result
 
 ARMS = Path(__file__).with_name("arms.yaml")
 RESULT = Path("results") / "evaluate-T1.json"
@@ -160,7 +161,7 @@ def main() -> None:
     report = build_report(arms, group["baselines"], settings | {"recipe": group["recipe"], "arms": group["arms"]})
     path = options.results or options.out / f"{options.group}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_result(report, path)
     plot_report(report, path.with_suffix(".png"))
     print_table(report)
 

@@ -25,7 +25,6 @@ from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, arms_for, simulate
@@ -89,7 +88,6 @@ def main() -> None:
     table = time_passes(target, drafter)
     traces = record(target, drafter, read_prompts(options.target, options.prompts), options.new_tokens)
     result = {
-        "device": device_name(target.device),
         "threads": options.threads,
         "prompts": len(traces.prompts),
         "pass_seconds_by_tokens": table.pass_seconds[0],

@@ -35,7 +35,6 @@ from draftkit.engine.engine import Engine
 from draftkit.engine.fast_model import FastModel
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
 from draftkit.target.transformers import TransformersTarget, load_target
 
 ARMS = ["off", "fixed", "planned"]
@@ -162,7 +161,6 @@ def main() -> None:
     builds = 1 if options.grown else BUILDS  # recording takes long, and no weights lie twice there
     engines = built(0)
     result: dict[str, Any] = {
-        "device": device_name(target.device),
         "threads": options.threads,
         "clock": "processor time" if options.threads == 1 else "wall clock",
         "compiled": all(engine._uses_compiled for engine in engines.values()),

@@ -18,7 +18,6 @@ from benchmarks.engine_load import read_prompts, run_closed
 from benchmarks.result_file import print_result
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
 from draftkit.target.transformers import load_target
 
 
@@ -53,7 +52,7 @@ def main() -> None:
                 shares[name].append(run_closed(engine, prompts, concurrency, max(2, concurrency), 64).overhead)
         found = {name: spread(values[1:]) for name, values in shares.items()}  # the first repeat warms up
         levels.append({"concurrency": concurrency, "overhead": found})
-    result = {"cpu": device_name(), "threads": options.threads, "compiled": all(compiled), "levels": levels}
+    result = {"threads": options.threads, "compiled": all(compiled), "levels": levels}
     print_result(result, options.out)
 
 

@@ -30,7 +30,6 @@ from benchmarks.result_file import print_result
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 
@@ -163,7 +162,7 @@ def main() -> None:
     compiled = {name: engine.wait_until_compiled() for name, engine in engines.items()}
     clock = time.process_time if options.processor_time else time.perf_counter
     found = [compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency]
-    facts = {"device": device_name(target.device), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
+    facts = {"threads": options.threads, "compiled": compiled}
     facts["clock"] = "processor" if options.processor_time else "wall"
     settings = {"target": options.target, "dtype": str(target.head_weight().dtype)[6:], "new_tokens": options.new_tokens}
     settings |= {"plan": options.plan, "prompts": len(prompts)}

@@ -26,7 +26,6 @@ from rich.progress import track
 from torch import Tensor
 
 from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
-from draftkit.evaluate.run import device_name
 from draftkit.settings import LossSettings
 
 ARMS = ("sliced", "whole", "whole, forward only")
@@ -119,7 +118,6 @@ def main() -> None:
         print(json.dumps(run_arm(args.arm, rows)))
         return
     setting = {
-        "cpu": device_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "sizes": {k: getattr(args, k) for k in ("vocabulary", "anchors", "hidden", "rank")} | {"gamma": GAMMA},

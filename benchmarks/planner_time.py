@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.result_file import print_result
-from draftkit.evaluate.run import environment
 from draftkit.schedule.planner import admit, budget_from, plan_verification, survival_of
 from draftkit.schedule.simulate import parametric_table
 
@@ -44,7 +43,7 @@ def main() -> None:
         found[f"{requests} x 7"] = {
             name: [round(1e6 * float(v), 1) for v in np.percentile(values, [50, 25, 75])] for name, values in seconds.items()
         }
-    print_result({"environment": environment(), "microseconds_median_and_quartiles": found}, options.out)
+    print_result({"microseconds_median_and_quartiles": found}, options.out)
 
 
 if __name__ == "__main__":

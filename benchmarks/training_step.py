@@ -30,7 +30,6 @@ from draftkit.data.features import FeatureStore
 from draftkit.draft.backbone import rope_table, rotate
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import TrainBatch
-from draftkit.evaluate.run import device_name
 from draftkit.settings import LossSettings
 from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate
 from draftkit.train.optim import BETAS, new_optimizer, take_step
@@ -149,7 +148,6 @@ def main() -> None:
     ratios = [a / b for a, b in zip(ours, plains, strict=True)]
     low, _, high = quantiles(ratios, n=4)
     result = {
-        "cpu": device_name(),
         "threads": options.threads,
         "recipe": options.recipe,
         "set": options.set,

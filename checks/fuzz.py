@@ -30,7 +30,6 @@ from rich.progress import Progress
 from benchmarks.result_file import print_result
 from benchmarks.server_process import ServerProcess, server_process
 from checks.openapi_cases import Raw, bodies, raws
-from draftkit.evaluate.run import device_name
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
 CONTROL: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0}
@@ -189,7 +188,7 @@ def main() -> None:
         report = fuzz(server, options.cases)
     fields = {**vars(report), "failures": report.failures[:20], "statuses": dict(sorted(report.statuses.items()))}
     fields["refused"] = dict(report.refused.most_common())
-    result = {"cpu": device_name(), "good": report.good, "by_status": report.by_status, **fields}
+    result = {"good": report.good, "by_status": report.by_status, **fields}
     print_result(result, options.out)
     raise SystemExit(not report.good)
 

@@ -99,7 +99,7 @@ def main() -> None:
                 "recorded_sizes": len(recorded._recordings) if recorded is not None else 0,
                 "not_recorded_because": recorded.reason if recorded is not None else None,
             }
-    print_result({"gpu": torch.cuda.get_device_name(), "families": families, "arms": arms}, options.out)
+    print_result({"families": families, "arms": arms}, options.out)
     wrong = [n for n, found in families.items() if found["float32"] is not None and not found["float32"] < TOLERANCE]
     wrong += [n for n, found in arms.items() if found["unlike_the_cpus"] or found["not_recorded_because"]]
     if wrong:

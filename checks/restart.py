@@ -22,7 +22,6 @@ from rich.progress import track
 
 from benchmarks.result_file import print_result
 from benchmarks.server_process import ServerProcess, server_process
-from draftkit.evaluate.run import device_name
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
 QUESTION: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0}
@@ -101,7 +100,6 @@ def main() -> None:
     made = [repeat(options.streams) for _ in track(range(options.repeats), "repetitions")]
     ratios = [r.again.ready / r.fresh.ready for r in made]
     result = {
-        "cpu": device_name(),
         "running_when_killed": [r.running for r in made],
         "fresh_ready_seconds": statistics.median(r.fresh.ready for r in made),
         "again_ready_seconds": statistics.median(r.again.ready for r in made),

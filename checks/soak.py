@@ -27,7 +27,6 @@ from draftkit.decode import decode
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget, load_target
 
@@ -196,7 +195,7 @@ def main() -> None:
     engine = Engine(target, str(options.drafter), settings)
     engine.wait_until_compiled()
     report = soak(engine, target, prompts, options.requests, options.concurrency, options.new_tokens)
-    result = {"cpu": device_name(), "concurrency": options.concurrency, "good": report.good, **asdict(report)}
+    result = {"concurrency": options.concurrency, "good": report.good, **asdict(report)}
     print_result(result, options.out)
     raise SystemExit(not report.good)
 

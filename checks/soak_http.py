@@ -31,7 +31,6 @@ from checks.soak import ROUNDING, top_gap
 from draftkit.data.conversations import read_conversations
 from draftkit.data.template import render_prompt
 from draftkit.decode import decode
-from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
 from draftkit.stages import TINY_HELD_OUT
 from draftkit.target.tokenizer import load_tokenizer
@@ -369,7 +368,7 @@ def main() -> None:
         server.wait_until_compiled()
         report = Soak(server, target, questions, options.new_tokens).run(options.requests, options.concurrency)
     settings = {"concurrency": options.concurrency, "new_tokens": options.new_tokens, "kv_megabytes": options.kv_megabytes}
-    result = {"cpu": device_name(), **settings, "good": report.good, **asdict(report)}
+    result = {**settings, "good": report.good, **asdict(report)}
     print_result(result, options.out)
     raise SystemExit(not report.good)
 
