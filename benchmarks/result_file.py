@@ -1,23 +1,22 @@
-"""A result: what was measured, in one envelope that says by which commit, command, device and versions, and when."""
+"""Where a benchmark's result goes: to standard output, and to a file where one was named; and what made it."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parents[1]
 
 
 def print_result(result: Mapping[str, Any], out: Path | None) -> None:
     """Print one JSON object, and write it to `out`, whose folder is made."""
-    print(json.dumps(envelope() | dict(result), indent=1))
+    print(json.dumps({"made": envelope()} | dict(result), indent=1))
     write_result(result, out)
 
 
@@ -25,38 +24,41 @@ def write_result(result: Mapping[str, Any], out: Path | None) -> None:
     """Write what is known so far to `out`, if there is one: a long benchmark may be cut short."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(envelope() | dict(result), indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps({"made": envelope()} | dict(result), indent=1) + "\n", encoding="utf-8")
 
 
 def envelope() -> dict[str, Any]:
-    """What every result says about itself. `commit` ends in "+" where files differ from it, and is null outside a clone."""
+    """Commit (with "+" where files differ from it), command, date, device, machine and versions of a result."""
     import torch
+    import transformers
 
-    from draftkit import __version__
-    from draftkit.evaluate.run import device_name
-
-    device = torch.device("cuda") if torch.cuda.is_available() else None
-    versions = {name: version(name) for name in ("torch", "transformers")}
+    folder, program = Path(__file__).parent, Path(sys.argv[0])
+    commit = _git(folder, "rev-parse", "--short", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return {
-        "commit": _commit(),
-        "command": " ".join([_program(), *sys.argv[1:]]),
+        "commit": commit + ("+" if changed else ""),
+        "command": shlex.join(["python", "-m", f"{program.parent.name}.{program.stem}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": device_name(device),
-        "versions": {"python": platform.python_version(), "draftkit": __version__} | versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "machine": _machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 
-def _program() -> str:
-    path = Path(sys.argv[0])
-    folder = path.parent.name
-    return f"python -m {folder}.{path.stem}" if folder in ("benchmarks", "checks") else path.name
+def _machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, and the widest vector instructions among those that change our kernels."""
+    from draftkit.evaluate.run import device_name
+
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text("utf-8").split()) if info.exists() else set()
+    widest = next((n for n in ("avx512_bf16", "avx512f", "avx2") if n in flags), "unknown")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": device_name(), "cores": cores, "instructions": widest}
 
 
-def _commit() -> str | None:
-    git = ["git", "-C", str(ROOT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+def _git(folder: Path, *arguments: str) -> str:
+    """What git says, nothing where there is no repository."""
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""

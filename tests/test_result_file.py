@@ -16,10 +16,11 @@ def test_a_result_says_commit_command_date_device_and_versions(tmp_path: Path, m
     monkeypatch.setattr(sys, "argv", ["/somewhere/checks/soak.py", "--requests", "5"])
     write_result({"good": True}, tmp_path / "results" / "soak.json")
     found = json.loads((tmp_path / "results" / "soak.json").read_text())
-    assert found["good"] is True and found["command"] == "python -m checks.soak --requests 5"
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", found["date"])
-    assert found["device"] and {"python", "draftkit", "torch", "transformers"} <= found["versions"].keys()
-    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{7,}\+?", found["commit"])
+    made = found["made"]
+    assert found["good"] is True and made["command"] == "python -m checks.soak --requests 5"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", made["date"])
+    assert {"device", "machine", "python", "torch", "transformers"} <= made.keys()
+    assert re.fullmatch(r"([0-9a-f]{7,}\+?)?", made["commit"])
 
 
 def test_every_result_is_cited_by_a_document_or_a_script() -> None:
