@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice
 from draftkit.serve.problem import ApiError, from_validation, shorten
@@ -162,7 +163,7 @@ def test_tools_reach_a_template_that_has_them_as_they_came() -> None:
 
 
 def choice_that_says(text: str) -> Choice:
-    choice = Choice(SERVED.texts, seam.SamplingParams(), 1)
+    choice = Choice(SERVED.texts, SamplingParams(), 1)
     events = tuple(seam.TokenEvent(t, "target") for t in SERVED.tokenizer(text, add_special_tokens=False)["input_ids"])
     choice.add(seam.StepOutput("r", events, (), "length", None, seam.RequestStats()))
     return choice
@@ -174,7 +175,7 @@ def test_without_parallel_calls_the_first_one_is_given_alone() -> None:
     for one_call, names in ((False, ["first", "second", "third"]), (True, ["first"])):
         message = ChatReply(SERVED.texts, False, True, one_call).whole(0, choice_that_says(text), [], Echo())["message"]
         assert [c["function"]["name"] for c in message["tool_calls"]] == names and message["content"] is None
-        reply, choice = ChatReply(SERVED.texts, False, True, one_call), Choice(SERVED.texts, seam.SamplingParams(), 1)
+        reply, choice = ChatReply(SERVED.texts, False, True, one_call), Choice(SERVED.texts, SamplingParams(), 1)
         streamed: list[Any] = []
         for token in SERVED.tokenizer(text, add_special_tokens=False)["input_ids"]:
             output = seam.StepOutput("r", (seam.TokenEvent(token, "target"),), (), None, None, seam.RequestStats())
@@ -264,7 +265,7 @@ def test_token_ids_of_completions_stand_in_their_choice(server: Server, echo: bo
 def test_the_drawn_token_is_always_among_the_top_ones_of_completions(asked: int, names: int) -> None:
     drawn, *likely = SERVED.tokenizer("a b c", add_special_tokens=False)["input_ids"][:3]
     event = seam.TokenEvent(drawn, "target", -9.0, tuple((t, -0.5) for t in likely[:asked]))
-    choice = Choice(SERVED.texts, seam.SamplingParams(logprobs=asked), 1)
+    choice = Choice(SERVED.texts, SamplingParams(logprobs=asked), 1)
     pieces = choice.add(seam.StepOutput("r", (event,), (), "length", None, seam.RequestStats())).pieces
     told = CompletionReply(SERVED.texts, False).whole(0, choice, pieces, Echo())["logprobs"]
     assert len(told["top_logprobs"][0]) == names and told["top_logprobs"][0][told["tokens"][0]] == -9.0

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import ServeError, TargetError
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice
@@ -46,7 +47,7 @@ def ids(text: str) -> list[int]:
 def test_an_answer_is_the_same_however_its_tokens_are_grouped(cuts: list[int], stop: str) -> None:
     tokens, eos = SERVED.engine.script, SERVED.engine.eos
     whole = SERVED.tokenizer.decode(tokens)
-    choice = Choice(SERVED.texts, seam.SamplingParams(stop=(stop,)), 1)
+    choice = Choice(SERVED.texts, SamplingParams(stop=(stop,)), 1)
     left, streamed = [*tokens, eos], ""
     for cut in [*cuts, len(left)]:
         now, left = left[:cut], left[cut:]
@@ -64,7 +65,7 @@ def test_an_answer_is_the_same_however_its_tokens_are_grouped(cuts: list[int], s
 def test_the_stop_token_is_counted_and_not_shown() -> None:
     token = ids("a")[0]
     for include, text in ((False, "b"), (True, "ba")):
-        params = seam.SamplingParams(include_stop_str_in_output=include, stop_token_ids=(token,))
+        params = SamplingParams(include_stop_str_in_output=include, stop_token_ids=(token,))
         choice = Choice(SERVED.texts, params, 1)
         choice.add(output([*ids("b"), token], "stop", stop_reason=token))
         assert choice.text == text and len(choice.events) == 2 and choice.stop_reason == token
@@ -72,7 +73,7 @@ def test_the_stop_token_is_counted_and_not_shown() -> None:
 
 def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:
     first = ids("日")[0]
-    choice = Choice(SERVED.texts, seam.SamplingParams(), 1)
+    choice = Choice(SERVED.texts, SamplingParams(), 1)
     assert choice.add(output([first])).text == ""
     assert choice.add(output(ids("x")[:0], "length")).text == "\ufffd"
 
@@ -93,7 +94,7 @@ def test_tool_calls_are_found_wherever_pieces_break(cuts: list[int]) -> None:
 
 
 def test_a_tool_call_reaches_the_client_whole_and_streamed() -> None:
-    choice = Choice(SERVED.texts, seam.SamplingParams(), 1)
+    choice = Choice(SERVED.texts, SamplingParams(), 1)
     reply = ChatReply(SERVED.texts, False, tools=True)
     chunks = [reply.chunk(0, choice, choice.add(output([t]))) for t in ids(CALL)]
     chunks.append(reply.chunk(0, choice, choice.add(output([SERVED.engine.eos], "stop"))))
@@ -108,7 +109,7 @@ def test_a_tool_call_reaches_the_client_whole_and_streamed() -> None:
 
 
 def test_usage_counts_each_prompt_once() -> None:
-    choices = [Choice(SERVED.texts, seam.SamplingParams(), 3) for _ in range(2)]
+    choices = [Choice(SERVED.texts, SamplingParams(), 3) for _ in range(2)]
     for choice in choices:
         choice.add(output([5, 6], "length"))
     assert usage(choices, 3, 2)["total_tokens"] == 3 + 4
@@ -116,14 +117,14 @@ def test_usage_counts_each_prompt_once() -> None:
 
 def test_cached_tokens_are_summed_over_prompts_as_their_first_answers_found_them() -> None:
     """Two prompts of ten tokens, two answers each: the second answer finds what the first has read."""
-    choices = [Choice(SERVED.texts, seam.SamplingParams(), 10) for _ in range(4)]
+    choices = [Choice(SERVED.texts, SamplingParams(), 10) for _ in range(4)]
     for choice, cached in zip(choices, (4, 9, 6, 9), strict=True):
         choice.stats = seam.RequestStats(prompt_tokens=10, cached_tokens=cached)
     assert usage(choices, 20, 2)["prompt_tokens_details"] == {"cached_tokens": 4 + 6}
 
 
 def test_logprobs_of_completions_line_up_with_the_text() -> None:
-    choice = Choice(SERVED.texts, seam.SamplingParams(logprobs=1), 1)
+    choice = Choice(SERVED.texts, SamplingParams(logprobs=1), 1)
     pieces = list(choice.add(output(ids("naïve fox"), "length")).pieces)
     told = CompletionReply(SERVED.texts, False).whole(0, choice, pieces, Echo("echo"))["logprobs"]
     assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["text_offset"])
@@ -185,7 +186,7 @@ def run_worker(load: Any, use: Any) -> Any:
 def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest() -> None:
     served = fake_served(0.002)
     engine: FakeEngine = served.engine
-    params = seam.SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
+    params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
 
     async def use(worker: Worker) -> None:
         kept = await worker.submit("kept", [([1], params)])
@@ -207,7 +208,7 @@ def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest() -> None:
 
 def test_the_event_loop_is_not_woken_for_each_step_of_a_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the first and the last one, and for some in between; with a stop string, or for a stream, for each."""
-    params = seam.SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
+    params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
     counted: dict[str, int] = {}
 
     async def use(worker: Worker) -> None:

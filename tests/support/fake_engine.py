@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from draftkit.engine import request as seam
+from draftkit.engine import outputs as seam
 from draftkit.errors import DraftkitError
 
 ASSET = Path(__file__).parents[2] / "draftkit" / "assets" / "tiny"
