@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from draftkit.data.conversations import Conversation, read_conversations
-from draftkit.data.template import render_prompt
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
 from draftkit.stages import TINY_HELD_OUT
@@ -54,7 +54,7 @@ def read_prompts(target: str, count: int) -> list[tuple[int, ...]]:
     each = -(-count // len(by_domain))
     chosen = (found[:: max(1, len(found) // each)][:each] for found in by_domain.values())
     turns = [c for turn in zip(*chosen, strict=False) for c in turn]
-    return [render_prompt(tokenizer, c.as_dicts()[:1]) for c in turns[:count]]
+    return [TemplateFormat(tokenizer).prompt(c.as_dicts()[:1]) for c in turns[:count]]
 
 
 def answer_at_once(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ from server_process import ServerProcess, server_process
 from soak import ROUNDING, top_gap
 
 from draftkit.data.conversations import read_conversations
-from draftkit.data.template import render_prompt
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.decode import decode
 from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
@@ -131,7 +131,7 @@ def read_questions(target: TransformersTarget, name: str, count: int, most: int)
     questions = []
     for conversation in conversations[:: max(1, len(conversations) // count)][:count]:
         messages = conversation.as_dicts()[:1]
-        tokens = render_prompt(tokenizer, messages)
+        tokens = TemplateFormat(tokenizer).prompt(messages)
         questions.append(Question(messages, tokens, decode(target, None, tokens, Sampling(0.0), most).tokens))
     return questions
 

@@ -31,6 +31,7 @@ RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file o
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
 PromptsOption = Annotated[list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")]
+SkipOption = Annotated[bool, typer.Option("--skip-invalid", help="leave out rows that are wrong, and count them")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
@@ -72,18 +73,30 @@ def quickstart(
 
 @app.command(epilog="Example: draftkit generate -p prompts.jsonl -o answers.jsonl --set generate.temperature=0.7")
 def generate(
-    out: OutOption, prompts: PromptsOption = None, recipe: RecipeOption = "tiny-dspark", overrides: SetOption = None
+    out: OutOption,
+    prompts: PromptsOption = None,
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+    skip_invalid: SkipOption = False,
 ) -> None:
-    """The target answers prompts; continues where it was interrupted."""
+    """The target answers prompts; continues where it was interrupted. Several processes may share the work: give all of
+    them the same command."""
     settings = _recipe(recipe, overrides)
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
     check_file(out)
     from draftkit import stages
+    from draftkit.data.conversations import SkippedRows, check_beginning, iterate_conversations
 
-    read = stages.read_prompts(prompts or [stages.TINY_PROMPTS])
-    count = stages.run_generate(*stages.open_target(settings), settings, read, out)
-    typer.echo(f"{count} conversations in {out}; next: draftkit capture -c {out} -o features")
+    paths = prompts or [stages.TINY_PROMPTS]
+    check_beginning(paths, skip_invalid)
+    skipped = SkippedRows() if skip_invalid else None
+    read = lambda: iterate_conversations(paths, skipped.anew() if skipped else None)  # noqa: E731
+    report = stages.run_generate(*stages.open_target(settings), settings, read, out)
+    if skipped:
+        skipped.report()
+    ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
+    typer.echo(f"{report.records} conversations ({ends}) in {out}; next: draftkit capture -c {out} -o features")
 
 
 @app.command(epilog="Example: draftkit capture -c answers.jsonl -o features")
@@ -92,16 +105,21 @@ def capture(
     conversations: Annotated[list[Path], typer.Option("--conversations", "-c", help="JSONL with answers")],
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
+    skip_invalid: SkipOption = False,
 ) -> None:
     """The target reads conversations into a feature store."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
     from draftkit import stages
+    from draftkit.data.conversations import SkippedRows, check_beginning
 
-    read = stages.read_prompts(conversations)
-    report = stages.run_capture(*stages.open_target(settings), settings, read, out)
+    check_beginning(conversations, skip_invalid)
+    skipped = SkippedRows() if skip_invalid else None
+    report = stages.run_capture(*stages.open_target(settings), settings, conversations, out, skipped)
+    if skipped:
+        skipped.report()
     typer.echo(
-        f"{report.conversations} conversations, {report.tokens} tokens in {out} ({report.left_out()}); "
+        f"{report.samples} samples, {report.tokens} tokens in {out} ({report.left_out()}); "
         f"next: draftkit train -f {out} -o drafter"
     )
 
@@ -191,7 +209,9 @@ def calibrate(
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
     target, tokenizer = stages.open_target(settings)
-    chosen = stages.first_turns(tokenizer, read, settings.evaluate.prompts_per_domain)
+    stages.check_drafter_switches(settings, drafter)
+    shown = stages.prompt_format(settings, tokenizer)
+    chosen = stages.first_turns(shown, read, settings.evaluate.prompts_per_domain)
     limit, seed = settings.evaluate.max_new_tokens, settings.evaluate.seed
     opened, file = open_drafter(drafter, target), out / schedule_stages.TRACES
     traces = schedule_stages.run_record(target, opened, drafter, chosen, Sampling(temperature), limit, seed, file)

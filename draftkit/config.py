@@ -33,6 +33,9 @@ class TargetSection(Section):
     path: str = Field("tiny", description='folder or hub id; "tiny" is the embedded target')
     revision: str | None = Field(None, description="hub revision")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    template_switches: dict[str, str | int | float | bool] = Field(
+        {}, description="variables of the chat template in every stage, e.g. {enable_thinking: false}"
+    )
 
 
 class GenerateSection(Section):
@@ -52,6 +55,7 @@ class CaptureSection(Section):
     max_length: int = Field(1024, ge=8, description="tokens; longer conversations are left out and counted")
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_tokens: int = Field(8192, ge=1, description="tokens per forward pass")
+    cut_answers: Literal["keep", "drop"] = Field("keep", description="answers that a limit ended; none learns an end of turn")
 
 
 class DrafterSection(Section):

@@ -66,7 +66,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     with stage("generate") as notes:
         notes.append(f"{_generate(target, tokenizer, recipe, answers, minutes)} answers of the target itself")
     with stage("capture") as notes:
-        report = stages.run_capture(target, tokenizer, recipe, stages.read_prompts([answers]), features)
+        report = stages.run_capture(target, tokenizer, recipe, [answers], features)
         notes.append(f"features of {report.tokens:,} tokens")
     with stage("train") as notes:
         left = minutes * (1 - EVALUATE_SHARE) - sum(t.seconds for t in times) / 60
@@ -138,11 +138,11 @@ def _once(out: Path, name: str, decide: Callable[[], float]) -> float:
 
 def _generate(target: TransformersTarget, tokenizer: Any, recipe: Recipe, answers: Path, minutes: float) -> int:
     """Answer as many prompts as the generation's share of the time allows, measured once on the first of them."""
-    answer = answerer(target, recipe.generate.batch_size)  # its code is built here, outside the measured rate
+    answers_of = answerer(target, recipe.generate.batch_size)  # its code is built here, outside the measured rate
     prompts = stages.read_prompts([stages.TINY_PROMPTS])
 
     def first(count: float) -> int:
-        return stages.run_generate(target, tokenizer, recipe, prompts[: int(count)], answers, answer)
+        return stages.run_generate(target, tokenizer, recipe, lambda: prompts[: int(count)], answers, answers_of).records
 
     def affordable() -> float:
         before = len(answers.read_bytes().splitlines()) if answers.exists() else 0  # of a run that was stopped here

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from draftkit.data.generate import GenerateSettings
+from draftkit.data.answers import GenerateSettings
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.answers import answerer
 from draftkit.errors import ScheduleError

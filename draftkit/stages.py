@@ -6,9 +6,10 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.capture import CaptureReport, CaptureSettings, capture
-from draftkit.data.conversations import Conversation, read_conversations
+from draftkit.data.answers import Answers, GenerateSettings
+from draftkit.data.conversations import SkippedRows, iterate_conversations, read_conversations
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
+from draftkit.data.features import MANIFEST as STORE_MANIFEST
 from draftkit.data.features import FeatureStore
-from draftkit.data.generate import Answerer, GenerateSettings, generate_file
-from draftkit.data.template import render_prompt
+from draftkit.data.features import read_manifest as read_manifest_of_store
+from draftkit.data.generate import GenerateReport, generate_file
+from draftkit.data.messages import Conversation
+from draftkit.data.records import check_rendered_as, made_with, read_manifest
+from draftkit.data.samples import naming_conversation
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
@@ -35,6 +41,7 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, environm
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.fingerprint import fingerprint
+from draftkit.target.prompt_format import PromptFormat, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
     DTYPES,
@@ -52,7 +59,7 @@ TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.js
 
 
 @contextmanager
-def progress_bar(title: str, total: float) -> Iterator[tuple[Progress, Any]]:
+def progress_bar(title: str, total: float | None) -> Iterator[tuple[Progress, Any]]:
     """A bar with rate and remaining time on standard error; on a pipe it stays silent."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     console = Console(stderr=True)
@@ -69,15 +76,23 @@ def open_target(recipe: Recipe, device: str | None = None) -> tuple[Transformers
     return target, load_tokenizer(section.path, section.revision)
 
 
+def prompt_format(recipe: Recipe, tokenizer: Any, today: str | None = None) -> TemplateFormat:
+    """How the recipe's target is shown conversations. `today` is the day that an earlier part of the run was given.
+
+    Raises ConfigError for template switches that the chat template does not know.
+    """
+    return TemplateFormat(tokenizer, recipe.target.template_switches, date.fromisoformat(today) if today else None)
+
+
 def run_generate(
     target: TransformersTarget,
     tokenizer: Any,
     recipe: Recipe,
-    prompts: Sequence[Conversation],
+    prompts: Callable[[], Iterable[Conversation]],
     out: Path,
-    answer: Answerer | None = None,
-) -> int:
-    """Stage 1: the target answers the prompts, by `answer` where one is at hand."""
+    answers: Answers | None = None,
+) -> GenerateReport:
+    """Stage 1: the target answers the prompts, by `answers` where they are at hand."""
     _check_mask_token(recipe, target, tokenizer)
     section = recipe.generate
     settings = GenerateSettings(
@@ -86,15 +101,18 @@ def run_generate(
         section.batch_size,
         section.seed,
     )
+    shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
+    about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, settings)
     made, began = 0, time.perf_counter()
-    with progress_bar("generate", len(prompts)) as (bar, task):
+    with progress_bar("generate", None) as (bar, task):
 
-        def tick(answers: int, tokens: int) -> None:
+        def tick(conversations: int, tokens: int) -> None:
             nonlocal made
             made += tokens
-            bar.update(task, advance=answers, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
+            bar.update(task, advance=conversations, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
 
-        return generate_file(target, tokenizer, prompts, out, settings, answer or answerer(target, section.batch_size), tick)
+        answers = answers or answerer(target, section.batch_size)
+        return generate_file(answers, shown, prompts, out, settings, about, tick)
 
 
 def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...]:
@@ -104,16 +122,28 @@ def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...
 
 
 def run_capture(
-    target: TransformersTarget, tokenizer: Any, recipe: Recipe, conversations: Sequence[Conversation], out: Path
+    target: TransformersTarget,
+    tokenizer: Any,
+    recipe: Recipe,
+    paths: Sequence[Path],
+    out: Path,
+    skipped: SkippedRows | None = None,
 ) -> CaptureReport:
-    """Stage 2: the target reads the conversations into a feature store."""
+    """Stage 2: the target reads the conversations of some files into a feature store."""
     _check_mask_token(recipe, target, tokenizer)
     section = recipe.capture
-    settings = CaptureSettings(feature_layers(recipe, target), section.max_length, section.batch_tokens, section.dtype)
-    with progress_bar("capture", len(conversations)) as (bar, task):
-        return capture(
-            target, tokenizer, conversations, out, settings, lambda n: bar.update(task, advance=n)
-        )
+    layers = feature_layers(recipe, target)
+    settings = CaptureSettings(layers, section.max_length, section.batch_tokens, section.dtype, section.cut_answers)
+    begun = read_manifest_of_store(out).today if (out / STORE_MANIFEST).exists() else None
+    shown = prompt_format(recipe, tokenizer, begun)
+    for path in paths:
+        check_rendered_as(path, shown)
+    with progress_bar("capture", None) as (bar, task):
+        tick = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        report = capture(target, shown, iterate_conversations(paths, skipped), out, settings, tick)
+    if line := report.counts.unshown_line():
+        print(line, file=sys.stderr)
+    return report
 
 
 def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
@@ -178,12 +208,14 @@ def run_train(
     """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer."""
     store = FeatureStore(features)
     layers = feature_layers(recipe, target)
-    store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer))
+    switches = recipe.target.template_switches
+    store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches)
     drafter = new_drafter_for(recipe, target, tokenizer, store)
     provenance = {
         "target": target.info.name,
         "target_fingerprint": target.info.fingerprint,
         "template_hash": template_hash(tokenizer),
+        "template_switches": recipe.target.template_switches,
         "recipe": recipe.model_dump(),
     }
     with progress_bar("train", 100) as (bar, task), join_world() as world:
@@ -248,15 +280,27 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
     return (out / WEIGHTS).stat().st_size
 
 
-def first_turns(tokenizer: Any, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:
+def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:
     """The first prompts of every domain, rendered; of a conversation the first turn only, and the table says so."""
     chosen: list[EvalPrompt] = []
     counts: dict[str, int] = {}
     for p in prompts:
         counts[p.domain] = counts.get(p.domain, 0) + 1
         if counts[p.domain] <= per_domain:
-            chosen.append(EvalPrompt(p.id, p.domain, render_prompt(tokenizer, p.first_turn().as_dicts(), p.id)))
+            with naming_conversation(p.id):
+                tokens = shown.prompt(p.first_turn().as_dicts(), p.tools)
+            chosen.append(EvalPrompt(p.id, p.domain, tokens))
     return chosen
+
+
+def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
+    """Raise ConfigError when a drafter was trained with other template switches than the recipe has."""
+    trained = read_provenance(drafter).get("template_switches")
+    if trained is not None and trained != recipe.target.template_switches:
+        raise ConfigError(
+            f"{drafter}: was trained with template switches {trained}, the recipe has {recipe.target.template_switches}; "
+            "give the same in target.template_switches"
+        )
 
 
 def run_evaluate(
@@ -274,7 +318,8 @@ def run_evaluate(
     kept, and a line on standard error says so.
     """
     section, opened = recipe.evaluate, open_drafter(drafter, target)
-    chosen = first_turns(tokenizer, prompts, section.prompts_per_domain)
+    check_drafter_switches(recipe, drafter)
+    chosen = first_turns(prompt_format(recipe, tokenizer), prompts, section.prompts_per_domain)
     here = {name: value for name, value in environment(target.device).items() if name != "time"}
     made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
     out.mkdir(parents=True, exist_ok=True)
