@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from draftkit.data.conversations import Conversation, read_conversations
-from draftkit.target.prompt_format import TemplateFormat
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
 from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 
 

@@ -55,10 +55,10 @@ def run_draftkit(options: argparse.Namespace) -> Result:
     """The reference loop with the same folder, drafting as many tokens."""
     import torch
 
-    from draftkit.target.prompt_format import TemplateFormat
     from draftkit.decode import decode
     from draftkit.draft.checkpoint import load_drafter
     from draftkit.ops.sampling import Sampling
+    from draftkit.target.prompt_format import TemplateFormat
     from draftkit.target.tokenizer import load_tokenizer
     from draftkit.target.transformers import load_target
 

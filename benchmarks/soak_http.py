@@ -29,11 +29,11 @@ from server_process import ServerProcess, server_process
 from soak import ROUNDING, top_gap
 
 from draftkit.data.conversations import read_conversations
-from draftkit.target.prompt_format import TemplateFormat
 from draftkit.decode import decode
 from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
 from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 

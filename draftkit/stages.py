@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from draftkit.config import Recipe, dump_recipe
-from draftkit.data.capture import CaptureReport, CaptureSettings, capture
 from draftkit.data.answers import Answers, GenerateSettings
+from draftkit.data.capture import CaptureReport, CaptureSettings, capture
 from draftkit.data.conversations import SkippedRows, iterate_conversations, read_conversations
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
 from draftkit.data.features import MANIFEST as STORE_MANIFEST
@@ -77,11 +77,12 @@ def open_target(recipe: Recipe, device: str | None = None) -> tuple[Transformers
 
 
 def prompt_format(recipe: Recipe, tokenizer: Any, today: str | None = None) -> TemplateFormat:
-    """How the recipe's target is shown conversations. `today` is the day that an earlier part of the run was given.
+    """How the recipe's target is shown conversations, all on one day: `today`, that of an earlier part of the run, or the
+    clock's.
 
     Raises ConfigError for template switches that the chat template does not know.
     """
-    return TemplateFormat(tokenizer, recipe.target.template_switches, date.fromisoformat(today) if today else None)
+    return TemplateFormat(tokenizer, recipe.target.template_switches, date.fromisoformat(today) if today else date.today())
 
 
 def run_generate(

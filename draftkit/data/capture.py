@@ -153,7 +153,7 @@ def _open(
         dtype=settings.dtype,
         hidden_size=target.info.hidden_size,
         switches=dict(prompt_format.switches),
-        today=prompt_format.today.isoformat(),
+        today=prompt_format.today.isoformat() if prompt_format.today else None,
     )
     if not (out / MANIFEST).exists():
         write_manifest(out, wanted)

@@ -55,7 +55,8 @@ class Dialogue:
             return
         message = answer.message or self._format.parse(answer.tokens).message()
         says = bool(message.get("content") or message.get("tool_calls") or message.get("reasoning_content"))
-        turn = {"prompt_ids": list(question.prompt_ids), "answer_ids": list(answer.tokens), "finish_reason": answer.finish_reason}
+        ids = {"prompt_ids": list(question.prompt_ids), "answer_ids": list(answer.tokens)}
+        turn = {**ids, "finish_reason": answer.finish_reason}
         self._texts |= answer.message is not None
         self._answers.append(turn | ({"message": message} if self._recorded else {}))
         self._tokens += len(answer.tokens)
@@ -117,7 +118,8 @@ class Dialogue:
 
 def _places(messages: list[dict[str, Any]]) -> list[int]:
     """Where the assistant answers in a recorded history: its turns after a user's or a tool's, and the end."""
-    spoken = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i and messages[i - 1]["role"] in ("user", "tool")]
+    roles = [m["role"] for m in messages]
+    spoken = [i for i in range(1, len(roles)) if roles[i] == "assistant" and roles[i - 1] in ("user", "tool")]
     return [*spoken, len(messages)]
 
 

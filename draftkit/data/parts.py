@@ -11,19 +11,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from draftkit.data.messages import Conversation
 from draftkit.data.records import Done, asked_hash, record_line, recover
 from draftkit.errors import DataError
 from draftkit.output import naming
-
-try:
-    import fcntl
-except ImportError:  # a system without it: one process at a time
-    fcntl = None  # type: ignore[assignment]
 
 PART = 64  # prompts
 SYNC_SECONDS = 1.0  # a record survives the process at once, a power cut after this
@@ -32,10 +28,11 @@ SYNC_SECONDS = 1.0  # a record survives the process at once, a power cut after t
 class Part:
     """Some prompts that this process answers. `todo` are those without a record."""
 
-    def __init__(self, path: Path, file: BinaryIO, prompts: Sequence[Conversation]) -> None:
+    def __init__(self, path: Path, lock: FileLock, prompts: Sequence[Conversation]) -> None:
         self.todo = list(prompts)
         self._open = {p.id for p in prompts}
-        self._path, self._file, self._synced = path, file, time.monotonic()
+        self._path, self._lock, self._synced = path, lock, time.monotonic()
+        self._file = path.open("ab")
 
     def add(self, record: Mapping[str, Any]) -> bool:
         """Keep a finished record; True when it was the part's last."""
@@ -54,6 +51,7 @@ class Part:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+        self._lock.release()
 
 
 class SharedWork:
@@ -91,9 +89,10 @@ class SharedWork:
         """Put all parts into `out`, in order, when nobody works on one; True when `out` is complete."""
         if not self._folder.exists():
             return True
-        with self._locked("join.lock") as alone:
-            if not alone:
-                return False
+        lock = _lock(self._folder / "join.lock")
+        if lock is None:
+            return False
+        with lock:
             self._out.touch()
             done = recover(self._out)
             with naming(self._out), self._out.open("ab") as file:
@@ -109,24 +108,16 @@ class SharedWork:
 
     def _claim(self, path: Path, prompts: Sequence[Conversation]) -> Part | None:
         """A part with what it lacks; None when another process holds it, or when nothing is left to do."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        try:
-            file = path.open("ab")
-        except FileNotFoundError:  # another process has just joined the parts
+        lock = _lock(path.with_suffix(".lock"))
+        if lock is None:
             self.busy += 1
-            return None
-        if not _lock(file):
-            self.busy += 1
-            file.close()
             return None
         self._read_out()  # another process may have joined the parts meanwhile
         done = self._done | recover(path)
         self._check_asked(prompts, done)
-        missing = [p for p in prompts if p.id not in done]
-        if missing and path.exists():
-            return Part(path, file, missing)
-        self.busy += bool(missing)  # the file was joined and removed while it was being opened: look again
-        file.close()
+        if missing := [p for p in prompts if p.id not in done]:
+            return Part(path, lock, missing)
+        lock.release()
         return None
 
     def _check_asked(self, prompts: Sequence[Conversation], done: Mapping[str, Done]) -> None:
@@ -140,30 +131,17 @@ class SharedWork:
             self._done = recover(self._out)
             self._size = self._out.stat().st_size if self._out.exists() else 0
 
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[bool]:
-        """Hold a lock of the folder while the block runs; False when another process holds it."""
-        try:
-            file = (self._folder / name).open("ab")
-        except FileNotFoundError:
-            yield False
-            return
-        with file:
-            yield _lock(file)
-
 
 def _first(prompts: Iterator[Conversation], count: int) -> list[Conversation]:
     return [p for p, _ in zip(prompts, range(count), strict=False)]
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Keep other processes from this file until it is closed; False when one has it."""
-    if fcntl is None:
-        return True
+def _lock(path: Path) -> FileLock | None:
+    """A lock that no other process holds, held; None when one does. The system takes it away from a process that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks
-    return True
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock

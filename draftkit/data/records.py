@@ -113,7 +113,7 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
         raise DataError(f"{path}: is damaged ({error}); choose another file or remove both") from error
 
 
-def check_manifest(out: Path, wanted: Mapping[str, Any], today: date, begun: bool) -> None:
+def check_manifest(out: Path, wanted: Mapping[str, Any], today: date | None, begun: bool) -> None:
     """Write the manifest of records that are begun now, or check that of those that go on. Raises DataError when they were
     begun with something else, or by something else."""
     found = read_manifest(out)
@@ -121,7 +121,7 @@ def check_manifest(out: Path, wanted: Mapping[str, Any], today: date, begun: boo
         name = manifest_path(out).name
         raise DataError(f"{out}: is there, and no {name} that says what it was made from; choose another file")
     if not begun or found is None:
-        write_text(manifest_path(out), json.dumps({**wanted, "today": today.isoformat()}, indent=1) + "\n")
+        write_text(manifest_path(out), json.dumps({**wanted, "today": today and today.isoformat()}, indent=1) + "\n")
         return
     for name, value in wanted.items():
         if found.get(name) != value:

@@ -182,7 +182,7 @@ def _call(raw: Any, number: int, where: str) -> dict[str, Any]:
     """A call of OpenAI's form, arguments as JSON text."""
     function = raw.get("function") if isinstance(raw, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or not name:
+    if not isinstance(function, dict) or not isinstance(name, str) or not name:
         raise DataError(f'{where}: must be {{"function": {{"name": "...", "arguments": "..."}}}}, is {raw!r:.60}')
     arguments = function.get("arguments", function.get("parameters")) or {}
     if isinstance(arguments, str):
@@ -217,17 +217,18 @@ def _tools(given: Any, where: str) -> tuple[dict[str, Any], ...]:
 def _turns(row: dict[str, Any], where: str) -> tuple[WrittenTurn, ...]:
     """The token ids of a record: `answers`, or for one answer the same fields in the row itself."""
     listed = row.get("answers")
-    several = isinstance(listed, list) and any(isinstance(a, dict) and "answer_ids" in a for a in listed)
+    given = listed if isinstance(listed, list) else []
+    several = any(isinstance(a, dict) and "answer_ids" in a for a in given)
     if not several and "answer_ids" not in row:
         return ()
-    given: list[Any] = listed if several else [row]
+    given = given if several else [row]
     found = []
     for i, turn in enumerate(given):
         place = f"{where}: answers[{i}]" if several else where
         if not isinstance(turn, dict):
             raise DataError(f"{place}: is a {type(turn).__name__}, must be an object")
-        ids = [_ids(turn.get(name), f"{place}: {name}") for name in ("prompt_ids", "answer_ids")]
-        found.append(WrittenTurn(*ids, str(turn.get("finish_reason") or "stop")))
+        prompt_ids, answer_ids = (_ids(turn.get(name), f"{place}: {name}") for name in ("prompt_ids", "answer_ids"))
+        found.append(WrittenTurn(prompt_ids, answer_ids, str(turn.get("finish_reason") or "stop")))
     return tuple(found)
 
 
@@ -241,7 +242,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({str(error):.60}): {text!r:.40}") from error
+        raise DataError(f"{where}: is not JSON ({error!s:.60}): {text!r:.40}") from error
 
 
 def _check_characters(text: str, where: str) -> None:

@@ -55,8 +55,8 @@ def naming_conversation(name: str) -> Iterator[None]:
     """Errors of the prompt format with the conversation's name."""
     try:
         yield
-    except (TemplateError, RewrittenError) as error:
-        raise type(error)(f"conversation {name}: {error}") from error
+    except TemplateError as error:
+        raise DataError(f"conversation {name}: {error}") from error
 
 
 def samples_of(

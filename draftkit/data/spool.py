@@ -27,7 +27,7 @@ class SampleSpool:
         self._names: dict[str, str] = {}  # one string for each domain
         self._ends = array("q", [0])
         self.too_long = 0
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by __exit__
         for sample in samples:
             if len(sample.tokens) > max_length:
                 self.too_long += 1

@@ -12,8 +12,8 @@ from draftkit.serve.messages import Message
 from draftkit.serve.problem import ApiError, bad_request, shorten
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.structured import GrammarConstraint
-from draftkit.serve.tools import template_takes_tools
 from draftkit.serve.worker import Served
+from draftkit.target.prompt_format import TemplateError
 
 _KWARGS = "chat_template_kwargs"
 MIN_TEMPERATURE = 0.01  # smaller ones are lifted to it, as vLLM does; `LLM` takes them as they are
@@ -64,25 +64,19 @@ def chat_prompt(
     own = {"messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {"kwargs"}
     if taken := sorted(own & extra.keys()):
         raise bad_request(f"{_KWARGS}.{taken[0]}: the server sets this; give variables of the template's own", _KWARGS)
-    if tools and not template_takes_tools(served.tokenizer):
+    if tools and not served.prompt_format.mentions("tools"):
         raise bad_request('tools: the target\'s chat template has none; leave them out, or give tool_choice "none"', "tools")
     try:
-        rendered = [m.for_template() for m in messages]
-        return str(
-            served.tokenizer.apply_chat_template(
-                rendered,
-                **{
-                    "tokenize": False,
-                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
-                    "continue_final_message": continue_final_message,
-                    "tools": tools or None,
-                    "documents": documents or None,
-                    **extra,
-                },
-            )
+        return served.prompt_format.text(
+            [m.as_dict() for m in messages],
+            tools,
+            generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            documents=documents or None,
+            **extra,
         )
-    except Exception as error:  # templates are programs: they raise whatever they like about their input
-        raise bad_request(f"the chat template cannot render these messages: {error}", "messages") from error
+    except TemplateError as error:
+        raise bad_request(f"the chat template cannot render these messages: {error.reason}", "messages") from error
 
 
 def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:

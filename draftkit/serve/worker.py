@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from draftkit.engine.request import RequestStats, SamplingParams, StepOutput
@@ -23,6 +23,7 @@ from draftkit.errors import DraftkitError
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.problem import ApiError
+from draftkit.target.prompt_format import TemplateFormat
 
 log = logging.getLogger("draftkit.serve")
 
@@ -37,6 +38,11 @@ class Served:
     texts: TokenTexts
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def prompt_format(self) -> TemplateFormat:
+        """How the target is shown messages."""
+        return TemplateFormat(self.tokenizer)
 
 
 Item = tuple[int, StepOutput] | ApiError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -70,7 +70,7 @@ class AnswerStyle:
         content = parts.content
         for token in special:
             content = content.replace(token, "")
-        return AnswerParts(content.strip() if parts.tool_calls or parts.reasoning else content, parts.reasoning, parts.tool_calls)
+        return replace(parts, content=content.strip() if parts.tool_calls or parts.reasoning else content)
 
     def _calls(self, text: str) -> tuple[str, tuple[dict[str, Any], ...]]:
         if self.channels == "mistral":
@@ -141,7 +141,9 @@ def _value(text: str) -> Any:
 
 def _harmony(text: str) -> AnswerParts:
     """gpt-oss: analysis is reasoning, final is content, commentary to a function is a call."""
-    thoughts, said, calls = [], [], []
+    thoughts: list[str] = []
+    said: list[str] = []
+    calls: list[dict[str, Any]] = []
     for name, to, body in _channel_bodies(text):
         if function := _TO.search(to):
             calls.append(_call(len(calls), function[1], body.strip()))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,7 +32,11 @@ _TAKEN = frozenset(
 
 
 class TemplateError(DataError):
-    """The chat template refuses a conversation: it is a program, and may raise anything."""
+    """The chat template refuses a conversation: it is a program, and may raise anything. `reason` is what it said."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the chat template refuses it ({reason}); change or remove it")
+        self.reason = reason
 
 
 class RewrittenError(DataError):
@@ -54,7 +57,7 @@ class PromptFormat(Protocol):
 
     tokenizer: Any
     switches: dict[str, Any]  # template variables, as `enable_thinking`, that every stage must agree on
-    today: date  # what a template that prints the date gets
+    today: date | None  # what a template that prints the date gets; None: the clock's
 
     @property
     def digest(self) -> str:
@@ -82,8 +85,8 @@ class PromptFormat(Protocol):
 
 
 class TemplateFormat:
-    """A tokenizer's Jinja chat template with its switches. `today` is the date that templates which print one get: a run
-    that goes on after midnight must render what it rendered before.
+    """A tokenizer's Jinja chat template with its switches. `today` is the date that templates which print one get, where
+    it must not be that of the clock: a run that goes on after midnight must render what it rendered before.
 
     Raises ConfigError for a switch that the template never mentions or that is not the template's to set.
     """
@@ -91,7 +94,7 @@ class TemplateFormat:
     def __init__(self, tokenizer: Any, switches: Mapping[str, Any] | None = None, today: date | None = None) -> None:
         self.tokenizer = tokenizer
         self.switches = dict(switches or {})
-        self.today = today or date.today()
+        self.today = today
         self.source = _template_text(tokenizer)
         self.style = AnswerStyle.of_template(self.source)
         self._special = _special_tokens(tokenizer)
@@ -101,11 +104,6 @@ class TemplateFormat:
     def digest(self) -> str:
         """sha256 of the template's text."""
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
-
-    @property
-    def prints_date(self) -> bool:
-        """Whether the template asks for the time: what it writes then depends on `today`."""
-        return self.mentions("strftime_now")
 
     def mentions(self, name: str) -> bool:
         """Whether the template has this word."""
@@ -128,7 +126,7 @@ class TemplateFormat:
         """
         try:
             shown = [self._as_template_has_it(m) for m in messages]
-            variables = {"strftime_now": self.today.strftime} if self.prints_date else {}
+            variables = {"strftime_now": self.today.strftime} if self.today and self.mentions("strftime_now") else {}
             return str(
                 self.tokenizer.apply_chat_template(
                     shown,
@@ -140,7 +138,7 @@ class TemplateFormat:
             )
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise TemplateError(f"the chat template refuses it ({reason}); change or remove it") from error
+            raise TemplateError(reason) from error
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of rendered text: the template has written the special tokens."""
@@ -151,12 +149,12 @@ class TemplateFormat:
         return self.encode(self.text(messages, tools))
 
     def turns(self, messages: Sequence[Message], tools: Tools | None = None, cut: bool = False) -> list[Turn]:
-        """Every answer of a conversation in its own context. Assistant turns that nobody asked for, that say nothing, or
-        that have OpenAI's weight 0 are context only."""
+        """Every answer of a conversation in its own context. Assistant turns that nobody asked for, that say nothing, whose
+        tool calls the template does not show, or that have OpenAI's weight 0 are context only."""
         found: list[Turn] = []
-        known_text, known_ids = "", ()  # a prompt that goes on from here is tokenised from here
+        known_text, known_ids = "", self.encode("")  # a prompt that goes on from here is tokenised from here
         for place, message in enumerate(messages):
-            if not _is_answer(messages, place):
+            if not _is_answer(messages, place) or (message.get("tool_calls") and not self.mentions("tool_calls")):
                 continue
             before = messages[:place]
             prompt = self.text(before, tools)
@@ -222,9 +220,10 @@ class TemplateFormat:
         if whole.startswith(prompt):
             return whole[len(prompt) :]
         probed = self.text([*before, {"role": "assistant", "content": _PROBE}], tools, generation_prompt=False)
-        head = len(os.path.commonprefix([prompt, probed]))
+        head = len(_common_prefix(prompt, probed))
         opened, rest = prompt[head:], whole[head:]
-        if not whole.startswith(prompt[:head]) or _PROBE not in probed or rest.startswith(opened[: opened.find(">") + 1] or _PROBE):
+        other_mode = rest.startswith(opened[: opened.find(">") + 1] or _PROBE)  # both open a thinking part, and not the same
+        if not whole.startswith(prompt[:head]) or _PROBE not in probed or other_mode:
             raise RewrittenError("the chat template writes an answer in another way than its prompt begins one")
         tags = _THOUGHT.findall(opened)
         if not tags or tags[-1] == "</think>" or "</think>" in rest:
@@ -289,6 +288,10 @@ def content_text(content: Any) -> str:
             raise ValueError(f"content part of type {kind!r}: text parts only can be shown")
         texts.append(text)
     return "\n".join(texts)
+
+
+def _common_prefix(one: str, other: str) -> str:
+    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))]
 
 
 def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:
