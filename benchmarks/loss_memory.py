@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from draftkit.draft.drafter import LossSettings
-from draftkit.draft.losses import Head, Rows, distillation_loss
+from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
 from draftkit.evaluate.run import device_name
+from draftkit.settings import LossSettings
 
 ARMS = ("sliced", "whole", "whole, forward only")
 GAMMA = 7
@@ -57,7 +57,7 @@ def whole_loss(rows: Rows, settings: LossSettings) -> Tensor:
     log_q = torch.log_softmax(logits, -1)
     ce = -log_q.gather(1, rows.tokens_N[:, None])[:, 0]
     tv = (log_q.exp() - p).abs().sum(-1)
-    return (settings.position_weights(GAMMA)[rows.grid_N % GAMMA] * (settings.ce * ce + settings.tv * tv)).sum()
+    return (position_weights(settings, GAMMA)[rows.grid_N % GAMMA] * (settings.ce * ce + settings.tv * tv)).sum()
 
 
 def whole_forward(rows: Rows) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,9 @@ from draftkit.config import load_recipe
 from draftkit.data.features import FeatureStore
 from draftkit.draft.backbone import rope_table, rotate
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.drafter import LossSettings, TrainBatch
+from draftkit.draft.drafter import TrainBatch
 from draftkit.evaluate.run import device_name
+from draftkit.settings import LossSettings
 from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate
 from draftkit.train.optim import BETAS, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
@@ -112,7 +113,7 @@ def main() -> None:
     recipe = load_recipe(options.recipe, options.set)
     drafter = stages.new_drafter_for(recipe, *stages.open_target(recipe))
     plain = copy.deepcopy(drafter)
-    settings, store = stages.train_settings(recipe), FeatureStore(options.features)
+    settings, store = recipe.train, FeatureStore(options.features)
     maker = BatchMaker(store, range(len(store)), settings.batch_size, settings.anchors, 0, Cut(settings.row_tokens))
     parallel = ParallelDrafter(drafter, World(0, 1, torch.device("cpu")), False, torch.float32)
     optimizer = new_optimizer(parallel, settings.lr, 0.0)

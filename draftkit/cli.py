@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftkit import __version__
+from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
 from draftkit.output import as_json, check_file, make_folder
+from draftkit.serve.settings import LoadSettings, ServeSettings
 
 if TYPE_CHECKING:
     from draftkit.config import Recipe
@@ -314,35 +316,36 @@ def serve(
     drafter: Annotated[
         str | None, typer.Option("--drafter", "-d", help="drafter folder, or none; default: the embedded target's own")
     ] = None,
-    host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 = any free one")] = 8000,
+    host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = ServeSettings.host,
+    port: Annotated[int, typer.Option(help="0 = any free one")] = ServeSettings.port,
     api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="guards /v1; repeatable")] = None,
     name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
-    max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = 512,
-    max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = 8 * 2**20,
-    drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = 120,
-    plan: Annotated[str, typer.Option(help="drafted tokens to verify: planned (by confidence and load) or fixed")] = "planned",
+    max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = ServeSettings.max_waiting,
+    max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = ServeSettings.max_body_bytes,
+    drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = ServeSettings.drain_seconds,
+    plan: Annotated[
+        str, typer.Option(help="drafted tokens to verify: planned (by confidence and load) or fixed")
+    ] = EngineSettings.plan,
     step_rate: Annotated[Path | None, typer.Option(help="of draftkit profile; none = measured at the start")] = None,
     calibration: Annotated[
         Path | None, typer.Option(help="of draftkit calibrate; none = the packaged drafter's own, else as they are")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: a GPU where there is one")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; default: float32 on a CPU, else bfloat16")] = None,
-    max_running: Annotated[int, typer.Option(help="answers that are made at the same time")] = 64,
+    max_running: Annotated[int, typer.Option(help="answers that are made at the same time")] = EngineSettings.max_running,
     max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the target's")] = None,
     kv_gib: Annotated[
         float | None, typer.Option(help="memory for keys and values; default: most of a GPU's; on a CPU 1, or for one request")
     ] = None,
     generation_config: Annotated[
         str, typer.Option(help="auto: sampling fields that a request leaves out are the target's own; none: the API's")
-    ] = "auto",
+    ] = ServeSettings.generation_config,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
-    from draftkit.engine.settings import EngineSettings
     from draftkit.errors import ServeError
     from draftkit.serve.server import load_served, run_server
-    from draftkit.serve.settings import ServeSettings, option_names
+    from draftkit.serve.settings import option_names
 
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
@@ -374,14 +377,14 @@ def bench(
         list[int] | None, typer.Option(help="users at once; repeatable; default: 1, with --rate 256, the most at once")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Poisson arrivals per second instead of waiting users")] = None,
-    requests: Annotated[int, typer.Option(help="per level; without --rate at least two per user")] = 64,
-    warmup: int = 4,
-    max_tokens: int = 128,
-    temperature: float = 0.0,
+    requests: Annotated[int, typer.Option(help="per level; without --rate at least two per user")] = LoadSettings.requests,
+    warmup: int = LoadSettings.warmup,
+    max_tokens: int = LoadSettings.max_tokens,
+    temperature: float = LoadSettings.temperature,
     prompts: Annotated[Path | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="per server, in order")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for bench.json and bench.png")] = None,
-    seed: int = 0,
+    seed: int = LoadSettings.seed,
     json_output: JsonOption = False,
 ) -> None:
     """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length.
@@ -390,7 +393,6 @@ def bench(
     from typing import Any
 
     from draftkit.serve.bench import print_bench, read_prompts, run_bench
-    from draftkit.serve.load import LoadSettings
 
     source = prompts or Path(__file__).parent / "assets" / "tiny" / "heldout.jsonl"
     settings = LoadSettings(

@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe
+from draftkit.data.parts import SharedWork
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError, DataError
 from draftkit.evaluate.plots import plot_acceptance
@@ -110,16 +111,15 @@ and on your own conversations:
 
 def _trained_within(recipe: Recipe, minutes: float) -> Recipe:
     """The recipe with a training of so many minutes."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"minutes": minutes, "epochs": 1000})})
+    return recipe.model_copy(update={"train": replace(recipe.train, minutes=minutes, epochs=1000)})
 
 
 def _evaluated_within(recipe: Recipe, minutes: float) -> Recipe:
     """The recipe with an evaluation that fits the minutes of the whole."""
-    evaluate = recipe.evaluate.model_copy(
-        update={
-            "prompts_per_domain": max(1, round(PROMPTS_PER_DOMAIN * minutes)),
-            "speed_prompts": max(3, round(SPEED_PROMPTS * minutes)),
-        }
+    evaluate = replace(
+        recipe.evaluate,
+        prompts_per_domain=max(1, round(PROMPTS_PER_DOMAIN * minutes)),
+        speed_prompts=max(3, round(SPEED_PROMPTS * minutes)),
     )
     return recipe.model_copy(update={"evaluate": evaluate})
 
@@ -145,7 +145,7 @@ def _generate(target: TransformersTarget, tokenizer: Any, recipe: Recipe, answer
         return stages.run_generate(target, tokenizer, recipe, lambda: prompts[: int(count)], answers, answers_of).records
 
     def affordable() -> float:
-        before = len(answers.read_bytes().splitlines()) if answers.exists() else 0  # of a run that was stopped here
+        before = SharedWork(answers).count()  # of a run that was stopped here
         began = time.perf_counter()
         probed = first(before + PROBE_PROMPTS)  # the file is shuffled: a fair sample
         rate = (probed - before) / (time.perf_counter() - began)

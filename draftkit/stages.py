@@ -13,12 +13,13 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from draftkit.config import Recipe, dump_recipe
-from draftkit.data.answers import Answers, GenerateSettings
-from draftkit.data.capture import CaptureReport, CaptureSettings, capture
+from draftkit.data.answers import Answers
+from draftkit.data.capture import CaptureReport, capture
 from draftkit.data.conversations import SkippedRows, iterate_conversations, read_conversations
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
 from draftkit.data.features import MANIFEST as STORE_MANIFEST
@@ -30,14 +31,14 @@ from draftkit.data.records import check_rendered_as, made_with, read_manifest
 from draftkit.data.samples import naming_conversation
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
-from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape, LossSettings
+from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
 from draftkit.draft.warm_start import start_from_target
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
-from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, environment, evaluate, spread_prompts
+from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, spread_prompts
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.fingerprint import fingerprint
@@ -53,7 +54,7 @@ from draftkit.target.transformers import (
 )
 from draftkit.train import trainer
 from draftkit.train.parallel import join_world
-from draftkit.train.trainer import TrainReport, TrainSettings
+from draftkit.train.trainer import TrainReport
 
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
@@ -95,13 +96,7 @@ def run_generate(
 ) -> GenerateReport:
     """Stage 1: the target answers the prompts, by `answers` where they are at hand."""
     _check_mask_token(recipe, target, tokenizer)
-    section = recipe.generate
-    settings = GenerateSettings(
-        Sampling(section.temperature, section.top_k, section.top_p),
-        section.max_new_tokens,
-        section.batch_size,
-        section.seed,
-    )
+    settings = recipe.generate
     shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, settings)
     made, began = 0, time.perf_counter()
@@ -112,7 +107,7 @@ def run_generate(
             made += tokens
             bar.update(task, advance=conversations, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
 
-        answers = answers or answerer(target, section.batch_size)
+        answers = answers or answerer(target, settings.batch_size)
         return generate_file(answers, shown, prompts, out, settings, about, tick)
 
 
@@ -132,16 +127,14 @@ def run_capture(
 ) -> CaptureReport:
     """Stage 2: the target reads the conversations of some files into a feature store."""
     _check_mask_token(recipe, target, tokenizer)
-    section = recipe.capture
     layers = feature_layers(recipe, target)
-    settings = CaptureSettings(layers, section.max_length, section.batch_tokens, section.dtype, section.cut_answers)
     begun = read_manifest_of_store(out).today if (out / STORE_MANIFEST).exists() else None
     shown = prompt_format(recipe, tokenizer, begun)
     for path in paths:
         check_rendered_as(path, shown)
     with progress_bar("capture", None) as (bar, task):
         tick = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        report = capture(target, shown, iterate_conversations(paths, skipped), out, settings, tick)
+        report = capture(target, shown, iterate_conversations(paths, skipped), out, layers, recipe.capture, tick)
     if line := report.counts.unshown_line():
         print(line, file=sys.stderr)
     return report
@@ -229,16 +222,8 @@ def run_train(
         def note_recipe() -> None:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
 
-        return trainer.train(store, drafter, target, out, train_settings(recipe), provenance, world, show, note_recipe)
-
-
-def train_settings(recipe: Recipe) -> TrainSettings:
-    """The recipe's train section and the drafter's start as the trainer takes them."""
-    section, start_layers = recipe.train.model_dump(), recipe.drafter.start_layers
-    section |= {"loss": LossSettings(**section["loss"]), "track": tuple(section["track"])}
-    return TrainSettings(
-        **section, start=recipe.drafter.start, start_layers=tuple(start_layers) if start_layers else None
-    )
+        start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
+        return trainer.train(store, drafter, target, out, recipe.train, provenance, world, show, note_recipe, start)
 
 
 def new_drafter_for(
@@ -248,8 +233,6 @@ def new_drafter_for(
 
     A reduced draft vocabulary holds the most frequent tokens of the answers in `store`.
     """
-    import torch
-
     torch.manual_seed(recipe.train.seed)
     config, ids_W = drafter_config(recipe, target, tokenizer), None
     if isinstance(config, EagleConfig) and config.draft_vocab_size and store is not None:
@@ -320,23 +303,23 @@ def run_evaluate(
     """
     section, opened = recipe.evaluate, open_drafter(drafter, target)
     check_drafter_switches(recipe, drafter)
+    if threads:
+        torch.set_num_threads(threads)
     chosen = first_turns(prompt_format(recipe, tokenizer), prompts, section.prompts_per_domain)
     here = {name: value for name, value in environment(target.device).items() if name != "time"}
     made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
     out.mkdir(parents=True, exist_ok=True)
     results = []
     for temperature in section.temperatures:
-        settings = EvalSettings(
-            Sampling(temperature), section.max_new_tokens, section.seed, section.batch_size, section.speed_prompts, threads
-        )
+        sampling = Sampling(temperature)
         path = out / f"evaluate-T{temperature:g}.json"
-        made_from = hashlib.sha256(f"{made_with} {settings}".encode()).hexdigest()
+        made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
         result = _kept_result(path, made_from)
         if result is None:
             timed = len(spread_prompts(chosen, section.speed_prompts))
             with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as (bar, task):
                 tick = lambda: bar.update(task, advance=1)  # noqa: E731
-                result = evaluate(target, opened, chosen, settings, tick=tick)
+                result = evaluate(target, opened, chosen, section, sampling, tick)
             result = replace(result, settings=result.settings | {"made_from": made_from})
             result.save(path)
         results.append(result)

@@ -25,7 +25,8 @@ from draftkit.errors import ServeError
 from draftkit.output import as_json
 from draftkit.serve import load
 from draftkit.serve.bench import ratios, read_prompts, run_bench, summarise
-from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
+from draftkit.serve.load import Endpoint, Record, run_load
+from draftkit.serve.settings import LoadSettings
 from support.server import Server, serving
 
 SETTINGS = LoadSettings(prompts=("one", "two", "three"), requests=6, warmup=1, max_tokens=31)

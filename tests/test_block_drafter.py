@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import load_drafter, save_drafter
-from draftkit.draft.drafter import HEADS, LossSettings, TrainBatch
+from draftkit.draft.drafter import HEADS, TrainBatch
 from draftkit.draft.families import STYLES
 from draftkit.draft.layout import lay_out
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
+from draftkit.settings import LossSettings
 from support.drafters import BLOCK_CONFIG as CONFIG
 from support.plain_drafter import plain_loss, plain_rows
 

@@ -11,16 +11,17 @@ import torch.nn.functional as F
 
 from draftkit import stages
 from draftkit.config import load_recipe
-from draftkit.data.conversations import Conversation, Message, read_conversations
+from draftkit.data.conversations import Conversation, Message
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
-from draftkit.draft.drafter import LossSettings, TrainBatch
+from draftkit.draft.drafter import TrainBatch
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.draft.layout import lay_out
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling
+from draftkit.settings import LossSettings
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import EAGLE_CONFIG as CONFIG
 from support.drafters import GEMMA, eagle_for
@@ -300,9 +301,8 @@ def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Pa
     recipe = load_recipe("tiny-eagle3", [f"target.path={target_folder}", *sizes, "train.batch_size=4"])
     target, tokenizer = stages.open_target(recipe)
     prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
-    stages.run_generate(target, tokenizer, recipe, prompts, tmp_path / "answers.jsonl")
-    answers = read_conversations([tmp_path / "answers.jsonl"])
-    stages.run_capture(target, tokenizer, recipe, answers, tmp_path / "features")
+    stages.run_generate(target, tokenizer, recipe, lambda: prompts, tmp_path / "answers.jsonl")
+    stages.run_capture(target, tokenizer, recipe, [tmp_path / "answers.jsonl"], tmp_path / "features")
     report = stages.run_train(target, tokenizer, recipe, tmp_path / "features", tmp_path / "drafter")
     assert report.steps == 3
     assert report.accepted_len["macro"] > 1

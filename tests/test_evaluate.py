@@ -15,8 +15,9 @@ from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import save_drafter
 from draftkit.errors import Interrupted
-from draftkit.evaluate.run import EvalPrompt, EvalResult, EvalSettings, evaluate
+from draftkit.evaluate.run import EvalPrompt, EvalResult, evaluate
 from draftkit.ops.sampling import Sampling
+from draftkit.settings import EvaluateSettings
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter
 
@@ -25,10 +26,10 @@ PROMPTS = [EvalPrompt(str(i), ["code", "chat"][i % 2], (4 + i % 20, 20, 31 + i))
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rounds_by_the_engine_are_those_of_the_reference_loop(target: TransformersTarget, temperature: float) -> None:
-    settings = EvalSettings(Sampling(temperature), max_new_tokens=24, batch_size=4, speed_prompts=0)
+    settings = EvaluateSettings(max_new_tokens=24, batch_size=4, speed_prompts=0)
     drafter, ticks = make_drafter(target), []
-    by_engine = evaluate(target, drafter, PROMPTS, settings, lambda: ticks.append(1))
-    by_loop = evaluate(target, drafter, PROMPTS, replace(settings, batch_size=1))
+    by_engine = evaluate(target, drafter, PROMPTS, settings, Sampling(temperature), lambda: ticks.append(1))
+    by_loop = evaluate(target, drafter, PROMPTS, replace(settings, batch_size=1), Sampling(temperature))
     assert len(ticks) == len(PROMPTS) and by_engine.speed == {}
     for one, other in zip(by_engine.records, by_loop.records, strict=True):
         assert (one.prompt_id, one.new_tokens, one.finish_reason) == (other.prompt_id, other.new_tokens, other.finish_reason)
@@ -51,7 +52,7 @@ def test_a_finished_temperature_is_kept_and_anything_else_measured_again(
 
     def stopped_at(temperature: float | None, recipe: Recipe, prompts: list[Conversation]) -> list[EvalResult]:
         def once(*arguments: Any, **named: Any) -> EvalResult:
-            measured.append(arguments[3].sampling.temperature)
+            measured.append(arguments[4].temperature)
             if measured[-1] == temperature:
                 raise Interrupted
             return evaluate(*arguments, **named)
@@ -68,7 +69,7 @@ def test_a_finished_temperature_is_kept_and_anything_else_measured_again(
     assert measured == [] and [r.records for r in again] == [r.records for r in first]
     stopped_at(None, recipe, asked[:1])
     assert measured == [0.0, 1.0]
-    stopped_at(None, recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"seed": 1})}), asked[:1])
+    stopped_at(None, recipe.model_copy(update={"evaluate": replace(recipe.evaluate, seed=1)}), asked[:1])
     assert measured == [0.0, 1.0]
     save_drafter(make_drafter(target, head="none"), tmp_path / "drafter", {}, torch.float32)
     stopped_at(None, recipe, asked[:1])
@@ -76,15 +77,15 @@ def test_a_finished_temperature_is_kept_and_anything_else_measured_again(
 
 
 def test_json_of_a_length_that_no_round_defines_has_null(target: TransformersTarget) -> None:
-    settings = EvalSettings(Sampling(0.0), max_new_tokens=1, batch_size=4, speed_prompts=0)
-    result = evaluate(target, make_drafter(target), PROMPTS[:1], settings)
+    settings = EvaluateSettings(max_new_tokens=1, batch_size=4, speed_prompts=0)
+    result = evaluate(target, make_drafter(target), PROMPTS[:1], settings, Sampling(0.0))
     [told] = json.loads(stages.summary([result]), parse_constant=pytest.fail)
     assert told["accepted_len"]["macro"] is None
 
 
 def test_speed_is_by_domain_and_its_mean(target: TransformersTarget) -> None:
-    settings = EvalSettings(Sampling(0.0), max_new_tokens=6, batch_size=4, speed_prompts=4)
-    speed = evaluate(target, make_drafter(target), PROMPTS[:4], settings).speed
+    settings = EvaluateSettings(max_new_tokens=6, batch_size=4, speed_prompts=4)
+    speed = evaluate(target, make_drafter(target), PROMPTS[:4], settings, Sampling(0.0)).speed
     assert list(speed) == ["code", "chat", "macro"]
     assert [s.prompts for s in speed.values()] == [2, 2, 4]
     assert speed["macro"].ratio == pytest.approx((speed["code"].ratio + speed["chat"].ratio) / 2)

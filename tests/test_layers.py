@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "draftkit"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"permissions"}),
+    frozenset({"settings"}),
     frozenset({"config", "interrupt", "output"}),
     frozenset({"ops"}),
     frozenset({"target"}),

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from draftkit.config import load_recipe
 from draftkit.draft import losses
-from draftkit.draft.drafter import LossSettings
 from draftkit.draft.losses import Head, Rows, distillation_loss, dpace_weights
 from draftkit.errors import ConfigError
+from draftkit.settings import LossSettings
 
 HIDDEN, RANK, VOCABULARY, GAMMA = 6, 4, 23, 5
 GRID = [0, 1, 2, 3, 4, 5, 6, 10, 15, 16, 17, 18, 19, 20, 30, 31]  # whole and shortened blocks, and two that are absent

@@ -19,12 +19,14 @@ import torch
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
-from draftkit.data.capture import CaptureSettings, capture
+from draftkit.data.capture import capture
 from draftkit.data.conversations import Conversation, Message
 from draftkit.data.features import FeatureStore
 from draftkit.draft.checkpoint import load_drafter, open_drafter
 from draftkit.draft.drafter import LossReport, TrainBatch
 from draftkit.errors import CheckpointError, ConfigError, DataError, Interrupted
+from draftkit.settings import CaptureSettings, TrainSettings
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
@@ -32,7 +34,7 @@ from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate, pac
 from draftkit.train.folder import read_folder, write_folder
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
-from draftkit.train.trainer import Progress, TrainReport, TrainSettings
+from draftkit.train.trainer import Progress, TrainReport
 from draftkit.train.validation import expected_lengths
 from support.targets import make_target_folder
 
@@ -70,20 +72,22 @@ def tokenizer(target_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def store(target: TransformersTarget, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     folder = tmp_path_factory.mktemp("store")
-    capture(target, tokenizer, conversations(), folder, CaptureSettings((0, 2), dtype="float32"))
+    capture(target, TemplateFormat(tokenizer), conversations(), folder, (0, 2), CaptureSettings(dtype="float32"))
     return FeatureStore(folder)
 
 
 @pytest.fixture
 def fast(recipe: Recipe) -> TrainSettings:
-    return stages.train_settings(recipe)
+    return recipe.train
 
 
 @pytest.fixture
 def run(store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> Any:
-    def start(out: Path, settings: TrainSettings, report: Any = lambda progress: None, drafter: Any = None) -> TrainReport:
+    def start(
+        out: Path, settings: TrainSettings, report: Any = lambda p: None, drafter: Any = None, start: str = ""
+    ) -> TrainReport:
         drafter = drafter or stages.new_drafter_for(recipe, target, tokenizer)
-        return trainer.train(store, drafter, target, out, settings, {"note": "x"}, ALONE, report)
+        return trainer.train(store, drafter, target, out, settings, {"note": "x"}, ALONE, report, start=start)
 
     return start
 
@@ -122,7 +126,7 @@ def test_a_packed_conversation_has_the_loss_it_has_alone(
     """Each document of a shared row, with its own anchors, against a batch of that document only."""
     recipe = recipe_for(target_folder, algorithm)
     drafter = stages.new_drafter_for(recipe, target, tokenizer).double()
-    settings = stages.train_settings(recipe).loss
+    settings = recipe.train.loss
     samples = [store[i] for i in (3, 9, 5, 12)]
     anchors = [choose_anchors(s.loss_mask_T, 6, i) for i, s in enumerate(samples)]
     domains = ("chat", "code")
@@ -183,7 +187,7 @@ def test_all_processes_make_the_same_number_of_micro_batches_also_with_fewer_row
     empty = [m[0] for m in made if not m[0].anchor_mask_BA.any()]
     assert empty
     drafter = stages.new_drafter_for(recipe, target, tokenizer)
-    report = drafter.loss(empty[0], stages.train_settings(recipe).loss)
+    report = drafter.loss(empty[0], recipe.train.loss)
     report.loss_sum.backward()
     assert float(report.weight_sum.detach()) == float(report.loss_sum.detach()) == 0
     assert all(float(p.grad.abs().max()) == 0 for p in drafter.parameters() if p.requires_grad and p.grad is not None)
@@ -204,7 +208,7 @@ def test_accumulation_gives_the_same_step(
 ) -> None:
     """Eight conversations at once, packed or not, in micro-batches of two rows or of one: what counts is every token once."""
     recipe = recipe_for(target_folder, algorithm)
-    settings = stages.train_settings(recipe)
+    settings = recipe.train
     steps = []
     for cut in (Cut(), Cut(row_tokens=500), Cut(micro_batch_size=2), Cut(micro_batch_size=1)):
         drafter = stages.new_drafter_for(recipe, target, tokenizer).double()
@@ -274,7 +278,7 @@ def test_bfloat16_passes_keep_float32_parameters_and_come_close(
     from draftkit.train.parallel import join_world
 
     recipe = recipe_for(target_folder, algorithm)
-    settings = replace(stages.train_settings(recipe), steps=6)
+    settings = replace(recipe.train, steps=6)
     curves = []
     for dtype in ("float32", "bfloat16"):
         drafter = stages.new_drafter_for(recipe, target, tokenizer)
@@ -377,18 +381,14 @@ def test_a_state_of_another_run_is_refused(run: Any, fast: TrainSettings, tmp_pa
     run(tmp_path, fast)
 
 
-def test_a_state_of_another_start_is_refused(run: Any, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_state_of_another_start_is_refused(run: Any, fast: TrainSettings, tmp_path: Path) -> None:
     """Where a drafter begins shows neither in its shape nor in the train section."""
-
-    def settings(**start: Any) -> TrainSettings:
-        drafter = recipe.drafter.model_copy(update=start)
-        return replace(stages.train_settings(recipe.model_copy(update={"drafter": drafter})), steps=2)
-
-    run(tmp_path, settings(start="target", start_layers=[2]))
-    for other in ({"start": "random"}, {"start": "target"}, {"start": "target", "start_layers": [1]}):
+    two = replace(fast, steps=2)
+    run(tmp_path, two, start="target (2,)")
+    for other in ("random None", "target None", "target (1,)"):
         with pytest.raises(CheckpointError, match="another recipe"):
-            run(tmp_path, settings(**other))
-    run(tmp_path, settings(start="target", start_layers=[2]))
+            run(tmp_path, two, start=other)
+    run(tmp_path, two, start="target (2,)")
 
 
 def test_a_state_is_whole_after_kills_at_any_two_moments_of_writing_it(
@@ -447,7 +447,7 @@ def test_a_refused_training_leaves_the_recipe_of_the_drafter_that_is_there(
 ) -> None:
     def train(**changes: Any) -> str:
         sections = {"drafter": {"feature_layers": [0, 2]}, "train": {"steps": 1} | changes}
-        chosen = recipe.model_copy(update={k: getattr(recipe, k).model_copy(update=v) for k, v in sections.items()})
+        chosen = recipe.model_copy(update={k: replace(getattr(recipe, k), **v) for k, v in sections.items()})
         stages.run_train(target, tokenizer, chosen, store.folder, tmp_path)
         return dump_recipe(chosen)
 

@@ -8,16 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftkit.ops.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """How answers are made."""
-
-    sampling: Sampling = Sampling(temperature=1.0)
-    max_new_tokens: int = 256
-    batch_size: int = 48  # answers that are made at the same time
-    seed: int = 0
+from draftkit.settings import GenerateSettings
 
 
 @dataclass(frozen=True)
@@ -78,3 +69,8 @@ class Answers(ABC):
 def answer_limit(max_length: int, prompt_tokens: int, settings: GenerateSettings) -> int:
     """The most tokens that an answer may have where prompt and answer may have `max_length`; 0 when there is no room."""
     return max(0, min(settings.max_new_tokens, max_length - prompt_tokens))
+
+
+def sampling_of(settings: GenerateSettings) -> Sampling:
+    """How tokens are drawn."""
+    return Sampling(settings.temperature, settings.top_k, settings.top_p)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from draftkit.data.conversations import Conversation
 from draftkit.data.features import MANIFEST, SampleEntry, StoreManifest, read_manifest, write_manifest, write_shard
-from draftkit.data.samples import CutAnswers, Sample, SampleCounts, samples_of
+from draftkit.data.samples import Sample, SampleCounts, samples_of
 from draftkit.data.spool import SampleSpool
 from draftkit.errors import FeatureStoreError
+from draftkit.settings import CaptureSettings
 from draftkit.target.prompt_format import PromptFormat
 from draftkit.target.tokenizer import tokenizer_hash
 from draftkit.target.transformers import DTYPES, TransformersTarget, check_feature_layers
@@ -29,18 +30,6 @@ MADE_FROM = {  # fields of a manifest in words, where their names are not
     "conversations_hash": "other conversations",
 }
 SPARE_BYTES = 256 * 2**20  # left free on the disk
-
-
-@dataclass(frozen=True)
-class CaptureSettings:
-    """What is captured. Samples longer than `max_length` tokens are left out and counted; `cut_answers` says whether answers
-    that a limit ended are learnt from."""
-
-    feature_layers: tuple[int, ...]
-    max_length: int = 1024
-    batch_tokens: int = 8192
-    dtype: str = "bfloat16"
-    cut_answers: CutAnswers = "keep"
 
 
 @dataclass(frozen=True)
@@ -65,6 +54,7 @@ def capture(
     prompt_format: PromptFormat,
     conversations: Iterable[Conversation],
     out: Path,
+    feature_layers: tuple[int, ...],
     settings: CaptureSettings,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> CaptureReport:
@@ -73,7 +63,8 @@ def capture(
     Raises FeatureStoreError when `out` holds a store of something else or the disk has too little room, DataError when the
     chat template refuses a conversation.
     """
-    check_feature_layers(settings.feature_layers, target.info.num_layers)
+    layers = tuple(sorted(feature_layers))
+    check_feature_layers(layers, target.info.num_layers)
     out.mkdir(parents=True, exist_ok=True)
     counts = SampleCounts()
     samples = samples_of(conversations, prompt_format, target.info.vocab_size, counts, settings.cut_answers)
@@ -82,7 +73,7 @@ def capture(
         if not len(spool):
             none = f"none of {counts.conversations} conversations has an answer within {settings.max_length} tokens"
             raise FeatureStoreError(f"{none} ({report.left_out()}); give others")
-        _fill(target, spool, out, settings, _open(target, prompt_format, spool, out, settings), tick)
+        _fill(target, spool, out, layers, settings, _open(target, prompt_format, spool, out, layers, settings), tick)
     return report
 
 
@@ -90,6 +81,7 @@ def _fill(
     target: TransformersTarget,
     spool: SampleSpool,
     out: Path,
+    layers: tuple[int, ...],
     settings: CaptureSettings,
     manifest: StoreManifest,
     tick: Callable[[int, int], None],
@@ -100,20 +92,20 @@ def _fill(
     starts = range(0, len(spool), SHARD_SAMPLES)
     missing = [s for i, s in enumerate(starts) if _name(i) not in done]
     left = sum(int(spool.lengths[s : s + SHARD_SAMPLES].sum()) for s in missing)
-    check_room(out, left * bytes_per_token(target, settings))
+    check_room(out, left * bytes_per_token(target, layers, settings))
     for number, start in enumerate(starts):
         end = min(start + SHARD_SAMPLES, len(spool))
         if _name(number) not in done:
             part = spool.part(start, end)
-            shard = write_shard(out, _name(number), _read(target, part, settings), _entries(part))
+            shard = write_shard(out, _name(number), _read(target, part, layers, settings), _entries(part))
             manifest = replace(manifest, shards=tuple(sorted((*manifest.shards, shard), key=lambda s: s.file)))
             write_manifest(out, manifest)
         tick(end, len(spool))
 
 
-def bytes_per_token(target: TransformersTarget, settings: CaptureSettings) -> int:
+def bytes_per_token(target: TransformersTarget, layers: tuple[int, ...], settings: CaptureSettings) -> int:
     """Disk bytes of one captured token."""
-    width = (len(settings.feature_layers) + 1) * target.info.hidden_size
+    width = (len(layers) + 1) * target.info.hidden_size
     return width * DTYPES[settings.dtype].itemsize + 9
 
 
@@ -140,12 +132,17 @@ def _entries(part: Sequence[Sample]) -> tuple[SampleEntry, ...]:
 
 
 def _open(
-    target: TransformersTarget, prompt_format: PromptFormat, spool: SampleSpool, out: Path, settings: CaptureSettings
+    target: TransformersTarget,
+    prompt_format: PromptFormat,
+    spool: SampleSpool,
+    out: Path,
+    layers: tuple[int, ...],
+    settings: CaptureSettings,
 ) -> StoreManifest:
     wanted = StoreManifest(
         target=target.info.name,
         fingerprint=target.info.fingerprint,
-        feature_layers=tuple(sorted(settings.feature_layers)),
+        feature_layers=layers,
         template_hash=prompt_format.digest,
         tokenizer_hash=tokenizer_hash(prompt_format.tokenizer),
         conversations_hash=spool.digest(),
@@ -166,10 +163,11 @@ def _open(
     return found
 
 
-def _read(target: TransformersTarget, part: Sequence[Sample], settings: CaptureSettings) -> dict[str, Tensor]:
+def _read(
+    target: TransformersTarget, part: Sequence[Sample], layers: tuple[int, ...], settings: CaptureSettings
+) -> dict[str, Tensor]:
     """Features of the conversations laid end to end; batches of similar length, padded on the right."""
     features, hidden = [], []
-    layers = tuple(sorted(settings.feature_layers))
     size = max(1, settings.batch_tokens // max(len(r.tokens) for r in part))
     for start in range(0, len(part), size):
         batch = part[start : start + size]

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from draftkit.data.answers import Answers, GenerateSettings
+from draftkit.data.answers import Answers
 from draftkit.data.dialogue import TOO_LONG, Dialogue
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import Part, SharedWork
 from draftkit.data.records import check_manifest
+from draftkit.settings import GenerateSettings
 from draftkit.target.prompt_format import PromptFormat
 
 WAIT_SECONDS = 1.0  # between looks at parts that other processes work on

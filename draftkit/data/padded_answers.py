@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from draftkit.data.answers import NO_ROOM, Answer, Answers, GenerateSettings, Question, answer_limit
+from draftkit.data.answers import NO_ROOM, Answer, Answers, Question, answer_limit, sampling_of
 from draftkit.ops.sampling import processed_probs, request_generator, sample
+from draftkit.settings import GenerateSettings
 from draftkit.target.transformers import TransformersTarget
 
 COMPACT_AT = 0.25  # share of finished rows at which a batch drops them
@@ -66,7 +67,7 @@ def answer_batch(
         last = target.info.max_length - 1  # rows that filled the context stay for a while; nothing is read behind it
         positions = (mask_BS.cumsum(-1) - 1).clamp(0, last)[:, -tokens_BT.shape[1] :]
         output = target.forward(tokens_BT, cache, (), mask_BS, positions)
-        probs = processed_probs(target.logits(output.last_hidden_BTH[:, -1]), settings.sampling)
+        probs = processed_probs(target.logits(output.last_hidden_BTH[:, -1]), sampling_of(settings))
         drawn_B = sample(probs, uniforms[rows, step])
         for row, prompt, token in zip(range(len(rows)), rows.tolist(), drawn_B.tolist(), strict=True):
             if not finished[row]:

@@ -68,6 +68,11 @@ class SharedWork:
         """Whether there are records already."""
         return any(f.stat().st_size for f in (self._out, *self._folder.glob("*.jsonl")) if f.exists())
 
+    def count(self) -> int:
+        """Finished records, joined or not."""
+        files = [f for f in (self._out, *self._folder.glob("*.jsonl")) if f.exists()]
+        return sum(f.read_bytes().count(b"\n") for f in files)
+
     @property
     def reasons(self) -> Mapping[str, Done]:
         """What is known of the records in `out`, by id."""

@@ -16,10 +16,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from draftkit.data.answers import GenerateSettings
 from draftkit.data.messages import Conversation
 from draftkit.errors import DataError
 from draftkit.output import write_text
+from draftkit.settings import GenerateSettings
 from draftkit.target.prompt_format import PromptFormat
 from draftkit.target.tokenizer import tokenizer_hash
 

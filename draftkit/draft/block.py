@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table, rotate
-from draftkit.draft.drafter import DraftContext, Drafter, DrafterConfig, LossReport, LossSettings, Proposal, TrainBatch
+from draftkit.draft.drafter import DraftContext, Drafter, DrafterConfig, LossReport, Proposal, TrainBatch
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss
+from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
 from draftkit.ops.attention import plan_blocks
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
+from draftkit.settings import LossSettings
 
 CONTEXT_GROWTH = 256  # positions by which a context's memory grows
 
@@ -215,7 +216,7 @@ class BlockDrafter(Drafter):
             gamma=self.gamma,
         )
         losses = distillation_loss(rows, settings)
-        weights_N = settings.position_weights(self.gamma).to(losses.ce_N)[row_N % self.gamma]
+        weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
         sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
         loss = losses.loss
         if self.confidence_head is not None:

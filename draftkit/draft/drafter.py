@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from draftkit.draft.families import STYLES
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling
+from draftkit.settings import DrafterSettings, LossSettings
 
 HEADS = ("none", "markov", "gated", "rnn")
 LAYOUTS = ("anchor", "one_plus_n")
@@ -36,7 +36,7 @@ class DrafterShape:
     vocab_size: int
     feature_layers: tuple[int, ...]
     num_target_layers: int
-    block_size: int = 7
+    block_size: int = DrafterSettings.block_size
     rms_eps: float = 1e-6
     rope_theta: float = 10_000.0
     logit_scale: float = 1.0
@@ -81,12 +81,12 @@ class DrafterConfig(DrafterShape):
     """
 
     mask_token_id: int
-    layout: str = "anchor"
-    head: str = "markov"
+    layout: str = DrafterSettings.layout
+    head: str = DrafterSettings.head
     markov_rank: int
     confidence: bool = True
-    confidence_with_markov: bool = True
-    confidence_stop_gradient: bool = False
+    confidence_with_markov: bool = DrafterSettings.confidence_with_markov
+    confidence_stop_gradient: bool = DrafterSettings.confidence_stop_gradient
     window: int | None = None
 
     def __post_init__(self) -> None:
@@ -204,23 +204,3 @@ class Drafter(nn.Module):
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """The training objective over all anchors of a batch."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """L = ce L_ce + tv L_tv + kl L_kl + lk L_lk + confidence L_conf (terms: `draft/losses.py`).
-
-    Positions are weighted by w_k = exp(-(k - 1) / decay); with `weighting` "dpace" the first four terms by D-PACE.
-    """
-
-    ce: float = 0.1
-    tv: float = 0.9
-    kl: float = 0.0
-    lk: float = 0.0
-    confidence: float = 1.0
-    decay: float = 4.0
-    weighting: str = "decay"
-
-    def position_weights(self, gamma: int) -> Tensor:
-        """w_k for k = 1..gamma, float32 [G]."""
-        return torch.exp(-torch.arange(gamma, dtype=torch.float32) / self.decay)

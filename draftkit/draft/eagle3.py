@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
-from draftkit.draft.drafter import DraftContext, Drafter, DrafterShape, LossReport, LossSettings, Proposal, TrainBatch
+from draftkit.draft.drafter import DraftContext, Drafter, DrafterShape, LossReport, Proposal, TrainBatch
 from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss
+from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
 from draftkit.errors import ConfigError
 from draftkit.ops.attention import block_attention, plan_blocks
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
+from draftkit.settings import LossSettings
 
 CONTEXT_GROWTH = 256  # rows by which a context's memory grows
 
@@ -264,7 +265,7 @@ class EagleDrafter(Drafter):
             draft_ids_W=self.draft_ids_W,
         )
         losses = distillation_loss(rows, settings)
-        weights_N = settings.position_weights(self.gamma).to(losses.ce_N)[row_N % self.gamma]
+        weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
         sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
         return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, layout.grid_N)
 

@@ -29,14 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draftkit.draft.drafter import LossSettings
 from draftkit.ops.native_training import RowDistances, native_fits
+from draftkit.settings import LossSettings
 
 CHUNK_ROWS = 512  # rows of one product with the vocabulary, where that many logits are
 CHUNK_LOGITS = 2**25  # no more than this: what bounds the memory
 SLICE_LOGITS = 2**18  # worked on at once on a CPU: what a core's cache holds
 LK_SHARPNESS = 3.0
 DPACE_ALPHA = 0.5
+
+
+def position_weights(settings: LossSettings, gamma: int) -> Tensor:
+    """w_k = exp(-(k - 1) / decay) for k = 1..gamma, float32 [G]."""
+    return torch.exp(-torch.arange(gamma, dtype=torch.float32) / settings.decay)
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def _one_chunk(
 ) -> None:
     """Write a chunk's values and gradients; its logits end with this call."""
     wanted = any(g is not None for g in gradients)
-    weights_G = settings.position_weights(rows.gamma).to(values_4N)
+    weights_G = position_weights(settings, rows.gamma).to(values_4N)
     draft, derivative = _draft_logits(rows, chunk)
     first_u, state_n = _shared_states(rows, chunk)
     target = rows.target_head.logits(rows.target_hidden_NH[chunk][first_u])

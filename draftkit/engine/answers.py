@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from draftkit.data.answers import NO_ROOM, Answer, Answers, GenerateSettings, Question, answer_limit
+from draftkit.data.answers import NO_ROOM, Answer, Answers, Question, answer_limit, sampling_of
 from draftkit.data.padded_answers import PaddedAnswers
 from draftkit.decode import Decoded, Round
 from draftkit.engine.engine import Engine
@@ -16,6 +16,7 @@ from draftkit.engine.fast_model import unsupported
 from draftkit.engine.request import SamplingParams, StepOutput
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling, combined_seed
+from draftkit.settings import GenerateSettings
 from draftkit.target.transformers import TransformersTarget
 
 
@@ -47,7 +48,7 @@ class EngineAnswers(Answers):
             self._no_room.append(question.key)
             return
         self._written[question.key] = []
-        params = sampling_params(settings.sampling, limit, combined_seed(*question.seed))
+        params = sampling_params(sampling_of(settings), limit, combined_seed(*question.seed))
         self._engine.add_request(question.key, list(question.prompt_ids), params)
 
     def finished(self) -> list[tuple[str, Answer]]:

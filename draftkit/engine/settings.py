@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from draftkit.errors import ServeError
-from draftkit.schedule.calibration import Calibration
-from draftkit.schedule.step_rate import StepRate
+
+if TYPE_CHECKING:
+    from draftkit.schedule.calibration import Calibration
+    from draftkit.schedule.step_rate import StepRate
 
 Plan = Literal["planned", "fixed"]
 PLANS = ("planned", "fixed")

@@ -34,6 +34,7 @@ from draftkit.evaluate.metrics import (
 from draftkit.ops.sampling import Sampling
 from draftkit.ops.verify import TOKEN_RULE
 from draftkit.output import as_json, write_text
+from draftkit.settings import EvaluateSettings
 from draftkit.target.interface import Target
 from draftkit.target.transformers import TransformersTarget
 
@@ -47,21 +48,6 @@ class EvalPrompt:
     prompt_id: str
     domain: str
     tokens: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """How to evaluate. Answers are made `batch_size` at a time by the engine; 1 is the reference loop, `decode`.
-
-    `speed_prompts` prompts, spread over the domains, are decoded by that loop with and without the drafter; 0 for none.
-    """
-
-    sampling: Sampling
-    max_new_tokens: int = 128
-    seed: int = 980406
-    batch_size: int = 32
-    speed_prompts: int = 15
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,36 +96,42 @@ def evaluate(
     target: TransformersTarget,
     drafter: Drafter,
     prompts: Sequence[EvalPrompt],
-    settings: EvalSettings,
+    settings: EvaluateSettings,
+    sampling: Sampling,
     tick: Tick = lambda: None,
 ) -> EvalResult:
-    """Answer every prompt with the drafter; decode some of them by the reference loop, both ways in turn, for the speed.
+    """Answer every prompt with the drafter, `batch_size` at a time by the engine, or one by one by the reference loop;
+    decode `speed_prompts` of them, spread over the domains, by that loop with and without the drafter, for the speed.
 
     The seed of a prompt is the base seed plus its index, so that results do not depend on order or process count.
     `tick` is called after every prompt of either kind. Raises DataError for a prompt that does not fit.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    decoded = _answers(target, drafter, prompts, settings, tick)
+    decoded = _answers(target, drafter, prompts, settings, sampling, tick)
     records = [record_of(d, p.prompt_id, p.domain, drafter.gamma) for p, d in zip(prompts, decoded, strict=True)]
     domains = {d: [r for r in records if r.domain == d] for d in domains_of(records)}
     lengths = {d: accepted_length(chosen) for d, chosen in domains.items()}
     return EvalResult(
         environment=environment(target.device),
-        settings=asdict(settings) | {"rule": TOKEN_RULE.name, "target": target.info.name, "prompts": len(prompts)},
+        settings=asdict(settings)
+        | {"sampling": asdict(sampling), "rule": TOKEN_RULE.name, "target": target.info.name, "prompts": len(prompts)},
         accepted_len=lengths | {"macro": macro_accepted_length(records)},
         acceptance={d: acceptance_by_position(chosen) for d, chosen in domains.items()}
         | {"all": acceptance_by_position(records)},
-        speed=measure_speed(target, drafter, prompts, settings, tick),
+        speed=measure_speed(target, drafter, prompts, settings, sampling, tick),
         records=tuple(records),
     )
 
 
 def _answers(
-    target: TransformersTarget, drafter: Drafter, prompts: Sequence[EvalPrompt], settings: EvalSettings, tick: Tick
+    target: TransformersTarget,
+    drafter: Drafter,
+    prompts: Sequence[EvalPrompt],
+    settings: EvaluateSettings,
+    sampling: Sampling,
+    tick: Tick,
 ) -> list[Decoded]:
     """Answers of the whole proposal every round, by the engine or, one at a time, by the reference loop."""
-    seeds, sampling, limit = range(settings.seed, settings.seed + len(prompts)), settings.sampling, settings.max_new_tokens
+    seeds, limit = range(settings.seed, settings.seed + len(prompts)), settings.max_new_tokens
     if settings.batch_size > 1 and not unsupported(target):
         engine = Engine(target, drafter, EngineSettings(plan="fixed", max_running=settings.batch_size, prefix_reuse=False))
         engine.wait_until_compiled()
@@ -153,13 +145,18 @@ def _answers(
 
 
 def measure_speed(
-    target: Target, drafter: Drafter, prompts: Sequence[EvalPrompt], settings: EvalSettings, tick: Tick
+    target: Target,
+    drafter: Drafter,
+    prompts: Sequence[EvalPrompt],
+    settings: EvaluateSettings,
+    sampling: Sampling,
+    tick: Tick,
 ) -> dict[str, Speed]:
     """Speed of `decode` with the drafter over `decode` without, by domain, and "macro"; each prompt both ways in turn."""
     chosen = spread_prompts(prompts, settings.speed_prompts)
 
     def rate(index: int, arm: Drafter | None, limit: int) -> float:
-        done = decode(target, arm, prompts[index].tokens, settings.sampling, limit, settings.seed + index)
+        done = decode(target, arm, prompts[index].tokens, sampling, limit, settings.seed + index)
         return len(done.tokens) / (done.prefill_seconds + done.decode_seconds)
 
     for arm in (None, drafter) if chosen else ():  # the first passes pay for lazy set-up; they are not measured

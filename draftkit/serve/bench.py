@@ -19,8 +19,9 @@ import numpy as np
 from draftkit import __version__
 from draftkit.errors import ServeError, reason
 from draftkit.output import as_json, make_folder, write_text
-from draftkit.serve.load import Endpoint, LoadSettings, Record, run_load
+from draftkit.serve.load import Endpoint, Record, run_load
 from draftkit.serve.problem import shorten
+from draftkit.serve.settings import LoadSettings
 
 PERCENTILES = (50, 90, 99)
 

@@ -102,7 +102,8 @@ class LLM:
     one); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`; `template_switches` are
     variables of the chat template, as {"enable_thinking": False}. Calls without parameters
     sample as the target's generation_config.json says, where it says something. Raises TargetError, CheckpointError, ServeError
-    for settings that do not fit, ConfigError for switches that the template does not know, or ScheduleError for files of another pair.
+    for settings that do not fit, ConfigError for switches that the template does not know, or ScheduleError for files of
+    another pair.
     """
 
     def __init__(

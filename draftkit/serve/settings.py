@@ -1,4 +1,4 @@
-"""What the operator of a server decides."""
+"""What the operator of a server decides, and who loads one: the defaults of `draftkit serve` and `draftkit bench`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from draftkit.errors import ServeError
 
@@ -53,6 +54,37 @@ class ServeSettings:
             raise ServeError(f"generation_config is {self.generation_config!r}; choose auto or none")
         if any(not key.strip() for key in self.api_keys):
             raise ServeError("an API key is empty; give a text or leave --api-key out")
+
+
+@dataclass(frozen=True)
+class LoadSettings:
+    """What is sent, and how. `rate` None: closed loop, each of `concurrency` users sends its next request when its last
+    is answered; else arrivals are a Poisson process of `rate` requests per second, `concurrency` at most in flight.
+    Raises ServeError on values that cannot work; it names them as the options of `draftkit bench`.
+    """
+
+    prompts: tuple[str, ...]
+    requests: int = 64
+    warmup: int = 4
+    concurrency: int = 1
+    rate: float | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0
+    ignore_eos: bool = True
+    seed: int = 0
+    timeout: float = 600.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ServeError("there are no prompts to send; give a file with at least one conversation")
+        for name, least in (("requests", 1), ("concurrency", 1), ("max_tokens", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ServeError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ServeError(f"--rate is {self.rate:g}; it must be a number of requests per second above 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ServeError(f"--temperature is {self.temperature:g}; it must be a number, 0 or more")
 
 
 @contextmanager

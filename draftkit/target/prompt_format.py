@@ -22,6 +22,7 @@ Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 
 _PROBE = "\ue000"  # a private-use character: no template and no prompt holds it
+_TODAY = "{% macro strftime_now(form) %}{{ draftkit_days[form] }}{% endmacro %}"
 _THOUGHT = re.compile(r"<think>|</think>")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 # Variables that callers of a template set themselves; a switch of such a name would change what is rendered, not how.
@@ -126,7 +127,7 @@ class TemplateFormat:
         """
         try:
             shown = [self._as_template_has_it(m) for m in messages]
-            variables = {"strftime_now": self.today.strftime} if self.today and self.mentions("strftime_now") else {}
+            variables = self._dated(tools) if self.today and self.mentions("strftime_now") else {}
             return str(
                 self.tokenizer.apply_chat_template(
                     shown,
@@ -184,6 +185,13 @@ class TemplateFormat:
             missing.add("reasoning_content")
         return tuple(sorted(missing))
 
+    def _dated(self, tools: Tools | None) -> dict[str, Any]:
+        """Arguments that give the template this run's day in place of the clock's."""
+        asked = re.findall(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')""", self.source)
+        days = {form: self.today.strftime(form) for pair in asked for form in pair if form} if self.today else {}
+        own = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
+        return {"chat_template": _TODAY + own, "draftkit_days": days}
+
     def _as_template_has_it(self, message: Message) -> dict[str, Any]:
         """A message as chat templates expect it: content is one string, arguments of calls are objects, reasoning has the
         name that this template looks for. Raises ValueError for what cannot be shown at all."""
@@ -221,9 +229,11 @@ class TemplateFormat:
             return whole[len(prompt) :]
         probed = self.text([*before, {"role": "assistant", "content": _PROBE}], tools, generation_prompt=False)
         head = len(_common_prefix(prompt, probed))
+        history = self.text(before, tools, generation_prompt=False)
         opened, rest = prompt[head:], whole[head:]
         other_mode = rest.startswith(opened[: opened.find(">") + 1] or _PROBE)  # both open a thinking part, and not the same
-        if not whole.startswith(prompt[:head]) or _PROBE not in probed or other_mode:
+        agree = prompt[:head].startswith(history) and whole.startswith(prompt[:head])
+        if not agree or _PROBE not in probed or other_mode:
             raise RewrittenError("the chat template writes an answer in another way than its prompt begins one")
         tags = _THOUGHT.findall(opened)
         if not tags or tags[-1] == "</think>" or "</think>" in rest:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from draftkit.draft.drafter import LossSettings, TrainBatch
+from draftkit.draft.drafter import TrainBatch
+from draftkit.settings import LossSettings
 from draftkit.train.parallel import ParallelDrafter, to_whole
 
 BETAS = (0.9, 0.95)

@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from draftkit.draft.drafter import Drafter, LossReport, LossSettings, TrainBatch
+from draftkit.draft.drafter import Drafter, LossReport, TrainBatch
+from draftkit.settings import LossSettings
 from draftkit.target.transformers import best_device
 
 TIMEOUT = timedelta(minutes=60)  # the first process decodes and writes checkpoints while the others wait

@@ -20,9 +20,10 @@ import torch
 
 from draftkit.data.features import FeatureStore
 from draftkit.draft.checkpoint import save_drafter
-from draftkit.draft.drafter import Drafter, LossSettings
+from draftkit.draft.drafter import Drafter
 from draftkit.errors import DataError, Interrupted
 from draftkit.interrupt import noted_signals
+from draftkit.settings import TrainSettings
 from draftkit.target.interface import Target
 from draftkit.train.batches import BatchMaker, Cut, split_store, steps_from, to_device
 from draftkit.train.log import TrainLog
@@ -36,37 +37,6 @@ SAVED_DTYPE = torch.bfloat16  # of finished drafters, as servers load them: half
 # A run may go on with another value of these: they change how long it is, how it is cut, or what is told.
 FREE = {"epochs", "steps", "minutes", "row_tokens", "micro_batch_size", "shard", "max_skipped"}
 FREE |= {"validate_every", "decode_prompts", "patience", "keep_checkpoints", "track"}
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a drafter is trained: the recipe's `train` section (units and defaults there), and where the drafter begins."""
-
-    epochs: int
-    steps: int | None
-    minutes: float | None
-    batch_size: int
-    row_tokens: int | None
-    micro_batch_size: int | None
-    anchors: int
-    lr: float
-    warmup: float
-    cooldown: float
-    weight_decay: float
-    grad_clip: float
-    max_skipped: int
-    dtype: str
-    shard: bool
-    validation_share: float
-    validate_every: int
-    decode_prompts: int
-    patience: int | None
-    keep_checkpoints: int
-    track: tuple[str, ...]
-    seed: int
-    loss: LossSettings
-    start: str  # of the recipe's `drafter` section, as the next one: they decide the weights of step 0
-    start_layers: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -102,10 +72,11 @@ def train(
     world: World,
     report: Callable[[Progress], None] = lambda progress: None,
     accepted: Callable[[], None] = lambda: None,
+    start: str = "",
 ) -> TrainReport:
     """Train `drafter` on `store` into `out/best`, `out/last` and `out/checkpoints`; a run that was interrupted goes on
     from `out/state`, also with another number of processes. `accepted` is called once in the first process, when nothing
-    that lies in `out` is against this run.
+    that lies in `out` is against this run. `start` says how the weights of step 0 were made, which a state must agree with.
 
     Raises DataError when the store is too small or when losses stop being finite, CheckpointError when `out/state`
     belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and SIGTERM end the run behind a
@@ -117,7 +88,7 @@ def train(
     cut = Cut(settings.row_tokens, settings.micro_batch_size, world.rank, world.size)
     maker = BatchMaker(store, split.train, settings.batch_size, settings.anchors, settings.seed, cut)
     held_out = BatchMaker(store, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
-    fingerprint = _fingerprint(store, drafter, settings)
+    fingerprint = _fingerprint(store, drafter, settings, start)
     parallel = ParallelDrafter(drafter, world, settings.shard, getattr(torch, settings.dtype))
     optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay)
     out.mkdir(parents=True, exist_ok=True)
@@ -209,8 +180,8 @@ def _keep_numbered(drafter: Drafter, folder: Path, note: dict[str, Any], keep: i
         shutil.rmtree(old)
 
 
-def _fingerprint(store: FeatureStore, drafter: Drafter, settings: TrainSettings) -> str:
+def _fingerprint(store: FeatureStore, drafter: Drafter, settings: TrainSettings, start: str) -> str:
     """Changes when the data, the drafter or anything that decides the steps changes."""
     about = {k: v for k, v in asdict(settings).items() if k not in FREE}
-    text = json.dumps([store.manifest.made_from(), asdict(drafter.config), about], sort_keys=True, default=list)
+    text = json.dumps([store.manifest.made_from(), asdict(drafter.config), about, start], sort_keys=True, default=list)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
-from draftkit.draft.drafter import Drafter, LossReport, LossSettings, TrainBatch
+from draftkit.draft.drafter import Drafter, LossReport, TrainBatch
 from draftkit.ops.sampling import Sampling
+from draftkit.settings import LossSettings
 from draftkit.target.interface import Target
 from draftkit.train.batches import BatchMaker, to_device
 from draftkit.train.parallel import ParallelDrafter

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.drafter import LossSettings, TrainBatch
+from draftkit.draft.drafter import TrainBatch
+from draftkit.settings import LossSettings
 
 
 @dataclass(frozen=True)
