@@ -18,7 +18,7 @@ import torch
 from draftkit.draft.drafter import Drafter, Proposal
 from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator, sample
-from draftkit.ops.verify import TOKEN_RULE, Rule, verify
+from draftkit.ops.verify import TOKEN_RULE, DenseProposals, Rule, verify
 from draftkit.target.interface import Target
 
 Plan = Callable[[Sequence[float]], int]  # from a proposal's confidences (none without a head) to tokens to verify
@@ -115,7 +115,8 @@ def decode(
         read = target.forward(torch.cat([anchor_B[:, None], tokens_BL], dim=1), cache, layers)
         probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), sampling)
         lengths_B = torch.tensor([verified], device=target.device)
-        verdict = verify(rule, tokens_BL, probs_BTV, draft_probs_BLV, lengths_B, uniforms[None, gamma:])
+        proposals = DenseProposals(tokens_BL, probs_BTV, draft_probs_BLV, lengths_B)
+        verdict = verify(rule, proposals, uniforms[None, gamma:])
         accepted = int(verdict.accepted_R)
         new_tokens = [*tokens_BL[0, :accepted].tolist(), int(verdict.next_token_R)]
 

@@ -9,9 +9,8 @@ import torch
 
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
-from draftkit.engine.row_sampling import processed_rows, row_sampling
 from draftkit.engine.running import Uniforms
-from draftkit.ops.sampling import Sampling, processed_probs, sample
+from draftkit.ops.sampling import Sampling, distributions, processed_probs, row_settings, sample
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter
 from support.engine import PROMPTS, finish, small, tokens_of
@@ -30,7 +29,7 @@ SETTINGS = [
 def test_every_row_has_the_distribution_of_its_own_settings() -> None:
     logits_NV = torch.randn(len(SETTINGS), 200, generator=torch.Generator().manual_seed(0)) * 3
     params = [SamplingParams(**s) for s in SETTINGS]  # type: ignore[arg-type]
-    together = processed_rows(logits_NV, row_sampling(params, 200, torch.device("cpu")))
+    together = distributions(logits_NV, row_settings(params)).dense()
     for row, settings in enumerate(SETTINGS):
         alone = processed_probs(logits_NV[row], Sampling(**settings))  # type: ignore[arg-type]
         torch.testing.assert_close(together[row], alone, atol=1e-7, rtol=1e-6)

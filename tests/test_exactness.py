@@ -68,8 +68,14 @@ def test_a_plan_that_looks_at_the_next_requests_future_is_found_out() -> None:
 
 def test_a_wrong_rule_is_found_out() -> None:
     """Taking the bonus row in place of the residual, or the residual of the other rule, is seen behind any planner."""
-    no_residual = Rule("wrong", TOKEN_RULE.length_law, lambda n, x, p, q, m: p[range(len(n)), n])
-    mixed = Rule("wrong", BLOCK_RULE.length_law, TOKEN_RULE.next_token_law)
+    no_residual = Rule("wrong", lambda ratios: 1e300 * TOKEN_RULE.weights(ratios), TOKEN_RULE.length_distribution)
+    mixed = Rule(
+        "wrong",
+        TOKEN_RULE.weights,
+        lambda ratios, weights, surplus, lengths: BLOCK_RULE.length_distribution(
+            ratios, BLOCK_RULE.weights(ratios), surplus, lengths
+        ),
+    )
     for wrong in (no_residual, mixed):
         rng, worst = np.random.default_rng(0), {}
         for _ in range(15):
@@ -102,6 +108,6 @@ def test_the_command_prints_the_table_and_fails_when_the_law_is_missed(monkeypat
     found = json.loads(done.output)
     assert len(found["findings"]) == 24
     assert found["largest_deviation"] < DEVIATION_ALLOWED
-    broken = Rule("token", TOKEN_RULE.length_law, BLOCK_RULE.next_token_law)
+    broken = Rule("token", BLOCK_RULE.weights, TOKEN_RULE.length_distribution)
     monkeypatch.setitem(RULES, "token", broken)
     assert CliRunner().invoke(app, ["verify-lossless", "--gamma", "2", "--tables", "2"]).exit_code == 1

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.engine.drawing import Drawing
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.passes import Pass
-from draftkit.ops.sampling import Sampling, processed_probs, sample
+from draftkit.ops.sampling import Sampling, row_settings
 
 PAGE, GAMMA, HIDDEN, VOCAB = 4, 5, 16, 40
 LENGTHS = (21, 3, 8)  # committed tokens of three requests; each one's anchor follows
@@ -69,13 +70,10 @@ def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], te
     uniforms_RG = torch.rand(3, GAMMA, dtype=torch.float64)
     read_together(fast, features, following)
 
-    def choose(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        probs_RV = processed_probs(logits_RV, sampling)
-        return sample(probs_RV, uniforms_RG[:, k]), probs_RV
-
+    drawing = Drawing(row_settings([sampling] * 3), uniforms_RG.numpy()) if temperature else None
     wanted = fast.drafting_pass(anchors.numpy())
     step = flat_pass([n + wanted.first for n in LENGTHS], [wanted.tokens_RP.shape[1]] * 3)
-    tokens, probs, confidence, largest = fast.draft(step, anchors, choose if temperature else None)
+    tokens, drawn, confidence, largest = fast.draft(step, anchors, drawing)
     assert confidence is None and largest is not None
     for row, (f, t) in enumerate(zip(features, following, strict=True)):
         context = drafter.new_context()
@@ -83,8 +81,8 @@ def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], te
         alone = drafter.propose(context, anchors[row : row + 1], sampling, uniforms_RG[row : row + 1])
         assert tokens[row].tolist() == alone.tokens_BG[0].tolist()
         torch.testing.assert_close(largest[row], alone.largest_BG[0], atol=1e-10, rtol=1e-10)
-        if temperature:
-            torch.testing.assert_close(probs[row], alone.probs_BGV[0], atol=1e-10, rtol=1e-10)
+        if drawn is not None:
+            torch.testing.assert_close(drawn.dense().unflatten(0, (3, -1))[row], alone.probs_BGV[0], atol=1e-10, rtol=1e-10)
 
 
 def test_proposals_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

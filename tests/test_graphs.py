@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftkit.engine.compiled import record_passes
+from draftkit.engine.drawing import Drawn
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.graphs import Play, RecordedPasses, padded, sizes
 from draftkit.ops.sampling import Sampling
@@ -141,13 +142,13 @@ def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
     assert fast.recorded is not None and fast.recorded.greedy.reason is None and len(fast.recorded.greedy._recordings) == 2
 
 
-def drafts(fast: FastDrafter, anchors: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+def drafts(fast: FastDrafter, anchors: list[int]) -> tuple[Tensor, Drawn | None, Tensor | None]:
     """Greedy proposals behind empty contexts."""
     wanted = fast.drafting_pass(torch.tensor(anchors).numpy())
     step = one_pass([(row.tolist(), 0, [2 * i, 2 * i + 1]) for i, row in enumerate(wanted.tokens_RP)])
     step.block = True
-    tokens, probs, confidence, _ = fast.draft(step, torch.tensor(anchors), None)
-    return tokens, probs, confidence
+    tokens, drawn, confidence, _ = fast.draft(step, torch.tensor(anchors), None)
+    return tokens, drawn, confidence
 
 
 def test_sizes_are_close_to_what_comes_and_wide_tables_are_not_recorded() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from draftkit.ops.sampling import Sampling, processed_probs, sample
-from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, Rule, verify
+from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, DenseProposals, Rule, length_distribution, verify
 
 VOCAB = 3
 
@@ -24,10 +24,10 @@ def random_batch(requests: int, gamma: int, sharp: float, seed: int = 0) -> tupl
 
 def test_block_verification_accepts_at_least_as_much() -> None:
     """For every draft distribution, averaged over proposals; here over many random ones, and strictly more in sum."""
-    tokens, p, q, lengths = random_batch(20_000, 4, 1.5)
+    batch = DenseProposals(*random_batch(20_000, 4, 1.5))
     steps = torch.arange(5, dtype=torch.float64)
-    token_wise = (TOKEN_RULE.length_law(tokens, p, q, lengths) * steps).sum(-1).mean()
-    block = (BLOCK_RULE.length_law(tokens, p, q, lengths) * steps).sum(-1).mean()
+    token_wise = (length_distribution(TOKEN_RULE, batch)[0] * steps).sum(-1).mean()
+    block = (length_distribution(BLOCK_RULE, batch)[0] * steps).sum(-1).mean()
     assert block > token_wise
 
 
@@ -36,7 +36,7 @@ def test_the_rules_agree_at_temperature_zero() -> None:
     greedy = processed_probs(p.log(), Sampling(0.0))
     one_hot = torch.nn.functional.one_hot(tokens, VOCAB).double()
     for rule in RULES.values():
-        verdict = verify(rule, tokens, greedy, one_hot, lengths, torch.rand(200, 2, dtype=torch.float64))
+        verdict = verify(rule, DenseProposals(tokens, greedy, one_hot, lengths), torch.rand(200, 2, dtype=torch.float64))
         best = greedy.argmax(-1)
         kept = (tokens == best[:, :4]).long().cumprod(-1).sum(-1)
         assert torch.equal(verdict.accepted_R, kept)
@@ -47,11 +47,12 @@ def test_the_rules_agree_at_temperature_zero() -> None:
 def test_ragged_lengths_equal_the_shorter_proposal_alone(rule: Rule) -> None:
     tokens, p, q, _ = random_batch(6, 3, 1.5)
     lengths = torch.tensor([0, 1, 2, 3, 1, 0])
-    law = rule.length_law(tokens, p, q, lengths)
+    law, _ = length_distribution(rule, DenseProposals(tokens, p, q, lengths))
     for r, length in enumerate(lengths.tolist()):
-        alone = rule.length_law(
+        proposal = DenseProposals(
             tokens[r : r + 1, :length], p[r : r + 1, : length + 1], q[r : r + 1, :length], torch.tensor([length])
         )
+        alone, _ = length_distribution(rule, proposal)
         torch.testing.assert_close(law[r, : length + 1], alone[0], atol=1e-14, rtol=0)
         assert float(law[r, length + 1 :].sum()) == 0.0
 
@@ -61,21 +62,18 @@ def test_drawn_verdicts_follow_the_law(rule: Rule) -> None:
     tokens, p, q, _ = random_batch(1, 3, 1.5, seed=4)
     count = 40_000
     uniforms = torch.rand(count, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    verdict = verify(
-        rule,
-        tokens.expand(count, -1),
-        p.expand(count, -1, -1),
-        q.expand(count, -1, -1),
-        torch.full((count,), 3),
-        uniforms,
+    proposals = DenseProposals(
+        tokens.expand(count, -1), p.expand(count, -1, -1), q.expand(count, -1, -1), torch.full((count,), 3)
     )
+    verdict = verify(rule, proposals, uniforms)
     found = torch.bincount(verdict.accepted_R, minlength=4) / count
-    torch.testing.assert_close(found.double(), rule.length_law(tokens, p, q, torch.tensor([3]))[0], atol=0.01, rtol=0)
+    wanted, _ = length_distribution(rule, DenseProposals(tokens, p, q, torch.tensor([3])))
+    torch.testing.assert_close(found.double(), wanted[0], atol=0.01, rtol=0)
 
 
 def test_an_impossible_draft_token_is_rejected_without_nan() -> None:
     p = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]], dtype=torch.float64)
     q = torch.tensor([[[1.0, 0.0, 0.0]]], dtype=torch.float64)
     for rule in RULES.values():
-        law = rule.length_law(torch.tensor([[2]]), p, q, torch.tensor([1]))
+        law, _ = length_distribution(rule, DenseProposals(torch.tensor([[2]]), p, q, torch.tensor([1])))
         assert law.tolist() == [[1.0, 0.0]]

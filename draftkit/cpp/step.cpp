@@ -7,6 +7,7 @@
 #include <omp.h>
 
 #include "attention.h"
+#include "drafting.h"
 
 namespace {
 
@@ -24,20 +25,6 @@ float *reserve(int64_t count) {
     static thread_local std::vector<float> memory;
     if ((int64_t)memory.size() < count) memory.resize(count);
     return memory.data();
-}
-
-int64_t largest(const float *values, int64_t from, int64_t to) {  // the first one of equals
-    int64_t whole = from + (to - from) / LANES * LANES;
-    Vec tops = spread(-INFINITY);
-    for (int64_t i = from; i < whole; i += LANES) {
-        Vec x = load(values + i);
-        tops = x > tops ? x : tops;
-    }
-    float top = highest(tops);
-    for (int64_t i = whole; i < to; i++) top = values[i] > top ? values[i] : top;
-    for (int64_t i = from; i < to; i++)
-        if (values[i] == top) return i;
-    return from;  // no number at all
 }
 
 struct Shared {
@@ -198,47 +185,6 @@ extern "C" void write_context(const Stack *stack, const Context *context, const 
                 int64_t at = (step->slot[t] * M + m) * 2 * D, position = step->position[t];
                 if (stack->half) store_key_value(layer, k, v, norm, position, (Half *)layer.memory + at, stack->eps);
                 else store_key_value(layer, k, v, norm, position, (float *)layer.memory + at, stack->eps);
-            }
-        }
-    }
-}
-
-// From base logits to greedy tokens, left to right: x_k = argmax(base_k + W2 W1[x_(k-1)]), the first of equal ones.
-extern "C" void draft_greedily(const SequentialHead *head, const Draft *draft) {
-    int64_t R = draft->requests, G = draft->positions, H = draft->hidden, rank = head->w1 ? head->w2.cols : 0;
-    std::vector<int64_t> best(draft->threads * R);
-    std::vector<float> previous(R * rank + PANEL);
-#pragma omp parallel num_threads(draft->threads)
-    {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        int64_t panels = (draft->vocab + PANEL - 1) / PANEL, from = panels * thread / threads * PANEL;
-        int64_t to = std::min(panels * (thread + 1) / threads * PANEL, draft->vocab);
-        for (int64_t k = 0; k < G; k++) {
-            auto logits = [=](int64_t r) { return draft->logits + (r * G + k) * draft->row; };
-            for (int64_t r = thread; r < R && rank; r += threads) {
-                int64_t token = k ? draft->tokens[r * G + k - 1] : draft->anchors[r];
-                std::memcpy(&previous[r * rank], head->w1 + token * rank, rank * sizeof(float));
-            }
-#pragma omp barrier
-            if (rank)
-                multiply(head->w2, previous.data(), R, thread, threads, [&](int64_t panel, int64_t r, Vec low, Vec high) {
-                    float *to = logits(r) + panel * PANEL;
-                    store(to, load(to) + low);
-                    if (panel * PANEL + LANES < head->w2.rows) store(to + LANES, load(to + LANES) + high);
-                });
-            for (int64_t r = 0; r < R; r++) best[thread * R + r] = largest(logits(r), from, to);
-#pragma omp barrier
-            for (int64_t r = thread; r < R; r += threads) {
-                int64_t top = best[r];
-                for (int64_t other = 1; other < threads; other++)
-                    if (logits(r)[best[other * R + r]] > logits(r)[top]) top = best[other * R + r];
-                draft->tokens[r * G + k] = top;
-                if (!draft->confidence) continue;
-                float sum = head->confidence_bias;
-                const float *state = draft->states + (r * G + k) * H;
-                for (int64_t i = 0; i < H; i++) sum += head->confidence[i] * state[i];
-                for (int64_t i = H; i < head->confidence_size; i++) sum += head->confidence[i] * previous[r * rank + i - H];
-                draft->confidence[r * G + k] = 1.f / (1.f + std::exp(-sum));
             }
         }
     }

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "sampling.h"
+
 typedef uint16_t Half;  // the upper half of a float32, rounded: bfloat16
 typedef uint32_t Pair;  // two of them
 enum Kind { FLOATS, HALVES, PAIRS };
@@ -40,18 +42,27 @@ struct Context {  // a drafter's context features to keys and values of all its 
     Matrix fc, kv;  // [H, F], [2 L M D, H]
     const float *norm, *k_norm;  // [H], [L, D]
 };
-struct SequentialHead {  // Markov: W1 [V, r], W2 [V, r]; confidence: weights [H (+ r)] and bias; null where there is none
+enum HeadKind { MARKOV, GATED, RNN };
+enum Part { ALL, LOGITS, TOKENS };
+struct SequentialHead {  // W1 [V, r], W2 [C, r], joint matrix and bias of the gated and RNN heads (see draft/heads.py); confidence:
+    int64_t kind;        // weights [H (+ r)] and bias; null where there is none
     const float *w1;
-    Matrix w2;
-    const float *confidence;
+    Matrix w2, joint;
+    const float *joint_bias, *confidence;
     int64_t confidence_size;
     float confidence_bias;
 };
 struct Draft {
-    int64_t requests, positions, hidden, vocab, row, threads;  // `row`: numbers from one row of logits to the next
-    const float *states;  // [R, G, H]
-    float *logits, *confidence;  // base logits [R, G, row], those of the chosen prefix when done; [R, G] or null
-    const int64_t *anchors;
-    int64_t *tokens;  // [R, G]
+    int64_t requests, positions, hidden, columns, row, threads;  // `row`: numbers from one row of logits to the next
+    int64_t from, to, part;  // positions to draft, and what of them: the logits, the tokens, or both
+    const float *states;     // [R, G, H]
+    float *logits;           // base logits [R, G, row], those of the chosen prefix when done
+    float *confidence, *largest, *memory;  // [R, G] each or null; states of an RNN head [R, r]
+    const int64_t *anchors, *ids;          // tokens of the columns, null where they are the same
+    int64_t *tokens;                       // [R, G]
+    const Setting *settings;               // [R], null: all greedy, and the rest is not looked at
+    const double *uniforms;                // [R, G]
+    Softmax *softmaxes;                    // [R, G]
+    double *sums, *chances;                // [R, G, chunks], and the probabilities of the tokens [R, G]
 };
 }

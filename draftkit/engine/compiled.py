@@ -123,13 +123,12 @@ def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
     features_TF = torch.randn(len(context), drafter.fc.shape[1], generator=torch.Generator().manual_seed(0))
     anchors_R = torch.zeros(2, dtype=torch.int64)
 
-    def draft() -> Tensor:
-        trial.extend(context, features_TF, anchors_R)
-        return trial.draft(block, anchors_R, lambda logits_RV, _: (anchors_R, logits_RV))[1]
-
-    eager = draft()
     trial.native = native = NativeDrafter(drafter, trial.stack)
-    _compare("drafter", eager, draft())
+    trial.extend(context, features_TF, anchors_R)
+    tokens_RG, compiled = trial.compiled_logits(block, anchors_R, native)
+    trial.native = None
+    trial.extend(context, features_TF, anchors_R)
+    _compare("drafter", trial.logits_along(block, anchors_R, tokens_RG), compiled)
     native.stack.attach(drafter.stack)
     return native
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
+from draftkit.engine.drawing import Drawing
 from draftkit.engine.fast_model import FastModel, ReadOut
 from draftkit.engine.measure import can_measure, measure_step_rate, warm_up
 from draftkit.engine.metrics import EngineMetrics, Tally
@@ -28,8 +29,7 @@ from draftkit.engine.models import build_models, start_compiling
 from draftkit.engine.passes import Pass
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.request import SamplingParams, StepOutput
-from draftkit.engine.round import Chooser, Offered, adjust_rows, judge, place
-from draftkit.engine.row_sampling import RowSampling, row_sampling
+from draftkit.engine.round import Offered, adjust_rows, place, verify_proposals
 from draftkit.engine.running import Running, Uniforms
 from draftkit.engine.scheduler import Scheduler, Work
 from draftkit.engine.scoring import Scoring, score, to_score
@@ -37,6 +37,7 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.engine.slow_model import SlowModel
 from draftkit.engine.unread import LONG, Unread
 from draftkit.errors import DataError
+from draftkit.ops.sampling import row_settings
 from draftkit.target.transformers import TransformersTarget
 
 log = logging.getLogger("draftkit.engine")
@@ -138,10 +139,10 @@ class Engine:
         work = self._scheduler.schedule()
         if not work.requests:
             return []
-        rows, uniforms = self._randomness(work)
-        offered = self._draft(work, rows, uniforms)
+        settings, uniforms = self._randomness(work)
+        offered = self._draft(work, settings, uniforms)
         step, read = self._read(work, offered)
-        outcome = self._verify(work, offered, read, rows, uniforms)
+        outcome = self._verify(work, offered, read, settings, uniforms)
         self._extend(work, step, read, outcome)
         outputs = commit(work, outcome, self._adjustments, self._models.pool)
         for output in outputs:
@@ -207,49 +208,47 @@ class Engine:
 
     # --- the parts of a step
 
-    def _randomness(self, work: Work) -> tuple[RowSampling, np.ndarray]:
-        """Sampling settings of the requests that get a token, and their uniforms [A, G + 2] (drafts, length, token)."""
+    def _randomness(self, work: Work) -> tuple[np.ndarray, np.ndarray]:
+        """Sampling settings [A] of the requests that get a token, and their uniforms [A, G + 2] (drafts, length, token)."""
         answering = work.requests[: work.answering]
-        rows = row_sampling([r.params for r in answering], self.info.vocab_size, self._models.device)
+        settings = row_settings([r.params for r in answering])
         uniforms = np.zeros((work.answering, self.info.gamma + 2))
-        if not rows.greedy:
+        if settings["temperature"].any():
             for index, request in enumerate(answering):
                 if index < work.decoding:
                     drawn = request.uniforms.round()
                     uniforms[index, -len(drawn) :] = drawn
                 else:
                     uniforms[index, -1] = request.uniforms.first()
-        return rows, uniforms
+        return settings, uniforms
 
-    def _draft(self, work: Work, rows: RowSampling, uniforms: np.ndarray) -> Offered:
+    def _draft(self, work: Work, settings: np.ndarray, uniforms: np.ndarray) -> Offered:
         """Proposals of those who draft, with the lengths that the plan lets through."""
         lengths_A = np.zeros(work.answering, np.int64)
         chosen = self._planner.choose_drafting(work.requests[: work.decoding])
         drafter, device = self._models.drafter, self._models.device
         if drafter is None or not chosen:
             empty = torch.empty(work.answering, 0, dtype=torch.int64, device=device)
-            probs = None if rows.greedy else torch.empty(work.answering, 0, self.info.vocab_size, device=device)
-            return Offered(empty, probs, lengths_A, [], None)
+            return Offered(empty, None, lengths_A, [], None)
         drafting = [work.requests[i] for i in chosen]
         began = time.perf_counter()
         if self._unread is not None:
             self._unread.read(drafting)
         adjustments = [self._adjustments.get(r.id) for r in drafting]
-        choose = None  # the drafter's own greedy walk
-        if not rows.greedy or any(adjustments):
-            choose = Chooser(rows.take(torch.tensor(chosen, device=device)), self._on_device(uniforms[chosen]), adjustments)
+        drawing = None  # the drafter's own greedy walk
+        if settings["temperature"].any() or any(adjustments):
+            drawing = Drawing(settings[chosen], uniforms[chosen, : self.info.gamma], adjustments)
         anchors = np.array([r.tokens[-1] for r in drafting])
         wanted = drafter.drafting_pass(anchors)
         lengths_D = np.full(len(drafting), wanted.tokens_RP.shape[1])
         starts_D, rows_D = work.starts_R[chosen] + wanted.first, work.rows_R[chosen]
         step = self._pass(wanted.tokens_RP.ravel(), starts_D, lengths_D, rows_D, wanted.block)
-        tokens_DG, probs_DGV, *said = drafter.draft(step, self._on_device(anchors), choose)
+        tokens_DG, drawn, *said = drafter.draft(step, self._on_device(anchors), drawing)
         told = [t.cpu().numpy() if t is not None else None for t in said]  # on a GPU this waits for the pass
-        self._tally.draft_seconds += time.perf_counter() - began - (choose.seconds if choose is not None else 0.0)
+        self._tally.draft_seconds += time.perf_counter() - began - (drawing.seconds if drawing is not None else 0.0)
         confidence = self._planner.confidence(*told)
         lengths_A[chosen] = self._planner.lengths(drafting, confidence)
-        probs_AGV = None if rows.greedy else place(probs_DGV, chosen, work.answering)
-        return Offered(place(tokens_DG, chosen, work.answering), probs_AGV, lengths_A, chosen, confidence)
+        return Offered(place(tokens_DG, chosen, work.answering), drawn, lengths_A, chosen, confidence)
 
     def _read(self, work: Work, offered: Offered) -> tuple[Pass, ReadOut]:
         """One pass of the target over everything: anchors with their proposals, and chunks of prompts."""
@@ -292,17 +291,18 @@ class Engine:
         return True
 
     def _verify(
-        self, work: Work, offered: Offered, read: ReadOut, rows: RowSampling, uniforms: np.ndarray
+        self, work: Work, offered: Offered, read: ReadOut, settings: np.ndarray, uniforms: np.ndarray
     ) -> Outcome:
         """The verdict on every proposal, and the next token of everybody who gets one; on the host."""
         if not work.answering:
             return Outcome.nothing(offered)
         adjustments = [self._adjustments.get(r.id) for r in work.requests[: work.answering]]
-        logits = adjust_rows(read.logits_WV, offered, adjustments)
-        best = read.best_W if logits is read.logits_WV else None
+        told = any(r.params.logprobs is not None for r in work.requests[: work.answering])  # of the logits as they were
+        logits = adjust_rows(read.logits_WV, offered, adjustments, in_place=not told)
+        best = None if any(adjustments) else read.best_W
         began = time.perf_counter()
-        accepted, following = judge(logits, best, offered, rows, uniforms[:, -2:])
-        if self._models.device.type != "cpu":  # judging is little there beside what it waits for: the end of the pass
+        accepted, following = verify_proposals(logits, best, offered, settings, uniforms[:, -2:])
+        if self._models.device.type != "cpu":  # verifying is little there beside what it waits for: the end of the pass
             self._tally.verify_seconds += time.perf_counter() - began
         self._tally.rounds += sum(r.gamma > 0 for r in work.requests[: work.decoding])
         if offered.drafting:

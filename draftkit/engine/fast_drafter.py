@@ -23,6 +23,7 @@ from draftkit.draft.backbone import DraftLayer
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
+from draftkit.engine.drawing import Drafts, Drawing
 from draftkit.engine.fast_model import fuse_qkv
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
@@ -31,9 +32,7 @@ from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackSh
 from draftkit.ops.inference import inference
 from draftkit.ops.sampling import largest_prob
 
-Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [R, V], draft index 0..G-1 -> tokens [R], probs [R, V]
-# tokens [R, G], what `Choose` said of their distributions [R, G, V], confidences in (0, 1) [R, G], largest probabilities [R, G]
-Drafts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Choose = Callable[[Tensor, int], Tensor]  # logits [R, V], draft index 0..G-1 -> tokens [R]
 
 
 @dataclass(frozen=True)
@@ -117,39 +116,53 @@ class FastDrafter:
         return DraftingPass(tokens_RP, 0, block=True)
 
     @inference
-    def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> Drafts:
-        """Propose for every request; without a confidence head the confidences are None, and then there are the largest
-        probabilities (see `Proposal`).
+    def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
+        """Propose for every request.
 
-        `step` is the `drafting_pass`, with the anchor at the first position that `extend` has not written. `choose` gets the
-        logits of one position of every block, in order from left to right, and returns the tokens with the distribution
-        they were drawn from. None drafts greedily and returns no distributions, [R, G, 0].
+        `step` is the `drafting_pass`, with the anchor at the first position that `extend` has not written. `drawing`
+        None drafts greedily.
         """
-        if choose is None and self.recorded is not None and (played := self.recorded.greedy.run(step)) is not None:
+        if drawing is None and self.recorded is not None and (played := self.recorded.greedy.run(step)) is not None:
             tokens_RG, said_RG = played
-            said = (said_RG, None) if self.confidence is not None else (None, said_RG)
-            return tokens_RG, said_RG.new_empty(*tokens_RG.shape, 0), *said
+            return Drafts(tokens_RG, None, *((said_RG, None) if self.confidence is not None else (None, said_RG)))
         native = self.native  # another thread may set it meanwhile, and the head must see what its own pass gave
         hidden_RGH, base_RGV = self._read_block(step, native)
-        head = native.head if native is not None else None
-        if choose is None and head is not None and (self.confidence is not None or self.markov is None):
-            largest_RG = largest_prob(base_RGV) if self.confidence is None else None  # now: the logits are overwritten
-            tokens_RG, confidence_RG = head.draft(hidden_RGH, base_RGV, anchors_R)
-            return tokens_RG, hidden_RGH.new_empty(*tokens_RG.shape, 0), confidence_RG, largest_RG
-        dtype = self.norm.dtype  # the compiled pass gives float32
-        return self._walk(hidden_RGH.to(dtype), base_RGV.to(dtype), anchors_R, choose or take_largest)
+        if native is not None:
+            return native.head.draft(hidden_RGH, base_RGV, anchors_R, drawing)
+        tokens_RG, *said = self._walk(hidden_RGH, base_RGV, anchors_R, drawing or take_largest)
+        return Drafts(tokens_RG, drawing.drawn() if drawing is not None else None, *said)
 
     def greedy(self, step: Indices) -> tuple[Tensor, Tensor]:
         """Tokens of a greedy `draft` [R, G], and confidences or largest probabilities [R, G], in PyTorch operations."""
-        tokens_RG, _, *said = self._walk(
+        tokens_RG, *said = self._walk(
             *self._drafting(*self.forward(step)), step.tokens[:: self.config.block_size], take_largest
         )
         return tokens_RG, next(said_RG for said_RG in said if said_RG is not None)
 
-    def _walk(self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor, choose: Choose) -> Drafts:
-        """Along the head, behind what the block gave."""
+    @inference
+    def logits_along(self, step: Pass, anchors_R: Tensor, tokens_RG: Tensor) -> Tensor:
+        """Logits [R, G, V] before each of these drafted tokens, in PyTorch operations."""
+        logits: list[Tensor] = []
+
+        def follow(logits_RV: Tensor, k: int) -> Tensor:
+            logits.append(logits_RV)
+            return tokens_RG[:, k]
+
+        self._walk(*self._read_block(step, None), anchors_R, follow)
+        return torch.stack(logits, 1)
+
+    @inference
+    def compiled_logits(self, step: Pass, anchors_R: Tensor, native: NativeDrafter) -> tuple[Tensor, Tensor]:
+        """Greedy tokens [R, G] and the logits [R, G, V] before each, of the compiled pass."""
+        hidden_RGH, base_RGV = self._read_block(step, native)
+        return native.head.draft(hidden_RGH, base_RGV, anchors_R, None).tokens_DG, base_RGV  # the head writes there
+
+    def _walk(
+        self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor, choose: Choose
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Along the head, behind what the block gave: tokens, and confidences or largest probabilities."""
         previous_R, state = anchors_R, None
-        tokens, probs, largest, embedded = [], [], [], []
+        tokens, largest, embedded = [], [], []
         for k in range(self.gamma):
             logits_RV = base_RGV[:, k]
             if self.markov is not None:
@@ -158,14 +171,13 @@ class FastDrafter:
                 logits_RV = torch.addmm(logits_RV, row_Rr, self.markov.markov_w2.weight.t())
             if self.confidence is None:
                 largest.append(largest_prob(logits_RV))
-            previous_R, probs_RV = choose(logits_RV, k)
+            previous_R = choose(logits_RV, k)
             tokens.append(previous_R)
-            probs.append(probs_RV)
         confidence = None
         if self.confidence is not None:
             markov = torch.stack(embedded, 1) if embedded else None
             confidence = torch.sigmoid(self.confidence(hidden_RGH, markov).float())
-        return torch.stack(tokens, 1), torch.stack(probs, 1), confidence, torch.stack(largest, 1) if largest else None
+        return torch.stack(tokens, 1), confidence, torch.stack(largest, 1) if largest else None
 
     def _read_block(self, step: Pass, native: NativeDrafter | None) -> tuple[Tensor, Tensor]:
         """Normed hidden states and base logits of the drafting positions, [R, G, H] and [R, G, V]."""
@@ -193,9 +205,9 @@ class FastDrafter:
         return hidden_TH, self.head.logits(hidden_TH)
 
 
-def take_largest(logits_RV: Tensor, _: int) -> tuple[Tensor, Tensor]:
-    """The greedy `Choose`: tokens [R] and no distributions, [R, 0]."""
-    return logits_RV.argmax(-1), logits_RV.new_empty(len(logits_RV), 0)
+def take_largest(logits_RV: Tensor, _: int) -> Tensor:
+    """The greedy `Choose`: tokens [R]."""
+    return logits_RV.argmax(-1)
 
 
 class RecordedDrafter:
@@ -217,14 +229,12 @@ class RecordedDrafter:
 
 
 class NativeDrafter:
-    """The C++ passes of a drafter: over its blocks, from features to keys and values, and greedily along the head (None
-    for a head that is not among the compiled ones). Raises NoNative."""
+    """The C++ passes of a drafter: over its blocks, from features to keys and values, and along the head. Raises NoNative."""
 
     def __init__(self, drafter: FastDrafter, stack: Stack) -> None:
         self.stack = NativeStack(stack, drafter.ends)
         self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
-        compiled = drafter.markov is None or drafter.markov.kind == "markov"
-        self.head = NativeHead(self.stack, drafter.markov, drafter.confidence) if compiled else None
+        self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, None)
 
 
 def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:

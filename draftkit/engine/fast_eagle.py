@@ -19,7 +19,8 @@ from torch import Tensor
 from draftkit.draft.backbone import embed
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.draft.families import STYLES
-from draftkit.engine.fast_drafter import Choose, DraftingPass, Drafts, fuse_layer, rotary_of, take_largest
+from draftkit.engine.drawing import Drafts, Drawing
+from draftkit.engine.fast_drafter import DraftingPass, fuse_layer, rotary_of, take_largest
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack, StackShape
 from draftkit.ops.inference import inference
@@ -64,24 +65,24 @@ class FastEagle:
         return DraftingPass(np.repeat(anchors_R[:, None], self.gamma, 1), -1, block=False)
 
     @inference
-    def draft(self, step: Pass, anchors_R: Tensor, choose: Choose | None) -> Drafts:
-        """G passes of one token per request, without confidences; `choose` None drafts greedily, see `FastDrafter.draft`.
+    def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
+        """G passes of one token per request, without confidences; `drawing` None drafts greedily, see `FastDrafter.draft`.
 
         `step` is the `drafting_pass`: where the rows lie; their token ids do not matter.
         """
-        drafter, choose = self._drafter, choose or take_largest
+        drafter, choose = self._drafter, drawing or take_largest
         state_RH, token_R = self._states[step.slots[:: self.gamma]], anchors_R
-        tokens, probs, largest = [], [], []
+        tokens, largest = [], []
         for k in range(self.gamma):
             u, residual_RH = drafter.midlayer.join(embed(drafter.embed_tokens, token_R, self.config), state_RH)
             single = self.stack.laid(self._single(step, k))
             state_RH = self.stack.finish_layer(0, residual_RH, F.linear(u, self._layer.qkv), {}, single)
             logits_RV = drafter.logits(state_RH)
             largest.append(largest_prob(logits_RV))
-            token_R, probs_RV = choose(logits_RV, k)
+            token_R = choose(logits_RV, k)
             tokens.append(token_R)
-            probs.append(probs_RV)
-        return torch.stack(tokens, 1), torch.stack(probs, 1), None, torch.stack(largest, 1)
+        drawn = drawing.drawn() if drawing is not None else None
+        return Drafts(torch.stack(tokens, 1), drawn, None, torch.stack(largest, 1))
 
     def _single(self, step: Pass, k: int) -> Pass:
         """The k-th token of every request."""

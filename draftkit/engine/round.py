@@ -1,11 +1,10 @@
-"""The numerical half of a round, for many requests at once: draw the proposals, judge them, look up log probabilities.
+"""The numerical half of a round, for many requests at once: verify the proposals, look up log probabilities.
 
 Shapes: D requests that draft, A requests that get a token, G = gamma drafted tokens, N rows of logits, V vocabulary.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,49 +14,20 @@ import torch
 from torch import Tensor
 
 from draftkit.engine.adjust import Adjustment, wide
-from draftkit.engine.row_sampling import RowSampling, processed_rows
-from draftkit.ops.sampling import sample
-from draftkit.ops.verify import TOKEN_RULE, verify
-
-
-class Chooser:
-    """Draws drafted tokens, position by position, for `FastDrafter.draft`; `seconds` is the time it took.
-
-    `adjustments_D` changes the logits of single requests first. When all rows are greedy no distribution is built: the
-    second result is then [D, 0].
-    """
-
-    def __init__(self, rows: RowSampling, uniforms_DG: Tensor, adjustments_D: Sequence[Adjustment | None]) -> None:
-        self._rows, self._uniforms_DG = rows, uniforms_DG
-        self._adjusted = [(i, a, list[int]()) for i, a in enumerate(adjustments_D) if a is not None]
-        self.seconds = 0.0
-
-    def __call__(self, logits_DV: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Tokens [D] and the distributions they were drawn from."""
-        began = time.perf_counter()
-        if self._adjusted:
-            logits_DV = wide(logits_DV)
-            for row, adjustment, drafts in self._adjusted:
-                logits_DV[row : row + 1] = adjustment.apply(logits_DV[row : row + 1], drafts, position)
-        if self._rows.greedy:
-            tokens_D, probs_DV = logits_DV.argmax(-1), logits_DV.new_empty(len(logits_DV), 0)
-        else:
-            probs_DV = processed_rows(logits_DV, self._rows)
-            tokens_D = sample(probs_DV, self._uniforms_DG[:, position])
-        for row, _, drafts in self._adjusted:
-            drafts.append(int(tokens_D[row]))
-        self.seconds += time.perf_counter() - began
-        return tokens_D, probs_DV
+from draftkit.engine.drawing import Drawn, certainly_drawn
+from draftkit.ops.native_sampling import NativeRows
+from draftkit.ops.sampling import Distributions, distributions
+from draftkit.ops.verify import TOKEN_RULE, DenseProposals, NativeProposals, Proposals, verify
 
 
 @dataclass(frozen=True)
 class Offered:
-    """Proposals of the requests that get a token, those that do not draft with length 0: tokens int64 [A, G], their
-    distributions [A, G, V] (None when all are greedy), and how many are verified, int64 [A]. `drafting` are the rows
-    of those that did draft; their confidences are [D, G] or None."""
+    """Proposals of the requests that get a token, those that do not draft with length 0: tokens int64 [A, G], and how many are
+    verified, int64 [A]. `drafting` are the rows of the D that did draft, `drawn` what their tokens were drawn from (None when
+    all are greedy); their confidences are [D, G] or None."""
 
     tokens_AG: Tensor
-    probs_AGV: Tensor | None
+    drawn: Drawn | None
     lengths_A: np.ndarray
     drafting: list[int]
     confidence_DG: np.ndarray | None
@@ -76,8 +46,8 @@ def place(values_D: Tensor, drafting_D: Sequence[int], answering: int) -> Tensor
     return values_D.new_zeros(answering, *values_D.shape[1:]).index_copy_(0, index, values_D)
 
 
-def judge(
-    logits_NV: Tensor, best_N: np.ndarray | None, offered: Offered, rows: RowSampling, uniforms_A2: np.ndarray
+def verify_proposals(
+    logits_NV: Tensor, best_N: np.ndarray | None, offered: Offered, settings_A: np.ndarray, uniforms_A2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many drafted tokens each request keeps, and its next token: int64 [A] each, on the host.
 
@@ -85,7 +55,7 @@ def judge(
     alone are compared with the largest logits: what `verify` does with one-hot distributions.
     """
     longest = int(offered.lengths_A.max()) if offered.drafting else 0
-    if offered.probs_AGV is None:
+    if (settings_A["temperature"] == 0).all():
         best_N = _best(logits_NV) if best_N is None else best_N
         if not longest:
             return np.zeros(len(best_N), np.int64), best_N
@@ -95,33 +65,48 @@ def judge(
         kept_AG &= np.arange(longest) < offered.lengths_A[:, None]
         accepted_A = np.logical_and.accumulate(kept_AG, 1).sum(1)
         return accepted_A, best_AG[np.arange(len(best_AG)), accepted_A]
-    cells = _cells(offered.lengths_A, longest)
-    lengths_A = torch.from_numpy(offered.lengths_A).to(logits_NV.device)
-    if rows.temperature is not None:
-        rows = rows.repeat(lengths_A + 1)
-    probs_NV = processed_rows(logits_NV, rows)
+    rows_N = distributions(logits_NV, settings_A.repeat(offered.lengths_A + 1))
+    if not longest:
+        return np.zeros(len(settings_A), np.int64), rows_N.draw(uniforms_A2[:, 1]).cpu().numpy()
+    uniforms = torch.from_numpy(np.ascontiguousarray(uniforms_A2)).to(logits_NV.device)
+    verdict = verify(TOKEN_RULE, _proposals(rows_N, offered, longest), uniforms)
+    accepted, following = torch.stack([verdict.accepted_R, verdict.next_token_R]).cpu().numpy()
+    return accepted, following
+
+
+def _proposals(rows_N: Distributions, offered: Offered, longest: int) -> Proposals:
+    """`rows_N` are the target's, lengths + 1 of each request."""
+    drawn = offered.drawn or certainly_drawn(offered.host_tokens_AG[offered.drafting], rows_N)
+    gamma, answering = offered.tokens_AG.shape[1], len(offered.lengths_A)
+    lengths_A = torch.from_numpy(offered.lengths_A)
+    if isinstance(rows_N, NativeRows) and isinstance(drawn.rows, NativeRows) and drawn.chances_DG is not None:
+        q_AG, first_A = np.zeros((answering, gamma)), np.zeros(answering, np.int64)
+        q_AG[offered.drafting] = drawn.chances_DG
+        first_A[offered.drafting] = np.arange(len(offered.drafting)) * gamma
+        firsts_A = (offered.lengths_A + 1).cumsum() - offered.lengths_A - 1
+        tokens_AG = offered.host_tokens_AG[:, :longest]
+        return NativeProposals(tokens_AG, q_AG[:, :longest], rows_N, firsts_A, drawn.rows, first_A, lengths_A)
+    probs_NV, cells = rows_N.dense(), _cells(offered.lengths_A, longest)
     index = None if cells is None else torch.from_numpy(cells).to(probs_NV.device)
     p_AGV = probs_NV.unflatten(0, (-1, longest + 1)) if index is None else probs_NV[index]
-    q_AGV = offered.probs_AGV[:, :longest]
-    uniforms = torch.from_numpy(np.ascontiguousarray(uniforms_A2)).to(logits_NV.device)
-    verdict = verify(TOKEN_RULE, offered.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A, uniforms)
-    accepted, following = torch.stack([verdict.accepted_R, verdict.next_token_R]).cpu().numpy()
-    return np.minimum(accepted, offered.lengths_A), following  # where logits are no numbers no rule holds
+    q_DGV = drawn.dense().unflatten(0, (-1, gamma))[:, :longest]
+    q_AGV = place(q_DGV, offered.drafting, answering)
+    return DenseProposals(offered.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A.to(probs_NV.device))
 
 
 def adjust_rows(
-    logits_NV: Tensor, offered: Offered, adjustments_A: Sequence[Adjustment | None]
+    logits_NV: Tensor, offered: Offered, adjustments_A: Sequence[Adjustment | None], in_place: bool
 ) -> Tensor:
-    """The logits that sampling sees; the given ones where nothing is adjusted."""
+    """The logits that sampling sees; the given ones where nothing is adjusted, or where they may be overwritten."""
     if not any(adjustments_A):
         return logits_NV
     ends_A = (offered.lengths_A + 1).cumsum()
-    adjusted = wide(logits_NV)
+    adjusted = logits_NV if in_place and logits_NV.dtype == torch.float32 else wide(logits_NV)
     for row, adjustment in enumerate(adjustments_A):
         if adjustment is not None:
             length, end = int(offered.lengths_A[row]), int(ends_A[row])
             drafts = offered.host_tokens_AG[row, :length].tolist()
-            adjusted[end - length - 1 : end] = adjustment.apply(logits_NV[end - length - 1 : end], drafts)
+            adjustment.apply(adjusted[end - length - 1 : end], drafts)
     return adjusted
 
 
@@ -130,10 +115,12 @@ def log_probs(
 ) -> tuple[list[float], list[list[tuple[int, float]]]]:
     """Natural logarithms of the probabilities of `tokens` in `rows`, and of the `top` most likely tokens of each row."""
     device = logits_NV.device
-    found_NV = torch.log_softmax(logits_NV[torch.tensor(rows, device=device)].float(), -1)
-    own = found_NV.gather(1, torch.tensor(tokens, device=device)[:, None]).squeeze(1).tolist()
-    values, ids = found_NV.topk(min(top, found_NV.shape[1]), -1)
-    return own, [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), values.tolist(), strict=True)]
+    wide_NV = logits_NV[torch.tensor(rows, device=device)].float()
+    sums_N1 = wide_NV.logsumexp(-1, keepdim=True)
+    own_N1 = wide_NV.gather(1, torch.tensor(tokens, device=device)[:, None]) - sums_N1
+    values, ids = wide_NV.topk(min(top, wide_NV.shape[1]), -1)
+    best = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), (values - sums_N1).tolist(), strict=True)]
+    return own_N1.squeeze(1).tolist(), best
 
 
 def _best(logits_NV: Tensor) -> np.ndarray:

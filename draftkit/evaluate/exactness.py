@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from draftkit.ops.verify import RULES, Rule
+from draftkit.ops.verify import RULES, DenseProposals, Rule, length_distribution
 from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
 from draftkit.schedule.speculation import Speculation
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
@@ -229,10 +229,12 @@ class _Round:
         q = torch.from_numpy(q_SMGV).reshape(rows, gamma, vocab)
         source = np.repeat(np.arange(active), len(proposals_MG)) * prefixes + np.tile(prefix_M, active)
         for verified in range(gamma + 1):
-            lengths = torch.full((rows,), verified)
-            law = rule.length_law(tokens, p, q, lengths).numpy().reshape((*chance_SM.shape, gamma + 1))
+            proposals = DenseProposals(tokens, p, q, torch.full((rows,), verified))
+            lengths, weights = length_distribution(rule, proposals)
+            law = lengths.numpy().reshape((*chance_SM.shape, gamma + 1))
             for accepted in range(verified + 1):
-                following = rule.next_token_law(torch.full((rows,), accepted), tokens, p, q, lengths).numpy()
+                place = torch.full((rows,), accepted)
+                following = proposals.next_token_distribution(place, weights[:, accepted]).numpy()
                 weight = (chance_SM * law[..., accepted]).reshape(rows, 1) * following
                 child = path_SMH[..., accepted].reshape(rows, 1) * vocab + 1 + np.arange(vocab)
                 cell = source[:, None] * ends + _ancestor(child, vocab, ends)

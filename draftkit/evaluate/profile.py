@@ -13,9 +13,9 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from draftkit.draft.drafter import Drafter
+from draftkit.engine.drawing import Drawing
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import unsupported
@@ -26,7 +26,7 @@ from draftkit.engine.passes import Pass
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import environment
-from draftkit.ops.sampling import Sampling, processed_probs, sample
+from draftkit.ops.sampling import Sampling, distributions, row_settings
 from draftkit.schedule.step_rate_table import Measured, StepRateTable
 from draftkit.target.transformers import TransformersTarget
 
@@ -168,10 +168,11 @@ def _target_job(models: Models, tables_RB: np.ndarray, context: int, count: int,
     lengths_R = np.array([len(part) for part in np.array_split(np.arange(count), -(-count // each))])
     starts_R = np.full(len(lengths_R), context)
     tokens_T = np.arange(count) % min(100, models.info.vocab_size)
+    settings_N = row_settings([SAMPLING]).repeat(count)
 
     def job() -> None:
         step = Pass(tokens_T, starts_R, lengths_R, tables_RB[: len(lengths_R)], BLOCK_SIZE, models.device, models.dtype)
-        processed_probs(models.model.read(step, None, models.feature_layers).logits_WV, SAMPLING)
+        distributions(models.model.read(step, None, models.feature_layers).logits_WV, settings_N)
         wait(models)
 
     return job
@@ -185,11 +186,8 @@ def _draft_job(
     wanted = drafter.drafting_pass(ones_R)
     lengths_R = ones_R * wanted.tokens_RP.shape[1]
     features_TF = torch.zeros(len(ones_R), features, dtype=models.dtype, device=device)
-    uniforms_RG = torch.rand(len(ones_R), drafter.gamma, dtype=torch.float64).to(device)
-
-    def choose(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        probs_RV = processed_probs(logits_RV, SAMPLING)
-        return sample(probs_RV, uniforms_RG[:, k]), probs_RV
+    settings_R = row_settings([SAMPLING]).repeat(len(ones_R))
+    uniforms_RG = np.random.default_rng(0).random((len(ones_R), drafter.gamma))
 
     def pass_at(tokens_T: np.ndarray, first: int, lengths_R: np.ndarray, block: bool = False) -> Pass:
         starts_R = ones_R * (context + first)
@@ -197,7 +195,8 @@ def _draft_job(
 
     def job() -> None:
         drafter.extend(pass_at(ones_R, -1, ones_R), features_TF, anchors)
-        drafter.draft(pass_at(wanted.tokens_RP.ravel(), wanted.first, lengths_R, wanted.block), anchors, choose)
+        drawing = Drawing(settings_R, uniforms_RG)
+        drafter.draft(pass_at(wanted.tokens_RP.ravel(), wanted.first, lengths_R, wanted.block), anchors, drawing)
         wait(models)
 
     return job

@@ -1,14 +1,51 @@
 """From logits to the distribution that is sampled, and from a uniform number to a token.
 
+The order is that of vLLM and Transformers: temperature, top-k, top-p, min-p, each on what the one before left. All
+of them keep the largest logits, so a row's distribution is a softmax above a cut. Of logits equal to the cut top-k
+and min-p keep all, top-p the first ones that it needs. A logit that is no number counts as -infinity, and a row
+without a finite largest logit has all its mass on the first largest one.
+
+On a CPU rows of float32 are described by a few numbers each and looked at where needed (`NativeRows`); elsewhere,
+and without a compiler, they are made with PyTorch operations (`DenseRows`).
+
 Shapes: N rows, V vocabulary; [...] is any number of leading dimensions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from draftkit.ops.native_sampling import SETTING, NativeRows, native_rows
+
+
+class SamplingLike(Protocol):
+    """What shapes the distribution of a request."""
+
+    @property
+    def temperature(self) -> float:
+        """0 is greedy."""
+        ...
+
+    @property
+    def top_k(self) -> int:
+        """0 is off, and so is what is no smaller than the vocabulary."""
+        ...
+
+    @property
+    def top_p(self) -> float:
+        """1 is off."""
+        ...
+
+    @property
+    def min_p(self) -> float:
+        """0 is off."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -21,27 +58,39 @@ class Sampling:
     min_p: float = 0.0
 
 
-def processed_probs(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [..., V] that `sampling` draws from, float32 (float64 when the logits are).
+@dataclass(frozen=True)
+class DenseRows:
+    """Distributions of rows as probabilities [N, V]."""
 
-    Order as in vLLM and Transformers: temperature, top-k, top-p, min-p, each on what the one before left. Temperature 0
-    is a one-hot at the first largest logit, so that greedy and sampled decoding are one rule.
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    probs = torch.softmax(logits / sampling.temperature, -1)
-    if 0 < sampling.top_k < probs.shape[-1]:
-        smallest = probs.topk(sampling.top_k, -1).values[..., -1:]
-        probs = _renormalise(probs.where(probs >= smallest, 0.0))
-    if sampling.top_p < 1:
-        ordered, order = probs.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the more likely tokens
-        top_p = max(sampling.top_p, torch.finfo(probs.dtype).tiny)  # the most likely token stays, whatever float32 makes of it
-        probs = _renormalise(torch.zeros_like(probs).scatter_(-1, order, ordered.where(before < top_p, 0.0)))
-    if sampling.min_p > 0:
-        probs = _renormalise(probs.where(probs >= sampling.min_p * probs.amax(-1, keepdim=True), 0.0))
-    return probs
+    probs_NV: Tensor
+
+    def dense(self) -> Tensor:
+        """Probabilities [N, V]."""
+        return self.probs_NV
+
+    def draw(self, uniforms_N: np.ndarray) -> Tensor:
+        """One token of each row, int64 [N]; uniforms in [0, 1)."""
+        return sample(self.probs_NV, torch.from_numpy(np.ascontiguousarray(uniforms_N)).to(self.probs_NV.device))
+
+
+Distributions = DenseRows | NativeRows
+
+
+def row_settings(settings_N: Sequence[SamplingLike]) -> np.ndarray:
+    """Settings of many rows in one array, `SETTING` [N]."""
+    return np.array([(s.temperature, s.top_p, s.min_p, s.top_k) for s in settings_N], SETTING)
+
+
+def distributions(logits_NV: Tensor, settings_N: np.ndarray) -> Distributions:
+    """The distribution of each row under its own settings, see `row_settings`. It may look at the logits later, so they must
+    stay as they are."""
+    return native_rows(logits_NV, settings_N) or DenseRows(_processed(logits_NV, settings_N))
+
+
+def processed_probs(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution [..., V] that `sampling` draws from, float32 (float64 when the logits are)."""
+    rows_NV = logits.reshape(-1, logits.shape[-1])
+    return distributions(rows_NV, row_settings([sampling]).repeat(len(rows_NV))).dense().view(logits.shape)
 
 
 def largest_prob(logits: Tensor) -> Tensor:
@@ -72,5 +121,52 @@ def combined_seed(seed: int, index: int) -> int:
     return (seed * 1_000_003 + index) % 2**63
 
 
-def _renormalise(probs: Tensor) -> Tensor:
-    return probs / probs.sum(-1, keepdim=True)
+# --- with PyTorch operations; M rows have a setting in use
+
+
+def _processed(logits_NV: Tensor, settings_N: np.ndarray) -> Tensor:
+    """Probabilities [N, V]."""
+    wide_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    wide_NV = wide_NV.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    one_hot_NV = torch.zeros_like(wide_NV).scatter_(-1, wide_NV.argmax(-1, keepdim=True), 1.0)
+    if (settings_N["temperature"] == 0).all():
+        return one_hot_NV
+    top_N1 = wide_NV.amax(-1, keepdim=True)
+    scaled_NV = wide_NV - top_N1
+    heat_N1 = _column(np.where(settings_N["temperature"] > 0, settings_N["temperature"], 1.0), scaled_NV)
+    top_k_N, vocab = settings_N["top_k"], wide_NV.shape[1]
+    for used_N, cut in (
+        ((top_k_N > 0) & (top_k_N < vocab), _cut_top_k),
+        (settings_N["top_p"] < 1, _cut_top_p),
+        (settings_N["min_p"] > 0, _cut_min_p),
+    ):
+        if used_N.any():  # in these rows alone: sorting all would cost most of a step
+            index_M = torch.from_numpy(np.flatnonzero(used_N)).to(wide_NV.device)
+            scaled_NV[index_M] = cut(scaled_NV[index_M], heat_N1[index_M], settings_N[used_N])
+    single_N1 = _column(settings_N["temperature"] == 0, scaled_NV).bool() | ~top_N1.isfinite()
+    return torch.where(single_N1, one_hot_NV, torch.softmax(scaled_NV / heat_N1, -1))
+
+
+def _cut_top_k(scaled_MV: Tensor, _: Tensor, settings_M: np.ndarray) -> Tensor:
+    top_k_M1 = torch.from_numpy(np.ascontiguousarray(settings_M["top_k"]))[:, None].to(scaled_MV.device)
+    least_M1 = scaled_MV.topk(int(settings_M["top_k"].max()), -1).values.gather(-1, top_k_M1 - 1)
+    return scaled_MV.where(scaled_MV >= least_M1, float("-inf"))
+
+
+def _cut_top_p(scaled_MV: Tensor, heat_M1: Tensor, settings_M: np.ndarray) -> Tensor:
+    ordered, order = scaled_MV.sort(dim=-1, descending=True, stable=True)
+    probs = torch.softmax(ordered / heat_M1, -1)
+    before = probs.cumsum(-1) - probs  # mass of the more likely tokens
+    top_p_M1 = _column(settings_M["top_p"], probs).clamp_min(torch.finfo(probs.dtype).tiny)  # the most likely token stays
+    kept_MV = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, before < top_p_M1)
+    return scaled_MV.where(kept_MV, float("-inf"))
+
+
+def _cut_min_p(scaled_MV: Tensor, heat_M1: Tensor, settings_M: np.ndarray) -> Tensor:
+    least_M1 = (_column(np.log(settings_M["min_p"]), scaled_MV) * heat_M1).clamp_max(0)  # the most likely token stays
+    return scaled_MV.where(scaled_MV >= least_M1, float("-inf"))
+
+
+def _column(values_N: np.ndarray, like: Tensor) -> Tensor:
+    """[N, 1] beside the rows `like`."""
+    return torch.from_numpy(np.ascontiguousarray(values_N, np.float64))[:, None].to(like)

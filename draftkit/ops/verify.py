@@ -1,8 +1,9 @@
 """Exact verification of proposals: which drafted tokens to keep, and which token the target adds.
 
-A rule is two pure functions: the law of the number of accepted tokens, given the proposal, and the law of the token
-that follows them. `verify` draws from them; the exhaustive proof of exactness sums over them. Temperature 0 is a one-hot
-target row, a greedy draft a one-hot draft row, and plain decoding a proposal of length 0.
+A rule looks at three things of a proposal: p(x) / q(x) of each drafted token, sums of residual rows
+max(0, w p - q), and the one residual row of the place where the proposal ends, which the next token is drawn from.
+Whole distributions are never needed. `verify` draws; the exhaustive proof of exactness sums over the same functions.
+Temperature 0 is a one-hot target row, a greedy draft a one-hot draft row, and plain decoding a proposal of length 0.
 
 Shapes: R requests, G = gamma drafted positions, V vocabulary. `lengths_R` is how many drafted tokens of each request are
 verified (0..G); what lies behind it is ignored. p is [R, G + 1, V] (target, after the sampling settings), q is [R, G, V]
@@ -13,24 +14,47 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from draftkit.ops.native_sampling import NativeRows
 from draftkit.ops.sampling import sample
 
-LengthLaw = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-NextTokenLaw = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+class Proposals(Protocol):
+    """What a rule looks at."""
+
+    @property
+    def lengths_R(self) -> Tensor:
+        """How many drafted tokens are verified, int64 [R]."""
+        ...
+
+    def ratios(self) -> Tensor:
+        """p(x) / q(x) of the drafted tokens [R, G]; 0 where the drafter could not have drawn the token."""
+        ...
+
+    def surplus(self, weights_RG: Tensor) -> Tensor:
+        """sum over tokens of max(0, w p - q) at every drafted position, [R, G]."""
+        ...
+
+    def draw(self, accepted_R: Tensor, weights_R: Tensor, uniforms_R: Tensor) -> Tensor:
+        """The token after the accepted ones [R]: from max(0, w p - q), scaled to sum 1, at the first refused
+        position, or from p after the last verified one."""
+        ...
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A verification rule. `length_law(tokens_RG, p, q, lengths_R) -> [R, G + 1]`, zero past `lengths_R`;
-    `next_token_law(accepted_R, tokens_RG, p, q, lengths_R) -> [R, V]`. Rows of both sum to 1."""
+    """A verification rule. `weights(ratios) -> [R, G + 1]` are what p counts in the residual of each position;
+    `length_distribution(ratios, weights, surplus, lengths) -> [R, G + 1]` is the distribution of the number of
+    accepted tokens, zero past the lengths, where `surplus()` gives the sums of residuals for a rule that asks."""
 
     name: str
-    length_law: LengthLaw
-    next_token_law: NextTokenLaw
+    weights: Callable[[Tensor], Tensor]
+    length_distribution: Callable[[Tensor, Tensor, Callable[[], Tensor], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,33 +65,105 @@ class Verdict:
     next_token_R: Tensor
 
 
-def verify(
-    rule: Rule, tokens_RG: Tensor, p_RGV: Tensor, q_RGV: Tensor, lengths_R: Tensor, uniforms_R2: Tensor
-) -> Verdict:
+def verify(rule: Rule, proposals: Proposals, uniforms_R2: Tensor) -> Verdict:
     """Draw the verdict: the first uniform of a request picks the length, the second the token."""
-    accepted_R = sample(rule.length_law(tokens_RG, p_RGV, q_RGV, lengths_R), uniforms_R2[:, 0])
-    next_law_RV = rule.next_token_law(accepted_R, tokens_RG, p_RGV, q_RGV, lengths_R)
-    return Verdict(accepted_R, sample(next_law_RV, uniforms_R2[:, 1]))
+    counted_RG, weights_RG = length_distribution(rule, proposals)
+    accepted_R = torch.minimum(sample(counted_RG, uniforms_R2[:, 0]), proposals.lengths_R)
+    weights_R = weights_RG.gather(1, accepted_R[:, None]).squeeze(1)
+    return Verdict(accepted_R, proposals.draw(accepted_R, weights_R, uniforms_R2[:, 1]))
 
 
-def _ratios(tokens_RG: Tensor, p_RGV: Tensor, q_RGV: Tensor) -> Tensor:
-    """p(x) / q(x) of the drafted tokens [R, G]; 0 where the drafter could not have drawn the token."""
-    index = tokens_RG[..., None]
-    p_RG = p_RGV[:, : tokens_RG.shape[1]].gather(-1, index).squeeze(-1)
-    q_RG = q_RGV.gather(-1, index).squeeze(-1).to(p_RG)
-    return torch.where(q_RG > 0, p_RG / q_RG, 0.0)
+def length_distribution(rule: Rule, proposals: Proposals) -> tuple[Tensor, Tensor]:
+    """The distribution of the number of accepted tokens, and the weights of each position's residual, both [R, G + 1]."""
+    ratios_RG = proposals.ratios()
+    weights_RG = rule.weights(ratios_RG)
+    counted_RG = rule.length_distribution(
+        ratios_RG, weights_RG, lambda: proposals.surplus(weights_RG[:, :-1]), proposals.lengths_R
+    )
+    return counted_RG, weights_RG
 
 
-def _verified(lengths_R: Tensor, gamma: int) -> Tensor:
-    return torch.arange(gamma, device=lengths_R.device) < lengths_R[:, None]
+@dataclass(frozen=True)
+class DenseProposals:
+    """Proposals with all distributions made: drafted tokens [R, G], p [R, G + 1, V], q [R, G, V], lengths [R]."""
+
+    tokens_RG: Tensor
+    p_RGV: Tensor
+    q_RGV: Tensor
+    lengths_R: Tensor
+
+    def ratios(self) -> Tensor:
+        """See `Proposals`."""
+        index = self.tokens_RG[..., None]
+        p_RG = self.p_RGV[:, : self.tokens_RG.shape[1]].gather(-1, index).squeeze(-1)
+        q_RG = self.q_RGV.gather(-1, index).squeeze(-1).to(p_RG)
+        return torch.where(q_RG > 0, p_RG / q_RG, 0.0)
+
+    def surplus(self, weights_RG: Tensor) -> Tensor:
+        """See `Proposals`."""
+        p_RGV = self.p_RGV[:, : self.tokens_RG.shape[1]]
+        return (weights_RG[..., None] * p_RGV - self.q_RGV.to(p_RGV)).clamp_min(0.0).sum(-1)
+
+    def draw(self, accepted_R: Tensor, weights_R: Tensor, uniforms_R: Tensor) -> Tensor:
+        """See `Proposals`."""
+        return sample(self.next_token_distribution(accepted_R, weights_R), uniforms_R)
+
+    def next_token_distribution(self, accepted_R: Tensor, weights_R: Tensor) -> Tensor:
+        """What `draw` draws from, [R, V]."""
+        rows = torch.arange(len(accepted_R), device=accepted_R.device)
+        p_RV, gamma = self.p_RGV[rows, accepted_R], self.tokens_RG.shape[1]
+        if not gamma:
+            return p_RV
+        q_RV = self.q_RGV[rows, accepted_R.clamp_max(gamma - 1)].to(p_RV)
+        residual_RV = _normalise((weights_R[:, None] * p_RV - q_RV).clamp_min(0.0), p_RV)
+        return torch.where((accepted_R < self.lengths_R)[:, None], residual_RV, p_RV)
 
 
-def _row(values_RGV: Tensor, accepted_R: Tensor) -> Tensor:
-    """values[r, accepted[r]], with zeros where the position does not exist."""
-    padded = torch.cat([values_RGV, torch.zeros_like(values_RGV[:, :1])], 1) if values_RGV.shape[1] else None
-    if padded is None:
-        return values_RGV.new_zeros(values_RGV.shape[0], values_RGV.shape[2])
-    return padded[torch.arange(len(accepted_R)), accepted_R]
+@dataclass(frozen=True)
+class NativeProposals:
+    """Proposals over described rows, on the CPU: row `first_R[r]` + k of p follows k drafted tokens of request r,
+    row `draft_first_R[r]` + k of q is what the k-th was drawn from; tokens int64 [R, G] and q of each, float64
+    [R, G]."""
+
+    tokens_RG: np.ndarray
+    q_RG: np.ndarray
+    p: NativeRows
+    first_R: np.ndarray
+    q: NativeRows
+    draft_first_R: np.ndarray
+    lengths_R: Tensor
+
+    def ratios(self) -> Tensor:
+        """See `Proposals`."""
+        verified_RG = self._verified
+        rows_RG = self.first_R[:, None] + np.arange(self.tokens_RG.shape[1])
+        found_RG = np.zeros(self.tokens_RG.shape)
+        found_RG[verified_RG] = self.p.chances(rows_RG[verified_RG], self.tokens_RG[verified_RG])
+        return torch.from_numpy(np.divide(found_RG, self.q_RG, out=np.zeros_like(found_RG), where=self.q_RG > 0))
+
+    def surplus(self, weights_RG: Tensor) -> Tensor:
+        """See `Proposals`; 0 at positions that are not verified."""
+        verified_RG, places = self._verified, np.arange(self.tokens_RG.shape[1])
+        rows_RG, draft_rows_RG = self.first_R[:, None] + places, self.draft_first_R[:, None] + places
+        found_RG = np.zeros(self.tokens_RG.shape)
+        found_RG[verified_RG] = self.p.residual_sums(
+            rows_RG[verified_RG], self.q, draft_rows_RG[verified_RG], weights_RG.numpy()[verified_RG]
+        )
+        return torch.from_numpy(found_RG)
+
+    def draw(self, accepted_R: Tensor, weights_R: Tensor, uniforms_R: Tensor) -> Tensor:
+        """See `Proposals`."""
+        accepted = accepted_R.numpy()
+        draft_rows_R = np.where(accepted < self.lengths_R.numpy(), self.draft_first_R + accepted, -1)
+        tokens_R = self.p.draw_residuals(
+            self.first_R + accepted, self.q, draft_rows_R, weights_R.numpy(), uniforms_R.numpy()
+        )
+        return torch.from_numpy(tokens_R)
+
+    @property
+    def _verified(self) -> np.ndarray:
+        verified_RG: np.ndarray = np.arange(self.tokens_RG.shape[1]) < self.lengths_R.numpy()[:, None]
+        return verified_RG
 
 
 def _normalise(residual_RV: Tensor, fallback_RV: Tensor) -> Tensor:
@@ -76,47 +172,48 @@ def _normalise(residual_RV: Tensor, fallback_RV: Tensor) -> Tensor:
     return torch.where(total_R1 > 0, residual_RV / total_R1.clamp_min(torch.finfo(total_R1.dtype).tiny), fallback_RV)
 
 
+def _with_one(values_RG: Tensor) -> Tensor:
+    """[R, G + 1], 1 in front."""
+    return torch.cat([values_RG.new_ones(len(values_RG), 1), values_RG], -1)
+
+
 # --- token-wise rejection sampling: accept x_k with probability min(1, p(x_k) / q(x_k)), stop at the first rejection
 
 
-def _token_length_law(tokens_RG: Tensor, p_RGV: Tensor, q_RGV: Tensor, lengths_R: Tensor) -> Tensor:
-    accept_RG = _ratios(tokens_RG, p_RGV, q_RGV).clamp_max(1.0)
-    accept_RG = accept_RG * _verified(lengths_R, tokens_RG.shape[1])
-    one_R1 = torch.ones_like(p_RGV[:, :1, 0])
-    reached = torch.cat([one_R1, accept_RG.cumprod(-1)], -1)  # P(accepted >= n)
-    return reached - torch.cat([reached[:, 1:], torch.zeros_like(one_R1)], -1)
+def _token_weights(ratios_RG: Tensor) -> Tensor:
+    return _with_one(torch.ones_like(ratios_RG))
 
 
-def _token_next_law(accepted_R: Tensor, tokens_RG: Tensor, p_RGV: Tensor, q_RGV: Tensor, lengths_R: Tensor) -> Tensor:
-    p_RV, q_RV = _row(p_RGV, accepted_R), _row(q_RGV, accepted_R).to(p_RGV)
-    residual_RV = _normalise((p_RV - q_RV).clamp_min(0.0), p_RV)
-    return torch.where((accepted_R < lengths_R)[:, None], residual_RV, p_RV)
+def _token_length_distribution(
+    ratios_RG: Tensor, weights_RG: Tensor, surplus: Callable[[], Tensor], lengths_R: Tensor
+) -> Tensor:
+    verified_RG = torch.arange(ratios_RG.shape[1], device=lengths_R.device) < lengths_R[:, None]
+    reached_RG = _with_one((ratios_RG.clamp_max(1.0) * verified_RG).cumprod(-1))  # P(accepted >= n)
+    return reached_RG - torch.cat([reached_RG[:, 1:], torch.zeros_like(reached_RG[:, :1])], -1)
 
 
 # --- block verification (Sun et al., arXiv 2403.10444, Algorithm 2): prefixes are accepted jointly
 
 
-def _block_weights(tokens_RG: Tensor, p_RGV: Tensor, q_RGV: Tensor) -> Tensor:
+def _block_weights(ratios_RG: Tensor) -> Tensor:
     """w_0 = 1, w_i = min(1, w_{i-1} p(x_i) / q(x_i)): [R, G + 1]."""
-    weight_R = torch.ones_like(p_RGV[:, 0, 0])
-    weights = [weight_R]
-    for ratio_R in _ratios(tokens_RG, p_RGV, q_RGV).unbind(-1):
-        weight_R = (weight_R * ratio_R).clamp_max(1.0)
-        weights.append(weight_R)
+    weights = [ratios_RG.new_ones(len(ratios_RG))]
+    for ratio_R in ratios_RG.unbind(-1):
+        weights.append((weights[-1] * ratio_R).clamp_max(1.0))
     return torch.stack(weights, -1)
 
 
-def _block_length_law(tokens_RG: Tensor, p_RGV: Tensor, q_RGV: Tensor, lengths_R: Tensor) -> Tensor:
-    gamma = tokens_RG.shape[1]
-    weights = _block_weights(tokens_RG, p_RGV, q_RGV)
-    surplus_RG = (weights[:, :gamma, None] * p_RGV[:, :gamma] - q_RGV.to(p_RGV)).clamp_min(0.0).sum(-1)
-    room_RG = surplus_RG + 1.0 - weights[:, :gamma]
+def _block_length_distribution(
+    ratios_RG: Tensor, weights_RG: Tensor, surplus: Callable[[], Tensor], lengths_R: Tensor
+) -> Tensor:
+    surplus_RG = surplus()
+    room_RG = surplus_RG + 1.0 - weights_RG[:, :-1]
     # h_i: keep at least i tokens, decided from the longest prefix down. 0 / 0 means p = q behind a fully accepted
     # prefix: then a longer prefix is always kept, so the value does not matter.
     inner_RG = torch.where(room_RG > 0, surplus_RG / room_RG.clamp_min(torch.finfo(room_RG.dtype).tiny), 0.0)
-    keep = torch.cat([inner_RG, torch.zeros_like(weights[:, :1])], -1)
-    position = torch.arange(gamma + 1, device=lengths_R.device)
-    keep = torch.where(position == lengths_R[:, None], weights, keep)
+    keep = torch.cat([inner_RG, torch.zeros_like(weights_RG[:, :1])], -1)
+    position = torch.arange(keep.shape[1], device=lengths_R.device)
+    keep = torch.where(position == lengths_R[:, None], weights_RG, keep)
     keep = torch.where(position > lengths_R[:, None], 0.0, keep)
     keep = torch.where(position == 0, 1.0, keep)
     refused = (1.0 - keep).flip(-1).cumprod(-1).flip(-1)  # prod over i >= n
@@ -124,13 +221,6 @@ def _block_length_law(tokens_RG: Tensor, p_RGV: Tensor, q_RGV: Tensor, lengths_R
     return keep * behind
 
 
-def _block_next_law(accepted_R: Tensor, tokens_RG: Tensor, p_RGV: Tensor, q_RGV: Tensor, lengths_R: Tensor) -> Tensor:
-    p_RV, q_RV = _row(p_RGV, accepted_R), _row(q_RGV, accepted_R).to(p_RGV)
-    weight_R1 = _block_weights(tokens_RG, p_RGV, q_RGV).gather(1, accepted_R[:, None])
-    residual_RV = _normalise((weight_R1 * p_RV - q_RV).clamp_min(0.0), p_RV)
-    return torch.where((accepted_R < lengths_R)[:, None], residual_RV, p_RV)
-
-
-TOKEN_RULE = Rule("token", _token_length_law, _token_next_law)
-BLOCK_RULE = Rule("block", _block_length_law, _block_next_law)
+TOKEN_RULE = Rule("token", _token_weights, _token_length_distribution)
+BLOCK_RULE = Rule("block", _block_weights, _block_length_distribution)
 RULES = {rule.name: rule for rule in (TOKEN_RULE, BLOCK_RULE)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from draftkit.draft.drafter import Drafter
 from draftkit.ops.sampling import Sampling, processed_probs, request_generator
-from draftkit.ops.verify import BLOCK_RULE, TOKEN_RULE, verify
+from draftkit.ops.verify import BLOCK_RULE, TOKEN_RULE, DenseProposals, verify
 from draftkit.schedule.traces import Origin, TracedPrompt, Traces
 from draftkit.target.interface import Target
 
@@ -122,9 +122,9 @@ def _record_batch(
         read = target.forward(torch.cat([anchor_B[:, None], proposal.tokens_BG], 1), cache)
         probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), settings.sampling)
         lengths_B = torch.full((len(batch),), gamma, device=target.device)
+        proposals = DenseProposals(proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B)
         token_B, block_B = (
-            verify(rule, proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B, uniforms_BG[:, gamma:]).accepted_R.cpu()
-            for rule in (TOKEN_RULE, BLOCK_RULE)
+            verify(rule, proposals, uniforms_BG[:, gamma:]).accepted_R.cpu() for rule in (TOKEN_RULE, BLOCK_RULE)
         )
         tokens_BG = proposal.tokens_BG.cpu()
         confidence_BG, draft_max_BG = _said(proposal.confidence_BG, tokens_BG), _said(proposal.largest_BG, tokens_BG)

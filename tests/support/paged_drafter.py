@@ -11,9 +11,10 @@ from torch import Tensor
 
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterConfig, Proposal
+from draftkit.engine.drawing import Drawing
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.passes import Pass
-from draftkit.ops.sampling import Sampling, processed_probs, sample
+from draftkit.ops.sampling import Sampling, row_settings
 from support.drafters import BLOCK_CONFIG
 
 PAGE = 4
@@ -80,9 +81,8 @@ def propose_together(
         step = one_pass([[0] * len(p) for p in pieces], [bounds[r][first] for r in rows], dtype, rows)
         fast.extend(step, torch.cat(pieces), torch.zeros(len(step), dtype=torch.int64))
 
-    def choose(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        probs = processed_probs(logits_RV, sampling)
-        return sample(probs, uniforms_RG[:, k]), probs
-
     step = block_pass(anchors, list(LENGTHS), fast.config, dtype)
-    return Proposal(*fast.draft(step, torch.tensor(anchors), choose))
+    drawing = Drawing(row_settings([sampling] * 3), uniforms_RG.numpy())
+    tokens, drawn, confidence, largest = fast.draft(step, torch.tensor(anchors), drawing)
+    probs = drawn.dense().unflatten(0, (3, -1)) if drawn is not None else torch.empty(*tokens.shape, 0)
+    return Proposal(tokens, probs, confidence, largest)
