@@ -29,6 +29,8 @@ from draftkit.data.generate import GenerateReport, generate_file
 from draftkit.data.messages import Conversation
 from draftkit.data.records import check_rendered_as, made_with, read_manifest
 from draftkit.data.samples import naming_conversation
+from draftkit.data.servers import ServerAnswers
+from draftkit.data.traces import domain_of
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
@@ -42,7 +44,7 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate,
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.prompt_format import PromptFormat, TemplateFormat
+from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
     DTYPES,
@@ -96,9 +98,35 @@ def run_generate(
 ) -> GenerateReport:
     """Stage 1: the target answers the prompts, by `answers` where they are at hand."""
     _check_mask_token(recipe, target, tokenizer)
-    settings = recipe.generate
     shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
-    about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, settings)
+    about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, recipe.generate)
+    return _generate(answers or answerer(target, recipe.generate.batch_size), shown, recipe, prompts, out, about)
+
+
+def run_generate_by_servers(
+    recipe: Recipe,
+    prompts: Callable[[], Iterable[Conversation]],
+    out: Path,
+    urls: Sequence[str],
+    model: str | None,
+    api_key: str | None,
+) -> GenerateReport:
+    """Stage 1 where servers answer: of the target only the tokenizer is loaded."""
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
+    shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
+    answers = ServerAnswers(urls, shown, recipe.generate.batch_size, model, api_key)
+    about = made_with(shown, f"{answers.model} at a server", (), recipe.generate)
+    return _generate(answers, shown, recipe, prompts, out, about)
+
+
+def _generate(
+    answers: Answers,
+    shown: PromptFormat,
+    recipe: Recipe,
+    prompts: Callable[[], Iterable[Conversation]],
+    out: Path,
+    about: dict[str, Any],
+) -> GenerateReport:
     made, began = 0, time.perf_counter()
     with progress_bar("generate", None) as (bar, task):
 
@@ -107,8 +135,7 @@ def run_generate(
             made += tokens
             bar.update(task, advance=conversations, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
 
-        answers = answers or answerer(target, settings.batch_size)
-        return generate_file(answers, shown, prompts, out, settings, about, tick)
+        return generate_file(answers, shown, prompts, out, recipe.generate, about, tick)
 
 
 def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...]:
@@ -197,20 +224,34 @@ def _check_mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any
 
 
 def run_train(
-    target: TransformersTarget, tokenizer: Any, recipe: Recipe, features: Path, out: Path
+    target: TransformersTarget,
+    tokenizer: Any,
+    recipe: Recipe,
+    features: Path,
+    out: Path,
+    start_from: Path | None = None,
 ) -> TrainReport:
-    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer."""
+    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer.
+
+    `start_from` is the folder of a drafter that goes on; it must be of this target and of the recipe's shape.
+    """
     store = FeatureStore(features)
     layers = feature_layers(recipe, target)
     switches = recipe.target.template_switches
     store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches)
-    drafter = new_drafter_for(recipe, target, tokenizer, store)
+    if start_from is None:
+        drafter = new_drafter_for(recipe, target, tokenizer, store)
+        start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
+    else:
+        drafter = drafter_to_continue(recipe, target, tokenizer, start_from)
+        start = f"drafter {fingerprint(start_from)}"
     provenance = {
         "target": target.info.name,
         "target_fingerprint": target.info.fingerprint,
         "template_hash": template_hash(tokenizer),
         "template_switches": recipe.target.template_switches,
         "recipe": recipe.model_dump(),
+        **({"started_from": fingerprint(start_from)} if start_from else {}),
     }
     with progress_bar("train", 100) as (bar, task), join_world() as world:
 
@@ -222,7 +263,6 @@ def run_train(
         def note_recipe() -> None:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
 
-        start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
         return trainer.train(store, drafter, target, out, recipe.train, provenance, world, show, note_recipe, start)
 
 
@@ -243,6 +283,29 @@ def new_drafter_for(
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
         start_from_target(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers)
     return drafter
+
+
+def drafter_to_continue(recipe: Recipe, target: TransformersTarget, tokenizer: Any, folder: Path) -> Drafter:
+    """A drafter that was trained before, in float32, ready to learn on.
+
+    Raises CheckpointError when it was made for another target, ConfigError that names the field in which the recipe's shape
+    differs from its own, or the template switches it was trained with.
+    """
+    check_drafter_switches(recipe, folder)
+    drafter = open_drafter(folder, target, DTYPES["float32"])
+    shape = drafter_config(recipe, target, tokenizer)
+    if type(drafter.config) is not type(shape):
+        raise ConfigError(f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe")
+    wanted = asdict(shape)
+    for name, value in asdict(drafter.config).items():
+        if name != "max_length" and wanted[name] != value:
+            differs = f"{name} is {_shown(value)}, the recipe has {_shown(wanted[name])}"
+            raise ConfigError(f"{folder}: {differs}; give the same to go on with this drafter")
+    return drafter
+
+
+def _shown(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool) -> int:
@@ -277,6 +340,27 @@ def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain
     return chosen
 
 
+def every_turn(
+    shown: PromptFormat, conversations: Iterable[Conversation], per_domain: int, room: int
+) -> list[EvalPrompt]:
+    """The prompt before every answer of recorded conversations, the first of each domain; domains are those of the answers.
+    Prompts of more than `room` tokens are left out, and conversations whose answers cannot be found."""
+    chosen: list[EvalPrompt] = []
+    counts: dict[str, int] = {}
+    for conversation in conversations:
+        try:
+            turns = shown.turns(conversation.as_dicts(), conversation.tools)
+        except (RewrittenError, TemplateError):
+            continue
+        for number, turn in enumerate(turns):
+            said = shown.parse(turn.answer_ids).message()
+            domain = domain_of([said])
+            counts[domain] = counts.get(domain, 0) + 1
+            if counts[domain] <= per_domain and len(turn.prompt_ids) <= room:
+                chosen.append(EvalPrompt(f"{conversation.id}#{number}", domain, turn.prompt_ids))
+    return chosen
+
+
 def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
     """Raise ConfigError when a drafter was trained with other template switches than the recipe has."""
     trained = read_provenance(drafter).get("template_switches")
@@ -301,11 +385,18 @@ def run_evaluate(
     Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings and machine, is
     kept, and a line on standard error says so.
     """
-    section, opened = recipe.evaluate, open_drafter(drafter, target)
-    check_drafter_switches(recipe, drafter)
     if threads:
         torch.set_num_threads(threads)
-    chosen = first_turns(prompt_format(recipe, tokenizer), prompts, section.prompts_per_domain)
+    chosen = first_turns(prompt_format(recipe, tokenizer), prompts, recipe.evaluate.prompts_per_domain)
+    return evaluate_prompts(target, recipe, drafter, chosen, out)
+
+
+def evaluate_prompts(
+    target: TransformersTarget, recipe: Recipe, drafter: Path, chosen: Sequence[EvalPrompt], out: Path
+) -> list[EvalResult]:
+    """`run_evaluate` on prompts that are rendered already."""
+    check_drafter_switches(recipe, drafter)
+    section, opened = recipe.evaluate, open_drafter(drafter, target)
     here = {name: value for name, value in environment(target.device).items() if name != "time"}
     made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
     out.mkdir(parents=True, exist_ok=True)
