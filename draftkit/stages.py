@@ -21,11 +21,12 @@ from draftkit.config import Recipe, dump_recipe
 from draftkit.data.answers import Answers
 from draftkit.data.capture import CaptureReport, capture
 from draftkit.data.conversations import SkippedRows, iterate_conversations, read_conversations
-from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
+from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
 from draftkit.data.features import MANIFEST as STORE_MANIFEST
 from draftkit.data.features import FeatureStore
 from draftkit.data.features import read_manifest as read_manifest_of_store
 from draftkit.data.generate import GenerateReport, generate_file
+from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.messages import Conversation
 from draftkit.data.records import check_rendered_as, made_with, read_manifest
 from draftkit.data.samples import naming_conversation
@@ -36,7 +37,7 @@ from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_d
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
-from draftkit.draft.warm_start import start_from_target
+from draftkit.draft.warm_start import CapturedText, start_from_target
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
@@ -58,6 +59,7 @@ from draftkit.train import trainer
 from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport
 
+START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands of vectors for each number
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
@@ -97,7 +99,6 @@ def run_generate(
     answers: Answers | None = None,
 ) -> GenerateReport:
     """Stage 1: the target answers the prompts, by `answers` where they are at hand."""
-    _check_mask_token(recipe, target, tokenizer)
     shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, recipe.generate)
     return _generate(answers or answerer(target, recipe.generate.batch_size), shown, recipe, prompts, out, about)
@@ -153,7 +154,6 @@ def run_capture(
     skipped: SkippedRows | None = None,
 ) -> CaptureReport:
     """Stage 2: the target reads the conversations of some files into a feature store."""
-    _check_mask_token(recipe, target, tokenizer)
     layers = feature_layers(recipe, target)
     begun = read_manifest_of_store(out).today if (out / STORE_MANIFEST).exists() else None
     shown = prompt_format(recipe, tokenizer, begun)
@@ -167,8 +167,10 @@ def run_capture(
     return report
 
 
-def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> DrafterShape:
-    """The drafter's shape: the recipe's choices, the target's sizes."""
+def drafter_config(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore | None = None
+) -> DrafterShape:
+    """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in `store` does not use."""
     section, text = recipe.drafter, target.model.config.get_text_config()
     eagle = section.algorithm == "eagle3"
     automatic = EAGLE_STYLE if eagle else style_of(target.info.family)
@@ -185,10 +187,11 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
         sizes["intermediate_size"] = section.intermediate_size
     if eagle:
         return EagleConfig(**sizes, draft_vocab_size=section.draft_vocab_size)
-    dspark = section.algorithm == "dspark"
+    dspark, vocab = section.algorithm == "dspark", target.info.vocab_size
+    count = lambda: count_tokens(store, vocab) if store else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
     return DrafterConfig(
         **sizes,
-        mask_token_id=_mask_token(recipe, target, tokenizer),
+        mask_token_id=choose_mask_token(tokenizer, vocab, section.mask_token_id, count),
         layout=section.layout,
         window=section.window,
         head=section.head if dspark else "none",
@@ -197,30 +200,6 @@ def drafter_config(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -
         confidence_with_markov=section.confidence_with_markov and dspark and section.head != "none",
         confidence_stop_gradient=section.confidence_stop_gradient,
     )
-
-
-def _mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> int:
-    """The token that stands for what a block drafter drafts: the recipe's, else the tokenizer's, else an unused row of the
-    embedding, as DeepSpec does it for Qwen3. Raises ConfigError when there is none."""
-    mask, last = recipe.drafter.mask_token_id, target.info.vocab_size - 1
-    if mask is not None and mask > last:
-        raise ConfigError(f"drafter.mask_token_id: {mask} must lie between 0 and the target's {last}")
-    if mask is None:
-        mask = tokenizer.mask_token_id
-    if mask is None:
-        mask = len(tokenizer)
-    if mask > last:
-        raise ConfigError(
-            f"drafter.mask_token_id: {target.info.name} has neither a mask token nor an unused embedding row; give a token "
-            f"that no text holds (a reserved one), from 0 to {last}, or take the algorithm eagle3, which needs none"
-        )
-    return int(mask)
-
-
-def _check_mask_token(recipe: Recipe, target: TransformersTarget, tokenizer: Any) -> None:
-    """Raise ConfigError before the long work that training would only follow to refuse its recipe."""
-    if recipe.drafter.algorithm != "eagle3":
-        _mask_token(recipe, target, tokenizer)
 
 
 def run_train(
@@ -243,7 +222,7 @@ def run_train(
         drafter = new_drafter_for(recipe, target, tokenizer, store)
         start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
     else:
-        drafter = drafter_to_continue(recipe, target, tokenizer, start_from)
+        drafter = drafter_to_continue(recipe, target, tokenizer, store, start_from)
         start = f"drafter {fingerprint(start_from)}"
     provenance = {
         "target": target.info.name,
@@ -274,18 +253,21 @@ def new_drafter_for(
     A reduced draft vocabulary holds the most frequent tokens of the answers in `store`.
     """
     torch.manual_seed(recipe.train.seed)
-    config, ids_W = drafter_config(recipe, target, tokenizer), None
+    config, ids_W = drafter_config(recipe, target, tokenizer, store), None
     if isinstance(config, EagleConfig) and config.draft_vocab_size and store is not None:
         ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
     if recipe.drafter.start == "target":
         if not isinstance(drafter, BlockDrafter):
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
-        start_from_target(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers)
+        text = _some_text(store) if store is not None else None
+        start_from_target(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
     return drafter
 
 
-def drafter_to_continue(recipe: Recipe, target: TransformersTarget, tokenizer: Any, folder: Path) -> Drafter:
+def drafter_to_continue(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, folder: Path
+) -> Drafter:
     """A drafter that was trained before, in float32, ready to learn on.
 
     Raises CheckpointError when it was made for another target, ConfigError that names the field in which the recipe's shape
@@ -293,12 +275,13 @@ def drafter_to_continue(recipe: Recipe, target: TransformersTarget, tokenizer: A
     """
     check_drafter_switches(recipe, folder)
     drafter = open_drafter(folder, target, DTYPES["float32"])
-    shape = drafter_config(recipe, target, tokenizer)
+    shape = drafter_config(recipe, target, tokenizer, store)
     if type(drafter.config) is not type(shape):
         raise ConfigError(f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe")
+    free = {"max_length"} if recipe.drafter.mask_token_id is not None else {"max_length", "mask_token_id"}
     wanted = asdict(shape)
     for name, value in asdict(drafter.config).items():
-        if name != "max_length" and wanted[name] != value:
+        if name not in free and wanted[name] != value:
             differs = f"{name} is {_shown(value)}, the recipe has {_shown(wanted[name])}"
             raise ConfigError(f"{folder}: {differs}; give the same to go on with this drafter")
     return drafter
@@ -306,6 +289,17 @@ def drafter_to_continue(recipe: Recipe, target: TransformersTarget, tokenizer: A
 
 def _shown(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _some_text(store: FeatureStore) -> CapturedText:
+    """The first conversations of a store, about START_TOKENS tokens of them."""
+    samples, tokens = [], 0
+    for index in range(len(store)):
+        samples.append(store[index])
+        tokens += len(samples[-1].tokens_T)
+        if tokens >= START_TOKENS:
+            break
+    return CapturedText(torch.cat([s.tokens_T for s in samples]), torch.cat([s.features_TF for s in samples]))
 
 
 def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool) -> int:

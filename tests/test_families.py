@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,7 @@ from draftkit.draft.families import block_shape, style_of
 from draftkit.errors import ConfigError
 from draftkit.ops.attention import plan_blocks
 from draftkit.ops.sampling import Sampling
-from draftkit.stages import drafter_config, run_capture, run_generate
+from draftkit.stages import drafter_config
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
 
@@ -274,21 +273,3 @@ class AddedTokens:
 
     def __len__(self) -> int:
         return self.size
-
-
-def test_a_target_without_a_place_for_a_mask_is_told_before_the_long_work(target: TransformersTarget, tmp_path: Path) -> None:
-    """As Llama 3: the tokenizer has no mask token, and as many tokens as the embedding has rows."""
-    tokenizer = AddedTokens(target.info.vocab_size)
-
-    def recipe(*changes: str) -> Recipe:
-        return load_recipe("tiny-dflash", ["drafter.num_features=2", *changes])
-
-    for stage in (run_generate, run_capture):
-        with pytest.raises(ConfigError, match=r"^drafter\.mask_token_id: .* neither .* give a token that no text holds"):
-            stage(target, tokenizer, recipe(), [], tmp_path / "out")  # type: ignore[operator]
-        with pytest.raises(ConfigError, match=r"mask_token_id: 1000000 must lie between 0 and the target's \d+$"):
-            stage(target, tokenizer, recipe("drafter.mask_token_id=1000000"), [], tmp_path / "out")  # type: ignore[operator]
-    assert not (tmp_path / "out").exists()
-    chosen = drafter_config(recipe("drafter.mask_token_id=7"), target, tokenizer)
-    assert isinstance(chosen, DrafterConfig) and chosen.mask_token_id == 7
-    drafter_config(recipe("drafter.algorithm=eagle3", "drafter.num_layers=1"), target, tokenizer)

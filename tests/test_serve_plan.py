@@ -59,7 +59,7 @@ def test_the_embedded_pair_takes_the_calibration_of_its_own_drafter_and_no_other
     engine, _ = open_pair("tiny", str(DRAFTER), SMALL)
     assert engine.calibration is None  # a drafter that was named gets what was named with it
     save_calibration(Calibration((1.0,) * 7, drafter_fingerprint="another"), tmp_path / "c.json")
-    monkeypatch.setattr(pair, "_OWN_CALIBRATION", tmp_path / "c.json")
+    monkeypatch.setitem(pair.PACKAGED, "tiny", pair.PackagedDrafter(DRAFTER, tmp_path / "c.json"))
     engine, _ = open_pair("tiny", None, SMALL)
     assert engine.calibration is None
     assert "calibration of another drafter" in caplog.messages[-2]

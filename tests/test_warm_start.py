@@ -9,10 +9,14 @@ import torch
 
 from draftkit import stages
 from draftkit.config import load_recipe
+from draftkit.data.conversations import Conversation, Message
+from draftkit.data.features import FeatureStore
+from draftkit.draft.block import BlockDrafter
 from draftkit.draft.warm_start import spread_start_layers
 from draftkit.errors import ConfigError
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import load_target
+from draftkit.target.transformers import TransformersTarget, load_target
+from support.targets import make_target_folder
 
 SIZES = ["drafter.num_features=2", "drafter.num_layers=2", "drafter.start=target", "drafter.intermediate_size=null"]
 
@@ -66,3 +70,44 @@ def test_layers_are_spread_from_the_first_to_the_last() -> None:
 def test_layers_to_start_from_need_a_start_from_the_target() -> None:
     with pytest.raises(ConfigError, match=r"drafter: .*start_layers: needs start: target"):
         load_recipe("tiny-dspark", ["drafter.start_layers=[0,1]"])
+
+
+def llama_started(
+    folder: Path, *changes: str, with_store: bool = True
+) -> tuple[TransformersTarget, BlockDrafter, FeatureStore]:
+    """A drafter of the Qwen3 block in front of a Llama target, whose queries and keys have no norms to copy."""
+    target_folder = make_target_folder(folder / "llama", family="llama")
+    target, tokenizer = load_target(str(target_folder)), load_tokenizer(str(target_folder))
+    recipe = load_recipe("tiny-dspark", [f"target.path={target_folder}", *SIZES, *changes])
+    talk = [Message("user", "What is a list?"), Message("assistant", "A list holds values. Step 1: 3 + 4 = 7.")]
+    stages.run_capture(target, tokenizer, recipe, [Conversation("a", "chat", tuple(talk))], folder / "features")
+    store = FeatureStore(folder / "features")
+    drafter = stages.new_drafter_for(recipe, target, tokenizer, store if with_store else None)
+    assert isinstance(drafter, BlockDrafter)
+    return target, drafter, store
+
+
+def test_norms_that_the_target_lacks_are_the_least_squares_fit_to_its_text(tmp_path: Path) -> None:
+    target, drafter, store = llama_started(tmp_path, "drafter.start_layers=[0,2]", "drafter.feature_layers=[0,1]")
+    sample = store[0]
+    streams = [drafter.embed_tokens(sample.tokens_T), sample.features_TF[:, 32:].float()]  # the inputs of layers 0 and 2
+    for own, index, stream_TH in zip(drafter.draft_layers(), (0, 2), streams, strict=True):
+        source = target.layers[index]
+        assert torch.equal(own.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
+        for norm, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
+            wanted = getattr(source.self_attn, projection)(source.input_layernorm(stream_TH)).reshape(-1, 8).detach()
+            unit = wanted / wanted.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+            fitted = [torch.linalg.lstsq(unit[:, d : d + 1], wanted[:, d : d + 1]).solution.item() for d in range(8)]
+            assert torch.allclose(getattr(own.self_attn, norm).weight, torch.tensor(fitted), rtol=1e-3, atol=1e-4)
+
+
+def test_norms_cannot_be_fitted_without_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no query and key norms; they are fitted to a feature store"):
+        llama_started(tmp_path, with_store=False)
+
+
+def test_a_llama_block_is_a_plain_copy(tmp_path: Path) -> None:
+    target, drafter, _ = llama_started(tmp_path, "drafter.style=llama", with_store=False)
+    for own, index in zip(drafter.draft_layers(), (0, 3), strict=True):
+        for name, weight in target.layers[index].state_dict().items():
+            assert torch.equal(own.state_dict()[name], weight)

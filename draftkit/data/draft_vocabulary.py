@@ -1,4 +1,4 @@
-"""The reduced vocabulary of an EAGLE-3 drafter: the tokens that the target writes most often."""
+"""How often tokens stand in training data, and the reduced draft vocabulary: those that the target writes most often."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ def count_answer_tokens(store: FeatureStore, vocab_size: int) -> Tensor:
     for index in range(len(store)):
         sample = store[index]
         counts_V += torch.bincount(sample.tokens_T[sample.loss_mask_T], minlength=vocab_size)
+    return counts_V
+
+
+def count_tokens(store: FeatureStore, vocab_size: int) -> Tensor:
+    """How often each token stands in the conversations of the store, int64 [V]."""
+    counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+    for index in range(len(store)):
+        counts_V += torch.bincount(store[index].tokens_T, minlength=vocab_size)
     return counts_V
 
 

@@ -11,7 +11,7 @@ _KINDS: dict[str, re.Pattern[str]] = {
         r"|xox[abprs]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|pypi-[\w-]{20,}|npm_[A-Za-z0-9]{30,}"
         r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
     ),
-    "bearer": re.compile(r"(?<=Bearer )[\w.~+/-]{16,}=*", re.IGNORECASE),
+    "bearer": re.compile(r"(?<=Bearer )[\w.~+/-]{15,}[\w~+/=-]", re.IGNORECASE),
     "password": re.compile(
         r"(?i)((?:api[_-]?key|secret|passw(?:or)?d|access[_-]?token)\\?[\"']?\s*[:=]\s*\\?[\"']?)([^\s\"'\\,;<>]{8,})"
     ),

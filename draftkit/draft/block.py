@@ -121,7 +121,7 @@ class BlockDrafter(Drafter):
         rope = joined.rope[block.length : block.length + hidden.shape[1]]
         if joined.k_norm is not None:
             keys = F.rms_norm(keys, (config.head_dim,), None, config.rms_eps) * joined.k_norm
-        block.append(rotate(keys, rope[:, 0], rope[:, 1]), self._blocks()[0].self_attn.values(values))
+        block.append(rotate(keys, rope[:, 0], rope[:, 1]), self.draft_layers()[0].self_attn.values(values))
 
     @torch.inference_mode()
     def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
@@ -158,7 +158,7 @@ class BlockDrafter(Drafter):
         rotation = (rope[:, None, 0], rope[:, None, 1])
         heads, kv_heads = config.num_heads, config.num_kv_heads
         seen = slice(max(0, context.length - config.window) if config.window else 0, context.length)
-        for index, layer in enumerate(self._blocks()):
+        for index, layer in enumerate(self.draft_layers()):
             attention = layer.self_attn
             qkv = F.linear(layer.input_layernorm(x), joined.qkv[index]).unflatten(-1, (-1, config.head_dim))
             q, k, v = qkv.split((heads, kv_heads, kv_heads), -2)
@@ -177,7 +177,7 @@ class BlockDrafter(Drafter):
 
     def _joined(self) -> _Joined:
         if self._joined_weights is None:
-            blocks = self._blocks()
+            blocks = self.draft_layers()
             layers = [block.self_attn for block in blocks]
             context_kv = torch.cat([w for a in layers for w in (a.k_proj.weight, a.value_weight)])
             norms: list[Tensor] = [a.k_norm.weight for a in layers if a.k_norm is not None]
@@ -188,7 +188,8 @@ class BlockDrafter(Drafter):
             self._joined_weights = _Joined(context_kv, k_norm, qkv, gate_up, rope.to(context_kv.dtype))
         return self._joined_weights
 
-    def _blocks(self) -> list[DraftLayer]:
+    def draft_layers(self) -> list[DraftLayer]:
+        """Its decoder layers, in order."""
         return cast(list[DraftLayer], list(self.layers))
 
     def _rope(self, length: int) -> Tensor:
@@ -242,7 +243,7 @@ class BlockDrafter(Drafter):
         plan = plan_blocks(
             layout.start_X, layout.stop_X, layout.document_X, size, len(layout.context_C), config.head_dim
         )
-        for layer in self._blocks():
+        for layer in self.draft_layers():
             x_QH = layer(x_QH, context_CH, block_rope, context_rope, plan)
         hidden: Tensor = self.norm(x_QH.unflatten(0, (-1, size))[:, size - self.gamma :])
         return hidden

@@ -87,6 +87,10 @@ def unsupported(target: TransformersTarget) -> str | None:
             return f"rotary embedding of type {rope}"
     if _activation(config) not in _ACTIVATIONS:
         return f"activation {_activation(config)}"
+    linear = [m for layer in base.layers for m in layer.modules() if isinstance(m, nn.Linear)]
+    kinds = {type(m).__name__ for m in linear if type(m) is not nn.Linear}  # quantised: the weight is not all there is
+    if kinds or not linear:
+        return f"layers of type {', '.join(sorted(kinds)) or 'unknown'}"
     return next((what for name, what in _MISSING_PARTS.items() if getattr(config, name, None)), None)
 
 

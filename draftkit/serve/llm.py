@@ -98,12 +98,12 @@ class LLM:
     The engine lives in a thread of its own, which takes one thing after the other from all who ask: a signal, which interrupts
     whoever waits, never interrupts a step. Of a process that forks it stays behind, so a child needs an `LLM` of its own.
 
-    `target` is "tiny", a folder or a hub id; `drafter` a folder, "none", or None (the embedded target's own, if there is
-    one); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`; `template_switches` are
-    variables of the chat template, as {"enable_thinking": False}. Calls without parameters
-    sample as the target's generation_config.json says, where it says something. Raises TargetError, CheckpointError, ServeError
-    for settings that do not fit, ConfigError for switches that the template does not know, or ScheduleError for files of
-    another pair.
+    `target` is "tiny", "smollm2", a folder, a GGUF file or a hub id; `drafter` a folder, "none", or None (the one packaged for
+    "tiny" or "smollm2"); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`;
+    `template_switches` are variables of the chat template, as {"enable_thinking": False}. Calls without parameters sample as
+    the target's generation_config.json says, where it says something. Raises TargetError, CheckpointError, ServeError for
+    settings that do not fit, ConfigError for switches that the template does not know, or ScheduleError for files of another
+    pair.
     """
 
     def __init__(

@@ -20,9 +20,20 @@ from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
 
 log = logging.getLogger("draftkit.serve")
-EMBEDDED_NAME = "tiny"
-_OWN_DRAFTER = EMBEDDED / "drafter"
-_OWN_CALIBRATION = EMBEDDED_PAIR / "calibration.json"
+
+@dataclass(frozen=True)
+class PackagedDrafter:
+    """A drafter that comes with draftkit, and the calibration of its confidences."""
+
+    folder: Path
+    calibration: Path
+
+
+SMOLLM2 = EMBEDDED.parent / "smollm2"
+PACKAGED = {  # by the name of its target
+    "tiny": PackagedDrafter(EMBEDDED / "drafter", EMBEDDED_PAIR / "calibration.json"),
+    "smollm2": PackagedDrafter(SMOLLM2, SMOLLM2 / "calibration.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class PlanFiles:
 def open_pair(
     target: str, drafter: str | None, settings: EngineSettings, files: PlanFiles | None = None
 ) -> tuple[Engine, Any]:
-    """Load both (slow). `drafter` is a folder, "none", or None: the embedded target then takes its own, with its own
+    """Load both (slow). `drafter` is a folder, "none", or None: a target of `PACKAGED` then takes its own, with its own
     calibration. Raises DraftkitError, also for files that belong to another pair."""
     files = files or PlanFiles()
     tokenizer = load_tokenizer(target)
@@ -55,7 +66,10 @@ def open_pair(
             table.check_drafter(own)
             settings = replace(settings, step_rate=table.middle())
         said = files.calibration is not None or drafter is not None
-        calibration = _read_calibration(files.calibration, opened, own) if said else _own_calibration(opened, own)
+        if said:
+            calibration = _read_calibration(files.calibration, opened, own)
+        else:
+            calibration = _packaged_calibration(PACKAGED[target].calibration, opened, own)
         settings = replace(settings, calibration=calibration)
     engine = Engine(loaded, opened, settings)
     info = engine.info
@@ -64,11 +78,11 @@ def open_pair(
 
 
 def find_drafter(target: str, drafter: str | None) -> Path | None:
-    """The folder of the drafter: the one that was named, none for "none", and for the embedded target, where no word was
-    said, the one that came with it."""
+    """The folder of the drafter: the one that was named, none for "none"; where none was named, the one that is packaged
+    for this target, if there is one."""
     if drafter is not None:
         return None if drafter == "none" else Path(drafter)
-    return _OWN_DRAFTER if target == EMBEDDED_NAME else None
+    return PACKAGED[target].folder if target in PACKAGED else None
 
 
 def _read_calibration(path: Path | None, drafter: Drafter, own: str) -> Calibration | None:
@@ -80,12 +94,12 @@ def _read_calibration(path: Path | None, drafter: Drafter, own: str) -> Calibrat
     return calibration
 
 
-def _own_calibration(drafter: Drafter, own: str) -> Calibration | None:
-    """The packaged one, unless the embedded target's drafter is another than the packaged."""
+def _packaged_calibration(path: Path, drafter: Drafter, own: str) -> Calibration | None:
+    """The packaged one; None, and a line in the log, where it is of another drafter."""
     try:
-        calibration = load_calibration(_OWN_CALIBRATION, drafter.gamma, own)
+        calibration = load_calibration(path, drafter.gamma, own)
     except ScheduleError as error:
         log.info("confidences are taken as they are: %s", error)
         return None
-    log.info("confidences are calibrated by %s", _OWN_CALIBRATION)
+    log.info("confidences are calibrated by %s", path)
     return calibration

