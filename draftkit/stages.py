@@ -242,7 +242,9 @@ def run_train(
         def note_recipe() -> None:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
 
-        return trainer.train(store, drafter, target, out, recipe.train, provenance, world, show, note_recipe, start)
+        return trainer.train(
+            store, drafter, target, out, recipe.train, provenance, world, show, note_recipe, start, start_from is not None
+        )
 
 
 def new_drafter_for(
