@@ -92,7 +92,7 @@ def test_another_shape_target_or_switches_are_refused_by_name(
         ("drafter.feature_layers=[0, 1]", r"feature_layers is \[\d, \d\], the recipe has \[0, 1\]"),
         ("drafter.head=none", "head is markov, the recipe has none"),
         ("drafter.algorithm=eagle3", "is of another algorithm than the recipe's eagle3"),
-        ("target.template_switches={message: 1}", "was trained with template switches {}, the recipe has"),
+        ("target.template_switches={message: 1}", r"was trained with template switches \{\}, the recipe has"),
     ):
         with pytest.raises(ConfigError, match=message):
             stages.drafter_to_continue(recipe_of(target_folder, change), target, tokenizer, store, start)
@@ -111,7 +111,7 @@ def test_traces_that_leave_nothing_to_evaluate_are_refused(target_folder: Path, 
     log = tmp_path / "log.jsonl"
     said = [{"role": "user", "content": "to train"}, {"role": "assistant", "content": "a list"}]
     log.write_text(json.dumps({"messages": said}) + "\n")
-    with pytest.raises(DataError, match="no answer of a held-out conversation|has an answer within|no such file"):
+    with pytest.raises(DataError, match="no answer of a held-out conversation"):
         run_specialise(recipe_of(target_folder), [log], tmp_path / "out", say=lambda line: None)
     drafter = tmp_path / "drafter"
     drafter.mkdir()
