@@ -186,10 +186,10 @@ class LLM:
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         try:
-            text = self._format.text(messages)
-        except TemplateError as error:
-            raise DataError(f"the chat template cannot render these messages: {error.reason}") from error
-        return self._texts.encode(_utf8(text), False)
+            return self._texts.encode(_utf8(self._format.text(messages)), False)
+        except DataError as error:
+            reason = error.reason if isinstance(error, TemplateError) else error
+            raise DataError(f"the chat template cannot render these messages: {reason}") from error
 
     def _run(
         self, prompts: list[tuple[int, ...]], params: SamplingParams | Sequence[SamplingParams] | None
