@@ -151,10 +151,8 @@ def train(
     make_folder(out)
     from draftkit import stages
 
-    first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process answers prompts for the log, and speaks
-    device = None if settings.train.decode_prompts and first else "cpu"  # the others have no use for the target on a GPU
-    report = stages.run_train(*stages.open_target(settings, device), settings, features, out, start_from)
-    if not first:
+    report = stages.run_train(*stages.read_target(settings), settings, features, out, start_from=start_from)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "

@@ -75,7 +75,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
         if _was_trained(run, recipe):
             notes.append(f"a drafter from this recipe is already there: {run / 'best'}")
         else:
-            trained = stages.run_train(target, tokenizer, recipe, features, run)
+            trained = stages.run_train(target, tokenizer, recipe, features, run, lambda: target)
             write_text(run / "done.json", as_json(asdict(trained) | {"recipe": dump_recipe(recipe)}, indent=1))
             notes.append(f"{trained.steps} steps, simulated accepted length {trained.best:.2f}")
     with stage("evaluate") as notes:

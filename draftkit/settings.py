@@ -76,8 +76,8 @@ class CaptureSettings(Section):
 class DrafterSettings(Section):
     """The drafter's shape; sizes that are null are the target's."""
 
-    algorithm: Literal["dspark", "dflash", "eagle3"] = "dspark"
-    num_layers: Annotated[int, Field(ge=1, description="eagle3: 1, the default there")] = 5
+    algorithm: Annotated[str, Field(description="a name of draft/algorithms.py: dspark, dflash, eagle3")] = "dspark"
+    num_layers: Annotated[int | None, Field(ge=1, description="null: the algorithm's own, 5; eagle3: 1")] = None
     style: Annotated[
         Literal["auto", "qwen3", "llama", "gemma4"],
         Field(description="decoder block; auto: the one that engines load for this target"),
@@ -120,11 +120,6 @@ class DrafterSettings(Section):
         int | None,
         Field(ge=2, description="eagle3: only the most frequent tokens are drafted"),
     ] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_layer(cls, raw: Any) -> Any:
-        return {"num_layers": 1} | raw if isinstance(raw, dict) and raw.get("algorithm") == "eagle3" else raw
 
     @model_validator(mode="after")
     def _start_is_one(self) -> DrafterSettings:
@@ -208,7 +203,7 @@ class TrainSettings(Section):
     ] = 200
     decode_prompts: Annotated[
         int,
-        Field(ge=0, description="validation prompts that are really answered each time"),
+        Field(ge=0, description="validation prompts that are really answered each time, in one process"),
     ] = 6
     patience: Annotated[
         int | None,

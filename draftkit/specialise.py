@@ -97,7 +97,8 @@ def run_specialise(
     prompts = stages.every_turn(shown, held_out, recipe.evaluate.prompts_per_domain, room)
     if not prompts:
         raise DataError(f"{traces}: no answer of a held-out conversation can be evaluated; give more traces")
-    trained = stages.run_train(target, tokenizer, recipe, out / "features", out / "drafter", start_from)
+    features, run = out / "features", out / "drafter"
+    trained = stages.run_train(target, tokenizer, recipe, features, run, lambda: target, start_from)
     say(f"{trained.steps} steps in {trained.seconds:.0f} s")
     before = stages.evaluate_prompts(target, recipe, start_from, prompts, out / "before") if start_from else []
     after = stages.evaluate_prompts(target, recipe, out / "drafter" / "best", prompts, out / "after")

@@ -32,12 +32,11 @@ from draftkit.data.records import check_rendered_as, made_with, read_manifest
 from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
 from draftkit.data.traces import domain_of
-from draftkit.draft.block import BlockDrafter
+from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
-from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
-from draftkit.draft.eagle3 import EagleConfig
-from draftkit.draft.families import EAGLE_STYLE, block_shape, style_of
-from draftkit.draft.warm_start import CapturedText, start_from_target
+from draftkit.draft.drafter import Drafter, DrafterShape
+from draftkit.draft.families import block_shape, style_of
+from draftkit.draft.warm_start import CapturedText
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
@@ -45,6 +44,7 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate,
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.fingerprint import fingerprint
+from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
@@ -55,6 +55,7 @@ from draftkit.target.transformers import (
     load_target,
     spread_feature_layers,
 )
+from draftkit.target.weights import TargetFiles
 from draftkit.train import trainer
 from draftkit.train.parallel import join_world
 from draftkit.train.trainer import TrainReport
@@ -77,6 +78,7 @@ def progress_bar(title: str, total: float | None) -> Iterator[tuple[Progress, An
 def open_target(recipe: Recipe, device: str | None = None) -> tuple[TransformersTarget, Any]:
     """The recipe's target and its tokenizer; without a device, on a GPU where there is one."""
     section = recipe.target
+    algorithm_named(recipe.drafter.algorithm)  # a mistake shows before the target is loaded
     target = load_target(section.path, section.revision, section.dtype, device or best_device())
     return target, load_tokenizer(section.path, section.revision)
 
@@ -88,6 +90,13 @@ def prompt_format(recipe: Recipe, tokenizer: Any, today: str | None = None) -> T
     Raises ConfigError for template switches that the chat template does not know.
     """
     return TemplateFormat(tokenizer, recipe.target.template_switches, date.fromisoformat(today) if today else date.today())
+
+
+def read_target(recipe: Recipe) -> tuple[TargetFiles, Any]:
+    """What the files of the recipe's target say, and its tokenizer; the model is not loaded."""
+    section = recipe.target
+    algorithm_named(recipe.drafter.algorithm)
+    return TargetFiles(section.path, section.revision, section.dtype), load_tokenizer(section.path, section.revision)
 
 
 def run_generate(
@@ -139,7 +148,7 @@ def _generate(
         return generate_file(answers, shown, prompts, out, recipe.generate, about, tick)
 
 
-def feature_layers(recipe: Recipe, target: TransformersTarget) -> tuple[int, ...]:
+def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
     """The target layers that the drafter listens to."""
     chosen = recipe.drafter.feature_layers
     return tuple(chosen) if chosen else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
@@ -168,15 +177,15 @@ def run_capture(
 
 
 def drafter_config(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore | None = None
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
 ) -> DrafterShape:
     """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in `store` does not use."""
-    section, text = recipe.drafter, target.model.config.get_text_config()
-    eagle = section.algorithm == "eagle3"
-    automatic = EAGLE_STYLE if eagle else style_of(target.info.family)
+    section, text = recipe.drafter, target.text_config
+    algorithm = algorithm_named(section.algorithm)
+    automatic = algorithm.style or style_of(target.info.family)
     sizes = asdict(block_shape(text, automatic if section.style == "auto" else section.style)) | {
         "hidden_size": target.info.hidden_size,
-        "num_layers": section.num_layers,
+        "num_layers": section.num_layers or algorithm.layers,
         "vocab_size": target.info.vocab_size,
         "feature_layers": feature_layers(recipe, target),
         "num_target_layers": target.info.num_layers,
@@ -185,34 +194,27 @@ def drafter_config(
     }
     if section.intermediate_size:
         sizes["intermediate_size"] = section.intermediate_size
-    if eagle:
-        return EagleConfig(**sizes, draft_vocab_size=section.draft_vocab_size)
-    dspark, vocab = section.algorithm == "dspark", target.info.vocab_size
-    count = lambda: count_tokens(store, vocab) if store else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
-    return DrafterConfig(
-        **sizes,
-        mask_token_id=choose_mask_token(tokenizer, vocab, section.mask_token_id, count),
-        layout=section.layout,
-        window=section.window,
-        head=section.head if dspark else "none",
-        markov_rank=section.markov_rank if dspark and section.head != "none" else 0,
-        confidence=dspark,
-        confidence_with_markov=section.confidence_with_markov and dspark and section.head != "none",
-        confidence_stop_gradient=section.confidence_stop_gradient,
-    )
+    vocab, mask = target.info.vocab_size, 0
+    if algorithm.masks:
+        count = lambda: count_tokens(store, vocab) if store else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
+        mask = choose_mask_token(tokenizer, vocab, section.mask_token_id, count)
+    return algorithm.shape(section, sizes, mask)
 
 
 def run_train(
-    target: TransformersTarget,
+    target: TargetWeights,
     tokenizer: Any,
     recipe: Recipe,
     features: Path,
     out: Path,
+    model: Callable[[], Target] | None = None,
     start_from: Path | None = None,
 ) -> TrainReport:
     """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer.
 
-    `start_from` is the folder of a drafter that goes on; it must be of this target and of the recipe's shape.
+    Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it, null loads it then.
+    Where several processes train together there are no such answers, and none of them loads it. `start_from` is the folder
+    of a drafter that goes on; it must be of this target and of the recipe's shape.
     """
     store = FeatureStore(features)
     layers = feature_layers(recipe, target)
@@ -242,13 +244,14 @@ def run_train(
         def note_recipe() -> None:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
 
+        load = model or (lambda: open_target(recipe)[0])
         return trainer.train(
-            store, drafter, target, out, recipe.train, provenance, world, show, note_recipe, start, start_from is not None
+            store, drafter, load, out, recipe.train, provenance, world, show, note_recipe, start, start_from is not None
         )
 
 
 def new_drafter_for(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore | None = None
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
 ) -> Drafter:
     """A fresh drafter, seeded by the recipe, on the target's embedding and head.
 
@@ -256,19 +259,20 @@ def new_drafter_for(
     """
     torch.manual_seed(recipe.train.seed)
     config, ids_W = drafter_config(recipe, target, tokenizer, store), None
-    if isinstance(config, EagleConfig) and config.draft_vocab_size and store is not None:
+    if config.draft_vocab_size and store is not None:
         ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
     if recipe.drafter.start == "target":
-        if not isinstance(drafter, BlockDrafter):
+        start = algorithm_named(recipe.drafter.algorithm).start
+        if start is None:
             raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
         text = _some_text(store) if store is not None else None
-        start_from_target(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
+        start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
     return drafter
 
 
 def drafter_to_continue(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, folder: Path
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore, folder: Path
 ) -> Drafter:
     """A drafter that was trained before, in float32, ready to learn on.
 
@@ -316,7 +320,7 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
     if borrow and target_path is None:
         raise ConfigError("--borrow: needs the --target that lends embedding and head")
     make_folder(out)
-    target = load_target(target_path) if target_path else None
+    target = TargetFiles(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
     note = {k: v for k, v in read_provenance(folder).items() if k not in ("draftkit", "algorithm", "sha256")}
     save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow else None)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from draftkit.config import RECIPES, Recipe, load_recipe
 from draftkit.decode import decode
+from draftkit.draft.algorithms import ALGORITHMS
 from draftkit.draft.backbone import DraftLayer, Rotation, rope_table
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import new_drafter
@@ -221,7 +222,8 @@ def test_a_packaged_recipe_loads_and_says_only_what_differs_from_the_defaults(na
 def test_recipes_of_the_paper_have_its_values(name: str) -> None:
     recipe = load_recipe(name)
     drafter, train, kind = recipe.drafter, recipe.train, name.rsplit("-", 1)[1]
-    assert (drafter.algorithm, drafter.block_size, drafter.num_layers) == (kind, 7, 1 if kind == "eagle3" else 5)
+    layers = drafter.num_layers or ALGORITHMS[drafter.algorithm].layers
+    assert (drafter.algorithm, drafter.block_size, layers) == (kind, 7, 1 if kind == "eagle3" else 5)
     assert (drafter.head, drafter.markov_rank, len(drafter.feature_layers or ())) == ("markov", 256, 5)
     assert (train.anchors, train.lr, train.warmup, train.batch_size, train.epochs) == (512, 6e-4, 0.04, 512, 10)
     assert (train.dtype, recipe.target.dtype, recipe.capture.max_length) == ("bfloat16", "bfloat16", 4096)
@@ -246,7 +248,7 @@ def test_the_qwen3_4b_recipe_gives_the_published_drafters_tensors() -> None:
     """Shapes of dspark_qwen3_4b_block7, without memory for any of them."""
     text = AutoConfig.for_model("qwen3", **QWEN3_4B)
     info = TargetInfo("Qwen/Qwen3-4B", None, "f", 151_936, 2560, 36, (151_645,), 40_960, "qwen3")
-    target = SimpleNamespace(model=SimpleNamespace(config=text), info=info)
+    target = SimpleNamespace(text_config=text, info=info)
     tokenizer = AddedTokens(151_669)
     config = drafter_config(load_recipe("qwen3-4b-dspark"), target, tokenizer)  # type: ignore[arg-type]
     assert isinstance(config, DrafterConfig)

@@ -73,7 +73,7 @@ def test_step_zero_is_the_drafters_own_quality(first: Path, target_folder: Path,
     recipe = recipe_of(target_folder, "train.steps=1", "train.lr=1e-9")
     target, tokenizer = stages.open_target(recipe)
     start = first / "drafter" / "best"
-    stages.run_train(target, tokenizer, recipe, first / "features", tmp_path, start)
+    stages.run_train(target, tokenizer, recipe, first / "features", tmp_path, start_from=start)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     own = read_provenance(start)["validation"]
     assert lines[0]["step"] == 0

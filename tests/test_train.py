@@ -87,7 +87,7 @@ def run(store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokeniz
         out: Path, settings: TrainSettings, report: Any = lambda p: None, drafter: Any = None, start: str = ""
     ) -> TrainReport:
         drafter = drafter or stages.new_drafter_for(recipe, target, tokenizer)
-        return trainer.train(store, drafter, target, out, settings, {"note": "x"}, ALONE, report, start=start)
+        return trainer.train(store, drafter, lambda: target, out, settings, {"note": "x"}, ALONE, report, start=start)
 
     return start
 
@@ -283,7 +283,7 @@ def test_bfloat16_passes_keep_float32_parameters_and_come_close(
     for dtype in ("float32", "bfloat16"):
         drafter = stages.new_drafter_for(recipe, target, tokenizer)
         with join_world() as world:
-            trainer.train(store, drafter, target, tmp_path / dtype, replace(settings, dtype=dtype), {}, world)
+            trainer.train(store, drafter, lambda: target, tmp_path / dtype, replace(settings, dtype=dtype), {}, world)
         assert all(p.dtype == torch.float32 for p in drafter.parameters())
         curves.append(losses(tmp_path / dtype))
     assert curves[0] != curves[1], "bfloat16 rounds"
@@ -532,7 +532,7 @@ def test_a_drafter_of_another_target_is_refused(
 ) -> None:
     provenance = {"target_fingerprint": target.info.fingerprint}
     drafter = stages.new_drafter_for(recipe, target, tokenizer)
-    trainer.train(store, drafter, target, tmp_path / "run", replace(fast, steps=2), provenance, ALONE)
+    trainer.train(store, drafter, lambda: target, tmp_path / "run", replace(fast, steps=2), provenance, ALONE)
     open_drafter(tmp_path / "run" / "best", target)
     other = stages.load_target(str(make_target_folder(tmp_path / "other", seed=3)))
     with pytest.raises(CheckpointError, match="trained for another target"):

@@ -17,14 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftkit import __version__
-from draftkit.draft.block import BlockDrafter
+from draftkit.draft.algorithms import build, form_for, read_shape, tensors_from_form, tensors_to_form
 from draftkit.draft.checkpoint_fields import Fields
-from draftkit.draft.checkpoint_forms import read_shape, tensors_from_form, tensors_to_form, write_shape
-from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
-from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.output import as_json, sha256_of, write_tensors, write_text
-from draftkit.target.transformers import TransformersTarget
+from draftkit.target.interface import TargetWeights
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
 INDEX = WEIGHTS + ".index.json"
@@ -33,22 +31,22 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 def new_drafter(
     config: DrafterShape, embedding_VH: Tensor, head_VH: Tensor, draft_ids_W: Tensor | None = None
-) -> BlockDrafter | EagleDrafter:
-    """A fresh drafter with frozen copies of the target's embedding and head.
+) -> Drafter:
+    """A fresh drafter, in float32 on the CPU, over the target's embedding and head: the very tensors where they are so, too.
 
-    `draft_ids_W` (int64) are the target ids of an EAGLE-3 drafter's reduced vocabulary. Raises CheckpointError when sizes
+    `draft_ids_W` (int64) are the target ids of a reduced draft vocabulary. Raises CheckpointError when sizes
     do not fit.
     """
-    drafter = _build(config)
-    if isinstance(drafter, EagleDrafter):
-        drafter.choose_vocabulary(draft_ids_W, head_VH)
-        head_VH = head_VH if draft_ids_W is None else head_VH[draft_ids_W]
-    for parameter, source in ((drafter.embed_tokens.weight, embedding_VH), (drafter.lm_head.weight, head_VH)):
-        if parameter.shape != source.shape:
+    drafter = build(config)
+    drafter.choose_vocabulary(draft_ids_W, head_VH)
+    head_VH = head_VH if draft_ids_W is None else head_VH[draft_ids_W]
+    for module, source in ((drafter.embed_tokens, embedding_VH), (drafter.lm_head, head_VH)):
+        if module.weight.shape != source.shape:
             raise CheckpointError(
-                f"target embedding {tuple(source.shape)} does not fit a drafter of {tuple(parameter.shape)}"
+                f"target embedding {tuple(source.shape)} does not fit a drafter of {tuple(module.weight.shape)}"
             )
-        parameter.data.copy_(source)
+        own = source.detach().to(module.weight.device, module.weight.dtype)  # the same tensor where nothing differs
+        module.weight = torch.nn.Parameter(own, requires_grad=False)
     return drafter
 
 
@@ -58,33 +56,34 @@ def save_drafter(
     provenance: dict[str, Any],
     dtype: torch.dtype,
     form: str = "portable",
-    lender: TransformersTarget | None = None,
+    lender: TargetWeights | None = None,
 ) -> None:
     """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter.
 
     `form` is one of `checkpoint_forms.FORMS`. With a `lender`, embedding and head are left out. Raises CheckpointError
     when the form cannot hold this drafter, or when they are not the lender's, and OSError when the disk does not take it.
     """
-    fields = write_shape(drafter.config, form) | {"dtype": str(dtype).removeprefix("torch.")}
+    chosen = form_for(drafter.config, form)
+    fields = chosen.write(drafter.config) | {"dtype": str(dtype).removeprefix("torch.")}
     tensors = {k: v.detach().to("cpu", dtype).clone().contiguous() for k, v in drafter.state_dict().items()}
     if lender is not None:
         _leave_out_borrowed(drafter, tensors, lender, dtype)
-    if isinstance(drafter, EagleDrafter) and drafter.draft_ids_W is not None:
+    if drafter.draft_ids_W is not None:
         ids_W = drafter.draft_ids_W.cpu()
         tensors["d2t"] = ids_W - torch.arange(len(ids_W))
         tensors["t2d"] = torch.zeros(drafter.config.vocab_size, dtype=torch.bool).index_fill_(0, ids_W, True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, json.dumps(fields, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".partial")
-    write_tensors(partial, tensors_to_form(tensors, fields["architectures"][0]), save_file, {"format": "pt"})
+    write_tensors(partial, tensors_to_form(tensors, chosen), save_file, {"format": "pt"})
     note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": sha256_of(partial)} | provenance
     write_text(folder / PROVENANCE, as_json(note, indent=1) + "\n")
     partial.replace(folder / WEIGHTS)
 
 
 def load_drafter(
-    folder: Path, dtype: torch.dtype = torch.float32, target: TransformersTarget | None = None
-) -> BlockDrafter | EagleDrafter:
+    folder: Path, dtype: torch.dtype = torch.float32, target: TargetWeights | None = None
+) -> Drafter:
     """Read a folder in any known form; what it leaves out is borrowed from `target`.
 
     Raises CheckpointError naming the file, the field or the tensor that is wrong, or that only the target can give.
@@ -93,21 +92,20 @@ def load_drafter(
     if (folder / "mask_embedding.pt").exists():
         raise CheckpointError(f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores")
     tensors = tensors_from_form(read_tensors(folder), config)
-    drafter = _build(config)
+    drafter = build(config)
     ids_W = _take_draft_ids(str(folder), config, tensors)
     for name in (EMBEDDING, HEAD):
         if name not in tensors:
             tensors[name] = _borrowed(str(folder), name, target, ids_W)
     check_tensors(str(folder), {k: v.shape for k, v in drafter.state_dict().items()}, tensors)
     drafter.load_state_dict(tensors)
-    if isinstance(drafter, EagleDrafter):
-        drafter.choose_vocabulary(ids_W, _head_to_train_with(drafter, target))
+    drafter.choose_vocabulary(ids_W, _head_to_train_with(drafter, target))
     return drafter.to(dtype).eval()
 
 
 def open_drafter(
-    folder: Path, target: TransformersTarget, dtype: torch.dtype | None = None
-) -> BlockDrafter | EagleDrafter:
+    folder: Path, target: TargetWeights, dtype: torch.dtype | None = None
+) -> Drafter:
     """Read a folder onto the target's device, in its dtype unless another is given, and check that the drafter fits the target.
     Raises CheckpointError when it does not."""
     drafter = load_drafter(folder, dtype or target.head_weight().dtype, target).to(target.device)
@@ -125,7 +123,7 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterSh
     if not path.exists():
         raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a drafter")
     try:
-        return read_shape(Fields(_read_json(path), str(path)), num_target_layers)
+        return read_shape(Fields(_read_json(path), str(path)), num_target_layers)[0]
     except ConfigError as error:  # of the shape itself, which does not know where it was read
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -172,14 +170,6 @@ def check_tensors(where: str, wanted: dict[str, torch.Size], found: dict[str, Te
             raise CheckpointError(f"{where}: {name} is {tuple(found[name].shape)}, the configuration says {tuple(shape)}")
 
 
-def _build(config: DrafterShape) -> BlockDrafter | EagleDrafter:
-    if isinstance(config, EagleConfig):
-        return EagleDrafter(config)
-    if isinstance(config, DrafterConfig):
-        return BlockDrafter(config)
-    raise TypeError(f"{type(config).__name__}: no drafter has this shape")
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
@@ -203,8 +193,6 @@ def _check_digest(folder: Path) -> None:
 
 def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:
     """Remove d2t and t2d (what d2t says again) and return the draft vocabulary's target ids, None for the whole."""
-    if not isinstance(config, EagleConfig):
-        return None
     offsets_W = tensors.pop("d2t", None)
     tensors.pop("t2d", None)
     if config.draft_vocab_size is None:
@@ -217,7 +205,7 @@ def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]
     return offsets_W.long() + torch.arange(len(offsets_W))
 
 
-def _borrowed(where: str, name: str, target: TransformersTarget | None, draft_ids_W: Tensor | None) -> Tensor:
+def _borrowed(where: str, name: str, target: TargetWeights | None, draft_ids_W: Tensor | None) -> Tensor:
     if target is None:
         raise CheckpointError(f"{where}: has no {name}, which is its target's; give the target too (--target)")
     if name == EMBEDDING:
@@ -225,7 +213,7 @@ def _borrowed(where: str, name: str, target: TransformersTarget | None, draft_id
     return target.head_weight() if draft_ids_W is None else target.head_weight()[draft_ids_W]
 
 
-def _head_to_train_with(drafter: EagleDrafter, target: TransformersTarget | None) -> Tensor | None:
+def _head_to_train_with(drafter: Drafter, target: TargetWeights | None) -> Tensor | None:
     """The target's head, unless the drafter's own is the same."""
     if target is None:
         return None
@@ -234,9 +222,9 @@ def _head_to_train_with(drafter: EagleDrafter, target: TransformersTarget | None
 
 
 def _leave_out_borrowed(
-    drafter: Drafter, tensors: dict[str, Tensor], lender: TransformersTarget, dtype: torch.dtype
+    drafter: Drafter, tensors: dict[str, Tensor], lender: TargetWeights, dtype: torch.dtype
 ) -> None:
-    ids_W = drafter.draft_ids_W if isinstance(drafter, EagleDrafter) else None
+    ids_W = drafter.draft_ids_W
     for name in (EMBEDDING, HEAD):
         theirs = _borrowed("drafter", name, lender, ids_W).to("cpu", dtype)
         rounded = theirs.to(torch.bfloat16).to(dtype)  # what a drafter has that was once saved in bfloat16

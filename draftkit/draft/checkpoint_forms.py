@@ -14,43 +14,42 @@ the top-level ids of EAGLE-3, SGLang the nested ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from draftkit.draft.checkpoint_fields import Fields, read_sizes, write_sizes
+from draftkit.draft.checkpoint_fields import Fields, write_sizes
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.errors import CheckpointError
 
 FORMS = ("portable", "deepspec")
 _HEADS = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}
-_BLOCKS = {"Qwen3DSparkModel": "qwen3", "Gemma4DSparkModel": "gemma4", "LlamaDSparkModel": "llama"}
-_DFLASH = "DFlashDraftModel"
-_EAGLES = {"LlamaForCausalLMEagle3": "llama", "Eagle3Qwen3ForCausalLM": "qwen3"}
-_DEEPSPEC_EAGLES = {"Qwen3Eagle3Model": "qwen3", "Gemma4Eagle3Model": "gemma4"}
-_OTHER_NAMES = {"Eagle3LlamaForCausalLM": "LlamaForCausalLMEagle3", "DSparkDraftModel": "Qwen3DSparkModel"}
 _MODEL_TYPES = {"qwen3": "qwen3", "gemma4": "gemma4_text", "llama": "llama"}
+OTHER_NAMES = {"Eagle3LlamaForCausalLM": "LlamaForCausalLMEagle3", "DSparkDraftModel": "Qwen3DSparkModel"}
 
 
-def read_shape(fields: Fields, num_target_layers: int | None) -> DrafterShape:
-    """A drafter's shape from any known form; `num_target_layers` helps where the form does not say it.
+@dataclass(frozen=True)
+class Form:
+    """One way in which drafters of one kind are written.
 
-    Raises CheckpointError that names the architecture or the field that is missing, wrong or not implemented.
+    Attributes:
+        names: under which of FORMS a person asks for it.
+        styles: the architectures that `config.json` may name, and the block style of each.
+        read: the drafter's shape from the fields and the sizes that all forms share.
+        write: the fields of `config.json`.
+        refuses: why a shape does not fit this form under one of its names; None: it fits.
+        renamed: beginnings of tensor names, (the form's, ours); in reading those of other forms are known, too.
+        with_target_weights: embedding and head are in the folder, unless they are left out on purpose.
     """
-    known = [*_BLOCKS, _DFLASH, *_EAGLES, *_DEEPSPEC_EAGLES]
-    if fields.raw.get("speculators_model_type"):
-        raise CheckpointError(f"{fields.where}: the speculators form is not known; known are {', '.join(known)}")
-    architecture = _OTHER_NAMES.get(fields.architecture, fields.architecture)
-    if architecture in _BLOCKS:
-        return _read_dspark(fields, read_sizes(fields, _BLOCKS[architecture], num_target_layers))
-    if architecture == _DFLASH:
-        return _read_dflash(fields, read_sizes(fields, "qwen3", num_target_layers))
-    if architecture in _EAGLES:
-        return _read_eagle(fields, read_sizes(fields, _EAGLES[architecture], num_target_layers))
-    if architecture in _DEEPSPEC_EAGLES:
-        return _read_deepspec_eagle(fields, read_sizes(fields, _DEEPSPEC_EAGLES[architecture], num_target_layers))
-    raise CheckpointError(f"{fields.where}: architecture {architecture} is not known; known are {', '.join(known)}")
+
+    names: tuple[str, ...]
+    styles: dict[str, str]
+    read: Callable[[Fields, dict[str, Any]], DrafterShape]
+    write: Callable[[Any], dict[str, Any]]
+    refuses: Callable[[Any, str], str | None] = lambda config, name: None
+    renamed: tuple[str, str] | None = None
+    with_target_weights: bool = True
 
 
 def _read_dspark(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
@@ -123,30 +122,14 @@ def _read_deepspec_eagle(fields: Fields, sizes: dict[str, Any]) -> EagleConfig:
     )
 
 
-def write_shape(config: DrafterShape, form: str) -> dict[str, Any]:
-    """`config.json` in a form of FORMS. Raises CheckpointError when the form cannot hold this drafter."""
-    if form not in FORMS:
-        raise CheckpointError(f"form {form!r} is not known; choose one of {', '.join(FORMS)}")
-    if isinstance(config, EagleConfig):
-        portable = form == "portable" and config.style in _EAGLES.values()
-        return _write_eagle(config) if portable else _write_deepspec_eagle(config)
-    if not isinstance(config, DrafterConfig):
-        raise TypeError(f"{type(config).__name__}: has no form")
-    if form == "deepspec" and (config.layout != "anchor" or config.style == "llama"):
-        raise CheckpointError("DeepSpec has the anchor layout alone, and no Llama block; write the portable form")
-    if config.layout == "one_plus_n" and config.algorithm == "dflash" and config.style == "qwen3":
-        return _write_dflash(config)
-    return _write_dspark(config)
-
-
-def _architecture(styles: dict[str, str], config: DrafterShape) -> tuple[str, str]:
+def _architecture(form: Form, config: DrafterShape) -> tuple[str, str]:
     """The architecture of a style, and Transformers' name of its model type."""
-    return next(name for name, style in styles.items() if style == config.style), _MODEL_TYPES[config.style]
+    return next(name for name, style in form.styles.items() if style == config.style), _MODEL_TYPES[config.style]
 
 
 def _write_dspark(config: DrafterConfig) -> dict[str, Any]:
     names = {v: k for k, v in _HEADS.items()}
-    fields = write_sizes(config, *_architecture(_BLOCKS, config)) | {
+    fields = write_sizes(config, *_architecture(DSPARK, config)) | {
         "block_size": config.block_size,
         "target_layer_ids": list(config.feature_layers),
         "mask_token_id": config.mask_token_id,
@@ -162,7 +145,8 @@ def _write_dspark(config: DrafterConfig) -> dict[str, Any]:
 
 def _write_dflash(config: DrafterConfig) -> dict[str, Any]:
     nested: dict[str, Any] = {"mask_token_id": config.mask_token_id, "target_layer_ids": list(config.feature_layers)}
-    fields = write_sizes(config, _DFLASH, "qwen3") | {"block_size": config.block_size, "dflash_config": nested}
+    fields = write_sizes(config, *_architecture(DFLASH, config))
+    fields |= {"block_size": config.block_size, "dflash_config": nested}
     if "final_logit_softcapping" in fields:
         nested["final_logit_softcapping"] = fields.pop("final_logit_softcapping")
     return fields | _window(config)
@@ -175,7 +159,7 @@ def _window(config: DrafterConfig) -> dict[str, Any]:
 
 def _write_eagle(config: EagleConfig) -> dict[str, Any]:
     layers = list(config.feature_layers)
-    return write_sizes(config, *_architecture(_EAGLES, config)) | {
+    return write_sizes(config, *_architecture(EAGLE, config)) | {
         "draft_vocab_size": config.head_size,
         "norm_before_residual": config.norm_before_residual,
         "num_aux_hidden_states": len(layers),
@@ -186,12 +170,7 @@ def _write_eagle(config: EagleConfig) -> dict[str, Any]:
 
 
 def _write_deepspec_eagle(config: EagleConfig) -> dict[str, Any]:
-    if config.style not in _DEEPSPEC_EAGLES.values() or config.draft_vocab_size or config.norm_before_residual:
-        raise CheckpointError(
-            "DeepSpec's EAGLE-3 has q/k norms (drafter.style: qwen3 or gemma4), the whole vocabulary and no norm before "
-            "the residual; write the portable form"
-        )
-    return write_sizes(config, *_architecture(_DEEPSPEC_EAGLES, config)) | {
+    return write_sizes(config, *_architecture(DEEPSPEC_EAGLE, config)) | {
         "target_layer_ids": list(config.feature_layers),
         "ttt_length": config.block_size,
         "step_loss_decay": 0.8,  # DeepSpec's class asks for it and uses it in training alone
@@ -199,18 +178,38 @@ def _write_deepspec_eagle(config: EagleConfig) -> dict[str, Any]:
     }
 
 
-def tensors_to_form(tensors: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Our names to the form's: DeepSpec calls EAGLE-3's layer `layers.0`, all others `midlayer`; z-lab's DFlash has
-    neither embedding nor head."""
-    if architecture in _DEEPSPEC_EAGLES:
-        return {name.replace("midlayer.", "layers.0.", 1): value for name, value in tensors.items()}
-    if architecture == _DFLASH:
-        return {name: value for name, value in tensors.items() if name not in ("embed_tokens.weight", "lm_head.weight")}
-    return tensors
+def _not_dspark(config: DrafterConfig, name: str) -> str | None:
+    if name == "deepspec" and (config.layout != "anchor" or config.style == "llama"):
+        return "DeepSpec has the anchor layout alone, and no Llama block; write the portable form"
+    return None
 
 
-def tensors_from_form(tensors: dict[str, Tensor], config: DrafterShape) -> dict[str, Tensor]:
-    """The form's names to ours."""
-    if isinstance(config, EagleConfig):
-        return {name.replace("layers.0.", "midlayer.", 1): value for name, value in tensors.items()}
-    return tensors
+def _not_dflash(config: DrafterConfig, name: str) -> str | None:
+    fits = config.layout == "one_plus_n" and config.style == "qwen3"
+    return None if fits else "z-lab's DFlash has the layout one_plus_n and the Qwen3 block"
+
+
+def _not_eagle(config: EagleConfig, name: str) -> str | None:
+    return None if config.style in EAGLE.styles.values() else f"no engine's EAGLE-3 has the block {config.style}"
+
+
+def _not_deepspec_eagle(config: EagleConfig, name: str) -> str | None:
+    fits = config.style in DEEPSPEC_EAGLE.styles.values()
+    if fits and not config.draft_vocab_size and not config.norm_before_residual:
+        return None
+    return (
+        "DeepSpec's EAGLE-3 has q/k norms (drafter.style: qwen3 or gemma4), the whole vocabulary and no norm before the "
+        "residual; write the portable form"
+    )
+
+
+_BLOCKS = {"Qwen3DSparkModel": "qwen3", "Gemma4DSparkModel": "gemma4", "LlamaDSparkModel": "llama"}
+_EAGLES = {"LlamaForCausalLMEagle3": "llama", "Eagle3Qwen3ForCausalLM": "qwen3"}
+_DEEPSPEC_EAGLES = {"Qwen3Eagle3Model": "qwen3", "Gemma4Eagle3Model": "gemma4"}
+_LAYER = ("layers.0.", "midlayer.")
+DSPARK = Form(FORMS, _BLOCKS, _read_dspark, _write_dspark, _not_dspark)
+DFLASH = Form(
+    ("portable",), {"DFlashDraftModel": "qwen3"}, _read_dflash, _write_dflash, _not_dflash, with_target_weights=False
+)
+EAGLE = Form(("portable",), _EAGLES, _read_eagle, _write_eagle, _not_eagle)
+DEEPSPEC_EAGLE = Form(FORMS, _DEEPSPEC_EAGLES, _read_deepspec_eagle, _write_deepspec_eagle, _not_deepspec_eagle, _LAYER)

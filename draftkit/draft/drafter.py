@@ -25,7 +25,7 @@ class DrafterShape:
     """What every drafter has. `feature_layers` are target layer OUTPUT indices, ascending; `block_size` sets how many
     tokens are drafted per round; `logit_scale` and `soft_cap` are the target's, on the logits of its head. `style` is a
     row of `draft/families.py`; with `shared_key_value` a layer's values are its key projection; rotary embeddings turn
-    `rotary_share` of the head size."""
+    `rotary_share` of the head size. `draft_vocab_size`: only so many tokens can be drafted; null is the target's vocabulary."""
 
     hidden_size: int
     intermediate_size: int
@@ -45,6 +45,7 @@ class DrafterShape:
     style: str = "qwen3"
     shared_key_value: bool = False
     rotary_share: float = 1.0
+    draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
@@ -57,6 +58,10 @@ class DrafterShape:
             raise ConfigError(f"drafter.num_heads: {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.gamma < 1:
             raise ConfigError(f"drafter.block_size: {self.block_size} leaves no token to draft")
+        if self.draft_vocab_size is not None and not 1 < self.draft_vocab_size <= self.vocab_size:
+            raise ConfigError(
+                f"drafter.draft_vocab_size: {self.draft_vocab_size} must lie between 2 and the target's {self.vocab_size}"
+            )
         if self.style not in STYLES:
             raise ConfigError(f"drafter.style: {self.style!r} is not known, choose one of {', '.join(STYLES)}")
 
@@ -66,9 +71,24 @@ class DrafterShape:
         return self.block_size
 
     @property
+    def head_size(self) -> int:
+        """Tokens that can be drafted."""
+        return self.draft_vocab_size or self.vocab_size
+
+    @property
     def algorithm(self) -> str:
-        """The field's name for this kind of drafter."""
+        """Its name in the table of algorithms (`draft/algorithms.py`)."""
         raise NotImplementedError
+
+    @property
+    def has_confidence(self) -> bool:
+        """Whether a head says how likely each drafted token is to be accepted."""
+        return False
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers that the drafter keeps for each token of a request: keys and values."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +130,11 @@ class DrafterConfig(DrafterShape):
     def algorithm(self) -> str:
         """The field's name for this combination."""
         return "dflash" if self.head == "none" and not self.confidence else "dspark"
+
+    @property
+    def has_confidence(self) -> bool:
+        """Whether a head says how likely each drafted token is to be accepted."""
+        return self.confidence
 
 
 @dataclass(frozen=True)
@@ -178,6 +203,13 @@ class Drafter(nn.Module):
     """What the loop, the trainer and the engine ask of a drafter. Embedding and head are the target's, frozen."""
 
     config: DrafterShape
+    embed_tokens: nn.Embedding
+    lm_head: nn.Linear
+    draft_ids_W: Tensor | None  # target ids of a reduced draft vocabulary
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("draft_ids_W", None, persistent=False)
 
     @property
     def gamma(self) -> int:
@@ -187,7 +219,15 @@ class Drafter(nn.Module):
     @property
     def has_confidence(self) -> bool:
         """Whether a head says how likely each drafted token is to be accepted."""
-        return isinstance(self.config, DrafterConfig) and self.config.confidence
+        return self.config.has_confidence
+
+    def choose_vocabulary(self, draft_ids_W: Tensor | None, target_head_VH: Tensor | None) -> None:
+        """Set the target ids of a reduced draft vocabulary, int64 [W], and the target's whole head to train with.
+
+        Raises ConfigError when this drafter has the target's own vocabulary.
+        """
+        if draft_ids_W is not None:
+            raise ConfigError(f"drafter.draft_vocab_size: {self.config.algorithm} drafts from the target's whole vocabulary")
 
     def new_context(self, batch: int = 1) -> DraftContext:
         """An empty context for `batch` requests of equal length."""

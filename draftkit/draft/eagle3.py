@@ -41,17 +41,12 @@ class EagleConfig(DrafterShape):
     """
 
     num_layers: int = 1
-    draft_vocab_size: int | None = None
     norm_before_residual: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_layers != 1:
             raise ConfigError(f"drafter.num_layers: {self.num_layers}, but an EAGLE-3 drafter has 1 layer")
-        if self.draft_vocab_size is not None and not 1 < self.draft_vocab_size <= self.vocab_size:
-            raise ConfigError(
-                f"drafter.draft_vocab_size: {self.draft_vocab_size} must lie between 2 and the target's {self.vocab_size}"
-            )
 
     @property
     def algorithm(self) -> str:
@@ -59,9 +54,9 @@ class EagleConfig(DrafterShape):
         return "eagle3"
 
     @property
-    def head_size(self) -> int:
-        """Tokens that can be drafted."""
-        return self.draft_vocab_size or self.vocab_size
+    def numbers_per_token(self) -> int:
+        """Keys, values, and the projected feature beside them."""
+        return super().numbers_per_token + self.hidden_size
 
 
 class EagleLayer(DraftLayer):
@@ -143,7 +138,7 @@ class EagleDrafter(Drafter):
         self.norm = RMSNorm(hidden, config.rms_eps)
         self.lm_head = nn.Linear(hidden, config.head_size, bias=False)
         ids = torch.arange(config.head_size) if config.draft_vocab_size else None
-        self.register_buffer("draft_ids_W", ids, persistent=False)
+        self.draft_ids_W = ids
         self.register_buffer("target_head_VH", None, persistent=False)
         self.register_buffer("_rope", None, persistent=False)
         self.embed_tokens.requires_grad_(False)

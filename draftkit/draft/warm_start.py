@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from draftkit.draft.backbone import Attention, DraftLayer, RMSNorm
 from draftkit.draft.block import BlockDrafter
 from draftkit.errors import ConfigError
+from draftkit.target.interface import HasWeights
 
 RANDOM_SHARE = 0.2  # of the random start of `fc` that stays
 
@@ -42,8 +43,8 @@ def spread_start_layers(depth: int, num_layers: int) -> tuple[int, ...]:
 @torch.no_grad()
 def start_from_target(
     drafter: BlockDrafter,
-    layers: Sequence[nn.Module],
-    norm: nn.Module,
+    layers: Sequence[HasWeights],
+    norm: HasWeights,
     chosen: Sequence[int] | None = None,
     text: CapturedText | None = None,
 ) -> None:
@@ -72,7 +73,7 @@ def start_from_target(
     drafter.fc.weight[:, -hidden:].add_(torch.eye(hidden, dtype=drafter.fc.weight.dtype))
 
 
-def _copy_layer(own: DraftLayer, source: nn.Module) -> bool:
+def _copy_layer(own: DraftLayer, source: HasWeights) -> bool:
     """Copy a layer's weights; True when the drafter's query and key norms found nothing to copy."""
     weights, norms = source.state_dict(), {"self_attn.q_norm.weight", "self_attn.k_norm.weight"}
     lacking = norms <= set(own.state_dict()) and not norms & set(weights)

@@ -22,10 +22,10 @@ from draftkit.draft.drafter import Drafter
 from draftkit.engine.adjust import Adjustment, needs_adjustment
 from draftkit.engine.commit import Outcome, commit
 from draftkit.engine.drawing import Drawing
-from draftkit.engine.fast_model import FastModel, ReadOut
+from draftkit.engine.fast_model import ReadOut
 from draftkit.engine.measure import can_measure, measure_step_rate, warm_up
 from draftkit.engine.metrics import EngineMetrics, Tally
-from draftkit.engine.models import build_models, start_compiling
+from draftkit.engine.models import Models, build_models, start_compiling
 from draftkit.engine.passes import Pass
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.request import SamplingParams, StepOutput
@@ -34,7 +34,6 @@ from draftkit.engine.running import Running, Uniforms
 from draftkit.engine.scheduler import Scheduler, Work
 from draftkit.engine.scoring import Scoring, score, to_score
 from draftkit.engine.settings import EngineSettings
-from draftkit.engine.slow_model import SlowModel
 from draftkit.engine.unread import LONG, Unread
 from draftkit.errors import DataError
 from draftkit.ops.sampling import row_settings
@@ -73,7 +72,7 @@ class Engine:
             self.info.gamma,
             settings.step_tokens,
             self._planner,
-            partial(_forget, self._planner, self._models.model),
+            partial(_forget, self._planner, self._models),
         )
         self._tally = Tally(self.info.gamma)
         self._unread = Unread(self._models.drafter, self._models.pool) if self._models.drafter is not None else None
@@ -379,8 +378,8 @@ class Engine:
             raise DataError("allowed_token_ids is empty: no token could follow; leave it out or give at least one id")
 
 
-def _forget(planner: LengthPlanner, model: FastModel | SlowModel, request: Running) -> None:
+def _forget(planner: LengthPlanner, models: Models, request: Running) -> None:
     """A request gives up its row and its memory."""
     planner.forget(request.row)
-    if isinstance(model, SlowModel) and request.table.blocks:
-        model.forget(request.table.blocks[0])
+    if request.table.blocks:
+        models.forget(request.table.blocks[0])

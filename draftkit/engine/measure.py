@@ -12,11 +12,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from draftkit.engine.fast_drafter import FastDrafter
-from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.graphs import sizes
 from draftkit.engine.kv_cache import BlockTable
-from draftkit.engine.models import Models
+from draftkit.engine.models import Models, PagedDrafter
 from draftkit.engine.passes import LONG_QUERY, Pass
 from draftkit.engine.slow_model import SlowModel
 from draftkit.errors import ServeError
@@ -28,7 +26,7 @@ _REPEATS = 5
 _AT_LEAST = 16  # sizes up to here are measured however long it takes: one request's round is among them
 
 
-def measure_step_rate(models: Models, drafter: FastDrafter | FastEagle, max_running: int) -> StepRate:
+def measure_step_rate(models: Models, drafter: PagedDrafter, max_running: int) -> StepRate:
     """Seconds by tokens of a pass, and by requests of a drafting; sizes double until half a second is used up, up to 16
     however long it takes.
 
@@ -72,8 +70,7 @@ def _borrowed(models: Models, tokens: int = 0) -> Iterator[list[int]]:
     try:
         yield table.blocks
     finally:
-        if isinstance(models.model, SlowModel):
-            models.model.forget(table.blocks[0])
+        models.forget(table.blocks[0])
         models.pool.release(table)
 
 
@@ -115,7 +112,7 @@ def _read(models: Models, blocks: list[int], tokens: int, extend: bool = False) 
 
 
 @torch.inference_mode()
-def _draft(models: Models, drafter: FastDrafter | FastEagle, blocks: list[int], requests: int) -> None:
+def _draft(models: Models, drafter: PagedDrafter, blocks: list[int], requests: int) -> None:
     wanted = drafter.drafting_pass(np.zeros(requests, np.int64))
     lengths = np.full(requests, wanted.tokens_RP.shape[1])
     step = _some_pass(models, blocks, lengths, _context(models) + wanted.first, wanted.block)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from draftkit.draft.drafter import Drafter
-from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.engine.fast_model import key_numbers
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ServeError
@@ -57,12 +56,10 @@ def room_for(target: TransformersTarget, drafter: Drafter | None, settings: Engi
 
 
 def bytes_per_position(target: TransformersTarget, drafter: Drafter | None) -> int:
-    """Keys and values of one token in all layers of both models, and the state that EAGLE-3 keeps beside them."""
+    """Keys and values of one token in all layers of both models, and what else the drafter keeps."""
     numbers = 2 * key_numbers(target)
     if drafter is not None:
-        config = drafter.config
-        numbers += 2 * config.num_layers * config.num_kv_heads * config.head_dim
-        numbers += config.hidden_size if isinstance(drafter, EagleDrafter) else 0
+        numbers += drafter.config.numbers_per_token
     return numbers * target.head_weight().element_size()
 
 

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 
-from draftkit.draft.block import BlockDrafter
+from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
-from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.engine.compiled import CompiledPasses
 from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import FastModel, unsupported
 from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.memory import room_for
+from draftkit.engine.plain_drafter import PlainDrafter
 from draftkit.engine.settings import EngineInfo, EngineSettings
 from draftkit.engine.slow_model import SlowModel
-from draftkit.errors import ServeError
 from draftkit.target.transformers import TransformersTarget, best_device, load_target
+
+PagedDrafter = FastDrafter | FastEagle | PlainDrafter
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class Models:
 
     info: EngineInfo
     model: FastModel | SlowModel
-    drafter: FastDrafter | FastEagle | None
+    drafter: PagedDrafter | None
     feature_layers: tuple[int, ...]
     stop_token_ids: tuple[int, ...]
     pool: BlockPool
     device: torch.device
     dtype: torch.dtype
+
+    def forget(self, block: int) -> None:
+        """Drop what is kept outside the blocks for the request that has this first block."""
+        for model in (self.model, self.drafter):
+            if isinstance(model, SlowModel | PlainDrafter):
+                model.forget(block)
 
 
 def build_models(
@@ -52,9 +60,9 @@ def build_models(
     room = room_for(loaded, drafter, settings)
     max_length, slots = room.max_length, room.blocks * settings.block_size
     model = SlowModel(loaded) if reason else FastModel(loaded, slots, max_length + gamma + 1)
-    fast: FastDrafter | FastEagle | None = None
+    fast: PagedDrafter | None = None
     if drafter is not None:
-        fast = _fast_drafter(drafter, slots, max_length)
+        fast = paged_drafter(drafter, slots, max_length)
     info = EngineInfo(
         name=loaded.info.name,
         max_length=max_length,
@@ -72,13 +80,13 @@ def build_models(
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
 
 
-def _fast_drafter(drafter: Drafter, slots: int, max_length: int) -> FastDrafter | FastEagle:
-    """The paged form of a drafter. Raises ServeError for a kind that has none."""
-    if isinstance(drafter, BlockDrafter):
-        return FastDrafter(drafter, slots, max_length)
-    if isinstance(drafter, EagleDrafter):
-        return FastEagle(drafter, slots, max_length)
-    raise ServeError(f"the engine runs block drafters and EAGLE-3, not {type(drafter).__name__}; use `draftkit.decode`")
+def paged_drafter(drafter: Drafter, slots: int, max_length: int) -> PagedDrafter:
+    """A drafter's form over the engine's paged memory, or `propose` itself where its algorithm has none."""
+    paged = algorithm_named(drafter.config.algorithm).paged
+    if paged is None:
+        return PlainDrafter(drafter)
+    made: PagedDrafter = resolve_name(paged)(drafter, slots, max_length)
+    return made
 
 
 def load_for_engine(target: str, settings: EngineSettings) -> TransformersTarget:

@@ -21,9 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftkit.engine.fast_drafter import FastDrafter
-from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.kv_cache import BlockPool
+from draftkit.engine.models import PagedDrafter
 from draftkit.engine.passes import Pass
 from draftkit.engine.running import Running
 
@@ -40,7 +39,7 @@ _Step = tuple[Sequence[Running], Pass, Tensor, np.ndarray, int]  # one is made i
 class Unread:
     """Tokens that `drafter` has yet to read: their features, and a table with a column for each."""
 
-    def __init__(self, drafter: FastDrafter | FastEagle, pool: BlockPool) -> None:
+    def __init__(self, drafter: PagedDrafter, pool: BlockPool) -> None:
         self._drafter, self._pool = drafter, pool
         self._features_NF = torch.empty(0, 0)
         self._kept_4N = np.empty((4, LIMIT + LONG), np.int64)  # block, position, next token, clock: see `_look_into`

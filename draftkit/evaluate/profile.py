@@ -16,12 +16,10 @@ import torch
 
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.drawing import Drawing
-from draftkit.engine.fast_drafter import FastDrafter
-from draftkit.engine.fast_eagle import FastEagle
 from draftkit.engine.fast_model import unsupported
 from draftkit.engine.measure import wait
 from draftkit.engine.memory import available_bytes, bytes_per_position
-from draftkit.engine.models import Models, build_models, start_compiling
+from draftkit.engine.models import Models, PagedDrafter, build_models, start_compiling
 from draftkit.engine.passes import Pass
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
@@ -179,7 +177,7 @@ def _target_job(models: Models, tables_RB: np.ndarray, context: int, count: int,
 
 
 def _draft_job(
-    models: Models, drafter: FastDrafter | FastEagle, features: int, tables_RB: np.ndarray, context: int
+    models: Models, drafter: PagedDrafter, features: int, tables_RB: np.ndarray, context: int
 ) -> Callable[[], object]:
     ones_R, device = np.ones(len(tables_RB), np.int64), models.device
     anchors = torch.ones(len(tables_RB), dtype=torch.int64, device=device)

@@ -7,8 +7,9 @@ calls hidden_states[i + 1]. The last layer is not allowed: engines disagree on w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +48,50 @@ class TargetCache(Protocol):
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
+        ...
+
+
+class HasWeights(Protocol):
+    """What has a state dict: a module, or one that lies in files."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors by name."""
+        ...
+
+
+class TargetWeights(Protocol):
+    """What a drafter is built from and checked against: a loaded target, or its files (`target/weights.py`)."""
+
+    @property
+    def info(self) -> TargetInfo:
+        """What this target is."""
+        ...
+
+    @property
+    def text_config(self) -> Any:
+        """The Transformers configuration of the language model."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        ...
+
+    @property
+    def layers(self) -> Iterable[HasWeights]:
+        """The decoder layers, in order."""
+        ...
+
+    def final_norm(self) -> HasWeights:
+        """The norm after the last layer."""
+        ...
+
+    def embedding_weight(self) -> Tensor:
+        """[V, H]."""
+        ...
+
+    def head_weight(self) -> Tensor:
+        """[V, H]."""
         ...
 
 

@@ -61,6 +61,11 @@ class TransformersTarget:
         """Where the weights are."""
         return self._head.weight.device
 
+    @property
+    def text_config(self) -> Any:
+        """The Transformers configuration of the language model."""
+        return self.model.config.get_text_config()
+
     def final_norm(self) -> nn.Module:
         """The norm behind the last layer. Raises TargetError when the family has none where most have it."""
         norm = getattr(self._layer_owner, "norm", None)
@@ -242,7 +247,7 @@ def load_target(
         vocab_size=int(model.get_output_embeddings().weight.shape[0]),
         hidden_size=int(text.hidden_size),
         num_layers=int(text.num_hidden_layers),
-        stop_token_ids=_stop_tokens(model, path),
+        stop_token_ids=stop_tokens(model, path),
         max_length=int(getattr(text, "max_position_embeddings", 2048)),
         family=str(text.model_type),
     )
@@ -312,7 +317,8 @@ def _check_generation_config(folder: Path) -> None:
         raise TargetError(f"{path}: is damaged ({_line(error)}); copy it again or remove it") from error
 
 
-def _stop_tokens(model: Any, name: str) -> tuple[int, ...]:
+def stop_tokens(model: Any, name: str) -> tuple[int, ...]:
+    """The ids that end an answer. Raises TargetError when the configuration holds something else."""
     found = getattr(model.generation_config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
     if found is None:
         return ()

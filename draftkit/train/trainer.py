@@ -6,6 +6,7 @@ What is left to the other files: `batches` what a step sees, `optim` the step, `
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -65,7 +66,7 @@ class Progress:
 def train(
     store: FeatureStore,
     drafter: Drafter,
-    target: Target,
+    target: Callable[[], Target],
     out: Path,
     settings: TrainSettings,
     provenance: dict[str, Any],
@@ -77,8 +78,9 @@ def train(
 ) -> TrainReport:
     """Train `drafter` on `store` into `out/best`, `out/last` and `out/checkpoints`; a run that was interrupted goes on
     from `out/state`, also with another number of processes. `accepted` is called once in the first process, when nothing
-    that lies in `out` is against this run. `start` says how the weights of step 0 were made, which a state must agree with;
-    a drafter that is `continued` is validated before the first step, so that `best` is never worse than it was.
+    that lies in `out` is against this run. `target` loads the model that answers `decode_prompts`, in a run of one process.
+    `start` says how the weights of step 0 were made, which a state must agree with; a drafter that is `continued` is validated
+    before the first step, so that `best` is never worse than it was.
 
     Raises DataError when the store is too small or when losses stop being finite, CheckpointError when `out/state`
     belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and SIGTERM end the run behind a
@@ -97,6 +99,7 @@ def train(
     at = load_state(out / "state", parallel, optimizer, fingerprint) or Position(0, 0.0, 0.0, 0, 0, fingerprint)
     if world.first:
         accepted()
+    model = functools.cache(target)
     total = settings.steps or settings.epochs * maker.per_epoch
     in_a_row = 0  # skipped steps
     drafter.train()
@@ -108,9 +111,9 @@ def train(
         whole = parallel.whole()
         better = lengths["macro"] > step.best
         if world.first:
-            if settings.decode_prompts:
+            if settings.decode_prompts and world.size == 1:
                 count, seed = settings.decode_prompts, settings.seed
-                lengths |= {"decoded": decoded_length(whole, target, store, split.validation, count, seed)}
+                lengths |= {"decoded": decoded_length(whole, model(), store, split.validation, count, seed)}
             note = provenance | {"step": step.step, "validation": lengths}
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:

@@ -60,7 +60,8 @@ def decoded_length(
 
     The last round of an answer is left out: the limit may have cut it. NaN when no answer had two rounds.
     """
-    drafter = copy.deepcopy(drafter).to(target.device).eval()  # drafting joins weights, which training must not see
+    frozen = {id(p): p for p in drafter.parameters() if not p.requires_grad}  # the target's own stay one tensor
+    drafter = copy.deepcopy(drafter, frozen).to(target.device).eval()  # drafting joins weights, which training must not see
     emitted = rounds = 0
     for index in indices[:: max(1, len(indices) // count)][:count]:
         sample = store[index]

@@ -1,0 +1,142 @@
+"""The table of algorithms: what each kind of drafter is called, made of, run by, and written as.
+
+A new one is a file with its shape and its module, and a row here; `tests/test_algorithms.py` adds one that way. What has
+no paged form runs in the engine through `propose`, one request after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from draftkit.draft.block import BlockDrafter
+from draftkit.draft.checkpoint_fields import Fields, read_sizes
+from draftkit.draft.checkpoint_forms import DEEPSPEC_EAGLE, DFLASH, DSPARK, EAGLE, FORMS, OTHER_NAMES, Form
+from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
+from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.draft.families import EAGLE_STYLE
+from draftkit.draft.warm_start import start_from_target
+from draftkit.errors import CheckpointError, ConfigError
+from draftkit.settings import DrafterSettings
+
+Sizes = Mapping[str, Any]  # the fields of `DrafterShape`, from target and recipe
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One kind of drafter.
+
+    Attributes:
+        module: what learns and drafts, made from a shape.
+        shape: the shape from a recipe's section, the sizes that follow from the target, and the mask token.
+        forms: how its folders are written; the first that fits is taken.
+        paged: "module:class" of its form over the engine's paged memory; None: the engine calls `propose`.
+        start: lets it begin as layers of its target; None: it begins at random.
+        masks: it drafts from mask tokens, so its shape needs one.
+        style: its block where the recipe says auto; None: the one for the target's family.
+        layers: how many it has where the recipe does not say.
+    """
+
+    module: Callable[[Any], Drafter]
+    shape: Callable[[DrafterSettings, Sizes, int], DrafterShape]
+    forms: tuple[Form, ...]
+    paged: str | None = None
+    start: Callable[..., None] | None = None
+    masks: bool = False
+    style: str | None = None
+    layers: int = 5
+
+
+def _block_shape(section: DrafterSettings, sizes: Sizes, mask_token_id: int) -> DrafterConfig:
+    heads = section.algorithm == "dspark"
+    markov = heads and section.head != "none"
+    return DrafterConfig(
+        **sizes,
+        mask_token_id=mask_token_id,
+        layout=section.layout,
+        window=section.window,
+        head=section.head if heads else "none",
+        markov_rank=section.markov_rank if markov else 0,
+        confidence=heads,
+        confidence_with_markov=section.confidence_with_markov and markov,
+        confidence_stop_gradient=section.confidence_stop_gradient,
+    )
+
+
+def _eagle_shape(section: DrafterSettings, sizes: Sizes, mask_token_id: int) -> EagleConfig:
+    return EagleConfig(**sizes, draft_vocab_size=section.draft_vocab_size)
+
+
+_BLOCK = "draftkit.engine.fast_drafter:FastDrafter"
+ALGORITHMS: dict[str, Algorithm] = {
+    "dspark": Algorithm(BlockDrafter, _block_shape, (DSPARK,), _BLOCK, start_from_target, masks=True),
+    "dflash": Algorithm(BlockDrafter, _block_shape, (DFLASH, DSPARK), _BLOCK, start_from_target, masks=True),
+    "eagle3": Algorithm(
+        EagleDrafter,
+        _eagle_shape,
+        (EAGLE, DEEPSPEC_EAGLE),
+        "draftkit.engine.fast_eagle:FastEagle",
+        style=EAGLE_STYLE,
+        layers=1,
+    ),
+}
+
+
+def algorithm_named(name: str) -> Algorithm:
+    """A row of the table. Raises ConfigError for a name that is not there."""
+    if name not in ALGORITHMS:
+        raise ConfigError(f"drafter.algorithm: {name!r} is not known, choose one of {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
+def build(config: DrafterShape) -> Drafter:
+    """A module of this shape with random weights."""
+    return algorithm_named(config.algorithm).module(config)
+
+
+def read_shape(fields: Fields, num_target_layers: int | None) -> tuple[DrafterShape, Form]:
+    """A drafter's shape from any known form, and the form; `num_target_layers` helps where the form does not say it.
+
+    Raises CheckpointError that names the architecture or the field that is missing, wrong or not implemented.
+    """
+    forms = {name: form for row in ALGORITHMS.values() for form in row.forms for name in form.styles}
+    if fields.raw.get("speculators_model_type"):
+        raise CheckpointError(f"{fields.where}: the speculators form is not known; known are {', '.join(forms)}")
+    architecture = OTHER_NAMES.get(fields.architecture, fields.architecture)
+    if architecture not in forms:
+        raise CheckpointError(f"{fields.where}: architecture {architecture} is not known; known are {', '.join(forms)}")
+    form = forms[architecture]
+    return form.read(fields, read_sizes(fields, form.styles[architecture], num_target_layers)), form
+
+
+def form_for(config: DrafterShape, name: str) -> Form:
+    """The form of this name (see FORMS) for a drafter. Raises CheckpointError when none can hold it."""
+    if name not in FORMS:
+        raise CheckpointError(f"form {name!r} is not known; choose one of {', '.join(FORMS)}")
+    forms = [form for form in algorithm_named(config.algorithm).forms if name in form.names]
+    reasons = [form.refuses(config, name) for form in forms]
+    if None in reasons:
+        return forms[reasons.index(None)]
+    raise CheckpointError(str(reasons[-1]) if reasons else f"{config.algorithm} has no form {name!r}; write another")
+
+
+def tensors_to_form(tensors: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
+    """Our tensor names to the form's, without those that it leaves to the target."""
+    if not form.with_target_weights:
+        tensors = {n: t for n, t in tensors.items() if n not in ("embed_tokens.weight", "lm_head.weight")}
+    if form.renamed is None:
+        return tensors
+    theirs, ours = form.renamed
+    return {name.replace(ours, theirs, 1): value for name, value in tensors.items()}
+
+
+def tensors_from_form(tensors: dict[str, Tensor], config: DrafterShape) -> dict[str, Tensor]:
+    """Tensor names of any form of the drafter's algorithm to ours."""
+    for form in algorithm_named(config.algorithm).forms:
+        if form.renamed is not None:
+            theirs, ours = form.renamed
+            tensors = {name.replace(theirs, ours, 1): value for name, value in tensors.items()}
+    return tensors

@@ -1,0 +1,130 @@
+"""What a target's files say, without loading the model: sizes, single tensors by name, the fingerprint.
+
+Training from a feature store, export and hand-over need no more than this. The names come from the model's skeleton, which
+has no weights.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from draftkit.errors import TargetError
+from draftkit.target.fingerprint import fingerprint
+from draftkit.target.interface import TargetInfo
+from draftkit.target.transformers import DTYPES, TransformersTarget, resolve_target, stop_tokens
+
+
+class StoredModule:
+    """A module of the target as it lies in the files; `state_dict` reads it."""
+
+    def __init__(self, files: TargetFiles, skeleton: nn.Module, prefix: str) -> None:
+        self._files, self._skeleton, self._prefix = files, skeleton, prefix
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name, parameters and buffers that are saved."""
+        return {name: self._files.tensor(f"{self._prefix}.{name}") for name in self._skeleton.state_dict()}
+
+
+class TargetFiles:
+    """A target's files. It answers what `TransformersTarget` answers about sizes and weights; the tensors are on the CPU, in
+    `dtype`, and each is read when it is asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, path: str, revision: str | None = None, dtype: str = "float32") -> None:
+        """Raises TargetError when there is no configuration, no safetensors, or a family that has no skeleton."""
+        self._name, self._dtype = path, DTYPES[dtype]
+        source = resolve_target(path)
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+            with torch.device("meta"):
+                model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            self._place_of = _places(source, revision)
+            folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
+            if (folder / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+            raise TargetError(f"{path}: its files cannot be read: {error}") from error
+        self.text_config = config.get_text_config()
+        self.info = TargetInfo(
+            name=path,
+            revision=folder.name if folder.parent.name == "snapshots" else revision,
+            fingerprint=fingerprint(folder),
+            vocab_size=int(model.get_output_embeddings().weight.shape[0]),
+            hidden_size=int(self.text_config.hidden_size),
+            num_layers=int(self.text_config.num_hidden_layers),
+            stop_token_ids=stop_tokens(model, path),
+            max_length=int(getattr(self.text_config, "max_position_embeddings", 2048)),
+            family=str(self.text_config.model_type),
+        )
+        self._skeleton = TransformersTarget(model, self.info)
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self.layers = [self._stored(layer) for layer in self._skeleton.layers]
+        tied = self.text_config.tie_word_embeddings or getattr(config, "tie_word_embeddings", False)
+        self._embedding = self._name_of(model.base_model.get_input_embeddings())
+        self._head = self._embedding if tied else self._name_of(model.get_output_embeddings())
+        self._read = cache(self._read_tensor)  # embedding and head are asked for more than once
+
+    def embedding_weight(self) -> Tensor:
+        """[V, H]."""
+        return self._read(self._embedding)
+
+    def head_weight(self) -> Tensor:
+        """[V, H]; the embedding itself where the two are tied."""
+        return self._read(self._head)
+
+    def final_norm(self) -> StoredModule:
+        """The norm after the last layer. Raises TargetError when the family has none where most have it."""
+        return self._stored(self._skeleton.final_norm())
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor by its name in the model. Raises TargetError when the files lack it or hold it quantised."""
+        return self._read_tensor(name)
+
+    def _stored(self, module: nn.Module) -> StoredModule:
+        return StoredModule(self, module, self._names[id(module)])
+
+    def _name_of(self, module: nn.Module) -> str:
+        return f"{self._names[id(module)]}.weight"
+
+    def _read_tensor(self, name: str) -> Tensor:
+        written = name if name in self._place_of else self._other_name(name)
+        path = self._place_of[written]
+        try:
+            with safe_open(path, framework="pt") as file:
+                found: Tensor = file.get_tensor(written)
+        except (OSError, SafetensorError) as error:
+            raise TargetError(f"{path}: is damaged ({error}); copy it again") from error
+        if not found.is_floating_point() or found.element_size() == 1:
+            raise TargetError(f"{self._name}: {written} is quantised; give a checkpoint whose embedding and head are not")
+        return found.to(self._dtype)
+
+    def _other_name(self, name: str) -> str:
+        """The one name in the files that has the same end: some families are saved under another prefix."""
+        ends = [name.split(".", cut)[-1] for cut in range(1, name.count("."))]
+        for end in ends:
+            found = [known for known in self._place_of if known == end or known.endswith("." + end)]
+            if len(found) == 1:
+                return found[0]
+        raise TargetError(f"{self._name}: has no tensor {name}; give the complete checkpoint")
+
+
+def _places(source: str, revision: str | None) -> dict[str, str]:
+    """The file of each tensor. Shards of a hub checkpoint are fetched where they are missing."""
+    single = cached_file(source, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if single is not None:
+        with safe_open(single, framework="pt") as file:
+            return dict.fromkeys(file.keys(), str(single))
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+    paths, about = get_checkpoint_shard_files(source, str(index), revision=revision)
+    by_name = {Path(path).name: str(path) for path in paths}
+    return {tensor: by_name[file] for tensor, file in about["weight_map"].items()}

@@ -1,0 +1,155 @@
+"""Weights by name: files say what the loaded model says, and what needs no model loads none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from draftkit import stages
+from draftkit.config import Recipe, load_recipe
+from draftkit.data.conversations import Conversation, Message
+from draftkit.draft.checkpoint import load_drafter, new_drafter
+from draftkit.errors import TargetError
+from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.weights import TargetFiles
+from support.drafters import make_drafter
+from support.targets import FAMILIES, make_family, make_target_folder
+
+
+@pytest.mark.parametrize("shards", ["5GB", "20KB"], ids=["one-file", "shards"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_hold_the_models_embedding_head_layers_and_norm(family: str, shards: str, tmp_path: Path) -> None:
+    target = make_family(family)
+    target.model.save_pretrained(tmp_path, max_shard_size=shards)
+    files = TargetFiles(str(tmp_path), dtype="float64")
+    assert torch.equal(files.embedding_weight(), target.embedding_weight().double())
+    assert torch.equal(files.head_weight(), target.head_weight().double())
+    tied = target.model.get_output_embeddings().weight is target.model.get_input_embeddings().weight
+    assert (files.head_weight() is files.embedding_weight()) == tied
+    if family.startswith("qwen3_"):
+        return  # their experts lie in the files one by one
+    for stored, layer in zip(files.layers, target.layers, strict=True):
+        found, wanted = stored.state_dict(), layer.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    if family != "gpt2":
+        assert torch.equal(files.final_norm().state_dict()["weight"], target.final_norm().weight)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_files_say_about_themselves_what_the_loaded_target_says(family: str, tmp_path: Path) -> None:
+    folder = str(make_target_folder(tmp_path, family))
+    assert TargetFiles(folder).info == load_target(folder).info
+    assert TargetFiles("tiny").info == load_target("tiny").info
+
+
+def test_missing_damaged_and_quantised_files_are_named(tmp_path: Path) -> None:
+    folder = make_target_folder(tmp_path / "target")
+    with pytest.raises(TargetError, match="no such folder"):
+        TargetFiles(str(tmp_path / "nothing"))
+    weights = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    save_file(weights | {name: weights[name].to(torch.int8)}, folder / "model.safetensors")
+    with pytest.raises(TargetError, match=r"model\.embed_tokens\.weight is quantised"):
+        TargetFiles(str(folder)).embedding_weight()
+    save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors")
+    with pytest.raises(TargetError, match=r"has no tensor model\.embed_tokens\.weight"):
+        TargetFiles(str(folder)).embedding_weight()
+    (folder / "model.safetensors").write_bytes(b"\0" * 99)
+    with pytest.raises(TargetError, match="cannot be read"):
+        TargetFiles(str(folder))
+
+
+def test_a_fresh_drafter_holds_no_copies_of_embedding_and_head(target_folder: Path) -> None:
+    target = load_target(str(target_folder))
+    config = make_drafter(target).config
+    for weights in (target, TargetFiles(str(target_folder))):
+        drafter = new_drafter(config, weights.embedding_weight(), weights.head_weight())
+        assert drafter.embed_tokens.weight.data_ptr() == weights.embedding_weight().data_ptr()
+        assert drafter.lm_head.weight.data_ptr() == weights.head_weight().data_ptr()
+        assert not drafter.embed_tokens.weight.requires_grad and not drafter.lm_head.weight.requires_grad
+
+
+def recipe_for(folder: Path, *more: str) -> Recipe:
+    values = ["drafter.num_features=2", "drafter.num_layers=2", "drafter.block_size=3", "drafter.markov_rank=6"]
+    values += ["train.steps=2", "drafter.intermediate_size=null"]
+    values += ["train.batch_size=4", "train.anchors=6", "train.validation_share=0.3"]
+    return load_recipe("tiny-dspark", [f"target.path={folder}", *values, *more])
+
+
+@pytest.fixture(scope="module")
+def features(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    recipe, folder = recipe_for(target_folder), tmp_path_factory.mktemp("features")
+    said = [
+        Conversation(str(i), "code", (Message("user", f"Add {i}."), Message("assistant", "A list holds values. " * 3)))
+        for i in range(8)
+    ]
+    stages.run_capture(*stages.open_target(recipe), recipe, said, folder)
+    return folder
+
+
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize("start", ["random", "target"])
+def test_training_from_a_store_and_export_load_no_model(
+    start: str, target_folder: Path, features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And begin with the weights with which they begin beside a loaded target."""
+    recipe = recipe_for(target_folder, "train.decode_prompts=0", f"drafter.start={start}")
+    loaded = stages.new_drafter_for(recipe, *stages.open_target(recipe)).state_dict()
+    no_model(monkeypatch)
+    found = stages.new_drafter_for(recipe, *stages.read_target(recipe)).state_dict()
+    assert found.keys() == loaded.keys() and all(torch.equal(found[name], loaded[name]) for name in loaded)
+    stages.run_train(*stages.read_target(recipe), recipe, features, tmp_path / "run")
+    whole = stages.run_export(tmp_path / "run" / "best", tmp_path / "whole", "portable", "float32", None, False)
+    lent = stages.run_export(tmp_path / "run" / "best", tmp_path / "lent", "portable", "bfloat16", str(target_folder), True)
+    assert 0 < lent < whole / 2
+    again = load_drafter(tmp_path / "lent", target=TargetFiles(str(target_folder)))
+    assert torch.equal(again.embed_tokens.weight, TargetFiles(str(target_folder)).embedding_weight())
+
+
+def test_answers_for_the_log_load_the_model_when_the_first_are_wanted(
+    target_folder: Path, features: Path, tmp_path: Path
+) -> None:
+    recipe, asked = recipe_for(target_folder, "train.decode_prompts=2"), []
+
+    def load() -> TransformersTarget:
+        asked.append(1)
+        return load_target(str(target_folder))
+
+    stages.run_train(*stages.read_target(recipe), recipe, features, tmp_path, load)
+    assert asked == [1]
+
+
+@pytest.mark.slow
+def test_under_torchrun_no_process_loads_the_model(target_folder: Path, features: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "def refuse(*_, **__): raise AssertionError('a model was loaded')\n"
+        "AutoModelForCausalLM.from_pretrained = refuse\n"
+        "from draftkit.cli import main\n"
+        "sys.argv[0] = 'draftkit'\n"
+        "main()\n"
+    )
+    sets = ["drafter.num_features=2", "drafter.num_layers=2", "drafter.block_size=3", "drafter.markov_rank=6", "train.steps=2"]
+    sets += [f"target.path={target_folder}", "train.batch_size=4", "train.anchors=6", "train.validation_share=0.3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train"]
+    command += ["-f", str(features), "-o", str(tmp_path / "run"), *(part for one in sets for part in ("--set", one))]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
