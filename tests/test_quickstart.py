@@ -50,7 +50,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     """Stages that take no time; the recipes that were trained. A training refuses another learning rate than the first."""
     recipes: list[Recipe] = []
 
-    def train(target: Any, tokenizer: Any, recipe: Recipe, features: Path, out: Path) -> TrainReport:
+    def train(target: Any, tokenizer: Any, recipe: Recipe, features: Path, out: Path, model: Any) -> TrainReport:
         out.mkdir(exist_ok=True)
         if recipes and recipe.train.lr != recipes[0].train.lr:
             (out / "recipe.yaml").write_text(dump_recipe(recipe))
