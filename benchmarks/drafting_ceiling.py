@@ -40,7 +40,6 @@ ANSWERS = 1000  # replayed
 def record(target: TransformersTarget, drafter: Drafter, prompts: list[tuple[int, ...]], new_tokens: int) -> Traces:
     """Greedy answers, and the proposals behind their tokens."""
     engine = Engine(target, None, EngineSettings())
-    engine.wait_until_compiled()
     answers = answer_at_once(engine, prompts, new_tokens)
     items = [TraceItem(str(i), "", tuple(p), tuple(a)) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
     return record_traces(target, drafter, items, TraceSettings(Sampling(0.0)), "benchmark")
@@ -52,7 +51,6 @@ def time_passes(target: TransformersTarget, drafter: Drafter) -> StepRateTable:
     passes, drafts = [], []
     for _ in track(range(TIMED), "timing passes"):
         engine = Engine(target, drafter, EngineSettings(plan="planned"))
-        engine.wait_until_compiled()
         rate = engine._planner.step_rate
         if rate is None:
             raise SystemExit("the engine measured nothing; its passes are those of the Transformers module")

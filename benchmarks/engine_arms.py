@@ -32,7 +32,7 @@ from rich.progress import track
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_model import FastModel
+from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
@@ -55,7 +55,7 @@ def share(engines: Sequence[Engine]) -> None:
         raise SystemExit(f"the engines have {[model.pool.num_blocks for model in models]} blocks and cannot share a memory")
     first = models[0].model
     for model in models[1:]:
-        if isinstance(first, FastModel) and isinstance(model.model, FastModel):
+        if isinstance(first, PagedModel) and isinstance(model.model, PagedModel):
             model.model.native = first.native
 
 
@@ -71,8 +71,7 @@ def build(
         )
         for name in names
     }
-    compiled = [engine.wait_until_compiled() for engine in engines.values()]
-    if shared and all(compiled):
+    if shared and all(engine.compiled for engine in engines.values()):
         share(list(engines.values()))
     return engines
 
@@ -165,7 +164,7 @@ def main() -> None:
         "device": device_name(target.device),
         "threads": options.threads,
         "clock": "processor time" if options.threads == 1 else "wall clock",
-        "compiled": all(engine._uses_compiled for engine in engines.values()),
+        "compiled": all(engine.compiled for engine in engines.values()),
         "target": options.target,
         "parameters": sum(p.numel() for p in target.model.parameters()),
         "new_tokens": options.new_tokens,

@@ -10,7 +10,7 @@ import torch
 
 from draftkit.data.conversations import Conversation, read_conversations
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.stages import TINY_HELD_OUT
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer

@@ -44,7 +44,7 @@ def main() -> None:
         "fixed": Engine(target, str(options.drafter), EngineSettings(plan="fixed")),
         "planned": Engine(target, str(options.drafter), EngineSettings()),
     }
-    compiled = [engine.wait_until_compiled() for engine in engines.values()]
+    compiled = [engine.compiled for engine in engines.values()]
     levels = []
     for concurrency in options.concurrency:
         shares: dict[str, list[float]] = {name: [] for name in engines}

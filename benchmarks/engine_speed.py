@@ -160,7 +160,7 @@ def main() -> None:
     for pair in options.against:
         name, url = pair.split("=", 1)
         arms[name] = server_arm(url, options.new_tokens, tokenizer.decode)
-    compiled = {name: engine.wait_until_compiled() for name, engine in engines.items()}
+    compiled = {name: engine.compiled for name, engine in engines.items()}
     clock = time.process_time if options.processor_time else time.perf_counter
     found = [compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency]
     facts = {"device": device_name(target.device), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}

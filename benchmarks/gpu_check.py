@@ -19,9 +19,9 @@ from engine_load import read_prompts
 from result_file import print_result
 
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_model import FastModel
+from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import Pass
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
@@ -42,7 +42,7 @@ def family(name: str, dtype: torch.dtype) -> float | None:
 
     target, _ = build(name, dtype)
     target.model.to("cuda")
-    operations, kernels = (FastModel(target, 40 * BLOCK, 128) for _ in range(2))
+    operations, kernels = (PagedModel(target, 40 * BLOCK, 128) for _ in range(2))
     operations.stack.paged = False
     if not kernels.stack.paged:
         return None

@@ -66,13 +66,6 @@ class ServerProcess:
             time.sleep(0.05)
         return False
 
-    def wait_until_compiled(self) -> None:
-        """Answer small requests until the engine has settled which passes it uses; it switches between two steps."""
-        while not any("compiled passes:" in line for line in self.log):
-            body = {"prompt": "one two", "max_tokens": 8}
-            httpx.post(self.url + "/v1/completions", json=body, timeout=PATIENCE, trust_env=False).raise_for_status()
-            time.sleep(0.1)
-
 
 @contextmanager
 def server_process(*options: str) -> Iterator[ServerProcess]:

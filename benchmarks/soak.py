@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from draftkit.decode import decode
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
@@ -194,7 +194,6 @@ def main() -> None:
     prompts = read_prompts(options.target, 64)
     settings = EngineSettings(max_running=options.concurrency, kv_bytes=options.kv_megabytes * 2**20)
     engine = Engine(target, str(options.drafter), settings)
-    engine.wait_until_compiled()
     report = soak(engine, target, prompts, options.requests, options.concurrency, options.new_tokens)
     result = {"cpu": device_name(), "concurrency": options.concurrency, "good": report.good, **asdict(report)}
     print_result(result, options.out)

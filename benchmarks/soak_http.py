@@ -366,7 +366,6 @@ def main() -> None:
     questions = read_questions(target, options.target, 64, options.new_tokens)
     memory = ("--kv-gib", str(options.kv_megabytes / 1024), "--max-length", str(MAX_LENGTH))
     with server_process("--target", options.target, "--port", "0", *memory) as server:
-        server.wait_until_compiled()
         report = Soak(server, target, questions, options.new_tokens).run(options.requests, options.concurrency)
     settings = {"concurrency": options.concurrency, "new_tokens": options.new_tokens, "kv_megabytes": options.kv_megabytes}
     result = {"cpu": device_name(), **settings, "good": report.good, **asdict(report)}

@@ -7,7 +7,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from draftkit.engine.request import SamplingParams
+    from draftkit.engine.sampling_params import SamplingParams
     from draftkit.engine.settings import EngineSettings
     from draftkit.serve.llm import LLM
 

@@ -15,7 +15,7 @@ from draftkit.decode import decode
 from draftkit.draft.algorithms import ALGORITHMS, algorithm_named
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import EvaluateSettings

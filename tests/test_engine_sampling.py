@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import SamplingParams
-from draftkit.engine.running import Uniforms
+from draftkit.engine.request import Uniforms
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.ops.sampling import Sampling, distributions, processed_probs, row_settings, sample
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from draftkit.engine.compiled import record_passes
 from draftkit.engine.drawing import Drawn
-from draftkit.engine.fast_drafter import FastDrafter
 from draftkit.engine.graphs import Play, RecordedPasses, padded, sizes
+from draftkit.engine.paged_drafter import PagedBlockDrafter
 from draftkit.ops.sampling import Sampling
 from support.paged_drafter import LENGTHS, propose_together
 from support.paged_drafter import build as build_drafter
@@ -46,7 +46,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_attention, "PROGRAMS", 1)
 
 
-def drafter_on_pages(**changes: object) -> FastDrafter:
+def drafter_on_pages(**changes: object) -> PagedBlockDrafter:
     _, fast = build_drafter(head_dim=16, **changes)
     fast.stack.paged = True
     return fast
@@ -142,7 +142,7 @@ def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
     assert fast.recorded is not None and fast.recorded.greedy.reason is None and len(fast.recorded.greedy._recordings) == 2
 
 
-def drafts(fast: FastDrafter, anchors: list[int]) -> tuple[Tensor, Drawn | None, Tensor | None]:
+def drafts(fast: PagedBlockDrafter, anchors: list[int]) -> tuple[Tensor, Drawn | None, Tensor | None]:
     """Greedy proposals behind empty contexts."""
     wanted = fast.drafting_pass(torch.tensor(anchors).numpy())
     step = one_pass([(row.tolist(), 0, [2 * i, 2 * i + 1]) for i, row in enumerate(wanted.tokens_RP)])

@@ -14,7 +14,7 @@ from draftkit.draft.checkpoint import new_drafter, open_drafter
 from draftkit.draft.drafter import Proposal
 from draftkit.engine.engine import Engine
 from draftkit.engine.metrics import EngineMetrics
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import EMBEDDED, TransformersTarget, check_target, load_target

@@ -54,46 +54,6 @@ def test_the_oldest_unused_end_goes_first() -> None:
     assert len(pool.match([2] * 7).blocks) == 2
 
 
-def test_a_prefix_that_the_drafter_has_not_read_ends_for_those_who_draft() -> None:
-    pool = BlockPool(6, 2)
-    table = pool.match([1, 2, 3, 4, 5])
-    assert pool.grow(table, 5)
-    pool.register(table, [1, 2, 3, 4, 5], 4)
-    first, second = table.blocks[:2]
-    assert not pool.shared(table.blocks)
-    pool.leave_unheard([second])
-    assert pool.heard([first]) and not pool.heard([first, second])
-    pool.release(table)
-    assert pool.match([1, 2, 3, 4, 5]).blocks == [first, second]
-    heard = pool.match([1, 2, 3, 4, 5], heard=True)
-    assert heard.blocks == [first] and pool.shared([first]) and not pool.shared([second])
-
-
-def test_a_block_that_was_read_again_takes_the_place_of_one_that_the_drafter_has_not_read() -> None:
-    pool, tokens = BlockPool(6, 2), [1, 2, 3, 4, 5]
-    tables = []
-    for unheard in (True, False):
-        table = pool.match(tokens, heard=True)
-        assert pool.grow(table, 5)
-        pool.register(table, tokens, 4)
-        if unheard:
-            pool.leave_unheard(table.blocks[:2])
-        tables.append(list(table.blocks))
-        pool.release(table)
-    assert not set(tables[0][:2]) & set(tables[1][:2])
-    found = pool.match(tokens, heard=True)
-    assert found.blocks == tables[1][:2] and pool.heard(found.blocks)
-
-
-def test_a_block_that_changes_hands_is_heard_again() -> None:
-    pool = BlockPool(1, 2)
-    table = BlockTable()
-    assert pool.grow(table, 2)
-    pool.leave_unheard(table.blocks)
-    pool.release(table)
-    assert pool.grow(table, 2) and pool.heard(table.blocks)
-
-
 def test_without_reuse_nothing_is_found() -> None:
     pool = BlockPool(4, SIZE, reuse=False)
     table = BlockTable()

@@ -22,8 +22,8 @@ import torch
 
 from draftkit import LLM, SamplingParams
 from draftkit.draft.checkpoint import save_drafter
-from draftkit.engine.fast_model import FastModel
-from draftkit.engine.request import StepOutput
+from draftkit.engine.outputs import StepOutput
+from draftkit.engine.paged_model import PagedModel
 from draftkit.errors import DataError, ServeError
 from draftkit.serve.llm import Piece
 from draftkit.target.transformers import TransformersTarget
@@ -223,9 +223,8 @@ def test_an_llm_that_is_given_up_frees_its_memory_at_once(drafter: str | None) -
     try:
         own = LLM("tiny", drafter)
         own.generate("def add", GREEDY)
-        own.engine.wait_until_compiled()
         engine, model = weakref.ref(own.engine), own.engine._models.model
-        assert isinstance(model, FastModel)
+        assert isinstance(model, PagedModel)
         memory = weakref.ref(model.stack.memory[0])
         del own, model
         assert engine() is None and memory() is None

@@ -8,11 +8,11 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig, Qwen3Config, Qwen3
 
 from draftkit.engine import measure, memory
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_eagle import FastEagle
-from draftkit.engine.fast_model import FastModel
 from draftkit.engine.memory import Room, bytes_per_position, room_for
+from draftkit.engine.paged_eagle import PagedEagle
+from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import Pass
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ServeError
 from draftkit.target.interface import TargetInfo
@@ -78,11 +78,11 @@ def test_what_is_counted_is_what_is_taken(target: TransformersTarget, kind: str)
     drafters = {"block": make_drafter, "eagle3": lambda target: make_eagle(target, tuple(range(50)))}
     drafter = drafters[kind](target) if kind in drafters else None
     models = Engine(counted, drafter, small(max_length=32))._models
-    assert isinstance(models.model, FastModel)
+    assert isinstance(models.model, PagedModel)
     memories = [*models.model.stack.memory]
     if models.drafter is not None:
         memories += models.drafter.stack.memory
-    if isinstance(models.drafter, FastEagle):
+    if isinstance(models.drafter, PagedEagle):
         memories.append(models.drafter._states)
     assert bytes_per_position(counted, drafter) == sum(one[:1].nbytes for one in memories)
 

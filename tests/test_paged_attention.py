@@ -51,7 +51,7 @@ def stack(shape: AttentionShape, norms: bool = True, dtype: torch.dtype = torch.
         qk_norm=weight(shape.heads + shape.kv_heads, shape.head_dim) if norms else None,
         out=weight(HIDDEN, shape.heads * shape.head_dim),
         out_bias=None,
-        mixed_norm=None,
+        post_attention_norm=None,
         mlp_norm=weight(HIDDEN),
         gate_up=weight(8, HIDDEN),
         down=weight(HIDDEN, 4),

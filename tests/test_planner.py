@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from draftkit.errors import ScheduleError
-from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
+from draftkit.schedule.planner import (
+    BudgetPlanner,
+    admit,
+    budget_from,
+    plan_fixed,
+    plan_threshold,
+    plan_verification,
+    survival_of,
+)
 from draftkit.schedule.step_rate import StepRate
 
 JAGGED = StepRate((1, 8, 9, 32, 33, 64, 200), (1.0, 1.1, 1.6, 1.7, 2.6, 2.8, 9.0), (1, 64), (0.1, 0.4))
@@ -43,19 +51,15 @@ def test_a_plan_is_algorithm_1_as_it_is_written(coarse: bool) -> None:
     assert len(seen) > 5
 
 
-def test_the_budget_is_the_best_of_all_and_at_least_no_speculation() -> None:
+def test_the_budget_is_the_best_of_all() -> None:
     for seed in range(100):
         survival = random_survival(seed, requests=1 + seed % 12)
         requests, ordered = len(survival), np.sort(survival.ravel())[::-1]
-        plain = requests / float(JAGGED.target_seconds(np.array([requests]))[0])
         rates = [
             (requests + ordered[:k].sum()) / float(JAGGED.step_seconds(requests, np.array([requests + k]))[0])
-            for k in range(1, survival.size + 1)
+            for k in range(survival.size + 1)
         ]
-        best = 1 + int(np.argmax(rates))
-        for worth in (1.0, 1.3):
-            assert budget_from(survival, JAGGED, worth) == (0 if worth * plain >= max(rates) else best)
-        assert budget_from(survival, JAGGED, 0.0) == best
+        assert budget_from(survival, JAGGED) == int(np.argmax(rates))
 
 
 def test_requests_that_do_not_draft_count_as_ones_whose_drafts_are_worth_nothing() -> None:
@@ -73,11 +77,25 @@ def test_requests_that_do_not_draft_count_as_ones_whose_drafts_are_worth_nothing
     assert budget_from(np.full((1, 4), 0.9), paid, others=1) == 4
 
 
-def test_an_expensive_drafter_is_left_alone() -> None:
+def test_the_time_of_drafting_is_spent_when_lengths_are_planned() -> None:
     costly = StepRate((1, 100), (1.0, 1.1), (1,), (50.0,))
     survival = np.full((1, 4), 0.9)
-    assert budget_from(survival, costly) == 0
-    assert plan_verification(survival, costly).tolist() == [4]  # drafted already: the cost is sunk
+    assert budget_from(survival, costly) == 4
+    assert plan_verification(survival, costly).tolist() == [4]
+
+
+def test_budgets_see_survivals_of_the_step_before_only() -> None:
+    """One token of two is worth its place, and which it is was said one step earlier."""
+    planner, slots = BudgetPlanner(3, 1, StepRate((1, 2, 3, 4), (1.0, 1.0, 1.1, 1.3))), np.array([0, 2])
+
+    def lengths(*survivals: float) -> list[int]:
+        return planner.lengths(slots[: len(survivals)], np.array(survivals)[:, None]).tolist()
+
+    assert lengths(0.1, 0.3) == [1, 1], "nothing is known: every chance is given"
+    assert lengths(0.9, 0.8) == [1, 0], "one only, by what the step before said"
+    assert lengths(0.1, 0.3) == [1, 1]
+    planner.forget(np.array([0, 2]))
+    assert planner._mean_G == pytest.approx((0.2 + 0.85 + 0.2) / 3), "requests without a past are like all others"
 
 
 def test_admission_takes_the_largest_survivals_and_keeps_prefixes_contiguous() -> None:

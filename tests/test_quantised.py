@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from draftkit.engine.fast_model import unsupported
+from draftkit.engine.paged_model import unsupported
 from draftkit.errors import TargetError
 from draftkit.target.transformers import load_target
 from support.targets import make_target_folder

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError
 from draftkit.target.transformers import load_target
 from support.engine import PROMPTS, finish, small, tokens_of

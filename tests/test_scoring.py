@@ -8,7 +8,8 @@ import torch
 from draftkit.engine import scheduler
 from draftkit.engine.engine import Engine
 from draftkit.engine.kv_cache import BlockTable
-from draftkit.engine.request import PromptToken, SamplingParams
+from draftkit.engine.outputs import PromptToken
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter
 from support.engine import PROMPTS, finish, small, tokens_of
@@ -37,7 +38,6 @@ def test_prompts_are_scored_beside_others_and_in_any_chunks(
 ) -> None:
     monkeypatch.setattr(scheduler, "SCORED", scored)
     engine = Engine(target, make_drafter(target), small(step_tokens=step_tokens, compile=compile))
-    engine.wait_until_compiled()
     plain = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     engine.add_request("plain", PROMPTS[0], plain)
     engine.step()
@@ -51,7 +51,6 @@ def test_prompts_are_scored_beside_others_and_in_any_chunks(
     assert outputs["single"][0].prompt == ()
     assert all(o.prompt is None for name in outputs for o in outputs[name][name in ("long", "short", "single") :])
     alone = Engine(target, make_drafter(target), small(compile=compile))
-    alone.wait_until_compiled()
     for name, prompt in (("plain", PROMPTS[0]), ("beside", PROMPTS[2]), ("long", LONG)):
         alone.add_request(name, prompt, plain)
         told = tokens_of(outputs[name])

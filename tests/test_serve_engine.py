@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -118,11 +119,24 @@ def test_metrics_count_and_a_client_that_leaves_frees_its_blocks(server: Server)
     assert server.metric("num_requests_running") == 0 and server.metric("generation_tokens_total") > 0
 
 
-def test_the_first_request_does_not_pay_for_what_became_ready_before_it() -> None:
+def test_ready_means_that_passes_are_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a machine that has compiled nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with serving(command=SERVE) as server:
-        server.logged("compiled passes: in use", 60)
-        began = server.metric("num_preemptions_total"), server.metric("generation_tokens_total")
-        assert began == (0, 0), "nobody has asked for anything"
+        log = "".join(server.log)
+        assert 0 < log.index("compiling step, once for this machine") < log.index("forward compiled")
+        assert list(tmp_path.glob("draftkit/step-*.so"))
+        assert server.metric("generation_tokens_total") == 0, "nobody has asked for anything"
+
+
+def test_without_a_compiler_the_server_says_so_and_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with serving(command=SERVE) as server:
+        server.logged(r"no compiled passes: .* \(no C\+\+ compiler found")
+        body = {"prompt": "one two three", "max_tokens": 4}
+        assert server.http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] > 0
 
 
 def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:

@@ -19,7 +19,6 @@ from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import EvalPrompt
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.calibration import Calibration, save_calibration
-from draftkit.schedule.history import SurvivalHistory
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, save_step_rate
@@ -201,18 +200,20 @@ def test_speeds_agree_with_arithmetic_by_hand() -> None:
 @pytest.mark.parametrize("machine", [(2048, 64), (64, 16), (4, 4)])
 def test_scheduling_is_near_the_best_fixed_length_and_never_below_none(machine: tuple[int, int], concurrency: int) -> None:
     traces, table = made_traces(), parametric_table(*machine)
-    requests = 60 if concurrency == 1 else 300
+    requests = 60 if concurrency == 1 else 15 * concurrency + 60
     found = {name: simulate(traces, table, Load(requests, concurrency), name, arm) for name, arm in arms_for(4).items()}
     fixed = max(found[name].throughput for name in ("one token", "fixed 2", "fixed 3", "fixed 4"))
     for name in ("algorithm 1", "budget"):
-        assert found[name].throughput >= 0.96 * fixed
-        assert found[name].throughput >= 0.995 * found["no speculation"].throughput
+        assert found[name].throughput >= 0.97 * fixed
+        assert found[name].throughput >= 0.99 * found["no speculation"].throughput
 
 
-def test_a_drafter_that_cannot_pay_is_never_asked() -> None:
+def test_a_drafter_that_cannot_pay_is_only_probed() -> None:
+    slow = StepRateTable(DEAR.contexts, DEAR.tokens, DEAR.pass_seconds, (1, 100), (0.1, 0.1))
+    plain = simulate(made_traces(), slow, Load(1000, 20), "none", arms_for(4)["no speculation"])
     for name in ("algorithm 1", "budget"):
-        found = simulate(made_traces(), DEAR, Load(100, 20), name, arms_for(4)[name])
-        assert found.drafting_share == 0.0
+        found = simulate(made_traces(), slow, Load(1000, 20), name, arms_for(4)[name])
+        assert 0 < found.drafting_share < 0.02 and found.throughput > 0.98 * plain.throughput
 
 
 def test_arrivals_come_at_their_rate_and_wait_when_there_is_no_room() -> None:
@@ -253,23 +254,6 @@ def test_users_beyond_the_requests_change_nothing_and_cost_nothing() -> None:
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(ScheduleError, match=f"seed {seed}: must be 0 or more and below"):
         Load(20, 4, seed=seed)
-
-
-def test_budgets_see_survivals_of_the_step_before_only() -> None:
-    history, slots = SurvivalHistory(3, 1), np.array([0, 2])
-    assert history.stale(slots).tolist() == [[1.0], [1.0]]
-    history.push(slots, np.array([[0.1], [0.2]]))
-    assert history.stale(slots).tolist() == [[0.1], [0.2]]
-    history.push(np.array([0]), np.array([[0.3]]))
-    mean = (0.15 + 0.3) / 2
-    assert history.stale(slots)[:, 0].tolist() == pytest.approx([0.3, mean])  # what did not draft is like the others
-    history.forget(np.array([0]))
-    assert history.stale(slots)[0, 0] == pytest.approx(mean)
-    history.push(slots, np.array([[0.5], [0.5]]))
-    history.rest()
-    assert history.stale(slots)[0, 0] == history.stale(slots)[1, 0] < 0.5
-    assert history.hopeful(1).tolist() == [[1.0]]
-    assert history.hopeful(4)[0, 0] == pytest.approx((history.stale(slots)[0, 0] + 1) / 2)
 
 
 # --- what belongs together

@@ -26,7 +26,7 @@ struct Placed : Step {
 };
 
 // Norm (when there is one) and rotation of one head in pair order; `table` is (cos, sin) pairs of the position.
-void turn(float *x, const float *norm, const float *table, int64_t size, float eps) {
+void apply_rope(float *x, const float *norm, const float *table, int64_t size, float eps) {
     if (norm) rms_norm(x, x, norm, size, eps);
     constexpr Vec signs = {-1, 1, -1, 1, -1, 1, -1, 1};
     for (int64_t i = 0; i < size; i += LANES) {
@@ -41,7 +41,7 @@ void turn(float *x, const float *norm, const float *table, int64_t size, float e
 template <typename K>
 void store_key_value(const Layer &layer, float *k, float *v, const float *k_norm, int64_t position, K *to, float eps) {
     int64_t D = layer.head_dim;
-    turn(k, k_norm, layer.rotary + position * D, D, eps);
+    apply_rope(k, k_norm, layer.rotary + position * D, D, eps);
     if (layer.value_norm) rms_norm(v, v, nullptr, D, eps);
     for (int64_t i = 0; i < D; i += LANES) store(to + i, load(k + i)), store(to + D + i, load(v + i));
 }
@@ -58,13 +58,13 @@ void score(const Layer &layer, const Query *queries, const K *const *rows, int64
             for (int n = 0; n < N; n++)
                 for (int j = 0; j < 4; j++) sums[n][j] += load(queries[n].q + i) * load(k[j] + i);
         for (int n = 0; n < N; n++)
-            *(Quad *)(queries[n].scores + s - first) = totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]) * layer.scale;
+            *(Quad *)(queries[n].scores + s - first) = hsum4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]) * layer.scale;
     }
 }
 
 // Results of N queries: values weighed with their scores, C vectors at once.
 template <int N, int C, typename K>
-void mix(const Query *queries, const float *factors, const K *const *rows, int64_t count, int64_t values, int64_t at) {
+void weighted_sum(const Query *queries, const float *factors, const K *const *rows, int64_t count, int64_t values, int64_t at) {
     Vec sums[N][C] = {};
     for (int64_t s = 0; s < count; s++) {
         fetch(rows[s + AHEAD] + values + at, C * LANES);
@@ -78,19 +78,19 @@ void mix(const Query *queries, const float *factors, const K *const *rows, int64
 }
 
 template <int N, typename K>
-void answer(const Layer &layer, const Query *queries, const K *const *rows) {
+void attend_queries(const Layer &layer, const Query *queries, const K *const *rows) {
     int64_t first = queries[0].oldest, end = queries[0].seen, D = layer.head_dim, at = 0;
     for (int n = 1; n < N; n++) first = std::min(first, queries[n].oldest), end = std::max(end, queries[n].seen);
     first -= first % LANES;  // sums are then grouped alike, whichever query is beside
 #ifdef __AVX512BF16__
     if constexpr (sizeof(K) == sizeof(Half))
-        if (D % CHUNK == 0) return answer_pairs<N>(layer, queries, rows, first, end);
+        if (D % CHUNK == 0) return attend_queries_pairs<N>(layer, queries, rows, first, end);
 #endif
     score<N>(layer, queries, rows, first, end);
     float factors[N];
-    for (int n = 0; n < N; n++) factors[n] = 1.f / soften(layer, queries[n], first, end);
-    for (; at + 4 * LANES <= D; at += 4 * LANES) mix<N, 4>(queries, factors, rows + first, end - first, D, at);
-    for (; at < D; at += LANES) mix<N, 1>(queries, factors, rows + first, end - first, D, at);
+    for (int n = 0; n < N; n++) factors[n] = 1.f / softmax(layer, queries[n], first, end);
+    for (; at + 4 * LANES <= D; at += 4 * LANES) weighted_sum<N, 4>(queries, factors, rows + first, end - first, D, at);
+    for (; at < D; at += LANES) weighted_sum<N, 1>(queries, factors, rows + first, end - first, D, at);
 }
 
 // Queries that share what is loaded of keys and values: their sums fill the registers, of which AVX-512 has 32.
@@ -101,9 +101,9 @@ constexpr int TOGETHER = 2;
 #endif
 
 template <int N, typename K>
-void answer_some(int64_t count, const Layer &layer, const Query *queries, const K *const *rows) {
-    if (count == N) answer<N>(layer, queries, rows);
-    else if constexpr (N > 1) answer_some<N - 1>(count, layer, queries, rows);
+void attend_some(int64_t count, const Layer &layer, const Query *queries, const K *const *rows) {
+    if (count == N) attend_queries<N>(layer, queries, rows);
+    else if constexpr (N > 1) attend_some<N - 1>(count, layer, queries, rows);
 }
 
 // One request and one key/value head: rotate and store the new keys and values, then attend for every query, a few at once.
@@ -129,10 +129,10 @@ void attend(const Stack &stack, const Layer &layer, const Placed &step, int64_t 
     for (int64_t t = first; t < end; t++)
         for (int64_t h = kv_head * fold; h < (kv_head + 1) * fold; h++) {
             float *q = qkv + t * width + h * D;
-            turn(q, layer.qk_norm ? layer.qk_norm + h * D : nullptr, layer.rotary + step.position[t] * D, D, stack.eps);
+            apply_rope(q, layer.qk_norm ? layer.qk_norm + h * D : nullptr, layer.rotary + step.position[t] * D, D, stack.eps);
             int64_t oldest = layer.window ? std::max<int64_t>(0, step.origin[t] - layer.window) : 0;
             some[waiting] = {q, scores + waiting * positions, mixed + (t * layer.heads + h) * D, oldest, step.seen[t]};
-            if (++waiting == TOGETHER) answer<TOGETHER>(layer, some, rows), waiting = 0;
+            if (++waiting == TOGETHER) attend_queries<TOGETHER>(layer, some, rows), waiting = 0;
         }
-    answer_some<TOGETHER>(waiting, layer, some, rows);
+    attend_some<TOGETHER>(waiting, layer, some, rows);
 }

@@ -1,4 +1,4 @@
-// Attention over keys and values in bfloat16, on processors that multiply pairs of them: what `score` and `mix` of attention.h
+// Attention over keys and values in bfloat16, on processors that multiply pairs of them: what `score` and `weighted_sum` of attention.h
 // do, with queries and softmax weights rounded to bfloat16, too. Head sizes that are multiples of 32.
 #pragma once
 #ifdef __AVX512BF16__
@@ -24,7 +24,7 @@ void score_pairs(const Layer &layer, const Query *queries, const Half *const *q,
         for (int n = 0; n < N; n++) {
             Vec folded[4];
             for (int j = 0; j < 4; j++) folded[j] = lower(sums[n][j]) + upper(sums[n][j]);
-            *(Quad *)(queries[n].scores + s - first) = totals(folded[0], folded[1], folded[2], folded[3]) * layer.scale;
+            *(Quad *)(queries[n].scores + s - first) = hsum4(folded[0], folded[1], folded[2], folded[3]) * layer.scale;
         }
     }
 }
@@ -32,7 +32,7 @@ void score_pairs(const Layer &layer, const Query *queries, const Half *const *q,
 // Results of N queries for numbers at..at + 32 C of the values, with weights [N][count rounded up to 2] in bfloat16: two positions
 // at once, whose values are brought side by side.
 template <int N, int C>
-void mix_pairs(const Query *queries, const float *factors, const Pair *const *weights, const Half *const *rows, int64_t count,
+void weighted_sum_pairs(const Query *queries, const float *factors, const Pair *const *weights, const Half *const *rows, int64_t count,
                int64_t values, int64_t at) {
     __m512 sums[N][C][2] = {};
     for (int64_t s = 0; s < count; s += 2) {
@@ -57,9 +57,9 @@ void mix_pairs(const Query *queries, const float *factors, const Pair *const *we
             }
 }
 
-// `answer` for N queries that see positions first..end.
+// `attend_queries` for N queries that see positions first..end.
 template <int N>
-void answer_pairs(const Layer &layer, const Query *queries, const Half *const *rows, int64_t first, int64_t end) {
+void attend_queries_pairs(const Layer &layer, const Query *queries, const Half *const *rows, int64_t first, int64_t end) {
     int64_t D = layer.head_dim, count = end - first, at = 0, room = (count + LANES) / 2;
     static thread_local std::vector<Pair> memory;
     if ((int64_t)memory.size() < N * (D / 2 + room)) memory.resize(N * (D / 2 + room));
@@ -73,10 +73,10 @@ void answer_pairs(const Layer &layer, const Query *queries, const Half *const *r
     }
     score_pairs<N>(layer, queries, q, rows, first, end);
     for (int n = 0; n < N; n++) {
-        factors[n] = 1.f / soften(layer, queries[n], first, end);
+        factors[n] = 1.f / softmax(layer, queries[n], first, end);
         round_pairs(queries[n].scores, (count + LANES - 1) / LANES * LANES, (Pair *)weights[n]);
     }
-    for (; at + 2 * CHUNK <= D; at += 2 * CHUNK) mix_pairs<N, 2>(queries, factors, weights, rows + first, count, D, at);
-    for (; at < D; at += CHUNK) mix_pairs<N, 1>(queries, factors, weights, rows + first, count, D, at);
+    for (; at + 2 * CHUNK <= D; at += 2 * CHUNK) weighted_sum_pairs<N, 2>(queries, factors, weights, rows + first, count, D, at);
+    for (; at < D; at += CHUNK) weighted_sum_pairs<N, 1>(queries, factors, weights, rows + first, count, D, at);
 }
 #endif

@@ -8,12 +8,12 @@
 
 inline int64_t largest(const float *values, int64_t from, int64_t to) {  // the first one of equals
     int64_t whole = from + (to - from) / LANES * LANES;
-    Vec tops = spread(-INFINITY);
+    Vec tops = broadcast(-INFINITY);
     for (int64_t i = from; i < whole; i += LANES) {
         Vec x = load(values + i);
         tops = x > tops ? x : tops;
     }
-    float top = highest(tops);
+    float top = hmax(tops);
     for (int64_t i = whole; i < to; i++) top = values[i] > top ? values[i] : top;
     for (int64_t i = from; i < to; i++)
         if (values[i] == top) return i;

@@ -22,7 +22,7 @@ constexpr int TILE = 6, SUMS = 4;
 template <typename W> constexpr int PANELS = 4;
 template <> constexpr int PANELS<Pair> = 8;
 
-// Sums of T tokens and P panels that lie one behind the other: [P][T][16].
+// Sums of T tokens and P panels that lie one after the other: [P][T][16].
 template <int T, int P, typename W>
 void multiply_tile(const W *panels, int64_t cols, const float *x, float *out) {
     Vec sums[T][P][2] = {};
@@ -34,7 +34,7 @@ void multiply_tile(const W *panels, int64_t cols, const float *x, float *out) {
             load_rows(w, low, high);
             if (T > 1) keep(low), keep(high);
             for (int t = 0; t < T; t++) {
-                Vec value = spread(x[t * cols + i]);
+                Vec value = broadcast(x[t * cols + i]);
                 sums[t][p][0] += value * low;
                 sums[t][p][1] += value * high;
             }

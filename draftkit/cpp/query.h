@@ -18,23 +18,23 @@ inline void fetch(const K *row, int64_t count) {
 }
 
 // Softmax in place over what the query may see, 0 elsewhere, not yet divided by the sum that it returns.
-float soften(const Layer &layer, const Query &query, int64_t first, int64_t end) {
+float softmax(const Layer &layer, const Query &query, int64_t first, int64_t end) {
     float *scores = query.scores;
     int64_t from = query.oldest - first, to = query.seen - first, count = end - first;
     for (int64_t i = 0; i < from; i++) scores[i] = -INFINITY;
     for (int64_t i = to; i < count || i % LANES; i++) scores[i] = -INFINITY;
     if (layer.score_cap > 0)
         for (int64_t i = from; i < to; i++) scores[i] = cap(scores[i], layer.score_cap);
-    Vec tops = spread(-INFINITY), sums = {};
+    Vec tops = broadcast(-INFINITY), sums = {};
     for (int64_t i = 0; i < count; i += LANES) {
         Vec x = load(scores + i);
         tops = x > tops ? x : tops;
     }
-    float top = highest(tops);
+    float top = hmax(tops);
     for (int64_t i = 0; i < count; i += LANES) {
-        Vec x = load(scores + i) - top, e = x > spread(-87.f) ? exponential(x) : spread(0.f);
+        Vec x = load(scores + i) - top, e = x > broadcast(-87.f) ? exponential(x) : broadcast(0.f);
         store(scores + i, e);
         sums += e;
     }
-    return total(sums);
+    return hsum(sums);
 }

@@ -32,8 +32,8 @@ inline int64_t chunks_of(int64_t count) { return (count + SPAN - 1) / SPAN; }
 
 inline Vec weight(const Softmax &soft, Vec x) {
     Vec exponent = (x - soft.top) * soft.slope;
-    Vec e = exponent > spread(LEAST_EXPONENT) ? exponential(exponent) : spread(0.f);
-    return x >= spread(soft.cut) ? e : spread(0.f);
+    Vec e = exponent > broadcast(LEAST_EXPONENT) ? exponential(exponent) : broadcast(0.f);
+    return x >= broadcast(soft.cut) ? e : broadcast(0.f);
 }
 
 // The weights of logits from..to, 0 where they are cut, and their sum.
@@ -51,8 +51,8 @@ inline float weigh(const Softmax &soft, const float *x, int64_t from, int64_t to
         store(weights + i - from, e);
         sums += e;
     }
-    float sum = total(sums);
-    for (; i < to; i++) sum += weights[i - from] = weight(soft, spread(x[i]))[0];
+    float sum = hsum(sums);
+    for (; i < to; i++) sum += weights[i - from] = weight(soft, broadcast(x[i]))[0];
     if (soft.last + 1 < to) {
         for (int64_t j = std::max(from, soft.last + 1); j < to; j++)
             if (x[j] == soft.cut) weights[j - from] = 0.f;
@@ -66,7 +66,7 @@ inline float weigh(const Softmax &soft, const float *x, int64_t from, int64_t to
 inline double chance(const Softmax &soft, const float *x, int64_t at) {
     if (soft.single) return at == soft.best;
     if (x[at] == soft.cut && at > soft.last) return 0;
-    return weight(soft, spread(x[at]))[0] / soft.total;
+    return weight(soft, broadcast(x[at]))[0] / soft.total;
 }
 
 // The largest logit of each chunk, and of all.
@@ -74,12 +74,12 @@ inline float maxima(const float *x, int64_t count, float *tops) {
     float all = -INFINITY;
     for (int64_t c = 0, i = 0; i < count; c++) {
         int64_t end = std::min(i + SPAN, count);
-        Vec a = spread(-INFINITY), b = a;
+        Vec a = broadcast(-INFINITY), b = a;
         for (; i + 2 * LANES <= end; i += 2 * LANES) {
             Vec u = load(x + i), v = load(x + i + LANES);
             a = u > a ? u : a, b = v > b ? v : b;
         }
-        float top = highest(a > b ? a : b);
+        float top = hmax(a > b ? a : b);
         for (; i < end; i++) top = x[i] > top ? x[i] : top;
         tops[c] = top;
         all = top > all ? top : all;
@@ -157,15 +157,15 @@ inline float cut_at(int64_t count, double wanted, float least, float top, Room &
         std::fill(x + count, x + count + LANES, -INFINITY), std::fill(w + count, w + count + LANES, 0.f);
         int64_t keys[CUTS];
         Vec cuts[CUTS], sums[CUTS] = {};
-        for (int j = 0; j < CUTS; j++) keys[j] = low + (high - low) * (j + 1) / (CUTS + 1), cuts[j] = spread(of_key(keys[j]));
+        for (int j = 0; j < CUTS; j++) keys[j] = low + (high - low) * (j + 1) / (CUTS + 1), cuts[j] = broadcast(of_key(keys[j]));
         for (int64_t i = 0; i < count; i += LANES) {
             Vec v = load(x + i), m = load(w + i);
-            for (int j = 0; j < CUTS; j++) sums[j] += v >= cuts[j] ? m : spread(0.f);
+            for (int j = 0; j < CUTS; j++) sums[j] += v >= cuts[j] ? m : broadcast(0.f);
         }
         double base = above;
         bool open = true;  // nothing is above the interval yet
         for (int j = 0; j < CUTS; j++) {
-            double sum = base + total(sums[j]);
+            double sum = base + hsum(sums[j]);
             if (sum < wanted) {
                 high = keys[j], above = sum, open = false;
                 break;
@@ -195,7 +195,7 @@ inline void keep_nucleus(double top_p, const float *x, int64_t count, Softmax &s
     double least = .5 * (1 - top_p) * sum / count;
     float lowest = std::max(soft.cut, (float)(soft.top + std::log(std::max(least, DBL_MIN)) / soft.slope));
     soft.cut = cut_at(collect(x, count, lowest, &soft, room), wanted, lowest, soft.top, room, above);
-    double each = weight(soft, spread(soft.cut))[0], equals = each > 0 ? std::ceil((wanted - above) / each) : count;
+    double each = weight(soft, broadcast(soft.cut))[0], equals = each > 0 ? std::ceil((wanted - above) / each) : count;
     int64_t left = std::max((int64_t)1, (int64_t)std::min(equals, (double)count)), last = count - 1;
     for (int64_t c = 0, from = 0; from < count; c++, from += SPAN) {
         if (!(room.tops[c] >= soft.cut)) continue;

@@ -2,7 +2,7 @@
 // a hundred PyTorch operations. Compiled at first use (see native.py); plain C interface, no padding, any number of tokens.
 //
 // The threads share one parallel region. Each keeps its own copy of the residual stream and of the normed input, so that a
-// layer needs five barriers only: behind qkv, attention, out, gate/up and down. Every sum is taken in one order, so a token's
+// layer needs five barriers only: after qkv, attention, out, gate/up and down. Every sum is taken in one order, so a token's
 // result is the same to the bit alone, in any batch and with any number of threads.
 #include <omp.h>
 
@@ -63,7 +63,7 @@ void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Ow
 #pragma omp barrier
         multiply(layer.out, shared.mixed, T, thread, threads, Into{shared.y, H, layer.out_bias});
 #pragma omp barrier
-        add(stack, step, shared.y, layer.mixed_norm, 1.f, layer.mlp_norm, own);
+        add(stack, step, shared.y, layer.post_attention_norm, 1.f, layer.mlp_norm, own);
         bool gelu = stack.gelu;
         float *act = shared.act;
         int64_t inner = layer.down.cols;

@@ -31,7 +31,7 @@ namespace {
 
 typedef std::vector<const float *> Rows;
 
-// scores[n][m] = a_n b_m for N rows of a and all of b; up to three numbers behind the last are written, too.
+// scores[n][m] = a_n b_m for N rows of a and all of b; up to three numbers after the last are written, too.
 template <int N>
 void dot_rows(const float *const *a, const Rows &b, int64_t size, float *scores, int64_t stride) {
     int64_t count = b.size();
@@ -43,7 +43,7 @@ void dot_rows(const float *const *a, const Rows &b, int64_t size, float *scores,
             for (int n = 0; n < N; n++)
                 for (int j = 0; j < 4; j++) sums[n][j] += load(a[n] + i) * load(k[j] + i);
         for (int n = 0; n < N; n++)
-            *(Quad *)(scores + n * stride + m) = totals(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
+            *(Quad *)(scores + n * stride + m) = hsum4(sums[n][0], sums[n][1], sums[n][2], sums[n][3]);
     }
 }
 void dots(const Rows &a, const Rows &b, int64_t size, float *scores, int64_t stride) {
@@ -73,7 +73,7 @@ void mix_wide(float *const *out, const float *weights, int64_t stride, const Row
     for (; at + 4 * LANES <= size; at += 4 * LANES) mix_rows<N, 4>(out, weights, stride, b, at);
     for (; at < size; at += LANES) mix_rows<N, 1>(out, weights, stride, b, at);
 }
-void mix(const std::vector<float *> &out, const float *weights, int64_t stride, const Rows &b, int64_t size) {
+void weighted_sum(const std::vector<float *> &out, const float *weights, int64_t stride, const Rows &b, int64_t size) {
     size_t n = 0;
     for (; n + 2 <= out.size(); n += 2) mix_wide<2>(&out[n], weights + n * stride, stride, b, size);
     if (n < out.size()) mix_wide<1>(&out[n], weights + n * stride, stride, b, size);
@@ -82,13 +82,13 @@ void mix(const std::vector<float *> &out, const float *weights, int64_t stride, 
 float log_sum_exp(const float *x, int64_t count, float scale) {
     float top = -INFINITY, rest = 0;
     int64_t whole = count / LANES * LANES;
-    Vec tops = spread(top), sums = {};
+    Vec tops = broadcast(top), sums = {};
     for (int64_t i = 0; i < whole; i += LANES) tops = load(x + i) > tops ? load(x + i) : tops;
     for (int64_t i = 0; i < LANES; i++) top = std::max(top, tops[i]);
     for (int64_t i = whole; i < count; i++) top = std::max(top, x[i]);
     for (int64_t i = 0; i < whole; i += LANES) sums += exponential((load(x + i) - top) * scale);
     for (int64_t i = whole; i < count; i++) rest += std::exp((x[i] - top) * scale);
-    return top * scale + std::log(total(sums) + rest);
+    return top * scale + std::log(hsum(sums) + rest);
 }
 
 // One block and one key/value head: where its rows and keys are, and room for their scores.
@@ -141,7 +141,7 @@ void attend(const Meeting &at, Room &room) {
         for (int64_t i = 0; i < stride; i += LANES) store(row + i, exponential(load(row + i) * all.scale - sum));
         std::memset(room.to[r], 0, all.size * sizeof(float));
     }
-    mix(room.to, scores, stride, room.v, all.size);
+    weighted_sum(room.to, scores, stride, room.v, all.size);
 }
 
 void push_back(const Meeting &at, Room &room) {
@@ -158,7 +158,7 @@ void push_back(const Meeting &at, Room &room) {
     for (int64_t r = 0; r < rows; r++) {
         Vec sums = {};
         for (int64_t i = 0; i < all.size; i += LANES) sums += load(room.by_out[r] + i) * load(room.out[r] + i);
-        float inner = total(sums), sum = at.log_sum(r);
+        float inner = hsum(sums), sum = at.log_sum(r);
         for (int64_t i = r * stride; i < (r + 1) * stride; i += LANES) {
             Vec p = exponential(load(probs + i) * all.scale - sum);
             store(probs + i, p), store(grads + i, p * (load(grads + i) - inner) * all.scale);
@@ -167,9 +167,9 @@ void push_back(const Meeting &at, Room &room) {
             probs_T[i * rows + r] = probs[r * stride + i], grads_T[i * rows + r] = grads[r * stride + i];
         std::memset(room.to[r], 0, all.size * sizeof(float));
     }
-    mix(room.to, grads, stride, room.k, all.size);
-    mix(room.to_k, grads_T, rows, room.q, all.size);
-    mix(room.to_v, probs_T, rows, room.by_out, all.size);
+    weighted_sum(room.to, grads, stride, room.k, all.size);
+    weighted_sum(room.to_k, grads_T, rows, room.q, all.size);
+    weighted_sum(room.to_v, probs_T, rows, room.by_out, all.size);
 }
 
 // Keys belong to one document and one head: no two threads add to the same gradient.
@@ -215,7 +215,7 @@ void measure_rows(const Distillation *all) {
             }
             all->draft_sum[n] = z_sum;
             all->ce[n] = z_sum - z[all->token[n]];
-            all->tv[n] = total(tv), all->kl[n] = total(kl), all->inner[n] = total(inner);
+            all->tv[n] = hsum(tv), all->kl[n] = hsum(kl), all->inner[n] = hsum(inner);
         }
     }
 }

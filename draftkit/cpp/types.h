@@ -16,7 +16,7 @@ struct Matrix {
 struct Layer {  // names as in stack.py; null (window, score_cap: 0) where a family has no such part
     int64_t heads, kv_heads, head_dim, window, value_norm;
     float scale, score_cap, output_scale;
-    const float *input_norm, *qkv_bias, *qk_norm, *out_bias, *mixed_norm, *mlp_norm, *mlp_out_norm, *rotary;
+    const float *input_norm, *qkv_bias, *qk_norm, *out_bias, *post_attention_norm, *mlp_norm, *mlp_out_norm, *rotary;
     void *memory;  // [slots, M, 2 D], float or Half
     Matrix qkv, out, gate_up, down;
 };
@@ -25,7 +25,7 @@ struct Stack {
     float eps;
     const Layer *layer;
 };
-struct Ends {  // what lies before and behind the layers
+struct Ends {  // what lies before and after the layers
     int64_t vocab, half;
     const void *embedding;  // float, or with `half` bfloat16
     const float *norm;
@@ -34,7 +34,7 @@ struct Ends {  // what lies before and behind the layers
 };
 struct Step {
     int64_t tokens, requests, block_size, table_width, wanted, captures, block, threads;  // `block`: as in passes.py
-    const int64_t *numbers;  // token, start, length, table, want, capture, one behind the other
+    const int64_t *numbers;  // token, start, length, table, want, capture, one after the other
     float *features, *hidden, *logits;  // [T, captures H], [W, H], [W, V]
     int64_t *best;  // [W], the first largest logit of each wanted row; null when nobody asks
 };

@@ -32,22 +32,22 @@ inline void store(uint16_t *p, Vec v) {  // rounded to the nearest bfloat16, of 
     UintVec bits = (UintVec)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     *(HalfVec *)p = __builtin_convertvector(v == v ? rounded : bits >> 16 | 64, HalfVec);
 }
-inline Vec spread(float x) { return Vec{x, x, x, x, x, x, x, x}; }
+inline Vec broadcast(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 inline Quad halves(Vec v) {
     return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
 }
-inline Quad totals(Vec a, Vec b, Vec c, Vec d) {  // the sum of each
+inline Quad hsum4(Vec a, Vec b, Vec c, Vec d) {  // the sum of each
     Quad p = halves(a), q = halves(b), r = halves(c), s = halves(d);
     Quad pq = __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);
     Quad rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) + __builtin_shufflevector(r, s, 2, 3, 6, 7);
     return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
 }
-inline float highest(Vec v) {
+inline float hmax(Vec v) {
     float top = v[0];
     for (int64_t i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;
     return top;
 }
-inline float total(Vec v) {
+inline float hsum(Vec v) {
     Quad h = halves(v);
     return (h[0] + h[2]) + (h[1] + h[3]);
 }
@@ -70,11 +70,11 @@ inline void round_pairs(const float *x, int64_t count, uint32_t *to) {
 
 // exp to 2 units in the last place for x <= 88; below -87 it gives 0 (nearly). Cody-Waite reduction, polynomial of Cephes.
 inline Vec exponential(Vec x) {
-    x = x > spread(-87.f) ? x : spread(-87.f);
-    x = x < spread(88.f) ? x : spread(88.f);
-    Vec scaled = x * 1.44269504088896341f + spread(12582912.f);  // round to nearest by adding 1.5 * 2^23
-    IntVec n = (IntVec)scaled - (IntVec)spread(12582912.f);
-    Vec k = scaled - spread(12582912.f);
+    x = x > broadcast(-87.f) ? x : broadcast(-87.f);
+    x = x < broadcast(88.f) ? x : broadcast(88.f);
+    Vec scaled = x * 1.44269504088896341f + broadcast(12582912.f);  // round to nearest by adding 1.5 * 2^23
+    IntVec n = (IntVec)scaled - (IntVec)broadcast(12582912.f);
+    Vec k = scaled - broadcast(12582912.f);
     Vec r = x - k * 0.693359375f + k * 2.12194440e-4f;
     Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -93,7 +93,7 @@ inline float cap(float x, float limit) { return limit > 0 ? limit * std::tanh(x 
 void rms_norm(float *out, const float *x, const float *weight, int64_t size, float eps) {
     Vec squares = {};
     for (int64_t i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
-    Vec factor = spread(1.f / std::sqrt(total(squares) / size + eps));
+    Vec factor = broadcast(1.f / std::sqrt(hsum(squares) / size + eps));
     for (int64_t i = 0; i < size; i += LANES) {
         Vec scaled = load(x + i) * factor;
         store(out + i, weight ? scaled * load(weight + i) : scaled);

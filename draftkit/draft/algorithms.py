@@ -70,7 +70,7 @@ def _eagle_shape(section: DrafterSettings, sizes: Sizes, mask_token_id: int) -> 
     return EagleConfig(**sizes, draft_vocab_size=section.draft_vocab_size)
 
 
-_BLOCK = "draftkit.engine.fast_drafter:FastDrafter"
+_BLOCK = "draftkit.engine.paged_drafter:PagedBlockDrafter"
 ALGORITHMS: dict[str, Algorithm] = {
     "dspark": Algorithm(BlockDrafter, _block_shape, (DSPARK,), _BLOCK, start_from_target, masks=True),
     "dflash": Algorithm(BlockDrafter, _block_shape, (DFLASH, DSPARK), _BLOCK, start_from_target, masks=True),
@@ -78,7 +78,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         EagleDrafter,
         _eagle_shape,
         (EAGLE, DEEPSPEC_EAGLE),
-        "draftkit.engine.fast_eagle:FastEagle",
+        "draftkit.engine.paged_eagle:PagedEagle",
         style=EAGLE_STYLE,
         layers=1,
     ),

@@ -35,15 +35,16 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(
-    length: int, head_dim: int, theta: float, device: torch.device | None = None, share: float = 1.0
+    length: int, head_dim: int, theta: float, device: torch.device | None = None, share: float = 1.0, first: int = 0
 ) -> Tensor:
-    """cos and sin of all positions, float32 [length, 2, D]: frequencies are computed here, never stored or cast.
+    """cos and sin of the positions first..length - 1, float32 [length - first, 2, D]: frequencies are computed here, never
+    stored or cast.
 
     With a `share` below 1 only that part of the frequencies turns (Transformers calls this rope type "proportional").
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     frequencies[int(share * head_dim // 2) :] = 0
-    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(first, length, device=device, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat([angles, angles], -1)
     return torch.stack([angles.cos(), angles.sin()], 1)
 
@@ -112,12 +113,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.tanh_gelu = activation == "gelu_pytorch_tanh"
 
-    def forward(self, x: Tensor, gate_up: Tensor | None = None) -> Tensor:
-        """[..., H] to [..., H]; `gate_up` [2 * I, H] are both input weights joined, where they are at hand."""
-        if gate_up is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = F.linear(x, gate_up).chunk(2, -1)
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] to [..., H]."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
         out: Tensor = self.down_proj((F.gelu(gate, approximate="tanh") if self.tanh_gelu else F.silu(gate)) * up)
         return out
 
@@ -147,12 +145,12 @@ class DraftLayer(nn.Module):
         seen = attention.keys_values(context_CH, context_rope)
         return self.finish(x_QH, block_attention(q, own, seen, plan, attention.scale).flatten(1))
 
-    def finish(self, x: Tensor, attended: Tensor, gate_up: Tensor | None = None) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer behind its attention: residual stream [..., H] and attended values [..., N * D] to [..., H]."""
         update = self.self_attn.o_proj(attended)
         if not self.output_norms:
             x = x + update
-            return x + self.mlp(self.post_attention_layernorm(x), gate_up)
+            return x + self.mlp(self.post_attention_layernorm(x))
         x = x + self.post_attention_layernorm(update)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), gate_up))
+        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         return x * self.layer_scalar

@@ -6,14 +6,13 @@ L layers, M key/value heads, D head size; in training X blocks, Q = X * P, C con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table, rotate
+from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
 from draftkit.draft.drafter import DraftContext, Drafter, DrafterConfig, LossReport, Proposal, TrainBatch
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
@@ -53,17 +52,6 @@ class BlockContext:
         self._length = end
 
 
-@dataclass(frozen=True)
-class _Joined:
-    """Weights joined for drafting, where the number of small operations decides the speed."""
-
-    context_kv: Tensor  # [L * 2 * M * D, H]
-    k_norm: Tensor | None  # [L, 1, 1, 1, D]
-    qkv: tuple[Tensor, ...]  # per layer [(N + 2 M) * D, H]
-    gate_up: tuple[Tensor, ...]  # per layer [2 * I, H]
-    rope: Tensor  # [positions, 2, D]
-
-
 class BlockDrafter(Drafter):
     """Backbone, optional sequential head, optional confidence head; embedding and head are frozen copies."""
 
@@ -83,18 +71,11 @@ class BlockDrafter(Drafter):
         self.confidence_head = ConfidenceHead(config) if config.confidence else None
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
-        self._joined_weights: _Joined | None = None
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad and module.out_features > 1:
                 w2 = self.markov_head.markov_w2 if self.markov_head is not None else None
                 if module is not w2:  # that one starts at zero
                     nn.init.normal_(module.weight, std=0.02)
-
-    def train(self, mode: bool = True) -> BlockDrafter:
-        """Switch mode; joined drafting weights are dropped, since the parameters may change."""
-        self._joined_weights = None
-        super().train(mode)
-        return self
 
     def head(self) -> Head:
         """The target's output head, with the family's factor and soft cap."""
@@ -114,14 +95,11 @@ class BlockDrafter(Drafter):
     def extend(self, context: DraftContext, features_BTF: Tensor, next_tokens_BT: Tensor) -> None:
         """Write keys and values of T committed positions for every layer; the tokens themselves are not needed."""
         block = _own(context)
-        joined, config = self._joined(), self.config
         hidden = self.hidden_norm(self.fc(features_BTF.to(self.fc.weight.dtype)))
-        kv = F.linear(hidden, joined.context_kv).unflatten(-1, (config.num_layers, 2, -1, config.head_dim))
-        keys, values = kv.permute(3, 2, 0, 4, 1, 5)  # both [L, B, M, T, D]
-        rope = joined.rope[block.length : block.length + hidden.shape[1]]
-        if joined.k_norm is not None:
-            keys = F.rms_norm(keys, (config.head_dim,), None, config.rms_eps) * joined.k_norm
-        block.append(rotate(keys, rope[:, 0], rope[:, 1]), self.draft_layers()[0].self_attn.values(values))
+        rotation = self._rotation_at(block.length, hidden.shape[1])
+        read = [layer.self_attn.keys_values(hidden, rotation) for layer in self.draft_layers()]
+        keys, values = (torch.stack(parts).transpose(2, 3) for parts in zip(*read, strict=True))  # [L, B, M, T, D]
+        block.append(keys, values)
 
     @torch.inference_mode()
     def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
@@ -150,51 +128,39 @@ class BlockDrafter(Drafter):
 
     def _block_hidden(self, context: BlockContext, anchor_B: Tensor) -> Tensor:
         """Normed hidden states of the G drafting positions, [B, G, H]."""
-        config, joined = self.config, self._joined()
+        config = self.config
         tokens_BP = torch.full((len(anchor_B), config.block_size), config.mask_token_id, device=anchor_B.device)
         tokens_BP[:, 0] = anchor_B
         x = self.embed(tokens_BP)
-        rope = joined.rope[context.length : context.length + config.block_size]
-        rotation = (rope[:, None, 0], rope[:, None, 1])
-        heads, kv_heads = config.num_heads, config.num_kv_heads
+        rotation = self._rotation_at(context.length, config.block_size)
         seen = slice(max(0, context.length - config.window) if config.window else 0, context.length)
         for index, layer in enumerate(self.draft_layers()):
-            attention = layer.self_attn
-            qkv = F.linear(layer.input_layernorm(x), joined.qkv[index]).unflatten(-1, (-1, config.head_dim))
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), -2)
-            keys = torch.cat([context.keys[index, :, :, seen], attention.keys(k, rotation).transpose(1, 2)], 2)
-            values = torch.cat([context.values[index, :, :, seen], attention.values(v).transpose(1, 2)], 2)
+            attention, normed = layer.self_attn, layer.input_layernorm(x)
+            q = attention.queries(attention.q_proj(normed).unflatten(-1, (-1, config.head_dim)), rotation)
+            k, v = attention.keys_values(normed, rotation)
             mixed = F.scaled_dot_product_attention(
-                attention.queries(q, rotation).transpose(1, 2),
-                keys,
-                values,
+                q.transpose(1, 2),
+                torch.cat([context.keys[index, :, :, seen], k.transpose(1, 2)], 2),
+                torch.cat([context.values[index, :, :, seen], v.transpose(1, 2)], 2),
                 scale=attention.scale,
-                enable_gqa=heads != kv_heads,
+                enable_gqa=config.num_heads != config.num_kv_heads,
             )
-            x = layer.finish(x, mixed.transpose(1, 2).flatten(2), joined.gate_up[index])
+            x = layer.finish(x, mixed.transpose(1, 2).flatten(2))
         hidden: Tensor = self.norm(x[:, config.block_size - self.gamma :])
         return hidden
-
-    def _joined(self) -> _Joined:
-        if self._joined_weights is None:
-            blocks = self.draft_layers()
-            layers = [block.self_attn for block in blocks]
-            context_kv = torch.cat([w for a in layers for w in (a.k_proj.weight, a.value_weight)])
-            norms: list[Tensor] = [a.k_norm.weight for a in layers if a.k_norm is not None]
-            k_norm = torch.stack(norms)[:, None, None, None] if norms else None
-            qkv = tuple(torch.cat([a.q_proj.weight, a.k_proj.weight, a.value_weight]) for a in layers)
-            gate_up = tuple(torch.cat([m.mlp.gate_proj.weight, m.mlp.up_proj.weight]) for m in blocks)
-            rope = self._rope(self.config.max_length + self.config.block_size)
-            self._joined_weights = _Joined(context_kv, k_norm, qkv, gate_up, rope.to(context_kv.dtype))
-        return self._joined_weights
 
     def draft_layers(self) -> list[DraftLayer]:
         """Its decoder layers, in order."""
         return cast(list[DraftLayer], list(self.layers))
 
-    def _rope(self, length: int) -> Tensor:
-        config = self.config
-        return rope_table(length, config.head_dim, config.rope_theta, self.norm.weight.device, config.rotary_share)
+    def _rope(self, length: int, first: int = 0) -> Tensor:
+        config, device = self.config, self.norm.weight.device
+        return rope_table(length, config.head_dim, config.rope_theta, device, config.rotary_share, first)
+
+    def _rotation_at(self, first: int, count: int) -> Rotation:
+        """cos and sin at the positions from `first` on, [count, 1, D] each."""
+        table = self._rope(first + count, first).to(self.norm.weight.dtype)
+        return table[:, None, 0], table[:, None, 1]
 
     # --- training
 

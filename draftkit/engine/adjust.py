@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from draftkit.engine.request import Constraint, SamplingParams
+from draftkit.engine.sampling_params import Constraint, SamplingParams
 
 _NEVER = float("-inf")
 
@@ -33,7 +33,7 @@ def needs_adjustment(params: SamplingParams) -> bool:
 
 
 class Adjustment:
-    """The state of one request; `drafts` are the tokens behind the answer that a proposal adds."""
+    """The state of one request; `drafts` are the tokens after the answer that a proposal adds."""
 
     def __init__(
         self, params: SamplingParams, prompt: Sequence[int], stop_ids: Sequence[int], vocab_size: int, like: Tensor
@@ -97,7 +97,7 @@ class Adjustment:
         return [last for *start, last in words if before[len(before) - len(start) :] == start]
 
     def _follow(self, constraint: Constraint, logits_PV: Tensor, drafts: Sequence[int], first: int) -> None:
-        """The grammar's mask. Behind a token that it does not allow, or behind its end, everything is: nobody gets there."""
+        """The grammar's mask. After a token that it does not allow, or after its end, everything is: nobody gets there."""
         taken = 0
         for place in range(first + len(logits_PV)):
             if place >= first and taken == place and not constraint.finished:

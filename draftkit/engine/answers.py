@@ -1,7 +1,7 @@
 """Answers to prompts through the engine, many side by side: continuous batching and the lean forward.
 
-A prompt's answer depends on the prompt, its seed and the sampling settings alone where the compiled pass runs, which is why
-building it is waited for: an interrupted run that is started again must end with the same records.
+A prompt's answer depends on the prompt, its seed and the sampling settings alone where the compiled pass runs: an interrupted
+run that is started again ends with the same records.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from draftkit.data.answers import NO_ROOM, Answer, Answers, Question, answer_lim
 from draftkit.data.padded_answers import PaddedAnswers
 from draftkit.decode import Decoded, Round
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_model import unsupported
-from draftkit.engine.request import SamplingParams, StepOutput
+from draftkit.engine.outputs import StepOutput
+from draftkit.engine.paged_model import unsupported
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling, combined_seed
 from draftkit.settings import GenerateSettings
@@ -31,7 +32,6 @@ class EngineAnswers(Answers):
 
     def __init__(self, target: TransformersTarget, running: int) -> None:
         self._engine = Engine(target, None, EngineSettings(max_running=running, prefix_reuse=False))
-        self._engine.wait_until_compiled()
         self._running = running
         self._written: dict[str, list[int]] = {}
         self._no_room: list[str] = []
@@ -107,7 +107,7 @@ class _Growing:
         self._last: StepOutput | None = None
 
     def add(self, output: StepOutput) -> None:
-        """The next step; the first one brings the token behind the prompt, each other one a round."""
+        """The next step; the first one brings the token after the prompt, each other one a round."""
         self._tokens += [e.token_id for e in output.events]
         if self._last is not None:
             before, after = self._last.stats, output.stats

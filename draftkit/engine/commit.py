@@ -13,10 +13,10 @@ from torch import Tensor
 
 from draftkit.engine.adjust import Adjustment
 from draftkit.engine.kv_cache import BlockPool
-from draftkit.engine.request import StepOutput, TokenEvent
-from draftkit.engine.round import Offered, log_probs
-from draftkit.engine.running import Running
-from draftkit.engine.scheduler import Work
+from draftkit.engine.outputs import StepOutput, TokenEvent
+from draftkit.engine.request import Request
+from draftkit.engine.round import ProposalBatch, log_probs
+from draftkit.engine.scheduler import ScheduledBatch
 
 
 @dataclass(frozen=True)
@@ -24,38 +24,38 @@ class Outcome:
     """The verdict on the host: drafted tokens kept and next token, int64 [A] each, and the logits before adjustments,
     lengths + 1 rows per request."""
 
-    offered: Offered
+    proposals: ProposalBatch
     accepted_A: np.ndarray
     next_A: np.ndarray
     logits_NV: Tensor | None
 
     @staticmethod
-    def nothing(offered: Offered) -> Outcome:
+    def nothing(proposals: ProposalBatch) -> Outcome:
         """Of a step in which nobody gets a token."""
         none = np.empty(0, np.int64)
-        return Outcome(offered, none, none, None)
+        return Outcome(proposals, none, none, None)
 
 
 def commit(
-    work: Work, outcome: Outcome, adjustments: dict[str, Adjustment], pool: BlockPool
+    batch: ScheduledBatch, outcome: Outcome, adjustments: dict[str, Adjustment], pool: BlockPool
 ) -> list[StepOutput]:
     """Add the tokens to the answers, publish full blocks, and say what is new. Finished requests are not yet removed."""
-    offered = outcome.offered
+    proposals = outcome.proposals
     accepted, following = outcome.accepted_A.tolist(), outcome.next_A.tolist()
-    lengths, counts = offered.lengths_A.tolist(), work.counts_R.tolist()
-    drafts = offered.host_tokens_AG.tolist() if offered.drafting else [[]] * work.answering
+    lengths, counts = proposals.lengths_A.tolist(), batch.counts_R.tolist()
+    drafts = proposals.host_tokens_AG.tolist() if proposals.drafting else [[]] * batch.answering
     outputs: list[StepOutput] = []
     first = 0  # row of logits of the request's first token
-    drafted = set(offered.drafting)
-    for index, request in enumerate(work.requests):
-        if index >= work.answering:
+    drafted = set(proposals.drafting)
+    for index, request in enumerate(batch.requests):
+        if index >= batch.answering:
             request.computed += counts[index]
             pool.register(request.table, request.tokens, request.computed)
             continue
         kept = accepted[index]
         if index in drafted:
-            _count(request, lengths[index], kept, offered.tokens_AG.shape[1])
-        elif index < work.decoding:
+            _count(request, lengths[index], kept, proposals.tokens_AG.shape[1])
+        elif index < batch.decoding:
             request.rounds += bool(request.gamma)
         tokens, reason, why = _cut(request, [*drafts[index][:kept], following[index]], adjustments.get(request.id))
         first_output = not request.made
@@ -72,7 +72,7 @@ def commit(
     return outputs
 
 
-def _count(request: Running, length: int, kept: int, gamma: int) -> None:
+def _count(request: Request, length: int, kept: int, gamma: int) -> None:
     request.rounds += 1
     request.drafted += gamma
     request.verified += length
@@ -82,7 +82,7 @@ def _count(request: Running, length: int, kept: int, gamma: int) -> None:
 
 
 def _cut(
-    request: Running, tokens: list[int], adjustment: Adjustment | None
+    request: Request, tokens: list[int], adjustment: Adjustment | None
 ) -> tuple[list[int], str | None, int | None]:
     """The tokens up to the end of the answer, why it ended (None: it goes on), and which stop token ended it."""
     tokens = tokens[: request.limit - request.made]
@@ -99,7 +99,7 @@ def _cut(
 
 
 def _events(
-    request: Running, tokens: list[int], kept: int, logits_NV: Tensor | None, first: int
+    request: Request, tokens: list[int], kept: int, logits_NV: Tensor | None, first: int
 ) -> tuple[TokenEvent, ...]:
     top = request.params.logprobs
     if top is None or logits_NV is None:

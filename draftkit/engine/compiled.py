@@ -1,92 +1,71 @@
-"""Compiled passes beside eager ones: built in the background while requests are served, used from when they are ready."""
+"""Which passes run, chosen before the first request: on a CPU those in C++, on a GPU recorded ones, else PyTorch operations.
+
+A compiled pass is used after it has given the numbers of PyTorch operations on a small memory aside.
+"""
 
 from __future__ import annotations
 
-import atexit
 import copy
-import threading
+import logging
 import weakref
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from draftkit.engine.fast_drafter import FastDrafter, NativeDrafter, RecordedDrafter
-from draftkit.engine.fast_model import FastModel
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses, cuda_recorder
+from draftkit.engine.models import Models
 from draftkit.engine.native import Ends, NativeStack
+from draftkit.engine.paged_drafter import NativeDrafter, PagedBlockDrafter, RecordedDrafter
+from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import Stack
-from draftkit.ops.native_build import NoNative, stop_compilers
+from draftkit.ops.native_build import NoNative
 
+log = logging.getLogger("draftkit.engine")
 _BLOCK, _SLOTS = 4, 24  # block size and positions of the check's own memory
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest number, between two orders of summing and rounding
 
 
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+def compile_models(models: Models) -> bool:
+    """Compile the passes of both models, or record them on a GPU; whether they are used. Where not, the log says why."""
+    if not isinstance(models.model, PagedModel):
+        return False  # the Transformers module, see `EngineInfo.forward`
+    drafter = models.drafter if isinstance(models.drafter, PagedBlockDrafter) else None
+    widest = models.pool.blocks_for(models.info.max_length + models.info.gamma + 1)
+    reason = compile_passes(models.model, drafter, models.feature_layers, widest)
+    if reason is not None:
+        log.warning("no compiled passes: PyTorch operations do the same slower (%s)", reason)
+    return reason is None
 
 
-@atexit.register
-def _end_building() -> None:
-    """A thread that is inside C++ when the interpreter goes would take the process down with an abort."""
-    stop_compilers()
-    for thread in list(_threads):
-        thread.join()
-
-
-class CompiledPasses:
-    """Builds the C++ passes of a target and, where there is one, its drafter, in a thread of its own. On a GPU passes are
-    recorded as CUDA graphs instead, each size when it first comes.
+def compile_passes(
+    model: PagedModel, drafter: PagedBlockDrafter | None = None, feature_layers: tuple[int, ...] = (), widest: int = 1
+) -> str | None:
+    """Compile, and use what was compiled; the reason where that cannot be (PyTorch operations then go on).
 
     `feature_layers` are the layers whose outputs a recording gives, `widest` the blocks that the longest request has.
-
-    Each model switches by itself, between two passes, after the new pass gave the eager one's numbers on a small memory
-    aside. Where that cannot be, `reason` says why, and the PyTorch operations go on.
     """
-
-    def __init__(
-        self,
-        model: FastModel,
-        drafter: FastDrafter | None = None,
-        feature_layers: tuple[int, ...] = (),
-        widest: int = 1,
-    ) -> None:
-        self.reason: str | None = None
-        given = model, drafter, feature_layers, widest
-        self._thread = threading.Thread(target=self._build, args=given, name="compile", daemon=True)
-        _threads.add(self._thread)
-        self._thread.start()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end of building, at most `timeout` seconds; whether the compiled passes are in use."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive() and self.reason is None
-
-    def done(self) -> bool | None:
-        """Whether the compiled passes are in use; None while they are being built."""
-        return None if self._thread.is_alive() else self.reason is None
-
-    def _build(
-        self, model: FastModel, drafter: FastDrafter | None, feature_layers: tuple[int, ...], widest: int
-    ) -> None:
-        try:
-            if model.embedding.device.type == "cuda":
-                if not (model.stack.paged and (drafter is None or drafter.stack.paged)):
-                    raise NoNative("no kernels for these heads or this dtype, or Triton is missing")
-                record_passes(model, drafter, feature_layers, widest, cuda_recorder())
-                return
-            with torch.inference_mode():
-                model.native = _native_model(model)
-                if drafter is not None:
-                    drafter.native = _native_drafter(drafter)
-        except NoNative as error:
-            self.reason = str(error)
-        except Exception as error:  # whatever a machine may come up with, serving goes on
-            self.reason = f"{type(error).__name__}: {error}"
+    try:
+        if model.embedding.device.type == "cuda":
+            if not (model.stack.paged and (drafter is None or drafter.stack.paged)):
+                raise NoNative("no kernels for these heads or this dtype, or Triton is missing")
+            record_passes(model, drafter, feature_layers, widest, cuda_recorder())
+            return None
+        with torch.inference_mode():
+            native = _native_model(model)
+            if drafter is not None:
+                drafter.native = _native_drafter(drafter)
+            model.native = native
+    except NoNative as error:
+        return str(error)
+    except Exception as error:  # whatever a machine may come up with, serving goes on
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def record_passes(
-    model: FastModel, drafter: FastDrafter | None, feature_layers: tuple[int, ...], widest: int, record: Record
+    model: PagedModel, drafter: PagedBlockDrafter | None, feature_layers: tuple[int, ...], widest: int, record: Record
 ) -> None:
     """From now on, record each size of pass when it first comes, and play it back after that. `widest`: blocks of the longest
     request."""
@@ -102,7 +81,7 @@ def record_passes(
         drafter.recorded = RecordedDrafter(drafter, widest, record)
 
 
-def _native_model(model: FastModel) -> NativeStack:
+def _native_model(model: PagedModel) -> NativeStack:
     trial = copy.copy(model)
     trial.stack = Stack(model.stack.shape, model.stack.layers, _SLOTS)
     lengths_R = np.minimum([3, 5], len(model.stack.layers[0].rotary))
@@ -114,7 +93,7 @@ def _native_model(model: FastModel) -> NativeStack:
     return trial.native
 
 
-def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
+def _native_drafter(drafter: PagedBlockDrafter) -> NativeDrafter:
     trial, size = copy.copy(drafter), drafter.config.block_size
     trial.stack = Stack(drafter.stack.shape, drafter.stack.layers, _SLOTS + 2 * _BLOCK * size)
     lengths_R = np.minimum([3, 5], len(drafter.stack.layers[0].rotary) - size)
@@ -134,12 +113,12 @@ def _native_drafter(drafter: FastDrafter) -> NativeDrafter:
 
 
 def _trial_pass(ends: Ends, starts_R: np.ndarray, lengths_R: np.ndarray, block: int = 0) -> Pass:
-    """Two requests in blocks out of order; behind a context it is a drafter's block of `block` tokens."""
+    """Two requests in blocks out of order; after a context it is a drafter's block of `block` tokens."""
     tokens = np.arange(lengths_R.sum()) % len(ends.embedding)
     width = -(-(8 + block) // _BLOCK)
     tables = np.arange(2 * width)[::-1].reshape(width, 2).T
-    behind = bool(starts_R.any())
-    return Pass(tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), ends.embedding.dtype, block=behind)
+    follows = bool(starts_R.any())
+    return Pass(tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), ends.embedding.dtype, block=follows)
 
 
 def _compare(what: str, eager: Tensor, native: Tensor) -> None:

@@ -9,7 +9,7 @@ until the space is needed, least recently used first.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _ROOT = 0  # the link before the first block of every chain
@@ -23,15 +23,12 @@ class BlockTable:
 
     blocks: list[int] = field(default_factory=list)
     links: list[int] = field(default_factory=list)  # chain link of each full, registered block
-    heard: bool = True  # the drafter will write its keys and values, too, into blocks that are added from now on
 
 
 @dataclass
 class _Block:
     users: int = 0
-    handed_out: int = 0  # by the pool's clock
     key: Key | None = None
-    heard: bool = True  # the drafter's half is written as far as the target's
 
 
 class BlockPool:
@@ -44,7 +41,6 @@ class BlockPool:
         self._unused: OrderedDict[int, None] = OrderedDict((i, None) for i in range(num_blocks))
         self._known: dict[Key, tuple[int, int]] = {}  # key -> (block, link)
         self._next_link = _ROOT + 1
-        self.clock = 0  # how many blocks were handed out for new content
 
     @property
     def free(self) -> int:
@@ -60,15 +56,15 @@ class BlockPool:
         """Blocks that `length` positions need."""
         return -(-length // self.block_size)
 
-    def match(self, tokens: Sequence[int], heard: bool = False) -> BlockTable:
-        """Blocks of the longest known prefix, now held by the caller; with `heard` it ends where the drafter's half is
-        missing. The last token is never included: it must be read again, for its logits."""
+    def match(self, tokens: Sequence[int]) -> BlockTable:
+        """Blocks of the longest known prefix, now held by the caller. The last token is never included: it must be read
+        again, for its logits."""
         table = BlockTable()
         if self.reuse:
             link, size = _ROOT, self.block_size
             for start in range(0, (len(tokens) - 1) // size * size, size):
                 found = self._known.get((link, tuple(tokens[start : start + size])))
-                if found is None or (heard and not self._blocks[found[0]].heard):
+                if found is None:
                     break
                 block, link = found
                 self._hold(block)
@@ -87,9 +83,7 @@ class BlockPool:
             if entry.key is not None:
                 del self._known[entry.key]
                 entry.key = None
-            entry.users, entry.heard = 1, table.heard
-            self.clock += 1
-            entry.handed_out = self.clock
+            entry.users = 1
             table.blocks.append(block)
         return True
 
@@ -106,33 +100,7 @@ class BlockPool:
                 found = self._known[key] = (own, self._next_link)
                 self._next_link += 1
                 self._blocks[own].key = key
-            elif self._blocks[own].heard and not self._blocks[found[0]].heard:  # ours is worth more: it takes the place
-                self._known[key] = (own, found[1])
-                self._blocks[own].key, self._blocks[found[0]].key = key, None
-                if found[0] in self._unused:
-                    self._unused.move_to_end(found[0], last=False)
             table.links.append(found[1])  # where another block holds the same, along its chain; ours is kept to ourselves
-
-    def heard(self, blocks: Sequence[int]) -> bool:
-        """Whether the drafter's half of all these is written."""
-        return all(self._blocks[block].heard for block in blocks)
-
-    def handed_out(self, block: int) -> int:
-        """When the block was handed out for what it holds now, see `clock`."""
-        return self._blocks[block].handed_out
-
-    def held(self, block: int) -> bool:
-        """Whether some request holds it."""
-        return self._blocks[block].users > 0
-
-    def shared(self, blocks: Sequence[int]) -> bool:
-        """Whether one of these has more than one user."""
-        return any(self._blocks[block].users > 1 for block in blocks)
-
-    def leave_unheard(self, blocks: Iterable[int]) -> None:
-        """The drafter's half of these will have holes."""
-        for block in blocks:
-            self._blocks[block].heard = False
 
     def release(self, table: BlockTable) -> None:
         """Give all blocks back. The end of a chain is reused for new content before its beginning."""

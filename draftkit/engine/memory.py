@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from draftkit.draft.drafter import Drafter
-from draftkit.engine.fast_model import key_numbers
+from draftkit.engine.paged_model import key_numbers
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ServeError
 from draftkit.target.transformers import TransformersTarget
@@ -23,7 +23,7 @@ _CPU_BYTES = 2**30  # unless one request alone needs more
 
 @dataclass(frozen=True)
 class Room:
-    """Blocks of the memory, and the longest request in tokens (room for a proposal behind it is not counted)."""
+    """Blocks of the memory, and the longest request in tokens (room for a proposal after it is not counted)."""
 
     blocks: int
     max_length: int

@@ -43,7 +43,7 @@ class EngineMetrics:
 
 
 class Tally:
-    """The running sums behind `EngineMetrics`."""
+    """The running sums of `EngineMetrics`."""
 
     def __init__(self, gamma: int) -> None:
         self.rounds = self.drafted = self.verified = self.accepted = 0

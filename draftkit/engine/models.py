@@ -1,4 +1,4 @@
-"""From names to the two models in memory: the target behind its pass, the drafter beside it, and the blocks they share."""
+"""From names to the two models in memory: the target after its pass, the drafter beside it, and the blocks they share."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import torch
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
-from draftkit.engine.compiled import CompiledPasses
-from draftkit.engine.fast_drafter import FastDrafter
-from draftkit.engine.fast_eagle import FastEagle
-from draftkit.engine.fast_model import FastModel, unsupported
+from draftkit.engine.hf_model import HFModel
 from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.memory import room_for
+from draftkit.engine.paged_drafter import PagedBlockDrafter
+from draftkit.engine.paged_eagle import PagedEagle
+from draftkit.engine.paged_model import PagedModel, unsupported
 from draftkit.engine.plain_drafter import PlainDrafter
 from draftkit.engine.settings import EngineInfo, EngineSettings
-from draftkit.engine.slow_model import SlowModel
 from draftkit.target.transformers import TransformersTarget, best_device, load_target
 
-PagedDrafter = FastDrafter | FastEagle | PlainDrafter
+PagedDrafter = PagedBlockDrafter | PagedEagle | PlainDrafter
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Models:
     """Both models over one pool of blocks. `feature_layers` is empty and `drafter` None without a drafter."""
 
     info: EngineInfo
-    model: FastModel | SlowModel
+    model: PagedModel | HFModel
     drafter: PagedDrafter | None
     feature_layers: tuple[int, ...]
     stop_token_ids: tuple[int, ...]
@@ -41,7 +40,7 @@ class Models:
     def forget(self, block: int) -> None:
         """Drop what is kept outside the blocks for the request that has this first block."""
         for model in (self.model, self.drafter):
-            if isinstance(model, SlowModel | PlainDrafter):
+            if isinstance(model, HFModel | PlainDrafter):
                 model.forget(block)
 
 
@@ -59,7 +58,7 @@ def build_models(
     reason = unsupported(loaded)
     room = room_for(loaded, drafter, settings)
     max_length, slots = room.max_length, room.blocks * settings.block_size
-    model = SlowModel(loaded) if reason else FastModel(loaded, slots, max_length + gamma + 1)
+    model = HFModel(loaded) if reason else PagedModel(loaded, slots, max_length + gamma + 1)
     fast: PagedDrafter | None = None
     if drafter is not None:
         fast = paged_drafter(drafter, slots, max_length)
@@ -71,10 +70,10 @@ def build_models(
         kv_blocks_total=room.blocks,
         max_running=settings.max_running,
         algorithm=drafter.config.algorithm if drafter is not None else "none",
-        forward=f"Transformers ({reason})" if reason else "lean",
+        forward=f"Transformers ({reason})" if reason else "PyTorch operations",
     )
-    behind = fast is not None and fast.looks_ahead  # its last row of a block holds a token of the next
-    reuse = settings.prefix_reuse and not reason and not behind
+    ahead = fast is not None and fast.looks_ahead  # its last row of a block holds a token of the next
+    reuse = settings.prefix_reuse and not reason and not ahead
     pool = BlockPool(room.blocks, settings.block_size, reuse)
     layers = drafter.config.feature_layers if drafter is not None else ()
     return Models(info, model, fast, layers, loaded.info.stop_token_ids, pool, weight.device, weight.dtype)
@@ -94,13 +93,3 @@ def load_for_engine(target: str, settings: EngineSettings) -> TransformersTarget
     device = settings.device or best_device()
     dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
     return load_target(target, dtype=dtype, device=device)
-
-
-def start_compiling(models: Models) -> CompiledPasses | None:
-    """C++ passes, built in the background, or on a GPU recorded ones; None where neither can run."""
-    fits = models.device.type == "cuda" or (models.device.type == "cpu" and models.dtype != torch.float64)
-    if not fits or not isinstance(models.model, FastModel):
-        return None
-    drafter = models.drafter if isinstance(models.drafter, FastDrafter) else None
-    widest = models.pool.blocks_for(models.info.max_length + models.info.gamma + 1)
-    return CompiledPasses(models.model, drafter, models.feature_layers, widest)

@@ -1,4 +1,4 @@
-"""The C++ forward pass (`cpp/step.cpp`) behind Python: laying out weights and calling it.
+"""The C++ forward pass (`cpp/step.cpp`) for Python: laying out weights and calling it.
 
 Why not `torch.compile`: at 1 to 8 tokens a pass is bound by reading weights and by starting operations. One function needs
 no padded shapes, compiles once in seconds for every target, and weights that are bfloat16 numbers are read as such.
@@ -37,7 +37,7 @@ _Matrix = structure(("panels", _pointer), ("rows cols kind", _int))
 _Layer = structure(
     ("heads kv_heads head_dim window value_norm", _int),
     ("scale score_cap output_scale", _float),
-    ("input_norm qkv_bias qk_norm out_bias mixed_norm mlp_norm mlp_out_norm rotary memory", _pointer),
+    ("input_norm qkv_bias qk_norm out_bias post_attention_norm mlp_norm mlp_out_norm rotary memory", _pointer),
     ("qkv out gate_up down", _Matrix),
 )
 _Stack = structure(("layers hidden gelu half", _int), ("eps", _float), ("layer", _pointer))
@@ -67,7 +67,7 @@ _Context = structure(("fc kv", _Matrix), ("norm k_norm", _pointer))
 
 @dataclass(frozen=True)
 class Ends:
-    """What lies before and behind the layers: embedding [V, H] and its factor, final norm [H], head [V, H]; logits are
+    """What lies before and after the layers: embedding [V, H] and its factor, final norm [H], head [V, H]; logits are
     cap * tanh(scale * x / cap), without a cap scale * x."""
 
     embedding: Tensor
@@ -168,7 +168,7 @@ class NativeStack:
             shape.score_cap or 0.0,
             layer.output_scale,
             *(self.at(w) for w in (layer.input_norm, layer.qkv_bias, layer.qk_norm, layer.out_bias)),
-            *(self.at(w) for w in (layer.mixed_norm, layer.mlp_norm, layer.mlp_out_norm)),
+            *(self.at(w) for w in (layer.post_attention_norm, layer.mlp_norm, layer.mlp_out_norm)),
             self.at(torch.view_as_real(layer.rotary)),
             None,  # the memory: see `attach`
             *(self.matrix(w) for w in (layer.qkv, layer.out, gate_up, down)),
@@ -220,7 +220,7 @@ class NativeHead:
             self.structure.confidence_bias = float(confidence.proj.bias)
 
     def draft(self, hidden_RGH: Tensor, base_RGC: Tensor, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
-        """See `FastDrafter.draft`. The base logits are overwritten; their rows may be apart."""
+        """See `PagedBlockDrafter.draft`. The base logits are overwritten; their rows may be apart."""
         (requests, positions, hidden), columns = hidden_RGH.shape, base_RGC.shape[2]
         sizes = (requests, positions, hidden, columns, base_RGC.stride(1), torch.get_num_threads(), 0, positions)
         tokens_RG = torch.empty(requests, positions, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Drafters without a paged form: `Drafter.propose`, one request after the other, behind the interface of the paged ones.
+"""Drafters without a paged form: `Drafter.propose`, one request after the other, after the interface of the paged ones.
 
 A proposal is what the drafter finds most likely, at any temperature of the request: it was drawn with certainty, and that
 is the distribution it is verified against.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftkit.draft.drafter import DraftContext, Drafter
 from draftkit.engine.drawing import Drafts, Drawing
-from draftkit.engine.fast_drafter import DraftingPass
+from draftkit.engine.paged_drafter import DraftingPass
 from draftkit.engine.passes import Pass
 from draftkit.ops.inference import inference
 from draftkit.ops.sampling import Sampling

@@ -1,208 +1,117 @@
-"""What goes into the engine and what comes out: plain data, no torch.
-
-Names and defaults of `SamplingParams` are vLLM's.
-"""
+"""One request inside the engine: its tokens, how far they were read, its random numbers and its counts."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any, Protocol
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
 
-from draftkit.errors import DataError
+import numpy as np
+import torch
 
-_LEAST = {"n": 1, "max_tokens": 1, "top_k": -1, "min_tokens": 0, "logprobs": 0, "prompt_logprobs": 0}
-_RANGES = {
-    "temperature": (0, math.inf),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "presence_penalty": (-2, 2),
-    "frequency_penalty": (-2, 2),
-    "repetition_penalty": (1e-6, 1e6),
-}
-_LARGEST_BIAS = 1e20  # with the least penalty and temperature logits stay below float32's largest number
-_OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs")
-_LEAST_TEMPERATURE = 1e-5  # below it logits over temperature leave float32
-FinishReason = str  # "stop" or "length"
+from draftkit.engine.kv_cache import BlockTable
+from draftkit.engine.outputs import PromptToken, RequestStats
+from draftkit.engine.sampling_params import SamplingParams
+from draftkit.ops.sampling import request_generator
+
+_ROUNDS_AHEAD = 32
 
 
-class Constraint(Protocol):
-    """A grammar that says which tokens may follow; its state is the tokens accepted so far."""
+class Uniforms:
+    """The random numbers of one request, in the order in which `draftkit.decode` draws them.
 
-    @property
-    def finished(self) -> bool:
-        """Nothing may follow any more."""
-        ...
-
-    def allowed(self) -> Any:
-        """Bool tensor [V]: tokens that may come next."""
-        ...
-
-    def accept(self, token: int) -> bool:
-        """Go on by one token; False, and nothing changes, when it is not allowed."""
-        ...
-
-    def rollback(self, count: int) -> None:
-        """Take back the last `count` tokens."""
-        ...
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How one answer is made. Raises DataError on values that cannot work.
-
-    Stop strings, `n` above 1 and special tokens in the text are the business of `LLM` and the server; the engine works
-    on token ids. So they turn `bad_words`, which the answer is not to have, into `bad_token_ids`: sequences of tokens whose
-    last one never follows the others, unless nothing else may. `max_tokens` None means all the room that the context leaves.
-    A request with `temperature` above 0 and a `seed` gives the same tokens in any batch (but for rounding where PyTorch
-    operations draft, see docs/passes.md). `draft` False decodes without
-    speculation. `prompt_logprobs` asks for the log probability of every token of the prompt but the first, with that many of
-    the most likely ones; such a prompt is read whole, whatever is known of it. As in vLLM, `stop` may be one string, and
-    lists and None are taken where there are tuples.
+    One for the first token, then `gamma` + 2 per round: drafts, length, next token. They are drawn for many rounds at
+    once (a generator gives the same numbers however they are cut) and belong to the request, not to the batch.
     """
 
-    n: int = 1
-    max_tokens: int | None = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: tuple[int, ...] | None = None
-    seed: int | None = None
-    bad_words: tuple[str, ...] = ()
-    bad_token_ids: tuple[tuple[int, ...], ...] = ()
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
-    draft: bool = True
-    constraint: Constraint | None = None
+    def __init__(self, seed: int, gamma: int) -> None:
+        self._generator = request_generator(seed)
+        self._width = gamma + 2
+        self._ahead = np.empty((0, self._width))
+        self._next = 0
 
-    def __post_init__(self) -> None:
-        for name in ("stop", "bad_words", "stop_token_ids", "allowed_token_ids"):
-            value = getattr(self, name)
-            self._need(value is None or isinstance(value, Iterable), name, "a list")
-            if value is not None or name != "allowed_token_ids":
-                self._set(name, (value,) if isinstance(value, str) else tuple(() if value is None else value))
-        self._check_numbers()
-        for name in ("stop", "bad_words"):
-            self._need(all(isinstance(text, str) and text for text in getattr(self, name)), name, "strings that are not empty")
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            self._need(all(map(_is_whole, getattr(self, name) or ())), name, "token ids")
-        words = self.bad_token_ids if isinstance(self.bad_token_ids, Sequence) else (None,)
-        ids = all(isinstance(word, Sequence) and word and all(map(_is_whole, word)) for word in words)
-        self._need(ids, "bad_token_ids", "sequences of token ids")
-        if self.logit_bias is not None:
-            self._need(isinstance(self.logit_bias, Mapping), "logit_bias", "numbers by token id")
-            biases = {token: _number(bias) for token, bias in self.logit_bias.items()}
-            good = all(_is_whole(token) and abs(bias) <= _LARGEST_BIAS for token, bias in biases.items())
-            self._need(good, "logit_bias", f"numbers from -{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g} by token id")
-            self._set("logit_bias", {int(token): bias for token, bias in biases.items()})
-        parts = ("finished", "allowed", "accept", "rollback")
-        is_grammar = self.constraint is None or all(hasattr(self.constraint, part) for part in parts)
-        self._need(is_grammar, "constraint", f"an object with {', '.join(parts)}, or None")
-        if self.constraint is not None and self.allowed_token_ids is not None:
-            raise DataError("a constraint and allowed_token_ids may leave no token to choose; give one of them")
+    def first(self) -> float:
+        """In [0, 1), for the first token."""
+        return float(torch.rand(1, generator=self._generator, dtype=torch.float64))
 
-    def _check_numbers(self) -> None:
-        """Numbers of any kind (NumPy's too) become Python's own."""
-        for name, least in _LEAST.items():
-            value, optional = getattr(self, name), name in _OPTIONAL
-            good = optional if value is None else _is_whole(value) and value >= least
-            self._need(good, name, f"a whole number from {least} on" + ", or None" * optional)
-            self._set(name, None if value is None else int(value))
-        self._need(self.seed is None or _is_whole(self.seed), "seed", "a whole number, or None")
-        self._set("seed", None if self.seed is None else int(self.seed))
-        short = self.max_tokens is None or self.min_tokens <= self.max_tokens
-        self._need(short, "min_tokens", f"up to max_tokens, which is {self.max_tokens}")
-        for name, (lowest, highest) in _RANGES.items():
-            number = _number(getattr(self, name))
-            self._need(lowest <= number <= highest, name, f"a number from {lowest:g} to {highest:g}")
-            self._set(name, number)
-        warm = math.isfinite(self.temperature) and self.temperature >= _LEAST_TEMPERATURE
-        self._need(self.temperature == 0 or warm, "temperature", f"0 (greedy) or {_LEAST_TEMPERATURE:g} and more")
-        self._need(self.top_p > 0, "top_p", "above 0 up to 1")
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-    def _need(self, good: bool, name: str, allowed: str) -> None:
-        if not good:
-            raise DataError(f"{name} is {getattr(self, name)!r}; allowed is {allowed}")
+    def round(self) -> np.ndarray:
+        """[gamma + 2] in [0, 1), for the next round."""
+        if self._next == len(self._ahead):
+            drawn = torch.rand(_ROUNDS_AHEAD * self._width, generator=self._generator, dtype=torch.float64)
+            self._ahead, self._next = drawn.numpy().reshape(-1, self._width), 0
+        self._next += 1
+        return self._ahead[self._next - 1]
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+@dataclass(eq=False)
+class Request:
+    """`tokens` are prompt and answer; the first `computed` of them are in the memory of both models.
 
+    `row` is the request's place in the arrays of the scheduler, -1 while it waits. `stop_ids` maps each token that ends
+    the answer to what the reason says about it (None for the target's own stop tokens).
+    """
 
-def _number(value: object) -> float:
-    """As a float; NaN, which is in no range, for what is no number or too large for one."""
-    try:
-        return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    except OverflowError:
-        return math.nan
-
-
-@dataclass(frozen=True)
-class TokenEvent:
-    """One token of an answer: drafted and accepted, or made by the target. Log probabilities are natural logarithms
-    under the target's own distribution, before penalties and temperature, as vLLM reports them."""
-
-    token_id: int
-    origin: str  # "accepted" or "target"; "prompt" where a prompt is shown
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class PromptToken:
-    """One token of a prompt, given those before it, under the target's own distribution: natural logarithms of
-    probabilities; `rank` 1 is the most likely token."""
-
-    token_id: int
-    logprob: float
-    rank: int
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(frozen=True)
-class RequestStats:
-    """Counts and seconds of one answer so far; `accepted_per_position[i]` counts rounds that kept draft i + 1."""
-
-    prompt_tokens: int = 0
+    id: str
+    params: SamplingParams
+    tokens: list[int]
+    prompt_length: int
+    limit: int  # tokens of the answer at most
+    stop_ids: dict[int, int | None]
+    uniforms: Uniforms
+    gamma: int  # drafted tokens per round; 0 = no speculation
+    row: int = -1
+    computed: int = 0
+    table: BlockTable = field(default_factory=BlockTable)
+    arrived: float = field(default_factory=time.perf_counter)
+    started: float | None = None
+    answered: float | None = None  # when the first token came
     cached_tokens: int = 0
-    output_tokens: int = 0
     rounds: int = 0
     drafted: int = 0
     verified: int = 0
     accepted: int = 0
-    accepted_per_position: tuple[int, ...] = ()
-    queue_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    per_position: list[int] = field(default_factory=list)
+    scores: list[PromptToken] = field(default_factory=list)  # of the prompt's tokens from the second on, where asked for
 
+    @property
+    def made(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - self.prompt_length
 
-@dataclass(frozen=True)
-class StepOutput:
-    """What one step added to one answer; `rejected` are the verified drafts of this round that were not kept. `prompt` comes
-    with the first output of a request that asked for it: the prompt's tokens from the second on. `stop_token`: the last event
-    is a token that ended the answer and is no part of its text."""
+    @property
+    def decoding(self) -> bool:
+        """All but the last token is in memory, and that one is the answer's."""
+        return self.computed == len(self.tokens) - 1 and self.made > 0
 
-    request_id: str
-    events: tuple[TokenEvent, ...]
-    rejected: tuple[int, ...]
-    finish_reason: FinishReason | None
-    stop_reason: int | str | None
-    stats: RequestStats
-    prompt: tuple[PromptToken, ...] | None = None
-    stop_token: bool = False
+    @property
+    def to_read(self) -> int:
+        """Tokens that must be read before a round can begin; the last token of an answer belongs to the round."""
+        return len(self.tokens) - self.computed - (self.made > 0)
+
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt whose log probabilities are asked for and not there yet."""
+        return 0 if self.params.prompt_logprobs is None else self.prompt_length - 1 - len(self.scores)
+
+    @cached_property
+    def keeps_proposal(self) -> bool:
+        """A seeded sample must not depend on the load, so its proposals are verified whole."""
+        return self.params.seed is not None and self.params.temperature > 0
+
+    def stats(self) -> RequestStats:
+        """A snapshot."""
+        now = time.perf_counter()
+        started, answered = self.started or now, self.answered or now
+        return RequestStats(
+            self.prompt_length,
+            self.cached_tokens,
+            self.made,
+            self.rounds,
+            self.drafted,
+            self.verified,
+            self.accepted,
+            tuple(self.per_position),
+            started - self.arrived,
+            answered - started,
+            now - answered,
+        )

@@ -21,7 +21,7 @@ from draftkit.ops.verify import TOKEN_RULE, DenseProposals, NativeProposals, Pro
 
 
 @dataclass(frozen=True)
-class Offered:
+class ProposalBatch:
     """Proposals of the requests that get a token, those that do not draft with length 0: tokens int64 [A, G], and how many are
     verified, int64 [A]. `drafting` are the rows of the D that did draft, `drawn` what their tokens were drawn from (None when
     all are greedy); their confidences are [D, G] or None."""
@@ -47,65 +47,65 @@ def place(values_D: Tensor, drafting_D: Sequence[int], answering: int) -> Tensor
 
 
 def verify_proposals(
-    logits_NV: Tensor, best_N: np.ndarray | None, offered: Offered, settings_A: np.ndarray, uniforms_A2: np.ndarray
+    logits_NV: Tensor, best_N: np.ndarray | None, proposals: ProposalBatch, settings_A: np.ndarray, uniforms_A2: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many drafted tokens each request keeps, and its next token: int64 [A] each, on the host.
 
     `logits_NV` holds lengths + 1 rows per request; `best_N` says where each is largest, if that is known. Greedy requests
     alone are compared with the largest logits: what `verify` does with one-hot distributions.
     """
-    longest = int(offered.lengths_A.max()) if offered.drafting else 0
+    longest = int(proposals.lengths_A.max()) if proposals.drafting else 0
     if (settings_A["temperature"] == 0).all():
         best_N = _best(logits_NV) if best_N is None else best_N
         if not longest:
             return np.zeros(len(best_N), np.int64), best_N
-        cells = _cells(offered.lengths_A, longest)
+        cells = _cells(proposals.lengths_A, longest)
         best_AG = best_N.reshape(-1, longest + 1) if cells is None else best_N[cells]
-        kept_AG = offered.host_tokens_AG[:, :longest] == best_AG[:, :longest]
-        kept_AG &= np.arange(longest) < offered.lengths_A[:, None]
+        kept_AG = proposals.host_tokens_AG[:, :longest] == best_AG[:, :longest]
+        kept_AG &= np.arange(longest) < proposals.lengths_A[:, None]
         accepted_A = np.logical_and.accumulate(kept_AG, 1).sum(1)
         return accepted_A, best_AG[np.arange(len(best_AG)), accepted_A]
-    rows_N = distributions(logits_NV, settings_A.repeat(offered.lengths_A + 1))
+    rows_N = distributions(logits_NV, settings_A.repeat(proposals.lengths_A + 1))
     if not longest:
         return np.zeros(len(settings_A), np.int64), rows_N.draw(uniforms_A2[:, 1]).cpu().numpy()
     uniforms = torch.from_numpy(np.ascontiguousarray(uniforms_A2)).to(logits_NV.device)
-    verdict = verify(TOKEN_RULE, _proposals(rows_N, offered, longest), uniforms)
+    verdict = verify(TOKEN_RULE, _proposals(rows_N, proposals, longest), uniforms)
     accepted, following = torch.stack([verdict.accepted_R, verdict.next_token_R]).cpu().numpy()
     return accepted, following
 
 
-def _proposals(rows_N: Distributions, offered: Offered, longest: int) -> Proposals:
+def _proposals(rows_N: Distributions, proposals: ProposalBatch, longest: int) -> Proposals:
     """`rows_N` are the target's, lengths + 1 of each request."""
-    drawn = offered.drawn or certainly_drawn(offered.host_tokens_AG[offered.drafting], rows_N)
-    gamma, answering = offered.tokens_AG.shape[1], len(offered.lengths_A)
-    lengths_A = torch.from_numpy(offered.lengths_A)
+    drawn = proposals.drawn or certainly_drawn(proposals.host_tokens_AG[proposals.drafting], rows_N)
+    gamma, answering = proposals.tokens_AG.shape[1], len(proposals.lengths_A)
+    lengths_A = torch.from_numpy(proposals.lengths_A)
     if isinstance(rows_N, NativeRows) and isinstance(drawn.rows, NativeRows) and drawn.chances_DG is not None:
         q_AG, first_A = np.zeros((answering, gamma)), np.zeros(answering, np.int64)
-        q_AG[offered.drafting] = drawn.chances_DG
-        first_A[offered.drafting] = np.arange(len(offered.drafting)) * gamma
-        firsts_A = (offered.lengths_A + 1).cumsum() - offered.lengths_A - 1
-        tokens_AG = offered.host_tokens_AG[:, :longest]
+        q_AG[proposals.drafting] = drawn.chances_DG
+        first_A[proposals.drafting] = np.arange(len(proposals.drafting)) * gamma
+        firsts_A = (proposals.lengths_A + 1).cumsum() - proposals.lengths_A - 1
+        tokens_AG = proposals.host_tokens_AG[:, :longest]
         return NativeProposals(tokens_AG, q_AG[:, :longest], rows_N, firsts_A, drawn.rows, first_A, lengths_A)
-    probs_NV, cells = rows_N.dense(), _cells(offered.lengths_A, longest)
+    probs_NV, cells = rows_N.dense(), _cells(proposals.lengths_A, longest)
     index = None if cells is None else torch.from_numpy(cells).to(probs_NV.device)
     p_AGV = probs_NV.unflatten(0, (-1, longest + 1)) if index is None else probs_NV[index]
     q_DGV = drawn.dense().unflatten(0, (-1, gamma))[:, :longest]
-    q_AGV = place(q_DGV, offered.drafting, answering)
-    return DenseProposals(offered.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A.to(probs_NV.device))
+    q_AGV = place(q_DGV, proposals.drafting, answering)
+    return DenseProposals(proposals.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A.to(probs_NV.device))
 
 
 def adjust_rows(
-    logits_NV: Tensor, offered: Offered, adjustments_A: Sequence[Adjustment | None], in_place: bool
+    logits_NV: Tensor, proposals: ProposalBatch, adjustments_A: Sequence[Adjustment | None], in_place: bool
 ) -> Tensor:
     """The logits that sampling sees; the given ones where nothing is adjusted, or where they may be overwritten."""
     if not any(adjustments_A):
         return logits_NV
-    ends_A = (offered.lengths_A + 1).cumsum()
+    ends_A = (proposals.lengths_A + 1).cumsum()
     adjusted = logits_NV if in_place and logits_NV.dtype == torch.float32 else wide(logits_NV)
     for row, adjustment in enumerate(adjustments_A):
         if adjustment is not None:
-            length, end = int(offered.lengths_A[row]), int(ends_A[row])
-            drafts = offered.host_tokens_AG[row, :length].tolist()
+            length, end = int(proposals.lengths_A[row]), int(ends_A[row])
+            drafts = proposals.host_tokens_AG[row, :length].tolist()
             adjustment.apply(adjusted[end - length - 1 : end], drafts)
     return adjusted
 
@@ -132,7 +132,7 @@ def _best(logits_NV: Tensor) -> np.ndarray:
 
 
 def _cells(lengths_A: np.ndarray, longest: int) -> np.ndarray | None:
-    """Row of each cell [A, longest + 1]; cells behind a length repeat its last row. None when nothing is padded."""
+    """Row of each cell [A, longest + 1]; cells after a length repeat its last row. None when nothing is padded."""
     if (lengths_A == longest).all():
         return None
     first_A = (lengths_A + 1).cumsum() - lengths_A - 1

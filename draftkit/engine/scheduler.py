@@ -14,20 +14,20 @@ import numpy as np
 
 from draftkit.engine.kv_cache import BlockPool
 from draftkit.engine.plan import LengthPlanner
-from draftkit.engine.running import Running
+from draftkit.engine.request import Request
 
 SCORED = 256  # tokens of prompts that one step scores: of a vocabulary of 150,000 their logits are 150 MB
 
 
 @dataclass(frozen=True)
-class Work:
+class ScheduledBatch:
     """The requests of one step, those that decode first, then those that read the end of their prompt, then the rest.
 
-    The first `decoding` read their last token (and a proposal behind it), the first `answering` get a token in this
+    The first `decoding` read their last token (and a proposal after it), the first `answering` get a token in this
     step, and the others read `counts_R` known tokens from position `starts_R` on.
     """
 
-    requests: list[Running]
+    requests: list[Request]
     decoding: int
     answering: int
     rows_R: np.ndarray
@@ -36,10 +36,8 @@ class Work:
 
 
 class Scheduler:
-    """Keeps the requests in order of arrival. `gamma` positions behind the known tokens are reserved for proposals.
-
-    The planner says of a newcomer whether it may draft: its prefix is then reused as far as the drafter has read it too.
-    `on_release` is told of each request that gives up its row.
+    """Keeps the requests in order of arrival. `gamma` positions after the known tokens are reserved for proposals; the planner
+    says how many tokens of a step they take. `on_release` is told of each request that gives up its row.
     """
 
     def __init__(
@@ -50,22 +48,22 @@ class Scheduler:
         gamma: int,
         step_tokens: int,
         planner: LengthPlanner,
-        on_release: Callable[[Running], None],
+        on_release: Callable[[Request], None],
     ) -> None:
         self.pool, self._ahead, self._step_tokens = pool, gamma + 1, step_tokens
-        self.waiting: deque[Running] = deque()
-        self.running: list[Running] = []
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
         self.preemptions = 0
         self.prefix_queries = self.prefix_hits = 0  # tokens looked up at admission, tokens found
         self.tables_SB = np.zeros((rows, pool.blocks_for(length + self._ahead)), np.int64)
         self._free_rows = list(range(rows))[::-1]
         self._planner, self._on_release = planner, on_release
 
-    def add(self, request: Running) -> None:
+    def add(self, request: Request) -> None:
         """Put a request at the end of the queue."""
         self.waiting.append(request)
 
-    def remove(self, request: Running) -> None:
+    def remove(self, request: Request) -> None:
         """Forget a request, wherever it is, and free what it holds."""
         if request.row < 0:
             self.waiting.remove(request)
@@ -73,7 +71,7 @@ class Scheduler:
             self.running.remove(request)
             self._release(request)
 
-    def schedule(self) -> Work:
+    def schedule(self) -> ScheduledBatch:
         """Choose the requests of the next step, and give each the memory that it will write to.
 
         All that decode take part. What `step_tokens` leaves goes to prompts, oldest first, at least one block of them so
@@ -81,16 +79,18 @@ class Scheduler:
         queue, to be read again.
         """
         preempted = self._make_room()
-        decoding: list[Running] = []
-        reading: list[Running] = []
+        decoding: list[Request] = []
+        reading: list[Request] = []
         for request in self.running:
             (decoding if request.decoding else reading).append(request)
-        budget = max(self._step_tokens - len(decoding) - self._planner.expected(len(decoding)), self.pool.block_size)
+        prompts = bool(reading or self.waiting)
+        expected = len(decoding) + self._planner.expected(decoding) if prompts else 0
+        budget = max(self._step_tokens - expected, self.pool.block_size)
         scorable = SCORED
-        ends: list[tuple[Running, int]] = []
-        middles: list[tuple[Running, int]] = []
+        ends: list[tuple[Request, int]] = []
+        middles: list[tuple[Request, int]] = []
 
-        def take(request: Running) -> None:
+        def take(request: Request) -> None:
             nonlocal budget, scorable
             count = min(budget, request.to_read)
             if request.unscored:
@@ -105,7 +105,7 @@ class Scheduler:
         while budget and self.waiting and not preempted and self._admit(self.waiting[0]):
             take(self.waiting.popleft())
         requests = decoding + [r for r, _ in ends + middles]
-        return Work(
+        return ScheduledBatch(
             requests,
             len(decoding),
             len(decoding) + len(ends),
@@ -114,7 +114,7 @@ class Scheduler:
             np.array([1] * len(decoding) + [n for _, n in ends + middles], np.int64),
         )
 
-    def _answers(self, request: Running, count: int) -> bool:
+    def _answers(self, request: Request, count: int) -> bool:
         return request.made == 0 and count == request.to_read
 
     def _make_room(self) -> bool:
@@ -129,7 +129,7 @@ class Scheduler:
                 self._preempt(self.running[-1])
         return self.preemptions > before
 
-    def _grow(self, request: Running) -> bool:
+    def _grow(self, request: Request) -> bool:
         table = request.table
         held = len(table.blocks)
         if not self.pool.grow(table, len(request.tokens) + self._ahead):
@@ -138,7 +138,7 @@ class Scheduler:
             self.tables_SB[request.row, held : len(table.blocks)] = table.blocks[held:]
         return True
 
-    def _admit(self, request: Running) -> bool:
+    def _admit(self, request: Request) -> bool:
         """Give the first in the queue a row and memory for all its known tokens; False when there is not enough.
 
         A block per running request stays free, so that a newcomer does not push out an older one at once.
@@ -146,7 +146,7 @@ class Scheduler:
         if not self._free_rows:
             return False
         known = request.tokens if not request.unscored else ()  # what is not read again has no logits
-        table = self.pool.match(known, heard=self._planner.drafts(request, len(self.running) + 1))
+        table = self.pool.match(known)
         missing = self.pool.blocks_for(len(request.tokens) + self._ahead) - len(table.blocks)
         if missing + len(self.running) > self.pool.free:
             self.pool.release(table)
@@ -154,7 +154,6 @@ class Scheduler:
         request.row, request.table = self._free_rows.pop(), table
         self.tables_SB[request.row, : len(table.blocks)] = table.blocks
         request.computed = len(table.blocks) * self.pool.block_size
-        request.deaf, request.unread = not self.pool.heard(table.blocks), bool(table.blocks)
         if request.started is None:  # one that was preempted finds its own blocks, which is no news
             request.started = time.perf_counter()
             request.cached_tokens = min(request.computed, request.prompt_length)
@@ -164,14 +163,14 @@ class Scheduler:
         self._grow(request)
         return True
 
-    def _preempt(self, request: Running) -> None:
+    def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._release(request)
         request.computed = 0
         self.waiting.appendleft(request)
         self.preemptions += 1
 
-    def _release(self, request: Running) -> None:
+    def _release(self, request: Request) -> None:
         self._on_release(request)
         self.pool.release(request.table)
         self._free_rows.append(request.row)

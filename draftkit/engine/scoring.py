@@ -11,21 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftkit.engine.fast_model import ReadOut
-from draftkit.engine.request import PromptToken
-from draftkit.engine.running import Running
-from draftkit.engine.scheduler import Work
+from draftkit.engine.outputs import PromptToken
+from draftkit.engine.paged_model import ReadOut
+from draftkit.engine.request import Request
+from draftkit.engine.scheduler import ScheduledBatch
 
-Scoring = tuple[Running, np.ndarray]  # a request and the flat rows of the pass [S] that tell of its next unscored tokens
+Scoring = tuple[Request, np.ndarray]  # a request and the flat rows of the pass [S] that tell of its next unscored tokens
 
 
-def to_score(work: Work, firsts_R: np.ndarray) -> list[Scoring]:
+def to_score(batch: ScheduledBatch, firsts_R: np.ndarray) -> list[Scoring]:
     """The rows of this pass that score tokens of prompts; `firsts_R` are the flat rows with which its requests begin."""
     found = []
-    for index in range(work.decoding, len(work.requests)):
-        request = work.requests[index]
+    for index in range(batch.decoding, len(batch.requests)):
+        request = batch.requests[index]
         if request.unscored:
-            done, end = len(request.scores), min(request.computed + int(work.counts_R[index]), request.prompt_length - 1)
+            done, end = len(request.scores), min(request.computed + int(batch.counts_R[index]), request.prompt_length - 1)
             found.append((request, firsts_R[index] - request.computed + np.arange(done, end)))
     return found
 
@@ -40,7 +40,7 @@ def score(asked: Sequence[Scoring], read: ReadOut) -> ReadOut:
     return ReadOut(read.logits_WV[:kept], read.features_TF, read.best_W[:kept] if read.best_W is not None else None)
 
 
-def _score(request: Running, logits_SV: Tensor) -> None:
+def _score(request: Request, logits_SV: Tensor) -> None:
     first, count = len(request.scores) + 1, len(logits_SV)
     tokens = request.tokens[first : first + count]
     found_SV = torch.log_softmax(logits_SV.float(), -1)

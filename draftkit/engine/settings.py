@@ -33,8 +33,8 @@ class EngineSettings:
         kv_bytes: memory for keys and values of target and drafter together; None = most of what a GPU has free, on a CPU one
             GiB, or what one request needs.
         block_size: positions per block of that memory.
-        compile: build the C++ pass in the background where it can run (float32 or bfloat16 on a CPU with a compiler), or
-            record CUDA graphs on a GPU; until then, and elsewhere, PyTorch operations do the same.
+        compile: before the first request, build the C++ pass where it can run (float32 or bfloat16 on a CPU with a compiler),
+            or record CUDA graphs on a GPU; elsewhere PyTorch operations do the same.
         prefix_reuse: let requests share the memory of equal beginnings.
     """
 

@@ -42,7 +42,7 @@ class AttentionShape:
 class Layer:
     """Weights of one layer; matrices are [out, in]. Missing parts are None.
 
-    x += mixed_norm(attention(input_norm(x))); x += mlp_out_norm(mlp(mlp_norm(x))); x *= output_scale.
+    x += post_attention_norm(attention(input_norm(x))); x += mlp_out_norm(mlp(mlp_norm(x))); x *= output_scale.
     """
 
     attention: AttentionShape
@@ -53,7 +53,7 @@ class Layer:
     qk_norm: Tensor | None  # [N + M, D], in pair order
     out: Tensor  # [H, N D]
     out_bias: Tensor | None
-    mixed_norm: Tensor | None  # [H]
+    post_attention_norm: Tensor | None  # [H]
     mlp_norm: Tensor  # [H]
     gate_up: Tensor  # [2 I, H]
     down: Tensor  # [H, I]
@@ -122,13 +122,13 @@ class Stack:
         return x_TH, captured
 
     def finish_layer(self, index: int, x_TH: Tensor, qkv: Tensor, turned: dict[int, Tensor], step: Indices) -> Tensor:
-        """A layer behind its first projection: residual stream [T, H] and queries, keys, values [T, (N + 2 M) D] to [T, H].
+        """A layer after its first projection: residual stream [T, H] and queries, keys, values [T, (N + 2 M) D] to [T, H].
 
         `turned` keeps the rows of rotary tables at the pass's positions: one lookup for all layers that share a table.
         """
         layer, eps = self.layers[index], self.shape.eps
         mixed = self._attend_paged(index, qkv, step) if isinstance(step, PagedPass) else self._attend(index, qkv, turned, step)
-        x_TH = _add(x_TH, mixed, layer.out, layer.out_bias, layer.mixed_norm, eps)
+        x_TH = _add(x_TH, mixed, layer.out, layer.out_bias, layer.post_attention_norm, eps)
         inner = self._gated(F.linear(self._norm(x_TH, layer.mlp_norm, step), layer.gate_up), step)
         x_TH = _add(x_TH, inner, layer.down, None, layer.mlp_out_norm, eps)
         return x_TH if layer.output_scale == 1 else x_TH * layer.output_scale

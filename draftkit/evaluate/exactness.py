@@ -1,7 +1,7 @@
-"""Proof by enumeration that a verification rule, with a planner before it, leaves the target's law as it is.
+"""Proof by enumeration that a verification rule, with a planner before it, leaves the target distribution as it is.
 
 On a tiny vocabulary every proposal, every plan, every verdict of up to three rounds of one or two requests is summed
-over in float64. What comes out is the joint law of the first tokens of all requests, not an estimate: it must be the
+over in float64. What comes out is the joint distribution of the first tokens of all requests, not an estimate: it must be the
 product of the targets' own. The rules and planners are the functions that decoding and the engine call.
 
 Prefixes are nodes of a tree: the root is 0, the child of node n by token t is V n + 1 + t. A request ends at depth L;
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from draftkit.ops.verify import RULES, DenseProposals, Rule, length_distribution
+from draftkit.schedule.gate import EVIDENCE, SHORTEST, Gate
 from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
-from draftkit.schedule.speculation import Speculation
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
 DEVIATION_ALLOWED = 1e-12
@@ -31,7 +31,7 @@ LEVELS = 3  # distinct confidences per table
 
 @dataclass(frozen=True)
 class Tables:
-    """A target, a drafter and a confidence head by table: what each says behind every prefix, at every block position."""
+    """A target, a drafter and a confidence head by table: what each says after every prefix, at every block position."""
 
     vocab: int
     gamma: int
@@ -44,51 +44,46 @@ class Tables:
 
 @dataclass(frozen=True)
 class PlannerCase:
-    """A planner under test: `lengths(confidence_RG, budget) -> [R]`; `budget(stale confidence_RG)` is asked with the
-    confidences of `lag` rounds earlier, ones before there are any. Without a budget, lag is 0 and budget 0."""
+    """A planner under test: `lengths(confidence_RG, budget) -> [R]`; `budget(stale confidence_RG, tokens)` is asked with the
+    confidences of `lag` rounds earlier and, where it `counts` them, the tokens that this round brought all requests together;
+    ones and 0 before there are any. Without a budget, lag is 0 and budget 0."""
 
     name: str
     lengths: Callable[[Floats, int], Ints]
-    budget: Callable[[Floats], int] | None = None
+    budget: Callable[[Floats, int], int] | None = None
     lag: int = 0
+    counts: bool = False
 
 
 def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase]:
-    """Every planner of `schedule.planner`, and the budget as the engine asks for it."""
+    """Every planner of `schedule.planner`, and the budget with the gate before it, as the engine asks for it."""
+
+    def cut(confidence_RG: Floats, budget: int) -> Ints:
+        return admit(survival_of(confidence_RG)[0], budget)
+
+    def budget(stale_RG: Floats, _: int) -> int:
+        return budget_from(survival_of(stale_RG)[0], step_rate)
+
     return [
         PlannerCase("fixed", lambda c, _: plan_fixed(len(c), gamma)),
         PlannerCase("threshold", lambda c, _: plan_threshold(c, 0.5)),
         PlannerCase("algorithm-1", lambda c, _: plan_verification(survival_of(c)[0], step_rate)),
-        PlannerCase(
-            "budget", lambda c, k: admit(survival_of(c)[0], k), lambda c: budget_from(survival_of(c)[0], step_rate), lag
-        ),
-        PlannerCase("first-look", lambda c, _: _first_lengths(c, step_rate)),
-        PlannerCase("speculation", lambda c, k: admit(survival_of(c)[0], k), lambda c: _asked_budget(c, step_rate), 1),
+        PlannerCase("budget", cut, budget, lag),
+        PlannerCase("gate", cut, lambda c, tokens: gated_budget(c, tokens, step_rate), 1, counts=True),
     ]
 
 
-def _begin(requests: int, gamma: int, step_rate: StepRate) -> tuple[Speculation, int]:
-    """A new `Speculation`, and the budget of its first step; 0 where drafting is hopeless."""
-    speculation = Speculation(requests, gamma, step_rate)
-    return speculation, speculation.budget(np.arange(requests))
-
-
-def _first_lengths(confidence_RG: Floats, step_rate: StepRate) -> Ints:
-    """What `Speculation` lets through of the first proposals."""
-    requests, gamma = confidence_RG.shape
-    speculation, budget = _begin(requests, gamma, step_rate)
-    return speculation.lengths(survival_of(confidence_RG)[0], budget)
-
-
-def _asked_budget(earlier_RG: Floats, step_rate: StepRate) -> int:
-    """What it answers after a step of drafting with these confidences, which kept two tokens of each request."""
-    requests = len(earlier_RG)
-    slots, (speculation, budget) = np.arange(requests), _begin(requests, earlier_RG.shape[1], step_rate)
-    if budget:
-        speculation.push(slots, survival_of(earlier_RG)[0])
-    seconds = float(step_rate.step_seconds(requests, slots[-1:] + 1)[0])
-    speculation.record(requests, budget > 0, requests, 2 * requests, seconds)
-    return speculation.budget(slots)
+def gated_budget(stale_RG: Floats, tokens: int, step_rate: StepRate) -> int:
+    """The budget after a step that drafted with these confidences and brought so many tokens; 0 where the gate then says that
+    the next one does not draft. What it knew before lets that step decide: at two tokens per request drafting goes on."""
+    requests, gate = len(stale_RG), Gate()
+    least = SHORTEST + EVIDENCE // requests
+    for _ in range(least):  # without the drafter
+        gate.record(requests, 0.75 * requests, 1.0)
+    for _ in range(least - 1):  # with it
+        gate.record(requests, 0.0, 0.1)
+    gate.record(requests, tokens or 2 * requests, 1.0)
+    return budget_from(survival_of(stale_RG)[0], step_rate) if gate.drafts(requests) else 0
 
 
 def same_step_search(step_rate: StepRate) -> PlannerCase:
@@ -102,7 +97,7 @@ def same_step_search(step_rate: StepRate) -> PlannerCase:
 
 
 def random_tables(vocab: int, gamma: int, length: int, rng: np.random.Generator) -> Tables:
-    """Random sharp distributions behind every prefix; confidences of a few levels, so that ties, 0 and 1 occur."""
+    """Random sharp distributions after every prefix; confidences of a few levels, so that ties, 0 and 1 occur."""
     nodes = _first_of_depth(vocab, length + gamma)
     levels = rng.uniform(size=LEVELS)
     levels[rng.uniform(size=LEVELS) < 0.15] = 0.0
@@ -124,22 +119,22 @@ def random_step_rate(most_tokens: int, rng: np.random.Generator) -> StepRate:
     return StepRate(tuple(range(1, most_tokens + 1)), tuple(seconds))
 
 
-def output_law(rule: Rule, case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
-    """Joint law of the first L tokens of each request, [O] * R."""
-    return _output_law([_Round(rule, t) for t in tables], case, tables, rounds)
+def output_distribution(rule: Rule, case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
+    """Joint distribution of the first L tokens of each request, [O] * R."""
+    return _output_distribution([_Round(rule, t) for t in tables], case, tables, rounds)
 
 
-def deviation(law: Floats, tables: Sequence[Tables]) -> float:
-    """Largest difference between a joint law and the product of the targets' own."""
+def deviation(distribution: Floats, tables: Sequence[Tables]) -> float:
+    """Largest difference between a joint distribution and the product of the targets' own."""
     own = np.ones(())
     for table in tables:
         own = np.multiply.outer(own, _continuation(table)[0])
-    return float(np.abs(law - own).max())
+    return float(np.abs(distribution - own).max())
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The largest deviation over all tables of one rule behind one planner."""
+    """The largest deviation over all tables of one rule after one planner."""
 
     rule: str
     planner: str
@@ -152,7 +147,7 @@ class Finding:
 def prove(
     requests: int, gamma: int, tables: int, vocab: int = 3, seed: int = 0, tick: Callable[[], None] = lambda: None
 ) -> list[Finding]:
-    """Every rule behind every planner, over random tables and step rates; `tick` is called after each table.
+    """Every rule after every planner, over random tables and step rates; `tick` is called after each table.
 
     One request: three rounds, L = gamma + 2, budgets two rounds old. Two requests that share a pass: two rounds, L = 3,
     budgets one round old (the harder case for staleness).
@@ -166,15 +161,15 @@ def prove(
         for rule in RULES.values():
             ready = [_Round(rule, t) for t in chosen]
             for case in cases:
-                found = deviation(_output_law(ready, case, chosen, rounds), chosen)
+                found = deviation(_output_distribution(ready, case, chosen, rounds), chosen)
                 worst[rule.name, case.name] = max(found, worst.get((rule.name, case.name), 0.0))
         tick()
     return [Finding(rule, planner, requests, gamma, rounds, found) for (rule, planner), found in worst.items()]
 
 
 def appendix_a() -> tuple[Tables, StepRate]:
-    """The paper's example of a search that biases: p = (0.7, 0.3), q = (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 behind the first
-    token and 0 behind the second; 1, 0.5 and 0.45 steps per second for passes of 1, 2 and 3 tokens."""
+    """The paper's example of a search that biases: p = (0.7, 0.3), q = (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 after the first
+    token and 0 after the second; 1, 0.5 and 0.45 steps per second for passes of 1, 2 and 3 tokens."""
     nodes, gamma = _first_of_depth(2, 4), 2
     level_NG = np.zeros((nodes, gamma), np.int64)
     level_NG[1, 1], level_NG[2, 1] = 1, 2
@@ -183,22 +178,25 @@ def appendix_a() -> tuple[Tables, StepRate]:
     return tables, StepRate((1, 2, 3), (1.0, 1 / 0.5, 1 / 0.45))
 
 
-def _output_law(ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
+def _output_distribution(ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
     plans = _Plans(case, tables)
     start = np.zeros((len(ready[0].moves),) * len(tables))
     start.flat[0] = 1.0
-    groups: dict[tuple[int, ...], Floats] = {(): start}  # patterns of the last `lag` rounds -> mass per joint node
+    groups: dict[_Past, Floats] = {(): start}  # what is known of the last `lag` rounds -> mass per joint node
     for _ in range(rounds):
-        following: dict[tuple[int, ...], Floats] = {}
+        following: dict[_Past, Floats] = {}
         for history, mass in groups.items():
-            for pattern, moved in _advance(mass, ready, plans, history):
-                key = (*history, pattern)[-case.lag :] if case.lag else ()
+            for shown, moved in _advance(mass, ready, plans, history):
+                key = (*history, shown)[-case.lag :] if case.lag else ()
                 following[key] = following[key] + moved if key in following else moved
         groups = following
-    law: Floats = np.sum(list(groups.values()), axis=0)
+    distribution: Floats = np.sum(list(groups.values()), axis=0)
     for axis, table in enumerate(tables):
-        law = np.moveaxis(np.tensordot(law, _continuation(table), (axis, 0)), -1, axis)
-    return law
+        distribution = np.moveaxis(np.tensordot(distribution, _continuation(table), (axis, 0)), -1, axis)
+    return distribution
+
+
+_Past = tuple[tuple[int, int], ...]  # of a few rounds: the joint pattern of confidences, and the tokens of all requests
 
 
 # --- one round of one request, for every node, draft prefix and length
@@ -231,11 +229,11 @@ class _Round:
         for verified in range(gamma + 1):
             proposals = DenseProposals(tokens, p, q, torch.full((rows,), verified))
             lengths, weights = length_distribution(rule, proposals)
-            law = lengths.numpy().reshape((*chance_SM.shape, gamma + 1))
+            distribution = lengths.numpy().reshape((*chance_SM.shape, gamma + 1))
             for accepted in range(verified + 1):
                 place = torch.full((rows,), accepted)
                 following = proposals.next_token_distribution(place, weights[:, accepted]).numpy()
-                weight = (chance_SM * law[..., accepted]).reshape(rows, 1) * following
+                weight = (chance_SM * distribution[..., accepted]).reshape(rows, 1) * following
                 child = path_SMH[..., accepted].reshape(rows, 1) * vocab + 1 + np.arange(vocab)
                 cell = source[:, None] * ends + _ancestor(child, vocab, ends)
                 moved = np.bincount(cell.ravel(), weight.ravel(), active * prefixes * ends)
@@ -247,6 +245,7 @@ class _Round:
         shown_SMG = tables.level_NG[path_SMH[..., :gamma], np.arange(gamma)]
         digits = LEVELS ** np.arange(gamma)
         self.pattern[:active] = (shown_SMG * digits).sum(-1)[:, ::vocab]  # the last token is unseen by any confidence
+        self.depth = np.repeat(np.arange(length + 1), vocab ** np.arange(length + 1))  # [E], tokens before each node
 
 
 class _Plans:
@@ -264,22 +263,22 @@ class _Plans:
         self.unknown = np.ones((self.requests, gamma))
         self._known: dict[int, Ints] = {}
 
-    def lengths(self, history: tuple[int, ...]) -> Ints:
-        """For a past, given as the joint patterns of the last rounds."""
+    def lengths(self, history: _Past) -> Ints:
+        """For what is known of the last rounds."""
         budget = 0
         if self.case.budget is not None:
-            stale = self.confidence[history[0]] if len(history) == self.case.lag else self.unknown
-            budget = self.case.budget(stale)
+            pattern, tokens = history[0] if len(history) == self.case.lag else (None, 0)
+            budget = self.case.budget(self.unknown if pattern is None else self.confidence[pattern], tokens)
         if budget not in self._known:
             self._known[budget] = np.array([self.case.lengths(c, budget) for c in self.confidence])
         return self._known[budget]
 
 
 def _advance(
-    mass: Floats, rounds: Sequence[_Round], plans: _Plans, history: tuple[int, ...]
-) -> list[tuple[int, Floats]]:
-    """One round from the joint nodes: (joint pattern shown, mass per joint node after it); one entry with pattern 0 when
-    the planner keeps no past."""
+    mass: Floats, rounds: Sequence[_Round], plans: _Plans, history: _Past
+) -> list[tuple[tuple[int, int], Floats]]:
+    """One round from the joint nodes: what it shows (joint pattern, tokens) and the mass per joint node after it; what the
+    planner does not look at is 0."""
     lengths_CR = plans.lengths(history)
     places = np.nonzero(mass)
     prefixes = rounds[0].pattern.shape[1]
@@ -293,10 +292,19 @@ def _advance(
     moved = [one.moves[n, k, lengths_CR[pattern, r]] for r, (one, n, k) in enumerate(zip(rounds, nodes, chosen, strict=True))]
     moved[0] = moved[0] * weight[:, None]
     shown = pattern if plans.case.lag else np.zeros_like(pattern)
+    before = sum(one.depth[n] for one, n in zip(rounds, nodes, strict=True)) * plans.case.counts
+    after = rounds[0].depth if len(rounds) == 1 else rounds[0].depth[:, None] + rounds[1].depth
     found = []
-    for one_pattern in np.unique(shown):
-        rows = shown == one_pattern
-        found.append((int(one_pattern), moved[0][rows].T @ moved[1][rows] if len(moved) > 1 else moved[0][rows].sum(0)))
+    for one_pattern, depth in np.unique(np.stack([shown, before]), axis=1).T:
+        rows = (shown == one_pattern) & (before == depth)
+        joint = moved[0][rows].T @ moved[1][rows] if len(moved) > 1 else moved[0][rows].sum(0)
+        if not plans.case.counts:
+            found.append(((int(one_pattern), 0), joint))
+            continue
+        for tokens in range(int(after.max() - depth) + 1):
+            brought = np.where(after - depth == tokens, joint, 0.0)
+            if brought.any():
+                found.append(((int(one_pattern), tokens), brought))
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from draftkit.errors import ScheduleError
-from draftkit.evaluate.exactness import DEVIATION_ALLOWED, Finding, appendix_a, output_law, prove, same_step_search
+from draftkit.evaluate.exactness import DEVIATION_ALLOWED, Finding, appendix_a, output_distribution, prove, same_step_search
 from draftkit.ops.verify import TOKEN_RULE
 
 
@@ -33,7 +33,7 @@ def print_lossless(findings: Sequence[Finding], tables: int, vocab: int, as_json
     """Print the table and say whether everything is as it must be: all laws kept, and the control found out."""
     worst = max(f.deviation for f in findings)
     example, step_rate = appendix_a()
-    control = output_law(TOKEN_RULE, same_step_search(step_rate), [example], rounds=1)[0]
+    control = output_distribution(TOKEN_RULE, same_step_search(step_rate), [example], rounds=1)[0]
     found_out = abs(control - 0.85) < DEVIATION_ALLOWED
     if as_json:
         report = {"vocab": vocab, "tables": tables, "findings": [asdict(f) for f in findings]}

@@ -1,6 +1,6 @@
 """Measuring a step: the engine's own target pass and drafter on this machine, over tokens, requests and context.
 
-Shapes: R requests, T tokens in the pass, V vocabulary, F features.
+Shapes: R requests, B blocks per request.
 """
 
 from __future__ import annotations
@@ -15,22 +15,19 @@ import numpy as np
 import torch
 
 from draftkit.draft.drafter import Drafter
-from draftkit.engine.drawing import Drawing
-from draftkit.engine.fast_model import unsupported
-from draftkit.engine.measure import wait
+from draftkit.engine.compiled import compile_models
+from draftkit.engine.measure import Job, draft_job, pass_job, timed
 from draftkit.engine.memory import available_bytes, bytes_per_position
-from draftkit.engine.models import Models, PagedDrafter, build_models, start_compiling
-from draftkit.engine.passes import Pass
+from draftkit.engine.models import Models, build_models
+from draftkit.engine.paged_model import unsupported
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import environment
-from draftkit.ops.sampling import Sampling, distributions, row_settings
 from draftkit.schedule.step_rate_table import Measured, StepRateTable
 from draftkit.target.transformers import TransformersTarget
 
 BLOCK_SIZE = 16
-SAMPLING = Sampling(1.0)
-Job = tuple[str, int, int]  # "pass" or "draft", context, tokens or requests
+Name = tuple[str, int, int]  # "pass" or "draft", context, tokens or requests
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,8 @@ def profile(
 ) -> StepRateTable:
     """Medians over the repeats; `tick` is called after every measurement. Passes are the compiled ones where they can run.
 
-    A pass of n tokens holds ceil(n / tokens_per_request) requests. It includes the sampling distribution of every row.
-    Drafting includes writing the context of one committed token per request and drawing the proposal. Raises ScheduleError
+    A pass of n tokens holds ceil(n / tokens_per_request) requests; the drafter reads it, too. Proposals are greedy, and nothing
+    is sampled: an engine that starts without a file measures the same. Raises ScheduleError
     for a target that the lean forward cannot run, for contexts that are too long for it, and for more than fits the memory.
     """
     if reason := unsupported(target):
@@ -87,16 +84,17 @@ def profile(
     positions = most * -(-(longest + gamma + 1) // BLOCK_SIZE) * BLOCK_SIZE
     if positions * bytes_per_position(target, drafter) > room:
         raise ScheduleError(
-            f"profile: {max(settings.tokens)} tokens per pass behind {max(settings.contexts)} of context need more than "
+            f"profile: {max(settings.tokens)} tokens per pass after {max(settings.contexts)} of context need more than "
             f"the {room / 2**30:.1f} GiB that are there for keys and values; choose fewer"
         )
     sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=room, block_size=BLOCK_SIZE)
     models = build_models(target, drafter, sizes)
-    compiling = start_compiling(models)
-    compiled = compiling is not None and compiling.wait()
-    jobs, middle = _jobs(models, target.info.hidden_size, settings, most)
+    compiled = compile_models(models)
+    jobs, middle = _jobs(models, settings, most)
     clock = _clock(models.device)
-    seconds = _measure(jobs, settings.repeats, clock, tick)
+    for job in jobs.values():  # lazy set-up, recordings, first touch of memory
+        job()
+    seconds = timed(jobs, settings.repeats, clock, tick)
     values = {name: median(found) for name, found in seconds.items()}
     spreads = [float(np.subtract(*np.percentile(found, [75, 25]))) / median(found) for found in seconds.values()]
     env = environment(models.device)
@@ -129,75 +127,18 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return time.process_time if alone else time.perf_counter
 
 
-def _jobs(
-    models: Models, hidden_size: int, settings: ProfileSettings, most: int
-) -> tuple[dict[Job, Callable[[], object]], int]:
+def _jobs(models: Models, settings: ProfileSettings, most: int) -> tuple[dict[Name, Job], int]:
     """What is to be measured, by kind, context and tokens or requests; and the context that drafting is measured at."""
     middle = settings.contexts[len(settings.contexts) // 2]
     tables_RB = np.arange(models.pool.num_blocks).reshape(most, -1)  # every request has blocks of its own
-    jobs: dict[Job, Callable[[], object]] = {}
+    jobs: dict[Name, Job] = {}
     for context in settings.contexts:
-        for count in settings.tokens:
-            jobs["pass", context, count] = _target_job(models, tables_RB, context, count, settings.tokens_per_request)
+        for tokens in settings.tokens:
+            jobs["pass", context, tokens] = pass_job(models, tables_RB, context, tokens, settings.tokens_per_request)
     if models.drafter is not None:
-        features = len(models.feature_layers) * hidden_size
         for requests in settings.requests:
-            jobs["draft", middle, requests] = _draft_job(models, models.drafter, features, tables_RB[:requests], middle)
+            jobs["draft", middle, requests] = draft_job(models, models.drafter, tables_RB[:requests], middle)
     return jobs, middle
-
-
-def _measure(
-    jobs: dict[Job, Callable[[], object]], repeats: int, clock: Callable[[], float], tick: Callable[[], None]
-) -> dict[Job, list[float]]:
-    rng, names = np.random.default_rng(0), list(jobs)
-    for job in jobs.values():  # lazy set-up, recordings, first touch of memory
-        job()
-    seconds: dict[Job, list[float]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for index in rng.permutation(len(names)):
-            began = clock()
-            jobs[names[index]]()
-            seconds[names[index]].append(clock() - began)
-            tick()
-    return seconds
-
-
-def _target_job(models: Models, tables_RB: np.ndarray, context: int, count: int, each: int) -> Callable[[], object]:
-    lengths_R = np.array([len(part) for part in np.array_split(np.arange(count), -(-count // each))])
-    starts_R = np.full(len(lengths_R), context)
-    tokens_T = np.arange(count) % min(100, models.info.vocab_size)
-    settings_N = row_settings([SAMPLING]).repeat(count)
-
-    def job() -> None:
-        step = Pass(tokens_T, starts_R, lengths_R, tables_RB[: len(lengths_R)], BLOCK_SIZE, models.device, models.dtype)
-        distributions(models.model.read(step, None, models.feature_layers).logits_WV, settings_N)
-        wait(models)
-
-    return job
-
-
-def _draft_job(
-    models: Models, drafter: PagedDrafter, features: int, tables_RB: np.ndarray, context: int
-) -> Callable[[], object]:
-    ones_R, device = np.ones(len(tables_RB), np.int64), models.device
-    anchors = torch.ones(len(tables_RB), dtype=torch.int64, device=device)
-    wanted = drafter.drafting_pass(ones_R)
-    lengths_R = ones_R * wanted.tokens_RP.shape[1]
-    features_TF = torch.zeros(len(ones_R), features, dtype=models.dtype, device=device)
-    settings_R = row_settings([SAMPLING]).repeat(len(ones_R))
-    uniforms_RG = np.random.default_rng(0).random((len(ones_R), drafter.gamma))
-
-    def pass_at(tokens_T: np.ndarray, first: int, lengths_R: np.ndarray, block: bool = False) -> Pass:
-        starts_R = ones_R * (context + first)
-        return Pass(tokens_T, starts_R, lengths_R, tables_RB, BLOCK_SIZE, device, models.dtype, block)
-
-    def job() -> None:
-        drafter.extend(pass_at(ones_R, -1, ones_R), features_TF, anchors)
-        drawing = Drawing(settings_R, uniforms_RG)
-        drafter.draft(pass_at(wanted.tokens_RP.ravel(), wanted.first, lengths_R, wanted.block), anchors, drawing)
-        wait(models)
-
-    return job
 
 
 def plot_step_rate(table: StepRateTable, path: Path) -> None:

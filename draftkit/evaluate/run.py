@@ -19,7 +19,7 @@ from draftkit.decode import Decoded, decode
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.answers import decode_all, sampling_params
 from draftkit.engine.engine import Engine
-from draftkit.engine.fast_model import unsupported
+from draftkit.engine.paged_model import unsupported
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.evaluate.metrics import (
@@ -134,7 +134,6 @@ def _answers(
     seeds, limit = range(settings.seed, settings.seed + len(prompts)), settings.max_new_tokens
     if settings.batch_size > 1 and not unsupported(target):
         engine = Engine(target, drafter, EngineSettings(plan="fixed", max_running=settings.batch_size, prefix_reuse=False))
-        engine.wait_until_compiled()
         requests = [(p.tokens, sampling_params(sampling, limit, s)) for p, s in zip(prompts, seeds, strict=True)]
         return decode_all(engine, requests, tick)
     decoded = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -13,11 +14,9 @@ from pathlib import Path
 
 import torch
 
+log = logging.getLogger("draftkit.engine")
 SOURCES = Path(__file__).parent.parent / "cpp"
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
-
-
-_compilers: set[subprocess.Popen[str]] = set()
 
 
 class NoNative(Exception):
@@ -57,23 +56,13 @@ def structure(*fields: tuple[str, object]) -> type[ctypes.Structure]:
     return type("Structure", (ctypes.Structure,), {"_fields_": flat})
 
 
-def stop_compilers() -> None:
-    """End those that run, because the process ends; whoever waits for them gets NoNative."""
-    for compiler in list(_compilers):
-        compiler.kill()
-
-
 def _build(command: list[str], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        with subprocess.Popen([*command, "-o", str(made)], stderr=subprocess.PIPE, text=True) as compiler:
-            _compilers.add(compiler)
-            try:
-                _, errors = compiler.communicate()
-            finally:
-                _compilers.discard(compiler)
-        if compiler.returncode:
-            raise NoNative(f"{command[0]} failed: {(errors.strip().splitlines() or ['no message'])[0]}")
+        log.info("compiling %s, once for this machine", library.name.split("-")[0])
+        run = subprocess.run([*command, "-o", str(made)], stderr=subprocess.PIPE, text=True, check=False)
+        if run.returncode:
+            raise NoNative(f"{command[0]} failed: {(run.stderr.strip().splitlines() or ['no message'])[0]}")
         made.replace(library)  # several processes may build at once
 
 

@@ -2,7 +2,7 @@
 
     c_k = sigmoid(w logit(m_k) + b_k),  m_k = the largest probability of the drafter's distribution at position k
 
-with one slope and one intercept per position. m_k is known before x_k is drawn, so a plan by c_k keeps the output's law.
+with one slope and one intercept per position. m_k is known before x_k is drawn, so a plan by c_k is lossless.
 Only positions whose verdict is known are learned from: those before the first rejection, and the rejected one, as far as
 they were verified. Whether a position is verified depends on m_1..m_k only, which are in the regression or before it.
 

@@ -1,6 +1,6 @@
 """How many drafted tokens of each request go into the next target pass.
 
-What a plan may look at decides whether the output keeps the target's law: the admission of a drafted token may depend on
+What a plan may look at decides whether the output keeps the target distribution: the admission of a drafted token may depend on
 nothing that was learned from that token or from later ones of its request. Every plan here can be read as a walk that
 knows the admitted tokens only: the confidence of position k was computed before x_k was drawn, survivals fall along a
 request, so the next candidate of a request depends on its admitted tokens alone. (`evaluate/exactness.py` proves it by
@@ -20,6 +20,8 @@ import numpy as np
 from draftkit.errors import ScheduleError
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
+MEMORY = 0.05  # weight of one step in the running mean of survivals
+
 
 def survival_of(confidence_RG: Floats) -> tuple[Floats, int]:
     """Probability that a whole prefix is accepted, a_{r,j} = prod_{i <= j} c_{r,i}: float64 [R, G], falling in j.
@@ -37,8 +39,8 @@ def plan_verification(survival_RG: Floats, step_rate: StepRate, others: int = 0)
         Theta(B) = (R + others + sum of admitted survivals) / (seconds of a pass of B tokens + seconds of drafting)
 
     rises, and stop at the first token that does not raise it. The early stop keeps it lossless. The drafter has run when
-    this is asked, so its time is in every Theta, that of length zero too: the plan is never worse than verifying
-    nothing. Whether drafting pays at all must be known before it: `budget_from` of earlier survivals is above 0.
+    this is asked, so its time is in every Theta, that of length zero too: the plan is never worse than verifying nothing.
+    Whether to draft at all is decided before (`gate.py`).
     """
     order_N, gain_N = _by_survival(survival_RG)
     theta = _rate(gain_N, len(survival_RG), others, step_rate)
@@ -47,21 +49,16 @@ def plan_verification(survival_RG: Floats, step_rate: StepRate, others: int = 0)
     return _lengths(order_N[:admitted], len(survival_RG))
 
 
-def budget_from(stale_survival_RG: Floats, step_rate: StepRate, worth: float = 1.0, others: int = 0) -> int:
-    """The number K of drafted tokens that the next pass should hold, from survivals of EARLIER steps (the paper: two).
+def budget_from(stale_survival_RG: Floats, step_rate: StepRate, others: int = 0) -> int:
+    """The number K of drafted tokens that the pass of a step that drafts should hold, from survivals of EARLIER steps (the
+    paper: two).
 
-    The best Theta of all K, however jagged the step rate. K = 0 stands for no drafting and is compared without the
-    drafter's time, `worth` times as good as the step rate says: at 0 the drafter can rest. With `worth` 0 it is the best
-    K above 0.
-    (`history.SurvivalHistory` keeps what is needed.) With survivals of the same step the search would bias the output
-    (Appendix A of the paper): the end of the search depends on tokens that it decides about.
+    The best Theta of all K, however jagged the step rate. Whether to draft at all is decided before (`gate.py`). With
+    survivals of the same step the search would bias the output (Appendix A of the paper): the end of the search depends on
+    tokens that it decides about.
     """
-    drafting = len(stale_survival_RG)
     _, gain_N = _by_survival(stale_survival_RG)
-    theta = _rate(gain_N, drafting, others, step_rate)
-    requests = drafting + others
-    theta[0] = worth * requests / step_rate.pass_table(requests)[requests] if requests else 0.0
-    return int(theta.argmax())
+    return int(_rate(gain_N, len(stale_survival_RG), others, step_rate).argmax())
 
 
 def admit(survival_RG: Floats, budget: int) -> Ints:
@@ -106,3 +103,32 @@ def _rate(gain_N: Floats, drafting: int, others: int, step_rate: StepRate) -> Fl
 
 def _lengths(requests_N: Ints, requests: int) -> Ints:
     return np.bincount(requests_N, minlength=requests)
+
+
+class BudgetPlanner:
+    """The production variant over time: the survivals of a step's proposals make the budget of the next one.
+
+    Per slot (a place below `slots` that a request keeps) the survivals of its last proposal, and their running mean for
+    requests without a past. `prior_G` is the mean to begin with, as calibration measured it; without one the drafter is given
+    every chance. The paper lets two steps lie between survivals and budget, because its budget is worked out while the step
+    before runs; here steps do not overlap.
+    """
+
+    def __init__(self, slots: int, gamma: int, step_rate: StepRate, prior_G: Floats | None = None) -> None:
+        self.step_rate = step_rate
+        self._past_SG = np.full((slots, gamma), np.nan)
+        self._mean_G = np.ones(gamma) if prior_G is None else np.array(prior_G, np.float64)
+        self._weight = 1.0 if prior_G is None else MEMORY
+
+    def lengths(self, slots_R: Ints, survival_RG: Floats, others: int = 0) -> Ints:
+        """Lengths [R] of a step that drafts for the requests of these slots; its survivals are remembered."""
+        past_RG = self._past_SG[slots_R]
+        stale_RG = np.where(np.isnan(past_RG), self._mean_G, past_RG)
+        self._past_SG[slots_R] = survival_RG
+        self._mean_G = (1 - self._weight) * self._mean_G + self._weight * survival_RG.mean(0)
+        self._weight = max(MEMORY, self._weight / (1 + self._weight))  # a plain mean first, then a running one
+        return admit(survival_RG, budget_from(stale_RG, self.step_rate, others))
+
+    def forget(self, slots_R: Ints) -> None:
+        """The requests of these slots are gone."""
+        self._past_SG[slots_R] = np.nan

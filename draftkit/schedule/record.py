@@ -1,4 +1,4 @@
-"""Recording traces of answers: every token but the last is an anchor, and every proposal behind it is verified in full.
+"""Recording traces of answers: every token but the last is an anchor, and every proposal after it is verified in full.
 
 Many answers are read at once, padded on the right. The anchors are then visited from the back: cache and context are
 cropped to an absolute position, and all answers draft and verify there in one pass.
@@ -53,7 +53,7 @@ def record_traces(
 ) -> Traces:
     """Traces of all answers of two tokens or more, in the order of `items`; `tick` is called as batches finish.
 
-    Answers are cut where a proposal behind them would no longer fit the target's context. There may be none to trace.
+    Answers are cut where a proposal after them would no longer fit the target's context. There may be none to trace.
     """
     room = target.info.max_length - drafter.gamma
     cut = [replace(item, answer=item.answer[: max(0, room - len(item.prompt))]) for item in items]

@@ -18,8 +18,8 @@ import numpy as np
 from draftkit.errors import ScheduleError
 from draftkit.schedule.calibration import Calibration
 from draftkit.schedule.estimator import AcceptanceEstimator
-from draftkit.schedule.planner import admit, budget_from, plan_verification, survival_of
-from draftkit.schedule.speculation import Speculation
+from draftkit.schedule.gate import Gate
+from draftkit.schedule.planner import BudgetPlanner, admit, budget_from, plan_verification, survival_of
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 from draftkit.schedule.step_rate_table import StepRateTable
 from draftkit.schedule.traces import Traces
@@ -82,37 +82,42 @@ class Decision:
     drafting: bool
 
 
-Arm = Callable[[Batch, Speculation], Decision]
+Arm = Callable[[Batch, Gate, BudgetPlanner], Decision]
 
 
 def fixed_arm(length: int) -> Arm:
     """The first `length` drafted tokens of every request; 0 is no speculation, 1 resembles a one-token MTP module (at
     the cost of this drafter)."""
 
-    def decide(batch: Batch, speculation: Speculation) -> Decision:
+    def decide(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decision:
         return Decision(np.minimum(batch.usable_R, length), length > 0)
 
     return decide
 
 
-def algorithm_1_arm(batch: Batch, speculation: Speculation) -> Decision:
-    """Early stop on this step's survivals; the drafter rests when earlier ones say that it does not pay."""
-    if not speculation.budget(batch.slots_R):
-        return _rest(batch)
+def algorithm_1_arm(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decision:
+    """Where the gate says to draft: early stop on this step's survivals."""
+    if not gate.drafts(len(batch.slots_R)):
+        return _plain(batch)
     return Decision(plan_verification(batch.survival_RG, batch.step_rate), True)
 
 
-def budget_arm(batch: Batch, speculation: Speculation) -> Decision:
-    """The production variant: the budget from the survivals of the step before, ranked by this step's."""
-    budget = speculation.budget(batch.slots_R)
-    return Decision(speculation.lengths(batch.survival_RG, budget), True) if budget else _rest(batch)
+def budget_arm(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decision:
+    """The production variant, as the engine runs it: the budget from the survivals of the step before, ranked by this
+    step's."""
+    if not gate.drafts(len(batch.slots_R)):
+        return _plain(batch)
+    return Decision(planner.lengths(batch.slots_R, batch.survival_RG), True)
 
 
-def oracle_arm(batch: Batch, speculation: Speculation) -> Decision:
+def oracle_arm(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decision:
     """Knows what will be accepted, and verifies nothing else: no planner can do better in a step."""
     survival_RG = (np.arange(batch.survival_RG.shape[1]) < batch.kept_R[:, None]).astype(np.float64)
-    budget = budget_from(survival_RG, batch.step_rate)
-    return Decision(admit(survival_RG, budget), budget > 0)
+    requests, step_rate = len(survival_RG), batch.step_rate
+    lengths_R = admit(survival_RG, budget_from(survival_RG, step_rate))
+    passes = step_rate.target_seconds(np.array([requests, requests + lengths_R.sum()]))
+    drafted = (requests + lengths_R.sum()) / (passes[1] + step_rate.drafter_seconds(requests))
+    return Decision(lengths_R, True) if drafted > requests / passes[0] else _plain(batch)
 
 
 def arms_for(gamma: int) -> dict[str, Arm]:
@@ -165,7 +170,7 @@ class _Run:
         self.draft_max_NG = traces.draft_max_NG.astype(np.float64)
         self.survival_NG = self._survivals() if self.estimator is None else np.zeros((0, traces.gamma))
         prior_G = self.survival_NG.mean(0) if self.estimator is None else None
-        self.speculation = Speculation(slots, traces.gamma, self.step_rate, prior_G)
+        self.gate, self.planner = Gate(), BudgetPlanner(slots, traces.gamma, self.step_rate, prior_G)
 
     def _survivals(self) -> Floats:
         confidence_NG = self.traces.confidence_NG.astype(np.float64)
@@ -192,18 +197,17 @@ class _Run:
         rows = self.row_S[slots]
         usable, kept = self.traces.usable_N[rows], self.traces.accepted_N[rows]
         batch = Batch(slots, self._estimate(rows, usable), kept, usable, self.step_rate)
-        decision = self.arm(batch, self.speculation)
+        decision = self.arm(batch, self.gate, self.planner)
         lengths = np.minimum(decision.lengths_R, usable)
         passed = np.array([len(slots) + int(lengths.sum())])
         seconds = float(self.step_rate.target_seconds(passed)[0])
         if decision.drafting:
             seconds += self.step_rate.drafter_seconds(len(slots))
-            self.speculation.push(slots, batch.survival_RG)
         accepted = np.minimum(kept, lengths)
         if self.estimator is not None:
             self.estimator.observe(self.draft_max_NG[rows], accepted, lengths)
         gained = np.minimum(accepted + 1, self.end_S[slots] - rows)
-        self.speculation.record(len(slots), decision.drafting, int(lengths.sum()), int(gained.sum()), seconds)
+        self.gate.record(len(slots), int(gained.sum()), seconds)
         self.now += seconds
         self.tokens += int(gained.sum())
         self.steps += 1
@@ -225,7 +229,7 @@ class _Run:
         if not len(done):
             return
         self.speeds += (self.length_S[done] / (self.now - self.began_S[done])).tolist()
-        self.speculation.forget(done)
+        self.planner.forget(done)
         self.free += done.tolist()
         self.slots = self.slots[~np.isin(self.slots, done)]
 
@@ -248,7 +252,7 @@ class _Run:
         )
 
 
-def _rest(batch: Batch) -> Decision:
+def _plain(batch: Batch) -> Decision:
     return Decision(np.zeros(len(batch.slots_R), np.int64), False)
 
 

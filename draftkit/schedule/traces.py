@@ -1,10 +1,10 @@
-"""Acceptance traces: what a drafter's proposal would have yielded behind EVERY token of an answer.
+"""Acceptance traces: what a drafter's proposal would have yielded after EVERY token of an answer.
 
 A round of decoding skips the tokens that it accepts, so recorded rounds say nothing about another plan. A trace has one
-row per token of the answer (anchor): the confidences of the proposal behind it, and how many of its tokens the rule keeps
+row per token of the answer (anchor): the confidences of the proposal after it, and how many of its tokens the rule keeps
 when all are verified. A plan that verifies l of them keeps min(accepted, l), and its next round is the row of the
 token where it ends. Under sampling that row belongs to the recorded continuation, not to the accepted tokens: right in
-law, not token by token.
+distribution, not token by token.
 
 Shapes: N rows (anchors of all prompts), G = gamma drafted positions, P prompts.
 """

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from draftkit.engine.request import PromptToken, RequestStats, SamplingParams, StepOutput, TokenEvent
+from draftkit.engine.outputs import PromptToken, RequestStats, StepOutput, TokenEvent
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.serve.detokenize import Detokenizer, StopStrings, TokenTexts
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from draftkit.engine.request import Constraint
+from draftkit.engine.sampling_params import Constraint
 
 T = TypeVar("T")
 

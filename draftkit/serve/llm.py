@@ -23,7 +23,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from draftkit.engine.request import PromptToken, RequestStats, SamplingParams, StepOutput, TokenEvent
+from draftkit.engine.outputs import PromptToken, RequestStats, StepOutput, TokenEvent
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError, ServeError
 from draftkit.serve.choice import Choice

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError
 from draftkit.serve.messages import Message
 from draftkit.serve.problem import ApiError, bad_request, shorten

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from draftkit.engine.request import PromptToken, TokenEvent
+from draftkit.engine.outputs import PromptToken, TokenEvent
 from draftkit.serve.detokenize import Detokenizer, TokenTexts, finite, token_name
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from draftkit.engine.request import RequestStats, TokenEvent
+from draftkit.engine.outputs import RequestStats, TokenEvent
 from draftkit.serve.choice import Choice, Delta, spec_stats, timings
 from draftkit.serve.detokenize import TokenTexts, finite, token_name
 from draftkit.serve.prompt_scores import Echo

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from draftkit.engine.request import SamplingParams
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError, TargetError
 from draftkit.target.transformers import resolve_target
 

@@ -13,12 +13,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
-from draftkit.engine.request import RequestStats, SamplingParams, StepOutput
+from draftkit.engine.outputs import RequestStats, StepOutput
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DraftkitError
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
@@ -46,7 +46,6 @@ class Served:
 
 
 Item = tuple[int, StepOutput] | ApiError
-SETTLE = 0.2  # seconds after which an idle engine is asked again whether something has become ready
 HELD = 0.1  # seconds for which outputs may be held back
 
 
@@ -205,7 +204,7 @@ class Worker:
         while True:
             command = None
             if not engine.has_work():
-                command = self._wait(engine)
+                command = self._commands.get()
                 if command is None:
                     return
                 command(engine)
@@ -225,13 +224,6 @@ class Worker:
                 if any(urgent) or (self._held and time.monotonic() - self._held[0][0] >= HELD):
                     self._call(self._dispatch, self._held)
                     self._held = []
-
-    def _wait(self, engine: Any) -> Callable[[Any], None] | None:
-        """The next command. An engine that has nothing else to do takes into use what has become ready meanwhile."""
-        while engine.settling():
-            with suppress(queue.Empty):
-                return self._commands.get(timeout=SETTLE)
-        return self._commands.get()
 
     def _urgent(self, output: StepOutput) -> bool:
         """Somebody waits for it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from draftkit.engine.engine import Engine
-from draftkit.engine.request import StepOutput
+from draftkit.engine.outputs import StepOutput
 from draftkit.engine.settings import EngineSettings
 
 PROMPTS = [[4, 20, 31, 7], [9, 9, 9], list(range(40, 90)), [100], [4, 20, 31, 8, 9, 10], [77] * 33]

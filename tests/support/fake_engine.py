@@ -86,9 +86,6 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
-    def settling(self) -> bool:
-        return False
-
     def step(self) -> list[Any]:
         time.sleep(self.step_seconds)
         return [self._round(name, r) for name, r in list(self.requests.items())]

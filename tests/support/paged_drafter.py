@@ -12,7 +12,7 @@ from torch import Tensor
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterConfig, Proposal
 from draftkit.engine.drawing import Drawing
-from draftkit.engine.fast_drafter import FastDrafter
+from draftkit.engine.paged_drafter import PagedBlockDrafter
 from draftkit.engine.passes import Pass
 from draftkit.ops.sampling import Sampling, row_settings
 from support.drafters import BLOCK_CONFIG
@@ -22,7 +22,7 @@ LENGTHS = (21, 3, 8)
 TABLES = [[7, 2, 9, 11, 0, 5, 6, 20], [1, 3, 12], [8, 4, 10, 19]]  # pages lie anywhere
 
 
-def build(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[BlockDrafter, FastDrafter]:
+def build(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[BlockDrafter, PagedBlockDrafter]:
     torch.manual_seed(0)
     drafter = BlockDrafter(replace(BLOCK_CONFIG, **changes))
     for name, parameter in drafter.named_parameters():
@@ -31,7 +31,7 @@ def build(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[BlockDraf
         if name.endswith("layer_scalar"):
             buffer.fill_(0.7)
     drafter = drafter.to(dtype).eval()
-    return drafter, FastDrafter(drafter, slots=24 * PAGE, max_length=40)
+    return drafter, PagedBlockDrafter(drafter, slots=24 * PAGE, max_length=40)
 
 
 def one_pass(tokens: list[list[int]], starts: list[int], dtype: torch.dtype, rows: list[int], block: bool = False) -> Pass:
@@ -69,7 +69,7 @@ def alone(step: Pass, row: int) -> Pass:
 
 
 def propose_together(
-    fast: FastDrafter, features: list[Tensor], anchors: list[int], sampling: Sampling, uniforms_RG: Tensor
+    fast: PagedBlockDrafter, features: list[Tensor], anchors: list[int], sampling: Sampling, uniforms_RG: Tensor
 ) -> Proposal:
     """All requests at once; the contexts come in two passes, the second with rejected tokens behind the committed."""
     dtype = fast.norm.dtype

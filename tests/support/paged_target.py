@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from draftkit.engine.fast_model import FastModel
+from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import Pass
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
@@ -87,7 +87,7 @@ def wrap(model: PreTrainedModel) -> TransformersTarget:
     return TransformersTarget(model, info)
 
 
-def build(family: str, dtype: torch.dtype = torch.float32) -> tuple[TransformersTarget, FastModel]:
+def build(family: str, dtype: torch.dtype = torch.float32) -> tuple[TransformersTarget, PagedModel]:
     torch.manual_seed(0)
     model = FAMILIES[family]()
     for name, parameter in model.named_parameters():
@@ -99,7 +99,7 @@ def build(family: str, dtype: torch.dtype = torch.float32) -> tuple[Transformers
         if name.endswith("layer_scalar"):
             buffer.fill_(0.7)
     target = wrap(model.to(dtype))
-    return target, FastModel(target, slots=40 * BLOCK, max_length=128)
+    return target, PagedModel(target, slots=40 * BLOCK, max_length=128)
 
 
 def one_pass(pieces: list[tuple[list[int], int, list[int]]], dtype: torch.dtype = torch.float32) -> Pass:

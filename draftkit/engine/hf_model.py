@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftkit.engine.fast_model import ReadOut
+from draftkit.engine.paged_model import ReadOut
 from draftkit.engine.passes import Pass
 from draftkit.ops.inference import inference
 from draftkit.target.interface import TargetCache
 from draftkit.target.transformers import TransformersTarget
 
 
-class SlowModel:
+class HFModel:
     """Keeps one cache per request, found by the request's first block: prefixes must not be shared."""
 
     def __init__(self, target: TransformersTarget) -> None:
@@ -24,7 +24,7 @@ class SlowModel:
 
     @inference
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
-        """Read the pass's tokens; see `FastModel.read`."""
+        """Read the pass's tokens; see `PagedModel.read`."""
         hidden, features = [], []
         for row, (start, first, end) in enumerate(zip(step.starts_R, step.firsts_R, step.ends_R, strict=True)):
             cache = self._cache(int(step.tables_RB[row, 0]), int(start))

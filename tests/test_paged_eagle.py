@@ -11,7 +11,7 @@ from torch import Tensor
 
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.engine.drawing import Drawing
-from draftkit.engine.fast_eagle import FastEagle
+from draftkit.engine.paged_eagle import PagedEagle
 from draftkit.engine.passes import Pass
 from draftkit.ops.sampling import Sampling, row_settings
 
@@ -37,7 +37,7 @@ def flat_pass(starts: list[int], lengths: list[int], dtype: torch.dtype = torch.
     return Pass(tokens, np.array(starts), np.array(lengths), np.array(TABLES), PAGE, torch.device("cpu"), dtype)
 
 
-def read_together(fast: FastEagle, features: list[Tensor], following: list[Tensor]) -> None:
+def read_together(fast: PagedEagle, features: list[Tensor], following: list[Tensor]) -> None:
     """Every context in two passes; the first one has a rejected token at the end, which the second overwrites."""
     cuts = [5, 1, 2]
     for starts, ends, rejected in (([0] * 3, cuts, 1), (cuts, list(LENGTHS), 0)):
@@ -62,7 +62,7 @@ def read_together(fast: FastEagle, features: list[Tensor], following: list[Tenso
 )
 def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], temperature: float) -> None:
     drafter = make_eagle(**changes)
-    fast, sampling = FastEagle(drafter, slots=24 * PAGE, max_length=40), Sampling(temperature)
+    fast, sampling = PagedEagle(drafter, slots=24 * PAGE, max_length=40), Sampling(temperature)
     torch.manual_seed(1)
     features = [torch.randn(n, 2 * HIDDEN, dtype=torch.float64) for n in LENGTHS]
     following = [torch.randint(VOCAB, (n,)) for n in LENGTHS]  # the token behind each; behind the last one the anchor
@@ -96,7 +96,7 @@ def test_proposals_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     anchors = torch.stack([t[-1] for t in following])
     found = []
     for paged in (False, True):
-        fast = FastEagle(drafter, slots=24 * PAGE, max_length=40)
+        fast = PagedEagle(drafter, slots=24 * PAGE, max_length=40)
         fast.stack.paged = paged
         read_together(fast, features, following)
         wanted = fast.drafting_pass(anchors.numpy())

@@ -37,7 +37,7 @@ from draftkit.target.transformers import TransformersTarget
 class Family:
     """What the code of a family does that its configuration does not say; all else is found in weights and config."""
 
-    output_norms: bool = False  # RMSNorms behind attention and MLP too
+    output_norms: bool = False  # RMSNorms after attention and MLP too
     norms_from_one: bool = False  # a norm multiplies by 1 + its weight
     value_norm: bool = False
 
@@ -104,7 +104,7 @@ def key_numbers(target: TransformersTarget) -> int:
     return int(config.num_hidden_layers) * widest.num_kv_heads * widest.head_dim
 
 
-class FastModel:
+class PagedModel:
     """Weights taken from a loaded Transformers target: embedding and head are shared, matrices are fused copies. On a GPU they
     are fused once, for all engines of a target, and the target's module reads them, too."""
 
@@ -147,7 +147,7 @@ class FastModel:
 
     @property
     def ends(self) -> Ends:
-        """What lies before and behind the layers."""
+        """What lies before and after the layers."""
         return Ends(self.embedding, self.embedding_scale, self.norm, self.head, logit_cap=self.logit_cap)
 
     @inference
@@ -203,7 +203,7 @@ def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:
         qk_norm=_fuse_qk_norm(module, attention, family),
         out=columns_first(module.o_proj.weight),
         out_bias=module.o_proj.bias,
-        mixed_norm=_norm_weight(layer.post_attention_layernorm, family) if family.output_norms else None,
+        post_attention_norm=_norm_weight(layer.post_attention_layernorm, family) if family.output_norms else None,
         mlp_norm=_norm_weight(mlp_norm, family),
         gate_up=columns_first(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
         down=columns_first(layer.mlp.down_proj.weight),

@@ -1,7 +1,7 @@
 """A block drafter over flattened tokens and paged memory: the same proposals as `BlockDrafter.propose`, for many requests.
 
 The drafter's keys and values live in the slots of the target's blocks, in a memory of their own. A block in work writes
-its positions behind the committed ones; the next `extend` or `draft` of the request overwrites them.
+its positions after the committed ones; the next `extend` or `draft` of the request overwrites them.
 
 Shapes: R requests, T tokens, P block positions, G = gamma drafted tokens, F = K * H features, H hidden, V vocabulary,
 L layers, M key/value heads, D head size, r Markov rank.
@@ -24,9 +24,9 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
 from draftkit.engine.drawing import Drafts, Drawing
-from draftkit.engine.fast_model import fuse_qkv
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
+from draftkit.engine.paged_model import fuse_qkv
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
 from draftkit.ops.inference import inference
@@ -45,11 +45,11 @@ class DraftingPass:
     block: bool
 
 
-class FastDrafter:
+class PagedBlockDrafter:
     """Weights taken from a loaded `BlockDrafter` (layer matrices are fused copies; embedding and heads are shared).
 
     `slots` positions of memory (blocks * block size, as the target's pool has them); `max_length` is the longest
-    request in tokens, the block behind it not counted. Raises ConfigError for a drafter that this stack cannot run.
+    request in tokens, the block after it not counted. Raises ConfigError for a drafter that this stack cannot run.
     """
 
     looks_ahead = False  # `extend` needs no tokens
@@ -79,7 +79,7 @@ class FastDrafter:
 
     @property
     def ends(self) -> Ends:
-        """What lies before and behind the layers."""
+        """What lies before and after the layers."""
         head = self.head
         return Ends(self.embedding, self.embedding_scale, self.norm, head.weight_VH, head.scale, head.soft_cap)
 
@@ -87,7 +87,7 @@ class FastDrafter:
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Write the context's keys and values of the pass's positions, all layers; `next_tokens_T` are not needed.
 
-        The pass may be the one that the target has just read, rejected tokens included: what lies behind the committed
+        The pass may be the one that the target has just read, rejected tokens included: what lies after the committed
         positions is overwritten before anything looks at it.
         """
         if self.native is not None:
@@ -125,10 +125,9 @@ class FastDrafter:
         if drawing is None and self.recorded is not None and (played := self.recorded.greedy.run(step)) is not None:
             tokens_RG, said_RG = played
             return Drafts(tokens_RG, None, *((said_RG, None) if self.confidence is not None else (None, said_RG)))
-        native = self.native  # another thread may set it meanwhile, and the head must see what its own pass gave
-        hidden_RGH, base_RGV = self._read_block(step, native)
-        if native is not None:
-            return native.head.draft(hidden_RGH, base_RGV, anchors_R, drawing)
+        hidden_RGH, base_RGV = self._read_block(step, self.native)
+        if self.native is not None:
+            return self.native.head.draft(hidden_RGH, base_RGV, anchors_R, drawing)
         tokens_RG, *said = self._walk(hidden_RGH, base_RGV, anchors_R, drawing or take_largest)
         return Drafts(tokens_RG, drawing.drawn() if drawing is not None else None, *said)
 
@@ -160,7 +159,7 @@ class FastDrafter:
     def _walk(
         self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor, choose: Choose
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Along the head, behind what the block gave: tokens, and confidences or largest probabilities."""
+        """Along the head, after what the block gave: tokens, and confidences or largest probabilities."""
         previous_R, state = anchors_R, None
         tokens, largest, embedded = [], [], []
         for k in range(self.gamma):
@@ -214,7 +213,7 @@ class RecordedDrafter:
     """Recordings of a drafter's passes: over its blocks, those and the greedy way along the head, and from features to keys and
     values."""
 
-    def __init__(self, drafter: FastDrafter, widest: int, record: Record) -> None:
+    def __init__(self, drafter: PagedBlockDrafter, widest: int, record: Record) -> None:
         slots, size, features = drafter.stack.slots, drafter.config.block_size, drafter.fc.shape[1]
         drafter = weakref.proxy(drafter)  # see `record_passes`
 
@@ -231,14 +230,14 @@ class RecordedDrafter:
 class NativeDrafter:
     """The C++ passes of a drafter: over its blocks, from features to keys and values, and along the head. Raises NoNative."""
 
-    def __init__(self, drafter: FastDrafter, stack: Stack) -> None:
+    def __init__(self, drafter: PagedBlockDrafter, stack: Stack) -> None:
         self.stack = NativeStack(stack, drafter.ends)
         self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
         self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, None)
 
 
 def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:
-    """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted behind."""
+    """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted after."""
     frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
     frequencies[int(config.rotary_share * config.head_dim // 2) :] = 0
     return rotary_table(max_length + config.block_size, frequencies, 1.0, like.dtype).to(like.device)
@@ -251,7 +250,7 @@ def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: 
     if module.q_norm is not None and module.k_norm is not None:
         q, k = (pair_rows(n.weight, size) for n in (module.q_norm, module.k_norm))
         qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
-    behind = layer.post_attention_layernorm.weight
+    after_attention = layer.post_attention_layernorm.weight
     return Layer(
         attention=AttentionShape(
             heads=config.num_heads,
@@ -268,8 +267,8 @@ def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: 
         qk_norm=qk_norm,
         out=columns_first(module.o_proj.weight),
         out_bias=None,
-        mixed_norm=behind if layer.output_norms else None,
-        mlp_norm=layer.pre_feedforward_layernorm.weight if layer.output_norms else behind,
+        post_attention_norm=after_attention if layer.output_norms else None,
+        mlp_norm=layer.pre_feedforward_layernorm.weight if layer.output_norms else after_attention,
         gate_up=columns_first(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
         down=columns_first(layer.mlp.down_proj.weight),
         mlp_out_norm=layer.post_feedforward_layernorm.weight if layer.output_norms else None,

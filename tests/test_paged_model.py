@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from draftkit.engine.fast_model import unsupported
+from draftkit.engine.paged_model import unsupported
 from draftkit.engine.passes import Pass
 from support.paged_target import BLOCK, FAMILIES, VOCAB, build, one_pass
 

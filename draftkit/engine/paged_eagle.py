@@ -2,7 +2,7 @@
 
 Row i of a request (feature i with token i + 1) lies at position i of the target's blocks: keys, values and the projected
 feature. The last committed row is made again when drafting starts from it, with the anchor as its token; drafted rows lie
-behind it, until the next `extend` overwrites them. A row needs the token behind it, so the last row of a block depends on
+after it, until the next `extend` overwrites them. A row needs the token after it, so the last row of a block depends on
 the block that follows: a prefix that others have read cannot be taken over.
 
 Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features, H hidden, V vocabulary, N query heads, M
@@ -20,17 +20,17 @@ from draftkit.draft.backbone import embed
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.draft.families import STYLES
 from draftkit.engine.drawing import Drafts, Drawing
-from draftkit.engine.fast_drafter import DraftingPass, fuse_layer, rotary_of, take_largest
+from draftkit.engine.paged_drafter import DraftingPass, fuse_layer, rotary_of, take_largest
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack, StackShape
 from draftkit.ops.inference import inference
 from draftkit.ops.sampling import largest_prob
 
 
-class FastEagle:
-    """Weights of a loaded `EagleDrafter` (layer matrices are fused copies); `slots` and `max_length` as in `FastDrafter`."""
+class PagedEagle:
+    """Weights of a loaded `EagleDrafter` (layer matrices are fused copies); `slots`, `max_length` as in `PagedBlockDrafter`."""
 
-    looks_ahead = True  # `extend` needs the token behind each position
+    looks_ahead = True  # `extend` needs the token after each position
 
     def __init__(self, drafter: EagleDrafter, slots: int, max_length: int) -> None:
         config = drafter.config
@@ -43,10 +43,10 @@ class FastEagle:
 
     @inference
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
-        """Write the rows of the pass's positions: features [T, F], each with the token behind it. Rows of rejected tokens
+        """Write the rows of the pass's positions: features [T, F], each with the token after it. Rows of rejected tokens
         may be among them; they are overwritten before anything looks at them. Raises ValueError without tokens."""
         if next_tokens_T is None:
-            raise ValueError("rows of EAGLE-3 hold the token behind each position")
+            raise ValueError("rows of EAGLE-3 hold the token after each position")
         drafter, config = self._drafter, self.config
         states_TH = F.linear(features_TF.to(drafter.fc.weight.dtype), drafter.fc.weight)
         u, _ = drafter.midlayer.join(embed(drafter.embed_tokens, next_tokens_T, config), states_TH)
@@ -66,7 +66,7 @@ class FastEagle:
 
     @inference
     def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
-        """G passes of one token per request, without confidences; `drawing` None drafts greedily, see `FastDrafter.draft`.
+        """G passes of one token per request, without confidences; `drawing` None drafts greedily.
 
         `step` is the `drafting_pass`: where the rows lie; their token ids do not matter.
         """
