@@ -118,7 +118,7 @@ class DrafterSettings(Section):
     ] = None
     draft_vocab_size: Annotated[
         int | None,
-        Field(ge=2, description="eagle3: only the most frequent tokens are drafted"),
+        Field(ge=2, description="draft only so many tokens, the most frequent ones"),
     ] = None
 
     @model_validator(mode="after")

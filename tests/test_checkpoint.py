@@ -19,7 +19,7 @@ from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, read_provenance, save_drafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.eagle3 import EagleDrafter
-from draftkit.errors import CheckpointError
+from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
 from draftkit.output import write_text
 from draftkit.schedule.traces import save_traces
@@ -38,6 +38,7 @@ SHAPES: dict[str, DrafterShape] = {
     "dflash": replace(BLOCK, **DFLASH),
     "dflash 1+N": replace(BLOCK, **DFLASH, layout="one_plus_n"),
     "dflash 1+N capped": replace(BLOCK, **DFLASH, layout="one_plus_n", soft_cap=30.0, window=9),
+    "dspark reduced": replace(BLOCK, draft_vocab_size=12),
     "gemma4": replace(BLOCK, **GEMMA),
     "llama": replace(BLOCK, style="llama", window=12, logit_scale=0.5),
     "eagle3": EAGLE,
@@ -167,7 +168,26 @@ def test_eagle3_with_norms_is_vllms_class_and_deepspecs_on_request(target: Trans
     assert same(again, drafter)
 
 
-@pytest.mark.parametrize("name", ["eagle3", "eagle3 reduced", "dflash 1+N"])
+def test_a_reduced_block_drafter_is_what_vllm_reads_and_no_other_form_takes_it(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
+    drafter = drafter_for(target, SHAPES["dspark reduced"])
+    save_drafter(drafter, tmp_path, {}, torch.float32)
+    fields, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    assert (fields["architectures"], fields["draft_vocab_size"]) == (["Qwen3DSparkModel"], 12)
+    assert tensors["lm_head.weight"].shape == (12, 32) and tensors["markov_head.markov_w2.weight"].shape == (12, 6)
+    assert tensors["markov_head.markov_w1.weight"].shape == (target.info.vocab_size, 6)
+    assert (tensors["d2t"] + torch.arange(12)).tolist() == list(range(1, 36, 3))
+    with pytest.raises(CheckpointError, match="DeepSpec drafts from the whole vocabulary"):
+        save_drafter(drafter, tmp_path / "other", {}, torch.float32, form="deepspec")
+    with pytest.raises(ConfigError, match="no engine loads a gemma4 block drafter of a reduced vocabulary"):
+        replace(BLOCK, **GEMMA, draft_vocab_size=12)
+    one_plus_n = drafter_for(target, replace(BLOCK, **DFLASH, layout="one_plus_n", draft_vocab_size=12))
+    save_drafter(one_plus_n, tmp_path / "dflash", {}, torch.float32)  # z-lab's form has no head of its own
+    assert json.loads((tmp_path / "dflash" / "config.json").read_text())["architectures"] == ["Qwen3DSparkModel"]
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle3 reduced", "dspark reduced", "dflash 1+N"])
 def test_a_form_that_cannot_hold_the_drafter_says_so(name: str, target: TransformersTarget, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="DeepSpec"):
         save_drafter(drafter_for(target, SHAPES[name]), tmp_path, {}, torch.float32, form="deepspec")

@@ -58,8 +58,15 @@ def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(family
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"vocab_size": 77, "confidence_with_markov": False}, {"head": "none", "confidence": False}, {"head": "gated"}],
-    ids=["markov", "odd-vocabulary", "none", "gated"],
+    [
+        {},
+        {"vocab_size": 77, "confidence_with_markov": False},
+        {"head": "none", "confidence": False},
+        {"head": "gated", "confidence": False},
+        {"head": "rnn"},
+        {"draft_vocab_size": 13},
+    ],
+    ids=["markov", "odd-vocabulary", "none", "gated", "rnn", "reduced-vocabulary"],
 )
 def test_compiled_greedy_drafting_takes_what_the_eager_one_takes(changes: dict[str, Any], threads: int) -> None:
     _, fast = build_drafter(**changes)
@@ -90,8 +97,10 @@ def test_compiled_greedy_drafting_takes_what_the_eager_one_takes(changes: dict[s
         {"layout": "one_plus_n", "block_size": 7},
         {"style": "gemma4", "rotary_share": 0.5, "soft_cap": 4.0, "shared_key_value": True, "logit_scale": 0.5},
         {"style": "llama", "window": 5, "num_kv_heads": 4, "head": "rnn"},
+        {"head": "gated"},
+        {"draft_vocab_size": 13},
     ],
-    ids=["one_plus_n", "gemma4", "llama-window"],
+    ids=["one_plus_n", "gemma4", "llama-window-rnn", "gated", "reduced-vocabulary"],
 )
 def test_the_compiled_drafter_equals_the_eager_one(changes: dict[str, Any]) -> None:
     _, fast = build_drafter(**changes)

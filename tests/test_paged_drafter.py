@@ -30,8 +30,9 @@ def test_equal_to_the_drafter_for_requests_of_different_lengths(
         {"style": "gemma4", "rotary_share": 0.5, "soft_cap": 4.0, "shared_key_value": True},
         {"window": 5, "logit_scale": 0.5, "num_kv_heads": 4},
         {"window": 2, "layout": "one_plus_n"},
+        {"draft_vocab_size": 13},
     ],
-    ids=["llama", "gemma4", "window", "short-window"],
+    ids=["llama", "gemma4", "window", "short-window", "reduced-vocabulary"],
 )
 def test_equal_to_the_drafter_in_other_styles_and_with_windows(changes: dict[str, Any]) -> None:
     compare(torch.float64, 1e-9, **changes)

@@ -1,5 +1,5 @@
-"""The verification rules on batches: ragged lengths, temperature zero, and draws that follow the law (exactness itself is
-proved in test_exactness)."""
+"""The verification rules on batches: ragged lengths, temperature zero, and draws that follow the distribution (exactness
+itself is proved in test_exactness)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_ragged_lengths_equal_the_shorter_proposal_alone(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_drawn_verdicts_follow_the_law(rule: Rule) -> None:
+def test_drawn_verdicts_follow_the_distribution(rule: Rule) -> None:
     tokens, p, q, _ = random_batch(1, 3, 1.5, seed=4)
     count = 40_000
     uniforms = torch.rand(count, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

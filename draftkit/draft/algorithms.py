@@ -56,6 +56,7 @@ def _block_shape(section: DrafterSettings, sizes: Sizes, mask_token_id: int) -> 
     return DrafterConfig(
         **sizes,
         mask_token_id=mask_token_id,
+        draft_vocab_size=section.draft_vocab_size,
         layout=section.layout,
         window=section.window,
         head=section.head if heads else "none",

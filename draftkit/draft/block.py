@@ -6,6 +6,7 @@ L layers, M key/value heads, D head size; in training X blocks, Q = X * P, C con
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
-from draftkit.draft.drafter import DraftContext, Drafter, DrafterConfig, LossReport, Proposal, TrainBatch
+from draftkit.draft.drafter import DraftContext, DrafterConfig, LossReport, Proposal, TrainBatch
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
 from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
+from draftkit.draft.vocabulary import ReducedHead
 from draftkit.ops.attention import plan_blocks
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
 from draftkit.settings import LossSettings
@@ -52,8 +54,9 @@ class BlockContext:
         self._length = end
 
 
-class BlockDrafter(Drafter):
-    """Backbone, optional sequential head, optional confidence head; embedding and head are frozen copies."""
+class BlockDrafter(ReducedHead):
+    """Backbone, optional sequential head, optional confidence head; embedding and head (or its chosen rows) are frozen
+    copies."""
 
     config: DrafterConfig
 
@@ -62,7 +65,8 @@ class BlockDrafter(Drafter):
         self.config = config
         hidden = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
-        self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(hidden, config.head_size, bias=False)
+        self.draft_ids_W = torch.arange(config.head_size) if config.draft_vocab_size else None
         self.fc = nn.Linear(len(config.feature_layers) * hidden, hidden, bias=False)
         self.hidden_norm = RMSNorm(hidden, config.rms_eps)
         self.layers = nn.ModuleList(DraftLayer(config) for _ in range(config.num_layers))
@@ -78,7 +82,7 @@ class BlockDrafter(Drafter):
                     nn.init.normal_(module.weight, std=0.02)
 
     def head(self) -> Head:
-        """The target's output head, with the family's factor and soft cap."""
+        """The target's output head, or its rows of the draft vocabulary, with the family's factor and soft cap."""
         return Head(self.lm_head.weight, self.config.logit_scale, self.config.soft_cap)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -115,6 +119,7 @@ class BlockDrafter(Drafter):
                 row_Br, state = self.markov_head.step(hidden_BGH[:, k], markov_Br, state)
                 logits_BV = logits_BV + self.markov_head.markov_w2(row_Br)
                 embedded.append(markov_Br)
+            logits_BV = self.over_target(logits_BV)
             q_BV = processed_probs(logits_BV, sampling)
             previous_B = q_BV.argmax(-1) if sampling.temperature == 0 else sample(q_BV, uniforms_BG[:, k])
             tokens.append(previous_B)
@@ -177,10 +182,11 @@ class BlockDrafter(Drafter):
             markov=(markov_Nr, self.markov_head.markov_w2.weight) if self.markov_head and markov_Nr is not None else None,
             target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[before_XG.flatten()[row_N]].to(hidden_NH.dtype),
             place_N=before_XG.flatten()[row_N],
-            target_head=self.head(),
-            tokens_N=batch.tokens_BT.flatten()[layout.drafted_XG.flatten()[row_N]],
+            target_head=replace(self.head(), weight_VH=self.whole_head()),
+            tokens_N=self.draft_tokens(batch.tokens_BT.flatten()[layout.drafted_XG.flatten()[row_N]]),
             grid_N=row_N,
             gamma=self.gamma,
+            draft_ids_W=self.draft_ids_W,
         )
         losses = distillation_loss(rows, settings)
         weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]

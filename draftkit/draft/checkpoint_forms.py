@@ -57,8 +57,10 @@ def _read_dspark(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
     kind = fields.get("markov_head_type", str, "vanilla")
     if kind not in _HEADS:
         raise CheckpointError(f"{fields.where}: markov_head_type {kind!r} is not known; known are {', '.join(_HEADS)}")
+    reduced = fields.get("draft_vocab_size", int, sizes["vocab_size"])
     return DrafterConfig(
         **sizes,
+        draft_vocab_size=reduced if reduced != sizes["vocab_size"] else None,
         feature_layers=fields.wanted_ids("target_layer_ids"),
         mask_token_id=fields.get("mask_token_id", int),
         block_size=fields.get("block_size", int),
@@ -140,6 +142,8 @@ def _write_dspark(config: DrafterConfig) -> dict[str, Any]:
         "confidence_head_with_markov": config.confidence_with_markov and config.head != "none",
         "num_anchors": 512,  # DeepSpec's class asks for it and uses it in training alone
     }
+    if config.draft_vocab_size:
+        fields["draft_vocab_size"] = config.draft_vocab_size
     return fields | _window(config)
 
 
@@ -181,12 +185,14 @@ def _write_deepspec_eagle(config: EagleConfig) -> dict[str, Any]:
 def _not_dspark(config: DrafterConfig, name: str) -> str | None:
     if name == "deepspec" and (config.layout != "anchor" or config.style == "llama"):
         return "DeepSpec has the anchor layout alone, and no Llama block; write the portable form"
+    if name == "deepspec" and config.draft_vocab_size:
+        return "DeepSpec drafts from the whole vocabulary; write the portable form, which vLLM and llama.cpp load"
     return None
 
 
 def _not_dflash(config: DrafterConfig, name: str) -> str | None:
-    fits = config.layout == "one_plus_n" and config.style == "qwen3"
-    return None if fits else "z-lab's DFlash has the layout one_plus_n and the Qwen3 block"
+    fits = config.layout == "one_plus_n" and config.style == "qwen3" and not config.draft_vocab_size
+    return None if fits else "z-lab's DFlash has the layout one_plus_n, the Qwen3 block and the whole vocabulary"
 
 
 def _not_eagle(config: EagleConfig, name: str) -> str | None:

@@ -116,6 +116,10 @@ class DrafterConfig(DrafterShape):
             raise ConfigError(f"drafter.mask_token_id: {self.mask_token_id} must lie between 0 and the target's {last}")
         if self.head not in HEADS:
             raise ConfigError(f"drafter.head: {self.head!r} is not known, choose one of {', '.join(HEADS)}")
+        if self.draft_vocab_size is not None and self.style == "gemma4":
+            raise ConfigError(
+                "drafter.draft_vocab_size: no engine loads a gemma4 block drafter of a reduced vocabulary; leave it out"
+            )
         if self.layout not in LAYOUTS:
             raise ConfigError(f"drafter.layout: {self.layout!r} is not known, choose one of {', '.join(LAYOUTS)}")
         if self.window is not None and self.window < 1:

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
-from draftkit.draft.drafter import DraftContext, Drafter, DrafterShape, LossReport, Proposal, TrainBatch
+from draftkit.draft.drafter import DraftContext, DrafterShape, LossReport, Proposal, TrainBatch
 from draftkit.draft.layout import TrainLayout, lay_out
 from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
+from draftkit.draft.vocabulary import ReducedHead
 from draftkit.errors import ConfigError
 from draftkit.ops.attention import block_attention, plan_blocks
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
@@ -116,7 +117,7 @@ class EagleContext:
             )
 
 
-class EagleDrafter(Drafter):
+class EagleDrafter(ReducedHead):
     """One layer, a final norm, and frozen copies of the target's embedding and head (its chosen rows).
 
     `draft_ids_W` are the target ids of the draft vocabulary, None for the whole. `target_head_VH`, the target's head, is
@@ -124,8 +125,6 @@ class EagleDrafter(Drafter):
     """
 
     config: EagleConfig
-    draft_ids_W: Tensor | None
-    target_head_VH: Tensor | None
     _rope: Tensor | None
 
     def __init__(self, config: EagleConfig) -> None:
@@ -139,26 +138,12 @@ class EagleDrafter(Drafter):
         self.lm_head = nn.Linear(hidden, config.head_size, bias=False)
         ids = torch.arange(config.head_size) if config.draft_vocab_size else None
         self.draft_ids_W = ids
-        self.register_buffer("target_head_VH", None, persistent=False)
         self.register_buffer("_rope", None, persistent=False)
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad:
                 nn.init.normal_(module.weight, std=0.02)
-
-    def choose_vocabulary(self, draft_ids_W: Tensor | None, target_head_VH: Tensor | None) -> None:
-        """Set the draft vocabulary and the target's head to train with. Raises ConfigError when the vocabulary has not
-        the configured size, names a token twice, or one that the target does not have."""
-        found = None if draft_ids_W is None else len(draft_ids_W)
-        if found != self.config.draft_vocab_size:
-            raise ConfigError(f"drafter.draft_vocab_size: {self.config.draft_vocab_size}, but {found} tokens were chosen")
-        if draft_ids_W is not None:
-            lowest, highest = int(draft_ids_W.min()), int(draft_ids_W.max())
-            if lowest < 0 or highest >= self.config.vocab_size or len(draft_ids_W.unique()) < len(draft_ids_W):
-                raise ConfigError(f"draft vocabulary: its ids must be distinct and within 0..{self.config.vocab_size - 1}")
-        self.draft_ids_W = draft_ids_W
-        self.target_head_VH = target_head_VH.detach() if target_head_VH is not None else None
 
     # --- drafting
 
@@ -216,11 +201,7 @@ class EagleDrafter(Drafter):
 
     def logits(self, state_BH: Tensor) -> Tensor:
         """States [B, H] to draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B, V]."""
-        logits_BW = self._head(self.lm_head.weight).logits(self.norm(state_BH))
-        if self.draft_ids_W is None:
-            return logits_BW
-        outside = logits_BW.new_full((len(logits_BW), self.config.vocab_size), float("-inf"))
-        return outside.index_copy_(-1, self.draft_ids_W, logits_BW)
+        return self.over_target(self._head(self.lm_head.weight).logits(self.norm(state_BH)))
 
     def _head(self, weight: Tensor) -> Head:
         return Head(weight, self.config.logit_scale, self.config.soft_cap)
@@ -252,8 +233,8 @@ class EagleDrafter(Drafter):
             head=self._head(self.lm_head.weight),
             markov=None,
             target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[drafted_N - 1].to(hidden_NH.dtype),
-            target_head=self._head(self._whole_head()),
-            tokens_N=self._draft_tokens(batch.tokens_BT.flatten()[drafted_N]),
+            target_head=self._head(self.whole_head()),
+            tokens_N=self.draft_tokens(batch.tokens_BT.flatten()[drafted_N]),
             grid_N=row_N,
             gamma=self.gamma,
             place_N=drafted_N,
@@ -263,22 +244,6 @@ class EagleDrafter(Drafter):
         weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
         sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
         return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, layout.grid_N)
-
-    def _whole_head(self) -> Tensor:
-        """The target's head [V, H]."""
-        if self.target_head_VH is not None:
-            return self.target_head_VH
-        if self.draft_ids_W is not None:
-            raise ConfigError("an EAGLE-3 drafter of a reduced vocabulary is trained together with its target: load it so")
-        return self.lm_head.weight
-
-    def _draft_tokens(self, tokens_N: Tensor) -> Tensor:
-        """Target ids as the head counts them, -1 outside the draft vocabulary."""
-        if self.draft_ids_W is None:
-            return tokens_N
-        places_V = tokens_N.new_full((self.config.vocab_size,), -1)
-        places_V[self.draft_ids_W] = torch.arange(len(self.draft_ids_W), device=tokens_N.device)
-        return places_V[tokens_N]
 
     def _train_states(self, batch: TrainBatch, layout: TrainLayout) -> Tensor:
         """States of all unrolled steps of all blocks, before the final norm: [X, G, H].

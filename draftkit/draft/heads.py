@@ -22,7 +22,7 @@ class MarkovHead(nn.Module):
         self.kind = config.head
         rank, hidden = config.markov_rank, config.hidden_size
         self.markov_w1 = nn.Embedding(config.vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, config.vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, config.head_size, bias=False)
         nn.init.normal_(self.markov_w1.weight, std=0.02)
         nn.init.zeros_(self.markov_w2.weight)  # training starts from the parallel stage alone
         if self.kind == "gated":

@@ -250,7 +250,12 @@ class NativeHead:
             native.first, native.end = k, k + 1
             native.part = _LOGITS
             self._walk(native)
-            drawing.adjust(base_RGC[:, k], k)
+            if self._ids_C is None:
+                drawing.adjust(base_RGC[:, k], k)
+            else:
+                whole_RV = base_RGC.new_full((len(base_RGC), self._vocab), float("-inf"))
+                drawing.adjust(whole_RV.index_copy_(1, self._ids_C, base_RGC[:, k]), k)
+                base_RGC[:, k] = whole_RV[:, self._ids_C]
             native.part = _TOKENS
             self._walk(native)
             drawing.note(tokens_RG[:, k])

@@ -63,6 +63,7 @@ class PagedBlockDrafter:
         self.embedding_scale = float(scale) if style.scaled_embedding else 1.0
         self.norm, self.fc, self.hidden_norm = drafter.norm.weight, drafter.fc.weight, drafter.hidden_norm.weight
         self.markov, self.confidence = drafter.markov_head, drafter.confidence_head
+        self.draft_ids_W, self._over_target = drafter.draft_ids_W, drafter.over_target
         rotary = rotary_of(config, max_length, self.norm)
         blocks = cast(list[DraftLayer], list(drafter.layers))
         layers = tuple(fuse_layer(block, config, rotary, config.window) for block in blocks)
@@ -140,7 +141,7 @@ class PagedBlockDrafter:
 
     @inference
     def logits_along(self, step: Pass, anchors_R: Tensor, tokens_RG: Tensor) -> Tensor:
-        """Logits [R, G, V] before each of these drafted tokens, in PyTorch operations."""
+        """Logits of the head's tokens before each of these drafted tokens [R, G, W], in PyTorch operations."""
         logits: list[Tensor] = []
 
         def follow(logits_RV: Tensor, k: int) -> Tensor:
@@ -148,11 +149,12 @@ class PagedBlockDrafter:
             return tokens_RG[:, k]
 
         self._walk(*self._read_block(step, None), anchors_R, follow)
-        return torch.stack(logits, 1)
+        logits_RGV = torch.stack(logits, 1)
+        return logits_RGV if self.draft_ids_W is None else logits_RGV[..., self.draft_ids_W]
 
     @inference
     def compiled_logits(self, step: Pass, anchors_R: Tensor, native: NativeDrafter) -> tuple[Tensor, Tensor]:
-        """Greedy tokens [R, G] and the logits [R, G, V] before each, of the compiled pass."""
+        """Greedy tokens [R, G] and the logits [R, G, W] before each, of the compiled pass."""
         hidden_RGH, base_RGV = self._read_block(step, native)
         return native.head.draft(hidden_RGH, base_RGV, anchors_R, None).tokens_DG, base_RGV  # the head writes there
 
@@ -168,6 +170,7 @@ class PagedBlockDrafter:
                 embedded.append(self.markov.previous(previous_R))
                 row_Rr, state = self.markov.step(hidden_RGH[:, k], embedded[-1], state)
                 logits_RV = torch.addmm(logits_RV, row_Rr, self.markov.markov_w2.weight.t())
+            logits_RV = self._over_target(logits_RV)
             if self.confidence is None:
                 largest.append(largest_prob(logits_RV))
             previous_R = choose(logits_RV, k)
@@ -233,7 +236,7 @@ class NativeDrafter:
     def __init__(self, drafter: PagedBlockDrafter, stack: Stack) -> None:
         self.stack = NativeStack(stack, drafter.ends)
         self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
-        self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, None)
+        self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, drafter.draft_ids_W)
 
 
 def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ TABLES = [[7, 2, 9, 11, 0, 5, 6, 20], [1, 3, 12], [8, 4, 10, 19]]  # pages lie a
 def build(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[BlockDrafter, PagedBlockDrafter]:
     torch.manual_seed(0)
     drafter = BlockDrafter(replace(BLOCK_CONFIG, **changes))
+    if size := drafter.config.draft_vocab_size:
+        drafter.choose_vocabulary(torch.arange(1, drafter.config.vocab_size, 2)[:size], None)
     for name, parameter in drafter.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     for name, buffer in drafter.named_buffers():
