@@ -1,13 +1,13 @@
 """The engine without a drafter, with proposals of fixed length, and with planned lengths, at several concurrencies.
 
-    python benchmarks/engine_arms.py DRAFTER --concurrency 1 2 4 8 16 32 64 --requests 198 --out benchmarks/results/arms.json
+    python benchmarks/engine_arms.py --concurrency 1 2 4 8 16 32 64 --requests 198 --out benchmarks/results/arms.json
 
 All arms read with the same copy of the weights and write to the same memory: where they lie decides up to a tenth of the speed,
 and where the rest of an engine lies still some hundredths. So all are built anew several times for each concurrency, in another
 order each time; the planner goes on with what it has learned. Users ask the held-out prompts, and answers end where the target
 ends them. Arms take turns every few answers, because other users of a machine change its speed within seconds. A ratio is that
 of all tokens over all seconds, with the 95 % interval of a bootstrap over turns.
-With `--grown` target and drafter are grown to the shape of Qwen3-8B, for a GPU (see `grown.py`); there weights are fused once
+On a GPU `--grown` makes the shape of Qwen3-8B of target and drafter (see `grown.py`); there weights are fused once
 for all engines, and each has a memory of its own.
 With `--eager` passes are PyTorch operations: slow, and of nearly the same cost whatever they hold, so that drafting pays.
 """
@@ -24,19 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_load import Load, read_prompts, run_closed
-from grown import grow_pair
+from engine_load import Load, run_closed
+from measured_pair import add_pair_options, open_measured_pair
 from result_file import print_result, write_result
 from rich.progress import track
 
-from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.transformers import TransformersTarget
 
 ARMS = ["off", "fixed", "planned"]
 FEW = 6  # answers of a turn, or one per user
@@ -117,23 +116,21 @@ def summarise(concurrency: int, turns: list[dict[str, Load]]) -> dict[str, Any]:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("drafter", type=Path)
-    parser.add_argument("--target", default="tiny")
+    add_pair_options(parser)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--requests", type=int, default=198, help="answers per arm and concurrency")
     parser.add_argument("--turns", type=int, default=TURNS, help="at least: a turn is 6 answers, or one for each user")
     parser.add_argument("--new-tokens", type=int, default=128, help="of an answer at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--grown", action="store_true", help="of the size of Qwen3-8B, on a GPU in bfloat16")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    prompts = read_prompts(options.target, 128)
-    target = load_target(options.target)
-    drafter = open_drafter(options.drafter, target)
-    if options.grown:
-        target, drafter = grow_pair(target, drafter)
+    pair = open_measured_pair(options, 128)
+    target, drafter, prompts = pair.target, pair.drafter, pair.prompts
+    if drafter is None:
+        parser.error("--drafter none: two of the three arms draft; give a drafter")
+    large = target.device.type == "cuda"
     longest = max(len(prompt) for prompt in prompts) + options.new_tokens
     length = -(-longest // 16) * 16  # so that as many blocks are needed with a drafter as without
     most = max(64, *options.concurrency)
@@ -141,15 +138,15 @@ def main() -> None:
         compile=not options.eager,
         max_length=length,
         max_running=most,
-        kv_bytes=GROWN_KV_BYTES if options.grown else 2**30,
+        kv_bytes=GROWN_KV_BYTES if large else 2**30,
     )
-    at_once, answers = (most, most) if options.grown else (8, 16)  # to warm up
+    at_once, answers = (most, most) if large else (8, 16)  # to warm up
     planner: LengthPlanner | None = None
 
     def built(count: int) -> dict[str, Engine]:
         nonlocal planner
         names = ARMS[count % 3 :] + ARMS[: count % 3]
-        engines = build(names, target, drafter, settings, not options.grown)
+        engines = build(names, target, drafter, settings, not large)
         if planner is not None:
             engines["planned"]._planner = planner
         planner = engines["planned"]._planner
@@ -158,14 +155,14 @@ def main() -> None:
         return engines
 
     orders = list(permutations(ARMS))  # so that each comes as often behind each of the others
-    builds = 1 if options.grown else BUILDS  # recording takes long, and no weights lie twice there
+    builds = 1 if large else BUILDS  # recording takes long, and no weights lie twice there
     engines = built(0)
     result: dict[str, Any] = {
         "device": device_name(target.device),
         "threads": options.threads,
         "clock": "processor time" if options.threads == 1 else "wall clock",
         "compiled": all(engine.compiled for engine in engines.values()),
-        "target": options.target,
+        "target": target.info.name,
         "parameters": sum(p.numel() for p in target.model.parameters()),
         "new_tokens": options.new_tokens,
         "levels": [],

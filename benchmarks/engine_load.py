@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -45,11 +46,12 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def read_prompts(target: str, count: int) -> list[tuple[int, ...]]:
-    """Token ids of about `count` held-out prompts, one of each domain in turn: a benchmark may take only the first few."""
+def read_prompts(target: str, count: int, paths: Sequence[Path] | None = None) -> list[tuple[int, ...]]:
+    """Token ids of about `count` prompts, by default embedded held-out ones, one of each domain in turn: a benchmark may take
+    only the first few."""
     tokenizer = load_tokenizer(target)
     by_domain: dict[str, list[Conversation]] = {}
-    for conversation in read_conversations([TINY_HELD_OUT]):
+    for conversation in read_conversations(paths or [TINY_HELD_OUT]):
         by_domain.setdefault(conversation.domain, []).append(conversation)
     each = -(-count // len(by_domain))
     chosen = (found[:: max(1, len(found) // each)][:each] for found in by_domain.values())

@@ -1,6 +1,6 @@
 """Share of the engine's steps that is not a forward pass, at several concurrencies, with and without a drafter.
 
-    python benchmarks/engine_overhead.py DRAFTER --out benchmarks/results/engine_overhead.json
+    python benchmarks/engine_overhead.py --out benchmarks/results/engine_overhead.json
 
 A drafter's pass here is its backbone and heads; drawing tokens from its logits counts as overhead, and so do verification,
 scheduling and bookkeeping.
@@ -13,13 +13,12 @@ import statistics
 from pathlib import Path
 
 import torch
-from engine_load import read_prompts, run_closed
+from engine_load import run_closed
+from measured_pair import add_pair_options, open_measured_pair
 from result_file import print_result
 
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
-from draftkit.target.transformers import load_target
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -30,19 +29,19 @@ def spread(values: list[float]) -> dict[str, float]:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("drafter", type=Path)
-    parser.add_argument("--target", default="tiny")
+    add_pair_options(parser)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    prompts, target = read_prompts(options.target, 64), load_target(options.target)
+    pair = open_measured_pair(options, 64)
+    prompts, target, drafter = pair.prompts, pair.target, pair.drafter
     engines = {
         "off": Engine(target, None, EngineSettings()),
-        "fixed": Engine(target, str(options.drafter), EngineSettings(plan="fixed")),
-        "planned": Engine(target, str(options.drafter), EngineSettings()),
+        "fixed": Engine(target, drafter, EngineSettings(plan="fixed")),
+        "planned": Engine(target, drafter, EngineSettings()),
     }
     compiled = [engine.compiled for engine in engines.values()]
     levels = []
@@ -53,8 +52,8 @@ def main() -> None:
                 shares[name].append(run_closed(engine, prompts, concurrency, max(2, concurrency), 64).overhead)
         found = {name: spread(values[1:]) for name, values in shares.items()}  # the first repeat warms up
         levels.append({"concurrency": concurrency, "overhead": found})
-    result = {"cpu": device_name(), "threads": options.threads, "compiled": all(compiled), "levels": levels}
-    print_result(result, options.out)
+    facts = {"target": target.info.name, "threads": options.threads, "compiled": all(compiled)}
+    print_result(facts | {"levels": levels}, options.out)
 
 
 if __name__ == "__main__":

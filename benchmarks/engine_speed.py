@@ -1,13 +1,13 @@
 """Tokens per second, greedy: transformers.generate, the engine without and with a drafter, and other servers, in one run.
 
-    python benchmarks/engine_speed.py --drafter runs/quickstart/drafter/best --concurrency 1 8 32 --out result.json
+    python benchmarks/engine_speed.py --concurrency 1 2 4 8 16 --out result.json
     python benchmarks/engine_speed.py --drafter ... --against vllm=http://127.0.0.1:8001/v1
 
 Every round runs all arms one after the other on the same prompts; a ratio is the median over rounds of two arms' speeds in
 the same round, and an overall one is that of all tokens over all seconds (prompts of three domains take turns, and a drafter
 is not worth the same in each). Answers end at the stop token. The engine runs in this process, other servers answer over HTTP
-(`/v1/completions`, prompts as text, no streaming): that costs them a few milliseconds per request. On a machine that others
-use, `--processor-time --threads 1` counts this process's processor seconds instead of the clock's.
+(`/v1/completions`, prompts as token ids, no streaming): that costs them a few milliseconds per request. On a machine that
+others use, `--processor-time --threads 1` counts this process's processor seconds instead of the clock's.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ from pathlib import Path
 
 import httpx
 import torch
-from engine_load import answer_at_once, read_prompts
-from grown import grow_pair
+from engine_load import answer_at_once
+from measured_pair import add_pair_options, open_measured_pair
 from result_file import print_result
 from rich.progress import Progress
 
-from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name
-from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.transformers import TransformersTarget
 
 Prompt = list[int]
 Arm = Callable[[Sequence[Prompt]], list[list[int] | int]]  # answers to prompts asked at once: tokens, or only how many
@@ -70,13 +68,13 @@ def engine_arm(engine: Engine, new_tokens: int) -> Arm:
     return lambda prompts: [*answer_at_once(engine, prompts, new_tokens)]
 
 
-def server_arm(url: str, new_tokens: int, decode: Callable[[Prompt], str]) -> Arm:
-    """All prompts at once to an OpenAI-compatible server."""
+def server_arm(url: str, new_tokens: int) -> Arm:
+    """All prompts at once to an OpenAI-compatible server, as token ids."""
     client = httpx.Client(base_url=url, timeout=300)
     model = client.get("models").raise_for_status().json()["data"][0]["id"]
 
     def ask(prompt: Prompt) -> int:
-        body = {"model": model, "prompt": decode(prompt), "max_tokens": new_tokens, "temperature": 0.0}
+        body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0.0}
         return int(client.post("completions", json=body).raise_for_status().json()["usage"]["completion_tokens"])
 
     def run(prompts: Sequence[Prompt]) -> list[list[int] | int]:
@@ -129,16 +127,13 @@ def spread(values: list[float]) -> dict[str, float]:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="tiny")
-    parser.add_argument("--drafter", type=Path)
+    add_pair_options(parser)
     parser.add_argument("--plan", choices=["planned", "fixed"], default="planned")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of all arms in this process")
     parser.add_argument("--against", metavar="NAME=URL", nargs="*", default=[], help="other servers, URL with /v1")
-    parser.add_argument("--grown", action="store_true", help="of the size of Qwen3-8B, on a GPU in bfloat16 (grown.py)")
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--no-generate", action="store_true", help="leave transformers.generate out")
     parser.add_argument("--out", type=Path)
@@ -146,28 +141,25 @@ def main() -> None:
     if options.processor_time and options.against:
         parser.error("--processor-time counts this process alone; leave --against out")
     torch.set_num_threads(options.threads)
-    target, tokenizer = load_target(options.target, dtype=options.dtype), load_tokenizer(options.target)
-    prompts = [list(prompt) for prompt in read_prompts(options.target, 66)]
-    drafter = open_drafter(options.drafter, target, target.head_weight().dtype) if options.drafter else None
-    if options.grown and drafter is not None:
-        target, drafter = grow_pair(target, drafter)
-    room = EngineSettings(plan=options.plan, kv_bytes=2**32 if options.grown else 2**30)
+    pair = open_measured_pair(options, 66)
+    target, drafter, prompts = pair.target, pair.drafter, [list(prompt) for prompt in pair.prompts]
+    room = EngineSettings(plan=options.plan, kv_bytes=2**32 if target.device.type == "cuda" else 2**30)
     engines = {"engine": Engine(target, None, room)}
     if drafter is not None:
         engines["engine with drafter"] = Engine(target, drafter, room)
     arms = {} if options.no_generate else {"transformers": generate_arm(target, options.new_tokens)}
     arms |= {name: engine_arm(engine, options.new_tokens) for name, engine in engines.items()}
-    for pair in options.against:
-        name, url = pair.split("=", 1)
-        arms[name] = server_arm(url, options.new_tokens, tokenizer.decode)
+    for other in options.against:
+        name, url = other.split("=", 1)
+        arms[name] = server_arm(url, options.new_tokens)
     compiled = {name: engine.compiled for name, engine in engines.items()}
     clock = time.process_time if options.processor_time else time.perf_counter
     found = [compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency]
     facts = {"device": device_name(target.device), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
     facts["clock"] = "processor" if options.processor_time else "wall"
-    settings = {"target": options.target, "dtype": str(target.head_weight().dtype)[6:], "new_tokens": options.new_tokens}
+    settings = {"target": target.info.name, "dtype": str(target.head_weight().dtype)[6:], "new_tokens": options.new_tokens}
     settings |= {"plan": options.plan, "prompts": len(prompts)}
-    if options.drafter:
+    if drafter is not None:
         metrics = engines["engine with drafter"].metrics
         settings["accepted_len"] = round(1 + metrics.accepted / max(1, metrics.rounds), 3)
         total = metrics.draft_seconds + metrics.verify_seconds + metrics.other_seconds

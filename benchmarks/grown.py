@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import Drafter
-from draftkit.target.transformers import TransformersTarget
+from draftkit.target.transformers import DTYPES, TransformersTarget
 
 Rule = Callable[[Tensor], Tensor]  # a small model's weight, on the device already, to the grown one's
 FURTHER_STD = 0.02  # of random weights that no answer depends on
@@ -50,16 +50,17 @@ class Growth:
     vocab: int = 151_936
 
 
-def grow_pair(target: TransformersTarget, drafter: Drafter) -> tuple[TransformersTarget, BlockDrafter]:
-    """Both in the shape of Qwen3-8B on a GPU; where there is none, a little larger, to try a script. Raises SystemExit."""
+def grow_pair(
+    target: TransformersTarget, drafter: Drafter, dtype: str = "bfloat16"
+) -> tuple[TransformersTarget, BlockDrafter]:
+    """Both in the shape of Qwen3-8B on a GPU; where there is none, of the size of SmolLM2-135M. Raises SystemExit."""
     if not isinstance(drafter, BlockDrafter):
         raise SystemExit(f"a block drafter can be grown, not {type(drafter).__name__}")
     if torch.cuda.is_available():
-        growth, device, dtype = Growth(), "cuda", torch.bfloat16
-    else:
-        growth = Growth(2, 2, 8, 4, target.info.num_layers + 1, drafter.config.num_layers + 1, target.info.vocab_size + 100)
-        device, dtype = "cpu", torch.float32
-    grown = grow_target(target, growth, device, dtype)
+        growth, device = Growth(), "cuda"
+    else:  # the embedded target becomes one of 146 million parameters
+        growth, device = Growth(4, 8, 8, 4, target.info.num_layers, drafter.config.num_layers, target.info.vocab_size), "cpu"
+    grown = grow_target(target, growth, device, DTYPES[dtype])
     return grown, grow_drafter(drafter, grown, growth)
 
 

@@ -68,10 +68,10 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*options: str) -> Iterator[ServerProcess]:
-    """Start `draftkit serve` with one thread, wait until it is ready, and kill it at the end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "draftkit.cli", "serve", "--threads", "1", *options]
+def server_process(*options: str, threads: int = 1) -> Iterator[ServerProcess]:
+    """Start `draftkit serve`, wait until it is ready, and kill it at the end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "draftkit.cli", "serve", "--threads", str(threads), *options]
     began = time.monotonic()
     server = ServerProcess(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
     reader = threading.Thread(target=_read, args=(server,), daemon=True)

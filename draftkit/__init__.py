@@ -16,7 +16,7 @@ __all__ = ["LLM", "EngineSettings", "SamplingParams", "__version__"]
 
 _PLACES = {
     "LLM": "draftkit.serve.llm",
-    "SamplingParams": "draftkit.engine.request",
+    "SamplingParams": "draftkit.engine.sampling_params",
     "EngineSettings": "draftkit.engine.settings",
 }
 

@@ -40,7 +40,7 @@ from draftkit.draft.warm_start import CapturedText
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
-from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, spread_prompts
+from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, speed_prompts
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.target.fingerprint import fingerprint
@@ -407,7 +407,7 @@ def evaluate_prompts(
         made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
         result = _kept_result(path, made_from)
         if result is None:
-            timed = len(spread_prompts(chosen, section.speed_prompts))
+            timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
             with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as (bar, task):
                 tick = lambda: bar.update(task, advance=1)  # noqa: E731
                 result = evaluate(target, opened, chosen, section, sampling, tick)
@@ -439,7 +439,7 @@ def summary(results: Sequence[EvalResult]) -> str:
         {
             "temperature": r.settings["sampling"]["temperature"],
             "accepted_len": {k: v.value for k, v in r.accepted_len.items()},
-            "speed": {k: v.ratio for k, v in r.speed.items()},
+            "speed": {k: asdict(v) for k, v in r.speed.items()},
             "prompts": len(r.records),
             "domains": domains_of(r.records),
         }

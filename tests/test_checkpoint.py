@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from draftkit import cli
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, read_provenance, save_drafter
+from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, read_config, read_provenance, save_drafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.errors import CheckpointError, ConfigError
@@ -95,6 +95,18 @@ def test_a_folder_without_embedding_needs_its_target(target: TransformersTarget,
     other.lm_head.weight.data[0, 0] += 1
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is not the one of"):
         save_drafter(other, tmp_path, {}, torch.float32, lender=target)
+
+
+@pytest.mark.parametrize("lend", [False, True], ids=["whole", "borrowed"])
+def test_embedding_and_head_of_an_opened_drafter_are_the_targets_tensors(
+    lend: bool, target: TransformersTarget, tmp_path: Path
+) -> None:
+    save_drafter(drafter_for(target, BLOCK).double(), tmp_path, {}, torch.float64, lender=target if lend else None)
+    drafter = open_drafter(tmp_path, target)
+    assert drafter.embed_tokens.weight.data_ptr() == target.embedding_weight().data_ptr()
+    assert drafter.lm_head.weight.data_ptr() == target.head_weight().data_ptr()
+    drafter.to(torch.bfloat16)
+    assert target.head_weight().dtype == torch.float64  # the drafter's own parameter was moved, not the target's
 
 
 def test_zlabs_dflash_is_written_as_their_loaders_expect(target: TransformersTarget, tmp_path: Path) -> None:

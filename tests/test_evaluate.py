@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from draftkit import stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import save_drafter
+from draftkit.engine.engine import Engine
 from draftkit.errors import Interrupted
+from draftkit.evaluate import speed as speed_module
 from draftkit.evaluate.run import EvalPrompt, EvalResult, evaluate
+from draftkit.evaluate.speed import _speed
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import EvaluateSettings
 from draftkit.target.transformers import TransformersTarget
@@ -83,10 +87,35 @@ def test_json_of_a_length_that_no_round_defines_has_null(target: TransformersTar
     assert told["accepted_len"]["macro"] is None
 
 
-def test_speed_is_by_domain_and_its_mean(target: TransformersTarget) -> None:
-    settings = EvaluateSettings(max_new_tokens=6, batch_size=4, speed_prompts=4)
-    speed = evaluate(target, make_drafter(target), PROMPTS[:4], settings, Sampling(0.0)).speed
-    assert list(speed) == ["code", "chat", "macro"]
-    assert [s.prompts for s in speed.values()] == [2, 2, 4]
-    assert speed["macro"].ratio == pytest.approx((speed["code"].ratio + speed["chat"].ratio) / 2)
-    assert all(s.low_quartile <= s.ratio <= s.high_quartile for s in speed.values())
+def test_speed_is_the_engines_by_domain_and_of_all_tokens_over_all_seconds(target: TransformersTarget) -> None:
+    settings = EvaluateSettings(max_new_tokens=6, batch_size=4, speed_prompts=2)
+    speed = evaluate(target, make_drafter(target), PROMPTS[:7], settings, Sampling(0.0)).speed
+    assert list(speed) == ["code", "chat", "all"] and [s.prompts for s in speed.values()] == [2, 2, 4]
+    for s in speed.values():
+        assert 0 < s.low <= s.ratio <= s.high and 0 <= s.drafting <= 1
+        assert s.ratio == pytest.approx(s.drafted_tokens_per_second / s.plain_tokens_per_second)
+
+
+def test_a_ratio_is_that_of_sums_and_not_a_mean_of_ratios() -> None:
+    """Two prompts: 100 tokens in 1 s without and 2 s with the drafter, 100 in 9 s and 3 s."""
+    speed = _speed([[100, 1.0, 0, 0, 100, 2.0, 50, 25], [100, 9.0, 0, 0, 100, 3.0, 50, 50]])
+    assert (speed.ratio, speed.plain_tokens_per_second, speed.drafted_tokens_per_second) == (2.0, 20.0, 40.0)
+    assert (speed.prompts, speed.drafting, speed.low, speed.high) == pytest.approx((2, 0.75, 0.5, 3.0))
+
+
+def test_the_engine_without_a_drafter_is_the_baseline_and_both_are_warm(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []  # gamma of the engine, first token of the prompt
+
+    def answer(engine: Engine, prompt: Sequence[int], *_: Any) -> list[float]:
+        asked.append((engine.info.gamma, prompt[0]))
+        return [1, 1.0, 0, 0]
+
+    monkeypatch.setattr(speed_module, "_answer", answer)
+    prompts = {"code": [[4, 5]], "chat": [[6, 7], [8, 9]]}
+    drafter = make_drafter(target)
+    speed_module.measure_speed(target, drafter, prompts, Sampling(0.0), 6, 0)
+    gamma, warm = drafter.gamma, 2 * len(prompts["code"] + prompts["chat"])
+    assert asked[warm:] == [(gamma, 4), (0, 4), (0, 6), (gamma, 6), (gamma, 8), (0, 8)]
+    assert {g for g, _ in asked[:warm]} == {0, gamma}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 import torch
 
@@ -30,3 +31,14 @@ def test_a_copy_outlives_the_pages_that_it_came_from() -> None:
 def test_elsewhere_the_memory_is_ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(huge_pages.mmap, "MADV_HUGEPAGE", raising=False)
     assert torch.equal(HugePages().copy(torch.arange(9)), torch.arange(9))
+
+
+def test_zeros_take_memory_only_where_they_are_written() -> None:
+    def held() -> int:
+        return psutil.Process().memory_info().rss
+
+    before = held()
+    memory = huge_pages.zeros((2**20, 64), torch.float32)  # 256 MiB
+    assert memory.shape == (2**20, 64) and not memory[2**19].any() and held() - before < 16 * 2**20
+    memory[-1] = 1
+    assert memory.sum() == 64 and huge_pages.zeros((0, 3), torch.float32).shape == (0, 3)

@@ -6,17 +6,20 @@ import pytest
 import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, Qwen3Config, Qwen3ForCausalLM
 
+from draftkit.decode import decode
 from draftkit.engine import measure, memory
 from draftkit.engine.engine import Engine
 from draftkit.engine.memory import Room, bytes_per_position, room_for
+from draftkit.engine.paged_drafter import PagedBlockDrafter
 from draftkit.engine.paged_eagle import PagedEagle
 from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import Pass
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ServeError
+from draftkit.ops.sampling import Sampling
 from draftkit.target.interface import TargetInfo
-from draftkit.target.transformers import TransformersTarget
+from draftkit.target.transformers import EMBEDDED, TransformersTarget, load_target
 from support.drafters import make_drafter, make_eagle
 from support.engine import PROMPTS, finish, small, tokens_of
 from support.paged_target import build
@@ -120,3 +123,19 @@ def test_short_requests_are_measured_inside_their_memory(
     ends = max(int((p.starts_R + p.lengths_R).max()) for p in passes)
     assert max_length < ends <= max_length + engine.info.gamma + 1
     assert all(p.tables_RB.size for p in passes)
+
+
+def test_each_weight_lies_in_memory_once_when_compiled_passes_are_in_use() -> None:
+    target, prompt = load_target("tiny"), [5, 8, 13, 21, 34]
+    wanted = decode(target, None, prompt, Sampling(0.0), 24, 0).tokens
+    engine = Engine(target, EMBEDDED / "drafter", EngineSettings(plan="fixed"))
+    assert engine.compiled
+    model, drafter = engine._models.model, engine._models.drafter
+    assert isinstance(model, PagedModel) and isinstance(drafter, PagedBlockDrafter)
+    assert model.native is not None and drafter.native is not None
+    left = [model.head, drafter.head.weight_VH, drafter.fc, drafter.context_kv]
+    assert model.stack.layers == drafter.stack.layers == () and all(t.numel() == 0 for t in left)
+    assert drafter.native.stack._ends.head.panels == model.native._ends.head.panels
+    assert drafter.embedding.data_ptr() == model.embedding.data_ptr() == target.embedding_weight().data_ptr()
+    engine.add_request("a", prompt, SamplingParams(max_tokens=24, temperature=0.0))
+    assert tokens_of(finish(engine)["a"]) == list(wanted)

@@ -84,7 +84,7 @@ def save_drafter(
 def load_drafter(
     folder: Path, dtype: torch.dtype = torch.float32, target: TargetWeights | None = None
 ) -> Drafter:
-    """Read a folder in any known form; what it leaves out is borrowed from `target`.
+    """Read a folder in any known form; what it leaves out, or holds with the same numbers, are the very tensors of `target`.
 
     Raises CheckpointError naming the file, the field or the tensor that is wrong, or that only the target can give.
     """
@@ -98,7 +98,9 @@ def load_drafter(
         if name not in tensors:
             tensors[name] = _borrowed(str(folder), name, target, ids_W)
     check_tensors(str(folder), {k: v.shape for k, v in drafter.state_dict().items()}, tensors)
-    drafter.load_state_dict(tensors)
+    shared = _shared(tensors, target, ids_W) if target is not None else {}
+    own = {name: t.to(dtype, copy=True) for name, t in tensors.items() if name not in shared}  # files are mapped: copied
+    drafter.load_state_dict(own | shared, assign=True)
     drafter.choose_vocabulary(ids_W, _head_to_train_with(drafter, target))
     return drafter.to(dtype).eval()
 
@@ -209,8 +211,16 @@ def _borrowed(where: str, name: str, target: TargetWeights | None, draft_ids_W: 
     if target is None:
         raise CheckpointError(f"{where}: has no {name}, which is its target's; give the target too (--target)")
     if name == EMBEDDING:
-        return target.embedding_weight()
-    return target.head_weight() if draft_ids_W is None else target.head_weight()[draft_ids_W]
+        return target.embedding_weight().detach()
+    head_VH = target.head_weight().detach()
+    return head_VH if draft_ids_W is None else head_VH[draft_ids_W]
+
+
+def _shared(tensors: dict[str, Tensor], target: TargetWeights, draft_ids_W: Tensor | None) -> dict[str, Tensor]:
+    """The target's embedding and head, those of them that hold the drafter's numbers in the same dtype."""
+    names = (EMBEDDING, HEAD) if draft_ids_W is None else (EMBEDDING,)
+    theirs = {name: _borrowed("drafter", name, target, None) for name in names}
+    return {n: t for n, t in theirs.items() if t.dtype == tensors[n].dtype and torch.equal(tensors[n].to(t.device), t)}
 
 
 def _head_to_train_with(drafter: Drafter, target: TargetWeights | None) -> Tensor | None:

@@ -24,7 +24,8 @@ from draftkit.ops.native_build import NoNative
 
 log = logging.getLogger("draftkit.engine")
 _BLOCK, _SLOTS = 4, 24  # block size and positions of the check's own memory
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest number, between two orders of summing and rounding
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a row's spread, between two orders of summing and rounding;
+_WORST = 5  # times as much in single rows: some tokens lie where a real model's bfloat16 passes are far from float32's, too
 
 
 def compile_models(models: Models) -> bool:
@@ -36,6 +37,8 @@ def compile_models(models: Models) -> bool:
     reason = compile_passes(models.model, drafter, models.feature_layers, widest)
     if reason is not None:
         log.warning("no compiled passes: PyTorch operations do the same slower (%s)", reason)
+    else:
+        models.drop_copies()
     return reason is None
 
 
@@ -55,7 +58,7 @@ def compile_passes(
         with torch.inference_mode():
             native = _native_model(model)
             if drafter is not None:
-                drafter.native = _native_drafter(drafter)
+                drafter.native = _native_drafter(drafter, native if _same(drafter.head.weight_VH, model.head) else None)
             model.native = native
     except NoNative as error:
         return str(error)
@@ -93,7 +96,7 @@ def _native_model(model: PagedModel) -> NativeStack:
     return trial.native
 
 
-def _native_drafter(drafter: PagedBlockDrafter) -> NativeDrafter:
+def _native_drafter(drafter: PagedBlockDrafter, lender: NativeStack | None) -> NativeDrafter:
     trial, size = copy.copy(drafter), drafter.config.block_size
     trial.stack = Stack(drafter.stack.shape, drafter.stack.layers, _SLOTS + 2 * _BLOCK * size)
     lengths_R = np.minimum([3, 5], len(drafter.stack.layers[0].rotary) - size)
@@ -102,7 +105,7 @@ def _native_drafter(drafter: PagedBlockDrafter) -> NativeDrafter:
     features_TF = torch.randn(len(context), drafter.fc.shape[1], generator=torch.Generator().manual_seed(0))
     anchors_R = torch.zeros(2, dtype=torch.int64)
 
-    trial.native = native = NativeDrafter(drafter, trial.stack)
+    trial.native = native = NativeDrafter(drafter, trial.stack, lender)
     trial.extend(context, features_TF, anchors_R)
     tokens_RG, compiled = trial.compiled_logits(block, anchors_R, native)
     trial.native = None
@@ -121,7 +124,17 @@ def _trial_pass(ends: Ends, starts_R: np.ndarray, lengths_R: np.ndarray, block: 
     return Pass(tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), ends.embedding.dtype, block=follows)
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """The same numbers at the same place."""
+    return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())
+
+
 def _compare(what: str, eager: Tensor, native: Tensor) -> None:
-    difference = float((eager - native).abs().max())
-    if not difference <= _TOLERANCE[eager.dtype] * max(1.0, float(eager.abs().max())):
-        raise NoNative(f"the compiled {what} differs from the eager one by {difference:.2g}")
+    """Raise NoNative unless the rows of logits [..., V] are the same but for rounding."""
+    eager_NV, native_NV = (t.float().flatten(0, -2) for t in (eager, native))
+    spread_N = (eager_NV - eager_NV.mean(-1, keepdim=True)).norm(dim=-1)
+    error_N = (eager_NV - native_NV).norm(dim=-1) / spread_N.clamp_min(1e-30)
+    tolerance, middle, worst = _TOLERANCE[eager.dtype], float(error_N.median()), float(error_N.max())
+    if not (middle <= tolerance and worst <= _WORST * tolerance):
+        told = f"differs from the eager one by {middle:.2g} of a row's spread, at worst {worst:.2g}"
+        raise NoNative(f"the compiled {what} {told}")

@@ -37,6 +37,12 @@ class Models:
     device: torch.device
     dtype: torch.dtype
 
+    def drop_copies(self) -> None:
+        """Compiled passes are in use: no weight needs to lie here a second time."""
+        for model in (self.model, self.drafter):
+            if isinstance(model, PagedModel | PagedBlockDrafter):
+                model.drop_copies()
+
     def forget(self, block: int) -> None:
         """Drop what is kept outside the blocks for the request that has this first block."""
         for model in (self.model, self.drafter):

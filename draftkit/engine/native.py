@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -81,11 +81,11 @@ class Ends:
 class NativeStack:
     """One stack and its ends as `cpp/step.cpp` wants them; float32 or bfloat16 on the CPU.
 
-    Keys and values are those of `stack`, so that passes of both kinds may follow each other. Raises NoNative when a size
-    or dtype does not fit, or nothing can be compiled.
+    Keys and values are those of `stack`, so that passes of both kinds may follow each other. `lender` has packed the same
+    head already. Raises NoNative when a size or dtype does not fit, or nothing can be compiled.
     """
 
-    def __init__(self, stack: Stack, ends: Ends) -> None:
+    def __init__(self, stack: Stack, ends: Ends, lender: NativeStack | None = None) -> None:
         if ends.embedding.device.type != "cpu":
             raise NoNative(f"the C++ pass runs on the CPU, not on {ends.embedding.device.type}")
         sizes = [stack.shape.hidden, *(layer.attention.head_dim for layer in stack.layers)]
@@ -103,7 +103,7 @@ class NativeStack:
         self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
         layers = ctypes.cast(self._layers, _pointer)
         self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, half, stack.shape.eps, layers)
-        self._ends = _Ends(
+        self._ends: Any = _Ends(
             self.vocab,
             half,
             self._keep(ends.embedding),
@@ -111,8 +111,9 @@ class NativeStack:
             ends.embedding_scale,
             ends.logit_scale,
             ends.logit_cap or 0.0,
-            self.matrix(ends.head),
+            self.matrix(ends.head) if lender is None else lender._ends.head,
         )
+        self._lender = lender  # its panels stay alive with this object
         self.attach(stack)
 
     def attach(self, stack: Stack) -> None:
@@ -265,15 +266,17 @@ class NativeHead:
 
 
 def pack_panels(weight: Tensor, kind: int) -> Tensor:
-    """[out, in] with rows filled up with zeros, as the source wants a matrix of this kind: FLOATS [out / 16, in, 16]; HALVES
-    the same in bfloat16, with rows 0, 8, 1, 9, ... of a panel as neighbours; PAIRS [out / 16, in / 2, 16, 2] in bfloat16."""
-    padded = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    """[out, in] with rows filled up with zeros, in the order that the source wants of this kind of matrix, as a view where it
+    can be one: FLOATS [out / 16, in, 16]; HALVES [out / 16, in, 8, 2] in bfloat16, rows 0, 8, 1, 9, ... of a panel as
+    neighbours; PAIRS [out / 16, in / 2, 16, 2] in bfloat16."""
+    short = -len(weight) % PANEL
+    padded = F.pad(weight, (0, 0, 0, short)) if short else weight
     if kind == FLOATS:
-        return padded.float().unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+        return padded.float().unflatten(0, (-1, PANEL)).transpose(1, 2)
     half = padded.to(torch.bfloat16)
     if kind == HALVES:
-        return half.unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1).flatten(2).contiguous()
-    return half.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+        return half.unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1)
+    return half.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2)
 
 
 def _is_half(weight: Tensor) -> bool:

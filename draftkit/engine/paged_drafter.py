@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
@@ -83,6 +83,13 @@ class PagedBlockDrafter:
         """What lies before and after the layers."""
         head = self.head
         return Ends(self.embedding, self.embedding_scale, self.norm, head.weight_VH, head.scale, head.soft_cap)
+
+    def drop_copies(self) -> None:
+        """Give the fused matrices back once compiled passes, which have their own, are in use."""
+        if self.native is not None:
+            self.stack.drop_weights()
+            self.context_kv, self.fc = self.context_kv.new_empty(0), self.fc.new_empty(0)
+            self.head = replace(self.head, weight_VH=self.head.weight_VH.new_empty(0))
 
     @inference
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
@@ -231,10 +238,11 @@ class RecordedDrafter:
 
 
 class NativeDrafter:
-    """The C++ passes of a drafter: over its blocks, from features to keys and values, and along the head. Raises NoNative."""
+    """The C++ passes of a drafter: over its blocks, from features to keys and values, and along the head. `target` has packed
+    the head, where it is the very same tensor. Raises NoNative."""
 
-    def __init__(self, drafter: PagedBlockDrafter, stack: Stack) -> None:
-        self.stack = NativeStack(stack, drafter.ends)
+    def __init__(self, drafter: PagedBlockDrafter, stack: Stack, target: NativeStack | None) -> None:
+        self.stack = NativeStack(stack, drafter.ends, target)
         self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
         self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, drafter.draft_ids_W)
 

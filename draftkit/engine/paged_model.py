@@ -150,6 +150,12 @@ class PagedModel:
         """What lies before and after the layers."""
         return Ends(self.embedding, self.embedding_scale, self.norm, self.head, logit_cap=self.logit_cap)
 
+    def drop_copies(self) -> None:
+        """Give the fused matrices back once a compiled pass, which has its own, is in use."""
+        if self.native is not None:
+            self.stack.drop_weights()
+            self.head = self.head.new_empty(0)
+
     @inference
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
         """Read the pass's tokens into the memory. `wanted` are the rows whose logits matter; None means all.

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from draftkit.engine.passes import Group, PagedPass, Pass
+from draftkit.ops import huge_pages
 
 TRITON = importlib.util.find_spec("triton") is not None  # not everywhere, and not needed on a CPU
 if TRITON:
@@ -98,8 +100,14 @@ class Stack:
         self.shape, self.layers, self.slots = shape, layers, slots  # slot number `slots` takes what padding writes
         # zeros, not empty: what no request has written is masked, and a mask does not hide a NaN
         sizes = [(layer.attention.kv_heads, 2 * layer.attention.head_dim) for layer in layers]
-        self.memory = tuple(layers[0].qkv.new_zeros(slots + 1, *size) for size in sizes)  # per layer [P + 1, M, 2 D]
+        weight = layers[0].qkv
+        zeros = partial(huge_pages.zeros, dtype=weight.dtype) if weight.device.type == "cpu" else weight.new_zeros
+        self.memory = tuple(zeros((slots + 1, *size)) for size in sizes)  # per layer [P + 1, M, 2 D]
         self.paged = layers[0].qkv.is_cuda and self._kernels_fit()
+
+    def drop_weights(self) -> None:
+        """Give the layers back: from now on a compiled pass, which has its own copy of them, fills the memory."""
+        self.layers = ()
 
     def laid(self, step: Pass) -> Indices:
         """The pass as this stack reads it: for kernels of a GPU where they can run."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from draftkit.evaluate.run import EvalResult, Speed
+from draftkit.evaluate.run import EvalResult
+from draftkit.evaluate.speed import Speed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,20 +17,40 @@ def print_report(results: Sequence[EvalResult], console: Console | None = None) 
     """One table per result, then the speed. It fits 80 columns with up to 15 drafted tokens."""
     from rich.console import Console
 
-    console = console or Console()
+    console = console or Console(highlight=False)
     for result in results:
         console.print(_table(result))
         if result.speed:
-            console.print(_speed(result.speed) + "\n", highlight=False)
+            console.print(speed_line(result.speed))
+            console.print(verdict(result) + "\n")
 
 
-def _speed(speeds: Mapping[str, Speed]) -> str:
-    *of_domains, macro = speeds.values()
-    each = ", ".join(f"{name} {speed.ratio:.2f}" for name, speed in zip(speeds, of_domains, strict=False))
-    quartiles = f"quartiles {macro.low_quartile:.2f} to {macro.high_quartile:.2f}, "
-    if macro.prompts == len(of_domains):  # one prompt of each domain has no spread
-        quartiles = ""
-    return f"speed: {macro.ratio:.2f} x plain decoding ({quartiles}{macro.prompts} prompts, same loop, same run): {each}"
+def speed_line(speeds: Mapping[str, Speed]) -> str:
+    """The ratio of all prompts with its interval, then each domain's."""
+    of_all = speeds["all"]
+    each = ", ".join(f"{name} {s.ratio:.2f} ({s.low:.2f} to {s.high:.2f})" for name, s in speeds.items() if name != "all")
+    baseline = f"the engine without a drafter, {of_all.prompts} prompts one at a time"
+    return f"speed: {of_all.ratio:.2f} x (95 % {of_all.low:.2f} to {of_all.high:.2f}) of {baseline}: {each}"
+
+
+def verdict(result: EvalResult) -> str:
+    """What was found, in plain words. Empty where no speed was measured."""
+    if "all" not in result.speed:
+        return ""
+    speed, length = result.speed["all"], result.accepted_len["macro"].value
+    temperature = result.settings["sampling"]["temperature"]
+    if speed.low > 1:
+        found = "drafting pays here"
+    elif speed.high < 1:
+        found = "drafting costs more than it gains here"
+    else:
+        found = "no difference can be told here"
+    return (
+        f"Temperature {temperature:g}: a round of drafting yields {length:.2f} tokens, the target alone 1. The engine makes "
+        f"{speed.drafted_tokens_per_second:,.0f} tokens per second with the drafter and {speed.plain_tokens_per_second:,.0f} "
+        f"without, {speed.ratio:.2f} x: {found}. It drafted in {100 * speed.drafting:.0f} % of its steps, where it "
+        "expected to gain."
+    )
 
 
 def _table(result: EvalResult) -> Table:

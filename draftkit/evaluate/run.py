@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -31,11 +30,11 @@ from draftkit.evaluate.metrics import (
     macro_accepted_length,
     record_of,
 )
+from draftkit.evaluate.speed import Speed, measure_speed
 from draftkit.ops.sampling import Sampling
 from draftkit.ops.verify import TOKEN_RULE
 from draftkit.output import as_json, write_text
 from draftkit.settings import EvaluateSettings
-from draftkit.target.interface import Target
 from draftkit.target.transformers import TransformersTarget
 
 Tick = Callable[[], None]
@@ -51,16 +50,6 @@ class EvalPrompt:
 
 
 @dataclass(frozen=True)
-class Speed:
-    """Tokens per second of drafting over plain decoding by the same loop, prompt by prompt: median ratio and quartiles."""
-
-    prompts: int
-    ratio: float
-    low_quartile: float
-    high_quartile: float
-
-
-@dataclass(frozen=True)
 class EvalResult:
     """Everything that a table or a plot is drawn from; `save` writes it as one JSON file."""
 
@@ -68,7 +57,7 @@ class EvalResult:
     settings: dict[str, Any]
     accepted_len: dict[str, Interval]  # by domain, and "macro"
     acceptance: dict[str, list[float]]  # conditional acceptance by position, by domain, and "all"
-    speed: dict[str, Speed]  # by domain, and "macro": means over domains; empty when nothing was timed
+    speed: dict[str, Speed]  # by domain, and "all"; empty when nothing was timed
     records: tuple[PromptRecord, ...]
 
     def save(self, path: Path) -> None:
@@ -101,12 +90,13 @@ def evaluate(
     tick: Tick = lambda: None,
 ) -> EvalResult:
     """Answer every prompt with the drafter, `batch_size` at a time by the engine, or one by one by the reference loop;
-    decode `speed_prompts` of them, spread over the domains, by that loop with and without the drafter, for the speed.
+    `speed_prompts` of every domain are answered once more for the speed, see `measure_speed`.
 
     The seed of a prompt is the base seed plus its index, so that results do not depend on order or process count.
     `tick` is called after every prompt of either kind. Raises DataError for a prompt that does not fit.
     """
     decoded = _answers(target, drafter, prompts, settings, sampling, tick)
+    timed, limit = speed_prompts(prompts, settings.speed_prompts), settings.max_new_tokens
     records = [record_of(d, p.prompt_id, p.domain, drafter.gamma) for p, d in zip(prompts, decoded, strict=True)]
     domains = {d: [r for r in records if r.domain == d] for d in domains_of(records)}
     lengths = {d: accepted_length(chosen) for d, chosen in domains.items()}
@@ -117,7 +107,7 @@ def evaluate(
         accepted_len=lengths | {"macro": macro_accepted_length(records)},
         acceptance={d: acceptance_by_position(chosen) for d, chosen in domains.items()}
         | {"all": acceptance_by_position(records)},
-        speed=measure_speed(target, drafter, prompts, settings, sampling, tick),
+        speed=measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick),
         records=tuple(records),
     )
 
@@ -143,40 +133,6 @@ def _answers(
     return decoded
 
 
-def measure_speed(
-    target: Target,
-    drafter: Drafter,
-    prompts: Sequence[EvalPrompt],
-    settings: EvaluateSettings,
-    sampling: Sampling,
-    tick: Tick,
-) -> dict[str, Speed]:
-    """Speed of `decode` with the drafter over `decode` without, by domain, and "macro"; each prompt both ways in turn."""
-    chosen = spread_prompts(prompts, settings.speed_prompts)
-
-    def rate(index: int, arm: Drafter | None, limit: int) -> float:
-        done = decode(target, arm, prompts[index].tokens, sampling, limit, settings.seed + index)
-        return len(done.tokens) / (done.prefill_seconds + done.decode_seconds)
-
-    for arm in (None, drafter) if chosen else ():  # the first passes pay for lazy set-up; they are not measured
-        rate(chosen[0], arm, 8)
-    ratios: dict[str, list[float]] = {}
-    for index in chosen:
-        plain, drafted = rate(index, None, settings.max_new_tokens), rate(index, drafter, settings.max_new_tokens)
-        ratios.setdefault(prompts[index].domain, []).append(drafted / plain)
-        tick()
-    speeds = {domain: _spread_of(found) for domain, found in ratios.items()}
-    if speeds:
-        columns = [[getattr(s, name) for s in speeds.values()] for name in ("ratio", "low_quartile", "high_quartile")]
-        speeds["macro"] = Speed(len(chosen), *(sum(column) / len(column) for column in columns))
-    return speeds
-
-
-def _spread_of(ratios: Sequence[float]) -> Speed:
-    ordered = sorted(ratios)
-    return Speed(len(ordered), median(ordered), ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4])
-
-
 def environment(device: torch.device | None = None) -> dict[str, Any]:
     """Versions and hardware that stand behind a result; `device`: where it was computed, None = on the CPU."""
     return {
@@ -200,13 +156,12 @@ def device_name(device: torch.device | None = None) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def spread_prompts(prompts: Sequence[EvalPrompt], count: int) -> list[int]:
-    """Indices of about `count` prompts, the same number of every domain."""
-    by_domain: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        by_domain.setdefault(prompt.domain, []).append(index)
-    each = -(-count // max(1, len(by_domain)))
-    return [i for indices in by_domain.values() for i in indices[:each]]
+def speed_prompts(prompts: Sequence[EvalPrompt], each: int) -> dict[str, list[tuple[int, ...]]]:
+    """Token ids of the first `each` prompts of every domain."""
+    by_domain: dict[str, list[tuple[int, ...]]] = {}
+    for prompt in prompts:
+        by_domain.setdefault(prompt.domain, []).append(prompt.tokens)
+    return {domain: found[:each] for domain, found in by_domain.items()}
 
 
 def _record(raw: dict[str, Any]) -> PromptRecord:
