@@ -418,7 +418,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = ServeSettings.host,
     port: Annotated[int, typer.Option(help="0 = any free one")] = ServeSettings.port,
-    api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="guards /v1; repeatable")] = None,
+    api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="opens the API; repeatable")] = None,
     name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
     max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = ServeSettings.max_waiting,
     max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = ServeSettings.max_body_bytes,
@@ -440,6 +440,12 @@ def serve(
     generation_config: Annotated[
         str, typer.Option(help="auto: sampling fields that a request leaves out are the target's own; none: the API's")
     ] = ServeSettings.generation_config,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="web pages of this origin may ask (CORS); * = all; repeatable")
+    ] = None,
+    honour_special_tokens: Annotated[
+        bool, typer.Option(help="special tokens in contents count, as in most servers; default: they are text")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
@@ -456,7 +462,14 @@ def serve(
     keys = tuple(api_key or ())
     with option_names():
         settings = ServeSettings(
-            host, port, keys, max_body, max_waiting, drain_seconds=drain_seconds, generation_config=generation_config
+            host,
+            port,
+            keys,
+            max_body,
+            max_waiting,
+            drain_seconds=drain_seconds,
+            generation_config=generation_config,
+            allow_origins=tuple(allow_origin or ()),
         )
         engine = EngineSettings(
             plan=plan,  # type: ignore[arg-type]  # checked there
@@ -466,7 +479,7 @@ def serve(
             max_length=max_length,
             kv_bytes=max(1, int(kv_gib * 2**30)) if kv_gib is not None else None,
         )
-    pair = (target, drafter, name, engine, threads, step_rate, calibration, generation_config)
+    pair = (target, drafter, name, engine, threads, step_rate, calibration, generation_config, honour_special_tokens)
     run_server(lambda: load_served(*pair), settings)
 
 

@@ -27,6 +27,7 @@ from draftkit.settings import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
+MAX_BYTES = 2**18
 
 
 class Recipe(BaseModel):
@@ -44,7 +45,15 @@ class Recipe(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (6e-4 is a float) and no key twice."""
+    """YAML 1.2 numbers (6e-4 is a float), no key twice, and no aliases: they multiply, and a page of them is more than memory
+    holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """One value; an error where it stands for another."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not taken; write the value out", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
@@ -76,6 +85,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         packaged = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise ConfigError(f"{name_or_path}: no such recipe; give a YAML file or one of: {packaged}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path}: has {path.stat().st_size} bytes; a recipe has {MAX_BYTES} at most")
     raw = _parse(path.read_bytes(), str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: is a {type(raw).__name__}, must be a mapping with at least `name:`")

@@ -4,20 +4,26 @@ and a disk that fails is told with the file's name."""
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from draftkit.errors import ConfigError, DataError
 from draftkit.permissions import follow_umask
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def make_folder(out: Path) -> None:
@@ -67,15 +73,18 @@ def write_tensors(
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Keep other runs from `path` for as long as this one writes it; a killed run's lock is released by the system.
+    """Keep other runs from `path`, a file or a folder that is there, for as long as this one writes it; a killed run's lock is
+    released by the system.
 
-    Raises DataError when another run has it. A file system without locks keeps nobody out.
+    Raises DataError when another run has it, OSError that names it when the disk does not take the lock's file. A file system
+    without locks keeps nobody out.
     """
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        with naming(path):
+            lock.acquire()
     except Timeout as error:
-        raise DataError(f"{path}: another run is writing it; wait for its end or choose another file") from error
+        raise DataError(f"{path}: another run is writing it; wait for its end or choose another place") from error
     except NotImplementedError:
         pass
     try:
@@ -84,12 +93,37 @@ def only_writer(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def one_writer(file: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Decorates a stage that makes its folder `out` (or, with `file`, the folder of its file `out`): other runs are kept from
+    it until the stage ends. Of several processes of one run (torchrun) the first one has the lock."""
+
+    def decorate(stage: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(stage)
+
+        @wraps(stage)
+        def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+            out: Path = signature.bind(*args, **kwargs).arguments["out"]
+            folder = out.parent if file else out
+            if os.environ.get("RANK", "0") != "0":
+                return stage(*args, **kwargs)
+            with naming(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            with only_writer(folder):
+                return stage(*args, **kwargs)
+
+        return alone
+
+    return decorate
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Say which file the disk did not take, and what to do: a write that fails does not know the name of its file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if isinstance(error, Timeout):  # of a lock, which is no fault of the disk's
+            raise
         why = getattr(error, "strerror", None) or error
         raise OSError(f"{path}: cannot be written ({why}); make room or choose another place, and run it again") from error
 

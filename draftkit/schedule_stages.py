@@ -16,6 +16,7 @@ from draftkit.evaluate.profile import ProfileSettings, plot_step_rate, profile
 from draftkit.evaluate.run import EvalPrompt
 from draftkit.evaluate.schedule_plots import plot_reliability, plot_simulation
 from draftkit.ops.sampling import Sampling
+from draftkit.output import one_writer
 from draftkit.schedule.calibration import (
     Calibration,
     Quality,
@@ -37,6 +38,7 @@ TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step
 MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}  # free tokens, padding
 
 
+@one_writer(file=True)
 def run_record(
     target: TransformersTarget,
     drafter: Drafter,
@@ -104,6 +106,7 @@ class CalibrationReport:
     missing: int  # confidences that were no numbers, taken as zero
 
 
+@one_writer()
 def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
     """Fit on every other prompt, measure on the rest, write `calibration.json` and `reliability.png` into `out`.
 

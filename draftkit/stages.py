@@ -42,7 +42,7 @@ from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, speed_prompts
 from draftkit.ops.sampling import Sampling
-from draftkit.output import as_json, make_folder, write_text
+from draftkit.output import as_json, make_folder, one_writer, write_text
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, TemplateFormat
@@ -154,6 +154,7 @@ def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
     return tuple(chosen) if chosen else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
 
 
+@one_writer()
 def run_capture(
     target: TransformersTarget,
     tokenizer: Any,
@@ -201,6 +202,7 @@ def drafter_config(
     return algorithm.shape(section, sizes, mask)
 
 
+@one_writer()
 def run_train(
     target: TargetWeights,
     tokenizer: Any,
@@ -322,7 +324,8 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
     make_folder(out)
     target = TargetFiles(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
-    note = {k: v for k, v in read_provenance(folder).items() if k not in ("draftkit", "algorithm", "sha256")}
+    own = ("draftkit", "algorithm", "sha256", "config_sha256", "digest")
+    note = {k: v for k, v in read_provenance(folder).items() if k not in own}
     save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow else None)
     return (out / WEIGHTS).stat().st_size
 
@@ -371,6 +374,7 @@ def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
         )
 
 
+@one_writer()
 def run_evaluate(
     target: TransformersTarget,
     tokenizer: Any,

@@ -69,6 +69,7 @@ def edit(folder: Path, **changes: Any) -> dict[str, Any]:
     fields = json.loads((folder / "config.json").read_text()) | changes
     fields = {k: v for k, v in fields.items() if v is not None}
     (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "draftkit.json").unlink(missing_ok=True)  # which would find it
     return fields
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "draftkit"
 # From the bottom up. Folders on one line never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"permissions"}),
+    frozenset({"artefact", "permissions"}),
     frozenset({"settings"}),
     frozenset({"config", "interrupt", "output"}),
     frozenset({"ops"}),

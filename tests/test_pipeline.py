@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from draftkit.artefact import sealed
 from draftkit.data import capture as capture_module
 from draftkit.data.capture import capture
 from draftkit.data.conversations import read_conversations
@@ -235,7 +236,10 @@ def test_damage_and_mismatch_are_named(
         broken = json.loads(json.dumps(manifest))
         broken["shards"][0]["samples"][0][key] = value
         (tmp_path / "manifest.json").write_text(json.dumps(broken))
-        with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged \(.* in shard-00000\.safetensors\)"):
+        with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged \(another digest"):
+            FeatureStore(tmp_path)
+        (tmp_path / "manifest.json").write_text(json.dumps(sealed(broken)))
+        with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged \(.*shard"):
             FeatureStore(tmp_path)[0]
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged"):

@@ -295,4 +295,4 @@ def test_bad_words_are_spelled_inside_a_text_and_behind_a_space() -> None:
     found = SERVED.texts.spellings(["return", " return", "naïve"])
     assert [SERVED.tokenizer.decode(ids) for ids in found] == ["return", " return", "naïve", " naïve"]
     body = CompletionBody.model_validate({"prompt": "a", "bad_words": ["return"]})
-    assert from_body.sampling_params(body, SERVED, [5], 0, 9, None).bad_token_ids == found[:2]
+    assert from_body.sampling_params(body, SERVED, None).bad_token_ids == found[:2]

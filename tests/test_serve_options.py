@@ -119,10 +119,10 @@ def test_a_file_that_cannot_work_says_how_to_do_without_it(tmp_path: Path, told:
 def test_requests_take_the_targets_sampling_where_they_leave_it_out() -> None:
     served = replace(SERVED, defaults={"temperature": 0.6, "top_k": 10**6, "min_p": 0.1})
     body = CompletionBody.model_validate({"prompt": "a", "temperature": 0.9, "top_p": None, "min_p": 0})
-    params = sampling_params(body, served, [1], 0, 9, None)
+    params = sampling_params(body, served, None)
     assert (params.temperature, params.top_p, params.min_p) == (0.9, 1.0, 0)
     assert params.top_k == served.engine.info.vocab_size
-    assert sampling_params(CompletionBody(prompt="a"), served, [1], 0, 9, None).temperature == 0.6
+    assert sampling_params(CompletionBody(prompt="a"), served, None).temperature == 0.6
 
 
 def test_collecting_garbage_does_not_go_over_what_is_loaded() -> None:

@@ -134,13 +134,13 @@ def test_body_fields_become_sampling_parameters() -> None:
     body = CompletionBody.model_validate(
         {"prompt": "a", "seed": 7, "top_k": -1, "logit_bias": {"5": 2.5}, "stop": "x", "temperature": None, "draft": False}
     )
-    params = from_body.sampling_params(body, SERVED, [1, 2], 2, 9, 3)
+    params = from_body.sampling_params(body, SERVED, 3).of_answer(2, 9)
     assert (params.seed, params.top_k, params.logit_bias, params.stop) == (9, 0, {5: 2.5}, ("x",))
     assert (params.temperature, params.max_tokens, params.logprobs, params.draft) == (1.0, 9, 3, False)
     body.temperature = 1e-300
-    assert from_body.sampling_params(body, SERVED, [1], 0, 9, None).temperature == 0.01
+    assert from_body.sampling_params(body, SERVED, None).temperature == 0.01
     room = SERVED.engine.info.max_length - 2
-    assert from_body.sampling_params(body, SERVED, [1, 2], 0, None, None).max_tokens == room
+    assert from_body.answer_length(body, SERVED, [1, 2], None) == room
 
 
 def test_messages_become_what_templates_expect() -> None:

@@ -78,7 +78,7 @@ def test_many_at_once_and_many_that_leave(server: Server) -> None:
     assert server.http.get("/health").status_code == 200
 
 
-def test_api_keys_guard_v1_alone_and_a_full_queue_says_when_to_come_back() -> None:
+def test_api_keys_guard_v1_and_a_full_queue_says_when_to_come_back() -> None:
     limits = ("--max-running", "1", "--max-waiting", "2", "--step-seconds", "0.4")
     with serving("--api-key", "one", "--api-key", "two", "--api-key", "schlüssel", *limits) as server:
         assert server.http.get("/v1/models").status_code == 401

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from draftkit.artefact import DIGEST, is_intact, is_plain_name, read_json, sealed
 from draftkit.errors import FeatureStoreError
 from draftkit.output import sha256_of, write_tensors, write_text
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "manifest.json"
 PARTS = ("tokens", "loss_mask", "features", "last_hidden")
 
@@ -83,7 +84,8 @@ class FeatureSample:
 
 def write_manifest(folder: Path, manifest: StoreManifest) -> None:
     """Replace the manifest in one rename."""
-    write_text(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+    note = sealed(json.loads(json.dumps(asdict(manifest))))
+    write_text(folder / MANIFEST, json.dumps(note, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> StoreManifest:
@@ -91,18 +93,29 @@ def read_manifest(folder: Path) -> StoreManifest:
     path = folder / MANIFEST
     if not path.exists():
         raise FeatureStoreError(f"{folder}: holds no feature store; make one with `draftkit capture`")
+    raw = read_json(path, FeatureStoreError)
     try:
-        raw = json.loads(path.read_text("utf-8"))
         if raw["version"] != VERSION:
             version = f"is of version {raw['version']}, this draftkit reads {VERSION}"
             raise FeatureStoreError(f"{path}: {version}; capture again into an empty folder")
-        shards = tuple(
-            ShardEntry(**{**shard, "samples": tuple(SampleEntry(**s) for s in shard["samples"])})
-            for shard in raw.pop("shards")
-        )
+        if not is_intact(raw):
+            raise FeatureStoreError(f"{path}: is damaged (another digest than its own); capture again into an empty folder")
+        del raw[DIGEST]
+        shards = tuple(_shard_entry(shard) for shard in raw.pop("shards"))
         return StoreManifest(**{**raw, "feature_layers": tuple(raw["feature_layers"]), "shards": shards})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FeatureStoreError(f"{path}: is damaged ({error}); capture again into an empty folder") from error
+
+
+def _shard_entry(raw: dict[str, Any]) -> ShardEntry:
+    """An entry of the manifest. Raises ValueError, TypeError or KeyError for one that no capture writes."""
+    entry = ShardEntry(**{**raw, "samples": tuple(SampleEntry(**s) for s in raw["samples"])})
+    if not is_plain_name(entry.file):
+        raise ValueError(f"shard {entry.file!r:.80} is not the name of a file in this folder")
+    numbers = [entry.bytes, *(n for s in entry.samples for n in (s.start, s.length))]
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"shard {entry.file}: sizes and places must be whole numbers from 0 on")
+    return entry
 
 
 def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tuple[SampleEntry, ...]) -> ShardEntry:
@@ -128,8 +141,8 @@ class FeatureStore:
         self._opened: dict[str, Any] = {}
         for shard in self.manifest.shards:
             path = folder / shard.file
-            if not path.exists() or path.stat().st_size != shard.bytes:
-                found = path.stat().st_size if path.exists() else 0
+            if not path.is_file() or path.stat().st_size != shard.bytes:
+                found = path.stat().st_size if path.is_file() else 0
                 raise FeatureStoreError(f"{path}: has {found} of {shard.bytes} bytes; remove it and run capture again")
         if len(self) != self.manifest.conversations:
             holds = f"holds {len(self)} of {self.manifest.conversations} conversations"

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftkit import __version__
+from draftkit.artefact import DIGEST, is_intact, is_plain_name, read_json, sealed
 from draftkit.draft.algorithms import build, form_for, read_shape, tensors_from_form, tensors_to_form
+from draftkit.draft.bounds import check_bounds
 from draftkit.draft.checkpoint_fields import Fields
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.errors import CheckpointError, ConfigError
@@ -26,6 +28,7 @@ from draftkit.target.interface import TargetWeights
 
 WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
 INDEX = WEIGHTS + ".index.json"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -76,8 +79,9 @@ def save_drafter(
     write_text(folder / CONFIG, json.dumps(fields, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".partial")
     write_tensors(partial, tensors_to_form(tensors, chosen), save_file, {"format": "pt"})
-    note = {"draftkit": __version__, "algorithm": drafter.config.algorithm, "sha256": sha256_of(partial)} | provenance
-    write_text(folder / PROVENANCE, as_json(note, indent=1) + "\n")
+    note = {"draftkit": __version__, "algorithm": drafter.config.algorithm} | provenance
+    note |= {"sha256": sha256_of(partial), "config_sha256": sha256_of(folder / CONFIG)}
+    write_text(folder / PROVENANCE, as_json(sealed(json.loads(as_json(note))), indent=1) + "\n")
     partial.replace(folder / WEIGHTS)
 
 
@@ -92,12 +96,14 @@ def load_drafter(
     if (folder / "mask_embedding.pt").exists():
         raise CheckpointError(f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores")
     tensors = tensors_from_form(read_tensors(folder), config)
-    drafter = build(config)
     ids_W = _take_draft_ids(str(folder), config, tensors)
     for name in (EMBEDDING, HEAD):
         if name not in tensors:
             tensors[name] = _borrowed(str(folder), name, target, ids_W)
-    check_tensors(str(folder), {k: v.shape for k, v in drafter.state_dict().items()}, tensors)
+    with torch.device("meta"):  # no memory until the sizes are known to be those of the tensors
+        wanted = {k: v.shape for k, v in build(config).state_dict().items()}
+    check_tensors(str(folder), wanted, tensors)
+    drafter = build(config)
     shared = _shared(tensors, target, ids_W) if target is not None else {}
     own = {name: t.to(dtype, copy=True) for name, t in tensors.items() if name not in shared}  # files are mapped: copied
     drafter.load_state_dict(own | shared, assign=True)
@@ -125,9 +131,13 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterSh
     if not path.exists():
         raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a drafter")
     try:
-        return read_shape(Fields(_read_json(path), str(path)), num_target_layers)[0]
+        config = read_shape(Fields(_read_json(path), str(path)), num_target_layers)[0]
+        check_bounds(config)
+        return config
     except ConfigError as error:  # of the shape itself, which does not know where it was read
         raise CheckpointError(f"{path}: {error}") from error
+    except ArithmeticError as error:  # no heads, or a number that no float holds
+        raise CheckpointError(f"{path}: holds sizes that cannot be ({error}); copy or write it again") from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -145,11 +155,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{folder}: has no {WEIGHTS}; {reason}")
     places = Fields(_read_json(folder / INDEX), str(folder / INDEX)).section("weight_map").raw
     shards = {}
-    for name in sorted(set(places.values())):
-        if Path(name).name != name or not (folder / name).exists():
+    for name in sorted(set(map(str, places.values()))):
+        if not is_plain_name(name) or not (folder / name).is_file():
             raise CheckpointError(f"{folder}: the index names {name}, which is not in the folder; copy it again")
         shards[name] = _read_file(folder / name)
-    lost = sorted(tensor for tensor, file in places.items() if tensor not in shards[file])
+    lost = sorted(tensor for tensor, file in places.items() if tensor not in shards[str(file)])
     if lost:
         raise CheckpointError(f"{folder}: the shards lack {', '.join(lost[:4])}, which the index names")
     return {tensor: value for shard in shards.values() for tensor, value in shard.items()}
@@ -173,24 +183,30 @@ def check_tensors(where: str, wanted: dict[str, torch.Size], found: dict[str, Te
 
 
 def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: is not JSON ({error})") from error
+    return read_json(path, CheckpointError)
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged ({error}); train or copy it again") from error
+    wrong = next((n for n, t in tensors.items() if t.dtype in _FLOATS and not bool(t.isfinite().all())), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path}: {wrong} holds numbers that are not finite; train or copy it again")
+    return tensors
 
 
 def _check_digest(folder: Path) -> None:
-    """Raise CheckpointError when the weights are not those that the provenance was written for, if it says."""
-    wanted = read_provenance(folder).get("sha256")
-    if wanted and wanted != sha256_of(folder / WEIGHTS):
-        raise CheckpointError(f"{folder / WEIGHTS}: is damaged (another sha256 than in {PROVENANCE}); train or copy it again")
+    """Raise CheckpointError when provenance, configuration or weights are not those that draftkit wrote, if it wrote them.
+    Folders from before the digest hold that of the weights alone."""
+    note, again = read_provenance(folder), "train or copy it again"
+    if DIGEST in note and not is_intact(note):
+        raise CheckpointError(f"{folder / PROVENANCE}: is damaged (another digest than its own); {again}")
+    for field, name in (("sha256", WEIGHTS), ("config_sha256", CONFIG)):
+        if note.get(field) and note[field] != sha256_of(folder / name):
+            differs = f"is damaged (another sha256 than in {PROVENANCE})"
+            raise CheckpointError(f"{folder / name}: {differs}; {again}, or remove {PROVENANCE}")
 
 
 def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:

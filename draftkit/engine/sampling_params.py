@@ -5,6 +5,7 @@ Names and defaults of `SamplingParams` are vLLM's.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,17 @@ class SamplingParams:
         self._need(is_grammar, "constraint", f"an object with {', '.join(parts)}, or None")
         if self.constraint is not None and self.allowed_token_ids is not None:
             raise DataError("a constraint and allowed_token_ids may leave no token to choose; give one of them")
+
+    def of_answer(self, index: int, max_tokens: int | None, constraint: Constraint | None = None) -> SamplingParams:
+        """The parameters of answer `index` of those that one request wants, without checking all again: seeds in a row, a
+        constraint of its own, and the prompt is scored once. `max_tokens` None, or at least 1 and `min_tokens`."""
+        other = copy.copy(self)
+        other._set("max_tokens", max_tokens)
+        other._set("constraint", constraint)
+        if index:
+            other._set("seed", None if self.seed is None else (self.seed + index) % 2**63)
+            other._set("prompt_logprobs", None)
+        return other
 
     def _check_numbers(self) -> None:
         """Numbers of any kind (NumPy's too) become Python's own."""

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -39,15 +40,27 @@ def load_library(name: str) -> ctypes.CDLL:
     command = [compiler, *_FLAGS, str(source), *map(str, openmp)]
     parts = [*(path.read_text("utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))), version, _processor(), *command]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftkit"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftkit"
+    except RuntimeError as error:
+        raise NoNative(f"no cache folder ({error}); set XDG_CACHE_HOME") from error
     library = folder / f"{name}-{key[:20]}.so"
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(folder)
         if not library.exists():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             _build(command, library)
+        _check_owner(library)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise NoNative(f"{library}: {error}") from error
+
+
+def _check_owner(path: Path) -> None:
+    """Raise NoNative unless what will be run is this user's (or root's), and nobody else can write it."""
+    status = path.stat()
+    if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NoNative(f"{path}: belongs to another user, or others can write it; remove it, or set XDG_CACHE_HOME")
 
 
 def structure(*fields: tuple[str, object]) -> type[ctypes.Structure]:
@@ -63,6 +76,7 @@ def _build(command: list[str], library: Path) -> None:
         run = subprocess.run([*command, "-o", str(made)], stderr=subprocess.PIPE, text=True, check=False)
         if run.returncode:
             raise NoNative(f"{command[0]} failed: {(run.stderr.strip().splitlines() or ['no message'])[0]}")
+        made.chmod(0o644)  # whatever the umask says
         made.replace(library)  # several processes may build at once
 
 

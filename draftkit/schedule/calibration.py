@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from draftkit.artefact import DIGEST, is_intact, read_json, sealed
 from draftkit.errors import ScheduleError, reason
 from draftkit.output import write_text
 from draftkit.schedule.step_rate import Floats
@@ -96,20 +97,22 @@ def _mildest(errors: list[float]) -> float:
 def save_calibration(calibration: Calibration, path: Path) -> None:
     """Write JSON that SGLang's `--speculative-dspark-confidence-sts-path` reads: {"temperatures": [...], ...}."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(vars(calibration), indent=1) + "\n")
+    write_text(path, json.dumps(sealed(vars(calibration)), indent=1) + "\n")
 
 
 def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibration:
     """Read the calibration of a drafter of gamma positions. Raises ScheduleError for another one, and for no calibration."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path, ScheduleError, "is no calibration")
+        if DIGEST in content and not is_intact(content):
+            raise ScheduleError("is damaged (another digest than its own); make it again with draftkit calibrate")
         fields = {k: v for k, v in content.items() if k in Calibration.__annotations__}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         calibration = Calibration(**known)
         calibration.check_gamma(gamma)
         calibration.check_drafter(drafter_fingerprint)
     except ScheduleError as error:
-        raise ScheduleError(f"{path}: {error}") from None
+        raise ScheduleError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ScheduleError(f"{path}: is no calibration ({reason(error)}); make one with draftkit calibrate") from None
     return calibration

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from draftkit.errors import ScheduleError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+MOST = 10**9  # tokens, requests or seconds; nothing that anybody measures has more
 Interpolation = Literal["linear", "staircase"]
 
 
@@ -104,8 +106,9 @@ def _check_points(
 ) -> None:
     if not x or len(x) != len(y):
         raise ScheduleError(f"{what}: {len(x)} points of {axis} and {len(y)} values; give as many of each, at least one")
-    if x[0] < 1 or any(b <= a for a, b in pairwise(x)):
-        raise ScheduleError(f"{what}: {axis} {list(x)[:8]} must be at least 1 and ascending")
-    bad = [v for v in y if not np.isfinite(v) or v < 0 or (v == 0 and not zero_allowed)]
+    numbers = all(isinstance(v, Integral) and not isinstance(v, bool) for v in x)
+    if not numbers or not 1 <= x[0] <= x[-1] <= MOST or any(b <= a for a, b in pairwise(x)):
+        raise ScheduleError(f"{what}: {axis} {list(x)[:8]} must be at least 1 and at most {MOST}, whole and ascending")
+    bad = [v for v in y if not isinstance(v, Real) or not 0 <= v <= MOST or (v == 0 and not zero_allowed)]
     if bad:
         raise ScheduleError(f"{what}: {bad[0]} seconds; every value must be finite and positive, measure it again")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from draftkit.artefact import DIGEST, is_intact, read_json, sealed
 from draftkit.errors import ScheduleError, reason
 from draftkit.output import write_text
 from draftkit.schedule.step_rate import Interpolation, StepRate
@@ -120,13 +121,15 @@ def save_step_rate(table: StepRateTable, path: Path) -> None:
         "draftkit": {"format": FORMAT, **asdict(table)},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(sealed(content), indent=1) + "\n")
 
 
 def load_step_rate(path: Path) -> StepRateTable:
     """Read our file or one of SGLang's profiler. Raises ScheduleError for anything else."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path, ScheduleError, "is no step-rate table")
+        if DIGEST in content and not is_intact(content):
+            raise ScheduleError("is damaged (another digest than its own); measure again with draftkit profile")
         if "draftkit" in content:
             return _ours(content["draftkit"])
         if "bias_seconds" in content:
@@ -144,7 +147,7 @@ def load_step_rate(path: Path) -> StepRateTable:
         return StepRateTable((0,), tuple(content["sample_batch_tokens"]), (tuple(1 / r for r in rates),))
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ScheduleError(f"{path}: is no step-rate table ({reason(error)}); make one with draftkit profile") from None
 
 

@@ -13,19 +13,21 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from draftkit import __version__
 from draftkit.serve import generate
 from draftkit.serve.detokenize import token_name
+from draftkit.serve.limits import MAX_COUNTED, check_fits
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.middleware import Envelope
 from draftkit.serve.params import chat_prompt, check_ids, check_model
 from draftkit.serve.problem import ApiError, error_body, shorten
 from draftkit.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from draftkit.serve.settings import ServeSettings
-from draftkit.serve.stream import read_body, unless_long
-from draftkit.serve.worker import Worker
+from draftkit.serve.stream import body_size, read_body, unless_long
+from draftkit.serve.worker import Served, Worker
 
 _STATIC = Path(__file__).parent / "static"
 _FILES = {"": "index.html", "chat.css": "chat.css", "chat.js": "chat.js"}
@@ -52,7 +54,9 @@ def create_app(worker: Worker, metrics: ServerMetrics, settings: ServeSettings) 
         await asyncio.get_running_loop().run_in_executor(None, worker.stop)
 
     app = FastAPI(title="draftkit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Envelope, api_keys=settings.api_keys)
+    app.add_middleware(Envelope, api_keys=settings.api_keys, most=settings.max_connections)
+    if settings.allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"])
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     _add_generation(app, worker, settings)
@@ -83,23 +87,8 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
         body = await read_body(request, TokenizeBody, settings.max_body_bytes)
         served = worker.ready()
         check_model(body.model, served)
-        if body.messages is not None:
-            text = chat_prompt(
-                body.messages,
-                served,
-                tools=body.tools,
-                add_generation_prompt=body.add_generation_prompt,
-                continue_final_message=body.continue_final_message,
-                template_kwargs=body.chat_template_kwargs,
-            )
-            special = bool(body.add_special_tokens)
-        else:
-            text, special = body.prompt or "", body.add_special_tokens is not False
-        ids = await unless_long(len(text), served.texts.encode, text, special)
-        names = [token_name(served.texts, i) for i in ids] if body.return_token_strs else None
-        return JSONResponse(
-            {"count": len(ids), "max_model_len": served.engine.info.max_length, "tokens": ids, "token_strs": names}
-        )
+        made = await unless_long(body_size(request), _tokenized, body, served)
+        return JSONResponse(made)
 
     @app.post("/detokenize")
     async def text_of(request: Request) -> Response:
@@ -107,7 +96,30 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
         served = worker.ready()
         check_model(body.model, served)
         check_ids(body.tokens, served, "tokens")
-        return JSONResponse({"prompt": served.texts.decode(body.tokens, skip_special=False)})
+        return JSONResponse({"prompt": await unless_long(body_size(request), served.texts.decode, body.tokens, False)})
+
+
+def _tokenized(body: TokenizeBody, served: Served) -> dict[str, Any]:
+    """The answer to POST /tokenize. Raises ApiError 400 for texts that are much longer than the context."""
+    longest = served.engine.info.max_length
+    most = max(longest, MAX_COUNTED)
+    if body.messages is not None:
+        ids = chat_prompt(
+            body.messages,
+            served,
+            tools=body.tools,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            template_kwargs=body.chat_template_kwargs,
+            add_special_tokens=bool(body.add_special_tokens),
+            most_tokens=most,
+        )
+    else:
+        text = body.prompt or ""
+        check_fits(served.texts, [text], most)
+        ids = served.texts.encode(text, body.add_special_tokens is not False)
+    names = [token_name(served.texts, i) for i in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": names}
 
 
 def _add_state(app: FastAPI, worker: Worker, metrics: ServerMetrics, settings: ServeSettings) -> None:
@@ -183,7 +195,7 @@ def _card(worker: Worker, started: int) -> dict[str, Any]:
 async def _api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    request.state.problem = shorten(" ".join(f"{error.param or ''} {error}".split()))
+    request.state.problem = shorten(f"{error.param or ''} {error}".strip())
     return JSONResponse(error.body(), error.status, error.headers)
 
 

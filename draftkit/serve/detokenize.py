@@ -9,7 +9,10 @@ import codecs
 import json
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
+
+from tokenizers import Tokenizer
 
 _FLOOR = -9999.0  # JSON has no -inf; vLLM's stand-in
 
@@ -53,6 +56,17 @@ class TokenTexts:
         """Token ids of a text. Safe in several threads at once, unlike the Transformers wrapper's own call."""
         backend = self.tokenizer.backend_tokenizer
         return tuple(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)  # frees the GIL
+
+    def spell(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text in which special tokens' names are text."""
+        return tuple(self._spelling.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _spelling(self) -> Tokenizer:
+        """The tokenizer again, for large vocabularies a second's work."""
+        again = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        again.encode_special_tokens = True
+        return again
 
     def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Token ids of words, inside a text and behind a space. (vLLM leaves the second out where it has another length, and

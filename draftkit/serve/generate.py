@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
 
+from draftkit.engine.outputs import PromptToken
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice, Delta
+from draftkit.serve.guard import Guarded
+from draftkit.serve.limits import MAX_SCORES, MAX_TOLD_SCORES
 from draftkit.serve.messages import NamedTool
 from draftkit.serve.problem import ApiError, bad_request
 from draftkit.serve.prompt_scores import Echo, as_vllm, echo_of
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.reply import ChatReply, CompletionReply, origins, speculation, usage
 from draftkit.serve.settings import ServeSettings
-from draftkit.serve.stream import EventStream, dump, event, read_body, unless_client_leaves, unless_long
-from draftkit.serve.structured import constraint_of
+from draftkit.serve.stream import EventStream, body_size, dump, event, joined, read_body, unless_client_leaves, unless_long
+from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint_of
 from draftkit.serve.tools import template_writes_tool_calls
 from draftkit.serve.worker import Served, Ticket, Worker
+
+_TAKEN = 64  # outputs that are made into text before others get their turn
+_COMPILING = ThreadPoolExecutor(2 * MAX_WAITING, "draftkit-grammar")  # who waits here takes no thread from other requests
 
 
 @dataclass
@@ -46,6 +55,10 @@ class Call:
         """The prompt of choice `index`."""
         return self.prompts[index // self.body.n]
 
+    def scores(self, index: int) -> tuple[PromptToken, ...] | None:
+        """What is known of the prompt of choice `index`, once the first choice of that prompt has begun."""
+        return self.choices[index - index % self.body.n].prompt
+
     def prompt_ids(self, kind: type[ChatReply] | type[CompletionReply], index: int = 0) -> list[int] | None:
         """The prompt's ids where they are asked for and belong, as in vLLM: a chat has one prompt, and they stand beside
         its choices; completions have one for each choice, and they stand in it."""
@@ -56,7 +69,7 @@ class Call:
         """The prompt where the request wants it back."""
         if not (isinstance(self.body, CompletionBody) and self.body.echo):
             return Echo()
-        scores, special = self.choices[index].prompt, self.body.skip_special_tokens
+        scores, special = self.scores(index), self.body.skip_special_tokens
         return echo_of(self.served.texts, self.prompt_of(index), special, scores, self.body.logprobs)
 
     @property
@@ -73,7 +86,7 @@ class Call:
 
     def prompt_logprobs(self, kind: type[ChatReply] | type[CompletionReply], index: int = 0) -> dict[str, Any]:
         """vLLM's field where it is asked for and belongs, see `prompt_ids`."""
-        scores = self.choices[index].prompt
+        scores = self.scores(index)
         if self.body.prompt_logprobs is None or scores is None or not isinstance(self.reply, kind):
             return {}
         top = [replace(s, top_logprobs=s.top_logprobs[: self.body.prompt_logprobs]) for s in scores]
@@ -93,15 +106,24 @@ class Call:
         return made
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a body asks of the engine: token ids of each prompt, and the parameters of its `n` answers in order."""
+
+    prompts: list[tuple[int, ...]]
+    params: list[SamplingParams]
+
+
 async def completions(request: Request, worker: Worker, settings: ServeSettings) -> Response:
     """POST /v1/completions."""
     body = await read_body(request, CompletionBody, settings.max_body_bytes)
     served = worker.ready()
     from_body.check_model(body.model, served)
-    prompts = await unless_long(_size(request), from_body.completion_prompts, body, served)
     reply = CompletionReply(served.texts, body.return_tokens_as_token_ids)
     limit = 16 if body.max_tokens is None else max(body.max_tokens, 1)  # one is made, and not shown where none is wanted
-    return await _answer(request, worker, settings, served, body, reply, prompts, limit, body.logprobs)
+    asked = len(body.prompt) if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else 1
+    prepare = partial(_prepared, body, served, from_body.completion_prompts, limit, body.logprobs)
+    return await _answer(request, worker, settings, served, body, reply, asked, prepare)
 
 
 async def chat_completions(request: Request, worker: Worker, settings: ServeSettings) -> Response:
@@ -109,7 +131,6 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     body = await read_body(request, ChatBody, settings.max_body_bytes)
     served = worker.ready()
     from_body.check_model(body.model, served)
-    prompts = await unless_long(_size(request), from_body.chat_prompts, body, served)
     wants_tools = bool(body.tools) and body.tool_choice != "none"
     parses = template_writes_tool_calls(served.tokenizer)
     if body.forced_calls is not None and not parses:
@@ -123,13 +144,41 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None
-    return await _answer(request, worker, settings, served, body, reply, prompts, limit, logprobs)
+    prepare = partial(_prepared, body, served, from_body.chat_prompts, limit, logprobs)
+    return await _answer(request, worker, settings, served, body, reply, 1, prepare)
 
 
-def _size(request: Request) -> int:
-    """Bytes of the body as declared; a body in chunks of unknown length counts as long."""
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isdigit() else 2**31
+def _prepared(
+    body: SamplingBody,
+    served: Served,
+    prompts_of: Callable[[Any, Served], list[tuple[int, ...]]],
+    limit: int | None,
+    logprobs: int | None,
+    constraint: GrammarConstraint | None,
+) -> Prepared:
+    """The slow part of a request, once for all its answers: tokenising and checking. Raises ApiError."""
+    longest = served.engine.info.max_length
+    shared = from_body.sampling_params(body, served, logprobs)
+    prompts = [from_body.truncated(p, body, longest, limit) for p in prompts_of(body, served)]
+    lengths = [from_body.answer_length(body, served, p, _own_limit(body, limit, longest - len(p))) for p in prompts]
+    scored = from_body.prompt_logprobs(body)
+    told = sum(map(len, prompts)) * (1 + scored) if scored is not None else 0
+    for count, most in ((told, MAX_SCORES), (told * body.n, MAX_TOLD_SCORES)):
+        if count > most:
+            raise bad_request(f"prompt_logprobs: {count} log probabilities are more than {most}; ask for fewer at a time")
+    own = partial(_guarded, constraint, served)
+    return Prepared(prompts, [shared.of_answer(i, length, own()) for length in lengths for i in range(body.n)])
+
+
+def _guarded(constraint: GrammarConstraint | None, served: Served) -> Guarded | None:
+    """A copy for one answer, which alone ends when its grammar gives trouble."""
+    return Guarded(constraint.copy(), served.engine.info.vocab_size) if constraint is not None else None
+
+
+def _own_limit(body: SamplingBody, limit: int | None, room: int) -> int | None:
+    """An unset max_tokens of /v1/completions is 16, or less where the context ends sooner."""
+    unset = isinstance(body, CompletionBody) and body.max_tokens is None
+    return min(limit, room) if limit is not None and unset and room > 0 else limit
 
 
 async def _answer(
@@ -139,47 +188,45 @@ async def _answer(
     served: Served,
     body: SamplingBody,
     reply: CompletionReply | ChatReply,
-    prompts: list[tuple[int, ...]],
-    limit: int | None,
-    logprobs: int | None,
+    asked: int,
+    prepare: Callable[[GrammarConstraint | None], Prepared],
 ) -> Response:
-    if len(prompts) * body.n > settings.max_choices:
+    """The response to a body that asks for `n` answers to each of `asked` prompts."""
+    if asked * body.n > settings.max_choices:
         raise bad_request(
-            f"{len(prompts)} prompts times n={body.n} is more than the {settings.max_choices} answers that this server "
+            f"{asked} prompts times n={body.n} is more than the {settings.max_choices} answers that this server "
             "makes per request",
             "n" if body.n > 1 else "prompt",
         )
+    worker.check_room(asked * body.n)  # before any work is done for it
     # The body's request_id names the request too, as in vLLM; the header goes before it.
     if body.request_id is not None and request.headers.get("x-request-id") != request.state.request_id:
         request.state.request_id = body.request_id
-    prompts = [from_body.truncated(p, body, served.engine.info.max_length, limit) for p in prompts]
     constraint = None
-    if body.form is not None:  # in a thread: compiling must not hold up everybody else's streams
-        constraint = await asyncio.to_thread(constraint_of, body.form, served)
-    work = []
-    for prompt in prompts:
-        # An unset max_tokens of /v1/completions is 16, or less where the context ends sooner.
-        room = served.engine.info.max_length - len(prompt)
-        unset = isinstance(body, CompletionBody) and body.max_tokens is None
-        own = min(limit, room) if limit is not None and unset and room > 0 else limit
-        for i in range(body.n):
-            work.append((prompt, from_body.sampling_params(body, served, prompt, i, own, logprobs, constraint)))
-    choices = [Choice(served.texts, params, len(prompt), only_prompt=body.max_tokens == 0) for prompt, params in work]
-    call = Call(request.state.request_id, int(time.time()), served, body, reply, prompts, choices)
-    ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, work, whole=not body.stream))
+    if body.form is not None:
+        constraint = await asyncio.get_running_loop().run_in_executor(_COMPILING, constraint_of, body.form, served)
+    work = await unless_long(body_size(request), prepare, constraint)
+    choices = [
+        Choice(served.texts, params, len(work.prompts[i // body.n]), only_prompt=body.max_tokens == 0)
+        for i, params in enumerate(work.params)
+    ]
+    call = Call(request.state.request_id, int(time.time()), served, body, reply, work.prompts, choices)
+    asks = [(call.prompt_of(i), params) for i, params in enumerate(work.params)]
+    ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, asks, whole=not body.stream))
     if body.stream:
         return EventStream(_stream(call, worker, ticket, request), on_close=lambda: worker.cancel(ticket))
     try:
         whole = await unless_client_leaves(request.receive, _collect(call, worker, ticket))
     finally:
         worker.cancel(ticket)
-    return Response(dump(whole), media_type="application/json")
+    return Response(whole, media_type="application/json")
 
 
 async def _next(worker: Worker, ticket: Ticket, choices: list[Choice]) -> list[tuple[int, Delta]]:
-    """At least one delta: waits for the first output and takes the others that are there. Raises ApiError."""
+    """At least one delta: waits for the first output and takes others that are there. Raises ApiError."""
+    await asyncio.sleep(0)  # a queue that is never empty never gives way to others
     items = [await ticket.items.get()]
-    while not ticket.items.empty():
+    while not ticket.items.empty() and len(items) < _TAKEN:
         items.append(ticket.items.get_nowait())
     deltas = []
     for item in items:
@@ -190,42 +237,62 @@ async def _next(worker: Worker, ticket: Ticket, choices: list[Choice]) -> list[t
         if choice.finish_reason is not None:
             continue  # outputs beyond a stop string
         deltas.append((index, choice.add(output)))
+        if isinstance(guard := choice.params.constraint, Guarded) and guard.error is not None:
+            raise bad_request(f"the answer cannot go on in its form: {guard.error}")
         if choice.stopped_by_text:
             worker.finish(ticket, index, "stop", output.stats)
     return deltas
 
 
-async def _collect(call: Call, worker: Worker, ticket: Ticket) -> dict[str, Any]:
+async def _collect(call: Call, worker: Worker, ticket: Ticket) -> bytes:
     """The whole response."""
     pieces: list[list[str]] = [[] for _ in call.choices]
     while any(c.finish_reason is None for c in call.choices):
         for index, delta in await _next(worker, ticket, call.choices):
             pieces[index] += delta.pieces
-    answers = []
+    return await unless_long(_values(call), _whole, call, pieces)
+
+
+def _values(call: Call) -> int:
+    """About how many values a whole response has."""
+    told = sum(len(c.events) * (1 + (c.params.logprobs or 0)) for c in call.choices)
+    scored = from_body.prompt_logprobs(call.body)
+    return told if scored is None else told + call.prompt_tokens * call.body.n * (1 + scored)
+
+
+def _whole(call: Call, pieces: list[list[str]]) -> bytes:
+    """The body, written choice by choice: to write JSON keeps all threads waiting, and so does clearing up after it."""
+    told: list[bytes] = []
     for index, choice in enumerate(call.choices):
+        if index % call.body.n == 0:  # the prompt's, for all its choices
+            scores = dump(call.prompt_logprobs(CompletionReply, index))
         answer = call.reply.whole(index, choice, pieces[index], call.echo(index))
         if call.body.return_token_ids:
             answer["token_ids"] = [e.token_id for e in choice.events]
         if (prompt := call.prompt_ids(CompletionReply, index)) is not None:
             answer["prompt_token_ids"] = prompt
-        answers.append(answer | call.prompt_logprobs(CompletionReply, index))
-    whole = call.envelope(call.reply.whole_object, answers, first=True) | call.prompt_logprobs(ChatReply)
+        told.append(joined(dump(answer), scores))
+    whole = call.envelope(call.reply.whole_object, [], first=True)
     whole["usage"] = usage(call.choices, call.prompt_tokens, call.body.n)
     if call.body.return_spec_stats:
         whole["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
-    return whole
+    body = joined(dump(whole), dump(call.prompt_logprobs(ChatReply)))
+    return body.replace(b'"choices":[]', b'"choices":[' + b",".join(told) + b"]", 1)
 
 
 async def _stream(call: Call, worker: Worker, ticket: Ticket, request: Request) -> AsyncGenerator[bytes, None]:
     """Server-sent events of a response. An error in the middle is an event, and a word in the log: the status is sent."""
     try:
         unopened = set(range(len(call.choices)))
+        held: list[tuple[int, Delta]] = []  # of answers whose prompt is to be told first, and is not scored yet
         if not call.echoes_scores:
             yield b"".join(_opening(call, index, unopened) for index in range(len(call.choices)))
         while any(c.finish_reason is None for c in call.choices):
             # What came in together leaves in one write.
-            deltas = await _next(worker, ticket, call.choices)
-            yield b"".join(_opening(call, index, unopened) + _chunk(call, index, delta) for index, delta in deltas)
+            held += await _next(worker, ticket, call.choices)
+            ready = [(i, delta) for i, delta in held if not call.echoes_scores or call.scores(i) is not None]
+            held = [(i, delta) for i, delta in held if call.echoes_scores and call.scores(i) is None]
+            yield b"".join(_opening(call, index, unopened) + _chunk(call, index, delta) for index, delta in ready)
         options = call.body.stream_options
         wants_usage = options is not None and options.include_usage
         if wants_usage or call.body.return_spec_stats:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from draftkit.serve.formats import one_of
+from draftkit.serve.limits import MAX_MESSAGES, MAX_TOOLS
 
 
 class ContentPart(BaseModel):
@@ -34,7 +35,7 @@ class Message(BaseModel):
         return self.model_dump(exclude_none=True)
 
 
-Messages = Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,9 @@ def _a_function(tool: dict[str, Any]) -> dict[str, Any]:
     return tool
 
 
-Tools = Annotated[list[Annotated[dict[str, Any], AfterValidator(_a_function)]], Field(fail_fast=True)]
+Tools = Annotated[
+    list[Annotated[dict[str, Any], AfterValidator(_a_function)]], Field(max_length=MAX_TOOLS, fail_fast=True)
+]
 
 
 class NamedFunction(BaseModel):

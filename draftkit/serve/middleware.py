@@ -1,4 +1,4 @@
-"""What happens around every request: its id, its line in the log, the API key, errors that nobody expected."""
+"""What happens around every request: its id, its line in the log, who may ask for what, errors that nobody expected."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from draftkit.serve.problem import error_body, shorten
+from draftkit.serve.problem import error_body, printable, shorten
 from draftkit.serve.stream import ClientLeft
 
 log = logging.getLogger("draftkit.serve")
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUIET = ("/health", "/ready", "/metrics")
+_QUIET = ("/health", "/ready", "/metrics")  # for monitors: answered without a key, and when there is room for nothing else
+_OPEN = (*_QUIET, "/", "/chat.css", "/chat.js", "/version", "/openapi.json")  # without a key; everything else needs one
 
 
 class Envelope:
-    """ASGI middleware: gives the request an id (the client's X-Request-Id when it is a plain word), guards /v1 with the
-    API keys, answers HEAD as GET, and logs one line when the response is complete, with what was wrong (`state["problem"]`).
+    """ASGI middleware: gives the request an id (the client's X-Request-Id when it is a plain word), guards all but the open
+    routes with the API keys, answers HEAD as GET, and logs one line when the response is complete, with what was wrong
+    (`state["problem"]`). When `most` requests are being answered, only monitors get in.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], most: int) -> None:
         self._app = app
         self._keys = [key.encode() for key in api_keys]
+        self._most, self._active = most, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -52,12 +54,13 @@ class Envelope:
             await send(message)
 
         end = ""
+        self._active += 1
         try:
-            if self._may_enter(scope["path"], headers.get("authorization", "")):
+            if (refused := self._refused(scope["path"], headers)) is None:
                 # Uvicorn, which keeps the scope with HEAD in it, leaves the body out.
                 await self._app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, tag)
             else:
-                await _send_json(tag, 401, error_body(401, "Unauthorized: give the server's API key as a bearer token"))
+                await _send_json(tag, *refused)
         except ClientLeft:
             end = "client left"
         except asyncio.CancelledError:  # the server ends, and the client has not read its answer; nobody waits for this task
@@ -65,8 +68,9 @@ class Envelope:
         except Exception:
             log.exception("request %s failed", state["request_id"])
             if not status:
-                await _send_json(tag, 500, error_body(500, f"internal error; the log has it under {state['request_id']}"))
+                await _send_json(tag, 500, f"internal error; the log has it under {state['request_id']}")
         finally:
+            self._active -= 1
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
             log.log(
                 level,
@@ -74,23 +78,33 @@ class Envelope:
                 state["request_id"],
                 scope["method"],
                 # Not decoded: a path may hold line breaks.
-                shorten(scope.get("raw_path", b"").decode("ascii", errors="replace")),
+                printable(shorten(scope.get("raw_path", b"").decode("ascii", errors="replace"))),
                 end or status,
                 1000 * (time.monotonic() - began),
-                f": {state['problem']}" if "problem" in state else "",
+                f": {printable(state['problem'])}" if "problem" in state else "",
             )
 
-    def _may_enter(self, path: str, authorization: str) -> bool:
-        if not self._keys or not (path == "/v1" or path.startswith("/v1/")):
-            return True
-        scheme, _, token = authorization.partition(" ")
+    def _refused(self, path: str, headers: Headers) -> tuple[int, str] | None:
+        """Status and reason for a request that gets no further."""
+        if "content-length" in headers and "transfer-encoding" in headers:  # proxies disagree about where such a body ends
+            return 400, "the request has both Content-Length and Transfer-Encoding; send one of them"
+        if self._active > self._most and path not in _QUIET:
+            return 503, f"the server answers {self._most} requests at the same time already; try again soon"
+        if not self._keys or path in _OPEN:
+            return None
+        scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("latin-1")  # as it came: keys are UTF-8
         known = [hmac.compare_digest(given, key) for key in self._keys]
-        return scheme.lower() == "bearer" and any(known)
+        if scheme.lower() == "bearer" and any(known):
+            return None
+        return 401, "Unauthorized: give the server's API key as a bearer token"
 
 
-async def _send_json(send: Send, status: int, body: dict[str, Any]) -> None:
-    raw = json.dumps(body).encode()
+async def _send_json(send: Send, status: int, message: str) -> None:
+    """An error, after which the connection is closed where the rest of the request is not to be read."""
+    raw = json.dumps(error_body(status, message)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
+    if status in (400, 401, 503):
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": raw})

@@ -8,10 +8,11 @@ from typing import Any
 
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError
+from draftkit.serve.limits import MAX_COUNTED, check_fits, too_long
 from draftkit.serve.messages import Message
+from draftkit.serve.plain_text import PlainText, check_roles
 from draftkit.serve.problem import ApiError, bad_request, shorten
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
-from draftkit.serve.structured import GrammarConstraint
 from draftkit.serve.worker import Served
 from draftkit.target.prompt_format import TemplateError
 
@@ -36,17 +37,24 @@ def check_model(name: str | None, served: Served) -> None:
 
 
 def completion_prompts(body: CompletionBody, served: Served) -> list[tuple[int, ...]]:
-    """Token ids of every prompt of a completion request."""
+    """Token ids of every prompt of a completion request. Raises ApiError 400 for one that cannot fit."""
     given: Any = body.prompt
     many = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     prompts = []
     for prompt in many:
         if isinstance(prompt, str):
+            check_fits(served.texts, [prompt], _most_tokens(body, served))
             prompts.append(served.texts.encode(prompt, body.add_special_tokens))
         else:
             check_ids(prompt, served, "prompt")
             prompts.append(tuple(prompt))
     return prompts
+
+
+def _most_tokens(body: SamplingBody, served: Served) -> int:
+    """Tokens beyond which a text is not tokenised to its end."""
+    longest: int = served.engine.info.max_length
+    return longest if body.truncate_prompt_tokens is None else max(longest, MAX_COUNTED)
 
 
 def chat_prompt(
@@ -58,25 +66,34 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     template_kwargs: dict[str, Any] | None = None,
-) -> str:
-    """The text of a conversation through the target's chat template. Raises ApiError 400 when the template refuses."""
+    add_special_tokens: bool = False,
+    most_tokens: int,
+) -> tuple[int, ...]:
+    """Token ids of a conversation through the target's chat template. Raises ApiError 400 when the template refuses, or when
+    there surely are more than `most_tokens`."""
     extra = dict(template_kwargs or {})
-    own = {"messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {"kwargs"}
+    own = {"self", "messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {"kwargs"}
     if taken := sorted(own & extra.keys()):
         raise bad_request(f"{_KWARGS}.{taken[0]}: the server sets this; give variables of the template's own", _KWARGS)
     if tools and not served.prompt_format.mentions("tools"):
         raise bad_request('tools: the target\'s chat template has none; leave them out, or give tool_choice "none"', "tools")
+    check_roles([m.role for m in messages], str(served.tokenizer.chat_template))
+    plain = PlainText(served.texts)
+    mark = (lambda value: value) if served.honour_special_tokens else plain.mark
     try:
-        return served.prompt_format.text(
-            [m.as_dict() for m in messages],
-            tools,
+        text = served.prompt_format.text(
+            [mark(m.as_dict()) for m in messages],
+            mark(tools),
             generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
-            documents=documents or None,
-            **extra,
+            documents=mark(documents) or None,
+            **mark(extra),
         )
     except TemplateError as error:
-        raise bad_request(f"the chat template cannot render these messages: {error.reason}", "messages") from error
+        why = shorten(plain.unmarked(error.reason), 1000)
+        raise bad_request(f"the chat template cannot render these messages: {why}", "messages") from error
+    check_fits(served.texts, [text], most_tokens)
+    return plain.encode(text, add_special_tokens)
 
 
 def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
@@ -84,7 +101,7 @@ def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
     kwargs = dict(body.chat_template_kwargs)
     if body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)
-    text = chat_prompt(
+    prompt = chat_prompt(
         body.messages,
         served,
         tools=body.tools if body.tool_choice != "none" else None,
@@ -92,8 +109,10 @@ def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
         template_kwargs=kwargs,
+        add_special_tokens=body.add_special_tokens,
+        most_tokens=_most_tokens(body, served),
     )
-    return [served.texts.encode(text, body.add_special_tokens)]
+    return [prompt]
 
 
 def truncated(prompt: tuple[int, ...], body: SamplingBody, max_length: int, max_tokens: int | None) -> tuple[int, ...]:
@@ -109,30 +128,14 @@ def truncated(prompt: tuple[int, ...], body: SamplingBody, max_length: int, max_
     return prompt[:keep] if body.truncation_side == "right" else prompt[-keep:]
 
 
-def sampling_params(
-    body: SamplingBody,
-    served: Served,
-    prompt: Sequence[int],
-    choice: int,
-    max_tokens: int | None,
-    logprobs: int | None,
-    constraint: GrammarConstraint | None = None,
-) -> SamplingParams:
-    """Parameters of choice `choice` (0 to n-1) of one prompt. Choices of one request get seeds in a row.
-
-    `max_tokens` None: all the room that is left. `constraint` is the request's; each choice gets a copy. Raises ApiError
-    400.
-    """
+def answer_length(body: SamplingBody, served: Served, prompt: Sequence[int], max_tokens: int | None) -> int:
+    """Tokens that an answer to this prompt may have; `max_tokens` None: all the room that is left. Raises ApiError 400."""
     info = served.engine.info
-    room = info.max_length - len(prompt)
+    room: int = info.max_length - len(prompt)
     if not prompt:
         raise bad_request("the prompt is empty; give at least one token", "prompt")
     if room < 1:
-        raise bad_request(
-            f"This model's maximum context length is {info.max_length} tokens. However, your request has {len(prompt)} "
-            "input tokens. Please reduce the length of the input.",
-            "input_tokens",
-        )
+        raise too_long(info.max_length, len(prompt))
     if max_tokens is not None and max_tokens > room:
         raise bad_request(
             f"'max_tokens' or 'max_completion_tokens' is too large: {max_tokens}. This model's maximum context length "
@@ -142,32 +145,37 @@ def sampling_params(
     limit = room if max_tokens is None else max_tokens
     if body.min_tokens > limit:
         raise bad_request(f"min_tokens is {body.min_tokens}; it must not exceed max_tokens={limit}", "min_tokens")
+    return limit
+
+
+def sampling_params(body: SamplingBody, served: Served, logprobs: int | None) -> SamplingParams:
+    """What all answers of a request have in common: no length and no constraint, which `SamplingParams.of_answer` adds.
+    Raises ApiError 400."""
     check_ids(body.stop_token_ids, served, "stop_token_ids")
     check_ids(body.allowed_token_ids or (), served, "allowed_token_ids")
     given = {**served.defaults, **{name: value for name in _PLAIN if (value := getattr(body, name)) is not None}}
     if given.get("top_k") == -1:
         given["top_k"] = 0
-    given["top_k"] = min(given.get("top_k", 0), info.vocab_size)
+    given["top_k"] = min(given.get("top_k", 0), served.engine.info.vocab_size)
     if 0 < given.get("temperature", 1) < MIN_TEMPERATURE:
         given["temperature"] = MIN_TEMPERATURE
     if body.seed is not None:
-        given["seed"] = (body.seed + choice) % 2**63
+        given["seed"] = body.seed % 2**63
     try:
         return SamplingParams(
-            max_tokens=limit,
             logit_bias=_logit_bias(body.logit_bias, served),
             allowed_token_ids=tuple(body.allowed_token_ids) if body.allowed_token_ids else None,
             bad_token_ids=served.texts.spellings(body.bad_words),
             stop=tuple(body.stop),
             stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
+            max_tokens=None,
             min_tokens=body.min_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs(body),
             include_stop_str_in_output=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
             draft=body.draft,
-            constraint=constraint.copy() if constraint is not None else None,
             **given,
         )
     except DataError as error:
@@ -195,6 +203,6 @@ def _logit_bias(given: dict[str, float] | None, served: Served) -> dict[int, flo
 def check_ids(ids: Any, served: Served, name: str) -> None:
     """Raises ApiError 400 when an id is not in the vocabulary."""
     size = served.engine.info.vocab_size
-    wrong = next((i for i in ids if not 0 <= i < size), None)
-    if wrong is not None:
+    if ids and not 0 <= min(ids) <= max(ids) < size:
+        wrong = next(i for i in ids if not 0 <= i < size)
         raise bad_request(f"{name}: token id {wrong} is out of vocabulary; allowed are 0 to {size - 1}", name)

@@ -13,6 +13,7 @@ _TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "PayloadTooLargeError",
     415: "UnsupportedMediaTypeError",
     429: "TooManyRequestsError",
@@ -62,10 +63,10 @@ def from_validation(error: ValidationError) -> ApiError:
         return bad_request(f"the body is not valid JSON: {first['msg']}")
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, Refusal):
-        return bad_request(str(cause), cause.field)
+        return bad_request(shorten(str(cause), 1000), cause.field)
     # In unions pydantic says which branch it tried, as dict[str,any].
-    field = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or None
-    message = first["msg"].removeprefix("Value error, ")
+    field = shorten(".".join(str(part) for part in first["loc"] if "[" not in str(part))) or None
+    message = shorten(first["msg"].removeprefix("Value error, "), 1000)
     more = error.error_count() - 1
     where = f"{field}: " if field else ""
     return bad_request(where + message + (f" (and {more} more)" if more else ""), field)
@@ -74,3 +75,8 @@ def from_validation(error: ValidationError) -> ApiError:
 def shorten(text: str, limit: int = 200) -> str:
     """What a client wrote, cut to a length that a log line or an error can hold."""
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def printable(text: str) -> str:
+    """A text for a log: line ends, colours and what turns the direction of writing show as their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

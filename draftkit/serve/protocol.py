@@ -11,23 +11,30 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs, one_of
+from draftkit.serve.limits import (
+    MAX_ALLOWED_IDS,
+    MAX_BAD_WORDS,
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_ENTRIES,
+    MAX_LOGPROBS,
+    MAX_NAME,
+    MAX_PROMPTS,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    MAX_WORD,
+)
 from draftkit.serve.messages import Messages, NamedTool, Tools
 from draftkit.serve.problem import Refusal, shorten
 from draftkit.serve.unsupported import refuse_unsupported
 
 INT64 = 2**63 - 1
-MAX_CHOICES = 128
-MAX_PROMPTS = 1024
-MAX_BIASES = 16_384
-MAX_ENTRIES = 1024  # of a document
-MAX_STOPS = 32
-MAX_BAD_WORDS = 256
-MAX_LOGPROBS = 20
 
 TokenId = Annotated[int, Field(ge=0, le=INT64, strict=True)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]  # a body may have millions: the first mistake is enough
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-Word = Annotated[str, Field(min_length=1)]
+Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD)]
+Name = Annotated[str, Field(max_length=MAX_NAME)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -56,7 +63,7 @@ class Body(BaseModel):
 class RequestBody(Body):
     """What all requests have. `model` may be left out."""
 
-    model: str | None = None
+    model: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,11 +96,11 @@ class SamplingBody(RequestBody):
     frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: Finite | None = Field(default=None, ge=0.01, le=100)  # beyond, logits overflow
     logit_bias: Annotated[dict[str, Bias], _at_most(MAX_BIASES)] | None = None
-    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     seed: int | None = Field(default=None, ge=-INT64 - 1, le=INT64)
     stop: Annotated[list[Word], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] = Field(default_factory=list)
     bad_words: Annotated[list[Word], Field(max_length=MAX_BAD_WORDS)] = Field(default_factory=list)
-    stop_token_ids: TokenIds = Field(default_factory=list)
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_IDS)] = Field(default_factory=list)
     ignore_eos: bool = False
     min_tokens: int = Field(default=0, ge=0, le=INT64)
     include_stop_str_in_output: bool = False
@@ -108,7 +115,7 @@ class SamplingBody(RequestBody):
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=INT64)
     truncation_side: Literal["left", "right"] = "left"
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
-    user: str | None = None
+    user: Name | None = None
     # Ours. `return_spec_stats`: statistics of speculation in the response (SGLang's name is understood too).
     # `draft`: false = no speculation for this request. `return_token_origins`: stream which tokens came from where.
     return_spec_stats: bool = Field(
@@ -194,7 +201,7 @@ class ChatBody(SamplingBody):
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     documents: Annotated[list[Annotated[dict[str, str], _at_most(MAX_ENTRIES)]], Field(fail_fast=True)] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Name | None = None
     echo: bool = False
 
     @model_validator(mode="after")

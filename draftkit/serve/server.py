@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +21,7 @@ import uvicorn
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DraftkitError, ServeError
 from draftkit.serve.app import create_app
+from draftkit.serve.connections import IDLE_SECONDS, protocol_for
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.problem import ApiError
@@ -28,6 +30,8 @@ from draftkit.serve.worker import Served, Worker
 
 log = logging.getLogger("draftkit.serve")
 _FLUSH_SECONDS = 10  # at most, for responses that are made but not yet sent when the last answer is complete
+SWITCH_SECONDS = 0.002  # threads that tokenise and check bodies give way to the event loop sooner than Python's 0.005
+KEPT_FILES = 128  # for everything but connections
 _FILES = 65_536  # connections that may be open at the same time, where the system lets us have so many
 
 
@@ -40,6 +44,7 @@ def load_served(
     step_rate: Path | None = None,
     calibration: Path | None = None,
     generation_config: str = "auto",
+    honour_special_tokens: bool = False,
 ) -> Served:
     """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError."""
     import torch
@@ -56,7 +61,8 @@ def load_served(
         told = f"{error}; give a --max-running below {settings.max_running}, or a smaller --max-length or target"
         raise ServeError(f"memory does not hold this server: {told}") from error
     defaults = sampling_defaults(target) if generation_config == "auto" else {}
-    served = Served(engine, tokenizer, TokenTexts(tokenizer), name or engine.info.name, defaults)
+    texts = TokenTexts(tokenizer)
+    served = Served(engine, tokenizer, texts, name or engine.info.name, defaults, honour_special_tokens)
     gc.collect()
     gc.freeze()  # to go over all that is loaded takes Python a quarter of a second, in which nobody would get a token
     return served
@@ -69,7 +75,8 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    _raise_file_limit()
+    files = _raise_file_limit()
+    sys.setswitchinterval(SWITCH_SECONDS)
     logging.getLogger("asyncio").addFilter(_OutOfFiles())
     bound = _bind(settings.host, settings.port)
     metrics = ServerMetrics()
@@ -79,7 +86,8 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=30,
+        http=protocol_for(min(settings.max_connections, files - KEPT_FILES)),
+        timeout_keep_alive=IDLE_SECONDS,
     )
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
@@ -99,17 +107,17 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
         raise ServeError(f"the engine stopped: {worker.failure!r}; the log above says where") from worker.failure
 
 
-def _raise_file_limit() -> None:
-    """A connection is a file, and shells often allow no more than 1,024."""
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return
+def _raise_file_limit() -> int:
+    """A connection is a file, and shells often allow no more than 1,024: how many there may be now."""
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with suppress(OSError, ValueError):  # systems with a limit that they do not tell
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _FILES if soft == resource.RLIM_INFINITY else soft
 
 
 class _OutOfFiles(logging.Filter):

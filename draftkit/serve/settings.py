@@ -24,13 +24,15 @@ class ServeSettings:
     Attributes:
         host: address to bind; loopback unless told otherwise.
         port: TCP port; 0 lets the system choose one (it is in the log).
-        api_keys: any of these opens /v1; empty = open.
+        api_keys: any of these opens all routes but those of monitors and the page (docs/security.md); empty = open.
         max_body_bytes: larger bodies get 413.
         max_waiting: answers beyond those that the engine makes at the same time; more get 429 with Retry-After.
         max_choices: prompts times n in one request; more get 400.
+        max_connections: where there are more, the one that has been idle for longest is closed.
         drain_seconds: how long running requests may take to finish after SIGTERM.
         generation_config: "auto" = sampling fields that a request leaves out come from the target's
             generation_config.json; "none" = from the API's defaults.
+        allow_origins: web pages of these origins ("https://example.com", or "*" for all) may ask, by CORS.
     """
 
     host: str = "127.0.0.1"
@@ -39,13 +41,15 @@ class ServeSettings:
     max_body_bytes: int = 8 * 2**20
     max_waiting: int = 512
     max_choices: int = 256
+    max_connections: int = 4096
     drain_seconds: float = 120.0
     generation_config: str = "auto"
+    allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ServeError(f"port is {self.port}; allowed are 0 to 65535")
-        for name in ("max_body_bytes", "max_waiting", "max_choices"):
+        for name in ("max_body_bytes", "max_waiting", "max_choices", "max_connections"):
             if getattr(self, name) < 1:
                 raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")
         if not 0 <= self.drain_seconds < math.inf:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import zlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -13,12 +14,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from draftkit.serve.limits import check_size
 from draftkit.serve.problem import ApiError, from_validation, shorten
 from draftkit.serve.protocol import Body
 
 BodyT = TypeVar("BodyT", bound=Body)
 ResultT = TypeVar("ResultT")
-_LONG = 16_384  # bytes; tokenising takes about a microsecond per byte
+LONG = 4096  # bytes; tokenising takes about a microsecond per byte
+BODY_SECONDS = 20.0  # that a body may take, and longer by its size where it comes
+SLOWEST = 16_384  # bytes of it in a second
+STALLED_SECONDS = 60.0  # until a client that does not take what is streamed has left
 
 
 class ClientLeft(Exception):
@@ -34,21 +39,48 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
     if media != "application/json":
         raise ApiError(415, f"Content-Type is {media or 'missing'}; send application/json")
     encoding = request.headers.get("content-encoding", "identity").lower()
-    if encoding != "identity":
-        raise ApiError(415, f"Content-Encoding is {shorten(encoding)}; send the body as it is", "content-encoding")
+    if encoding not in ("identity", "gzip"):
+        raise ApiError(415, f"Content-Encoding is {shorten(encoding)}; send gzip, or the body as it is", "content-encoding")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
     raw = bytearray()
+    until = asyncio.get_running_loop().time() + BODY_SECONDS
     try:
-        async for piece in request.stream():
-            raw += piece
-            if len(raw) > limit:
-                raise _too_large(limit)
+        async with asyncio.timeout_at(until) as timer:
+            async for piece in request.stream():
+                raw += piece
+                if len(raw) > limit:
+                    raise _too_large(limit)
+                timer.reschedule(until + len(raw) / SLOWEST)
     except ClientDisconnect:
         raise ClientLeft from None
+    except TimeoutError:
+        slow = f"{len(raw)} bytes of the body came within {BODY_SECONDS:g} s; send {SLOWEST} in a second or more"
+        raise ApiError(408, slow, headers={"Connection": "close"}) from None
+    if encoding == "gzip":
+        raw = await asyncio.to_thread(_unzipped, raw, limit)
+    return await unless_long(len(raw), _parsed, raw, kind)
+
+
+def _unzipped(raw: bytearray, limit: int) -> bytearray:
+    """The body, of which no more is unpacked than may be. Raises ApiError 413 or 400."""
+    unpacking = zlib.decompressobj(wbits=31)
     try:
-        return kind.model_validate_json(bytes(raw))
+        unpacked = bytearray(unpacking.decompress(raw, limit + 1))
+    except zlib.error as error:
+        raise ApiError(400, f"the body is no gzip ({error})", "content-encoding") from error
+    if len(unpacked) > limit:
+        raise _too_large(limit)
+    if not unpacking.eof:
+        raise ApiError(400, "the body is no gzip (its end is missing)", "content-encoding")
+    return unpacked
+
+
+def _parsed(raw: bytearray, kind: type[BodyT]) -> BodyT:
+    check_size(raw)
+    try:
+        return kind.model_validate_json(raw)
     except ValidationError as error:
         raise from_validation(error) from None
 
@@ -59,7 +91,13 @@ def _too_large(limit: int) -> ApiError:
 
 async def unless_long(size: int, work: Callable[..., ResultT], *args: Any) -> ResultT:
     """`work(*args)`, in a thread when its input of `size` bytes would hold up everybody else's streams."""
-    return work(*args) if size < _LONG else await asyncio.to_thread(work, *args)
+    return work(*args) if size < LONG else await asyncio.to_thread(work, *args)
+
+
+def body_size(request: Request) -> int:
+    """Bytes of the body as declared; a body in chunks of unknown length counts as long."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdigit() else LONG
 
 
 async def _client_leaves(receive: Receive) -> None:
@@ -105,8 +143,12 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+        try:
+            async for event in self._events:
+                async with asyncio.timeout(STALLED_SECONDS):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+        except TimeoutError:
+            raise ClientLeft from None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -118,3 +160,8 @@ def event(data: dict[str, Any]) -> bytes:
 def dump(data: dict[str, Any]) -> bytes:
     """Compact JSON in UTF-8."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def joined(one: bytes, other: bytes) -> bytes:
+    """Two JSON objects as one that has the fields of both."""
+    return one if other == b"{}" else one[:-1] + b"," + other[1:]

@@ -2,32 +2,38 @@
 
 llguidance reads JSON Schema and refuses keywords that it cannot enforce, so an answer that ends by itself validates; it reads
 regular expressions and grammars as well. It is a wheel of 3 MB that needs nothing else; xgrammar, the other common choice,
-brings 1 GB of Triton to Linux.
+brings 1 GB of Triton to Linux. A grammar is compiled here only after another process has tried it (grammar_check.py).
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.gbnf_to_lark import any_to_lark
 from torch import Tensor
 
 from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs
-from draftkit.serve.problem import bad_request
-from draftkit.serve.tools import CLOSE, OPEN
+from draftkit.serve.grammar_source import GrammarSource, source_of
+from draftkit.serve.problem import ApiError, bad_request, shorten
+from draftkit.serve.token_table import token_table
 from draftkit.serve.worker import Served
 
 log = logging.getLogger("draftkit.serve")
-# Between the parts of JSON: a space or nothing. Without a bound small models never stop.
-_SPACES: Any = {"whitespace_pattern": " ?"}
-
-
+MAX_FORM = 256 * 2**10  # characters of a schema, expression, grammar, list of choices or of functions, as JSON
+STEP_SECONDS = 0.25  # of processor time for one token of one answer; what is tried before has less (grammar_check.py)
+_KNOWN = 64  # compiled grammars that are kept
+MAX_WAITING = 16  # grammars that wait to be tried
 _NAMES: dict[type[Any], tuple[str, str]] = {  # the field, and what it gives
     ResponseFormat: ("response_format", "schema"),
     StructuredOutputs: ("structured_outputs", "form"),
@@ -36,88 +42,120 @@ _NAMES: dict[type[Any], tuple[str, str]] = {  # the field, and what it gives
 
 
 def constraint_of(wanted: Form | None, served: Served) -> GrammarConstraint | None:
-    """The constraint of an answer that has not begun, or None where any text will do; takes milliseconds, and a second
-    where the tokenizer is large and new. Raises ApiError 400 when the schema, expression or grammar is not one, or has
-    something in it that cannot be enforced."""
+    """The constraint of an answer that has not begun, or None where any text will do. A grammar that is not known yet takes
+    milliseconds to seconds, and waits for its turn; call it in a thread. Raises ApiError: 400 when the schema, expression or
+    grammar is not one, has something in it that cannot be enforced, or is too large; 503 when too many wait."""
     if wanted is None or (isinstance(wanted, ResponseFormat) and not wanted.binds):
         return None
     param, what = _NAMES[type(wanted)]
     try:
-        tokenizer = _token_table(served.tokenizer, served.engine.info.vocab_size)
-        grammar = _grammar_of(wanted)
-    except Exception as error:  # json's and llguidance's readers raise what they like
-        raise bad_request(f"{param}: {' '.join(str(error).split())}", param) from error
-    matcher = LLMatcher(tokenizer, grammar, log_level=0)
-    if matcher.is_error():
-        raise bad_request(f"{param}: this {what} cannot be compiled: {' '.join(matcher.get_error().split())}", param)
-    return GrammarConstraint(matcher, tokenizer.eos_tokens, served.engine.info.vocab_size)
+        grammars = _grammars(served.tokenizer, served.engine.info.vocab_size)
+        matcher = grammars.matcher(source_of(wanted))
+    except (ValueError, RecursionError) as error:
+        message = shorten(" ".join(str(error).split()), 600)
+        raise bad_request(f"{param}: this {what} cannot be compiled: {message}", param) from error
+    return GrammarConstraint(matcher, grammars.table.eos_tokens, served.engine.info.vocab_size)
 
 
-def _grammar_of(wanted: Form) -> str:
-    schema: Any = {"type": "object"}
-    if isinstance(wanted, ForcedCalls):
-        return _calls(wanted)
-    if isinstance(wanted, ResponseFormat):
-        if wanted.type == "json_schema" and wanted.json_schema is not None:
-            schema = wanted.json_schema.schema_
-    elif wanted.regex is not None:
-        return LLMatcher.grammar_from_regex(wanted.regex)
-    elif wanted.choice is not None:
-        return _choice(wanted.choice)
-    elif wanted.grammar is not None:
-        return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
-    elif wanted.json_ is not None:
-        schema = json.loads(wanted.json_) if isinstance(wanted.json_, str) else wanted.json_
-    return LLMatcher.grammar_from_json_schema(schema, _SPACES)
+class Grammars:
+    """The grammars of one tokenizer: those that are known, and the process that tries new ones.
 
+    Raises ValueError for a tokenizer that has no end token.
+    """
 
-def _choice(texts: list[str]) -> str:
-    """One of these texts: each as a regular expression of itself, since texts in Lark cannot hold every character."""
-    return LLMatcher.grammar_from_regex("|".join(f"(?:{_escaped(text)})" for text in texts))
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the target's tokenizer has no end token; ask for text")
+        self._setup = {
+            "tokenizer": tokenizer.backend_tokenizer.to_str(),
+            "vocab_size": vocab_size,
+            "eos": tokenizer.eos_token_id,
+        }
+        self.table: LLTokenizer = token_table(*self._setup.values())
+        self._known: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
+        self._turn = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self.compile_seconds = 0.0  # of processor time, for the grammar that was tried last
 
+    def matcher(self, source: GrammarSource) -> LLMatcher:
+        """A matcher at its beginning. Raises ValueError saying why there is none, RecursionError, or ApiError 503."""
+        key = source.dump()
+        if len(key) > MAX_FORM:
+            raise ValueError(f"it has {len(key)} characters as JSON, and {MAX_FORM} are allowed; make it smaller")
+        if (known := self._known.get(key)) is not None:
+            return known.deep_copy()
+        if not self._waiting.acquire(blocking=False):
+            raise ApiError(503, "too many new grammars wait to be compiled; try again soon", headers={"Retry-After": "2"})
+        try:
+            with self._turn:
+                return (self._known.get(key) or self._compiled(key)).deep_copy()
+        finally:
+            self._waiting.release()
 
-def _escaped(text: str) -> str:
-    """The regular expression of a text."""
-    return "".join(f"\\x{{{ord(c):x}}}" if not c.isalnum() else c for c in text)
+    def _compiled(self, key: str) -> LLMatcher:
+        answer = self._ask(key)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        self.compile_seconds = answer["compile_seconds"]
+        matcher = LLMatcher(self.table, answer["grammar"], log_level=0)
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        self._known[key] = matcher
+        while len(self._known) > _KNOWN:
+            self._known.popitem(last=False)
+        return matcher
 
+    def _ask(self, key: str) -> dict[str, Any]:
+        """What the other process says of a source; it is started where it does not run."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "draftkit.serve.grammar_check"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                start_new_session=True,  # Ctrl-C is for the server, which closes the pipe when it ends
+            )
+            self._say(json.dumps(self._setup))
+        self._say(key)
+        said = self._process.stdout.readline() if self._process.stdout is not None else ""
+        if not said:
+            self._process.kill()
+            self._process.wait()
+            raise ValueError("the process that tries grammars ended; the server's log may say why")
+        return json.loads(said)
 
-def _calls(wanted: ForcedCalls) -> str:
-    """Tool calls as chat templates write them (see tools.py). Each function's parameters are a schema by themselves, whose
-    references begin at its own root; a function without parameters takes none."""
-    rules = [f"call: /{_escaped(OPEN)}/ \"\\n\" one \"\\n\" /{_escaped(CLOSE)}/"]
-    rules.insert(0, 'start: call ("\\n" call)*' if wanted.many else "start: call")
-    rules.append("one: " + " | ".join(f"function{i}" for i in range(len(wanted.functions))))
-    for i, function in enumerate(wanted.functions):
-        head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
-        schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
-        rules.append(f'function{i}: /{_escaped(head)}/ arguments{i} "}}"')
-        rules.append(f"arguments{i}: %json {json.dumps({**schema, 'x-guidance': _SPACES})}")
-    return LLMatcher.grammar_from_lark("\n".join(rules))
+    def _say(self, line: str) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:  # it ended: there will be no answer, either
+            pass
 
 
 @lru_cache(maxsize=1)
-def _token_table(tokenizer: Any, vocab_size: int) -> LLTokenizer:
-    """The bytes of every token, as llguidance keeps them. Raises ValueError for a tokenizer that has no end token, or that is
-    not of the `tokenizers` library."""
-    from llguidance.hf import from_tokenizer
+def _grammars(tokenizer: Any, vocab_size: int) -> Grammars:
+    return Grammars(tokenizer, vocab_size)
 
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the target's tokenizer has no end token; ask for text")
-    try:
-        return from_tokenizer(tokenizer, vocab_size, tokenizer.eos_token_id)
-    except ValueError as error:
-        raise ValueError(f"cannot be had with the target's tokenizer ({error})") from error
+
+class GrammarError(Exception):
+    """An answer cannot go on by its grammar; the message says why."""
 
 
 class GrammarConstraint:
     """What may follow in one answer; the state is the tokens accepted so far.
 
     An engine asks `allowed()` before each token, calls `accept` for drafts as it walks through a proposal, and
-    `rollback` for those that were rejected.
+    `rollback` for those that were rejected. Raises GrammarError where the grammar outgrows llguidance's limits or takes too
+    long: whoever hands this to an engine wraps it in `Guarded`, which ends the answer.
     """
 
     def __init__(self, matcher: LLMatcher, ends: list[int], vocab_size: int) -> None:
         self._matcher, self._ends, self._vocab_size = matcher, ends, vocab_size
+        self._mask: np.ndarray | None = None  # bits of what may follow here, once somebody has asked
         self.finished = False  # the answer is complete and its end token was taken: nothing may follow
 
     def copy(self) -> GrammarConstraint:
@@ -128,23 +166,37 @@ class GrammarConstraint:
         """bool [V]: tokens that may come next."""
         if self.finished:
             return torch.zeros(self._vocab_size, dtype=torch.bool)
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
-        return torch.from_numpy(bits[: self._vocab_size].astype(np.bool_))
+        began = time.thread_time()
+        self._mask = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        self._check(began)
+        return torch.from_numpy(self._mask[: self._vocab_size].astype(np.bool_))
 
     def accept(self, token: int) -> bool:
         """Go on by one token; False when the grammar does not allow it, and nothing changes."""
         if self.finished:
             return False
         if token in self._ends:
-            if self._matcher.is_error():  # a grammar outgrew llguidance's limits: its masks then allow the end alone
-                log.warning("a JSON answer ends unfinished: %s", " ".join(self._matcher.get_error().split())[:200])
             self.finished = self._matcher.is_accepting()
             return self.finished
-        return self._matcher.try_consume_tokens([token]) == 1
+        began, mask = time.thread_time(), self._mask
+        taken = self._matcher.try_consume_tokens([token]) == 1
+        self._check(began)
+        if taken:
+            self._mask = None
+        elif mask is not None and mask[token]:
+            raise GrammarError(f"token {token} was allowed and then not taken")
+        return taken
 
     def rollback(self, count: int) -> None:
         """Take back the last `count` accepted tokens."""
         if count and self.finished:
             self.finished, count = False, count - 1
         if count:
+            self._mask = None
             self._matcher.rollback(count)
+
+    def _check(self, began: float) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(" ".join(self._matcher.get_error().split())[:200])
+        if (took := time.thread_time() - began) > STEP_SECONDS:
+            raise GrammarError(f"one token took {took:.2f} s, more than {STEP_SECONDS:g} s; make the grammar smaller")

@@ -30,14 +30,16 @@ log = logging.getLogger("draftkit.serve")
 
 @dataclass(frozen=True)
 class Served:
-    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name, and the sampling
-    fields of requests that leave them out, where those are not the API's."""
+    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name, the sampling
+    fields of requests that leave them out, where those are not the API's, and whether special tokens in a client's text
+    count."""
 
     engine: Any
     tokenizer: Any
     texts: TokenTexts
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    honour_special_tokens: bool = False
 
     @cached_property
     def prompt_format(self) -> TemplateFormat:
@@ -104,6 +106,14 @@ class Worker:
             raise ApiError(503, "the model is still loading; try again soon", headers={"Retry-After": "2"})
         raise ApiError(503, "the engine has stopped; the server's log says why")
 
+    def check_room(self, count: int) -> None:
+        """Raises ApiError 503 when not ready, 429 when so many answers more would wait than may."""
+        room = self.ready().engine.info.max_running + self._max_waiting - self.in_flight
+        if self.in_flight and count > room:
+            self._metrics.on_rejection("queue_full")
+            what = f"there is room for {max(room, 0)} more answers now, and {count} are asked for; try again soon"
+            raise ApiError(429, what, headers={"Retry-After": "1"})
+
     async def submit(
         self, name: str, work: Sequence[tuple[Sequence[int], SamplingParams]], whole: bool = False
     ) -> Ticket:
@@ -113,11 +123,7 @@ class Worker:
         Raises ApiError: 503 when not ready, 429 when more would wait than may, 400 when the engine refuses. An idle server
         takes any request.
         """
-        room = self.ready().engine.info.max_running + self._max_waiting - self.in_flight
-        if self.in_flight and len(work) > room:
-            self._metrics.on_rejection("queue_full")
-            what = f"there is room for {max(room, 0)} more answers now, and {len(work)} are asked for; try again soon"
-            raise ApiError(429, what, headers={"Retry-After": "1"})
+        self.check_room(len(work))
         self._serial += 1
         ticket = Ticket(tuple(f"{name}-{self._serial}-{i}" for i in range(len(work))), time.monotonic())
         for index, request_id in enumerate(ticket.ids):

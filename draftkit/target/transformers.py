@@ -248,7 +248,7 @@ def load_target(
         hidden_size=int(text.hidden_size),
         num_layers=int(text.num_hidden_layers),
         stop_token_ids=stop_tokens(model, path),
-        max_length=int(getattr(text, "max_position_embeddings", 2048)),
+        max_length=longest_context(text),
         family=str(text.model_type),
     )
     try:
@@ -257,6 +257,21 @@ def load_target(
         raise TargetError(f"{path}: cannot use device {device!r}: {_line(error)}") from error
     check_target(target)
     return target
+
+
+LONGROPE_SPARE = 64  # positions that a proposal may reach beyond the last token of an answer
+
+
+def longest_context(text: Any) -> int:
+    """Tokens that prompt and answer may have together. Where rotary angles change with the length of what is read (Phi-3's
+    "longrope"), keys that were read before are turned by other angles than those after them: right up to the length from which
+    they change, and no further."""
+    longest = int(getattr(text, "max_position_embeddings", 2048))
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return longest
+    first = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    return min(longest, int(first or longest) - LONGROPE_SPARE)
 
 
 def resolve_target(path: str) -> str:

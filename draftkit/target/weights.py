@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from draftkit.errors import TargetError
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetInfo
-from draftkit.target.transformers import DTYPES, TransformersTarget, resolve_target, stop_tokens
+from draftkit.target.transformers import DTYPES, TransformersTarget, longest_context, resolve_target, stop_tokens
 
 
 class StoredModule:
@@ -63,7 +63,7 @@ class TargetFiles:
             hidden_size=int(self.text_config.hidden_size),
             num_layers=int(self.text_config.num_hidden_layers),
             stop_token_ids=stop_tokens(model, path),
-            max_length=int(getattr(self.text_config, "max_position_embeddings", 2048)),
+            max_length=longest_context(self.text_config),
             family=str(self.text_config.model_type),
         )
         self._skeleton = TransformersTarget(model, self.info)

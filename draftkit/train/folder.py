@@ -1,6 +1,6 @@
 """A state folder: tensors and a note about them, replaced as a whole; safetensors and JSON only.
 
-A kill at any moment leaves the old state or the new one, and a flipped bit is found by the note's sha256.
+A kill at any moment leaves the old state or the new one; the note holds the tensors' sha256 and its own digest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from draftkit.artefact import DIGEST, is_intact, read_json, sealed
 from draftkit.errors import CheckpointError, reason
 from draftkit.output import newest_folder, sha256_of, swap_folder, write_tensors, write_text
 
@@ -26,7 +27,7 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], note: dict[str, Any])
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     write_tensors(new / TENSORS, {k: v.cpu().contiguous() for k, v in tensors.items()}, save_file)
-    write_text(new / NOTE, json.dumps(note | {"sha256": sha256_of(new / TENSORS)}))
+    write_text(new / NOTE, json.dumps(sealed(note | {"sha256": sha256_of(new / TENSORS)})))
     swap_folder(new, folder)
 
 
@@ -36,7 +37,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None
     if source is None:
         return None
     try:
-        note = json.loads((source / NOTE).read_text("utf-8"))
+        note = read_json(source / NOTE, CheckpointError)
+        if not is_intact(note):
+            raise CheckpointError(f"{source / NOTE}: is damaged (another digest than its own); remove {source} to start anew")
+        del note[DIGEST]
         wanted = note.pop("sha256")
         if sha256_of(source / TENSORS) != wanted:
             raise CheckpointError(

@@ -166,7 +166,9 @@ class FakeEngine:
 TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3
 
 
-def fake_served(step_seconds: float = 0.0, text: str = TEXT, max_running: int = 64, name: str = "fake") -> Any:
+def fake_served(
+    step_seconds: float = 0.0, text: str = TEXT, max_running: int = 64, name: str = "fake", special: bool = False
+) -> Any:
     """A `Served` over the embedded target's tokenizer."""
     from transformers import AutoTokenizer
 
@@ -176,7 +178,7 @@ def fake_served(step_seconds: float = 0.0, text: str = TEXT, max_running: int = 
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
     engine = FakeEngine(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds)
     engine.info = replace(engine.info, vocab_size=len(tokenizer), max_running=max_running)
-    return Served(engine, tokenizer, TokenTexts(tokenizer), name)
+    return Served(engine, tokenizer, TokenTexts(tokenizer), name, honour_special_tokens=special)
 
 
 def main() -> None:
@@ -194,6 +196,9 @@ def main() -> None:
     parser.add_argument("--max-waiting", type=int, default=512)
     parser.add_argument("--drain-seconds", type=float, default=120)
     parser.add_argument("--max-body-bytes", type=int, default=2**20)
+    parser.add_argument("--max-connections", type=int, default=4096)
+    parser.add_argument("--allow-origin", action="append", default=[])
+    parser.add_argument("--honour-special-tokens", action="store_true")
     given = parser.parse_args()
     settings = ServeSettings(
         port=given.port,
@@ -201,9 +206,15 @@ def main() -> None:
         max_waiting=given.max_waiting,
         max_body_bytes=given.max_body_bytes,
         drain_seconds=given.drain_seconds,
+        max_connections=given.max_connections,
+        allow_origins=tuple(given.allow_origin),
     )
+
+    def served() -> Any:
+        return fake_served(given.step_seconds, given.text, given.max_running, given.name, given.honour_special_tokens)
+
     try:
-        run_server(lambda: fake_served(given.step_seconds, given.text, given.max_running, given.name), settings)
+        run_server(served, settings)
     except ServeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -1,0 +1,239 @@
+"""Thousands of generated schemas and grammars against the compiler: none may crash the server's process, and none may be slow.
+
+    python checks/fuzz_grammars.py --count 5000 --seed 0
+
+Schemas are of every keyword of JSON Schema's drafts 4 to 2020-12, nested and combined at random; grammars in Lark and GBNF,
+expressions and lists of choices are random, too; one in ten is blown up (chained, nested, repeated, wide). What is accepted is
+compiled and walked with random tokens in this process, as an engine would. Prints one line of JSON; exit code 1 when a grammar
+that was accepted fails or a step takes longer than the server allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from draftkit.serve.grammar_check import COMPILE_SECONDS
+from draftkit.serve.grammar_source import GrammarSource
+from draftkit.serve.structured import STEP_SECONDS, GrammarConstraint, GrammarError, Grammars
+from draftkit.target.transformers import EMBEDDED
+
+NAMES = ("a", "b", "name", "ü", "$x", "a b", "", "0", "foo-bar", "日本", '"', "\\")
+FORMATS = ("date", "date-time", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "path", "binary", "x")
+PATTERNS = ("^a*$", "[0-9]{2,5}", "(a|b)+c?", "^\\S+@\\S+$", "a(?=b)", "[", "(.*a){12}", "\\p{L}+", "^(x{1,9}){1,9}$")
+
+
+class Schemas:
+    """Random JSON schemas."""
+
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
+
+    def whole(self) -> Any:
+        """A schema with definitions that it may refer to, itself included."""
+        made = self.part(0)
+        if isinstance(made, dict) and self.chance.random() < 0.4:
+            where = self.chance.choice(("$defs", "definitions"))
+            made[where] = {f"d{i}": self.part(1) for i in range(3)}
+        return made
+
+    def part(self, depth: int) -> Any:
+        """A schema, smaller the deeper."""
+        chance = self.chance
+        if depth > 4 or chance.random() < 0.08:
+            return chance.choice((True, False, {}, {"type": "integer"}, {"type": "null"}, {"$ref": "#"}))
+        several = (self.of_choice, self.of_several, self.of_reference)
+        return chance.choice((self.of_object, self.of_array, self.of_string, self.of_number, *several))(depth + 1)
+
+    def of_object(self, depth: int) -> Any:
+        """Properties, required, patterns, names, numbers of them, dependencies."""
+        names = self.chance.sample(NAMES, self.chance.randint(0, 4))
+        made: dict[str, Any] = {"type": "object", "properties": {name: self.part(depth) for name in names}}
+        self.maybe(made, "required", lambda: [n for n in names if self.chance.random() < 0.6])
+        self.maybe(made, "additionalProperties", lambda: self.part(depth))
+        self.maybe(made, "patternProperties", lambda: {self.chance.choice(PATTERNS): self.part(depth)}, 0.1)
+        self.maybe(made, "minProperties", lambda: self.chance.randint(0, 3), 0.1)
+        self.maybe(made, "maxProperties", lambda: self.chance.randint(0, 9), 0.1)
+        self.maybe(made, "propertyNames", lambda: self.part(depth), 0.05)
+        self.maybe(made, "dependentRequired", lambda: {"a": ["b"]}, 0.05)
+        self.maybe(made, "unevaluatedProperties", lambda: False, 0.05)
+        return made
+
+    def of_array(self, depth: int) -> Any:
+        """Items, prefixes, sizes, contains."""
+        made: dict[str, Any] = {"type": "array"}
+        self.maybe(made, "items", lambda: self.part(depth), 0.8)
+        self.maybe(made, "prefixItems", lambda: [self.part(depth) for _ in range(self.chance.randint(1, 3))])
+        self.maybe(made, "minItems", lambda: self.chance.choice((0, 1, 3, 10**6)))
+        self.maybe(made, "maxItems", lambda: self.chance.choice((0, 1, 3, 50, 10**9)))
+        self.maybe(made, "uniqueItems", lambda: True, 0.1)
+        self.maybe(made, "contains", lambda: self.part(depth), 0.05)
+        return made
+
+    def of_string(self, depth: int) -> Any:
+        """Lengths, patterns, formats."""
+        made: dict[str, Any] = {"type": "string"}
+        self.maybe(made, "minLength", lambda: self.chance.choice((0, 1, 7, 10**5)))
+        self.maybe(made, "maxLength", lambda: self.chance.choice((0, 1, 9, 200, 10**7)))
+        self.maybe(made, "pattern", lambda: self.chance.choice(PATTERNS))
+        self.maybe(made, "format", lambda: self.chance.choice(FORMATS))
+        return made
+
+    def of_number(self, depth: int) -> Any:
+        """Bounds and multiples."""
+        made: dict[str, Any] = {"type": self.chance.choice(("integer", "number"))}
+        numbers = (0, 1, -1, 0.5, 1e-7, 12345.678, 1e30, -(10**18), 10**40, 99991)
+        for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
+            self.maybe(made, name, lambda: self.chance.choice(numbers))
+        return made
+
+    def of_choice(self, depth: int) -> Any:
+        """enum and const."""
+        values = (1, "a", None, True, [1, {"a": 2}], {"b": []}, "é\n", 1.5e300, "<think>", "")
+        if self.chance.random() < 0.5:
+            return {"const": self.chance.choice(values)}
+        return {"enum": self.chance.sample(values, self.chance.randint(0, 5))}
+
+    def of_several(self, depth: int) -> Any:
+        """anyOf, oneOf, allOf, not, if, types in a list."""
+        name = self.chance.choice(("anyOf", "oneOf", "allOf", "not", "if", "type"))
+        if name == "type":
+            return {"type": self.chance.sample(("string", "null", "integer", "object", "array", "boolean"), 2)}
+        if name in ("not", "if"):
+            return {name: self.part(depth), "then": self.part(depth), "else": self.part(depth)}
+        return {name: [self.part(depth) for _ in range(self.chance.randint(0, 3))]}
+
+    def of_reference(self, depth: int) -> Any:
+        """$ref to what is there, what is not, and elsewhere; anchors and dynamic ones."""
+        places = ("#", "#/$defs/d0", "#/$defs/d1", "#/definitions/d2", "#/nowhere", "http://example.com/s", "#anchor", "")
+        made = {self.chance.choice(("$ref", "$ref", "$dynamicRef")): self.chance.choice(places)}
+        self.maybe(made, "$anchor", lambda: "anchor", 0.2)
+        self.maybe(made, "description", lambda: "d", 0.2)
+        return made
+
+    def maybe(self, made: dict[str, Any], name: str, value: Any, share: float = 0.3) -> None:
+        """Set a keyword sometimes."""
+        if self.chance.random() < share:
+            made[name] = value()
+
+
+def lark(chance: random.Random) -> str:
+    """A random grammar in Lark, which may refer to rules that are not there."""
+    count = chance.randint(1, 8)
+    atoms = ['"a"', '"<think>"', "/[a-z]+/", "/(/", "WORD", "r0", '"b"?', "r2*", '("x" r0)+', '"y"{2,5}', "%json {}", "//"]
+    atoms += [f"r{i}" for i in range(count)] * 2
+    line = lambda: " ".join(chance.choices(atoms, k=chance.randint(0, 4))) or '""'  # noqa: E731
+    rules = [f"r{i}: {line()}" + "".join(f" | {line()}" for _ in range(chance.randint(0, 2))) for i in range(count)]
+    return "\n".join(["start: r0", *rules, "WORD: /[0-9]{1,3}/"])
+
+
+def gbnf(chance: random.Random) -> str:
+    """A random grammar in llama.cpp's form."""
+    atoms = ['"a"', "[a-z0-9]", "[^\\n]*", "one", "two", "(one | two)", "one?", '"\\""', "[", "three+"]
+    line = lambda: " ".join(chance.choices(atoms, k=chance.randint(1, 4)))  # noqa: E731
+    return "\n".join(f"{name} ::= {line()} | {line()}" for name in ("root", "one", "two", "three"))
+
+
+def blown_up(chance: random.Random) -> GrammarSource:
+    """Something chained, nested, repeated or wide, of a random size up to beyond the limits."""
+    size = int(10 ** chance.uniform(1, 4.3))
+    chain = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(size)} | {f"a{size}": {}}
+    nested: Any = {}
+    for _ in range(min(size, 900)):
+        nested = {chance.choice(("allOf", "anyOf")): [nested]} if chance.random() < 0.5 else {"items": nested, "type": "array"}
+    made: list[tuple[Any, Any]] = [
+        ("schema", {"$defs": chain, "$ref": "#/$defs/a0"}),
+        ("schema", nested),
+        ("schema", {"properties": {f"p{i}": {"type": "integer"} for i in range(size)}}),
+        ("schema", {"enum": [f"value {i}" for i in range(size)]}),
+        ("schema", {"anyOf": [{"const": i} for i in range(size)]}),
+        ("schema", {"type": "integer", "multipleOf": size * 7 + 3}),
+        ("schema", {"type": "string", "pattern": f"(a{{1,{size}}}b){{1,{size}}}"}),
+        ("choice", [f"text {i}" for i in range(size)]),
+        ("regex", "(" * size + "a" + ")*" * size),
+        ("regex", f"(.*a.{{{size % 40}}}){{{size % 7}}}"),
+        ("regex", "|".join(f"(.*{i})" for i in range(size))),
+        ("grammar", "start: a0\n" + "".join(f'a{i}: "x" a{i + 1}\n' for i in range(size)) + f'a{size}: "y"'),
+        ("grammar", "start: a0\n" + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(size)) + f'a{size}: "y" | ""'),
+        ("grammar", "start: " + "(" * size + '"a"' + ")" * size),
+        ("grammar", "start: " + " ".join(f"r{i}?" for i in range(size)) + "".join(f'\nr{i}: "a{i}"' for i in range(size))),
+        ("calls", [[{"name": f"f{i}", "parameters": {"properties": {"x": {}}}} for i in range(size)], True]),
+    ]
+    return GrammarSource(*chance.choice(made))
+
+
+def source(chance: random.Random) -> GrammarSource:
+    """One of all that a client can send."""
+    kind = chance.random()
+    if kind < 0.1:
+        return blown_up(chance)
+    if kind < 0.7:
+        return GrammarSource("schema", Schemas(chance).whole())
+    if kind < 0.8:
+        return GrammarSource("grammar", lark(chance))
+    if kind < 0.87:
+        return GrammarSource("grammar", gbnf(chance))
+    if kind < 0.93:
+        return GrammarSource("regex", "".join(chance.choices("ab(|)*+?[].{2,3}^$\\d\\xé", k=chance.randint(1, 20))))
+    if kind < 0.96:
+        return GrammarSource("choice", ["".join(chance.choices("abé\n<>|", k=chance.randint(1, 8))) for _ in range(5)])
+    return GrammarSource("calls", [[{"name": "f", "parameters": Schemas(chance).part(1)}], chance.random() < 0.5])
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", default=str(EMBEDDED))
+    given = parser.parse_args()
+    chance = random.Random(given.seed)
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    grammars = Grammars(tokenizer, len(tokenizer))
+    outcomes: Counter[str] = Counter()
+    slowest_answer = slowest_compile = slowest_step = 0.0
+    for _ in range(given.count):
+        asked = source(chance)
+        began = time.perf_counter()
+        try:
+            matcher = grammars.matcher(asked)
+        except (ValueError, RecursionError) as error:
+            told = str(error)
+            died = ("chained", "more than", "memory", "signal", "no answer")
+            outcomes[next((f"refused: {word}" for word in died if word in told), "refused: no grammar")] += 1
+            slowest_answer = max(slowest_answer, time.perf_counter() - began)
+            continue
+        slowest_answer = max(slowest_answer, time.perf_counter() - began)
+        slowest_compile = max(slowest_compile, grammars.compile_seconds)
+        constraint = GrammarConstraint(matcher, grammars.table.eos_tokens, len(tokenizer))
+        outcomes["accepted"] += 1
+        try:
+            for _ in range(40):
+                before = time.thread_time()
+                allowed = constraint.allowed().nonzero().flatten().tolist()
+                slowest_step = max(slowest_step, time.thread_time() - before)
+                if not allowed or not constraint.accept(chance.choice(allowed)) or constraint.finished:
+                    break
+        except GrammarError:
+            outcomes["accepted, and ended with an error later"] += 1
+    told = {
+        "grammars": given.count,
+        "outcomes": dict(outcomes),
+        "crashes": 0,  # this line would not be written
+        "slowest_answer_seconds": round(slowest_answer, 3),
+        "slowest_compile_seconds": round(slowest_compile, 3),
+        "slowest_mask_seconds": round(slowest_step, 4),
+    }
+    print(json.dumps(told))
+    sys.exit(slowest_step > STEP_SECONDS or slowest_compile > COMPILE_SECONDS)
+
+
+if __name__ == "__main__":
+    main()

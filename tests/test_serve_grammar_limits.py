@@ -1,0 +1,135 @@
+"""Forms of answers that are meant to crash or stall the server: each is a 400 that says why, and others are served on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
+
+from draftkit.serve.formats import ForcedCalls, StructuredOutputs
+from draftkit.serve.grammar_source import GrammarSource
+from draftkit.serve.guard import Guarded
+from draftkit.serve.problem import ApiError
+from draftkit.serve.structured import GrammarConstraint, Grammars, constraint_of
+from support.fake_engine import ASSET, fake_served
+from support.server import Server, serving
+
+SERVED = fake_served()
+
+
+def references(count: int) -> dict[str, Any]:
+    """A chain: each definition is the next one."""
+    chain = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(count)}
+    return {"$defs": {**chain, f"a{count}": {"type": "integer"}}, "$ref": "#/$defs/a0"}
+
+
+def rules(count: int) -> str:
+    """A chain of rules in Lark."""
+    return "start: a0\n" + "".join(f'a{i}: "x" a{i + 1}\n' for i in range(count)) + f'a{count}: "y"\n'
+
+
+def optional(count: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(count)}}
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "chained references": {"json": references(1200)},
+    "chained rules": {"grammar": rules(3000)},
+    "many properties": {"json": optional(5000)},
+    "many choices": {"choice": [f"text number {i} of many" for i in range(20_000)]},
+    "large text": {"regex": "a" * 500_000},
+    "empty loops": {"grammar": 'start: a\na: a a a | a a | "" | "x"'},
+    "nested rules": {"grammar": "start: " + "(" * 5000 + '"a"' + ")" * 5000},
+    "nested JSON": {"json": '{"allOf": [' * 3000 + "{}" + "]}" * 3000},
+    "repeats": {"grammar": 'start: ((("x"{1,300}){1,300}){1,300})'},
+    "states": {"regex": "(.*a.{12}b|.*b.{13}c|.*c.{14}d)+x.*y.{300}z"},
+}
+WALKABLE = ("empty loops", "states")  # within the bounds of the embedded target's vocabulary
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--max-body-bytes", str(2**23)) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_form_that_would_take_the_server_down_is_refused_or_served(server: Server, name: str) -> None:
+    body = {"prompt": "x", "max_tokens": 4, "structured_outputs": HOSTILE[name]}
+    answer = server.http.post("/v1/completions", json=body, timeout=60)
+    assert answer.status_code == (200 if name in WALKABLE else 400), answer.text
+    if name not in WALKABLE:
+        error = answer.json()["error"]
+        assert error["message"].startswith("structured_outputs") and len(error["message"]) < 800
+    assert server.process.poll() is None and server.http.get("/health").status_code == 200
+
+
+def test_forced_calls_are_tried_like_any_other_form() -> None:
+    functions = ({"name": "f", "parameters": references(1200)},)
+    with pytest.raises(ApiError, match="chained too deeply") as caught:
+        constraint_of(ForcedCalls(functions, many=False), SERVED)
+    assert (caught.value.status, caught.value.param) == (400, "tools")
+
+
+def test_a_good_form_is_compiled_once_and_serves_after_a_crash() -> None:
+    good, bad = (StructuredOutputs.model_validate(form) for form in ({"regex": "[0-9]{3}"}, {"grammar": rules(3000)}))
+    for _ in range(2):
+        with pytest.raises(ApiError, match="chained too deeply"):
+            constraint_of(bad, SERVED)
+        assert constraint_of(good, SERVED) is not None
+    began = time.monotonic()
+    assert constraint_of(good, SERVED) is not None and time.monotonic() - began < 0.1
+
+
+def test_an_answer_ends_with_an_error_when_its_grammar_does() -> None:
+    class Broken:
+        def compute_bitmask(self) -> bytes:
+            return b"\xff" * (SERVED.engine.info.vocab_size // 8 + 1)
+
+        def try_consume_tokens(self, tokens: list[int]) -> int:
+            return 0
+
+        def is_error(self) -> bool:
+            return False
+
+    matcher: Any = Broken()
+    vocab = SERVED.engine.info.vocab_size
+    guarded = Guarded(GrammarConstraint(matcher, [0], vocab), vocab)
+    assert guarded.allowed()[7] and not guarded.accept(7)
+    assert guarded.finished and "allowed and then not taken" in str(guarded.error)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_tag_that_is_one_token_is_written_once(special: bool) -> None:
+    """llguidance takes any added token like <this> for a special one, which no text contains: the answer repeated the tag
+    until it was full."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSET)
+    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t in ("<tool_call>", "</tool_call>")])
+    grammars = Grammars(tokenizer, len(tokenizer))
+    matcher = grammars.matcher(GrammarSource("calls", [[{"name": "now"}], False]))
+    constraint = GrammarConstraint(matcher, grammars.table.eos_tokens, len(tokenizer))
+    tokens: list[int] = []
+    while not constraint.finished and len(tokens) < 200:
+        token = int(constraint.allowed().nonzero()[-1])
+        assert constraint.accept(token)
+        tokens.append(token)
+    text = tokenizer.decode(tokens[:-1])
+    assert constraint.finished and text == '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    one = tokenizer.convert_tokens_to_ids("<tool_call>")
+    assert (one in tokens) != special
+
+
+def test_formats_that_nobody_knows_are_annotations() -> None:
+    """JSON Schema says so, and Pydantic writes them: `format: path`, `format: binary`."""
+    schema = {"properties": {"format": {"type": "string", "format": "path"}, "x": {"const": {"format": "path"}}}}
+    form = StructuredOutputs.model_validate({"json": {**schema, "required": ["format", "x"], "additionalProperties": False}})
+    constraint = constraint_of(form, SERVED)
+    assert constraint is not None
+    for token in SERVED.texts.encode('{"format": "/tmp", "x": {"format": "path"}}', False):
+        assert constraint.accept(token)
+    with pytest.raises(ApiError):
+        constraint_of(StructuredOutputs.model_validate({"json": {"type": "string", "pattern": "a(?=b)"}}), SERVED)
