@@ -15,16 +15,16 @@ demo: $(SMOLLM2)  # a real model with its drafter: chat on http://127.0.0.1:8000
 	$(VENV)/bin/draftkit serve --target smollm2 --dtype bfloat16
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: $(STAMP) $(SMOLLM2)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 bench: $(STAMP)
 	$(VENV)/bin/draftkit verify-lossless
-	$(VENV)/bin/python benchmarks/greedy_equality.py runs/quickstart/drafter/best --prompts 60
+	$(VENV)/bin/python -m checks.agreement runs/quickstart/drafter/best --prompts 60
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

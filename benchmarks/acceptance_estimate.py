@@ -1,6 +1,6 @@
 """How well a drafter without a confidence head can be planned: acceptance so far by position, against the estimator.
 
-    python benchmarks/acceptance_estimate.py greedy.safetensors sampled.safetensors --out benchmarks/results/NAME.json
+    python -m benchmarks.acceptance_estimate greedy.safetensors sampled.safetensors --out benchmarks/results/NAME.json
 
 `draftkit calibrate -d DRAFTER` records the traces, before it says that there is no head to calibrate. Both estimates learn
 from every other prompt, verified in full. On the prompts between, AUC and expected calibration error of the survivals; and
@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from result_file import print_result
 
-from draftkit.evaluate.run import environment
+from benchmarks.result_file import print_result
 from draftkit.schedule.calibration import quality_of
 from draftkit.schedule.estimator import AcceptanceEstimator
 from draftkit.schedule.planner import admit, survival_of
@@ -90,7 +89,7 @@ def main() -> None:
     parser.add_argument("traces", type=Path, nargs="+")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    result = {"environment": environment(), "traces": [compare(load_traces(path)) for path in options.traces]}
+    result = {"traces": [compare(load_traces(path)) for path in options.traces]}
     print_result(result, options.out)
 
 

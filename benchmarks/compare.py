@@ -1,6 +1,6 @@
 """Arms of a comparison, trained on one feature store for the same number of steps and measured on the same prompts.
 
-    python benchmarks/compare.py --group table1 --features features --out runs/table1 --steps 2000
+    python -m benchmarks.compare --group table1 --features features --out runs/table1 --steps 2000
 
 Every arm and seed is one `draftkit train` and one `draftkit evaluate` at temperature 1, each with one thread, a few at a
 time; the drafter of the last step counts. A run whose result is there is skipped, an interrupted one goes on. Then
@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_report import Arm, build_report, plot_report, print_table
 from rich.progress import Progress
+
+from benchmarks.compare_report import Arm, build_report, plot_report, print_table
+from benchmarks.result_file import write_result
 
 ARMS = Path(__file__).with_name("arms.yaml")
 RESULT = Path("results") / "evaluate-T1.json"
@@ -159,7 +161,7 @@ def main() -> None:
     report = build_report(arms, group["baselines"], settings | {"recipe": group["recipe"], "arms": group["arms"]})
     path = options.results or options.out / f"{options.group}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_result(report, path)
     plot_report(report, path.with_suffix(".png"))
     print_table(report)
 

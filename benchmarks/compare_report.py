@@ -7,7 +7,6 @@ Shapes: S seeds, P prompts of a domain, R bootstrap samples, G = gamma.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
-
-from draftkit.evaluate.run import device_name
 
 SAMPLES = 4000
 Floats = npt.NDArray[np.float64]
@@ -99,7 +96,7 @@ def build_report(arms: Sequence[Arm], baselines: Sequence[str], settings: dict[s
             "ratio": ratios,
             "acceptance": {d: arm.acceptance(d) for d in domains} | {"all": arm.acceptance(None)},
         }
-    environment = {"cpu": device_name(), "python": platform.python_version(), "prompts": len(prompts), "domains": domains}
+    environment = {"prompts": len(prompts), "domains": domains}
     return {"environment": environment, "settings": settings, "baselines": list(baselines), "arms": rows}
 
 

@@ -1,6 +1,6 @@
 """What drafting could reach with one user, if the engine did nothing but passes and knew what will be accepted.
 
-    python benchmarks/drafting_ceiling.py runs/quickstart/drafter/best --out benchmarks/results/drafting_ceiling.json
+    python -m benchmarks.drafting_ceiling runs/quickstart/drafter/best --out benchmarks/results/drafting_ceiling.json
 
 Held-out prompts are answered greedily, the proposal behind every token is recorded, and passes are timed as the engine times
 them when it starts, several times. The simulator then replays the answers. Its time is that of passes alone, without any of
@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_load import answer_at_once, read_prompts
-from result_file import print_result
 from rich.progress import track
 
+from benchmarks.engine_load import answer_at_once, read_prompts
+from benchmarks.result_file import print_result
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, arms_for, simulate
@@ -87,7 +86,6 @@ def main() -> None:
     table = time_passes(target, drafter)
     traces = record(target, drafter, read_prompts(options.target, options.prompts), options.new_tokens)
     result = {
-        "device": device_name(target.device),
         "threads": options.threads,
         "prompts": len(traces.prompts),
         "pass_seconds_by_tokens": table.pass_seconds[0],

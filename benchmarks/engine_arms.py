@@ -1,6 +1,6 @@
 """The engine without a drafter, with proposals of fixed length, and with planned lengths, at several concurrencies.
 
-    python benchmarks/engine_arms.py --concurrency 1 2 4 8 16 32 64 --requests 198 --out benchmarks/results/arms.json
+    python -m benchmarks.engine_arms --concurrency 1 2 4 8 16 32 64 --requests 198 --out benchmarks/results/arms.json
 
 All arms read with the same copy of the weights and write to the same memory: where they lie decides up to a tenth of the speed,
 and where the rest of an engine lies still some hundredths. So all are built anew several times for each concurrency, in another
@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_load import Load, run_closed
-from measured_pair import add_pair_options, open_measured_pair
-from result_file import print_result, write_result
 from rich.progress import track
 
+from benchmarks.engine_load import Load, run_closed
+from benchmarks.measured_pair import add_pair_options, open_measured_pair
+from benchmarks.result_file import print_result, write_result
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.paged_model import PagedModel

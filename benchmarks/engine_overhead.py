@@ -1,6 +1,6 @@
 """Share of the engine's steps that is not a forward pass, at several concurrencies, with and without a drafter.
 
-    python benchmarks/engine_overhead.py --out benchmarks/results/engine_overhead.json
+    python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
 
 A drafter's pass here is its backbone and heads; drawing tokens from its logits counts as overhead, and so do verification,
 scheduling and bookkeeping.
@@ -13,10 +13,10 @@ import statistics
 from pathlib import Path
 
 import torch
-from engine_load import run_closed
-from measured_pair import add_pair_options, open_measured_pair
-from result_file import print_result
 
+from benchmarks.engine_load import run_closed
+from benchmarks.measured_pair import add_pair_options, open_measured_pair
+from benchmarks.result_file import print_result
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 

@@ -1,7 +1,7 @@
 """Tokens per second, greedy: transformers.generate, the engine without and with a drafter, and other servers, in one run.
 
-    python benchmarks/engine_speed.py --concurrency 1 2 4 8 16 --out result.json
-    python benchmarks/engine_speed.py --drafter ... --against vllm=http://127.0.0.1:8001/v1
+    python -m benchmarks.engine_speed --concurrency 1 2 4 8 16 --out result.json
+    python -m benchmarks.engine_speed --drafter ... --against vllm=http://127.0.0.1:8001/v1
 
 Every round runs all arms one after the other on the same prompts; a ratio is the median over rounds of two arms' speeds in
 the same round, and an overall one is that of all tokens over all seconds (prompts of three domains take turns, and a drafter
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import httpx
 import torch
-from engine_load import answer_at_once
-from measured_pair import add_pair_options, open_measured_pair
-from result_file import print_result
 from rich.progress import Progress
 
+from benchmarks.engine_load import answer_at_once
+from benchmarks.measured_pair import add_pair_options, open_measured_pair
+from benchmarks.result_file import print_result
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.run import device_name

@@ -5,7 +5,7 @@ tokens, hidden size 256, rank 256, float32, CPU. Every arm runs in a process of 
 is the peak resident size during loss and backward less what was resident before. The third arm stops at logits and
 probabilities of both models: no loss and no gradients, so its time is no comparison.
 
-    python benchmarks/loss_memory.py --out benchmarks/results/loss_memory.json
+    python -m benchmarks.loss_memory --out benchmarks/results/loss_memory.json
 
 Runs are added to those of the same setting that the file already holds.
 """
@@ -26,7 +26,6 @@ from rich.progress import track
 from torch import Tensor
 
 from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
-from draftkit.evaluate.run import device_name
 from draftkit.settings import LossSettings
 
 ARMS = ("sliced", "whole", "whole, forward only")
@@ -119,7 +118,6 @@ def main() -> None:
         print(json.dumps(run_arm(args.arm, rows)))
         return
     setting = {
-        "cpu": device_name(),
         "threads": args.threads,
         "torch": torch.__version__,
         "sizes": {k: getattr(args, k) for k in ("vocabulary", "anchors", "hidden", "rank")} | {"gamma": GAMMA},
@@ -128,7 +126,7 @@ def main() -> None:
     same = all(earlier.get(name) == value for name, value in setting.items())
     runs: dict[str, list[dict[str, float]]] = earlier["runs"] if same else {arm: [] for arm in ARMS}
     for _, arm in track([(i, arm) for i in range(args.repeats) for arm in ARMS], "arms", console=Console(stderr=True)):
-        command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
+        command = [sys.executable, "-m", "benchmarks.loss_memory", *sys.argv[1:], "--arm", arm]
         runs[arm].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     pairs = list(zip(*runs.values(), strict=True))
     result = setting | {

@@ -8,9 +8,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine_load import read_prompts
-from grown import grow_pair
-
+from benchmarks.engine_load import read_prompts
+from benchmarks.grown import grow_pair
 from draftkit.draft.checkpoint import CONFIG, open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.serve.pair import PACKAGED

@@ -1,6 +1,6 @@
 """Time of a plan: 256 and 1,024 requests x 7 positions, medians of 200 calls each.
 
-    python benchmarks/planner_time.py --out benchmarks/results/planner_time.json
+    python -m benchmarks.planner_time --out benchmarks/results/planner_time.json
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from result_file import print_result
 
-from draftkit.evaluate.run import environment
+from benchmarks.result_file import print_result
 from draftkit.schedule.planner import admit, budget_from, plan_verification, survival_of
 from draftkit.schedule.simulate import parametric_table
 
@@ -44,7 +43,7 @@ def main() -> None:
         found[f"{requests} x 7"] = {
             name: [round(1e6 * float(v), 1) for v in np.percentile(values, [50, 25, 75])] for name, values in seconds.items()
         }
-    print_result({"environment": environment(), "microseconds_median_and_quartiles": found}, options.out)
+    print_result({"microseconds_median_and_quartiles": found}, options.out)
 
 
 if __name__ == "__main__":

@@ -28,17 +28,18 @@ def write_result(result: Mapping[str, Any], out: Path | None) -> None:
 
 
 def envelope() -> dict[str, Any]:
-    """Commit (with "+" where files differ from it), command, date, machine and versions of a result."""
+    """Commit (with "+" where files differ from it), command, date, device, machine and versions of a result."""
     import torch
     import transformers
 
-    folder = Path(__file__).parent
+    folder, program = Path(__file__).parent, Path(sys.argv[0])
     commit = _git(folder, "rev-parse", "--short", "HEAD")
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     return {
         "commit": commit + ("+" if changed else ""),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"{program.parent.name}.{program.stem}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "machine": _machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,

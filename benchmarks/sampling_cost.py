@@ -1,6 +1,6 @@
 """What a step costs at a real vocabulary: models and all else, at four settings and several numbers of users.
 
-    python benchmarks/sampling_cost.py TARGET --vocab 49152 151936 --before OTHER_CHECKOUT --out FILE
+    python -m benchmarks.sampling_cost TARGET --vocab 49152 151936 --before OTHER_CHECKOUT --out FILE
 
 For each vocabulary a model of the target's shape with random weights (0: the target itself) and a drafter with random weights,
 which drafts seven tokens whose acceptance does not matter here: every proposal is verified whole. Answers begin with prompts of
@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from result_file import write_result
+
+from benchmarks.result_file import write_result
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "T=0": {"temperature": 0.0},

@@ -1,6 +1,6 @@
 """The scheduled arms against every fixed length and no speculation, over loads, on measured and parametric step rates.
 
-    python benchmarks/scheduling.py --out benchmarks/results/scheduling.json
+    python -m benchmarks.scheduling --out benchmarks/results/scheduling.json
 
 Uses the embedded pair's recorded traces. Prints per table and load the ratios asked for, and where the paper's comparison
 at matched speed (budget arm against a one-token drafter) falls.
@@ -9,13 +9,12 @@ at matched speed (budget arm against a one-token drafter) falls.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import numpy as np
 
-from draftkit.evaluate.run import environment
+from benchmarks.result_file import write_result
 from draftkit.evaluate.schedule_plots import plot_simulation
 from draftkit.schedule.simulate import Load, Outcome, arms_for, simulate
 from draftkit.schedule_stages import MACHINES, open_simulation
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=["measured", *MACHINES], default=["measured", *MACHINES])
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, object] = {"environment": environment(), "requests": options.requests, "loads": LOADS}
+    result: dict[str, object] = {"requests": options.requests, "loads": LOADS}
     for name in options.tables:
         chosen = options.step_rate if name == "measured" else name
         source = open_simulation(options.traces, chosen, options.calibration)
@@ -84,7 +83,7 @@ def main() -> None:
                 print("   ", key, {k: round(v, 3) for k, v in named.items()})
         result[name] = rows
         plot_simulation([o for own in found.values() for o in own], options.out.with_name(f"scheduling_{name}.png"))
-    options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_result(result, options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Static confidence threshold 0 to 0.8: accepted share of verified tokens and tokens per step, by domain (Figure 5).
 
-    python benchmarks/threshold_sweep.py calibration/traces.safetensors --out benchmarks/results/threshold_sweep.json
+    python -m benchmarks.threshold_sweep calibration/traces.safetensors --out benchmarks/results/threshold_sweep.json
 
 Walks every traced prompt once per threshold, on the raw confidences as the paper does.
 """
@@ -8,12 +8,11 @@ Walks every traced prompt once per threshold, on the raw confidences as the pape
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
-from draftkit.evaluate.run import environment
+from benchmarks.result_file import write_result
 from draftkit.evaluate.schedule_plots import plot_thresholds
 from draftkit.schedule.planner import plan_threshold
 from draftkit.schedule.traces import TracedPrompt, Traces, load_traces
@@ -52,14 +51,13 @@ def main() -> None:
         curves[domain] = tuple(np.array(column) for column in zip(*rows, strict=True))
         print(f"{domain:8} " + "  ".join(f"{t}: {r:.3f}, {n:.2f}" for t, (r, n) in zip(THRESHOLDS, rows, strict=True)))
     result = {
-        "environment": environment(),
         "temperature": traces.origin.temperature,
         "prompts": len(traces.prompts),
         "thresholds": THRESHOLDS,
         "domains": found,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_result(result, options.out)
     plot_thresholds(THRESHOLDS, curves, options.out.with_suffix(".png"))
 
 

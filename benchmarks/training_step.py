@@ -1,6 +1,6 @@
 """Our training step against the same step written plainly, in supervised drafted tokens per second.
 
-    python benchmarks/training_step.py --features features --steps 20 --set train.anchors=512
+    python -m benchmarks.training_step --features features --steps 20 --set train.anchors=512
 
 With the paper's 512 anchors per conversation, those with fewer places are padded to the most of the batch in the plain step.
 
@@ -21,16 +21,15 @@ from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
-from result_file import print_result
 from torch import Tensor, nn
 
+from benchmarks.result_file import print_result
 from draftkit import stages
 from draftkit.config import load_recipe
 from draftkit.data.features import FeatureStore
 from draftkit.draft.backbone import rope_table, rotate
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import TrainBatch
-from draftkit.evaluate.run import device_name
 from draftkit.settings import LossSettings
 from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate
 from draftkit.train.optim import BETAS, new_optimizer, take_step
@@ -149,7 +148,6 @@ def main() -> None:
     ratios = [a / b for a, b in zip(ours, plains, strict=True)]
     low, _, high = quantiles(ratios, n=4)
     result = {
-        "cpu": device_name(),
         "threads": options.threads,
         "recipe": options.recipe,
         "set": options.set,

@@ -1,6 +1,6 @@
 """Thousands of generated schemas and grammars against the compiler: none may crash the server's process, and none may be slow.
 
-    python checks/fuzz_grammars.py --count 5000 --seed 0
+    python -m checks.fuzz_grammars --count 5000 --seed 0
 
 Schemas are of every keyword of JSON Schema's drafts 4 to 2020-12, nested and combined at random; grammars in Lark and GBNF,
 expressions and lists of choices are random, too; one in ten is blown up (chained, nested, repeated, wide). What is accepted is

@@ -1,7 +1,7 @@
 """Thousands of mixed requests, a share of them hostile, against a real server: honest answers stay right, and
 about as fast.
 
-    python checks/hostile_load.py --requests 10000 --users 64 --hostile 0.05
+    python -m checks.hostile_load --requests 10000 --users 64 --hostile 0.05
 
 Starts `draftkit serve` twice on 127.0.0.1: for a run without hostile requests, and for one with them. Honest
 requests are greedy completions, chats, JSON answers and tokenising, whose right answers are known from a

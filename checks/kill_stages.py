@@ -1,7 +1,7 @@
 """Stages killed with SIGKILL at random moments, at least half of them while a file is being written: the same
 command goes on from there, and ends with the same artefacts as a run that nobody killed.
 
-    python checks/kill_stages.py --work /tmp/kills --count 40 --seed 0
+    python -m checks.kill_stages --work /tmp/kills --count 40 --seed 0
 
 A kill "while a file is being written" is one that left a `.partial`, `.new` or `.part` file, or a torn last
 line, behind. Prints one line of JSON; exit code 1 when a stage could not go on, or ended with other
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from small_run import DRAFTKIT, Stage, readers, run, stages, told
+from checks.small_run import DRAFTKIT, Stage, readers, run, stages, told
 
 STAGES = ("generate", "capture", "train")  # the same in every run; `calibrate` and `profile` write one file at the end
 HALF_WRITTEN = ("*.partial", "*.new", "*.part")

@@ -7,10 +7,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):  # the same tests everywhere; benchmarks/gpu_check.py is for a GPU
+if not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):  # the same tests everywhere; checks/gpu.py is for a GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,3 +32,11 @@ def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def target(target_folder: Path) -> TransformersTarget:
     """The small random Qwen3, loaded in float64: no greedy tie can be settled by rounding."""
     return load_target(str(target_folder), dtype="float64")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what a run with `-m "not slow"` left out, so that nobody takes it for all tests."""
+    if config.option.markexpr != "not slow":
+        return
+    slow = sum(path.read_text("utf-8").count("pytest.mark.slow") for path in Path(__file__).parent.glob("test_*.py"))
+    terminalreporter.write_line(f"left out: {slow} slow tests or groups of tests, which `make check` runs")

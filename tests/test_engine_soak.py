@@ -1,18 +1,12 @@
-"""Hundreds of random requests through one engine; `benchmarks/soak.py` does the same with ten thousand."""
+"""Hundreds of random requests through one engine; `checks/soak.py` does the same with ten thousand."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from checks.soak import Report, soak
 from draftkit.engine.engine import Engine
 from draftkit.target.transformers import TransformersTarget
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from soak import Report, soak
-
 from support.drafters import make_drafter
 from support.engine import PROMPTS, small
 

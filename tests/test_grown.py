@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.engine_load import read_prompts
+from benchmarks.grown import Growth, grow_drafter, grow_target, head_sources
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import new_drafter, open_drafter
 from draftkit.draft.drafter import Proposal
@@ -18,11 +18,6 @@ from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import EMBEDDED, TransformersTarget, check_target, load_target
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from engine_load import read_prompts
-from grown import Growth, grow_drafter, grow_target, head_sources
-
 from support.engine import finish, tokens_of
 
 GROWTH = Growth(hidden=2, mlp=2, heads=16, kv_heads=4, layers=15, draft_layers=3, vocab=4196)

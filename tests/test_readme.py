@@ -12,7 +12,7 @@ from draftkit import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-PATHS = re.findall(r"`((?:draftkit|tests|docs|benchmarks)/[\w./-]*)`", README)
+PATHS = re.findall(r"`((?:draftkit|tests|docs|benchmarks|checks|tools)/[\w./-]*)`", README)
 
 
 def test_every_path_in_the_readme_exists() -> None:

@@ -1,17 +1,14 @@
-"""Bodies drawn from the real server's own description; `benchmarks/fuzz_server.py` sends thousands of them."""
+"""Bodies drawn from the real server's own description; `checks/fuzz.py` sends thousands of them."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 
 import httpx
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from fuzz_server import OPTIONS, Report, fuzz, what_is_wrong
-from server_process import server_process
+from benchmarks.server_process import server_process
+from checks.fuzz import OPTIONS, Report, fuzz, what_is_wrong
 
 
 @pytest.mark.slow

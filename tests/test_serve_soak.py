@@ -1,17 +1,12 @@
-"""A small HTTP soak of the real server; `benchmarks/soak_http.py` does the same with ten thousand requests."""
+"""A small HTTP soak of the real server; `checks/soak_http.py` does the same with ten thousand requests."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
+from benchmarks.server_process import server_process
+from checks.soak_http import Report, Soak, read_questions
 from draftkit.target.transformers import load_target
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from server_process import server_process
-from soak_http import Report, Soak, read_questions
 
 
 @pytest.mark.slow

@@ -150,7 +150,7 @@ def test_a_profile_says_what_it_measured_and_with_which_passes(target: Transform
     assert (table.measured.target_fingerprint, table.measured.drafter_fingerprint) == (target.info.fingerprint, "drafter-1")
     with pytest.raises(ScheduleError, match="choose shorter contexts"):
         profile(target, None, "", replace(settings, contexts=(5000,)))
-    with pytest.raises(ScheduleError, match=r"^profile: 1000000000 tokens per pass behind 16 .* choose fewer$"):
+    with pytest.raises(ScheduleError, match=r"^profile: 1000000000 tokens per pass after 16 .* choose fewer$"):
         profile(target, make_drafter(target), "", replace(settings, tokens=(10**9,)))
 
 

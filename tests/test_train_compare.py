@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.compare_report import Arm, build_report
 from draftkit.config import load_recipe
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
-from compare_report import Arm, build_report
 
 
 def record(prompt: int, domain: str, emitted: int, rounds: int = 10) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Thousands of requests with random lengths, settings and aborts through one engine: errors, leaks, memory, answers.
 
-    python benchmarks/soak.py DRAFTER --requests 10000 --concurrency 64 --out benchmarks/results/soak.json
+    python -m checks.soak DRAFTER --requests 10000 --concurrency 64 --out checks/results/soak.json
 
 Greedy answers without further settings are compared with the reference loop's (`draftkit.decode`, without a drafter); a
 difference where the two largest logits are closer than rounding is counted apart. Log probabilities of prompts are compared
@@ -19,15 +19,14 @@ from typing import Any
 
 import psutil
 import torch
-from engine_load import read_prompts
-from result_file import print_result
 from rich.progress import Progress
 
+from benchmarks.engine_load import read_prompts
+from benchmarks.result_file import print_result
 from draftkit.decode import decode
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget, load_target
 
@@ -195,7 +194,7 @@ def main() -> None:
     settings = EngineSettings(max_running=options.concurrency, kv_bytes=options.kv_megabytes * 2**20)
     engine = Engine(target, str(options.drafter), settings)
     report = soak(engine, target, prompts, options.requests, options.concurrency, options.new_tokens)
-    result = {"cpu": device_name(), "concurrency": options.concurrency, "good": report.good, **asdict(report)}
+    result = {"concurrency": options.concurrency, "good": report.good, **asdict(report)}
     print_result(result, options.out)
     raise SystemExit(not report.good)
 

@@ -1,6 +1,6 @@
 """Thousands of right, nearly right and wrong requests against the real server process with the real engine.
 
-    python benchmarks/fuzz_server.py --cases 5000 --out benchmarks/results/fuzz_server.json
+    python -m checks.fuzz --cases 5000 --out checks/results/fuzz.json
 
 Bodies are drawn from the server's own /openapi.json, and one case in eight is below JSON: broken bytes, other methods,
 content types and paths. No answer may be a 5xx (nothing here asks for 503 or 429), every refusal must say why, every
@@ -25,12 +25,11 @@ from typing import Any
 import httpx
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from openapi_cases import Raw, bodies, raws
-from result_file import print_result
 from rich.progress import Progress
-from server_process import ServerProcess, server_process
 
-from draftkit.evaluate.run import device_name
+from benchmarks.result_file import print_result
+from benchmarks.server_process import ServerProcess, server_process
+from checks.openapi_cases import Raw, bodies, raws
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
 CONTROL: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0}
@@ -189,7 +188,7 @@ def main() -> None:
         report = fuzz(server, options.cases)
     fields = {**vars(report), "failures": report.failures[:20], "statuses": dict(sorted(report.statuses.items()))}
     fields["refused"] = dict(report.refused.most_common())
-    result = {"cpu": device_name(), "good": report.good, "by_status": report.by_status, **fields}
+    result = {"good": report.good, "by_status": report.by_status, **fields}
     print_result(result, options.out)
     raise SystemExit(not report.good)
 

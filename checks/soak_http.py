@@ -1,6 +1,6 @@
 """Thousands of requests through the real server process: random lengths and settings, clients that leave, stop strings.
 
-    python benchmarks/soak_http.py --requests 10000 --concurrency 64 --out benchmarks/results/soak_http.json
+    python -m checks.soak_http --requests 10000 --concurrency 64 --out checks/results/soak_http.json
 
 `soak.py` does the same with the engine alone. Here every answer comes over HTTP, whole or as a stream, from both
 endpoints, with up to three choices. One client in nine leaves in mid-stream, one in nine before its first token, one in
@@ -23,14 +23,13 @@ from typing import Any
 
 import httpx
 import torch
-from result_file import print_result
 from rich.progress import Progress
-from server_process import ServerProcess, server_process
-from soak import ROUNDING, top_gap
 
+from benchmarks.result_file import print_result
+from benchmarks.server_process import ServerProcess, server_process
+from checks.soak import ROUNDING, top_gap
 from draftkit.data.conversations import read_conversations
 from draftkit.decode import decode
-from draftkit.evaluate.run import device_name
 from draftkit.ops.sampling import Sampling
 from draftkit.stages import TINY_HELD_OUT
 from draftkit.target.prompt_format import TemplateFormat
@@ -368,7 +367,7 @@ def main() -> None:
     with server_process("--target", options.target, "--port", "0", *memory) as server:
         report = Soak(server, target, questions, options.new_tokens).run(options.requests, options.concurrency)
     settings = {"concurrency": options.concurrency, "new_tokens": options.new_tokens, "kv_megabytes": options.kv_megabytes}
-    result = {"cpu": device_name(), **settings, "good": report.good, **asdict(report)}
+    result = {**settings, "good": report.good, **asdict(report)}
     print_result(result, options.out)
     raise SystemExit(not report.good)
 

@@ -1,6 +1,6 @@
 """What tests cannot show without a GPU: compiled kernels, recorded graphs, and answers, against PyTorch operations and the CPU.
 
-    python benchmarks/gpu_check.py DRAFTER [DRAFTER ...] --out benchmarks/results/gpu_check.json
+    python -m checks.gpu DRAFTER [DRAFTER ...] --out checks/results/gpu.json
 
 Families: a random small model of each family reads prompts and rounds with the kernels and without; the largest difference of a
 logit, as a share of the largest logit. Answers: greedy ones of the embedded target in float32, on the GPU without a drafter,
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_load import read_prompts
-from result_file import print_result
 
+from benchmarks.engine_load import read_prompts
+from benchmarks.result_file import print_result
 from draftkit.engine.engine import Engine
 from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.passes import Pass
@@ -99,7 +99,7 @@ def main() -> None:
                 "recorded_sizes": len(recorded._recordings) if recorded is not None else 0,
                 "not_recorded_because": recorded.reason if recorded is not None else None,
             }
-    print_result({"gpu": torch.cuda.get_device_name(), "families": families, "arms": arms}, options.out)
+    print_result({"families": families, "arms": arms}, options.out)
     wrong = [n for n, found in families.items() if found["float32"] is not None and not found["float32"] < TOLERANCE]
     wrong += [n for n, found in arms.items() if found["unlike_the_cpus"] or found["not_recorded_because"]]
     if wrong:

@@ -1,6 +1,6 @@
 """How long a server takes to serve again after SIGKILL under load, against a fresh start of the same server.
 
-    python benchmarks/restart.py --repeats 7 --out benchmarks/results/restart.json
+    python -m checks.restart --repeats 7 --out checks/results/restart.json
 
 Each repetition starts a fresh server, loads it with endless streams, kills it in mid-answer, starts it again on the same
 port, and asks both servers the same greedy question. Times run from the start of the process to the first 200 of /ready,
@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from result_file import print_result
 from rich.progress import track
-from server_process import ServerProcess, server_process
 
-from draftkit.evaluate.run import device_name
+from benchmarks.result_file import print_result
+from benchmarks.server_process import ServerProcess, server_process
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
 QUESTION: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0}
@@ -101,7 +100,6 @@ def main() -> None:
     made = [repeat(options.streams) for _ in track(range(options.repeats), "repetitions")]
     ratios = [r.again.ready / r.fresh.ready for r in made]
     result = {
-        "cpu": device_name(),
         "running_when_killed": [r.running for r in made],
         "fresh_ready_seconds": statistics.median(r.fresh.ready for r in made),
         "again_ready_seconds": statistics.median(r.again.ready for r in made),

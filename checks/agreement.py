@@ -1,6 +1,6 @@
 """Greedy answers with a drafter against the target's own `generate`: mismatches, each explained by its top-two gap.
 
-    python benchmarks/greedy_equality.py runs/quickstart/drafter/best --prompts 300 --dtype float64
+    python -m checks.agreement runs/quickstart/drafter/best --prompts 300 --dtype float64
 """
 
 from __future__ import annotations
