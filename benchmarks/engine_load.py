@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from draftkit.data.conversations import Conversation, read_conversations
-from draftkit.data.template import render_prompt
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 
 
@@ -56,7 +56,7 @@ def read_prompts(target: str, count: int, paths: Sequence[Path] | None = None) -
     each = -(-count // len(by_domain))
     chosen = (found[:: max(1, len(found) // each)][:each] for found in by_domain.values())
     turns = [c for turn in zip(*chosen, strict=False) for c in turn]
-    return [render_prompt(tokenizer, c.as_dicts()[:1]) for c in turns[:count]]
+    return [TemplateFormat(tokenizer).prompt(c.as_dicts()[:1]) for c in turns[:count]]
 
 
 def answer_at_once(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:

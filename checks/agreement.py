@@ -13,11 +13,11 @@ import torch
 from rich.progress import track
 
 from draftkit.data.conversations import read_conversations
-from draftkit.data.template import render_prompt
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.ops.sampling import Sampling
 from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import DTYPES, TransformersTarget, load_target
 
@@ -47,7 +47,7 @@ def main() -> None:
     chosen = [conversations[i * len(conversations) // count] for i in range(count)]  # evenly over the domains
     gaps, tokens = [], 0
     for conversation in track(chosen, "comparing"):
-        prompt = list(render_prompt(tokenizer, conversation.as_dicts()))
+        prompt = list(TemplateFormat(tokenizer).prompt(conversation.as_dicts()))
         own = target.model.generate(torch.tensor([prompt]), max_new_tokens=options.new_tokens, do_sample=False)
         own = own[0, len(prompt) :].tolist()
         ours = list(decode(target, drafter, prompt, Sampling(0.0), options.new_tokens).tokens)

@@ -55,10 +55,10 @@ def run_draftkit(options: argparse.Namespace) -> Result:
     """The reference loop with the same folder, drafting as many tokens."""
     import torch
 
-    from draftkit.data.template import render_prompt
     from draftkit.decode import decode
     from draftkit.draft.checkpoint import load_drafter
     from draftkit.ops.sampling import Sampling
+    from draftkit.target.prompt_format import TemplateFormat
     from draftkit.target.tokenizer import load_tokenizer
     from draftkit.target.transformers import load_target
 
@@ -73,7 +73,7 @@ def run_draftkit(options: argparse.Namespace) -> Result:
         drafter.config = replace(drafter.config, block_size=options.tokens)
     answers, rounds, accepted = [], 0, 0
     for chat in read_chats(options.prompts):
-        done = decode(target, drafter, render_prompt(tokenizer, chat), Sampling(0.0), options.new_tokens)
+        done = decode(target, drafter, TemplateFormat(tokenizer).prompt(chat), Sampling(0.0), options.new_tokens)
         answers.append(list(done.tokens))
         rounds, accepted = rounds + len(done.rounds), accepted + sum(r.accepted for r in done.rounds)
     return answers, rounds, accepted

@@ -29,10 +29,10 @@ from benchmarks.result_file import print_result
 from benchmarks.server_process import ServerProcess, server_process
 from checks.soak import ROUNDING, top_gap
 from draftkit.data.conversations import read_conversations
-from draftkit.data.template import render_prompt
 from draftkit.decode import decode
 from draftkit.ops.sampling import Sampling
 from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 
@@ -130,7 +130,7 @@ def read_questions(target: TransformersTarget, name: str, count: int, most: int)
     questions = []
     for conversation in conversations[:: max(1, len(conversations) // count)][:count]:
         messages = conversation.as_dicts()[:1]
-        tokens = render_prompt(tokenizer, messages)
+        tokens = TemplateFormat(tokenizer).prompt(messages)
         questions.append(Question(messages, tokens, decode(target, None, tokens, Sampling(0.0), most).tokens))
     return questions
 

@@ -33,10 +33,15 @@ RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file o
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
 PromptsOption = Annotated[list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")]
+StartOption = Annotated[Path | None, typer.Option(help="folder of a drafter that goes on from where it is")]
+LogFormatOption = Annotated[
+    str | None, typer.Option("--format", help="bodies, vllm, otel, claude-code or codex; default: recognised")
+]
+SkipOption = Annotated[bool, typer.Option("--skip-invalid", help="leave out rows that are wrong, and count them")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
-GOES_ON = {"quickstart", "generate", "capture", "train", "evaluate", "calibrate"}
+GOES_ON = {"quickstart", "specialise", "generate", "capture", "train", "evaluate", "calibrate"}
 
 
 @app.callback(invoke_without_command=True)
@@ -74,18 +79,38 @@ def quickstart(
 
 @app.command(epilog="Example: draftkit generate -p prompts.jsonl -o answers.jsonl --set generate.temperature=0.7")
 def generate(
-    out: OutOption, prompts: PromptsOption = None, recipe: RecipeOption = "tiny-dspark", overrides: SetOption = None
+    out: OutOption,
+    prompts: PromptsOption = None,
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+    skip_invalid: SkipOption = False,
+    servers: Annotated[
+        list[str] | None, typer.Option("--server", help="OpenAI-compatible server that answers; repeatable")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="its name at the servers; default: their first")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="of the servers")] = None,
 ) -> None:
-    """The target answers prompts; continues where it was interrupted."""
+    """The target answers prompts; continues where it was interrupted. Several processes may share the work: give all of
+    them the same command."""
     settings = _recipe(recipe, overrides)
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
     check_file(out)
     from draftkit import stages
+    from draftkit.data.conversations import SkippedRows, check_beginning, iterate_conversations
 
-    read = stages.read_prompts(prompts or [stages.TINY_PROMPTS])
-    count = stages.run_generate(*stages.open_target(settings), settings, read, out)
-    typer.echo(f"{count} conversations in {out}; next: draftkit capture -c {out} -o features")
+    paths = prompts or [stages.TINY_PROMPTS]
+    check_beginning(paths, skip_invalid)
+    skipped = SkippedRows() if skip_invalid else None
+    read = lambda: iterate_conversations(paths, skipped.anew() if skipped else None)  # noqa: E731
+    if servers:
+        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key)
+    else:
+        report = stages.run_generate(*stages.open_target(settings), settings, read, out)
+    if skipped:
+        skipped.report()
+    ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
+    typer.echo(f"{report.records} conversations ({ends}) in {out}; next: draftkit capture -c {out} -o features")
 
 
 @app.command(epilog="Example: draftkit capture -c answers.jsonl -o features")
@@ -94,16 +119,21 @@ def capture(
     conversations: Annotated[list[Path], typer.Option("--conversations", "-c", help="JSONL with answers")],
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
+    skip_invalid: SkipOption = False,
 ) -> None:
     """The target reads conversations into a feature store."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
     from draftkit import stages
+    from draftkit.data.conversations import SkippedRows, check_beginning
 
-    read = stages.read_prompts(conversations)
-    report = stages.run_capture(*stages.open_target(settings), settings, read, out)
+    check_beginning(conversations, skip_invalid)
+    skipped = SkippedRows() if skip_invalid else None
+    report = stages.run_capture(*stages.open_target(settings), settings, conversations, out, skipped)
+    if skipped:
+        skipped.report()
     typer.echo(
-        f"{report.conversations} conversations, {report.tokens} tokens in {out} ({report.left_out()}); "
+        f"{report.samples} samples, {report.tokens} tokens in {out} ({report.left_out()}); "
         f"next: draftkit train -f {out} -o drafter"
     )
 
@@ -114,19 +144,109 @@ def train(
     features: Annotated[Path, typer.Option("--features", "-f", help="feature store")],
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
+    start_from: StartOption = None,
 ) -> None:
     """Train a drafter on a feature store; continues where it was interrupted."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
     from draftkit import stages
 
-    report = stages.run_train(*stages.read_target(settings), settings, features, out)
+    report = stages.run_train(*stages.read_target(settings), settings, features, out, start_from=start_from)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
         f"next: draftkit evaluate -d {out / 'best'} -o results"
     )
+
+
+@app.command(epilog="Example: draftkit traces requests.jsonl ~/.codex/sessions/rollout.jsonl -o traces")
+def traces(
+    logs: Annotated[list[Path], typer.Argument(help="logs, as they lie on disk")],
+    out: OutOption,
+    form: LogFormatOption = None,
+    validation_share: Annotated[float, typer.Option(help="of the conversations", min=0, max=0.5)] = 0.05,
+    held_out_share: Annotated[float, typer.Option(help="of the conversations", min=0, max=0.5)] = 0.1,
+    keep_secrets: Annotated[bool, typer.Option("--keep-secrets", help="mask no keys, tokens and mail addresses")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Make conversations of logs: train.jsonl, validation.jsonl and heldout.jsonl.
+
+    Formats: bodies (requests and responses of the chat API, LiteLLM's log, conversations), vllm (its log with
+    --enable-log-requests), otel (OpenTelemetry GenAI spans), claude-code and codex (their session files)."""
+    from dataclasses import asdict
+
+    from draftkit.data.traces import make_traces
+
+    report, skipped = make_traces(logs, out, form, validation_share, held_out_share, keep_secrets)
+    skipped.report()
+    if json_output:
+        typer.echo(as_json(asdict(report)))
+        return
+    for line in report.lines():
+        typer.echo(line)
+    typer.echo(f"next: draftkit capture -c {out / 'train.jsonl'} -o features, or draftkit specialise --traces LOG")
+
+
+@app.command(epilog="Example: draftkit mix mixture.yaml -o prompts.jsonl --limit 50000")
+def mix(
+    mixture: Annotated[Path, typer.Argument(help="YAML with sources: presets, hub ids or files, weights, caps in tokens")],
+    out: OutOption,
+    limit: Annotated[int | None, typer.Option(help="conversations in all", min=1)] = None,
+    skip_invalid: SkipOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Mix data sets into one file of conversations, each question once.
+
+    Presets: open-perfectblend, sharegpt, ultrachat, magpie, nemotron-chat, nemotron-code, nemotron-math, toolace and
+    hermes-tools; they and hub ids are read through `datasets` (extra `data`)."""
+    from dataclasses import asdict
+
+    from draftkit.data.conversations import SkippedRows
+    from draftkit.data.sources import mix as write_mixture
+    from draftkit.data.sources import read_mixture
+
+    chosen = read_mixture(mixture)
+    check_file(out)
+    skipped = SkippedRows() if skip_invalid else None
+    report = write_mixture(chosen, out, limit, skipped)
+    if skipped:
+        skipped.report()
+    if json_output:
+        typer.echo(as_json(asdict(report)))
+        return
+    for name, count in report.conversations.items():
+        typer.echo(f"{name}: {count} conversations, about {report.tokens[name]:,} tokens")
+    typer.echo(f"{report.repeated} left out as there before; next: draftkit generate -p {out} -o answers.jsonl")
+
+
+@app.command(epilog="Example: draftkit specialise --traces requests.jsonl --start-from drafter/best -o mine")
+def specialise(
+    out: OutOption,
+    logs: Annotated[list[Path], typer.Option("--traces", help="logs; repeatable; formats: draftkit traces --help")],
+    start_from: StartOption = None,
+    target: Annotated[str | None, typer.Option(help="folder or hub id; default: the recipe's")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="default: that of the drafter to start from, else tiny-dspark")
+    ] = None,
+    overrides: SetOption = None,
+    regenerate: Annotated[bool, typer.Option("--regenerate", help="let the target answer anew what was asked")] = False,
+    form: LogFormatOption = None,
+    keep_secrets: Annotated[bool, typer.Option("--keep-secrets", help="mask no keys, tokens and mail addresses")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """A drafter for your own traffic: traces, capture, train, and a table of before and after on held-out conversations."""
+    from draftkit.specialise import print_specialised, recipe_for, run_specialise
+
+    changed = [*(overrides or []), *([f"target.path={target}"] if target else [])]
+    settings = recipe_for(recipe, changed, start_from, out)
+    say = lambda line: typer.echo(line, err=json_output)  # noqa: E731
+    found = run_specialise(settings, logs, out, start_from, regenerate, form, keep_secrets, say)
+    if json_output:
+        typer.echo(as_json(found.rows(), indent=1))
+        return
+    print_specialised(found)
+    typer.echo(f"next: draftkit serve --target {settings.target.path} --drafter {out / 'drafter' / 'best'}")
 
 
 @app.command(epilog="Example: draftkit evaluate -d drafter/best -o results --set evaluate.temperatures=[1.0]")
@@ -191,7 +311,9 @@ def calibrate(
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
     target, tokenizer = stages.open_target(settings)
-    chosen = stages.first_turns(tokenizer, read, settings.evaluate.prompts_per_domain)
+    stages.check_drafter_switches(settings, drafter)
+    shown = stages.prompt_format(settings, tokenizer)
+    chosen = stages.first_turns(shown, read, settings.evaluate.prompts_per_domain)
     limit, seed = settings.evaluate.max_new_tokens, settings.evaluate.seed
     opened, file = open_drafter(drafter, target), out / schedule_stages.TRACES
     traces = schedule_stages.run_record(target, opened, drafter, chosen, Sampling(temperature), limit, seed, file)

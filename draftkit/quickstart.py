@@ -17,7 +17,8 @@ from rich.console import Console
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe
-from draftkit.data.conversations import Conversation
+from draftkit.data.messages import Conversation
+from draftkit.data.parts import SharedWork
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError, DataError
@@ -75,7 +76,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     with stage("generate") as notes:
         notes.append(f"{_generate(target, tokenizer, recipe, answers, minutes)} answers of the target itself")
     with stage("capture") as notes:
-        report = stages.run_capture(target, tokenizer, recipe, stages.read_prompts([answers]), features)
+        report = stages.run_capture(target, tokenizer, recipe, [answers], features)
         notes.append(f"features of {report.tokens:,} tokens")
     with stage("train") as notes:
         left = minutes * (1 - EVALUATE_SHARE) - sum(t.seconds for t in times) / 60
@@ -86,7 +87,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
             trained = stages.run_train(target, tokenizer, recipe, features, run, lambda: target)
             write_text(run / "done.json", as_json(asdict(trained) | {"recipe": dump_recipe(recipe)}, indent=1))
             notes.append(f"{trained.steps} steps, simulated accepted length {trained.best:.2f}")
-        seen = int(_read_notes(run / "done.json").get("steps", 0)) * recipe.train.batch_size / max(1, report.conversations)
+        seen = int(_read_notes(run / "done.json").get("steps", 0)) * recipe.train.batch_size / max(1, report.samples)
     with stage("evaluate") as notes:
         held_out = stages.read_prompts([stages.TINY_HELD_OUT])
         results = stages.run_evaluate(target, tokenizer, recipe, run / "best", held_out, results_folder)
@@ -151,7 +152,8 @@ def _simulated(
     """Speed-up of planned lengths for one user at temperature 0 on a machine that waits for memory, by traces of this pair.
     Traces of an earlier drafter are written over."""
     out.unlink(missing_ok=True)
-    chosen, section = stages.first_turns(tokenizer, prompts, TRACED_PROMPTS), recipe.evaluate
+    section = recipe.evaluate
+    chosen = stages.first_turns(stages.prompt_format(recipe, tokenizer), prompts, TRACED_PROMPTS)
     opened = open_drafter(drafter, target)
     run_record(target, opened, drafter, chosen, Sampling(0.0), section.max_new_tokens, section.seed, out)
     source, load = open_simulation(out, "memory-bound", None), Load(requests=100, concurrency=1)
@@ -194,14 +196,14 @@ def _once(out: Path, name: str, decide: Callable[[], float]) -> float:
 
 def _generate(target: TransformersTarget, tokenizer: Any, recipe: Recipe, answers: Path, minutes: float) -> int:
     """Answer as many prompts as the generation's share of the time allows, measured once on the first of them."""
-    answer = answerer(target, recipe.generate.batch_size)  # its code is built here, outside the measured rate
+    answers_of = answerer(target, recipe.generate.batch_size)  # its code is built here, outside the measured rate
     prompts = stages.read_prompts([stages.TINY_PROMPTS])
 
     def first(count: float) -> int:
-        return stages.run_generate(target, tokenizer, recipe, prompts[: int(count)], answers, answer)
+        return stages.run_generate(target, tokenizer, recipe, lambda: prompts[: int(count)], answers, answers_of).records
 
     def affordable() -> float:
-        before = len(answers.read_bytes().splitlines()) if answers.exists() else 0  # of a run that was stopped here
+        before = SharedWork(answers).count()  # of a run that was stopped here
         began = time.perf_counter()
         probed = first(before + PROBE_PROMPTS)  # the file is shuffled: a fair sample
         rate = (probed - before) / (time.perf_counter() - began)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from draftkit.data.generate import GenerateSettings
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.answers import answerer
 from draftkit.errors import ScheduleError
@@ -30,6 +29,7 @@ from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, Outcome, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, save_step_rate
 from draftkit.schedule.traces import Origin, Traces, join_traces, load_traces, save_traces
+from draftkit.settings import GenerateSettings
 from draftkit.stages import progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED_PAIR, TransformersTarget
@@ -60,7 +60,7 @@ def run_record(
     origin = Origin(about.name, about.fingerprint, own, sampling.temperature, prompts_hash, max_new_tokens, seed)
     if out.exists():
         return _read_own(out, origin)
-    settings, parts = GenerateSettings(sampling, max_new_tokens, seed=seed), []
+    settings, parts = GenerateSettings(sampling.temperature, sampling.top_k, sampling.top_p, max_new_tokens), []
     answer_all = answerer(target, settings.batch_size)
     with progress_bar("record", len(prompts)) as (bar, task):
         for first in range(0, len(prompts), settings.batch_size):

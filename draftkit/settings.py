@@ -6,6 +6,7 @@ command line and recipes import this module.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, GetCoreSchemaHandler, model_validator
@@ -37,6 +38,10 @@ class TargetSettings(Section):
     path: Annotated[str, Field(description='folder, GGUF file or hub id; or "tiny", "smollm2"')] = "tiny"
     revision: Annotated[str | None, Field(description="hub revision")] = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    template_switches: Annotated[
+        dict[str, str | int | float | bool],
+        Field(description="variables of the chat template, the same in every stage, as {enable_thinking: false}"),
+    ] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=CHECKS)
@@ -61,6 +66,10 @@ class CaptureSettings(Section):
     ] = 1024
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_tokens: Annotated[int, Field(ge=1, description="tokens per forward pass")] = 8192
+    cut_answers: Annotated[
+        Literal["keep", "drop"],
+        Field(description="answers that a limit ended; either way none learns an end of turn that was never written"),
+    ] = "keep"
 
 
 @dataclass(frozen=True, config=CHECKS)

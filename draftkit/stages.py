@@ -6,9 +6,10 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from draftkit.config import Recipe, dump_recipe
-from draftkit.data.capture import CaptureReport, CaptureSettings, capture
-from draftkit.data.conversations import Conversation, read_conversations
+from draftkit.data.answers import Answers
+from draftkit.data.capture import CaptureReport, capture
+from draftkit.data.conversations import SkippedRows, iterate_conversations, read_conversations
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
+from draftkit.data.features import MANIFEST as STORE_MANIFEST
 from draftkit.data.features import FeatureStore
-from draftkit.data.generate import Answerer, GenerateSettings, generate_file
+from draftkit.data.features import read_manifest as read_manifest_of_store
+from draftkit.data.generate import GenerateReport, generate_file
 from draftkit.data.mask_token import choose_mask_token
-from draftkit.data.template import render_prompt
+from draftkit.data.messages import Conversation
+from draftkit.data.records import check_rendered_as, made_with, read_manifest
+from draftkit.data.samples import naming_conversation
+from draftkit.data.servers import ServerAnswers
+from draftkit.data.traces import domain_of
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
 from draftkit.draft.drafter import Drafter, DrafterShape
@@ -37,6 +45,7 @@ from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, one_writer, write_text
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import Target, TargetWeights
+from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
     DTYPES,
@@ -56,7 +65,7 @@ TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.js
 
 
 @contextmanager
-def progress_bar(title: str, total: float) -> Iterator[tuple[Progress, Any]]:
+def progress_bar(title: str, total: float | None) -> Iterator[tuple[Progress, Any]]:
     """A bar with rate and remaining time on standard error; on a pipe it stays silent."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
     console = Console(stderr=True)
@@ -74,6 +83,15 @@ def open_target(recipe: Recipe, device: str | None = None) -> tuple[Transformers
     return target, load_tokenizer(section.path, section.revision)
 
 
+def prompt_format(recipe: Recipe, tokenizer: Any, today: str | None = None) -> TemplateFormat:
+    """How the recipe's target is shown conversations, all on one day: `today`, that of an earlier part of the run, or the
+    clock's.
+
+    Raises ConfigError for template switches that the chat template does not know.
+    """
+    return TemplateFormat(tokenizer, recipe.target.template_switches, date.fromisoformat(today) if today else date.today())
+
+
 def read_target(recipe: Recipe) -> tuple[TargetFiles, Any]:
     """What the files of the recipe's target say, and its tokenizer; the model is not loaded."""
     section = recipe.target
@@ -85,27 +103,49 @@ def run_generate(
     target: TransformersTarget,
     tokenizer: Any,
     recipe: Recipe,
-    prompts: Sequence[Conversation],
+    prompts: Callable[[], Iterable[Conversation]],
     out: Path,
-    answer: Answerer | None = None,
-) -> int:
-    """Stage 1: the target answers the prompts, by `answer` where one is at hand."""
-    section = recipe.generate
-    settings = GenerateSettings(
-        Sampling(section.temperature, section.top_k, section.top_p),
-        section.max_new_tokens,
-        section.batch_size,
-        section.seed,
-    )
-    made, began = 0, time.perf_counter()
-    with progress_bar("generate", len(prompts)) as (bar, task):
+    answers: Answers | None = None,
+) -> GenerateReport:
+    """Stage 1: the target answers the prompts, by `answers` where they are at hand."""
+    shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
+    about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, recipe.generate)
+    return _generate(answers or answerer(target, recipe.generate.batch_size), shown, recipe, prompts, out, about)
 
-        def tick(answers: int, tokens: int) -> None:
+
+def run_generate_by_servers(
+    recipe: Recipe,
+    prompts: Callable[[], Iterable[Conversation]],
+    out: Path,
+    urls: Sequence[str],
+    model: str | None,
+    api_key: str | None,
+) -> GenerateReport:
+    """Stage 1 where servers answer: of the target only the tokenizer is loaded."""
+    tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
+    shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
+    answers = ServerAnswers(urls, shown, recipe.generate.batch_size, model, api_key)
+    about = made_with(shown, f"{answers.model} at a server", (), recipe.generate)
+    return _generate(answers, shown, recipe, prompts, out, about)
+
+
+def _generate(
+    answers: Answers,
+    shown: PromptFormat,
+    recipe: Recipe,
+    prompts: Callable[[], Iterable[Conversation]],
+    out: Path,
+    about: dict[str, Any],
+) -> GenerateReport:
+    made, began = 0, time.perf_counter()
+    with progress_bar("generate", None) as (bar, task):
+
+        def tick(conversations: int, tokens: int) -> None:
             nonlocal made
             made += tokens
-            bar.update(task, advance=answers, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
+            bar.update(task, advance=conversations, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
 
-        return generate_file(target, tokenizer, prompts, out, settings, answer or answerer(target, section.batch_size), tick)
+        return generate_file(answers, shown, prompts, out, recipe.generate, about, tick)
 
 
 def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
@@ -116,15 +156,25 @@ def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
 
 @one_writer()
 def run_capture(
-    target: TransformersTarget, tokenizer: Any, recipe: Recipe, conversations: Sequence[Conversation], out: Path
+    target: TransformersTarget,
+    tokenizer: Any,
+    recipe: Recipe,
+    paths: Sequence[Path],
+    out: Path,
+    skipped: SkippedRows | None = None,
 ) -> CaptureReport:
-    """Stage 2: the target reads the conversations into a feature store."""
-    section = recipe.capture
-    settings = CaptureSettings(feature_layers(recipe, target), section.max_length, section.batch_tokens, section.dtype)
-    with progress_bar("capture", len(conversations)) as (bar, task):
-        return capture(
-            target, tokenizer, conversations, out, settings, lambda n: bar.update(task, advance=n)
-        )
+    """Stage 2: the target reads the conversations of some files into a feature store."""
+    layers = feature_layers(recipe, target)
+    begun = read_manifest_of_store(out).today if (out / STORE_MANIFEST).exists() else None
+    shown = prompt_format(recipe, tokenizer, begun)
+    for path in paths:
+        check_rendered_as(path, shown)
+    with progress_bar("capture", None) as (bar, task):
+        tick = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        report = capture(target, shown, iterate_conversations(paths, skipped), out, layers, recipe.capture, tick)
+    if line := report.counts.unshown_line():
+        print(line, file=sys.stderr)
+    return report
 
 
 def drafter_config(
@@ -160,21 +210,31 @@ def run_train(
     features: Path,
     out: Path,
     model: Callable[[], Target] | None = None,
+    start_from: Path | None = None,
 ) -> TrainReport:
     """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer.
 
     Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it, null loads it then.
-    Where several processes train together there are no such answers, and none of them loads it.
+    Where several processes train together there are no such answers, and none of them loads it. `start_from` is the folder
+    of a drafter that goes on; it must be of this target and of the recipe's shape.
     """
     store = FeatureStore(features)
     layers = feature_layers(recipe, target)
-    store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer))
-    drafter = new_drafter_for(recipe, target, tokenizer, store)
+    switches = recipe.target.template_switches
+    store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches)
+    if start_from is None:
+        drafter = new_drafter_for(recipe, target, tokenizer, store)
+        start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
+    else:
+        drafter = drafter_to_continue(recipe, target, tokenizer, store, start_from)
+        start = f"drafter {fingerprint(start_from)}"
     provenance = {
         "target": target.info.name,
         "target_fingerprint": target.info.fingerprint,
         "template_hash": template_hash(tokenizer),
+        "template_switches": recipe.target.template_switches,
         "recipe": recipe.model_dump(),
+        **({"started_from": fingerprint(start_from)} if start_from else {}),
     }
     with progress_bar("train", 100) as (bar, task), join_world() as world:
 
@@ -187,8 +247,9 @@ def run_train(
             write_text(out / "recipe.yaml", dump_recipe(recipe))
 
         load = model or (lambda: open_target(recipe)[0])
-        start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
-        return trainer.train(store, drafter, load, out, recipe.train, provenance, world, show, note_recipe, start)
+        return trainer.train(
+            store, drafter, load, out, recipe.train, provenance, world, show, note_recipe, start, start_from is not None
+        )
 
 
 def new_drafter_for(
@@ -210,6 +271,32 @@ def new_drafter_for(
         text = _some_text(store) if store is not None else None
         start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
     return drafter
+
+
+def drafter_to_continue(
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore, folder: Path
+) -> Drafter:
+    """A drafter that was trained before, in float32, ready to learn on.
+
+    Raises CheckpointError when it was made for another target, ConfigError that names the field in which the recipe's shape
+    differs from its own, or the template switches it was trained with.
+    """
+    check_drafter_switches(recipe, folder)
+    drafter = open_drafter(folder, target, DTYPES["float32"])
+    shape = drafter_config(recipe, target, tokenizer, store)
+    if type(drafter.config) is not type(shape):
+        raise ConfigError(f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe")
+    free = {"max_length"} if recipe.drafter.mask_token_id is not None else {"max_length", "mask_token_id"}
+    wanted = asdict(shape)
+    for name, value in asdict(drafter.config).items():
+        if name not in free and wanted[name] != value:
+            differs = f"{name} is {_shown(value)}, the recipe has {_shown(wanted[name])}"
+            raise ConfigError(f"{folder}: {differs}; give the same to go on with this drafter")
+    return drafter
+
+
+def _shown(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _some_text(store: FeatureStore) -> CapturedText:
@@ -243,15 +330,48 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
     return (out / WEIGHTS).stat().st_size
 
 
-def first_turns(tokenizer: Any, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:
+def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:
     """The first prompts of every domain, rendered; of a conversation the first turn only, and the table says so."""
     chosen: list[EvalPrompt] = []
     counts: dict[str, int] = {}
     for p in prompts:
         counts[p.domain] = counts.get(p.domain, 0) + 1
         if counts[p.domain] <= per_domain:
-            chosen.append(EvalPrompt(p.id, p.domain, render_prompt(tokenizer, p.first_turn().as_dicts(), p.id)))
+            with naming_conversation(p.id):
+                tokens = shown.prompt(p.first_turn().as_dicts(), p.tools)
+            chosen.append(EvalPrompt(p.id, p.domain, tokens))
     return chosen
+
+
+def every_turn(
+    shown: PromptFormat, conversations: Iterable[Conversation], per_domain: int, room: int
+) -> list[EvalPrompt]:
+    """The prompt before every answer of recorded conversations, the first of each domain; domains are those of the answers.
+    Prompts of more than `room` tokens are left out, and conversations whose answers cannot be found."""
+    chosen: list[EvalPrompt] = []
+    counts: dict[str, int] = {}
+    for conversation in conversations:
+        try:
+            turns = shown.turns(conversation.as_dicts(), conversation.tools)
+        except (RewrittenError, TemplateError):
+            continue
+        for number, turn in enumerate(turns):
+            said = shown.parse(turn.answer_ids).message()
+            domain = domain_of([said])
+            counts[domain] = counts.get(domain, 0) + 1
+            if counts[domain] <= per_domain and len(turn.prompt_ids) <= room:
+                chosen.append(EvalPrompt(f"{conversation.id}#{number}", domain, turn.prompt_ids))
+    return chosen
+
+
+def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
+    """Raise ConfigError when a drafter was trained with other template switches than the recipe has."""
+    trained = read_provenance(drafter).get("template_switches")
+    if trained is not None and trained != recipe.target.template_switches:
+        raise ConfigError(
+            f"{drafter}: was trained with template switches {trained}, the recipe has {recipe.target.template_switches}; "
+            "give the same in target.template_switches"
+        )
 
 
 @one_writer()
@@ -269,10 +389,18 @@ def run_evaluate(
     Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings and machine, is
     kept, and a line on standard error says so.
     """
-    section, opened = recipe.evaluate, open_drafter(drafter, target)
     if threads:
         torch.set_num_threads(threads)
-    chosen = first_turns(tokenizer, prompts, section.prompts_per_domain)
+    chosen = first_turns(prompt_format(recipe, tokenizer), prompts, recipe.evaluate.prompts_per_domain)
+    return evaluate_prompts(target, recipe, drafter, chosen, out)
+
+
+def evaluate_prompts(
+    target: TransformersTarget, recipe: Recipe, drafter: Path, chosen: Sequence[EvalPrompt], out: Path
+) -> list[EvalResult]:
+    """`run_evaluate` on prompts that are rendered already."""
+    check_drafter_switches(recipe, drafter)
+    section, opened = recipe.evaluate, open_drafter(drafter, target)
     here = {name: value for name, value in environment(target.device).items() if name != "time"}
     made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
     out.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,15 @@
-"""Reading conversations: the three forms, every kind of bad line, and the loss mask over assistant turns."""
+"""Reading conversations: every form, every kind of bad line, and rows that are left out."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import AddedToken
 
-from draftkit.data.conversations import Conversation, Message, read_conversations
-from draftkit.data.template import RewrittenError, render_conversation, render_prompt
+from draftkit.data.conversations import Conversation, Message, SkippedRows, iterate_conversations, read_conversations
+from draftkit.data.messages import WrittenTurn
 from draftkit.errors import DataError
-from draftkit.target.tokenizer import load_tokenizer
 
 TURNS = [
     {"role": "system", "content": "Be short."},
@@ -59,10 +56,18 @@ def test_three_forms_become_one(tmp_path: Path) -> None:
         (b'{"messages": [{"role": "user", "content": ""}]}\n', "content must be a non-empty string"),
         (b'{"messages": ["x"]}\n', r"messages\[0\]: is a str, must be an object"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "has no user turn"),
-        (
-            b'{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}\n',
-            "begins with assistant",
-        ),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n',
+         r"messages\[0\]: content part of type 'image_url'"),
+        (b'{"messages": [{"role": "assistant", "tool_calls": {"a": 1}}, {"role": "user", "content": "x"}]}\n',
+         "must be a list"),
+        (b'{"turns": ["x"], "tools": [{"name": 3}]}\n', r"tools\[0\] must be"),
+        (b'{"turns": ["x"], "tools": "["}\n', "tools: is not JSON"),
+        (b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f", '
+         b'"arguments": "{"}}]}]}\n', r"messages\[1\]: tool_calls\[0\]: arguments: is not JSON"),
+        (b'{"turns": ["x"], "prompt_ids": [1], "answer_ids": [1, -2]}\n', "answer_ids must be a list of token ids"),
+        (b'{"turns": ["x"], "answers": [{"prompt_ids": "x", "answer_ids": [1]}]}\n', r"answers\[0\]: prompt_ids must be"),
+        (b'{"turns": ["x"], "switches": 3}\n', "switches is a int"),
+        (b'{"conversations": [{"from": "boss", "value": "x"}]}\n', r"conversations\[0\]: from 'boss' is not known"),
         (b'{"turns": ["x"], "id": [1]}\n', "id is a list"),
         (b'{"turns": ["a \\ud800"]}\n', r":1: holds half a character \('\\ud800'\)"),
         (b'{"turns": ["a"], "id": "\\udfff"}\n', ":1: holds half a character"),
@@ -86,111 +91,90 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read_conversations([tmp_path / "nothing.jsonl"])
 
 
-# Templates as the families have them: ChatML (Qwen), header marks (Llama 3), turns with trimmed content (Gemma).
-TEMPLATES = {
-    "chatml": None,
-    "headers": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|endoftext|>\n\n' + m.content | trim + '<|im_end|>' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|endoftext|>\n\n' }}{% endif %}"
-    ),
-    "think": (
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-        "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-        "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
-    ),
-}
+CALL = {"id": "call_7", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bern"}'}}
+WEATHER = {"type": "function", "function": {"name": "weather"}}
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_mask_covers_what_the_assistant_writes_and_nothing_else(name: str, target_folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(target_folder))
-    if TEMPLATES[name]:
-        tokenizer.chat_template = TEMPLATES[name]
-    conversation = Conversation("x", "chat", tuple(Message(**m) for m in TURNS))
-    rendered = render_conversation(tokenizer, conversation)
-    written = tokenizer.decode([t for t, m in zip(rendered.tokens, rendered.loss_mask, strict=True) if m])
-    assert written == "a list holds values<|im_end|>assistant<|im_end|>"
-    whole = tokenizer(tokenizer.apply_chat_template(TURNS, tokenize=False), add_special_tokens=False)["input_ids"]
-    assert list(rendered.tokens) == whole
+def only(tmp_path: Path, row: object) -> Conversation:
+    [found] = read_conversations([write(tmp_path / "one.jsonl", row)])
+    return found
 
 
-QWEN3 = """{%- set ns = namespace(last=-1) -%}
-{%- for m in messages if m.role == 'user' -%}{%- set ns.last = messages.index(m) -%}{%- endfor -%}
-{%- for m in messages -%}
-    {%- set content, thinking = m.content, '' -%}
-    {%- if m.role == 'assistant' and '</think>' in content -%}
-        {%- set thinking = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') -%}
-        {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
-    {%- endif -%}
-    {{- '<|im_start|>' + m.role + '\n' -}}
-    {%- if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thinking) -%}
-        {{- '<think>\n' + thinking.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') -}}
-    {%- else -%}{{- content -}}{%- endif -%}
-    {{- '<|im_end|>\n' -}}
-{%- endfor -%}"""  # what Qwen3's published template does to answers
+def test_openai_messages_keep_calls_results_reasoning_names_and_weights(tmp_path: Path) -> None:
+    told = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Which"}, {"type": "text", "text": "weather?"}], "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, CALL | {"id": "call_8"}], "reasoning": "look"},
+        {"role": "tool", "tool_call_id": "call_7", "content": "sunny"},
+        {"role": "assistant", "content": "Sunny.", "reasoning_content": "easy", "weight": 0},
+    ]
+    found = only(tmp_path, {"messages": told, "tools": [WEATHER]})
+    assert found.tools == (WEATHER,)
+    assert found.as_dicts() == [
+        told[0],
+        {"role": "user", "content": "Which\nweather?", "name": "ann"},
+        {"role": "assistant", "content": None, "tool_calls": told[2]["tool_calls"], "reasoning_content": "look"},
+        told[3],
+        told[4],
+    ]
 
 
-@pytest.mark.parametrize(
-    ("answers", "written"),
-    [
-        (["<think>\nadd\n</think>\n\na list"], "<think>\nadd\n</think>\n\na list<|im_end|>"),
-        (["<think>add</think>a list"], "<think>\nadd\n</think>\n\na list<|im_end|>"),
-        (["add\n</think>\n\na list"], "add\n</think>\n\na list<|im_end|>"),  # the prompt ended with <think>
-        (["<think>\n\n</think>\n\na list"], "<think>\n\n</think>\n\na list<|im_end|>"),
-        (["a list"], "a list<|im_end|>"),
-        (["\na list"], "a list<|im_end|>"),
-        (["<think>\nadd\n</think>\n\na", "<think>\nadd\n</think>\n\nb"], "a<|im_end|><think>\nadd\n</think>\n\nb<|im_end|>"),
-    ],
-)
-def test_thinking_is_learnt_where_the_template_leaves_it(answers: list[str], written: str, target_folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(target_folder))
-    tokenizer.chat_template = QWEN3
-    turns = [m for i, a in enumerate(answers) for m in (Message("user", f"{i}"), Message("assistant", a))]
-    rendered = render_conversation(tokenizer, Conversation("x", "chat", tuple(turns)))
-    assert tokenizer.decode([t for t, m in zip(rendered.tokens, rendered.loss_mask, strict=True) if m]) == written
-
-
-def test_the_end_of_a_turn_is_learnt_also_where_its_token_has_no_name(target_folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(target_folder))
-    tokenizer.add_tokens(AddedToken("<end_of_turn>", special=True), special_tokens=True)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '<end_of_turn>\n' }}{% endfor %}"
-    assert "<end_of_turn>" not in tokenizer.all_special_tokens
-    rendered = render_conversation(tokenizer, Conversation("x", "chat", (Message("user", "a"), Message("assistant", "b"))))
-    learnt = [t for t, m in zip(rendered.tokens, rendered.loss_mask, strict=True) if m]
-    assert tokenizer.decode(learnt) == "b<end_of_turn>"
+def test_sharegpt_with_functions_roles_of_openai_and_a_system_column(tmp_path: Path) -> None:
+    said = [
+        {"from": "gpt", "value": "Hello."},
+        {"from": "human", "value": "Which weather?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Bern"}}'},
+        {"from": "observation", "value": "sunny"},
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    found = only(tmp_path, {"conversations": said, "system": "Be brief.", "tools": '[{"name": "weather"}]'})
+    assert [m.role for m in found.messages] == ["system", "assistant", "user", "assistant", "tool", "assistant"]
+    assert found.messages[3].tool_calls == (CALL | {"id": "call_0"},)
+    assert found.tools == (WEATHER,)
 
 
 @pytest.mark.parametrize(
-    ("template", "reason"),
+    ("row", "roles"),
     [
-        ("{{ raise_exception('Conversation roles must alternate') }}", "Conversation roles must alternate"),
-        ("{% for m in messages %}{{ m.x", "unexpected end of template"),
-        ("{{ messages[0] + 1 }}", "unsupported operand"),
+        ({"prompt": "a", "response": "b"}, "user assistant"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "user assistant"),
+        ({"prompt": "a"}, "user"),
+        ({"instruction": "a", "input": "x", "output": "b"}, "user assistant"),
+        ({"messages": None, "conversations": [{"from": "human", "value": "a"}]}, "user"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "user assistant"),
     ],
 )
-def test_what_a_template_raises_names_the_conversation(template: str, reason: str, target_folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(target_folder))
-    tokenizer.chat_template = template
-    for render in (
-        lambda: render_conversation(tokenizer, Conversation("x-7", "chat", (Message("user", "a"),))),
-        lambda: render_prompt(tokenizer, TURNS[:2], "x-7"),
-    ):
-        with pytest.raises(DataError, match=f"^conversation x-7: the chat template refuses it \\({reason}") as error:
-            render()
-        assert type(error.value) is DataError, "capture ends, it does not leave it out"
-        assert "\n" not in str(error.value)
+def test_other_forms(row: object, roles: str, tmp_path: Path) -> None:
+    assert " ".join(m.role for m in only(tmp_path, row).messages) == roles
 
 
-def test_a_template_that_rewrites_contents_is_refused(target_folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(target_folder))
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content | upper }}{% endfor %}"
-    with pytest.raises(RewrittenError, match="rewrites the content of message 0"):
-        render_conversation(tokenizer, Conversation("x", "chat", tuple(Message(**m) for m in TURNS)))
+def test_null_is_absent_and_zero_is_an_id(tmp_path: Path) -> None:
+    assert only(tmp_path, {"id": 0, "domain": None, "turns": ["x"]}).id == "0"
+    assert only(tmp_path, {"id": None, "domain": None, "turns": ["x"]}).domain == "one"
 
 
-def test_a_prompt_ends_where_the_assistant_begins(target_folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(target_folder))
-    prompt = render_prompt(tokenizer, TURNS[:2])
-    whole = render_conversation(tokenizer, Conversation("x", "c", tuple(Message(**m) for m in TURNS[:3])))
-    assert whole.tokens[: len(prompt)] == prompt
-    assert whole.loss_mask.index(True) == len(prompt)
+def test_records_bring_their_token_ids(tmp_path: Path) -> None:
+    flat = {"prompt_ids": [1, 2], "answer_ids": [3], "finish_reason": "length"}
+    for row in ({"turns": ["x"], **flat}, {"turns": ["x"], "answers": [flat]}):
+        found = only(tmp_path, row)
+        assert (found.turns, found.cut) == ((WrittenTurn((1, 2), (3,), "length"),), True)
+    assert only(tmp_path, {"prompt": "x", "answers": ["a", "b"]}).turns == (), "a data set's own column of that name"
+
+
+def test_a_json_array_is_read(tmp_path: Path) -> None:
+    rows = [{"id": "a", "messages": [{"role": "user", "content": "Hi"}]}, {"id": "b", "turns": ["Ho"]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert [c.id for c in read_conversations([tmp_path / "rows.json"])] == ["a", "b"]
+
+
+def test_invalid_rows_are_left_out_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mixed.jsonl"
+    good = [json.dumps({"turns": [f"{i}"]}) for i in range(3)]
+    path.write_text("\n".join([good[0], "{", *['{"text": 1}'] * 12, good[1], '{"turns": ["0"], "id": "x"}' , good[2]]) + "\n")
+    skipped = SkippedRows()
+    assert len(list(iterate_conversations([path], skipped))) == 4
+    assert skipped.count == 13
+    skipped.report()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[0].startswith(f"left out: {path}:2: is not JSON") and lines[-1] == "left out: 13 rows in all"

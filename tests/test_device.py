@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from draftkit.data.capture import CaptureSettings, capture
+from draftkit.data.capture import capture
 from draftkit.data.conversations import Conversation, Message
 from draftkit.data.features import FeatureStore
-from draftkit.data.generate import GenerateSettings, answer_in_batches
+from draftkit.data.padded_answers import PaddedAnswers
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import open_drafter, save_drafter
@@ -26,7 +26,8 @@ from draftkit.evaluate.profile import ProfileSettings, profile
 from draftkit.evaluate.run import EvalPrompt, evaluate
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
-from draftkit.settings import EvaluateSettings
+from draftkit.settings import CaptureSettings, EvaluateSettings, GenerateSettings
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 from support.drafters import make_drafter, make_eagle
@@ -78,10 +79,10 @@ def test_the_loop_and_the_engine_answer_alike(
 def test_traces_answers_and_features_are_the_same(
     target: TransformersTarget, there: TransformersTarget, target_folder: Path, tmp_path: Path
 ) -> None:
-    settings = GenerateSettings(Sampling(1.0), 6, batch_size=3)
+    settings = GenerateSettings(max_new_tokens=6, batch_size=3)
     seeds = [(0, i) for i in range(len(PROMPTS))]
-    answers = answer_in_batches(target, PROMPTS, seeds, settings)
-    assert answer_in_batches(there, PROMPTS, seeds, settings) == answers
+    answers = PaddedAnswers(target, 3)(PROMPTS, seeds, settings)
+    assert PaddedAnswers(there, 3)(PROMPTS, seeds, settings) == answers
     items = [TraceItem(str(i), "chat", p, a.tokens) for i, (p, a) in enumerate(zip(PROMPTS, answers, strict=True))]
     for drafter in drafters(target):
         wanted = record_traces(target, drafter, items, TraceSettings(Sampling(1.0)), "d")
@@ -91,7 +92,8 @@ def test_traces_answers_and_features_are_the_same(
     tokenizer = load_tokenizer(str(target_folder))
     said = [Conversation(str(i), "chat", (Message("user", "hi"), Message("assistant", "yes " * (i + 1)))) for i in range(5)]
     for place, model in (("here", target), ("there", there)):
-        capture(model, tokenizer, said, tmp_path / place, CaptureSettings((0, 2), dtype="float32"))
+        shown = TemplateFormat(tokenizer)
+        capture(model, shown, said, tmp_path / place, (0, 2), CaptureSettings(dtype="float32"))
     pairs = zip(FeatureStore(tmp_path / "here"), FeatureStore(tmp_path / "there"), strict=True)  # type: ignore[call-overload]
     assert all(torch.equal(a.features_TF, b.features_TF) for a, b in pairs)
 

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"serve", "evaluate", "export"}),
     frozenset({"stages"}),
     frozenset({"schedule_stages"}),
-    frozenset({"quickstart"}),
+    frozenset({"quickstart", "specialise"}),
     frozenset({"cli", "__main__"}),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

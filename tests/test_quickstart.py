@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,7 +64,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     target = SimpleNamespace(info=info, model=torch.nn.Linear(1000, 7000, bias=False))
     speed = {"all": Speed(30, 1.0, 0.9, 1.1, 100, 100, 0.1)}
     monkeypatch.setattr(whole_path.stages, "open_target", lambda recipe: (target, None))
-    monkeypatch.setattr(whole_path.stages, "run_capture", lambda *_: SimpleNamespace(tokens=1, conversations=16))
+    monkeypatch.setattr(whole_path.stages, "run_capture", lambda *_: SimpleNamespace(tokens=1, samples=16))
     monkeypatch.setattr(whole_path.stages, "read_prompts", lambda _: [])
     monkeypatch.setattr(whole_path.stages, "run_train", train)
     monkeypatch.setattr(whole_path, "_generate", lambda *_: 1)
@@ -116,12 +115,12 @@ def test_a_run_that_was_stopped_while_it_measured_its_rate_counts_new_answers_al
     answers, now = tmp_path / "answers.jsonl", 0.0
     answers.write_text("{}\n" * 150, encoding="utf-8")
 
-    def generate(target: Any, tokenizer: Any, recipe: Any, prompts: Sequence[Any], out: Path, answer: Any) -> int:
+    def generate(target: Any, tokenizer: Any, recipe: Any, prompts: Any, out: Path, answer: Any) -> Any:
         nonlocal now
-        there = len(out.read_text("utf-8").splitlines())
-        now += (len(prompts) - there) / 100
-        out.write_text("{}\n" * len(prompts), encoding="utf-8")
-        return len(prompts)
+        there, wanted = len(out.read_text("utf-8").splitlines()), len(prompts())
+        now += (wanted - there) / 100
+        out.write_text("{}\n" * wanted, encoding="utf-8")
+        return SimpleNamespace(records=wanted)
 
     monkeypatch.setattr(whole_path.stages, "run_generate", generate)
     monkeypatch.setattr(whole_path, "answerer", lambda target, size: None)

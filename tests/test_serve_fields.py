@@ -18,6 +18,7 @@ from draftkit.serve.problem import ApiError, from_validation, shorten
 from draftkit.serve.prompt_scores import Echo
 from draftkit.serve.protocol import ChatBody, CompletionBody, TokenizeBody
 from draftkit.serve.reply import ChatReply, CompletionReply
+from draftkit.target.prompt_format import content_text
 from support.fake_engine import fake_served, seam
 from support.server import CHAT, Server, serving
 
@@ -190,7 +191,7 @@ def test_a_refusal_in_the_history_is_text() -> None:
     body = ChatBody.model_validate(
         {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}, {"type": "text", "text": "!"}]}]}
     )
-    assert body.messages[0].for_template()["content"] == "no\n!"
+    assert content_text(body.messages[0].as_dict()["content"]) == "no\n!"
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from draftkit.data.template import render_prompt
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.transformers import load_target
 from tools.tiny_target.corpus import DOMAINS, Corpus, build_corpus
 from tools.tiny_target.publish import publish
@@ -137,7 +137,7 @@ def test_the_drafter_beside_the_target_fits_it_and_its_guesses_are_taken() -> No
     drafter = open_drafter(ASSET / "drafter", target)
     rounds = tokens = 0
     for row in rows_of("heldout.jsonl")[::150]:  # one of each domain
-        prompt = render_prompt(tokenizer, row["messages"])  # type: ignore[arg-type]
+        prompt = TemplateFormat(tokenizer).prompt(row["messages"])  # type: ignore[arg-type]
         drafted = decode(target, drafter, prompt, Sampling(0.0), 48)
         assert drafted.tokens == decode(target, None, prompt, Sampling(0.0), 48).tokens
         rounds, tokens = rounds + len(drafted.rounds), tokens + sum(r.emitted for r in drafted.rounds)

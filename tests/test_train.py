@@ -19,13 +19,14 @@ import torch
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
-from draftkit.data.capture import CaptureSettings, capture
+from draftkit.data.capture import capture
 from draftkit.data.conversations import Conversation, Message
 from draftkit.data.features import FeatureStore
 from draftkit.draft.checkpoint import load_drafter, open_drafter
 from draftkit.draft.drafter import LossReport, TrainBatch
 from draftkit.errors import CheckpointError, ConfigError, DataError, Interrupted
-from draftkit.settings import TrainSettings
+from draftkit.settings import CaptureSettings, TrainSettings
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
@@ -71,7 +72,7 @@ def tokenizer(target_folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def store(target: TransformersTarget, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     folder = tmp_path_factory.mktemp("store")
-    capture(target, tokenizer, conversations(), folder, CaptureSettings((0, 2), dtype="float32"))
+    capture(target, TemplateFormat(tokenizer), conversations(), folder, (0, 2), CaptureSettings(dtype="float32"))
     return FeatureStore(folder)
 
 

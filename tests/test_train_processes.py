@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from draftkit.data.capture import CaptureSettings, capture
+from draftkit.data.capture import capture
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import load_drafter
+from draftkit.settings import CaptureSettings
+from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 
@@ -36,7 +38,8 @@ def features(target: TransformersTarget, target_folder: Path, tmp_path_factory: 
         for i in range(40)
     ]
     folder = tmp_path_factory.mktemp("features")
-    capture(target, load_tokenizer(str(target_folder)), read, folder, CaptureSettings((1, 2), dtype="float32"))
+    shown = TemplateFormat(load_tokenizer(str(target_folder)))
+    capture(target, shown, read, folder, (1, 2), CaptureSettings(dtype="float32"))
     return folder
 
 

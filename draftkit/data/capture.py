@@ -2,121 +2,110 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftkit.data.conversations import Conversation
 from draftkit.data.features import MANIFEST, SampleEntry, StoreManifest, read_manifest, write_manifest, write_shard
-from draftkit.data.template import Rendered, RewrittenError, render_conversation
+from draftkit.data.samples import Sample, SampleCounts, samples_of
+from draftkit.data.spool import SampleSpool
 from draftkit.errors import FeatureStoreError
-from draftkit.target.tokenizer import template_hash, tokenizer_hash
+from draftkit.settings import CaptureSettings
+from draftkit.target.prompt_format import PromptFormat
+from draftkit.target.tokenizer import tokenizer_hash
 from draftkit.target.transformers import DTYPES, TransformersTarget, check_feature_layers
 
-SHARD_CONVERSATIONS = 256
+SHARD_SAMPLES = 256
 MADE_FROM = {  # fields of a manifest in words, where their names are not
     "fingerprint": "another target",
     "feature_layers": "other feature layers",
     "template_hash": "another chat template",
     "tokenizer_hash": "another tokenizer",
+    "switches": "other template switches",
     "conversations_hash": "other conversations",
 }
 SPARE_BYTES = 256 * 2**20  # left free on the disk
 
 
 @dataclass(frozen=True)
-class CaptureSettings:
-    """What is captured. Conversations longer than `max_length` tokens are left out and counted."""
-
-    feature_layers: tuple[int, ...]
-    max_length: int = 1024
-    batch_tokens: int = 8192
-    dtype: str = "bfloat16"
-
-
-@dataclass(frozen=True)
 class CaptureReport:
-    """What was captured: conversations, tokens, and how many were left out as too long, without an answer, or rewritten by
-    the chat template."""
+    """What was captured: samples, their tokens and those that the target wrote, and what was left out and why."""
 
-    conversations: int
+    samples: int
     tokens: int
     too_long: int
-    without_answer: int
-    rewritten: int
+    counts: SampleCounts
 
     def left_out(self) -> str:
-        """How many conversations were left out, and why."""
-        rewritten = f"{self.rewritten} rewritten by the chat template"
-        return f"{self.too_long} too long, {self.without_answer} without an answer, {rewritten}"
+        """How many conversations and answers were left out, and why; how many answers were cut."""
+        c = self.counts
+        cut = f"{c.cut} cut answers" + (f", {c.cut_dropped} of them dropped" if c.cut_dropped else "")
+        rewritten = f"{c.rewritten} rewritten by the chat template"
+        return f"{self.too_long} too long, {c.without_answer} without an answer, {rewritten}, {cut}"
 
 
 def capture(
     target: TransformersTarget,
-    tokenizer: Any,
-    conversations: Sequence[Conversation],
+    prompt_format: PromptFormat,
+    conversations: Iterable[Conversation],
     out: Path,
+    feature_layers: tuple[int, ...],
     settings: CaptureSettings,
-    tick: Callable[[int], None] = lambda conversations: None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> CaptureReport:
     """Fill the store in `out`; shards that are there already are kept, so that an interrupted capture goes on.
 
     Raises FeatureStoreError when `out` holds a store of something else or the disk has too little room, DataError when the
     chat template refuses a conversation.
     """
-    check_feature_layers(settings.feature_layers, target.info.num_layers)
-    rendered = _render(tokenizer, conversations)
-    usable = [(c, r) for c, r in rendered if any(r.loss_mask) and len(r.tokens) <= settings.max_length]
-    usable.sort(key=lambda item: (len(item[1].tokens), item[0].id))
-    tokens = sum(len(r.tokens) for _, r in usable)
-    report = CaptureReport(
-        len(usable),
-        tokens,
-        sum(len(r.tokens) > settings.max_length for _, r in rendered),
-        sum(not any(r.loss_mask) for _, r in rendered),
-        len(conversations) - len(rendered),
-    )
-    if not usable:
-        none = f"none of {len(conversations)} conversations has an answer within {settings.max_length} tokens"
-        raise FeatureStoreError(f"{none} ({report.left_out()}); give others")
-    manifest = _open(target, tokenizer, usable, out, settings)
-    parts = range(0, len(usable), SHARD_CONVERSATIONS)
-    done = {shard.file for shard in manifest.shards if (out / shard.file).exists()}
-    manifest = replace(manifest, shards=tuple(s for s in manifest.shards if s.file in done))
-    left = [p for i, p in enumerate(parts) if _name(i) not in done]
-    left_tokens = sum(len(r.tokens) for p in left for _, r in usable[p : p + SHARD_CONVERSATIONS])
-    check_room(out, left_tokens * bytes_per_token(target, settings))
-    for number, start in enumerate(parts):
-        part = usable[start : start + SHARD_CONVERSATIONS]
-        if _name(number) not in done:
-            tensors = _read(target, [r for _, r in part], settings)
-            shard = write_shard(out, _name(number), tensors, _entries(part))
-            manifest = replace(manifest, shards=tuple(sorted((*manifest.shards, shard), key=lambda s: s.file)))
-            write_manifest(out, manifest)
-        tick(len(part))
+    layers = tuple(sorted(feature_layers))
+    check_feature_layers(layers, target.info.num_layers)
+    out.mkdir(parents=True, exist_ok=True)
+    counts = SampleCounts()
+    samples = samples_of(conversations, prompt_format, target.info.vocab_size, counts, settings.cut_answers)
+    with SampleSpool(samples, out, settings.max_length) as spool:
+        report = CaptureReport(len(spool), spool.tokens, spool.too_long, counts)
+        if not len(spool):
+            none = f"none of {counts.conversations} conversations has an answer within {settings.max_length} tokens"
+            raise FeatureStoreError(f"{none} ({report.left_out()}); give others")
+        _fill(target, spool, out, layers, settings, _open(target, prompt_format, spool, out, layers, settings), tick)
     return report
 
 
-def _render(tokenizer: Any, conversations: Sequence[Conversation]) -> list[tuple[Conversation, Rendered]]:
-    """The conversations that the chat template does not rewrite."""
-    rendered = []
-    for conversation in conversations:
-        with suppress(RewrittenError):
-            rendered.append((conversation, render_conversation(tokenizer, conversation)))
-    return rendered
+def _fill(
+    target: TransformersTarget,
+    spool: SampleSpool,
+    out: Path,
+    layers: tuple[int, ...],
+    settings: CaptureSettings,
+    manifest: StoreManifest,
+    tick: Callable[[int, int], None],
+) -> None:
+    """Write the shards that are missing."""
+    done = {shard.file for shard in manifest.shards if (out / shard.file).exists()}
+    manifest = replace(manifest, shards=tuple(s for s in manifest.shards if s.file in done))
+    starts = range(0, len(spool), SHARD_SAMPLES)
+    missing = [s for i, s in enumerate(starts) if _name(i) not in done]
+    left = sum(int(spool.lengths[s : s + SHARD_SAMPLES].sum()) for s in missing)
+    check_room(out, left * bytes_per_token(target, layers, settings))
+    for number, start in enumerate(starts):
+        end = min(start + SHARD_SAMPLES, len(spool))
+        if _name(number) not in done:
+            part = spool.part(start, end)
+            shard = write_shard(out, _name(number), _read(target, part, layers, settings), _entries(part))
+            manifest = replace(manifest, shards=tuple(sorted((*manifest.shards, shard), key=lambda s: s.file)))
+            write_manifest(out, manifest)
+        tick(end, len(spool))
 
 
-def bytes_per_token(target: TransformersTarget, settings: CaptureSettings) -> int:
+def bytes_per_token(target: TransformersTarget, layers: tuple[int, ...], settings: CaptureSettings) -> int:
     """Disk bytes of one captured token."""
-    width = (len(settings.feature_layers) + 1) * target.info.hidden_size
+    width = (len(layers) + 1) * target.info.hidden_size
     return width * DTYPES[settings.dtype].itemsize + 9
 
 
@@ -134,34 +123,35 @@ def _name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _entries(part: Sequence[tuple[Conversation, Rendered]]) -> tuple[SampleEntry, ...]:
+def _entries(part: Sequence[Sample]) -> tuple[SampleEntry, ...]:
     entries, start = [], 0
-    for conversation, rendered in part:
-        entries.append(SampleEntry(conversation.id, conversation.domain, start, len(rendered.tokens)))
-        start += len(rendered.tokens)
+    for sample in part:
+        entries.append(SampleEntry(sample.id, sample.domain, start, len(sample.tokens), sample.conversation))
+        start += len(sample.tokens)
     return tuple(entries)
 
 
 def _open(
     target: TransformersTarget,
-    tokenizer: Any,
-    usable: Sequence[tuple[Conversation, Rendered]],
+    prompt_format: PromptFormat,
+    spool: SampleSpool,
     out: Path,
+    layers: tuple[int, ...],
     settings: CaptureSettings,
 ) -> StoreManifest:
-    digest = hashlib.sha256(json.dumps([[c.id, c.domain, r.tokens] for c, r in usable]).encode()).hexdigest()
     wanted = StoreManifest(
         target=target.info.name,
         fingerprint=target.info.fingerprint,
-        feature_layers=tuple(sorted(settings.feature_layers)),
-        template_hash=template_hash(tokenizer),
-        tokenizer_hash=tokenizer_hash(tokenizer),
-        conversations_hash=digest,
-        conversations=len(usable),
+        feature_layers=layers,
+        template_hash=prompt_format.digest,
+        tokenizer_hash=tokenizer_hash(prompt_format.tokenizer),
+        conversations_hash=spool.digest(),
+        conversations=len(spool),
         dtype=settings.dtype,
         hidden_size=target.info.hidden_size,
+        switches=dict(prompt_format.switches),
+        today=prompt_format.today.isoformat() if prompt_format.today else None,
     )
-    out.mkdir(parents=True, exist_ok=True)
     if not (out / MANIFEST).exists():
         write_manifest(out, wanted)
         return wanted
@@ -173,10 +163,11 @@ def _open(
     return found
 
 
-def _read(target: TransformersTarget, part: Sequence[Rendered], settings: CaptureSettings) -> dict[str, Tensor]:
+def _read(
+    target: TransformersTarget, part: Sequence[Sample], layers: tuple[int, ...], settings: CaptureSettings
+) -> dict[str, Tensor]:
     """Features of the conversations laid end to end; batches of similar length, padded on the right."""
     features, hidden = [], []
-    layers = tuple(sorted(settings.feature_layers))
     size = max(1, settings.batch_tokens // max(len(r.tokens) for r in part))
     for start in range(0, len(part), size):
         batch = part[start : start + size]

@@ -8,6 +8,7 @@ state at t come from the target after it has read tokens 0..t of the conversatio
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ PARTS = ("tokens", "loss_mask", "features", "last_hidden")
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """Where a conversation lies in its shard."""
+    """Where a sample lies in its shard; `conversation` is what it is part of, itself where nothing is said."""
 
     id: str
     domain: str
     start: int
     length: int
+    conversation: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ class StoreManifest:
     dtype: str
     hidden_size: int
     version: int = VERSION
+    switches: dict[str, Any] = field(default_factory=dict)  # of the chat template
+    today: str | None = None  # the date that templates were given which print one
     shards: tuple[ShardEntry, ...] = field(default=())
 
     def made_from(self) -> dict[str, object]:
-        """Everything but the shards."""
-        return {k: v for k, v in asdict(self).items() if k != "shards"}
+        """Everything but the shards and the day."""
+        return {k: v for k, v in asdict(self).items() if k not in ("shards", "today")}
 
 
 @dataclass(frozen=True)
@@ -165,19 +169,29 @@ class FeatureStore:
         """The domain of each conversation."""
         return [entry.domain for _, entry in self._index]
 
+    def conversations(self) -> list[str]:
+        """The id of the conversation that each sample is part of."""
+        return [entry.conversation or entry.id for _, entry in self._index]
+
     def check_matches(
-        self, fingerprint: str, feature_layers: tuple[int, ...], template_hash: str, tokenizer_hash: str
+        self,
+        fingerprint: str,
+        feature_layers: tuple[int, ...],
+        template_hash: str,
+        tokenizer_hash: str,
+        switches: Mapping[str, Any],
     ) -> None:
-        """Raise FeatureStoreError that says which of target, layers, template or tokenizer differs."""
+        """Raise FeatureStoreError that says which of target, layers, template, tokenizer or template switches differs."""
         wanted = {
             "target": (self.manifest.fingerprint, fingerprint),
             "feature layers": (self.manifest.feature_layers, feature_layers),
             "chat template": (self.manifest.template_hash, template_hash),
             "tokenizer": (self.manifest.tokenizer_hash, tokenizer_hash),
+            "set of template switches": (self.manifest.switches, dict(switches)),
         }
         for what, (found, asked) in wanted.items():
             if found != asked:
-                shown = [str(v)[:16] if isinstance(v, str) else list(v) for v in (found, asked)]
+                shown = [v[:16] if isinstance(v, str) else v if isinstance(v, dict) else list(v) for v in (found, asked)]
                 raise FeatureStoreError(
                     f"{self.folder}: was captured with another {what} ({shown[0]}, asked for {shown[1]}); capture again"
                 )

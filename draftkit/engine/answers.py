@@ -7,9 +7,9 @@ run that is started again ends with the same records.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
-from draftkit.data.generate import NO_ROOM, Answer, Answerer, GenerateSettings, answer_in_batches, answer_limit
+from draftkit.data.answers import NO_ROOM, Answer, Answers, Question, answer_limit, sampling_of
+from draftkit.data.padded_answers import PaddedAnswers
 from draftkit.decode import Decoded, Round
 from draftkit.engine.engine import Engine
 from draftkit.engine.outputs import StepOutput
@@ -17,33 +17,52 @@ from draftkit.engine.paged_model import unsupported
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling, combined_seed
+from draftkit.settings import GenerateSettings
 from draftkit.target.transformers import TransformersTarget
 
 
-def answerer(target: TransformersTarget, running: int) -> Answerer:
+def answerer(target: TransformersTarget, running: int) -> Answers:
     """What answers prompts fastest, at most `running` of them at the same time: the engine, or padded batches through the
     Transformers module for a family without a lean forward."""
-    return partial(answer_in_batches, target) if unsupported(target) else EngineAnswers(target, running)
+    return PaddedAnswers(target, running) if unsupported(target) else EngineAnswers(target, running)
 
 
-class EngineAnswers:
-    """Answers lists of prompts with a target, at most `running` of them at the same time."""
+class EngineAnswers(Answers):
+    """Answers questions by the engine, at most `running` of them at the same time: as one ends, the next can begin."""
 
     def __init__(self, target: TransformersTarget, running: int) -> None:
         self._engine = Engine(target, None, EngineSettings(max_running=running, prefix_reuse=False))
+        self._running = running
+        self._written: dict[str, list[int]] = {}
+        self._no_room: list[str] = []
 
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[tuple[int, int]], settings: GenerateSettings
-    ) -> list[Answer]:
-        """One answer per prompt (token ids), in order; NO_ROOM where a prompt leaves none."""
-        limits = [answer_limit(self._engine.info.max_length, len(tokens), settings) for tokens in prompts]
-        requests = [
-            (tokens, sampling_params(settings.sampling, limit, combined_seed(*seed)))
-            for tokens, limit, seed in zip(prompts, limits, seeds, strict=True)
-            if limit
-        ]
-        made = (Answer(d.tokens, d.finish_reason) for d in decode_all(self._engine, requests))
-        return [next(made) if limit else NO_ROOM for limit in limits]
+    @property
+    def room(self) -> int:
+        """How many questions more it takes now."""
+        return self._running - len(self._written)
+
+    def ask(self, question: Question, settings: GenerateSettings) -> None:
+        """Begin to answer; a prompt that leaves no room is answered by NO_ROOM."""
+        limit = answer_limit(self._engine.info.max_length, len(question.prompt_ids), settings)
+        if not limit:
+            self._no_room.append(question.key)
+            return
+        self._written[question.key] = []
+        params = sampling_params(sampling_of(settings), limit, combined_seed(*question.seed))
+        self._engine.add_request(question.key, list(question.prompt_ids), params)
+
+    def finished(self) -> list[tuple[str, Answer]]:
+        """Step the engine until an answer is finished."""
+        found = [(key, NO_ROOM) for key in self._no_room]
+        self._no_room = []
+        while not found and self._written:
+            for output in self._engine.step():
+                tokens = self._written[output.request_id]
+                tokens += [e.token_id for e in output.events]
+                if output.finish_reason is not None:
+                    del self._written[output.request_id]
+                    found.append((output.request_id, Answer(tuple(tokens), output.finish_reason)))
+        return found
 
 
 def sampling_params(sampling: Sampling, max_new_tokens: int, seed: int) -> SamplingParams:

@@ -30,9 +30,9 @@ from draftkit.errors import DataError, ServeError
 from draftkit.serve.choice import Choice
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.guard import Guarded
-from draftkit.serve.messages import Message as Spoken
 from draftkit.serve.pair import PlanFiles, open_pair
 from draftkit.serve.sampling_defaults import sampling_defaults
+from draftkit.target.prompt_format import TemplateError, TemplateFormat
 
 _SHOW_AFTER = 2.0  # seconds until a progress bar appears
 _AT_ONCE = 0.05  # seconds of steps without coming back to a caller who wants whole answers
@@ -100,9 +100,11 @@ class LLM:
     whoever waits, never interrupts a step. Of a process that forks it stays behind, so a child needs an `LLM` of its own.
 
     `target` is "tiny", "smollm2", a folder, a GGUF file or a hub id; `drafter` a folder, "none", or None (the one packaged for
-    "tiny" or "smollm2"); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`. Calls without
-    parameters sample as the target's generation_config.json says, where it says something. Raises TargetError, CheckpointError,
-    ServeError for settings that do not fit, or ScheduleError for files of another pair.
+    "tiny" or "smollm2"); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`;
+    `template_switches` are variables of the chat template, as {"enable_thinking": False}. Calls without parameters sample as
+    the target's generation_config.json says, where it says something. Raises TargetError, CheckpointError, ServeError for
+    settings that do not fit, ConfigError for switches that the template does not know, or ScheduleError for files of another
+    pair.
     """
 
     def __init__(
@@ -112,12 +114,14 @@ class LLM:
         settings: EngineSettings | None = None,
         step_rate: str | Path | None = None,
         calibration: str | Path | None = None,
+        template_switches: dict[str, Any] | None = None,
     ) -> None:
         if settings is not None and not isinstance(settings, EngineSettings):
             raise ServeError(f"settings are {settings!r}; give EngineSettings(...)")
         files = PlanFiles(*(Path(file) if file else None for file in (step_rate, calibration)))
         self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings(), files)
         self._texts = TokenTexts(self.tokenizer)
+        self._format = TemplateFormat(self.tokenizer, template_switches)
         self._defaults = SamplingParams(**sampling_defaults(target))
         self._thread = ThreadPoolExecutor(1, "draftkit-engine")
         self._process = os.getpid()
@@ -183,11 +187,10 @@ class LLM:
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         try:
-            plain = [Spoken.model_validate(m).for_template() if isinstance(m.get("content"), list) else m for m in messages]
-            text = _utf8(self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # templates are programs: they raise whatever they like about their input
-            raise DataError(f"the chat template cannot render these messages: {error}") from error
-        return self._texts.encode(text, False)
+            return self._texts.encode(_utf8(self._format.text(messages)), False)
+        except DataError as error:
+            reason = error.reason if isinstance(error, TemplateError) else error
+            raise DataError(f"the chat template cannot render these messages: {reason}") from error
 
     def _run(
         self, prompts: list[tuple[int, ...]], params: SamplingParams | Sequence[SamplingParams] | None

@@ -3,7 +3,6 @@ but for a message's, which go to the chat template."""
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -19,13 +18,6 @@ class ContentPart(BaseModel):
     text: str | None = None
     refusal: str | None = None
 
-    def as_text(self) -> str:
-        """What the part says. Raises ValueError when it is not text."""
-        said = self.refusal if self.type == "refusal" else self.text
-        if self.type not in ("text", "input_text", "refusal") or said is None:
-            raise ValueError(f"content part of type {self.type!r}: this server takes text parts only")
-        return said
-
 
 class Message(BaseModel):
     """A chat message; fields that are not listed go to the chat template."""
@@ -38,23 +30,9 @@ class Message(BaseModel):
     ] = None
     tool_calls: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
 
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: content is one string, a tool call's arguments are an object.
-
-        Raises ValueError for parts that are not text.
-        """
-        message = self.model_dump(exclude_none=True)
-        if isinstance(self.content, list):
-            message["content"] = "\n".join(part.as_text() for part in self.content)
-        message.setdefault("content", "")
-        for call in message.get("tool_calls", []):
-            function = call.get("function")
-            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                try:
-                    function["arguments"] = json.loads(function["arguments"] or "{}")
-                except ValueError:
-                    raise ValueError("tool_calls.function.arguments is not valid JSON") from None
-        return message
+    def as_dict(self) -> dict[str, Any]:
+        """The message as it came, without what is null: prompt formats take OpenAI's form."""
+        return self.model_dump(exclude_none=True)
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

@@ -13,8 +13,8 @@ from draftkit.serve.messages import Message
 from draftkit.serve.plain_text import PlainText, check_roles
 from draftkit.serve.problem import ApiError, bad_request, shorten
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
-from draftkit.serve.tools import template_takes_tools
 from draftkit.serve.worker import Served
+from draftkit.target.prompt_format import TemplateError
 
 _KWARGS = "chat_template_kwargs"
 MIN_TEMPERATURE = 0.01  # smaller ones are lifted to it, as vLLM does; `LLM` takes them as they are
@@ -75,27 +75,22 @@ def chat_prompt(
     own = {"self", "messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {"kwargs"}
     if taken := sorted(own & extra.keys()):
         raise bad_request(f"{_KWARGS}.{taken[0]}: the server sets this; give variables of the template's own", _KWARGS)
-    if tools and not template_takes_tools(served.tokenizer):
+    if tools and not served.prompt_format.mentions("tools"):
         raise bad_request('tools: the target\'s chat template has none; leave them out, or give tool_choice "none"', "tools")
     check_roles([m.role for m in messages], str(served.tokenizer.chat_template))
     plain = PlainText(served.texts)
     mark = (lambda value: value) if served.honour_special_tokens else plain.mark
     try:
-        text = str(
-            served.tokenizer.apply_chat_template(
-                [mark(m.for_template()) for m in messages],
-                **{
-                    "tokenize": False,
-                    "add_generation_prompt": add_generation_prompt and not continue_final_message,
-                    "continue_final_message": continue_final_message,
-                    "tools": mark(tools) or None,
-                    "documents": mark(documents) or None,
-                    **mark(extra),
-                },
-            )
+        text = served.prompt_format.text(
+            [mark(m.as_dict()) for m in messages],
+            mark(tools),
+            generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            documents=mark(documents) or None,
+            **mark(extra),
         )
-    except Exception as error:  # templates are programs: they raise whatever they like about their input
-        why = shorten(plain.unmarked(str(error)), 1000)
+    except TemplateError as error:
+        why = shorten(plain.unmarked(error.reason), 1000)
         raise bad_request(f"the chat template cannot render these messages: {why}", "messages") from error
     check_fits(served.texts, [text], most_tokens)
     return plain.encode(text, add_special_tokens)

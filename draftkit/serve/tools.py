@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from typing import Any
 
@@ -15,11 +14,6 @@ OPEN, CLOSE = "<tool_call>", "</tool_call>"
 def template_writes_tool_calls(tokenizer: Any) -> bool:
     """True when the chat template defines this way of calling tools."""
     return OPEN in str(tokenizer.chat_template)
-
-
-def template_takes_tools(tokenizer: Any) -> bool:
-    """False when the chat template never mentions tools: it would leave them out without a word."""
-    return re.search(r"\btools\b", str(tokenizer.chat_template)) is not None
 
 
 class ToolCalls:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from draftkit.engine.outputs import RequestStats, StepOutput
@@ -23,6 +23,7 @@ from draftkit.errors import DraftkitError
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.problem import ApiError
+from draftkit.target.prompt_format import TemplateFormat
 
 log = logging.getLogger("draftkit.serve")
 
@@ -39,6 +40,11 @@ class Served:
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     honour_special_tokens: bool = False
+
+    @cached_property
+    def prompt_format(self) -> TemplateFormat:
+        """How the target is shown messages."""
+        return TemplateFormat(self.tokenizer)
 
 
 Item = tuple[int, StepOutput] | ApiError

@@ -33,16 +33,19 @@ class Split:
 
 
 def split_store(store: FeatureStore, share: float, seed: int) -> Split:
-    """Set aside about `share` of every domain, at least one conversation each, for validation."""
-    by_domain: dict[str, list[int]] = {}
-    for index, domain in enumerate(store.domains()):
-        by_domain.setdefault(domain, []).append(index)
-    validation: list[int] = []
+    """Set aside about `share` of every domain's conversations, at least one each, for validation, with all their samples."""
+    names = store.conversations()
+    by_domain: dict[str, dict[str, None]] = {}
+    for name, domain in zip(names, store.domains(), strict=True):
+        by_domain.setdefault(domain, {})[name] = None
+    kept: set[str] = set()
     rng = random.Random(seed)
-    for indices in by_domain.values():
-        validation += rng.sample(indices, min(len(indices), max(1, round(share * len(indices)))))
-    kept = set(validation)
-    return Split(tuple(i for i in range(len(store)) if i not in kept), tuple(sorted(validation)))
+    for there in by_domain.values():
+        kept.update(rng.sample(list(there), min(len(there), max(1, round(share * len(there))))))
+    parts: dict[bool, list[int]] = {False: [], True: []}
+    for index, name in enumerate(names):
+        parts[name in kept].append(index)
+    return Split(tuple(parts[False]), tuple(parts[True]))
 
 
 @dataclass(frozen=True)

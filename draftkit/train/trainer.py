@@ -74,11 +74,13 @@ def train(
     report: Callable[[Progress], None] = lambda progress: None,
     accepted: Callable[[], None] = lambda: None,
     start: str = "",
+    continued: bool = False,
 ) -> TrainReport:
     """Train `drafter` on `store` into `out/best`, `out/last` and `out/checkpoints`; a run that was interrupted goes on
     from `out/state`, also with another number of processes. `accepted` is called once in the first process, when nothing
     that lies in `out` is against this run. `target` loads the model that answers `decode_prompts`, in a run of one process.
-    `start` says how the weights of step 0 were made, which a state must agree with.
+    `start` says how the weights of step 0 were made, which a state must agree with; a drafter that is `continued` is validated
+    before the first step, so that `best` is never worse than it was.
 
     Raises DataError when the store is too small or when losses stop being finite, CheckpointError when `out/state`
     belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and SIGTERM end the run behind a
@@ -124,6 +126,10 @@ def train(
         closing(steps_from(maker, at.step, world.device)) as steps,
     ):
         lengths: dict[str, Any] | None = None
+        if continued and at.step == 0:
+            at, lengths = check(at)
+            log.write(0, {"validation": lengths})
+            save_state(out / "state", parallel, optimizer, at)
         try:
             while (share := _share(settings, at, total, world)) < 1 and not _tired(settings, at):
                 began = time.perf_counter()

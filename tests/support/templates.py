@@ -1,0 +1,154 @@
+"""Chat templates of the families, written anew in a few lines from their documented formats, and conversations to show."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+MARKS = (
+    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>"),
+    *("<end_of_turn>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|start|>", "<|end|>", "<|message|>"),
+    *("<|channel|>", "<|return|>", "<|call|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "</s>"),
+    *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A template and what it can show; `reasoning_name` is the field in which it looks for thoughts."""
+
+    template: str
+    ends: tuple[str, ...]
+    has_tools: bool = False
+    has_reasoning: bool = False
+    reasoning_name: str = "reasoning_content"
+    switches: dict[str, Any] = field(default_factory=dict)
+
+    def as_transformers_takes_it(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """OpenAI's messages as the documentation of `apply_chat_template` wants them."""
+        found = []
+        for message in messages:
+            plain = {**message, "content": message["content"] or ""}
+            if "reasoning_content" in plain:
+                plain[self.reasoning_name] = plain.pop("reasoning_content")
+            if "tool_calls" in plain:
+                calls = [c | {"function": c["function"] | {"arguments": json.loads(c["function"]["arguments"])}}
+                         for c in plain["tool_calls"]]
+                plain["tool_calls"] = calls
+            found.append(plain)
+        return found
+
+
+_CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_QWEN3_HEAD = """{%- if tools %}{{- '<|im_start|>system\n# Tools\n' }}
+{%- for tool in tools %}{{- tool | tojson }}{{- '\n' }}{%- endfor %}
+{{- 'Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\n' }}{%- endif %}
+{%- set ns = namespace(last=-1) -%}
+{%- for m in messages if m.role == 'user' -%}{%- set ns.last = messages.index(m) -%}{%- endfor -%}
+{%- for m in messages -%}
+    {%- set content, thinking = m.content, m.reasoning_content or '' -%}
+    {%- if m.role == 'assistant' and not thinking and '</think>' in content -%}
+        {%- set thinking = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') -%}
+        {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
+    {%- endif -%}
+    {%- if m.role == 'tool' -%}{{- '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response>' -}}
+    {%- else -%}{{- '<|im_start|>' + m.role + '\n' -}}
+    {%- if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thinking) -%}
+        {{- '<think>\n' + thinking.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') -}}
+    {%- else -%}{{- content -}}{%- endif -%}{%- endif -%}
+    {%- for call in m.tool_calls or [] -%}
+        {{- ('\n' if content or not loop.first else '') + '<tool_call>\n{"name": "' + call.function.name -}}
+        {{- '", "arguments": ' -}}
+        {{- call.function.arguments | tojson }}{{- '}\n</tool_call>' -}}
+    {%- endfor -%}
+    {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+"""
+_QWEN3_PROMPT = """{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"""
+_QWEN3_ALWAYS = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+_LLAMA3 = """{%- for m in messages %}{%- if m.tool_calls %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\n\n{"name": "' + m.tool_calls[0].function.name }}
+{{- '", "parameters": ' }}
+{{- m.tool_calls[0].function.arguments | tojson }}{{- '}<|eot_id|>' }}
+{%- else %}{{- '<|start_header_id|>' + ('ipython' if m.role == 'tool' else m.role) + '<|end_header_id|>\n\n' }}
+{{- m.content | trim }}{{- '<|eot_id|>' }}{%- endif %}
+{%- if loop.first and tools %}{{- tools | tojson }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"""
+_MISTRAL = """{%- set asked = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- for m in messages %}{%- if m.role == 'user' %}
+{%- if tools and m == asked[-1] %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}
+{{- '[INST]' + m.content + '[/INST]' }}
+{%- elif m.role == 'system' %}{{- '[INST]' + m.content + '[/INST]' }}
+{%- elif m.role == 'tool' %}{{- '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}
+{%- elif m.tool_calls %}{{- '[TOOL_CALLS][' }}{%- for c in m.tool_calls %}
+{{- '{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments | tojson }}
+{{- '}' + ('' if loop.last else ', ') }}
+{%- endfor %}{{- ']</s>' }}{%- else %}{{- m.content + '</s>' }}{%- endif %}{%- endfor %}"""
+_GEMMA3 = """{%- for m in messages %}
+{{- '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + m.content | trim + '<end_of_turn>\n' }}
+{%- endfor %}{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}"""
+_GEMMA4 = """{%- for m in messages %}{{- '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}
+{%- if m.reasoning and loop.last %}{{- '<|channel>thought\n' + m.reasoning + '\n<channel|>' }}{%- endif %}
+{{- m.content | trim + '<turn|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|turn>model\n' }}{%- endif %}"""
+_GPT_OSS = """{%- if tools %}{{- '<|start|>developer<|message|>' + tools | tojson + '<|end|>' }}{%- endif %}
+{%- for m in messages %}{%- if m.role == 'assistant' %}
+{%- if m.thinking and loop.last %}
+{{- '<|start|>assistant<|channel|>analysis<|message|>' + m.thinking + '<|end|>' }}{%- endif %}
+{%- if m.tool_calls %}{{- '<|start|>assistant to=functions.' + m.tool_calls[0].function.name }}
+{{- '<|channel|>commentary json<|message|>' + m.tool_calls[0].function.arguments | tojson + '<|call|>' }}
+{%- else %}{{- '<|start|>assistant<|channel|>final<|message|>' + m.content }}
+{{- '<|return|>' if loop.last else '<|end|>' }}{%- endif %}
+{%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
+
+FAMILIES = {
+    "chatml": Family(_CHATML, ("<|im_end|>",)),  # SmolLM2, and the embedded target's
+    "qwen3": Family(_QWEN3_HEAD + _QWEN3_PROMPT, ("<|im_end|>",), True, True),
+    "qwen3 without thinking": Family(
+        _QWEN3_HEAD + _QWEN3_PROMPT, ("<|im_end|>",), True, switches={"enable_thinking": False}
+    ),
+    "qwen3 thinking only": Family(_QWEN3_HEAD + _QWEN3_ALWAYS, ("<|im_end|>",), True, True),
+    "llama3": Family(_LLAMA3, ("<|eot_id|>",)),
+    "mistral": Family(_MISTRAL, ("</s>",), True),
+    "gemma3": Family(_GEMMA3, ("<end_of_turn>",)),
+    "gemma4": Family(_GEMMA4, ("<turn|>",), False, True, "reasoning"),
+    "gpt-oss": Family(_GPT_OSS, ("<|return|>", "<|call|>"), False, True, "thinking"),
+}
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+}
+_WORDS = "list value holds step return what add number".split()
+
+
+def conversations(
+    count: int, with_tools: bool, with_reasoning: bool
+) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+    """(messages, tools): one to three user turns, some with (parallel) tool calls before the answer, some with thoughts."""
+    random.seed(0)
+
+    def text() -> str:
+        return " ".join(random.choices(_WORDS, k=random.randint(1, 6)))
+
+    def said(**fields: Any) -> dict[str, Any]:
+        thought = {"reasoning_content": text()} if with_reasoning else {}
+        return {"role": "assistant", **fields, **thought}
+
+    for number in range(count):
+        messages: list[dict[str, Any]] = [{"role": "system", "content": text()}] if number % 2 else []
+        for _ in range(1 + number % 3):
+            messages.append({"role": "user", "content": text()})
+            if with_tools and number % 4 < 3:
+                functions = [{"name": "weather", "arguments": f'{{"city": "{text()}"}}'} for _ in range(1 + number % 2)]
+                calls = [{"id": f"call_{i}", "type": "function", "function": f} for i, f in enumerate(functions)]
+                messages.append(said(content=None, tool_calls=calls))
+                messages += [{"role": "tool", "tool_call_id": c["id"], "content": text()} for c in calls]
+            messages.append(said(content=text()))
+        yield messages, [TOOL] if with_tools else []
