@@ -281,11 +281,14 @@ def export(
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
     target: Annotated[str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")] = None,
     borrow: Annotated[bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")] = False,
+    borrow_rows: Annotated[
+        bool, typer.Option("--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again")
+    ] = False,
 ) -> None:
     """Write a drafter in another form, for another engine, or without the weights that its target has anyway."""
     from draftkit import stages
 
-    count = stages.run_export(drafter, out, form, dtype, target, borrow)
+    count = stages.run_export(drafter, out, form, dtype, target, borrow, borrow_rows)
     typer.echo(f"{count / 1e6:.1f} MB in {out}")
 
 

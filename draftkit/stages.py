@@ -310,7 +310,9 @@ def _some_text(store: FeatureStore) -> CapturedText:
     return CapturedText(torch.cat([s.tokens_T for s in samples]), torch.cat([s.features_TF for s in samples]))
 
 
-def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool) -> int:
+def run_export(
+    folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool, rows: bool = False
+) -> int:
     """Write a drafter's folder again, in another form or dtype, with or without the target's weights; bytes of weights.
 
     Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, or one folder for both.
@@ -319,14 +321,14 @@ def run_export(folder: Path, out: Path, form: str, dtype: str, target_path: str 
         raise ConfigError(f"--dtype {dtype}: is not known, choose one of {', '.join(DTYPES)}")
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
-    if borrow and target_path is None:
+    if (borrow or rows) and target_path is None:
         raise ConfigError("--borrow: needs the --target that lends embedding and head")
     make_folder(out)
     target = TargetFiles(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
     own = ("draftkit", "algorithm", "sha256", "config_sha256", "digest")
     note = {k: v for k, v in read_provenance(folder).items() if k not in own}
-    save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow else None)
+    save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow or rows else None, rows)
     return (out / WEIGHTS).stat().st_size
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from draftkit import stages
 from draftkit.config import load_recipe
@@ -15,7 +16,7 @@ from draftkit.data.draft_vocabulary import count_answer_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import new_drafter, open_drafter
+from draftkit.draft.checkpoint import new_drafter, open_drafter, save_drafter
 from draftkit.draft.drafter import DraftContext, Drafter, TrainBatch
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
@@ -51,6 +52,16 @@ def test_answers_are_those_of_the_reference_loop(target: TransformersTarget, tem
         assert tokens_of(outputs[str(name)])[: len(wanted.tokens)] == list(wanted.tokens)
         plain = decode(target, None, prompt, Sampling(temperature), 20, seed=name)
         assert temperature > 0 or wanted.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_borrowed_head_is_taken_from_the_target_again(target: TransformersTarget, tmp_path: Path, rows: bool) -> None:
+    drafter = reduced(target, range(0, target.info.vocab_size, 2))
+    save_drafter(drafter, tmp_path, {}, torch.float64, lender=target, lend_rows=rows)
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not rows
+    loaded = open_drafter(tmp_path, target, torch.float64)
+    for name, weight in drafter.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight)
 
 
 def test_a_bias_on_tokens_that_cannot_be_drafted_is_kept(target: TransformersTarget) -> None:

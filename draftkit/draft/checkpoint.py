@@ -60,17 +60,19 @@ def save_drafter(
     dtype: torch.dtype,
     form: str = "portable",
     lender: TargetWeights | None = None,
+    lend_rows: bool = False,
 ) -> None:
     """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter.
 
-    `form` is one of `checkpoint_forms.FORMS`. With a `lender`, embedding and head are left out. Raises CheckpointError
-    when the form cannot hold this drafter, or when they are not the lender's, and OSError when the disk does not take it.
+    `form` is one of `checkpoint_forms.FORMS`. With a `lender`, embedding and head are left out; a reduced head is only with
+    `lend_rows`, since other engines look for it in the folder. Raises CheckpointError when the form cannot hold this drafter,
+    or when they are not the lender's, and OSError when the disk does not take it.
     """
     chosen = form_for(drafter.config, form)
     fields = chosen.write(drafter.config) | {"dtype": str(dtype).removeprefix("torch.")}
     tensors = {k: v.detach().to("cpu", dtype).clone().contiguous() for k, v in drafter.state_dict().items()}
     if lender is not None:
-        _leave_out_borrowed(drafter, tensors, lender, dtype)
+        _leave_out_borrowed(drafter, tensors, lender, dtype, lend_rows)
     if drafter.draft_ids_W is not None:
         ids_W = drafter.draft_ids_W.cpu()
         tensors["d2t"] = ids_W - torch.arange(len(ids_W))
@@ -248,7 +250,7 @@ def _head_to_train_with(drafter: Drafter, target: TargetWeights | None) -> Tenso
 
 
 def _leave_out_borrowed(
-    drafter: Drafter, tensors: dict[str, Tensor], lender: TargetWeights, dtype: torch.dtype
+    drafter: Drafter, tensors: dict[str, Tensor], lender: TargetWeights, dtype: torch.dtype, lend_rows: bool
 ) -> None:
     ids_W = drafter.draft_ids_W
     for name in (EMBEDDING, HEAD):
@@ -256,5 +258,5 @@ def _leave_out_borrowed(
         rounded = theirs.to(torch.bfloat16).to(dtype)  # what a drafter has that was once saved in bfloat16
         if not any(torch.equal(tensors[name], weights) for weights in (theirs, rounded)):
             raise CheckpointError(f"{name} is not the one of {lender.info.name}: it must be written")
-        if name == EMBEDDING or ids_W is None:  # engines look for a reduced head in the folder
+        if name == EMBEDDING or ids_W is None or lend_rows:
             del tensors[name]
