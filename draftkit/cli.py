@@ -129,7 +129,9 @@ def capture(
 
     check_beginning(conversations, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
-    report = stages.run_capture(*stages.open_target(settings), settings, conversations, out, skipped)
+    target, tokenizer = stages.open_target(settings)
+    read = stages.answers_of(settings, tokenizer, conversations, skipped)
+    report = stages.run_capture(target, tokenizer, settings, read, out)
     if skipped:
         skipped.report()
     typer.echo(

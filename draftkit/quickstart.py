@@ -76,7 +76,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     with stage("generate") as notes:
         notes.append(f"{_generate(target, tokenizer, recipe, answers, minutes)} answers of the target itself")
     with stage("capture") as notes:
-        report = stages.run_capture(target, tokenizer, recipe, [answers], features)
+        report = stages.run_capture(target, tokenizer, recipe, stages.read_prompts([answers]), features)
         notes.append(f"features of {report.tokens:,} tokens")
     with stage("train") as notes:
         left = minutes * (1 - EVALUATE_SHARE) - sum(t.seconds for t in times) / 60

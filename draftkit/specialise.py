@@ -89,7 +89,8 @@ def run_specialise(
         answers = out / "answers.jsonl"
         stages.run_generate(target, tokenizer, recipe, lambda: iterate_conversations(learnt), answers)
         learnt = [answers]
-    captured = stages.run_capture(target, tokenizer, recipe, learnt, out / "features")
+    read = stages.answers_of(recipe, tokenizer, learnt)
+    captured = stages.run_capture(target, tokenizer, recipe, read, out / "features")
     say(f"{captured.samples} samples, {captured.tokens} tokens ({captured.left_out()})")
     shown = stages.prompt_format(recipe, tokenizer)
     room = target.info.max_length - recipe.evaluate.max_new_tokens

@@ -154,24 +154,32 @@ def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
     return tuple(chosen) if chosen else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
 
 
+def answers_of(
+    recipe: Recipe, tokenizer: Any, paths: Sequence[Path], skipped: SkippedRows | None = None
+) -> Iterator[Conversation]:
+    """The conversations of some files, records of `generate` among them. Raises DataError for records that were made with
+    another template, tokenizer or other template switches than the recipe has."""
+    shown = prompt_format(recipe, tokenizer)
+    for path in paths:
+        check_rendered_as(path, shown)
+    return iterate_conversations(paths, skipped)
+
+
 @one_writer()
 def run_capture(
     target: TransformersTarget,
     tokenizer: Any,
     recipe: Recipe,
-    paths: Sequence[Path],
+    conversations: Iterable[Conversation],
     out: Path,
-    skipped: SkippedRows | None = None,
 ) -> CaptureReport:
-    """Stage 2: the target reads the conversations of some files into a feature store."""
+    """Stage 2: the target reads the conversations into a feature store."""
     layers = feature_layers(recipe, target)
     begun = read_manifest_of_store(out).today if (out / STORE_MANIFEST).exists() else None
     shown = prompt_format(recipe, tokenizer, begun)
-    for path in paths:
-        check_rendered_as(path, shown)
     with progress_bar("capture", None) as (bar, task):
         tick = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        report = capture(target, shown, iterate_conversations(paths, skipped), out, layers, recipe.capture, tick)
+        report = capture(target, shown, conversations, out, layers, recipe.capture, tick)
     if line := report.counts.unshown_line():
         print(line, file=sys.stderr)
     return report

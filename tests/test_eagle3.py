@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from draftkit import stages
 from draftkit.config import load_recipe
-from draftkit.data.conversations import Conversation, Message
+from draftkit.data.conversations import Conversation, Message, read_conversations
 from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
 from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
@@ -302,7 +302,7 @@ def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Pa
     target, tokenizer = stages.open_target(recipe)
     prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
     stages.run_generate(target, tokenizer, recipe, lambda: prompts, tmp_path / "answers.jsonl")
-    stages.run_capture(target, tokenizer, recipe, [tmp_path / "answers.jsonl"], tmp_path / "features")
+    stages.run_capture(target, tokenizer, recipe, read_conversations([tmp_path / "answers.jsonl"]), tmp_path / "features")
     report = stages.run_train(target, tokenizer, recipe, tmp_path / "features", tmp_path / "drafter")
     assert report.steps == 3
     assert report.accepted_len["macro"] > 1

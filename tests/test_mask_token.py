@@ -115,8 +115,8 @@ def test_only_training_needs_one_and_it_stays_in_the_checkpoint(
     target, tokenizer = llama_like
     talk = Conversation("a", "code", (Message("user", "one plus one"), Message("assistant", "two")))
     everything = recipe("generate.max_new_tokens=4")
-    assert stages.run_generate(target, tokenizer, everything, [talk.prompt()], tmp_path / "answers.jsonl") == 1
-    assert stages.run_capture(target, tokenizer, everything, [talk], tmp_path / "features").conversations == 1
+    assert stages.run_generate(target, tokenizer, everything, lambda: [talk.prompt()], tmp_path / "a.jsonl").records == 1
+    assert stages.run_capture(target, tokenizer, everything, [talk], tmp_path / "features").samples == 1
     drafter = stages.new_drafter_for(everything, target, tokenizer, stages.FeatureStore(tmp_path / "features"))
     chosen = drafter.config.mask_token_id  # type: ignore[attr-defined]
     assert str(tokenizer.added_tokens_decoder[chosen]) not in tokenizer.chat_template

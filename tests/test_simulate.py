@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from draftkit.cli import app
-from draftkit.data.generate import answer_batch
+from draftkit.data.padded_answers import answer_batch
 from draftkit.decode import decode
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import EvalPrompt

@@ -86,6 +86,7 @@ def request(walk: Walk) -> tuple[str, ...]:
 def training(walk: Walk) -> tuple[str, ...]:
     """Train two steps on a few answers, and look at the second; the C++ sources in use."""
     from draftkit.config import load_recipe
+    from draftkit.data.conversations import read_conversations
     from draftkit.ops import native_training
     from draftkit.stages import run_capture, run_train
     from draftkit.target.tokenizer import load_tokenizer
@@ -112,7 +113,7 @@ def training(walk: Walk) -> tuple[str, ...]:
         (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
         recipe = load_recipe("tiny-quickstart", ["train.steps=2", "train.batch_size=2"])
         target, tokenizer = load_target("tiny"), load_tokenizer("tiny")
-        run_capture(target, tokenizer, recipe, [folder / "a.jsonl"], folder / "features")
+        run_capture(target, tokenizer, recipe, read_conversations([folder / "a.jsonl"]), folder / "features")
         run_train(target, tokenizer, recipe, folder / "features", folder / "drafter")
     return ("training",) if native_training.training_library() else ()
 
