@@ -137,7 +137,7 @@ def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
     for anchors in ([11, 30, 2], [7]):
         wanted = drafts(eager, anchors)
         played = drafts(fast, anchors)
-        assert torch.equal(played[0], wanted[0]) and played[1].shape == wanted[1].shape
+        assert torch.equal(played[0], wanted[0]) and played[1] is None and wanted[1] is None  # greedy: no probabilities
         torch.testing.assert_close(played[2], wanted[2], atol=1e-5, rtol=1e-4)
     assert fast.recorded is not None and fast.recorded.greedy.reason is None and len(fast.recorded.greedy._recordings) == 2
 

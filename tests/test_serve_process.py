@@ -169,8 +169,8 @@ def test_a_huge_prompt_does_not_hold_up_the_others() -> None:
         assert server.http.post("/v1/completions", json={"prompt": "some words " * 250_000}).status_code == 400
         took = time.monotonic() - began
         thread.join(15)
-        assert took > 0.3, "the prompt was meant to be slow to tokenise"
-        assert max(gaps[1:]) < took / 2
+        assert took < 5, "a prompt that cannot fit is refused before it is tokenised whole"
+        assert max(gaps[1:]) < 0.5
 
 
 @pytest.mark.parametrize("signals", [1, 2])
@@ -228,17 +228,17 @@ def serving_within(soft: int, hard: int) -> AbstractContextManager[Server]:
     return serving(command=(sys.executable, "-c", start, str(FAKE)))
 
 
-def test_running_out_of_files_is_one_line_and_passes() -> None:
-    with serving_within(60, 60) as server:
+def test_idle_connections_cannot_use_up_the_files() -> None:
+    """However few there are: the connection that has been idle for longest makes room."""
+    with serving_within(80, 80) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        idle = [socket.create_connection((host, int(port)), 5) for _ in range(80)]
-        server.logged("too many open files")
-        time.sleep(1.5)  # asyncio tries again each second
-        for connection in idle:
-            connection.close()
+        idle = [socket.create_connection((host, int(port)), 5) for _ in range(120)]
         with httpx.Client(base_url=server.url, timeout=15, trust_env=False) as http:
             assert http.get("/health").status_code == 200
-        assert len([line for line in server.log if "files" in line or "Traceback" in line]) == 1
+        for connection in idle:
+            connection.close()
+        assert not [line for line in server.log if "Traceback" in line]
+        assert len([line for line in server.log if "files" in line]) <= 1
 
 
 def test_the_limit_of_files_is_raised_as_far_as_it_may_be() -> None:

@@ -86,7 +86,7 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        http=protocol_for(min(settings.max_connections, files - KEPT_FILES)),
+        http=protocol_for(min(settings.max_connections, max(files - KEPT_FILES, files // 4))),
         timeout_keep_alive=IDLE_SECONDS,
     )
     host, port = bound.getsockname()[:2]
