@@ -12,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 
+from draftkit.artefact import sealed
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
 from draftkit.schedule.calibration import Calibration, load_calibration, save_calibration
@@ -106,7 +107,7 @@ def test_files_of_another_pair_are_refused(tmp_path: Path) -> None:
     ]
     for name, content, message in wrong:
         path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(sealed(content)))
         with pytest.raises(ScheduleError, match=message):
             open_pair("tiny", None, SMALL, PlanFiles(**{name: path}))
     with pytest.raises(ScheduleError, match="there is no drafter"):

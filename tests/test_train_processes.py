@@ -121,7 +121,7 @@ def test_two_processes_give_the_loss_curve_of_one(
     one, two = (next(r["validation"] for r in read_log(f) if "validation" in r) for f in (alone, tmp_path / "two"))
     simulated = [name for name in one if name != "decoded"]
     assert [two[k] for k in simulated] == pytest.approx([one[k] for k in simulated], abs=1e-3)
-    assert 1 <= two["decoded"] <= 5
+    assert "decoded" not in two, "answers for the log need the model, which no process of several loads"
     assert printed.count("simulated accepted length") == 1, "only the first process speaks"
 
 
