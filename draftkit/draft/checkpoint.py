@@ -118,13 +118,14 @@ def open_drafter(
 ) -> Drafter:
     """Read a folder onto the target's device, in its dtype unless another is given, and check that the drafter fits the target.
     Raises CheckpointError when it does not."""
-    drafter = load_drafter(folder, dtype or target.head_weight().dtype, target).to(target.device)
-    if (drafter.config.vocab_size, drafter.config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
-        raise CheckpointError(f"{folder}: vocabulary or hidden size differ from those of {target.info.name}")
+    config = read_config(folder, target.info.num_layers)
+    if (config.vocab_size, config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
+        differ = f"vocabulary or hidden size differ from those of {target.info.name}"
+        raise CheckpointError(f"{folder}: is for another target ({differ}); give the drafter of this one")
     made_for = read_provenance(folder).get("target_fingerprint")
     if made_for and made_for != target.info.fingerprint:
         raise CheckpointError(f"{folder}: was trained for another target than {target.info.name}; train it again")
-    return drafter
+    return load_drafter(folder, dtype or target.head_weight().dtype, target).to(target.device)
 
 
 def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterShape:
