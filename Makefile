@@ -19,6 +19,7 @@ test: $(STAMP)
 
 check: $(STAMP) $(SMOLLM2)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check -q .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 

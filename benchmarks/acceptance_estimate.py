@@ -1,11 +1,13 @@
-"""How well a drafter without a confidence head can be planned: acceptance so far by position, against the estimator.
+"""How well a drafter without a confidence head can be planned: acceptance so far by position, against the
+estimator.
 
-    python -m benchmarks.acceptance_estimate greedy.safetensors sampled.safetensors --out benchmarks/results/NAME.json
+    python -m benchmarks.acceptance_estimate greedy.safetensors sampled.safetensors --out
+    benchmarks/results/NAME.json
 
-`draftkit calibrate -d DRAFTER` records the traces, before it says that there is no head to calibrate. Both estimates learn
-from every other prompt, verified in full. On the prompts between, AUC and expected calibration error of the survivals; and
-32 requests at a time walk through them with the same number of drafted tokens verified per step, given to the largest
-survivals: tokens per target pass.
+`draftkit calibrate -d DRAFTER` records the traces, before it says that there is no head to calibrate. Both
+estimates learn from every other prompt, verified in full. On the prompts between, AUC and expected
+calibration error of the survivals; and 32 requests at a time walk through them with the same number of
+drafted tokens verified per step, given to the largest survivals: tokens per target pass.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ Estimate = Callable[[Ints], Floats]  # rows of the trace to confidences [R, G]
 
 
 def acceptance_so_far(traces: Traces, rows: Ints) -> Estimate:
-    """How often each position was kept when those before it were, over `rows`: the same for every proposal."""
+    """How often each position was kept when those before it were, over `rows`: the same for every
+    proposal."""
     kept_NG, usable_NG = traces.labels()
     reached_NG = usable_NG & (np.arange(traces.gamma) <= traces.accepted_N[:, None])
     mean_G = (kept_NG[rows].sum(0) + 1) / (reached_NG[rows].sum(0) + 1)
@@ -43,8 +46,11 @@ def learned(traces: Traces, rows: Ints) -> Estimate:
     return lambda chosen: estimator.confidence(traces.draft_max_NG[chosen])
 
 
-def walk(traces: Traces, prompts: list[TracedPrompt], estimate: Estimate, per_request: int) -> tuple[float, float]:
-    """Tokens and verified drafted tokens per request and target pass; a request that is finished makes room for the next."""
+def walk(
+    traces: Traces, prompts: list[TracedPrompt], estimate: Estimate, per_request: int
+) -> tuple[float, float]:
+    """Tokens and verified drafted tokens per request and target pass; a request that is finished makes room
+    for the next."""
     waiting = [(p.first, p.first + p.rows) for p in prompts][::-1]
     lanes: list[tuple[int, int]] = []
     tokens = verified = passes = 0
@@ -70,8 +76,15 @@ def compare(traces: Traces) -> dict[str, object]:
     rows, held_out = traces.rows_of(traces.prompts[::2]), list(traces.prompts[1::2])
     held = traces.rows_of(held_out)
     kept_NG, usable_NG = traces.labels()
-    found: dict[str, object] = {"temperature": traces.origin.temperature, "prompts": len(traces.prompts), "rows": len(held)}
-    for name, estimate in (("history", acceptance_so_far(traces, rows)), ("estimator", learned(traces, rows))):
+    found: dict[str, object] = {
+        "temperature": traces.origin.temperature,
+        "prompts": len(traces.prompts),
+        "rows": len(held),
+    }
+    for name, estimate in (
+        ("history", acceptance_so_far(traces, rows)),
+        ("estimator", learned(traces, rows)),
+    ):
         quality = quality_of(estimate(held), kept_NG[held], usable_NG[held])
         walks = [walk(traces, held_out, estimate, k) for k in range(1, traces.gamma)]
         found[name] = {

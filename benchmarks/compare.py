@@ -1,10 +1,11 @@
-"""Arms of a comparison, trained on one feature store for the same number of steps and measured on the same prompts.
+"""Arms of a comparison, trained on one feature store for the same number of steps and measured on the same
+prompts.
 
     python -m benchmarks.compare --group table1 --features features --out runs/table1 --steps 2000
 
-Every arm and seed is one `draftkit train` and one `draftkit evaluate` at temperature 1, each with one thread, a few at a
-time; the drafter of the last step counts. A run whose result is there is skipped, an interrupted one goes on. Then
-`--results` gets the JSON and a plot of acceptance by position. Groups are in arms.yaml.
+Every arm and seed is one `draftkit train` and one `draftkit evaluate` at temperature 1, each with one thread,
+a few at a time; the drafter of the last step counts. A run whose result is there is skipped, an interrupted
+one goes on. Then `--results` gets the JSON and a plot of acceptance by position. Groups are in arms.yaml.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ class Run:
 def plan_run(group: dict[str, Any], arm: str, seed: int, options: argparse.Namespace) -> Run:
     """The commands of one arm and seed."""
     folder = options.out / f"{arm}-s{seed}"
-    values = {"train.steps": options.steps, "train.validate_every": max(1, options.steps // 4), "train.seed": seed}
+    values = {
+        "train.steps": options.steps,
+        "train.validate_every": max(1, options.steps // 4),
+        "train.seed": seed,
+    }
     values |= {"train.decode_prompts": 0, "train.keep_checkpoints": 0}
     values |= {"evaluate.temperatures": [1.0], "evaluate.speed_prompts": 0}
     values |= {"evaluate.max_new_tokens": options.tokens, "evaluate.prompts_per_domain": options.prompts}
@@ -64,11 +69,14 @@ def plan_run(group: dict[str, Any], arm: str, seed: int, options: argparse.Names
 
 
 def claim_folder(run: Run) -> None:
-    """Make the folder, or refuse one that was filled by other commands: its result would be taken for this one's."""
+    """Make the folder, or refuse one that was filled by other commands: its result would be taken for this
+    one's."""
     run.folder.mkdir(parents=True, exist_ok=True)
     plan, commands = run.folder / "commands.json", json.dumps(run.commands, indent=1)
     if plan.exists() and plan.read_text("utf-8") != commands:
-        raise SystemExit(f"error: {run.folder}: was made with other options; choose another --out or remove it")
+        raise SystemExit(
+            f"error: {run.folder}: was made with other options; choose another --out or remove it"
+        )
     plan.write_text(commands, encoding="utf-8")
 
 
@@ -104,7 +112,9 @@ def execute(runs: Sequence[Run], jobs: int) -> None:
                     active.remove(item)
                     if process.returncode:
                         tail = (run.folder / "output.txt").read_text("utf-8").strip().splitlines()[-1:]
-                        raise SystemExit(f"error: {run.name} ended with {process.returncode}: {' '.join(tail)}")
+                        raise SystemExit(
+                            f"error: {run.name} ended with {process.returncode}: {' '.join(tail)}"
+                        )
                     if index + 1 < len(run.commands):
                         active.append((run, index + 1, start_command(run, index + 1)))
                     else:
@@ -124,13 +134,19 @@ def read_arm(name: str, runs: Sequence[Run]) -> Arm:
 
 def parse_options() -> argparse.Namespace:
     """Options with defaults that the numbers in benchmarks/results were made with."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--group", default="table1", choices=list(yaml.safe_load(ARMS.read_text("utf-8"))))
     parser.add_argument("--arms", nargs="+", help="only these arms of the group; the baselines are added")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for every arm, unless it sets the key")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="for every arm, unless it sets the key"
+    )
     parser.add_argument("--features", type=Path, required=True, help="feature store of the group's recipe")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--results", type=Path, help="JSON to write; the plot lies beside it; default: in --out")
+    parser.add_argument(
+        "--results", type=Path, help="JSON to write; the plot lies beside it; default: in --out"
+    )
     parser.add_argument("--heldout", type=Path, help="prompts (JSONL); default: the embedded held-out ones")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=2000)
@@ -144,21 +160,29 @@ def main() -> None:
     """Train, measure, and print the table."""
     options = parse_options()
     group = yaml.safe_load(ARMS.read_text("utf-8"))[options.group]
-    common = {key: value for key, _, value in (text.partition("=") for text in options.set)}  # as text: 3e-3 is a number
+    # as text: 3e-3 is a number
+    common = {key: value for key, _, value in (text.partition("=") for text in options.set)}
     group["arms"] = {arm: common | values for arm, values in group["arms"].items()}
     chosen = [a for a in group["arms"] if not options.arms or a in options.arms or a in group["baselines"]]
     unknown = set(options.arms or ()) - set(group["arms"])
     if unknown:
-        raise SystemExit(f"error: no arm {', '.join(sorted(unknown))} in {options.group}; there are {', '.join(group['arms'])}")
+        raise SystemExit(
+            f"error: no arm {', '.join(sorted(unknown))} in {options.group}; there are "
+            f"{', '.join(group['arms'])}"
+        )
     plans = {arm: [plan_run(group, arm, seed, options) for seed in options.seeds] for arm in chosen}
     for run in (run for arm in chosen for run in plans[arm]):
         claim_folder(run)
     # seeds first: after every pass over the arms there is something to compare
     pending = [plans[arm][i] for i in range(len(options.seeds)) for arm in chosen if not plans[arm][i].done]
     execute(pending, options.jobs)
-    settings = {k: v for k, v in vars(options).items() if k in ("group", "set", "seeds", "steps", "prompts", "tokens")}
+    settings = {
+        k: v for k, v in vars(options).items() if k in ("group", "set", "seeds", "steps", "prompts", "tokens")
+    }
     arms = [read_arm(arm, plans[arm]) for arm in chosen]
-    report = build_report(arms, group["baselines"], settings | {"recipe": group["recipe"], "arms": group["arms"]})
+    report = build_report(
+        arms, group["baselines"], settings | {"recipe": group["recipe"], "arms": group["arms"]}
+    )
     path = options.results or options.out / f"{options.group}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_result(report, path)

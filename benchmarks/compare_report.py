@@ -1,8 +1,8 @@
 """From the records of arms and seeds to a table with intervals and a plot of acceptance by position.
 
-The accepted length of a domain is tokens per round over all seeds and prompts; macro is the mean over domains. Intervals
-are 95 % bootstrap percentiles over prompts: a prompt is drawn with all its seeds, and for a ratio with both arms.
-Shapes: S seeds, P prompts of a domain, R bootstrap samples, G = gamma.
+The accepted length of a domain is tokens per round over all seeds and prompts; macro is the mean over
+domains. Intervals are 95 % bootstrap percentiles over prompts: a prompt is drawn with all its seeds, and for
+a ratio with both arms. Shapes: S seeds, P prompts of a domain, R bootstrap samples, G = gamma.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ class Arm:
     def counts(self, domain: str) -> tuple[Floats, Floats]:
         """Tokens emitted and rounds, both [S, P], prompts in the same order for every arm."""
         rows = [
-            sorted((r for r in seed if r["domain"] == domain), key=lambda r: str(r["prompt_id"])) for seed in self.records
+            sorted((r for r in seed if r["domain"] == domain), key=lambda r: str(r["prompt_id"]))
+            for seed in self.records
         ]
         emitted = np.array([[r["emitted"] for r in row] for row in rows], float)
         return emitted, np.array([[r["rounds"] for r in row] for row in rows], float)
 
     def acceptance(self, domain: str | None) -> list[float | None]:
-        """Accepted over tried by position [G], all seeds together; None where a position was never reached."""
+        """Accepted over tried by position [G], all seeds together; None where a position was never
+        reached."""
         chosen = [r for seed in self.records for r in seed if domain is None or r["domain"] == domain]
         tried, accepted = (np.sum([r[key] for r in chosen], axis=0) for key in ("tried", "accepted"))
         return [float(a / t) if t else None for a, t in zip(accepted, tried, strict=True)]
@@ -78,7 +80,9 @@ def build_report(arms: Sequence[Arm], baselines: Sequence[str], settings: dict[s
     prompts = [r["prompt_id"] for r in arms[0].records[0]]
     for arm in arms:
         if any([r["prompt_id"] for r in seed] != prompts for seed in arm.records):
-            raise SystemExit(f"error: {arm.name} was measured on other prompts; remove its results and run again")
+            raise SystemExit(
+                f"error: {arm.name} was measured on other prompts; remove its results and run again"
+            )
     drawn = {a.name: drawn_lengths(a, domains) for a in arms}
     pooled = {a.name: pooled_lengths(a, domains) for a in arms}
     per_seed = {a.name: seed_lengths(a, domains) for a in arms}
@@ -88,7 +92,9 @@ def build_report(arms: Sequence[Arm], baselines: Sequence[str], settings: dict[s
         ratios = {}
         for base in baselines:
             by_seed = per_seed[name]["macro"] / per_seed[base]["macro"]
-            ratio = interval(pooled[name]["macro"] / pooled[base]["macro"], drawn[name]["macro"] / drawn[base]["macro"])
+            ratio = interval(
+                pooled[name]["macro"] / pooled[base]["macro"], drawn[name]["macro"] / drawn[base]["macro"]
+            )
             ratios[base] = ratio | {"seeds": [round(float(x), 4) for x in by_seed]}
         rows[name] = {
             "accepted_len": {d: interval(pooled[name][d], drawn[name][d]) for d in (*domains, "macro")},
@@ -101,7 +107,8 @@ def build_report(arms: Sequence[Arm], baselines: Sequence[str], settings: dict[s
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """One row per arm: accepted length by domain, macro with interval and spread over seeds, ratios with intervals."""
+    """One row per arm: accepted length by domain, macro with interval and spread over seeds, ratios with
+    intervals."""
     domains = report["environment"]["domains"]
     table = Table(title=f"Accepted length at T = 1, {report['environment']['prompts']} prompts")
     for column in ("arm", *domains, "macro [95 %]", "seeds", *(f"/ {b} [95 %]" for b in report["baselines"])):
@@ -120,7 +127,8 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
-    """Conditional acceptance by position, one panel per domain and one for all, one line per arm (Figure 2)."""
+    """Conditional acceptance by position, one panel per domain and one for all, one line per arm (Figure
+    2)."""
     from matplotlib.figure import Figure
 
     panels = [*report["environment"]["domains"], "all"]

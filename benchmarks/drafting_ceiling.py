@@ -1,12 +1,15 @@
-"""What drafting could reach with one user, if the engine did nothing but passes and knew what will be accepted.
+"""What drafting could reach with one user, if the engine did nothing but passes and knew what will be
+accepted.
 
-    python -m benchmarks.drafting_ceiling runs/quickstart/drafter/best --out benchmarks/results/drafting_ceiling.json
+    python -m benchmarks.drafting_ceiling runs/quickstart/drafter/best --out
+    benchmarks/results/drafting_ceiling.json
 
-Held-out prompts are answered greedily, the proposal behind every token is recorded, and passes are timed as the engine times
-them when it starts, several times. The simulator then replays the answers. Its time is that of passes alone, without any of
-Python, so every ratio to no speculation is an upper bound of what the engine can show here with this drafter. `oracle` knows
-which drafted tokens will be accepted, drafts just where that pays and verifies nothing else. `all accepted` is a drafter that
-is never wrong, with rounds of its full length.
+Held-out prompts are answered greedily, the proposal behind every token is recorded, and passes are timed as
+the engine times them when it starts, several times. The simulator then replays the answers. Its time is that
+of passes alone, without any of Python, so every ratio to no speculation is an upper bound of what the engine
+can show here with this drafter. `oracle` knows which drafted tokens will be accepted, drafts just where that
+pays and verifies nothing else. `all accepted` is a drafter that is never wrong, with rounds of its full
+length.
 """
 
 from __future__ import annotations
@@ -36,16 +39,22 @@ TIMED = 5  # times that passes are timed
 ANSWERS = 1000  # replayed
 
 
-def record(target: TransformersTarget, drafter: Drafter, prompts: list[tuple[int, ...]], new_tokens: int) -> Traces:
+def record(
+    target: TransformersTarget, drafter: Drafter, prompts: list[tuple[int, ...]], new_tokens: int
+) -> Traces:
     """Greedy answers, and the proposals behind their tokens."""
     engine = Engine(target, None, EngineSettings())
     answers = answer_at_once(engine, prompts, new_tokens)
-    items = [TraceItem(str(i), "", tuple(p), tuple(a)) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
+    items = [
+        TraceItem(str(i), "", tuple(p), tuple(a))
+        for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+    ]
     return record_traces(target, drafter, items, TraceSettings(Sampling(0.0)), "benchmark")
 
 
 def time_passes(target: TransformersTarget, drafter: Drafter) -> StepRateTable:
-    """Medians of what engines measure when they start: passes of 1 to gamma + 1 tokens, and a proposal for one request."""
+    """Medians of what engines measure when they start: passes of 1 to gamma + 1 tokens, and a proposal for
+    one request."""
     sizes = np.arange(1, drafter.gamma + 2)
     passes, drafts = [], []
     for _ in track(range(TIMED), "timing passes"):
@@ -64,7 +73,9 @@ def ceilings(traces: Traces, table: StepRateTable) -> dict[str, Any]:
     arms = arms_for(traces.gamma)
     found = {name: simulate(traces, table, Load(ANSWERS, 1), name, arm) for name, arm in arms.items()}
     plain = found["no speculation"].throughput
-    result = {name: {"ratio": o.throughput / plain, "tokens_per_step": o.accepted_len} for name, o in found.items()}
+    result = {
+        name: {"ratio": o.throughput / plain, "tokens_per_step": o.accepted_len} for name, o in found.items()
+    }
     passes, draft = table.pass_seconds[0], table.draft_seconds[0]
     whole = (traces.gamma + 1) * passes[0] / (passes[-1] + draft)
     return result | {"all accepted": {"ratio": whole, "tokens_per_step": traces.gamma + 1.0}}
@@ -72,7 +83,9 @@ def ceilings(traces: Traces, table: StepRateTable) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, replay, and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("drafter", type=Path)
     parser.add_argument("--target", default="tiny")
     parser.add_argument("--prompts", type=int, default=128)

@@ -1,15 +1,18 @@
-"""The engine without a drafter, with proposals of fixed length, and with planned lengths, at several concurrencies.
+"""The engine without a drafter, with proposals of fixed length, and with planned lengths, at several
+concurrencies.
 
-    python -m benchmarks.engine_arms --concurrency 1 2 4 8 16 32 64 --requests 198 --out benchmarks/results/arms.json
+    python -m benchmarks.engine_arms --concurrency 1 2 4 8 16 32 64 --requests 198 --out
+    benchmarks/results/arms.json
 
-All arms read with the same copy of the weights and write to the same memory: where they lie decides up to a tenth of the speed,
-and where the rest of an engine lies still some hundredths. So all are built anew several times for each concurrency, in another
-order each time; the planner goes on with what it has learned. Users ask the held-out prompts, and answers end where the target
-ends them. Arms take turns every few answers, because other users of a machine change its speed within seconds. A ratio is that
-of all tokens over all seconds, with the 95 % interval of a bootstrap over turns.
-On a GPU `--grown` makes the shape of Qwen3-8B of target and drafter (see `grown.py`); there weights are fused once
-for all engines, and each has a memory of its own.
-With `--eager` passes are PyTorch operations: slow, and of nearly the same cost whatever they hold, so that drafting pays.
+All arms read with the same copy of the weights and write to the same memory: where they lie decides up to a
+tenth of the speed, and where the rest of an engine lies still some hundredths. So all are built anew several
+times for each concurrency, in another order each time; the planner goes on with what it has learned. Users
+ask the held-out prompts, and answers end where the target ends them. Arms take turns every few answers,
+because other users of a machine change its speed within seconds. A ratio is that of all tokens over all
+seconds, with the 95 % interval of a bootstrap over turns. On a GPU `--grown` makes the shape of Qwen3-8B of
+target and drafter (see `grown.py`); there weights are fused once for all engines, and each has a memory of
+its own. With `--eager` passes are PyTorch operations: slow, and of nearly the same cost whatever they hold,
+so that drafting pays.
 """
 
 from __future__ import annotations
@@ -45,13 +48,16 @@ GROWN_KV_BYTES = 11 * 2**30  # 256 requests at their longest
 
 
 def share(engines: Sequence[Engine]) -> None:
-    """Let all read with the first one's compiled target; what its memory holds must be forgotten when another one goes on.
+    """Let all read with the first one's compiled target; what its memory holds must be forgotten when another
+    one goes on.
 
     Raises SystemExit when their memories differ in size.
     """
     models = [engine._models for engine in engines]
     if len({model.pool.num_blocks for model in models}) > 1:
-        raise SystemExit(f"the engines have {[model.pool.num_blocks for model in models]} blocks and cannot share a memory")
+        raise SystemExit(
+            f"the engines have {[model.pool.num_blocks for model in models]} blocks and cannot share a memory"
+        )
     first = models[0].model
     for model in models[1:]:
         if isinstance(first, PagedModel) and isinstance(model.model, PagedModel):
@@ -76,8 +82,8 @@ def build(
 
 
 def ratio(seconds_TA: np.ndarray, above: str, below: str | None = None) -> dict[str, float]:
-    """Speed of the arm `above` over that of `below` (None: the faster of the other two) from seconds [turns, arms] for the same
-    answers, and its 95 % interval."""
+    """Speed of the arm `above` over that of `below` (None: the faster of the other two) from seconds [turns,
+    arms] for the same answers, and its 95 % interval."""
 
     def of(total_A: np.ndarray) -> float:
         slower = dict(zip(ARMS, total_A.tolist(), strict=True))
@@ -85,7 +91,9 @@ def ratio(seconds_TA: np.ndarray, above: str, below: str | None = None) -> dict[
         return float((min(slower.values()) if below is None else slower[below]) / own)
 
     rng = np.random.default_rng(0)
-    drawn = [of(seconds_TA[turns].sum(0)) for turns in rng.integers(0, len(seconds_TA), (2000, len(seconds_TA)))]
+    drawn = [
+        of(seconds_TA[turns].sum(0)) for turns in rng.integers(0, len(seconds_TA), (2000, len(seconds_TA)))
+    ]
     low, high = np.quantile(drawn, [0.025, 0.975])
     return {"ratio": of(seconds_TA.sum(0)), "low": float(low), "high": float(high)}
 
@@ -99,7 +107,9 @@ def summarise(concurrency: int, turns: list[dict[str, Load]]) -> dict[str, Any]:
         arms[name] = {
             "tokens_per_second": sum(r.tokens for r in runs) / sum(r.seconds for r in runs),
             "accepted_length": sum(r.accepted_length * r.rounds for r in runs) / rounds if rounds else 1.0,
-            "verified_per_round": sum(r.verified_per_round * r.rounds for r in runs) / rounds if rounds else 0.0,
+            "verified_per_round": sum(r.verified_per_round * r.rounds for r in runs) / rounds
+            if rounds
+            else 0.0,
         }
     seconds_TA = np.array([[turn[name].seconds for name in ARMS] for turn in turns])
     return {
@@ -119,7 +129,9 @@ def main() -> None:
     add_pair_options(parser)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--requests", type=int, default=198, help="answers per arm and concurrency")
-    parser.add_argument("--turns", type=int, default=TURNS, help="at least: a turn is 6 answers, or one for each user")
+    parser.add_argument(
+        "--turns", type=int, default=TURNS, help="at least: a turn is 6 answers, or one for each user"
+    )
     parser.add_argument("--new-tokens", type=int, default=128, help="of an answer at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true")

@@ -19,7 +19,8 @@ from draftkit.target.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Load:
-    """One run: tokens made, seconds of the whole (see `clock`), of the drafter's and the target's passes; tokens per round."""
+    """One run: tokens made, seconds of the whole (see `clock`), of the drafter's and the target's passes;
+    tokens per round."""
 
     tokens: int
     seconds: float
@@ -42,13 +43,14 @@ class Load:
 
 
 def clock() -> float:
-    """Seconds: of the processor when torch has one thread, which other processes disturb less; else of the wall."""
+    """Seconds: of the processor when torch has one thread, which other processes disturb less; else of the
+    wall."""
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def read_prompts(target: str, count: int, paths: Sequence[Path] | None = None) -> list[tuple[int, ...]]:
-    """Token ids of about `count` prompts, by default embedded held-out ones, one of each domain in turn: a benchmark may take
-    only the first few."""
+    """Token ids of about `count` prompts, by default embedded held-out ones, one of each domain in turn: a
+    benchmark may take only the first few."""
     tokenizer = load_tokenizer(target)
     by_domain: dict[str, list[Conversation]] = {}
     for conversation in read_conversations(paths or [TINY_HELD_OUT]):
@@ -60,7 +62,8 @@ def read_prompts(target: str, count: int, paths: Sequence[Path] | None = None) -
 
 
 def answer_at_once(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy answers of at most `new_tokens` tokens to prompts that are asked at the same time, token ids, in their order."""
+    """Greedy answers of at most `new_tokens` tokens to prompts that are asked at the same time, token ids, in
+    their order."""
     answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     for name, prompt in zip(answers, prompts, strict=True):
         engine.add_request(name, list(prompt), SamplingParams(max_tokens=new_tokens, temperature=0.0))
@@ -78,8 +81,9 @@ def run_closed(
     new_tokens: int,
     ignore_eos: bool = True,
 ) -> Load:
-    """`concurrency` users ask `requests` questions in all, each the next one when it has its answer of `new_tokens` tokens, or
-    fewer where the target ends it and `ignore_eos` is off. Prefixes are cold only as far as the prompts differ."""
+    """`concurrency` users ask `requests` questions in all, each the next one when it has its answer of
+    `new_tokens` tokens, or fewer where the target ends it and `ignore_eos` is off. Prefixes are cold only as
+    far as the prompts differ."""
     made, asked, before = 0, 0, engine.metrics
     settings = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=ignore_eos)
     began = clock()

@@ -1,9 +1,10 @@
-"""Share of the engine's steps that is not a forward pass, at several concurrencies, with and without a drafter.
+"""Share of the engine's steps that is not a forward pass, at several concurrencies, with and without a
+drafter.
 
     python -m benchmarks.engine_overhead --out benchmarks/results/engine_overhead.json
 
-A drafter's pass here is its backbone and heads; drawing tokens from its logits counts as overhead, and so do verification,
-scheduling and bookkeeping.
+A drafter's pass here is its backbone and heads; drawing tokens from its logits counts as overhead, and so do
+verification, scheduling and bookkeeping.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def main() -> None:
         shares: dict[str, list[float]] = {name: [] for name in engines}
         for _ in range(options.repeats + 1):
             for name, engine in engines.items():
-                shares[name].append(run_closed(engine, prompts, concurrency, max(2, concurrency), 64).overhead)
+                shares[name].append(
+                    run_closed(engine, prompts, concurrency, max(2, concurrency), 64).overhead
+                )
         found = {name: spread(values[1:]) for name, values in shares.items()}  # the first repeat warms up
         levels.append({"concurrency": concurrency, "overhead": found})
     facts = {"target": target.info.name, "threads": options.threads, "compiled": all(compiled)}

@@ -1,13 +1,15 @@
-"""Tokens per second, greedy: transformers.generate, the engine without and with a drafter, and other servers, in one run.
+"""Tokens per second, greedy: transformers.generate, the engine without and with a drafter, and other servers,
+in one run.
 
     python -m benchmarks.engine_speed --concurrency 1 2 4 8 16 --out result.json
     python -m benchmarks.engine_speed --drafter ... --against vllm=http://127.0.0.1:8001/v1
 
-Every round runs all arms one after the other on the same prompts; a ratio is the median over rounds of two arms' speeds in
-the same round, and an overall one is that of all tokens over all seconds (prompts of three domains take turns, and a drafter
-is not worth the same in each). Answers end at the stop token. The engine runs in this process, other servers answer over HTTP
-(`/v1/completions`, prompts as token ids, no streaming): that costs them a few milliseconds per request. On a machine that
-others use, `--processor-time --threads 1` counts this process's processor seconds instead of the clock's.
+Every round runs all arms one after the other on the same prompts; a ratio is the median over rounds of two
+arms' speeds in the same round, and an overall one is that of all tokens over all seconds (prompts of three
+domains take turns, and a drafter is not worth the same in each). Answers end at the stop token. The engine
+runs in this process, other servers answer over HTTP (`/v1/completions`, prompts as token ids, no streaming):
+that costs them a few milliseconds per request. On a machine that others use, `--processor-time --threads 1`
+counts this process's processor seconds instead of the clock's.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from draftkit.evaluate.run import device_name
 from draftkit.target.transformers import TransformersTarget
 
 Prompt = list[int]
-Arm = Callable[[Sequence[Prompt]], list[list[int] | int]]  # answers to prompts asked at once: tokens, or only how many
+# answers to prompts asked at once: tokens, or only how many
+Arm = Callable[[Sequence[Prompt]], list[list[int] | int]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ def server_arm(url: str, new_tokens: int) -> Arm:
 
     def ask(prompt: Prompt) -> int:
         body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0.0}
-        return int(client.post("completions", json=body).raise_for_status().json()["usage"]["completion_tokens"])
+        return int(
+            client.post("completions", json=body).raise_for_status().json()["usage"]["completion_tokens"]
+        )
 
     def run(prompts: Sequence[Prompt]) -> list[list[int] | int]:
         with ThreadPoolExecutor(len(prompts)) as pool:
@@ -87,7 +92,8 @@ def server_arm(url: str, new_tokens: int) -> Arm:
 def compare(
     arms: dict[str, Arm], prompts: list[Prompt], concurrency: int, rounds: int, clock: Callable[[], float]
 ) -> dict[str, object]:
-    """Speeds and ratios at one concurrency; greedy answers of in-process arms must be those of the first one."""
+    """Speeds and ratios at one concurrency; greedy answers of in-process arms must be those of the first
+    one."""
     runs: dict[str, list[Run]] = {name: [] for name in arms}
     different = dict.fromkeys(arms, 0)
     with Progress() as progress:
@@ -100,11 +106,15 @@ def compare(
                 answers = arm(batch)
                 seconds = clock() - began
                 first = first or answers
-                different[name] += sum(isinstance(a, list) and a != b for a, b in zip(answers, first, strict=True))
+                different[name] += sum(
+                    isinstance(a, list) and a != b for a, b in zip(answers, first, strict=True)
+                )
                 if number:  # the first round warms up
                     runs[name].append(Run(seconds, sum(a if isinstance(a, int) else len(a) for a in answers)))
                 progress.advance(task)
-    overall = {name: sum(r.tokens for r in found) / sum(r.seconds for r in found) for name, found in runs.items()}
+    overall = {
+        name: sum(r.tokens for r in found) / sum(r.seconds for r in found) for name, found in runs.items()
+    }
     pairs = [(a, b) for i, a in enumerate(arms) for b in list(arms)[:i]]
     return {
         "concurrency": concurrency,
@@ -113,7 +123,8 @@ def compare(
         "tokens_per_second": {name: spread([run.speed for run in found]) for name, found in runs.items()},
         "answers_unlike_the_first_arm": different,
         "ratios": {
-            f"{a} / {b}": spread([x.speed / y.speed for x, y in zip(runs[a], runs[b], strict=True)]) for a, b in pairs
+            f"{a} / {b}": spread([x.speed / y.speed for x, y in zip(runs[a], runs[b], strict=True)])
+            for a, b in pairs
         },
     }
 
@@ -126,14 +137,18 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_pair_options(parser)
     parser.add_argument("--plan", choices=["planned", "fixed"], default="planned")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1])
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--against", metavar="NAME=URL", nargs="*", default=[], help="other servers, URL with /v1")
+    parser.add_argument(
+        "--against", metavar="NAME=URL", nargs="*", default=[], help="other servers, URL with /v1"
+    )
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--no-generate", action="store_true", help="leave transformers.generate out")
     parser.add_argument("--out", type=Path)
@@ -154,10 +169,21 @@ def main() -> None:
         arms[name] = server_arm(url, options.new_tokens)
     compiled = {name: engine.compiled for name, engine in engines.items()}
     clock = time.process_time if options.processor_time else time.perf_counter
-    found = [compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency]
-    facts = {"device": device_name(target.device), "torch": torch.__version__, "threads": options.threads, "compiled": compiled}
+    found = [
+        compare(arms, prompts, concurrency, options.rounds, clock) for concurrency in options.concurrency
+    ]
+    facts = {
+        "device": device_name(target.device),
+        "torch": torch.__version__,
+        "threads": options.threads,
+        "compiled": compiled,
+    }
     facts["clock"] = "processor" if options.processor_time else "wall"
-    settings = {"target": target.info.name, "dtype": str(target.head_weight().dtype)[6:], "new_tokens": options.new_tokens}
+    settings = {
+        "target": target.info.name,
+        "dtype": str(target.head_weight().dtype)[6:],
+        "new_tokens": options.new_tokens,
+    }
     settings |= {"plan": options.plan, "prompts": len(prompts)}
     if drafter is not None:
         metrics = engines["engine with drafter"].metrics

@@ -1,21 +1,24 @@
-"""A small target and its drafter grown into large models of the SAME function: real answers at a large one's cost.
+"""A small target and its drafter grown into large models of the SAME function: real answers at a large one's
+cost.
 
     target = load_target("tiny")
     drafter = open_drafter(Path("runs/mine/drafter/best"), target)
     grown = grow_target(target, Growth(), "cuda", torch.bfloat16)
     Engine(grown, grow_drafter(drafter, grown, Growth()), EngineSettings(plan="fixed"))
 
-Growth is by duplication, in the manner of Net2Net (Chen et al., 2016). The residual stream holds `hidden` copies of every
-coordinate: what writes the stream has its rows repeated, what reads it its columns repeated and divided by their number. Heads
-and MLP units are repeated, and their outputs divided. All these numbers are powers of two, so the weights stay exact in
-bfloat16, and only the order of sums differs (in half precision that can settle a near tie differently). Further layers lie
-behind the old ones, so that feature layers keep their ids; they are computed in full and add nothing. Further tokens have
-random rows in the head that cancel out over the copies: their logit is 0 but for rounding, so only GREEDY answers are those of
-the small model, whose best logits lie well above 0; sampled ones may hold such tokens, and a sum over all probabilities counts
-them (a drafter without a confidence head is planned by such a one). The small model's tokenizer stays.
+Growth is by duplication, in the manner of Net2Net (Chen et al., 2016). The residual stream holds `hidden`
+copies of every coordinate: what writes the stream has its rows repeated, what reads it its columns repeated
+and divided by their number. Heads and MLP units are repeated, and their outputs divided. All these numbers
+are powers of two, so the weights stay exact in bfloat16, and only the order of sums differs (in half
+precision that can settle a near tie differently). Further layers lie behind the old ones, so that feature
+layers keep their ids; they are computed in full and add nothing. Further tokens have random rows in the head
+that cancel out over the copies: their logit is 0 but for rounding, so only GREEDY answers are those of the
+small model, whose best logits lie well above 0; sampled ones may hold such tokens, and a sum over all
+probabilities counts them (a drafter without a confidence head is planned by such a one). The small model's
+tokenizer stays.
 
-For timing only, never for quality. Where a GPU's clock depends on the numbers it multiplies, repeated ones and zeros may draw
-less power than a trained model's.
+For timing only, never for quality. Where a GPU's clock depends on the numbers it multiplies, repeated ones
+and zeros may draw less power than a trained model's.
 """
 
 from __future__ import annotations
@@ -34,12 +37,14 @@ from draftkit.target.transformers import DTYPES, TransformersTarget
 
 Rule = Callable[[Tensor], Tensor]  # a small model's weight, on the device already, to the grown one's
 FURTHER_STD = 0.02  # of random weights that no answer depends on
-SILENT = ("self_attn.o_proj", "mlp.down_proj")  # a layer whose writing matrices are zero adds nothing to the stream
+# a layer whose writing matrices are zero adds nothing to the stream
+SILENT = ("self_attn.o_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Factors for `hidden` and `mlp` (powers of two), sizes for the rest; the defaults make nearly Qwen3-8B of "tiny"."""
+    """Factors for `hidden` and `mlp` (powers of two), sizes for the rest; the defaults make nearly Qwen3-8B
+    of "tiny"."""
 
     hidden: int = 16
     mlp: int = 32
@@ -53,13 +58,17 @@ class Growth:
 def grow_pair(
     target: TransformersTarget, drafter: Drafter, dtype: str = "bfloat16"
 ) -> tuple[TransformersTarget, BlockDrafter]:
-    """Both in the shape of Qwen3-8B on a GPU; where there is none, of the size of SmolLM2-135M. Raises SystemExit."""
+    """Both in the shape of Qwen3-8B on a GPU; where there is none, of the size of SmolLM2-135M. Raises
+    SystemExit."""
     if not isinstance(drafter, BlockDrafter):
         raise SystemExit(f"a block drafter can be grown, not {type(drafter).__name__}")
     if torch.cuda.is_available():
         growth, device = Growth(), "cuda"
     else:  # the embedded target becomes one of 146 million parameters
-        growth, device = Growth(4, 8, 8, 4, target.info.num_layers, drafter.config.num_layers, target.info.vocab_size), "cpu"
+        growth, device = (
+            Growth(4, 8, 8, 4, target.info.num_layers, drafter.config.num_layers, target.info.vocab_size),
+            "cpu",
+        )
     grown = grow_target(target, growth, device, DTYPES[dtype])
     return grown, grow_drafter(drafter, grown, growth)
 
@@ -67,7 +76,8 @@ def grow_pair(
 def grow_target(
     target: TransformersTarget, growth: Growth, device: str | torch.device, dtype: torch.dtype
 ) -> TransformersTarget:
-    """The grown target, made directly on `device` in `dtype`. Raises SystemExit for sizes or a family that do not fit."""
+    """The grown target, made directly on `device` in `dtype`. Raises SystemExit for sizes or a family that do
+    not fit."""
     old = target.model.config.get_text_config()
     heads, kv_heads = int(old.num_attention_heads), int(old.num_key_value_heads)
     head_dim = int(getattr(old, "head_dim", None) or old.hidden_size // heads)
@@ -105,9 +115,11 @@ def grow_target(
 
 
 def grow_drafter(drafter: BlockDrafter, target: TransformersTarget, growth: Growth) -> BlockDrafter:
-    """The drafter of the grown `target`, on its device and in its dtype; embedding and head are the very tensors of the target.
+    """The drafter of the grown `target`, on its device and in its dtype; embedding and head are the very
+    tensors of the target.
 
-    All head kinds of `BlockDrafter`, and the styles "qwen3" and "llama". Raises SystemExit when sizes, style or target differ.
+    All head kinds of `BlockDrafter`, and the styles "qwen3" and "llama". Raises SystemExit when sizes, style
+    or target differ.
     """
     old, like = drafter.config, target.head_weight()
     _check(growth, old.num_heads, old.num_kv_heads, old.num_layers <= growth.draft_layers, old.vocab_size)
@@ -126,19 +138,25 @@ def grow_drafter(drafter: BlockDrafter, target: TransformersTarget, growth: Grow
     )
     hidden, rank = old.hidden_size, old.markov_rank
     rules = _rules(growth, old.num_heads, old.num_kv_heads, old.head_dim) | {
-        "fc": lambda w: writes(torch.cat([reads(layer, growth.hidden) for layer in w.split(hidden, 1)], 1), growth.hidden),
+        "fc": lambda w: writes(
+            torch.cat([reads(layer, growth.hidden) for layer in w.split(hidden, 1)], 1), growth.hidden
+        ),
         "hidden_norm": lambda w: writes(w, growth.hidden),
         "markov_head.gate_proj": lambda w: _reads_within(w, 0, hidden, growth.hidden),
-        "markov_head.joint_proj": lambda w: _reads_within(w, 2 * rank, hidden, growth.hidden),  # behind state and token
+        # behind state and token
+        "markov_head.joint_proj": lambda w: _reads_within(w, 2 * rank, hidden, growth.hidden),
         "confidence_head.proj": lambda w: _reads_within(w, 0, hidden, growth.hidden),
     }
     heads = ("markov_head.gate_proj", "markov_head.joint_proj", "confidence_head.proj")
-    rules |= dict.fromkeys(("markov_head.markov_w1", "markov_head.markov_w2", *(f"{name}.bias" for name in heads)), _keep)
+    rules |= dict.fromkeys(
+        ("markov_head.markov_w1", "markov_head.markov_w2", *(f"{name}.bias" for name in heads)), _keep
+    )
     with _made_on(like.device, like.dtype):
         grown = BlockDrafter(config)
         grown.embed_tokens.weight = nn.Parameter(target.embedding_weight(), requires_grad=False)
         grown.lm_head.weight = nn.Parameter(like, requires_grad=False)
-        if grown.markov_head is not None:  # further tokens are neither drafted nor read: their rows say nothing
+        # further tokens are neither drafted nor read: their rows say nothing
+        if grown.markov_head is not None:
             grown.markov_head.markov_w1.weight.zero_()
             grown.markov_head.markov_w2.weight.zero_()
         _fill(grown, drafter, rules, leave=("embed_tokens", "lm_head"))
@@ -151,12 +169,14 @@ def reads(weight: Tensor, copies: int) -> Tensor:
 
 
 def writes(weight: Tensor, copies: int) -> Tensor:
-    """A matrix or a norm's weight [out, ...] whose output holds every coordinate `copies` times: [copies * out, ...]."""
+    """A matrix or a norm's weight [out, ...] whose output holds every coordinate `copies` times: [copies *
+    out, ...]."""
     return weight.repeat(copies, *[1] * (weight.ndim - 1))
 
 
 def head_sources(old: tuple[int, int], new: tuple[int, int]) -> tuple[list[int], list[int]]:
-    """Which old query head and which old key/value head every new one copies; `old` and `new` are (query, key/value) heads.
+    """Which old query head and which old key/value head every new one copies; `old` and `new` are (query,
+    key/value) heads.
 
     A new query head copies one of those that share the key/value head which its new group has copied.
     """
@@ -165,13 +185,15 @@ def head_sources(old: tuple[int, int], new: tuple[int, int]) -> tuple[list[int],
     queries = []
     for head in range(new_heads):
         group, place = divmod(head, new_fold)
-        turn = group // old_kv * new_fold + place  # counts the copies of this group's heads, so that all come equally often
+        # counts the copies of this group's heads, so that all come equally often
+        turn = group // old_kv * new_fold + place
         queries.append(group % old_kv * fold + turn % fold)
     return queries, [head % old_kv for head in range(new_kv)]
 
 
 def _rules(growth: Growth, heads: int, kv_heads: int, head_dim: int) -> dict[str, Rule]:
-    """What target and drafter have in common, by the ends of the weights' names; `heads` and `kv_heads` are the small one's."""
+    """What target and drafter have in common, by the ends of the weights' names; `heads` and `kv_heads` are
+    the small one's."""
     copies, mlp = growth.hidden, growth.mlp
     queries, keys = head_sources((heads, kv_heads), (growth.heads, growth.kv_heads))
 
@@ -193,7 +215,9 @@ def _rules(growth: Growth, heads: int, kv_heads: int, head_dim: int) -> dict[str
         "mlp.gate_proj": lambda w: reads(writes(w, mlp), copies),
         "mlp.up_proj": lambda w: reads(writes(w, mlp), copies),
         "mlp.down_proj": lambda w: writes(reads(w, mlp), copies),
-    } | {name: lambda w: writes(w, copies) for name in ("norm", "input_layernorm", "post_attention_layernorm")}
+    } | {
+        name: lambda w: writes(w, copies) for name in ("norm", "input_layernorm", "post_attention_layernorm")
+    }
 
 
 def _fill(new: nn.Module, old: nn.Module, rules: dict[str, Rule], leave: tuple[str, ...] = ()) -> None:
@@ -209,7 +233,9 @@ def _fill(new: nn.Module, old: nn.Module, rules: dict[str, Rule], leave: tuple[s
             continue
         rule = next((rule for end, rule in rules.items() if f".{name}".endswith(f".{end}")), None)
         if rule is None:
-            raise SystemExit(f"{full_name}: there is no rule to grow this weight; choose a model of another family")
+            raise SystemExit(
+                f"{full_name}: there is no rule to grow this weight; choose a model of another family"
+            )
         grown = rule(weights[full_name].to(parameter.device, parameter.dtype))
         parameter[: len(grown)].copy_(grown)
 
@@ -225,14 +251,16 @@ def _reads_within(weight: Tensor, start: int, width: int, copies: int) -> Tensor
 
 
 def _cancelling(rows: int, width: int, copies: int) -> Tensor:
-    """Random rows [rows, copies * width] that sum to zero over the copies of each coordinate, exactly in every dtype."""
+    """Random rows [rows, copies * width] that sum to zero over the copies of each coordinate, exactly in
+    every dtype."""
     half = torch.randn(rows, copies // 2 * width) * FURTHER_STD
     return torch.cat([half, -half, torch.zeros(rows, copies % 2 * width)], 1)
 
 
 @contextmanager
 def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are born there, without gradients, from a seed of their own; the generators go on as before."""
+    """New tensors are born there, without gradients, from a seed of their own; the generators go on as
+    before."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -250,7 +278,9 @@ def _check(growth: Growth, heads: int, kv_heads: int, deep_enough: bool, vocab: 
         if factor not in (2**k for k in range(16)):
             raise SystemExit(f"{name} would grow by a factor of {factor}: choose a power of two")
     if growth.kv_heads % kv_heads or growth.heads % growth.kv_heads:
-        raise SystemExit(f"kv_heads is {growth.kv_heads}: choose a multiple of {kv_heads} that divides {growth.heads}")
+        raise SystemExit(
+            f"kv_heads is {growth.kv_heads}: choose a multiple of {kv_heads} that divides {growth.heads}"
+        )
     if not deep_enough or growth.vocab < vocab:
         raise SystemExit("layers, draft_layers and vocab must be at least those of the small models")
 
@@ -263,4 +293,7 @@ def _check_same_vocabulary(drafter: BlockDrafter, target: TransformersTarget, gr
     ):
         part = theirs[: own.shape[0], : own.shape[1]] * factor
         if part.shape != own.shape or not torch.equal(part, own.to(part)):
-            raise SystemExit(f"the drafter's {name} is not that of {target.info.name}: grow the target that it was made for")
+            raise SystemExit(
+                f"the drafter's {name} is not that of {target.info.name}: grow the target that it was "
+                f"made for"
+            )

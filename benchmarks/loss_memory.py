@@ -1,9 +1,11 @@
-"""Memory and time of the sliced distillation loss against the same loss on whole fp32 logits and probabilities.
+"""Memory and time of the sliced distillation loss against the same loss on whole fp32 logits and
+probabilities.
 
-One training step's loss and gradients for DSpark's mix (0.1 CE + 0.9 TV, Markov head): vocabulary 151,936, 512 anchors of 7
-tokens, hidden size 256, rank 256, float32, CPU. Every arm runs in a process of its own; arms alternate; peak extra memory
-is the peak resident size during loss and backward less what was resident before. The third arm stops at logits and
-probabilities of both models: no loss and no gradients, so its time is no comparison.
+One training step's loss and gradients for DSpark's mix (0.1 CE + 0.9 TV, Markov head): vocabulary 151,936,
+512 anchors of 7 tokens, hidden size 256, rank 256, float32, CPU. Every arm runs in a process of its own; arms
+alternate; peak extra memory is the peak resident size during loss and backward less what was resident before.
+The third arm stops at logits and probabilities of both models: no loss and no gradients, so its time is no
+comparison.
 
     python -m benchmarks.loss_memory --out benchmarks/results/loss_memory.json
 
@@ -40,7 +42,10 @@ def make_rows(vocabulary: int, anchors: int, hidden: int, rank: int) -> Rows:
     return Rows(
         hidden_NH=torch.randn(count, hidden).requires_grad_(),
         head=head,
-        markov=(torch.randn(count, rank).requires_grad_(), torch.randn(vocabulary, rank).mul_(0.02).requires_grad_()),
+        markov=(
+            torch.randn(count, rank).requires_grad_(),
+            torch.randn(vocabulary, rank).mul_(0.02).requires_grad_(),
+        ),
         target_hidden_NH=torch.randn(count, hidden),
         target_head=head,
         tokens_N=torch.randint(vocabulary, (count,)),
@@ -56,7 +61,9 @@ def whole_loss(rows: Rows, settings: LossSettings) -> Tensor:
     log_q = torch.log_softmax(logits, -1)
     ce = -log_q.gather(1, rows.tokens_N[:, None])[:, 0]
     tv = (log_q.exp() - p).abs().sum(-1)
-    return (position_weights(settings, GAMMA)[rows.grid_N % GAMMA] * (settings.ce * ce + settings.tv * tv)).sum()
+    return (
+        position_weights(settings, GAMMA)[rows.grid_N % GAMMA] * (settings.ce * ce + settings.tv * tv)
+    ).sum()
 
 
 def whole_forward(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -101,7 +108,9 @@ def run_arm(arm: str, rows: Rows) -> dict[str, float]:
 
 def main() -> None:
     """Run the arms in turn and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--anchors", type=int, default=512)
     parser.add_argument("--hidden", type=int, default=256)
@@ -114,20 +123,26 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.arm:
         rows = make_rows(args.vocabulary, args.anchors, args.hidden, args.rank)
-        run_arm("sliced", make_rows(1000, 16, args.hidden, args.rank))  # whatever is loaded once is loaded now
+        # whatever is loaded once is loaded now
+        run_arm("sliced", make_rows(1000, 16, args.hidden, args.rank))
         print(json.dumps(run_arm(args.arm, rows)))
         return
     setting = {
         "threads": args.threads,
         "torch": torch.__version__,
-        "sizes": {k: getattr(args, k) for k in ("vocabulary", "anchors", "hidden", "rank")} | {"gamma": GAMMA},
+        "sizes": {k: getattr(args, k) for k in ("vocabulary", "anchors", "hidden", "rank")}
+        | {"gamma": GAMMA},
     }
     earlier = json.loads(args.out.read_text("utf-8")) if args.out and args.out.exists() else {}
     same = all(earlier.get(name) == value for name, value in setting.items())
     runs: dict[str, list[dict[str, float]]] = earlier["runs"] if same else {arm: [] for arm in ARMS}
-    for _, arm in track([(i, arm) for i in range(args.repeats) for arm in ARMS], "arms", console=Console(stderr=True)):
+    for _, arm in track(
+        [(i, arm) for i in range(args.repeats) for arm in ARMS], "arms", console=Console(stderr=True)
+    ):
         command = [sys.executable, "-m", "benchmarks.loss_memory", *sys.argv[1:], "--arm", arm]
-        runs[arm].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        runs[arm].append(
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        )
     pairs = list(zip(*runs.values(), strict=True))
     result = setting | {
         "runs": runs,

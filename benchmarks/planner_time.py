@@ -1,6 +1,6 @@
 """Time of a plan: 256 and 1,024 requests x 7 positions, medians of 200 calls each.
 
-    python -m benchmarks.planner_time --out benchmarks/results/planner_time.json
+python -m benchmarks.planner_time --out benchmarks/results/planner_time.json
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def main() -> None:
                 call()
                 seconds[name].append(time.perf_counter() - began)
         found[f"{requests} x 7"] = {
-            name: [round(1e6 * float(v), 1) for v in np.percentile(values, [50, 25, 75])] for name, values in seconds.items()
+            name: [round(1e6 * float(v), 1) for v in np.percentile(values, [50, 25, 75])]
+            for name, values in seconds.items()
         }
     print_result({"microseconds_median_and_quartiles": found}, options.out)
 

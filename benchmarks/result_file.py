@@ -1,4 +1,5 @@
-"""Where a benchmark's result goes: to standard output, and to a file where one was named; and what made it."""
+"""Where a benchmark's result goes: to standard output, and to a file where one was named; and what made
+it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def write_result(result: Mapping[str, Any], out: Path | None) -> None:
 
 
 def envelope() -> dict[str, Any]:
-    """Commit (with "+" where files differ from it), command, date, device, machine and versions of a result."""
+    """Commit (with "+" where files differ from it), command, date, device, machine and versions of a
+    result."""
     import torch
     import transformers
 
@@ -48,7 +50,8 @@ def envelope() -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, and the widest vector instructions among those that change our kernels."""
+    """Processor, cores that this process may use, and the widest vector instructions among those that change
+    our kernels."""
     from draftkit.evaluate.run import device_name
 
     info = Path("/proc/cpuinfo")

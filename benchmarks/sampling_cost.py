@@ -2,10 +2,11 @@
 
     python -m benchmarks.sampling_cost TARGET --vocab 49152 151936 --before OTHER_CHECKOUT --out FILE
 
-For each vocabulary a model of the target's shape with random weights (0: the target itself) and a drafter with random weights,
-which drafts seven tokens whose acceptance does not matter here: every proposal is verified whole. Answers begin with prompts of
-random tokens. `--before` runs another checkout beside this one, in turns, and prints its numbers first. Milliseconds per step,
-medians over the repeats: drafting, the target's pass, all else; and tokens of drafting sampled over drafting greedily.
+For each vocabulary a model of the target's shape with random weights (0: the target itself) and a drafter
+with random weights, which drafts seven tokens whose acceptance does not matter here: every proposal is
+verified whole. Answers begin with prompts of random tokens. `--before` runs another checkout beside this one,
+in turns, and prints its numbers first. Milliseconds per step, medians over the repeats: drafting, the
+target's pass, all else; and tokens of drafting sampled over drafting greedily.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def work(folder: str, threads: int) -> None:
     )
     drafter = new_drafter(shape, target.embedding_weight(), target.head_weight()).eval()
     settings = EngineSettings(plan="fixed", max_length=512, max_running=32)
-    engines = {"no drafter": Engine(target, None, settings), "seven drafted": Engine(target, drafter, settings)}
+    engines = {
+        "no drafter": Engine(target, None, settings),
+        "seven drafted": Engine(target, drafter, settings),
+    }
     if not all(engine.wait_until_compiled() for engine in engines.values()):
         raise SystemExit("error: the compiled passes cannot be used here")
     print("ready", flush=True)
@@ -153,7 +157,9 @@ def compare(folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                         found[worker].append(process.ask(drafter=drafter, users=users, setting=setting))
                 medians = {w: {k: median(f[k] for f in many) for k in many[0]} for w, many in found.items()}
                 spreads = {w: [round(min(s), 2), round(max(s), 2)] for w, s in _sums(found).items()}
-                rows.append({"drafter": drafter, "users": users, "setting": name, "ms": medians, "step": spreads})
+                rows.append(
+                    {"drafter": drafter, "users": users, "setting": name, "ms": medians, "step": spreads}
+                )
                 print(describe(rows[-1], rows), flush=True)
     for process in running.values():
         process.close()
@@ -171,17 +177,28 @@ def describe(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for worker, ms in row["ms"].items():
         draft, target, rest = ms["draft"], ms["target"], ms["else"]
         share = rest + max(0.0, draft - greedy[worker]["draft"])  # drawing drafts is part of drafting
-        part = f"{worker}: {draft:6.1f} {target:6.1f} {rest:6.1f} ms, all else {share / (draft + target + rest):5.1%}"
-        drawn = f", drafting {draft / greedy[worker]['draft']:.2f} x greedy" if row["drafter"] != "no drafter" else ""
+        part = (
+            f"{worker}: {draft:6.1f} {target:6.1f} {rest:6.1f} ms, all else "
+            f"{share / (draft + target + rest):5.1%}"
+        )
+        drawn = (
+            f", drafting {draft / greedy[worker]['draft']:.2f} x greedy"
+            if row["drafter"] != "no drafter"
+            else ""
+        )
         parts.append(part + drawn)
     return " | ".join(parts)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target", help="a model folder")
-    parser.add_argument("--vocab", type=int, nargs="+", default=[0], help="vocabulary sizes; 0: the target's own weights")
+    parser.add_argument(
+        "--vocab", type=int, nargs="+", default=[0], help="vocabulary sizes; 0: the target's own weights"
+    )
     parser.add_argument("--users", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--before", type=Path, help="another checkout of this repository")
     parser.add_argument("--repeats", type=int, default=3)
@@ -194,7 +211,12 @@ def main() -> None:
         return
     from draftkit.evaluate.run import device_name
 
-    result: dict[str, Any] = {"cpu": device_name(), "threads": options.threads, "repeats": options.repeats, "vocabularies": {}}
+    result: dict[str, Any] = {
+        "cpu": device_name(),
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "vocabularies": {},
+    }
     for vocab in options.vocab:
         print(f"vocabulary {vocab or 'of the target'}; ms per step: draft, target, else", flush=True)
         with tempfile.TemporaryDirectory() as folder:

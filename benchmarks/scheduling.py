@@ -1,9 +1,10 @@
-"""The scheduled arms against every fixed length and no speculation, over loads, on measured and parametric step rates.
+"""The scheduled arms against every fixed length and no speculation, over loads, on measured and parametric
+step rates.
 
     python -m benchmarks.scheduling --out benchmarks/results/scheduling.json
 
-Uses the embedded pair's recorded traces. Prints per table and load the ratios asked for, and where the paper's comparison
-at matched speed (budget arm against a one-token drafter) falls.
+Uses the embedded pair's recorded traces. Prints per table and load the ratios asked for, and where the
+paper's comparison at matched speed (budget arm against a one-token drafter) falls.
 """
 
 from __future__ import annotations
@@ -24,20 +25,23 @@ SCHEDULED = ("algorithm 1", "budget")
 
 
 def curve(outcomes: list[Outcome]) -> np.ndarray:
-    """(tokens per second of a user, of all) along the loads, linear between neighbouring ones, [points, 2]."""
+    """(tokens per second of a user, of all) along the loads, linear between neighbouring ones, [points,
+    2]."""
     points = np.array([[o.user_speed, o.throughput] for o in outcomes])
     steps = np.linspace(0, len(points) - 1, 400)
     return np.stack([np.interp(steps, np.arange(len(points)), column) for column in points.T], 1)
 
 
 def matched(base: list[Outcome], arm: list[Outcome], axis: int) -> dict[str, float]:
-    """What `arm` gains on the other axis at 50, 75 and 90 % of the best that `base` reaches on `axis` (0 speed of a user,
-    1 throughput): the most that each reaches at any load without falling below that."""
+    """What `arm` gains on the other axis at 50, 75 and 90 % of the best that `base` reaches on `axis` (0
+    speed of a user, 1 throughput): the most that each reaches at any load without falling below that."""
     own, other = curve(arm), curve(base)
     found = {}
     for share in (0.5, 0.75, 0.9):
         wanted = share * other[:, axis].max()
-        reached = [c[c[:, axis] >= wanted, 1 - axis].max() for c in (own, other) if (c[:, axis] >= wanted).any()]
+        reached = [
+            c[c[:, axis] >= wanted, 1 - axis].max() for c in (own, other) if (c[:, axis] >= wanted).any()
+        ]
         if len(reached) == 2:
             found[f"{wanted:.1f}"] = float(reached[0] / reached[1] - 1)
     return found
@@ -51,7 +55,9 @@ def main() -> None:
     parser.add_argument("--traces", type=Path)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--step-rate", help="measured table; none = the embedded pair's")
-    parser.add_argument("--tables", nargs="+", choices=["measured", *MACHINES], default=["measured", *MACHINES])
+    parser.add_argument(
+        "--tables", nargs="+", choices=["measured", *MACHINES], default=["measured", *MACHINES]
+    )
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, object] = {"requests": options.requests, "loads": LOADS}
@@ -64,15 +70,27 @@ def main() -> None:
         for load in LOADS:
             work = Load(max(options.requests, 8 * load) if load > 4 else options.requests // 4, load)
             for arm, decide in arms.items():
-                found[arm].append(simulate(source.traces, source.table, work, arm, decide, source.calibration))
+                found[arm].append(
+                    simulate(source.traces, source.table, work, arm, decide, source.calibration)
+                )
         rows = {}
         for arm in SCHEDULED:
-            fixed = [max(found[f][i].throughput for f in found if f.startswith(("fixed", "one"))) for i in range(len(LOADS))]
+            fixed = [
+                max(found[f][i].throughput for f in found if f.startswith(("fixed", "one")))
+                for i in range(len(LOADS))
+            ]
             rows[arm] = {
                 "over_best_fixed": [o.throughput / f for o, f in zip(found[arm], fixed, strict=True)],
-                "over_none": [o.throughput / n.throughput for o, n in zip(found[arm], found["no speculation"], strict=True)],
-                "over_fixed_7": [o.throughput / n.throughput for o, n in zip(found[arm], found["fixed 7"], strict=True)],
-                "over_oracle": [o.throughput / n.throughput for o, n in zip(found[arm], found["oracle"], strict=True)],
+                "over_none": [
+                    o.throughput / n.throughput
+                    for o, n in zip(found[arm], found["no speculation"], strict=True)
+                ],
+                "over_fixed_7": [
+                    o.throughput / n.throughput for o, n in zip(found[arm], found["fixed 7"], strict=True)
+                ],
+                "over_oracle": [
+                    o.throughput / n.throughput for o, n in zip(found[arm], found["oracle"], strict=True)
+                ],
                 "verified": [o.verified_mean for o in found[arm]],
                 "throughput_at_matched_speed": matched(found["one token"], found[arm], 0),
                 "speed_at_matched_throughput": matched(found["one token"], found[arm], 1),
@@ -82,7 +100,9 @@ def main() -> None:
                 named = dict(zip(LOADS, values, strict=True)) if isinstance(values, list) else values
                 print("   ", key, {k: round(v, 3) for k, v in named.items()})
         result[name] = rows
-        plot_simulation([o for own in found.values() for o in own], options.out.with_name(f"scheduling_{name}.png"))
+        plot_simulation(
+            [o for own in found.values() for o in own], options.out.with_name(f"scheduling_{name}.png")
+        )
     write_result(result, options.out)
 
 

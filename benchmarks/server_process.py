@@ -21,7 +21,8 @@ PATIENCE = 120.0  # seconds for loading, and for compiling
 
 @dataclass
 class ServerProcess:
-    """A running server. `ready_seconds` is the time from the start of the process to the first 200 of /ready."""
+    """A running server. `ready_seconds` is the time from the start of the process to the first 200 of
+    /ready."""
 
     process: subprocess.Popen[str]
     url: str = ""
@@ -41,20 +42,25 @@ class ServerProcess:
     def metric(self, name: str) -> float:
         """The sum of a metric's samples; `name` without "draftkit:"."""
         text = httpx.get(self.url + "/metrics", trust_env=False).text
-        found = [s for f in text_string_to_metric_families(text) for s in f.samples if s.name == f"draftkit:{name}"]
+        found = [
+            s for f in text_string_to_metric_families(text) for s in f.samples if s.name == f"draftkit:{name}"
+        ]
         if not found:
             raise KeyError(name)
         return sum(s.value for s in found)
 
     def wait_for_log(self, pattern: str) -> str:
-        """The first line of the log that matches. Raises TimeoutError, or RuntimeError when the process ended before."""
+        """The first line of the log that matches. Raises TimeoutError, or RuntimeError when the process ended
+        before."""
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             found = next((line for line in self.log if re.search(pattern, line)), None)
             if found is not None:
                 return found
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {self.process.returncode}: {''.join(self.log[-5:])}")
+                raise RuntimeError(
+                    f"the server ended with {self.process.returncode}: {''.join(self.log[-5:])}"
+                )
             time.sleep(0.01)
         raise TimeoutError(f"{pattern!r} is not in the server's log: {''.join(self.log[-5:])}")
 
@@ -93,7 +99,9 @@ def _wait_until_ready(server: ServerProcess) -> None:
     with httpx.Client(trust_env=False, timeout=PATIENCE) as http:
         while not _is_ready(http, server.url):
             if server.process.poll() is not None:
-                raise RuntimeError(f"the server ended with {server.process.returncode}: {''.join(server.log[-5:])}")
+                raise RuntimeError(
+                    f"the server ended with {server.process.returncode}: {''.join(server.log[-5:])}"
+                )
             time.sleep(0.01)
 
 

@@ -1,6 +1,8 @@
-"""Static confidence threshold 0 to 0.8: accepted share of verified tokens and tokens per step, by domain (Figure 5).
+"""Static confidence threshold 0 to 0.8: accepted share of verified tokens and tokens per step, by domain
+(Figure 5).
 
-    python -m benchmarks.threshold_sweep calibration/traces.safetensors --out benchmarks/results/threshold_sweep.json
+    python -m benchmarks.threshold_sweep calibration/traces.safetensors --out
+    benchmarks/results/threshold_sweep.json
 
 Walks every traced prompt once per threshold, on the raw confidences as the paper does.
 """
@@ -49,7 +51,10 @@ def main() -> None:
         rows = [sweep(traces, prompts, t) for t in THRESHOLDS]
         found[domain] = {"acceptance_rate": [r[0] for r in rows], "tokens_per_step": [r[1] for r in rows]}
         curves[domain] = tuple(np.array(column) for column in zip(*rows, strict=True))
-        print(f"{domain:8} " + "  ".join(f"{t}: {r:.3f}, {n:.2f}" for t, (r, n) in zip(THRESHOLDS, rows, strict=True)))
+        print(
+            f"{domain:8} "
+            + "  ".join(f"{t}: {r:.3f}, {n:.2f}" for t, (r, n) in zip(THRESHOLDS, rows, strict=True))
+        )
     result = {
         "temperature": traces.origin.temperature,
         "prompts": len(traces.prompts),

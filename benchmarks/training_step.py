@@ -2,12 +2,14 @@
 
     python -m benchmarks.training_step --features features --steps 20 --set train.anchors=512
 
-With the paper's 512 anchors per conversation, those with fewer places are padded to the most of the batch in the plain step.
+With the paper's 512 anchors per conversation, those with fewer places are padded to the most of the batch in
+the plain step.
 
-Both take the same conversations, anchors and drafter, and give the same loss (checked before anything is timed). The plain
-step pads every conversation to the longest, masks attention with a dense [Q, C + Q] mask, and computes all logits and
-probabilities at every position of every anchor under autograd. Reading, packing or padding and the optimizer are part of
-both. Steps alternate; the speed is the median of the ratios of neighbours.
+Both take the same conversations, anchors and drafter, and give the same loss (checked before anything is
+timed). The plain step pads every conversation to the longest, masks attention with a dense [Q, C + Q] mask,
+and computes all logits and probabilities at every position of every anchor under autograd. Reading, packing
+or padding and the optimizer are part of both. Steps alternate; the speed is the median of the ratios of
+neighbours.
 """
 
 from __future__ import annotations
@@ -42,12 +44,15 @@ def plain_batch(maker: BatchMaker, step: int) -> TrainBatch:
     samples = [maker.store[i] for i in chosen]
     seed = maker.seed * 1_000_003 + step
     anchors = [
-        [choose_anchors(s.loss_mask_T, maker.anchors, seed * 2_097_143 + i)] for i, s in zip(chosen, samples, strict=True)
+        [choose_anchors(s.loss_mask_T, maker.anchors, seed * 2_097_143 + i)]
+        for i, s in zip(chosen, samples, strict=True)
     ]
     return collate([[s] for s in samples], anchors, maker.domains)
 
 
-def plain_loss(drafter: BlockDrafter, batch: TrainBatch, settings: LossSettings) -> tuple[Tensor, Tensor, Tensor]:
+def plain_loss(
+    drafter: BlockDrafter, batch: TrainBatch, settings: LossSettings
+) -> tuple[Tensor, Tensor, Tensor]:
     """DSpark's loss from the paper's equations: the sum, its weight, and how many drafted tokens count."""
     config, gamma = drafter.config, drafter.gamma
     rows, length = batch.tokens_BT.shape
@@ -65,7 +70,9 @@ def plain_loss(drafter: BlockDrafter, batch: TrainBatch, settings: LossSettings)
     x = drafter.embed_tokens(tokens_BAG.flatten(1))
     context = drafter.hidden_norm(drafter.fc(batch.features_BTF.float()))
     table = rope_table(length + gamma, config.head_dim, config.rope_theta)
-    at_context, at_block = (table[p][:, None] for p in (batch.positions_BT, (batch.anchors_BA[..., None] + offsets).flatten(1)))
+    at_context, at_block = (
+        table[p][:, None] for p in (batch.positions_BT, (batch.anchors_BA[..., None] + offsets).flatten(1))
+    )
     block_Q = torch.arange(anchors * gamma) // gamma
     before = torch.arange(length) < batch.anchors_BA.repeat_interleave(gamma, 1)[..., None]
     same = (block_Q[:, None] == block_Q).expand(rows, -1, -1)
@@ -79,7 +86,10 @@ def plain_loss(drafter: BlockDrafter, batch: TrainBatch, settings: LossSettings)
         q = rotate(a.q_norm(heads(a.q_proj(normed))), at_block[..., 0, :], at_block[..., 1, :])
         own_k = rotate(a.k_norm(heads(a.k_proj(normed))), at_block[..., 0, :], at_block[..., 1, :])
         seen_k = rotate(a.k_norm(heads(a.k_proj(context))), at_context[..., 0, :], at_context[..., 1, :])
-        k, v = torch.cat([seen_k, own_k], 2), torch.cat([heads(a.v_proj(context)), heads(a.v_proj(normed))], 2)
+        k, v = (
+            torch.cat([seen_k, own_k], 2),
+            torch.cat([heads(a.v_proj(context)), heads(a.v_proj(normed))], 2),
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1QS, enable_gqa=True)
         x = x + a.o_proj(mixed.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -100,7 +110,9 @@ def plain_loss(drafter: BlockDrafter, batch: TrainBatch, settings: LossSettings)
 
 def main() -> None:
     """Check that both losses agree, time both, print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--features", type=Path, required=True)
     parser.add_argument("--recipe", default="tiny-dspark")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
@@ -113,7 +125,9 @@ def main() -> None:
     drafter = stages.new_drafter_for(recipe, *stages.open_target(recipe))
     plain = copy.deepcopy(drafter)
     settings, store = recipe.train, FeatureStore(options.features)
-    maker = BatchMaker(store, range(len(store)), settings.batch_size, settings.anchors, 0, Cut(settings.row_tokens))
+    maker = BatchMaker(
+        store, range(len(store)), settings.batch_size, settings.anchors, 0, Cut(settings.row_tokens)
+    )
     parallel = ParallelDrafter(drafter, World(0, 1, torch.device("cpu")), False, torch.float32)
     optimizer = new_optimizer(parallel, settings.lr, 0.0)
     trained = [p for p in plain.parameters() if p.requires_grad]
@@ -140,7 +154,10 @@ def main() -> None:
     for number in range(options.steps + 2):  # the first two warm up
         first, second = timed(our_step, number), timed(plain_step, number)
         if first[2] != second[2] or abs(first[1] - second[1]) > 1e-3 * abs(second[1]):
-            raise SystemExit(f"error: step {number}: losses {first[1]} and {second[1]} over {first[2]} and {second[2]} tokens")
+            raise SystemExit(
+                f"error: step {number}: losses {first[1]} and {second[1]} over {first[2]} and {second[2]} "
+                f"tokens"
+            )
         differences.append(abs(first[1] - second[1]) / abs(second[1]))
         if number >= 2:
             ours.append(first[0])

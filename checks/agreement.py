@@ -1,4 +1,5 @@
-"""Greedy answers with a drafter against the target's own `generate`: mismatches, each explained by its top-two gap.
+"""Greedy answers with a drafter against the target's own `generate`: mismatches, each explained by its
+top-two gap.
 
     python -m checks.agreement runs/quickstart/drafter/best --prompts 300 --dtype float64
 """
@@ -48,7 +49,9 @@ def main() -> None:
     gaps, tokens = [], 0
     for conversation in track(chosen, "comparing"):
         prompt = list(TemplateFormat(tokenizer).prompt(conversation.as_dicts()))
-        own = target.model.generate(torch.tensor([prompt]), max_new_tokens=options.new_tokens, do_sample=False)
+        own = target.model.generate(
+            torch.tensor([prompt]), max_new_tokens=options.new_tokens, do_sample=False
+        )
         own = own[0, len(prompt) :].tolist()
         ours = list(decode(target, drafter, prompt, Sampling(0.0), options.new_tokens).tokens)
         tokens += len(own)

@@ -1,4 +1,5 @@
-"""Single edits with valid values over all artefacts of a run: each must be found and named, or change nothing.
+"""Single edits with valid values over all artefacts of a run: each must be found and named, or change
+nothing.
 
     python -m checks.edit_artefacts --work /tmp/edits --count 200 --seed 0
 
@@ -44,7 +45,9 @@ def edited(raw: bytes, name: str, chance: random.Random) -> tuple[bytes, str]:
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="an empty folder")
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -72,7 +75,11 @@ def main() -> None:
         outcomes[outcome] += 1
         if outcome not in ("found and named", "harmless"):
             unseen.append(f"{path.name}: {what}: {outcome}")
-    print(json.dumps({"edits": given.count, "files": len(files), "outcomes": dict(outcomes), "others": unseen[:20]}))
+    print(
+        json.dumps(
+            {"edits": given.count, "files": len(files), "outcomes": dict(outcomes), "others": unseen[:20]}
+        )
+    )
     sys.exit(bool(unseen))
 
 

@@ -1,11 +1,11 @@
 """The same drafter folder in vLLM and here: greedy answers and accepted length on the same held-out prompts.
 
-    python -m checks.engines_agree vllm DRAFTER --method eagle3 --tokens 5 -o vllm.json      # where vLLM is installed
-    python -m checks.engines_agree draftkit DRAFTER --tokens 5 -o ours.json                  # where draftkit is
-    python -m checks.engines_agree compare vllm.json ours.json
+    python -m checks.engines_agree vllm DRAFTER --method eagle3 --tokens 5 -o vllm.json      # where vLLM is
+    installed python -m checks.engines_agree draftkit DRAFTER --tokens 5 -o ours.json                  # where
+    draftkit is python -m checks.engines_agree compare vllm.json ours.json
 
-float32, greedy, one JSON per engine. For a 1+N DFlash folder `--tokens` is block_size - 1. Each engine can live in an
-environment of its own: neither is imported before it is asked for.
+float32, greedy, one JSON per engine. For a 1+N DFlash folder `--tokens` is block_size - 1. Each engine can
+live in an environment of its own: neither is imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def run_vllm(options: argparse.Namespace) -> Result:
     """vLLM's offline engine; rounds and accepted tokens are its own counters."""
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
-    speculative = {"method": options.method, "model": str(options.drafter), "num_speculative_tokens": options.tokens}
+    speculative = {
+        "method": options.method,
+        "model": str(options.drafter),
+        "num_speculative_tokens": options.tokens,
+    }
     llm = LLM(
         options.target,
         dtype="float32",
@@ -47,7 +51,9 @@ def run_vllm(options: argparse.Namespace) -> Result:
     sampling = SamplingParams(temperature=0.0, max_tokens=options.new_tokens)
     answers = llm.chat(read_chats(options.prompts), sampling, use_tqdm=False)
     counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    rounds, accepted = (int(counters[f"vllm:spec_decode_num_{name}"]) for name in ("drafts", "accepted_tokens"))
+    rounds, accepted = (
+        int(counters[f"vllm:spec_decode_num_{name}"]) for name in ("drafts", "accepted_tokens")
+    )
     return [list(a.outputs[0].token_ids) for a in answers], rounds, accepted
 
 
@@ -67,13 +73,17 @@ def run_draftkit(options: argparse.Namespace) -> Result:
     drafter = load_drafter(options.drafter, target=target)
     if drafter.gamma != options.tokens:
         if drafter.config.algorithm != "eagle3":
-            raise SystemExit(f"this drafter drafts {drafter.gamma} tokens: give --tokens {drafter.gamma} to both engines")
+            raise SystemExit(
+                f"this drafter drafts {drafter.gamma} tokens: give --tokens {drafter.gamma} to both engines"
+            )
         from dataclasses import replace
 
         drafter.config = replace(drafter.config, block_size=options.tokens)
     answers, rounds, accepted = [], 0, 0
     for chat in read_chats(options.prompts):
-        done = decode(target, drafter, TemplateFormat(tokenizer).prompt(chat), Sampling(0.0), options.new_tokens)
+        done = decode(
+            target, drafter, TemplateFormat(tokenizer).prompt(chat), Sampling(0.0), options.new_tokens
+        )
         answers.append(list(done.tokens))
         rounds, accepted = rounds + len(done.rounds), accepted + sum(r.accepted for r in done.rounds)
     return answers, rounds, accepted
@@ -99,12 +109,17 @@ def cpu_name() -> str:
     """The processor's name; Python alone says "x86_64" on Linux."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def main() -> None:
     """Run one engine, or compare two results; prints JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     engines = parser.add_subparsers(dest="engine", required=True)
     for name in ("vllm", "draftkit"):
         engine = engines.add_parser(name)
@@ -121,7 +136,12 @@ def main() -> None:
         print(json.dumps(compare(options.files)))
         return
     answers, rounds, accepted = {"vllm": run_vllm, "draftkit": run_draftkit}[options.engine](options)
-    about = {"engine": options.engine, "cpu": cpu_name(), "drafter": architecture(options.drafter), "tokens": options.tokens}
+    about = {
+        "engine": options.engine,
+        "cpu": cpu_name(),
+        "drafter": architecture(options.drafter),
+        "tokens": options.tokens,
+    }
     numbers = {"rounds": rounds, "accepted": accepted, "accepted_len": 1 + accepted / rounds}
     options.out.write_text(json.dumps(about | numbers | {"answers": answers}) + "\n", encoding="utf-8")
     print(json.dumps(about | numbers))

@@ -2,10 +2,10 @@
 
     python -m checks.fuzz --cases 5000 --out checks/results/fuzz.json
 
-Bodies are drawn from the server's own /openapi.json, and one case in eight is below JSON: broken bytes, other methods,
-content types and paths. No answer may be a 5xx (nothing here asks for 503 or 429), every refusal must say why, every
-stream must end, and a second client that asks a greedy question all the time must get the same answer throughout.
-Exit code 1 when something is wrong.
+Bodies are drawn from the server's own /openapi.json, and one case in eight is below JSON: broken bytes, other
+methods, content types and paths. No answer may be a 5xx (nothing here asks for 503 or 429), every refusal
+must say why, every stream must end, and a second client that asks a greedy question all the time must get the
+same answer throughout. Exit code 1 when something is wrong.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ OPTIONS = ("--port", "0", "--max-length", "256")
 
 @dataclass
 class Report:
-    """`statuses` counts by "METHOD path" and status, `refused` by the first field that a 400 named; `controls` are the
-    second client's answers."""
+    """`statuses` counts by "METHOD path" and status, `refused` by the first field that a 400 named;
+    `controls` are the second client's answers."""
 
     cases: int = 0
     statuses: dict[str, Counter[str]] = field(default_factory=dict)
@@ -73,7 +73,9 @@ def fuzz(server: ServerProcess, cases: int) -> Report:
         described = http.get("/openapi.json").json()
         definitions = described["components"]["schemas"]
         posts = {path: _body_of(routes) for path, routes in described["paths"].items() if "post" in routes}
-        shaped = [bodies(path, schema, definitions).map(partial(_as_raw, path)) for path, schema in posts.items()]
+        shaped = [
+            bodies(path, schema, definitions).map(partial(_as_raw, path)) for path, schema in posts.items()
+        ]
         below = raws(list(described["paths"]), CONTROL)
         everything = st.integers(0, 7).flatmap(lambda dice: st.one_of(shaped) if dice else below)
         with _controlled(server, report), Progress() as progress:
@@ -118,7 +120,11 @@ def _send(http: httpx.Client, case: Raw, report: Report) -> None:
     except httpx.HTTPError as error:
         report.failures.append(f"{_short(case)}: {error!r}")
         return
-    known = case.path if response.status_code != 404 or case.path.startswith("/v1/c") else "(unknown paths and models)"
+    known = (
+        case.path
+        if response.status_code != 404 or case.path.startswith("/v1/c")
+        else "(unknown paths and models)"
+    )
     report.statuses.setdefault(f"{case.method} {known}", Counter())[str(response.status_code)] += 1
     try:
         wrong = what_is_wrong(response, case.method)
@@ -141,7 +147,11 @@ def what_is_wrong(response: httpx.Response, method: str) -> str:
         if method == "HEAD":
             return ""
         error = response.json().get("error", {})
-        return "" if error.get("message") and error.get("code") == response.status_code else f"no reason: {response.text[:200]}"
+        return (
+            ""
+            if error.get("message") and error.get("code") == response.status_code
+            else f"no reason: {response.text[:200]}"
+        )
     if response.status_code != 200:
         return response.text[:200]
     if response.headers.get("content-type", "").startswith("text/event-stream"):
@@ -160,7 +170,11 @@ def _controlled(server: ServerProcess, report: Report) -> Iterator[None]:
 
     def ask(http: httpx.Client) -> str:
         response = http.post("/v1/chat/completions", json=CONTROL)
-        return str(response.json()["choices"][0]["message"]["content"]) if response.status_code == 200 else "no answer"
+        return (
+            str(response.json()["choices"][0]["message"]["content"])
+            if response.status_code == 200
+            else "no answer"
+        )
 
     def ask_on(wanted: str) -> None:
         with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
@@ -186,7 +200,11 @@ def main() -> None:
     options = parser.parse_args()
     with server_process(*OPTIONS) as server:
         report = fuzz(server, options.cases)
-    fields = {**vars(report), "failures": report.failures[:20], "statuses": dict(sorted(report.statuses.items()))}
+    fields = {
+        **vars(report),
+        "failures": report.failures[:20],
+        "statuses": dict(sorted(report.statuses.items())),
+    }
     fields["refused"] = dict(report.refused.most_common())
     result = {"good": report.good, "by_status": report.by_status, **fields}
     print_result(result, options.out)

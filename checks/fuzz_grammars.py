@@ -1,11 +1,13 @@
-"""Thousands of generated schemas and grammars against the compiler: none may crash the server's process, and none may be slow.
+"""Thousands of generated schemas and grammars against the compiler: none may crash the server's process, and
+none may be slow.
 
     python -m checks.fuzz_grammars --count 5000 --seed 0
 
-Schemas are of every keyword of JSON Schema's drafts 4 to 2020-12, nested and combined at random; grammars in Lark and GBNF,
-expressions and lists of choices are random, too; one in ten is blown up (chained, nested, repeated, wide). What is accepted is
-compiled and walked with random tokens in this process, as an engine would. Prints one line of JSON; exit code 1 when a grammar
-that was accepted fails or a step takes longer than the server allows.
+Schemas are of every keyword of JSON Schema's drafts 4 to 2020-12, nested and combined at random; grammars in
+Lark and GBNF, expressions and lists of choices are random, too; one in ten is blown up (chained, nested,
+repeated, wide). What is accepted is compiled and walked with random tokens in this process, as an engine
+would. Prints one line of JSON; exit code 1 when a grammar that was accepted fails or a step takes longer than
+the server allows.
 """
 
 from __future__ import annotations
@@ -26,8 +28,32 @@ from draftkit.serve.structured import STEP_SECONDS, GrammarConstraint, GrammarEr
 from draftkit.target.transformers import EMBEDDED
 
 NAMES = ("a", "b", "name", "ü", "$x", "a b", "", "0", "foo-bar", "日本", '"', "\\")
-FORMATS = ("date", "date-time", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid", "path", "binary", "x")
-PATTERNS = ("^a*$", "[0-9]{2,5}", "(a|b)+c?", "^\\S+@\\S+$", "a(?=b)", "[", "(.*a){12}", "\\p{L}+", "^(x{1,9}){1,9}$")
+FORMATS = (
+    "date",
+    "date-time",
+    "time",
+    "duration",
+    "email",
+    "hostname",
+    "ipv4",
+    "ipv6",
+    "uri",
+    "uuid",
+    "path",
+    "binary",
+    "x",
+)
+PATTERNS = (
+    "^a*$",
+    "[0-9]{2,5}",
+    "(a|b)+c?",
+    "^\\S+@\\S+$",
+    "a(?=b)",
+    "[",
+    "(.*a){12}",
+    "\\p{L}+",
+    "^(x{1,9}){1,9}$",
+)
 
 
 class Schemas:
@@ -50,7 +76,9 @@ class Schemas:
         if depth > 4 or chance.random() < 0.08:
             return chance.choice((True, False, {}, {"type": "integer"}, {"type": "null"}, {"$ref": "#"}))
         several = (self.of_choice, self.of_several, self.of_reference)
-        return chance.choice((self.of_object, self.of_array, self.of_string, self.of_number, *several))(depth + 1)
+        return chance.choice((self.of_object, self.of_array, self.of_string, self.of_number, *several))(
+            depth + 1
+        )
 
     def of_object(self, depth: int) -> Any:
         """Properties, required, patterns, names, numbers of them, dependencies."""
@@ -105,14 +133,25 @@ class Schemas:
         """anyOf, oneOf, allOf, not, if, types in a list."""
         name = self.chance.choice(("anyOf", "oneOf", "allOf", "not", "if", "type"))
         if name == "type":
-            return {"type": self.chance.sample(("string", "null", "integer", "object", "array", "boolean"), 2)}
+            return {
+                "type": self.chance.sample(("string", "null", "integer", "object", "array", "boolean"), 2)
+            }
         if name in ("not", "if"):
             return {name: self.part(depth), "then": self.part(depth), "else": self.part(depth)}
         return {name: [self.part(depth) for _ in range(self.chance.randint(0, 3))]}
 
     def of_reference(self, depth: int) -> Any:
         """$ref to what is there, what is not, and elsewhere; anchors and dynamic ones."""
-        places = ("#", "#/$defs/d0", "#/$defs/d1", "#/definitions/d2", "#/nowhere", "http://example.com/s", "#anchor", "")
+        places = (
+            "#",
+            "#/$defs/d0",
+            "#/$defs/d1",
+            "#/definitions/d2",
+            "#/nowhere",
+            "http://example.com/s",
+            "#anchor",
+            "",
+        )
         made = {self.chance.choice(("$ref", "$ref", "$dynamicRef")): self.chance.choice(places)}
         self.maybe(made, "$anchor", lambda: "anchor", 0.2)
         self.maybe(made, "description", lambda: "d", 0.2)
@@ -127,10 +166,25 @@ class Schemas:
 def lark(chance: random.Random) -> str:
     """A random grammar in Lark, which may refer to rules that are not there."""
     count = chance.randint(1, 8)
-    atoms = ['"a"', '"<think>"', "/[a-z]+/", "/(/", "WORD", "r0", '"b"?', "r2*", '("x" r0)+', '"y"{2,5}', "%json {}", "//"]
+    atoms = [
+        '"a"',
+        '"<think>"',
+        "/[a-z]+/",
+        "/(/",
+        "WORD",
+        "r0",
+        '"b"?',
+        "r2*",
+        '("x" r0)+',
+        '"y"{2,5}',
+        "%json {}",
+        "//",
+    ]
     atoms += [f"r{i}" for i in range(count)] * 2
     line = lambda: " ".join(chance.choices(atoms, k=chance.randint(0, 4))) or '""'  # noqa: E731
-    rules = [f"r{i}: {line()}" + "".join(f" | {line()}" for _ in range(chance.randint(0, 2))) for i in range(count)]
+    rules = [
+        f"r{i}: {line()}" + "".join(f" | {line()}" for _ in range(chance.randint(0, 2))) for i in range(count)
+    ]
     return "\n".join(["start: r0", *rules, "WORD: /[0-9]{1,3}/"])
 
 
@@ -144,10 +198,16 @@ def gbnf(chance: random.Random) -> str:
 def blown_up(chance: random.Random) -> GrammarSource:
     """Something chained, nested, repeated or wide, of a random size up to beyond the limits."""
     size = int(10 ** chance.uniform(1, 4.3))
-    chain = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(size)} | {f"a{size}": {}}
+    chain = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(size)} | {
+        f"a{size}": {}
+    }
     nested: Any = {}
     for _ in range(min(size, 900)):
-        nested = {chance.choice(("allOf", "anyOf")): [nested]} if chance.random() < 0.5 else {"items": nested, "type": "array"}
+        nested = (
+            {chance.choice(("allOf", "anyOf")): [nested]}
+            if chance.random() < 0.5
+            else {"items": nested, "type": "array"}
+        )
     made: list[tuple[Any, Any]] = [
         ("schema", {"$defs": chain, "$ref": "#/$defs/a0"}),
         ("schema", nested),
@@ -161,9 +221,17 @@ def blown_up(chance: random.Random) -> GrammarSource:
         ("regex", f"(.*a.{{{size % 40}}}){{{size % 7}}}"),
         ("regex", "|".join(f"(.*{i})" for i in range(size))),
         ("grammar", "start: a0\n" + "".join(f'a{i}: "x" a{i + 1}\n' for i in range(size)) + f'a{size}: "y"'),
-        ("grammar", "start: a0\n" + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(size)) + f'a{size}: "y" | ""'),
+        (
+            "grammar",
+            "start: a0\n" + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(size)) + f'a{size}: "y" | ""',
+        ),
         ("grammar", "start: " + "(" * size + '"a"' + ")" * size),
-        ("grammar", "start: " + " ".join(f"r{i}?" for i in range(size)) + "".join(f'\nr{i}: "a{i}"' for i in range(size))),
+        (
+            "grammar",
+            "start: "
+            + " ".join(f"r{i}?" for i in range(size))
+            + "".join(f'\nr{i}: "a{i}"' for i in range(size)),
+        ),
         ("calls", [[{"name": f"f{i}", "parameters": {"properties": {"x": {}}}} for i in range(size)], True]),
     ]
     return GrammarSource(*chance.choice(made))
@@ -181,15 +249,23 @@ def source(chance: random.Random) -> GrammarSource:
     if kind < 0.87:
         return GrammarSource("grammar", gbnf(chance))
     if kind < 0.93:
-        return GrammarSource("regex", "".join(chance.choices("ab(|)*+?[].{2,3}^$\\d\\xé", k=chance.randint(1, 20))))
+        return GrammarSource(
+            "regex", "".join(chance.choices("ab(|)*+?[].{2,3}^$\\d\\xé", k=chance.randint(1, 20)))
+        )
     if kind < 0.96:
-        return GrammarSource("choice", ["".join(chance.choices("abé\n<>|", k=chance.randint(1, 8))) for _ in range(5)])
-    return GrammarSource("calls", [[{"name": "f", "parameters": Schemas(chance).part(1)}], chance.random() < 0.5])
+        return GrammarSource(
+            "choice", ["".join(chance.choices("abé\n<>|", k=chance.randint(1, 8))) for _ in range(5)]
+        )
+    return GrammarSource(
+        "calls", [[{"name": "f", "parameters": Schemas(chance).part(1)}], chance.random() < 0.5]
+    )
 
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", default=str(EMBEDDED))

@@ -1,10 +1,12 @@
-"""What tests cannot show without a GPU: compiled kernels, recorded graphs, and answers, against PyTorch operations and the CPU.
+"""What tests cannot show without a GPU: compiled kernels, recorded graphs, and answers, against PyTorch
+operations and the CPU.
 
     python -m checks.gpu DRAFTER [DRAFTER ...] --out checks/results/gpu.json
 
-Families: a random small model of each family reads prompts and rounds with the kernels and without; the largest difference of a
-logit, as a share of the largest logit. Answers: greedy ones of the embedded target in float32, on the GPU without a drafter,
-with fixed and with planned lengths, and unrecorded, beside those of the CPU. Exit code 1 where something differs.
+Families: a random small model of each family reads prompts and rounds with the kernels and without; the
+largest difference of a logit, as a share of the largest logit. Answers: greedy ones of the embedded target in
+float32, on the GPU without a drafter, with fixed and with planned lengths, and unrecorded, beside those of
+the CPU. Exit code 1 where something differs.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ ARMS = {
 
 
 def family(name: str, dtype: torch.dtype) -> float | None:
-    """The largest difference between kernels and operations over all rounds; None where there are no kernels."""
+    """The largest difference between kernels and operations over all rounds; None where there are no
+    kernels."""
     from support.paged_target import BLOCK, build, one_pass
 
     target, _ = build(name, dtype)
@@ -52,13 +55,17 @@ def family(name: str, dtype: torch.dtype) -> float | None:
         tokens = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
         made = one_pass(list(zip(tokens, position, TABLES, strict=True)))
         parts = made.tokens_T, made.starts_R, made.lengths_R, made.tables_RB, BLOCK
-        wanted, found = (m.read(Pass(*parts, torch.device("cuda"), dtype), None).logits_WV for m in (operations, kernels))
+        wanted, found = (
+            m.read(Pass(*parts, torch.device("cuda"), dtype), None).logits_WV for m in (operations, kernels)
+        )
         worst = max(worst, float((wanted - found).abs().max() / wanted.abs().max()))
         position = [p + n for p, n in zip(position, lengths, strict=True)]
     return worst
 
 
-def answers(settings: EngineSettings, drafter: Path | None, prompts: list[tuple[int, ...]]) -> tuple[list[list[int]], Engine]:
+def answers(
+    settings: EngineSettings, drafter: Path | None, prompts: list[tuple[int, ...]]
+) -> tuple[list[list[int]], Engine]:
     """Greedy answers of 64 tokens at most, all asked at once."""
     engine = Engine("tiny", drafter, settings)
     found: dict[str, list[int]] = {}
@@ -73,7 +80,9 @@ def answers(settings: EngineSettings, drafter: Path | None, prompts: list[tuple[
 
 def main() -> None:
     """Check and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("drafters", type=Path, nargs="+", metavar="DRAFTER")
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--out", type=Path)
@@ -82,7 +91,9 @@ def main() -> None:
         parser.error("no GPU is there")
     from support.paged_target import FAMILIES
 
-    families = {name: {str(t)[6:]: family(name, t) for t in (torch.float32, torch.bfloat16)} for name in FAMILIES}
+    families = {
+        name: {str(t)[6:]: family(name, t) for t in (torch.float32, torch.bfloat16)} for name in FAMILIES
+    }
     prompts = read_prompts("tiny", options.prompts)
     wanted, _ = answers(CPU, None, prompts)
     arms: dict[str, Any] = {}
@@ -100,7 +111,11 @@ def main() -> None:
                 "not_recorded_because": recorded.reason if recorded is not None else None,
             }
     print_result({"families": families, "arms": arms}, options.out)
-    wrong = [n for n, found in families.items() if found["float32"] is not None and not found["float32"] < TOLERANCE]
+    wrong = [
+        n
+        for n, found in families.items()
+        if found["float32"] is not None and not found["float32"] < TOLERANCE
+    ]
     wrong += [n for n, found in arms.items() if found["unlike_the_cpus"] or found["not_recorded_because"]]
     if wrong:
         raise SystemExit(f"different: {', '.join(wrong)}")

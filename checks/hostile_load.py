@@ -29,8 +29,18 @@ from typing import Any
 import httpx
 import numpy as np
 
-QUESTIONS = ["What is a list?", "Write a function that adds.", "Explain a for loop.", "What does len do?", "17 + 25 = "]
-SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"]}
+QUESTIONS = [
+    "What is a list?",
+    "Write a function that adds.",
+    "Explain a for loop.",
+    "What does len do?",
+    "17 + 25 = ",
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["n"],
+}
 COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -52,7 +62,10 @@ def honest() -> list[tuple[str, dict[str, Any]]]:
 
 def hostile(chance: random.Random) -> tuple[str, Any]:
     """One of the attacks; a list is raw bytes for a connection that is then left alone for a second."""
-    chain = {f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}} for i in range(chance.randint(900, 1500))}
+    chain = {
+        f"a{i}": {"properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}}
+        for i in range(chance.randint(900, 1500))
+    }
     rules = "start: a0\n" + "".join(f'a{i}: "x" a{i + 1}\n' for i in range(3000)) + 'a3000: "y"'
     props = {"properties": {f"p{i}": {"type": "integer"} for i in range(chance.randint(3000, 5000))}}
     attacks: list[tuple[str, Any]] = [
@@ -65,7 +78,11 @@ def hostile(chance: random.Random) -> tuple[str, Any]:
         (CHAT, {"messages": [{"role": "user", "content": "a"}] * 60_000}),
         (CHAT, {"messages": [{"role": "\x1b[2J", "content": "a"}]}),
         (COMPLETION, {"prompt": "a", "n": 64, "prompt_logprobs": 20, "max_tokens": 1}),
-        ("", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"),
+        (
+            "",
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: "
+            b"application/json\r\nContent-Length: 99\r\n\r\n{",
+        ),
         ("", b"GET /health HTTP/1.1\r\nHost: "),
         ("", b"\x00\xff" * 500),
     ]
@@ -157,7 +174,9 @@ async def run(url: str, given: argparse.Namespace, share: float, right: list[Any
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--hostile", type=float, default=0.05)

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from checks.small_run import DRAFTKIT, Stage, readers, run, stages, told
 
-STAGES = ("generate", "capture", "train")  # the same in every run; `calibrate` and `profile` write one file at the end
+# the same in every run; `calibrate` and `profile` write one file at the end
+STAGES = ("generate", "capture", "train")
 HALF_WRITTEN = ("*.partial", "*.new", "*.part")
 
 
@@ -35,7 +36,9 @@ def being_written(work: Path, stage: Stage) -> bool:
 
 def kill_once(work: Path, stage: Stage, chance: random.Random, wait_for_write: bool, longest: float) -> str:
     """Start the stage, kill it, and say when that was."""
-    process = subprocess.Popen([*DRAFTKIT, *stage.command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*DRAFTKIT, *stage.command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     until = time.monotonic() + chance.uniform(0.2, 1) * longest
     while process.poll() is None and time.monotonic() < (until + longest if wait_for_write else until):
         if wait_for_write and time.monotonic() > until - longest and being_written(work, stage):
@@ -50,7 +53,9 @@ def kill_once(work: Path, stage: Stage, chance: random.Random, wait_for_write: b
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="an empty folder")
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
@@ -79,7 +84,8 @@ def main() -> None:
                 break
         if not wrong:
             found = {path.relative_to(work): told(read()) for path, read in readers(work).items()}
-            same = ("answers.jsonl", "manifest.json")  # seconds are in states, and speeds in what was measured
+            # seconds are in states, and speeds in what was measured
+            same = ("answers.jsonl", "manifest.json")
             wrong += [str(p) for p in right if p.name in same and found.get(p) != right[p]]
     print(json.dumps({"kills": dict(outcomes), "wrong": wrong}))
     sys.exit(bool(wrong))

@@ -1,4 +1,5 @@
-"""Request bodies drawn from the server's own OpenAPI description, right, nearly right and wrong (hypothesis)."""
+"""Request bodies drawn from the server's own OpenAPI description, right, nearly right and wrong
+(hypothesis)."""
 
 from __future__ import annotations
 
@@ -19,12 +20,17 @@ scalars = st.one_of(
     st.sampled_from([0, 1, -1, 255, 256, 257, 4095, 4096, 0.5, 1e308, -0.0, 5e-324, 2**31, 2**63 - 1, 2**63]),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=12),
-    st.sampled_from(["", "\x00", "<|im_start|>", "<tool_call>", "\U0010ffff", "auto", "json_object", "user", "$ref"]),
+    st.sampled_from(
+        ["", "\x00", "<|im_start|>", "<tool_call>", "\U0010ffff", "auto", "json_object", "user", "$ref"]
+    ),
 )
 anything = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
 )
-# What a schema cannot say: ids of the vocabulary (and just beyond), names that exist, JSON schemas, keys that are numbers.
+# What a schema cannot say: ids of the vocabulary (and just beyond), names that exist, JSON schemas, keys that
+# are numbers.
 ids = st.lists(st.integers(0, 4100), min_size=1, max_size=4)
 json_schemas = st.sampled_from(
     [
@@ -39,7 +45,9 @@ json_schemas = st.sampled_from(
     ]
 )
 text_parts = st.fixed_dictionaries({"type": st.just("text"), "text": st.text(max_size=5)})
-functions = st.fixed_dictionaries({"name": st.sampled_from(["f", "g"])}, optional={"parameters": json_schemas})
+functions = st.fixed_dictionaries(
+    {"name": st.sampled_from(["f", "g"])}, optional={"parameters": json_schemas}
+)
 KNOWN: dict[str, st.SearchStrategy[Any]] = {
     "model": st.just("tiny"),
     "stop_token_ids": ids,
@@ -50,10 +58,16 @@ KNOWN: dict[str, st.SearchStrategy[Any]] = {
     "content": st.text(max_size=12) | st.lists(text_parts, max_size=2),
     "schema": json_schemas | anything,
     "tools": st.lists(
-        st.fixed_dictionaries({"type": st.just("function"), "function": anything | functions}), min_size=1, max_size=2
+        st.fixed_dictionaries({"type": st.just("function"), "function": anything | functions}),
+        min_size=1,
+        max_size=2,
     ),
-    "prompt": st.text(max_size=20) | ids | st.lists(st.text(max_size=5), min_size=1, max_size=3) | st.lists(ids, max_size=2),
-    "chat_template_kwargs": st.just({"enable_thinking": False}) | st.dictionaries(st.text(max_size=12), anything, max_size=2),
+    "prompt": st.text(max_size=20)
+    | ids
+    | st.lists(st.text(max_size=5), min_size=1, max_size=3)
+    | st.lists(ids, max_size=2),
+    "chat_template_kwargs": st.just({"enable_thinking": False})
+    | st.dictionaries(st.text(max_size=12), anything, max_size=2),
 }
 
 
@@ -71,7 +85,9 @@ def values_of(schema: Schema, definitions: Schema) -> st.SearchStrategy[Any]:
         return _objects(schema, definitions)
     if kind == "array":
         most = min(schema.get("maxItems", 3), 40)
-        return st.lists(values_of(schema.get("items", {}), definitions), min_size=schema.get("minItems", 0), max_size=most)
+        return st.lists(
+            values_of(schema.get("items", {}), definitions), min_size=schema.get("minItems", 0), max_size=most
+        )
     if kind == "string":
         return st.text(min_size=schema.get("minLength", 0), max_size=min(schema.get("maxLength", 12), 12))
     if kind in ("integer", "number"):
@@ -85,7 +101,9 @@ def _numbers(schema: Schema, whole: bool) -> st.SearchStrategy[Any]:
     edges = st.sampled_from([low, high])
     if whole:
         return st.integers(low, high) | st.integers(max(low, -2), min(high, 20)) | edges
-    return st.floats(float(low), float(high)) | st.floats(max(float(low), -1.0), min(float(high), 2.0)) | edges
+    return (
+        st.floats(float(low), float(high)) | st.floats(max(float(low), -1.0), min(float(high), 2.0)) | edges
+    )
 
 
 def _objects(schema: Schema, definitions: Schema) -> st.SearchStrategy[dict[str, Any]]:
@@ -99,18 +117,24 @@ def _objects(schema: Schema, definitions: Schema) -> st.SearchStrategy[dict[str,
     pick = st.lists(st.sampled_from(others), max_size=4, unique=True) if others else st.just([])
     return pick.flatmap(
         lambda chosen: st.fixed_dictionaries(
-            {name: KNOWN[name] if name in KNOWN else values_of(fields[name], definitions) for name in [*required, *chosen]}
+            {
+                name: KNOWN[name] if name in KNOWN else values_of(fields[name], definitions)
+                for name in [*required, *chosen]
+            }
         )
     )
 
 
 @st.composite
 def bodies(draw: st.DrawFn, path: str, schema: Schema, definitions: Schema) -> dict[str, Any]:
-    """A body for one route: three of four as the schema says, the others with one field spoilt, lost or unknown.
+    """A body for one route: three of four as the schema says, the others with one field spoilt, lost or
+    unknown.
 
     Answers are kept short, so that thousands of cases take minutes.
     """
-    body = draw(_objects(definitions[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema, definitions))
+    body = draw(
+        _objects(definitions[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema, definitions)
+    )
     if path in MAKES_TEXT:
         body |= {"max_tokens": draw(st.integers(0, 12)), "stream": draw(st.booleans())}
         if not draw(st.integers(0, 5)):
@@ -146,7 +170,8 @@ class Raw:
 
 @st.composite
 def raws(draw: st.DrawFn, paths: list[str], good: dict[str, Any]) -> Raw:
-    """Any bytes, a good body that is cut or spoilt, any method, content type and headers, on known and unknown paths."""
+    """Any bytes, a good body that is cut or spoilt, any method, content type and headers, on known and
+    unknown paths."""
     whole = json.dumps(good).encode()
     cut, byte = draw(st.integers(0, len(whole))), draw(st.binary(min_size=1, max_size=3))
     spoilt = [
@@ -161,11 +186,20 @@ def raws(draw: st.DrawFn, paths: list[str], good: dict[str, Any]) -> Raw:
         b"\xef\xbb\xbf" + whole,
         draw(st.binary(max_size=60)),
     ]
-    names = st.sampled_from(["x-request-id", "authorization", "accept", "transfer-encoding-x", "origin", "range"])
+    names = st.sampled_from(
+        ["x-request-id", "authorization", "accept", "transfer-encoding-x", "origin", "range"]
+    )
     ascii_text = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)
     headers = draw(st.dictionaries(names, ascii_text, max_size=2))
-    kinds = ["application/json"] * 5 + ["text/plain", "application/json; charset=latin-1", "multipart/form-data", ""]
+    kinds = ["application/json"] * 5 + [
+        "text/plain",
+        "application/json; charset=latin-1",
+        "multipart/form-data",
+        "",
+    ]
     headers["content-type"] = draw(st.sampled_from(kinds))
     method = draw(st.sampled_from(["POST"] * 6 + ["GET", "PUT", "DELETE", "OPTIONS", "PATCH", "HEAD"]))
-    path = draw(st.sampled_from([*paths, "/v1/models/%0a%ff", "/v1/models/tiny", "/nowhere", "/v1/../metrics", "//"]))
+    path = draw(
+        st.sampled_from([*paths, "/v1/models/%0a%ff", "/v1/models/tiny", "/nowhere", "/v1/../metrics", "//"])
+    )
     return Raw(method, path, draw(st.sampled_from(spoilt)), headers)

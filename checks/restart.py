@@ -2,9 +2,10 @@
 
     python -m checks.restart --repeats 7 --out checks/results/restart.json
 
-Each repetition starts a fresh server, loads it with endless streams, kills it in mid-answer, starts it again on the same
-port, and asks both servers the same greedy question. Times run from the start of the process to the first 200 of /ready,
-and to the end of the first answer. The machine's file cache is warm for both. Exit code 1 when an answer differs.
+Each repetition starts a fresh server, loads it with endless streams, kills it in mid-answer, starts it again
+on the same port, and asks both servers the same greedy question. Times run from the start of the process to
+the first 200 of /ready, and to the end of the first answer. The machine's file cache is warm for both. Exit
+code 1 when an answer differs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class Repetition:
 def ask(server: ServerProcess) -> Start:
     """The first answer of a server that has just become ready."""
     began = time.monotonic()
-    answer = httpx.post(server.url + "/v1/chat/completions", json=QUESTION, timeout=60, trust_env=False).raise_for_status()
+    answer = httpx.post(
+        server.url + "/v1/chat/completions", json=QUESTION, timeout=60, trust_env=False
+    ).raise_for_status()
     text = answer.json()["choices"][0]["message"]["content"]
     return Start(server.ready_seconds, server.ready_seconds + time.monotonic() - began, text)
 
@@ -60,7 +63,9 @@ def kill_under_load(server: ServerProcess, streams: int) -> int:
 
     def read() -> None:
         try:
-            with httpx.stream("POST", server.url + "/v1/completions", json=ENDLESS, timeout=60, trust_env=False) as response:
+            with httpx.stream(
+                "POST", server.url + "/v1/completions", json=ENDLESS, timeout=60, trust_env=False
+            ) as response:
                 lines = response.iter_lines()
                 next(lines)
                 begun.wait(60)

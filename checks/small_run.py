@@ -1,4 +1,5 @@
-"""A run of all stages in a minute, for the checks beside this file: commands, where each writes, and how each is read."""
+"""A run of all stages in a minute, for the checks beside this file: commands, where each writes, and how each
+is read."""
 
 from __future__ import annotations
 
@@ -41,13 +42,22 @@ def stages(work: Path, prompts: int = 48) -> list[Stage]:
     work.mkdir(parents=True, exist_ok=True)
     lines = (EMBEDDED / "prompts.jsonl").read_text("utf-8").splitlines()[:: max(1, 2000 // prompts)][:prompts]
     (work / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
-    asked, answers, features, drafter = work / "prompts.jsonl", work / "answers.jsonl", work / "features", work / "drafter"
+    asked, answers, features, drafter = (
+        work / "prompts.jsonl",
+        work / "answers.jsonl",
+        work / "features",
+        work / "drafter",
+    )
     best, calibration, rate = drafter / "best", work / "calibration", work / "step_rate.json"
     return [
         Stage("generate", ["generate", *SMALL, "-p", str(asked), "-o", str(answers)], answers),
         Stage("capture", ["capture", *SMALL, "-c", str(answers), "-o", str(features)], features),
         Stage("train", ["train", *SMALL, *STEPS, "-f", str(features), "-o", str(drafter)], drafter),
-        Stage("calibrate", ["calibrate", *SMALL, "-d", str(best), "-p", str(asked), "-o", str(calibration)], calibration),
+        Stage(
+            "calibrate",
+            ["calibrate", *SMALL, "-d", str(best), "-p", str(asked), "-o", str(calibration)],
+            calibration,
+        ),
         Stage("profile", ["profile", *QUICK, "-d", str(best), "-o", str(rate)], rate),
     ]
 
@@ -73,7 +83,9 @@ def readers(work: Path) -> dict[Path, Callable[[], Any]]:
     found: dict[Path, Callable[[], Any]] = {
         work / "answers.jsonl": lambda: [vars(c) for c in read_conversations([work / "answers.jsonl"])],
         features / "manifest.json": store,
-        work / "calibration" / "calibration.json": lambda: load_calibration(work / "calibration/calibration.json", gamma, own),
+        work / "calibration" / "calibration.json": lambda: load_calibration(
+            work / "calibration/calibration.json", gamma, own
+        ),
         work / "step_rate.json": lambda: load_step_rate(work / "step_rate.json"),
         best / "config.json": weights,
         best / "draftkit.json": weights,
@@ -82,7 +94,9 @@ def readers(work: Path) -> dict[Path, Callable[[], Any]]:
     found |= dict.fromkeys(features.glob("*.safetensors"), store)
     states = [path.parent for path in drafter.rglob("position.json")]
     for state in states:
-        found |= dict.fromkeys((state / "position.json", state / "state.safetensors"), lambda state=state: read_folder(state))
+        found |= dict.fromkeys(
+            (state / "position.json", state / "state.safetensors"), lambda state=state: read_folder(state)
+        )
     return found
 
 

@@ -1,10 +1,11 @@
-"""Thousands of requests with random lengths, settings and aborts through one engine: errors, leaks, memory, answers.
+"""Thousands of requests with random lengths, settings and aborts through one engine: errors, leaks, memory,
+answers.
 
     python -m checks.soak DRAFTER --requests 10000 --concurrency 64 --out checks/results/soak.json
 
-Greedy answers without further settings are compared with the reference loop's (`draftkit.decode`, without a drafter); a
-difference where the two largest logits are closer than rounding is counted apart. Log probabilities of prompts are compared
-with the Transformers module's. Exit code 1 when something is wrong.
+Greedy answers without further settings are compared with the reference loop's (`draftkit.decode`, without a
+drafter); a difference where the two largest logits are closer than rounding is counted apart. Log
+probabilities of prompts are compared with the Transformers module's. Exit code 1 when something is wrong.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ ROUNDING = 1e-3  # two logits closer than this may change places between two flo
 
 @dataclass
 class Report:
-    """`wrong_ends` are answers that are too long, or ended without a reason; `megabytes` at a tenth and at the end."""
+    """`wrong_ends` are answers that are too long, or ended without a reason; `megabytes` at a tenth and at
+    the end."""
 
     requests: int = 0
     finished: int = 0
@@ -97,7 +99,8 @@ def soak(
     most: int,
     seed: int = 0,
 ) -> Report:
-    """Keep `concurrency` requests in the engine until all have had their end; one in twelve is meant to be aborted early."""
+    """Keep `concurrency` requests in the engine until all have had their end; one in twelve is meant to be
+    aborted early."""
     source, report = random.Random(seed), Report(requests)
     reference = [decode(target, None, p, Sampling(0.0), most).tokens for p in prompts]
     scores = [log_probs_of(target, p) for p in prompts]
@@ -108,7 +111,10 @@ def soak(
         bar = progress.add_task("requests", total=requests)
         while asked < requests or live:
             while len(live) < concurrency and asked < requests:
-                which, params = source.randrange(len(prompts)), random_params(source, engine.info.vocab_size, most)
+                which, params = (
+                    source.randrange(len(prompts)),
+                    random_params(source, engine.info.vocab_size, most),
+                )
                 engine.add_request(str(asked), prompts[which], params)
                 live[str(asked)] = (which, params, [])
                 if source.random() < 1 / 12:
@@ -127,7 +133,9 @@ def soak(
                 if output.finish_reason is not None:
                     del live[output.request_id]
                     report.finished += 1
-                    _check(report, target, prompts[which], reference[which], params, tokens, output.finish_reason)
+                    _check(
+                        report, target, prompts[which], reference[which], params, tokens, output.finish_reason
+                    )
             doomed = {name: steps - 1 for name, steps in doomed.items() if name in live}
             for name in [n for n, steps in doomed.items() if steps < 0]:
                 engine.abort(name)
@@ -150,7 +158,9 @@ def _check(
     reason: str,
 ) -> None:
     limit = params.max_tokens or 0
-    report.wrong_ends += len(tokens) > limit or (reason == "length" and len(tokens) != limit) or reason == "abort"
+    report.wrong_ends += (
+        len(tokens) > limit or (reason == "length" and len(tokens) != limit) or reason == "abort"
+    )
     if params != SamplingParams(temperature=0, max_tokens=limit, draft=params.draft):
         return
     report.greedy_checked += 1

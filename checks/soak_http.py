@@ -1,12 +1,13 @@
-"""Thousands of requests through the real server process: random lengths and settings, clients that leave, stop strings.
+"""Thousands of requests through the real server process: random lengths and settings, clients that leave,
+stop strings.
 
     python -m checks.soak_http --requests 10000 --concurrency 64 --out checks/results/soak_http.json
 
-`soak.py` does the same with the engine alone. Here every answer comes over HTTP, whole or as a stream, from both
-endpoints, with up to three choices. One client in nine leaves in mid-stream, one in nine before its first token, one in
-thirty while it still sends its body; one request in thirty is wrong on purpose and must get its 400. Greedy answers
-without further settings are compared with the reference loop's, in tokens and in text; JSON answers are parsed.
-Exit code 1 when something is wrong.
+`soak.py` does the same with the engine alone. Here every answer comes over HTTP, whole or as a stream, from
+both endpoints, with up to three choices. One client in nine leaves in mid-stream, one in nine before its
+first token, one in thirty while it still sends its body; one request in thirty is wrong on purpose and must
+get its 400. Greedy answers without further settings are compared with the reference loop's, in tokens and in
+text; JSON answers are parsed. Exit code 1 when something is wrong.
 """
 
 from __future__ import annotations
@@ -42,8 +43,14 @@ SCHEMA = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
-WRONG: tuple[dict[str, Any], ...] = ({"top_p": 2}, {"max_tokens": 10**6}, {"stop_token_ids": [-1]}, {"logit_bias": {"x": 1}})
-MAX_LENGTH = 256  # tokens of a prompt and its answer: the smallest memory for keys and values must hold one request
+WRONG: tuple[dict[str, Any], ...] = (
+    {"top_p": 2},
+    {"max_tokens": 10**6},
+    {"stop_token_ids": [-1]},
+    {"logit_bias": {"x": 1}},
+)
+# tokens of a prompt and its answer: the smallest memory for keys and values must hold one request
+MAX_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Case:
-    """One request. `leaves` is "", "sending", "waiting" or "reading"; `wrong` ones must be refused; `greedy` ones are
-    compared, with `stop` as their only setting."""
+    """One request. `leaves` is "", "sending", "waiting" or "reading"; `wrong` ones must be refused; `greedy`
+    ones are compared, with `stop` as their only setting."""
 
     question: Question
     path: str
@@ -81,8 +88,9 @@ class Answer:
 
 @dataclass
 class Report:
-    """`errors` are answers that nobody asked for: other codes, broken bodies, exceptions. `wrong_ends` are answers that
-    are too long or that ended without a reason; `megabytes` of the server at a tenth of the requests and at the end."""
+    """`errors` are answers that nobody asked for: other codes, broken bodies, exceptions. `wrong_ends` are
+    answers that are too long or that ended without a reason; `megabytes` of the server at a tenth of the
+    requests and at the end."""
 
     requests: int = 0
     answered: int = 0
@@ -115,7 +123,10 @@ class Report:
         """Nothing is wrong; memory may grow by a tenth (allocator)."""
         wrong = self.greedy_wrong + self.json_wrong + self.wrong_ends + self.errors + self.tracebacks
         leaked = self.leaked_requests + self.leaked_blocks
-        return not (wrong or leaked or self.megabytes_end > 1.1 * self.megabytes_early) and self.greedy_checked > 0
+        return (
+            not (wrong or leaked or self.megabytes_end > 1.1 * self.megabytes_early)
+            and self.greedy_checked > 0
+        )
 
     def error(self, what: str) -> None:
         """Count an error and keep the first few."""
@@ -139,7 +150,11 @@ def random_case(source: random.Random, questions: Sequence[Question], tokenizer:
     """A third plain greedy, half of these with a stop string; the others mix what a client may set."""
     question, chat = source.choice(questions), source.random() < 0.5
     body: dict[str, Any] = {"messages": question.messages} if chat else {"prompt": list(question.tokens)}
-    body |= {"max_tokens": source.randint(1, most), "stream": source.random() < 0.6, "n": source.choice([1, 1, 1, 2, 3])}
+    body |= {
+        "max_tokens": source.randint(1, most),
+        "stream": source.random() < 0.6,
+        "n": source.choice([1, 1, 1, 2, 3]),
+    }
     body |= {"return_token_ids": True, "draft": source.random() < 0.9}
     greedy = source.random() < 0.33
     wrong = not greedy and source.random() < 0.05
@@ -193,9 +208,15 @@ def _json_format() -> dict[str, Any]:
 class Soak:
     """One run; its clients share a source of cases and a report."""
 
-    def __init__(self, server: ServerProcess, target: TransformersTarget, questions: Sequence[Question], most: int) -> None:
+    def __init__(
+        self, server: ServerProcess, target: TransformersTarget, questions: Sequence[Question], most: int
+    ) -> None:
         self.server, self.target, self.questions, self.most = server, target, questions, most
-        self.tokenizer, self.source, self.report = load_tokenizer(target.info.name), random.Random(0), Report()
+        self.tokenizer, self.source, self.report = (
+            load_tokenizer(target.info.name),
+            random.Random(0),
+            Report(),
+        )
 
     def run(self, requests: int, concurrency: int) -> Report:
         """Keep `concurrency` clients busy until `requests` have had their end."""
@@ -203,7 +224,9 @@ class Soak:
         asyncio.run(self._clients(requests, concurrency))
         report.seconds = time.perf_counter() - began
         if not self.server.wait_until_idle():
-            running, waiting = (self.server.metric(f"num_requests_{state}") for state in ("running", "waiting"))
+            running, waiting = (
+                self.server.metric(f"num_requests_{state}") for state in ("running", "waiting")
+            )
             report.leaked_requests = int(running + waiting)
         report.leaked_blocks = int(self.server.metric("kv_blocks_used"))
         report.preemptions = int(self.server.metric("num_preemptions_total"))
@@ -213,7 +236,12 @@ class Soak:
 
     async def _clients(self, requests: int, concurrency: int) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
-        options: dict[str, Any] = {"base_url": self.server.url, "timeout": 60, "trust_env": False, "limits": limits}
+        options: dict[str, Any] = {
+            "base_url": self.server.url,
+            "timeout": 60,
+            "trust_env": False,
+            "limits": limits,
+        }
         with Progress() as progress:
             bar = progress.add_task("requests", total=requests)
             async with httpx.AsyncClient(**options) as http, asyncio.TaskGroup() as group:
@@ -237,7 +265,9 @@ class Soak:
         report = self.report
         if case.leaves == "sending":
             try:
-                await http.post(case.path, content=_half(case.body), headers={"content-type": "application/json"})
+                await http.post(
+                    case.path, content=_half(case.body), headers={"content-type": "application/json"}
+                )
             except _Leaves:
                 report.left_sending += 1
         elif case.leaves == "waiting":
@@ -297,7 +327,11 @@ class Soak:
             report.tokens += len(answer.tokens)
             full = len(answer.tokens) == body["max_tokens"]
             too_long = len(answer.tokens) > body["max_tokens"]
-            report.wrong_ends += too_long or answer.reason not in ("stop", "length") or (answer.reason == "length" and not full)
+            report.wrong_ends += (
+                too_long
+                or answer.reason not in ("stop", "length")
+                or (answer.reason == "length" and not full)
+            )
             if case.greedy:
                 self._check_greedy(case, answer)
             if "response_format" in body and answer.reason == "stop":  # else the limit cut it
@@ -365,8 +399,14 @@ def main() -> None:
     questions = read_questions(target, options.target, 64, options.new_tokens)
     memory = ("--kv-gib", str(options.kv_megabytes / 1024), "--max-length", str(MAX_LENGTH))
     with server_process("--target", options.target, "--port", "0", *memory) as server:
-        report = Soak(server, target, questions, options.new_tokens).run(options.requests, options.concurrency)
-    settings = {"concurrency": options.concurrency, "new_tokens": options.new_tokens, "kv_megabytes": options.kv_megabytes}
+        report = Soak(server, target, questions, options.new_tokens).run(
+            options.requests, options.concurrency
+        )
+    settings = {
+        "concurrency": options.concurrency,
+        "new_tokens": options.new_tokens,
+        "kv_megabytes": options.kv_megabytes,
+    }
     result = {**settings, "good": report.good, **asdict(report)}
     print_result(result, options.out)
     raise SystemExit(not report.good)

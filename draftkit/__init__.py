@@ -1,7 +1,7 @@
 """draftkit: train, measure and serve drafters for speculative decoding.
 
-`from draftkit import LLM, SamplingParams` gives the engine for Python programs. Both are loaded when they are asked for:
-`import draftkit` alone imports no torch.
+`from draftkit import LLM, SamplingParams` gives the engine for Python programs. Both are loaded when they are
+asked for: `import draftkit` alone imports no torch.
 """
 
 from typing import TYPE_CHECKING, Any

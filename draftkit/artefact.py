@@ -1,6 +1,6 @@
-"""Files that vouch for themselves: a note of JSON holds a digest of all that it says, and what it says of other files is their
-sha256. A flipped bit, a letter or a number that somebody changed is found on reading. This is no signature: whoever can write
-the file can write its digest, too.
+"""Files that vouch for themselves: a note of JSON holds a digest of all that it says, and what it says of
+other files is their sha256. A flipped bit, a letter or a number that somebody changed is found on reading.
+This is no signature: whoever can write the file can write its digest, too.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def is_intact(note: Mapping[str, Any]) -> bool:
 
 
 def read_json(path: Path, error: type[DraftkitError], otherwise: str = "is damaged") -> Any:
-    """What a JSON file says. Raises `error` when it is no regular file, too large, or no JSON that Python can hold, which is
-    told by `otherwise`."""
+    """What a JSON file says. Raises `error` when it is no regular file, too large, or no JSON that Python can
+    hold, which is told by `otherwise`."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -52,4 +52,6 @@ def read_json(path: Path, error: type[DraftkitError], otherwise: str = "is damag
 
 def is_plain_name(name: object) -> bool:
     """Whether this is the name of a file in the same folder, and nothing that leads elsewhere."""
-    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+    return (
+        isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+    )

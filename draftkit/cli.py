@@ -1,5 +1,5 @@
-"""The command line: a table of commands. Each imports what it runs when it runs; `--help` imports neither torch nor
-the recipes."""
+"""The command line: a table of commands. Each imports what it runs when it runs; `--help` imports neither
+torch nor the recipes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,20 @@ app = typer.Typer(
 )
 
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file or packaged recipe")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
-PromptsOption = Annotated[list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")]
+PromptsOption = Annotated[
+    list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
+]
 StartOption = Annotated[Path | None, typer.Option(help="folder of a drafter that goes on from where it is")]
 LogFormatOption = Annotated[
     str | None, typer.Option("--format", help="bodies, vllm, otel, claude-code or codex; default: recognised")
 ]
-SkipOption = Annotated[bool, typer.Option("--skip-invalid", help="leave out rows that are wrong, and count them")]
+SkipOption = Annotated[
+    bool, typer.Option("--skip-invalid", help="leave out rows that are wrong, and count them")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
@@ -69,15 +75,17 @@ def quickstart(
 ) -> None:
     """The whole path on the embedded target: generate, capture, train, evaluate."""
     settings = _recipe(recipe, overrides)
-    # The machine is this command's alone: cores that wait for the next operation stay awake a few ms longer (libgomp reads
-    # this when torch is imported), which makes small training steps 5 to 10 % faster.
+    # The machine is this command's alone: cores that wait for the next operation stay awake a few ms longer
+    # (libgomp reads this when torch is imported), which makes small training steps 5 to 10 % faster.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000000")
     from draftkit.quickstart import run_quickstart
 
     run_quickstart(settings, out, minutes, json_output)
 
 
-@app.command(epilog="Example: draftkit generate -p prompts.jsonl -o answers.jsonl --set generate.temperature=0.7")
+@app.command(
+    epilog="Example: draftkit generate -p prompts.jsonl -o answers.jsonl --set generate.temperature=0.7"
+)
 def generate(
     out: OutOption,
     prompts: PromptsOption = None,
@@ -90,8 +98,8 @@ def generate(
     model: Annotated[str | None, typer.Option(help="its name at the servers; default: their first")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="of the servers")] = None,
 ) -> None:
-    """The target answers prompts; continues where it was interrupted. Several processes may share the work: give all of
-    them the same command."""
+    """The target answers prompts; continues where it was interrupted. Several processes may share the work:
+    give all of them the same command."""
     settings = _recipe(recipe, overrides)
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
@@ -110,7 +118,9 @@ def generate(
     if skipped:
         skipped.report()
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
-    typer.echo(f"{report.records} conversations ({ends}) in {out}; next: draftkit capture -c {out} -o features")
+    typer.echo(
+        f"{report.records} conversations ({ends}) in {out}; next: draftkit capture -c {out} -o features"
+    )
 
 
 @app.command(epilog="Example: draftkit capture -c answers.jsonl -o features")
@@ -169,7 +179,9 @@ def traces(
     form: LogFormatOption = None,
     validation_share: Annotated[float, typer.Option(help="of the conversations", min=0, max=0.5)] = 0.05,
     held_out_share: Annotated[float, typer.Option(help="of the conversations", min=0, max=0.5)] = 0.1,
-    keep_secrets: Annotated[bool, typer.Option("--keep-secrets", help="mask no keys, tokens and mail addresses")] = False,
+    keep_secrets: Annotated[
+        bool, typer.Option("--keep-secrets", help="mask no keys, tokens and mail addresses")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Make conversations of logs: train.jsonl, validation.jsonl and heldout.jsonl.
@@ -187,12 +199,16 @@ def traces(
         return
     for line in report.lines():
         typer.echo(line)
-    typer.echo(f"next: draftkit capture -c {out / 'train.jsonl'} -o features, or draftkit specialise --traces LOG")
+    typer.echo(
+        f"next: draftkit capture -c {out / 'train.jsonl'} -o features, or draftkit specialise --traces LOG"
+    )
 
 
 @app.command(epilog="Example: draftkit mix mixture.yaml -o prompts.jsonl --limit 50000")
 def mix(
-    mixture: Annotated[Path, typer.Argument(help="YAML with sources: presets, hub ids or files, weights, caps in tokens")],
+    mixture: Annotated[
+        Path, typer.Argument(help="YAML with sources: presets, hub ids or files, weights, caps in tokens")
+    ],
     out: OutOption,
     limit: Annotated[int | None, typer.Option(help="conversations in all", min=1)] = None,
     skip_invalid: SkipOption = False,
@@ -200,8 +216,8 @@ def mix(
 ) -> None:
     """Mix data sets into one file of conversations, each question once.
 
-    Presets: open-perfectblend, sharegpt, ultrachat, magpie, nemotron-chat, nemotron-code, nemotron-math, toolace and
-    hermes-tools; they and hub ids are read through `datasets` (extra `data`)."""
+    Presets: open-perfectblend, sharegpt, ultrachat, magpie, nemotron-chat, nemotron-code, nemotron-math,
+    toolace and hermes-tools; they and hub ids are read through `datasets` (extra `data`)."""
     from dataclasses import asdict
 
     from draftkit.data.conversations import SkippedRows
@@ -219,25 +235,35 @@ def mix(
         return
     for name, count in report.conversations.items():
         typer.echo(f"{name}: {count} conversations, about {report.tokens[name]:,} tokens")
-    typer.echo(f"{report.repeated} left out as there before; next: draftkit generate -p {out} -o answers.jsonl")
+    typer.echo(
+        f"{report.repeated} left out as there before; next: draftkit generate -p {out} -o answers.jsonl"
+    )
 
 
 @app.command(epilog="Example: draftkit specialise --traces requests.jsonl --start-from drafter/best -o mine")
 def specialise(
     out: OutOption,
-    logs: Annotated[list[Path], typer.Option("--traces", help="logs; repeatable; formats: draftkit traces --help")],
+    logs: Annotated[
+        list[Path], typer.Option("--traces", help="logs; repeatable; formats: draftkit traces --help")
+    ],
     start_from: StartOption = None,
     target: Annotated[str | None, typer.Option(help="folder or hub id; default: the recipe's")] = None,
     recipe: Annotated[
-        str | None, typer.Option("--recipe", "-r", help="default: that of the drafter to start from, else tiny-dspark")
+        str | None,
+        typer.Option("--recipe", "-r", help="default: that of the drafter to start from, else tiny-dspark"),
     ] = None,
     overrides: SetOption = None,
-    regenerate: Annotated[bool, typer.Option("--regenerate", help="let the target answer anew what was asked")] = False,
+    regenerate: Annotated[
+        bool, typer.Option("--regenerate", help="let the target answer anew what was asked")
+    ] = False,
     form: LogFormatOption = None,
-    keep_secrets: Annotated[bool, typer.Option("--keep-secrets", help="mask no keys, tokens and mail addresses")] = False,
+    keep_secrets: Annotated[
+        bool, typer.Option("--keep-secrets", help="mask no keys, tokens and mail addresses")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """A drafter for your own traffic: traces, capture, train, and a table of before and after on held-out conversations."""
+    """A drafter for your own traffic: traces, capture, train, and a table of before and after on held-out
+    conversations."""
     from draftkit.specialise import print_specialised, recipe_for, run_specialise
 
     changed = [*(overrides or []), *([f"target.path={target}"] if target else [])]
@@ -275,19 +301,30 @@ def evaluate(
     typer.echo(stages.summary(results)) if json_output else print_report(results)
 
 
-@app.command(epilog="Example: draftkit export -d drafter/best -o packaged --target Qwen/Qwen3-4B --borrow --dtype bfloat16")
+@app.command(
+    epilog="Example: draftkit export -d drafter/best -o packaged --target Qwen/Qwen3-4B --borrow --dtype "
+    "bfloat16"
+)
 def export(
     out: OutOption,
     drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder, in any known form")],
     form: Annotated[str, typer.Option(help="portable or deepspec, see docs/checkpoints.md")] = "portable",
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
-    target: Annotated[str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")] = None,
-    borrow: Annotated[bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")] = False,
+    target: Annotated[
+        str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")
+    ] = None,
+    borrow: Annotated[
+        bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")
+    ] = False,
     borrow_rows: Annotated[
-        bool, typer.Option("--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again")
+        bool,
+        typer.Option(
+            "--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again"
+        ),
     ] = False,
 ) -> None:
-    """Write a drafter in another form, for another engine, or without the weights that its target has anyway."""
+    """Write a drafter in another form, for another engine, or without the weights that its target has
+    anyway."""
     from draftkit import stages
 
     count = stages.run_export(drafter, out, form, dtype, target, borrow, borrow_rows)
@@ -304,7 +341,8 @@ def calibrate(
     temperature: Annotated[float, typer.Option(help="of the target's sampling", min=0)] = 1.0,
     json_output: JsonOption = False,
 ) -> None:
-    """Record proposals along held-out answers and fit the confidences to their fate; SGLang reads the result."""
+    """Record proposals along held-out answers and fit the confidences to their fate; SGLang reads the
+    result."""
     from dataclasses import asdict
 
     settings = _recipe(recipe, overrides)
@@ -321,23 +359,34 @@ def calibrate(
     chosen = stages.first_turns(shown, read, settings.evaluate.prompts_per_domain)
     limit, seed = settings.evaluate.max_new_tokens, settings.evaluate.seed
     opened, file = open_drafter(drafter, target), out / schedule_stages.TRACES
-    traces = schedule_stages.run_record(target, opened, drafter, chosen, Sampling(temperature), limit, seed, file)
+    traces = schedule_stages.run_record(
+        target, opened, drafter, chosen, Sampling(temperature), limit, seed, file
+    )
     found = schedule_stages.run_calibrate(traces, out)
     if json_output:
         typer.echo(as_json(asdict(found)))
     else:
-        print_calibration(found.calibration.temperatures, found.before, found.after, found.held_out_rows, found.missing)
-        typer.echo(f"written to {out / schedule_stages.CALIBRATION}; next: draftkit profile -d {drafter} -o step_rate.json")
+        print_calibration(
+            found.calibration.temperatures, found.before, found.after, found.held_out_rows, found.missing
+        )
+        typer.echo(
+            f"written to {out / schedule_stages.CALIBRATION}; next: draftkit profile -d {drafter} -o "
+            f"step_rate.json"
+        )
 
 
 @app.command(epilog="Example: draftkit profile -d drafter/best -o step_rate.json")
 def profile(
     out: OutOption,
-    drafter: Annotated[Path | None, typer.Option("--drafter", "-d", help="drafter folder; none = the target only")] = None,
+    drafter: Annotated[
+        Path | None, typer.Option("--drafter", "-d", help="drafter folder; none = the target only")
+    ] = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     tokens: Annotated[list[int] | None, typer.Option(help="tokens per pass, at least 1; repeatable")] = None,
-    context: Annotated[list[int] | None, typer.Option(help="tokens a request has already; repeatable")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="tokens a request has already; repeatable")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="medians of so many", min=1)] = 9,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
     json_output: JsonOption = False,
@@ -345,7 +394,9 @@ def profile(
     """Measure what a step costs on this machine by tokens, context and requests; SGLang reads the result."""
     settings = _recipe(recipe, overrides)
     if out.suffix == ".png":
-        raise ConfigError(f"--out {out} is the name of the plot, which lies beside the result; give one that ends in .json")
+        raise ConfigError(
+            f"--out {out} is the name of the plot, which lies beside the result; give one that ends in .json"
+        )
     check_file(out)
     import torch
 
@@ -358,7 +409,9 @@ def profile(
         torch.set_num_threads(threads)
     target, _ = stages.open_target(settings)
     opened = open_drafter(drafter, target) if drafter else None
-    table = schedule_stages.run_profile(target, opened, drafter, profile_settings(tokens, context, repeats), out)
+    table = schedule_stages.run_profile(
+        target, opened, drafter, profile_settings(tokens, context, repeats), out
+    )
     if json_output:
         typer.echo(out.read_text("utf-8"))
     else:
@@ -366,12 +419,17 @@ def profile(
         typer.echo(f"written to {out}; next: draftkit simulate --step-rate {out}")
 
 
-@app.command(epilog="Example: draftkit simulate --step-rate balanced --concurrency 1 --concurrency 64 -o simulation")
+@app.command(
+    epilog="Example: draftkit simulate --step-rate balanced --concurrency 1 --concurrency 64 -o simulation"
+)
 def simulate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for simulation.png")] = None,
-    traces: Annotated[Path | None, typer.Option(help="of draftkit calibrate; none = the embedded pair's")] = None,
+    traces: Annotated[
+        Path | None, typer.Option(help="of draftkit calibrate; none = the embedded pair's")
+    ] = None,
     step_rate: Annotated[
-        str | None, typer.Option(help="file, memory-bound, balanced or compute-bound; none = the embedded pair's")
+        str | None,
+        typer.Option(help="file, memory-bound, balanced or compute-bound; none = the embedded pair's"),
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="of draftkit calibrate")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(help="requests at once; repeatable")] = None,
@@ -380,7 +438,8 @@ def simulate(
     seed: int = 0,
     json_output: JsonOption = False,
 ) -> None:
-    """Ask what speculation would bring at a load: replay recorded proposals on a step-rate table, arm by arm."""
+    """Ask what speculation would bring at a load: replay recorded proposals on a step-rate table, arm by
+    arm."""
     from dataclasses import asdict
 
     from draftkit import schedule_stages
@@ -403,11 +462,14 @@ def simulate(
 @app.command("verify-lossless", epilog="Example: draftkit verify-lossless --tables 200")
 def verify_lossless(
     vocab: Annotated[int, typer.Option(help="tokens in the vocabulary", min=2, max=3)] = 3,
-    gamma: Annotated[list[int] | None, typer.Option(help="drafted tokens, 1 to 3; repeatable; default: 2 and 3")] = None,
+    gamma: Annotated[
+        list[int] | None, typer.Option(help="drafted tokens, 1 to 3; repeatable; default: 2 and 3")
+    ] = None,
     tables: Annotated[int, typer.Option(help="random (target, drafter, confidence) tables", min=1)] = 6,
     json_output: JsonOption = False,
 ) -> None:
-    """Prove by enumeration that each rule behind each planner keeps the target's law; exit code 1 if one does not."""
+    """Prove by enumeration that each rule behind each planner keeps the target's law; exit code 1 if one does
+    not."""
     from draftkit.evaluate.lossless import print_lossless, run_lossless
 
     findings = run_lossless(vocab, gamma or [2, 3], tables)
@@ -419,37 +481,64 @@ def verify_lossless(
 def serve(
     target: Annotated[str, typer.Option(help="folder, GGUF file or hub name; or tiny, smollm2")] = "tiny",
     drafter: Annotated[
-        str | None, typer.Option("--drafter", "-d", help="drafter folder, or none; default: the packaged one, if any")
+        str | None,
+        typer.Option("--drafter", "-d", help="drafter folder, or none; default: the packaged one, if any"),
     ] = None,
-    host: Annotated[str, typer.Option(help="address; only this machine reaches 127.0.0.1")] = ServeSettings.host,
+    host: Annotated[
+        str, typer.Option(help="address; only this machine reaches 127.0.0.1")
+    ] = ServeSettings.host,
     port: Annotated[int, typer.Option(help="0 = any free one")] = ServeSettings.port,
-    api_key: Annotated[list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="opens the API; repeatable")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="DRAFTKIT_API_KEY", help="opens the API; repeatable")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="model name in the API")] = None,
-    max_waiting: Annotated[int, typer.Option(help="answers that may wait; more get 429")] = ServeSettings.max_waiting,
-    max_body: Annotated[int, typer.Option(help="bytes of a request; more get 413")] = ServeSettings.max_body_bytes,
-    drain_seconds: Annotated[float, typer.Option(help="time for running answers after SIGTERM")] = ServeSettings.drain_seconds,
+    max_waiting: Annotated[
+        int, typer.Option(help="answers that may wait; more get 429")
+    ] = ServeSettings.max_waiting,
+    max_body: Annotated[
+        int, typer.Option(help="bytes of a request; more get 413")
+    ] = ServeSettings.max_body_bytes,
+    drain_seconds: Annotated[
+        float, typer.Option(help="time for running answers after SIGTERM")
+    ] = ServeSettings.drain_seconds,
     plan: Annotated[
         str, typer.Option(help="drafted tokens to verify: planned (by confidence and load) or fixed")
     ] = EngineSettings.plan,
-    step_rate: Annotated[Path | None, typer.Option(help="of draftkit profile; none = measured at the start")] = None,
+    step_rate: Annotated[
+        Path | None, typer.Option(help="of draftkit profile; none = measured at the start")
+    ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="of draftkit calibrate; none = the packaged drafter's own, else as they are")
+        Path | None,
+        typer.Option(help="of draftkit calibrate; none = the packaged drafter's own, else as they are"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda; default: a GPU where there is one")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16; default: float32 on a CPU, else bfloat16")] = None,
-    max_running: Annotated[int, typer.Option(help="answers that are made at the same time")] = EngineSettings.max_running,
-    max_length: Annotated[int | None, typer.Option(help="tokens of prompt and answer; default: the target's")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16; default: float32 on a CPU, else bfloat16")
+    ] = None,
+    max_running: Annotated[
+        int, typer.Option(help="answers that are made at the same time")
+    ] = EngineSettings.max_running,
+    max_length: Annotated[
+        int | None, typer.Option(help="tokens of prompt and answer; default: the target's")
+    ] = None,
     kv_gib: Annotated[
-        float | None, typer.Option(help="memory for keys and values; default: most of a GPU's; on a CPU 1, or for one request")
+        float | None,
+        typer.Option(
+            help="memory for keys and values; default: most of a GPU's; on a CPU 1, or for one request"
+        ),
     ] = None,
     generation_config: Annotated[
-        str, typer.Option(help="auto: sampling fields that a request leaves out are the target's own; none: the API's")
+        str,
+        typer.Option(
+            help="auto: sampling fields that a request leaves out are the target's own; none: the API's"
+        ),
     ] = ServeSettings.generation_config,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="web pages of this origin may ask (CORS); * = all; repeatable")
     ] = None,
     honour_special_tokens: Annotated[
-        bool, typer.Option(help="special tokens in contents count, as in most servers; default: they are text")
+        bool,
+        typer.Option(help="special tokens in contents count, as in most servers; default: they are text"),
     ] = False,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
@@ -461,8 +550,11 @@ def serve(
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
     if name is not None and not name.strip():
-        raise ServeError("--name is empty; give the model's name in the API, or leave it out to take the target's")
-    if os.environ.get("DRAFTKIT_API_KEY") == "" and not api_key:  # a secret that is missing must not leave the door open
+        raise ServeError(
+            "--name is empty; give the model's name in the API, or leave it out to take the target's"
+        )
+    # a secret that is missing must not leave the door open
+    if os.environ.get("DRAFTKIT_API_KEY") == "" and not api_key:
         raise ServeError("DRAFTKIT_API_KEY is empty; give a key, or unset it to serve without one")
     keys = tuple(api_key or ())
     with option_names():
@@ -484,24 +576,45 @@ def serve(
             max_length=max_length,
             kv_bytes=max(1, int(kv_gib * 2**30)) if kv_gib is not None else None,
         )
-    pair = (target, drafter, name, engine, threads, step_rate, calibration, generation_config, honour_special_tokens)
+    pair = (
+        target,
+        drafter,
+        name,
+        engine,
+        threads,
+        step_rate,
+        calibration,
+        generation_config,
+        honour_special_tokens,
+    )
     run_server(lambda: load_served(*pair), settings)
 
 
-@app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8")
+@app.command(
+    epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8"
+)
 def bench(
     urls: Annotated[list[str], typer.Option("--url", help="server; give two to compare them")],
     concurrency: Annotated[
-        list[int] | None, typer.Option(help="users at once; repeatable; default: 1, with --rate 256, the most at once")
+        list[int] | None,
+        typer.Option(help="users at once; repeatable; default: 1, with --rate 256, the most at once"),
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="Poisson arrivals per second instead of waiting users")] = None,
-    requests: Annotated[int, typer.Option(help="per level; without --rate at least two per user")] = LoadSettings.requests,
+    rate: Annotated[
+        float | None, typer.Option(help="Poisson arrivals per second instead of waiting users")
+    ] = None,
+    requests: Annotated[
+        int, typer.Option(help="per level; without --rate at least two per user")
+    ] = LoadSettings.requests,
     warmup: int = LoadSettings.warmup,
     max_tokens: int = LoadSettings.max_tokens,
     temperature: float = LoadSettings.temperature,
-    prompts: Annotated[Path | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
+    ] = None,
     api_key: Annotated[list[str] | None, typer.Option(help="per server, in order")] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for bench.json and bench.png")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="folder for bench.json and bench.png")
+    ] = None,
     seed: int = LoadSettings.seed,
     json_output: JsonOption = False,
 ) -> None:
@@ -541,7 +654,8 @@ def compile_now() -> None:
 
 
 def main() -> None:
-    """Entry point: mistakes end with one line and exit code 2, a disk that fails with 1, signals with 130 or 143."""
+    """Entry point: mistakes end with one line and exit code 2, a disk that fails with 1, signals with 130 or
+    143."""
     raise_on_signals()
     try:
         app()

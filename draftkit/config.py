@@ -1,7 +1,7 @@
 """Recipes: typed YAML descriptions of a run. What can be set, and each default, is in `settings.py`.
 
-`load_recipe` reads a file or a packaged recipe by name, applies `section.key=value` overrides, and reports mistakes as
-one line that names the dotted field. No torch here: the command line imports this module.
+`load_recipe` reads a file or a packaged recipe by name, applies `section.key=value` overrides, and reports
+mistakes as one line that names the dotted field. No torch here: the command line imports this module.
 """
 
 from __future__ import annotations
@@ -45,14 +45,16 @@ class Recipe(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (6e-4 is a float), no key twice, and no aliases: they multiply, and a page of them is more than memory
-    holds."""
+    """YAML 1.2 numbers (6e-4 is a float), no key twice, and no aliases: they multiply, and a page of them is
+    more than memory holds."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """One value; an error where it stands for another."""
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not taken; write the value out", problem_mark=mark)
+            raise yaml.MarkedYAMLError(
+                problem="aliases (*name) are not taken; write the value out", problem_mark=mark
+            )
         return super().compose_node(parent, index)
 
 
@@ -66,7 +68,9 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key in scalars:
         if key.value in seen:
-            raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark
+            )
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -114,7 +118,9 @@ def _parse(raw: bytes, where: str) -> Any:
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: is not YAML: {' '.join(str(error).split())}") from error
     except ValueError as error:  # what looks like a date or a number, and is none
-        raise ConfigError(f"{where}: holds a value that cannot be read ({error}); put text in quotes") from error
+        raise ConfigError(
+            f"{where}: holds a value that cannot be read ({error}); put text in quotes"
+        ) from error
     except RecursionError as error:
         raise ConfigError(f"{where}: is nested too deeply for a recipe") from error
 
@@ -150,4 +156,6 @@ def _first(error: ValidationError) -> str:
         return f"{field}: must be a section with keys of its own, got {mistake['input']!r}"
     words = mistake["msg"].removeprefix("Input ").removeprefix("Value error, ")
     words = words.replace("should", "must", 1).replace("a valid ", "a ", 1)
-    return f"{field}: {words[0].lower()}{words[1:].replace('a integer', 'an integer')}, got {mistake['input']!r}"
+    return (
+        f"{field}: {words[0].lower()}{words[1:].replace('a integer', 'an integer')}, got {mistake['input']!r}"
+    )

@@ -1,7 +1,7 @@
 """The readable reference loop for one request: draft, plan, verify, commit, crop.
 
-Plain decoding is the same loop without a drafter: a proposal of length zero, of which the verification rule keeps
-nothing and adds the target's own token. Nothing here is clever; the engine must agree with it.
+Plain decoding is the same loop without a drafter: a proposal of length zero, of which the verification rule
+keeps nothing and adds the target's own token. Nothing here is clever; the engine must agree with it.
 
 Shapes: B = 1 request, T tokens, G = gamma drafted tokens, V vocabulary, F = features of all chosen layers.
 """
@@ -21,16 +21,17 @@ from draftkit.ops.sampling import Sampling, processed_probs, request_generator, 
 from draftkit.ops.verify import TOKEN_RULE, DenseProposals, Rule, verify
 from draftkit.target.interface import Target
 
-Plan = Callable[[Sequence[float]], int]  # from a proposal's confidences (none without a head) to tokens to verify
+# from a proposal's confidences (none without a head) to tokens to verify
+Plan = Callable[[Sequence[float]], int]
 
 
 @dataclass(frozen=True)
 class Round:
     """One draft-verify-commit round.
 
-    `drafted` tokens were proposed, the first `verified` of them read by the target, and `accepted` of these kept by the
-    verification rule; `emitted` tokens were added to the answer, the bonus token included (fewer than accepted + 1 only
-    when a stop token or the limit cut the round).
+    `drafted` tokens were proposed, the first `verified` of them read by the target, and `accepted` of these
+    kept by the verification rule; `emitted` tokens were added to the answer, the bonus token included (fewer
+    than accepted + 1 only when a stop token or the limit cut the round).
     """
 
     drafted: int
@@ -70,11 +71,14 @@ def decode(
     """Answer one prompt (token ids) with at most `max_new_tokens` tokens.
 
     At temperature 0 the answer equals the target's own greedy decoding; above it, it has exactly the target's
-    distribution. All randomness comes from `seed`. `plan` says how many drafted tokens to verify; it must be one of those
-    that keep the law (see `schedule.planner`). Raises DataError for an empty prompt or one that leaves no room.
+    distribution. All randomness comes from `seed`. `plan` says how many drafted tokens to verify; it must be
+    one of those that keep the law (see `schedule.planner`). Raises DataError for an empty prompt or one that
+    leaves no room.
     """
     if not prompt or max_new_tokens < 1:
-        raise DataError(f"prompt of {len(prompt)} tokens, {max_new_tokens} new tokens: both must be at least 1")
+        raise DataError(
+            f"prompt of {len(prompt)} tokens, {max_new_tokens} new tokens: both must be at least 1"
+        )
     gamma = drafter.gamma if drafter else 0
     if len(prompt) + max_new_tokens + gamma > target.info.max_length:
         raise DataError(
@@ -124,7 +128,11 @@ def decode(
         anchor_B = verdict.next_token_R
         cache.crop(len(prompt) + len(answer) + accepted)
         if drafter and context is not None and read.features_BTF is not None:
-            drafter.extend(context, read.features_BTF[:, : accepted + 1], torch.tensor([new_tokens], device=target.device))
+            drafter.extend(
+                context,
+                read.features_BTF[:, : accepted + 1],
+                torch.tensor([new_tokens], device=target.device),
+            )
         kept = _until_stop(new_tokens, target.info.stop_token_ids)[: max_new_tokens - len(answer)]
         answer += kept
         rounds.append(Round(gamma, verified, accepted, len(kept), confidence))

@@ -1,10 +1,12 @@
-"""The errors that draftkit raises on purpose: one line that says what was given, what is allowed, what to do."""
+"""The errors that draftkit raises on purpose: one line that says what was given, what is allowed, what to
+do."""
 
 from __future__ import annotations
 
 
 def reason(error: Exception) -> str:
-    """Why something could not be read, for a line about it. `repr` will not do: a decoder's error holds all that it read."""
+    """Why something could not be read, for a line about it. `repr` will not do: a decoder's error holds all
+    that it read."""
     return f"{type(error).__name__}: {error}"
 
 
@@ -43,8 +45,9 @@ class ServeError(DraftkitError):
 
 
 class Interrupted(BaseException):
-    """The run was stopped by a signal. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM). No Exception, as KeyboardInterrupt is
-    none: it may come inside a chat template or a tokenizer, whose errors are told as the user's."""
+    """The run was stopped by a signal. `exit_code` is 130 (Ctrl-C) or 143 (SIGTERM). No Exception, as
+    KeyboardInterrupt is none: it may come inside a chat template or a tokenizer, whose errors are told as the
+    user's."""
 
     def __init__(self, exit_code: int = 130) -> None:
         super().__init__("interrupted")

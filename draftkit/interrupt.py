@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM end a stage in the same orderly way: what is finished is kept, and the exit code says which."""
+"""Ctrl-C and SIGTERM end a stage in the same orderly way: what is finished is kept, and the exit code says
+which."""
 
 from __future__ import annotations
 
@@ -25,11 +26,12 @@ def raise_on_signals() -> None:
 
 @contextmanager
 def noted_signals() -> Iterator[Callable[[], int]]:
-    """Within, the first SIGINT or SIGTERM is only noted: the given function returns its exit code (130, 143), or 0.
+    """Within, the first SIGINT or SIGTERM is only noted: the given function returns its exit code (130, 143),
+    or 0.
 
-    The loop inside asks at a good moment, ends, and raises `Interrupted`; so does this at its end, for a signal that came too
-    late to be asked about. A second signal ends the process at once. Outside the main thread, which alone gets signals,
-    nothing changes.
+    The loop inside asks at a good moment, ends, and raises `Interrupted`; so does this at its end, for a
+    signal that came too late to be asked about. A second signal ends the process at once. Outside the main
+    thread, which alone gets signals, nothing changes.
     """
     code = 0
 

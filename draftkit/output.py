@@ -1,5 +1,5 @@
-"""How results are written: a place that cannot take them is named before the work, files and folders are replaced by renaming,
-and a disk that fails is told with the file's name."""
+"""How results are written: a place that cannot take them is named before the work, files and folders are
+replaced by renaming, and a disk that fails is told with the file's name."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ def make_folder(out: Path) -> None:
         with tempfile.NamedTemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise ConfigError(f"--out {out} must be a folder, or one that can be made: {error.strerror}") from error
+        raise ConfigError(
+            f"--out {out} must be a folder, or one that can be made: {error.strerror}"
+        ) from error
 
 
 def check_file(out: Path) -> None:
-    """Make the folder of the file where results go. Raises ConfigError when the file cannot be written there."""
+    """Make the folder of the file where results go. Raises ConfigError when the file cannot be written
+    there."""
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give the name of a file")
     try:
@@ -60,7 +63,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, Any], save_file: Callable[..., None], metadata: dict[str, str] | None = None
+    path: Path,
+    tensors: dict[str, Any],
+    save_file: Callable[..., None],
+    metadata: dict[str, str] | None = None,
 ) -> None:
     """Write a safetensors file by the `save_file` for this kind of tensors, as readable as other files.
 
@@ -73,18 +79,20 @@ def write_tensors(
 
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
-    """Keep other runs from `path`, a file or a folder that is there, for as long as this one writes it; a killed run's lock is
-    released by the system.
+    """Keep other runs from `path`, a file or a folder that is there, for as long as this one writes it; a
+    killed run's lock is released by the system.
 
-    Raises DataError when another run has it, OSError that names it when the disk does not take the lock's file. A file system
-    without locks keeps nobody out.
+    Raises DataError when another run has it, OSError that names it when the disk does not take the lock's
+    file. A file system without locks keeps nobody out.
     """
     lock = FileLock(path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock"), timeout=0)
     try:
         with naming(path):
             lock.acquire()
     except Timeout as error:
-        raise DataError(f"{path}: another run is writing it; wait for its end or choose another place") from error
+        raise DataError(
+            f"{path}: another run is writing it; wait for its end or choose another place"
+        ) from error
     except NotImplementedError:
         pass
     try:
@@ -94,8 +102,9 @@ def only_writer(path: Path) -> Iterator[None]:
 
 
 def one_writer(file: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates a stage that makes its folder `out` (or, with `file`, the folder of its file `out`): other runs are kept from
-    it until the stage ends. Of several processes of one run (torchrun) the first one has the lock."""
+    """Decorates a stage that makes its folder `out` (or, with `file`, the folder of its file `out`): other
+    runs are kept from it until the stage ends. Of several processes of one run (torchrun) the first one has
+    the lock."""
 
     def decorate(stage: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(stage)
@@ -118,14 +127,17 @@ def one_writer(file: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say which file the disk did not take, and what to do: a write that fails does not know the name of its file."""
+    """Say which file the disk did not take, and what to do: a write that fails does not know the name of its
+    file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if isinstance(error, Timeout):  # of a lock, which is no fault of the disk's
             raise
         why = getattr(error, "strerror", None) or error
-        raise OSError(f"{path}: cannot be written ({why}); make room or choose another place, and run it again") from error
+        raise OSError(
+            f"{path}: cannot be written ({why}); make room or choose another place, and run it again"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -135,7 +147,8 @@ def sha256_of(path: Path) -> str:
 
 
 def swap_folder(new: Path, folder: Path) -> None:
-    """Put a finished folder in the place of another: `newest_folder` finds one of the two after a kill at any moment."""
+    """Put a finished folder in the place of another: `newest_folder` finds one of the two after a kill at any
+    moment."""
     old = _old(folder)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -34,7 +34,8 @@ from draftkit.target.transformers import TransformersTarget
 GENERATE_SHARE, EVALUATE_SHARE = 0.14, 0.12  # of the minutes; training gets what capture leaves of the rest,
 TRAIN_SHARE = 0.25  # but no less than this
 PROBE_PROMPTS = 192  # answered first; their rate decides how many follow
-PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 4, 10  # evaluated at each temperature: of a minute of the whole; timed, at least so many
+# evaluated at each temperature: of a minute of the whole; timed, at least so many
+PROMPTS_PER_DOMAIN, SPEED_PROMPTS = 4, 10
 TRACED_PROMPTS = 4  # of every domain, for the simulation of a larger target
 
 
@@ -56,9 +57,16 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     make_folder(out)
     planned = _once(out, "minutes", lambda: minutes)
     if planned != minutes:
-        raise ConfigError(f"--minutes {minutes:g}: {out} was planned for {planned:g}; give these, or choose another --out")
+        raise ConfigError(
+            f"--minutes {minutes:g}: {out} was planned for {planned:g}; give these, or choose another --out"
+        )
     recipe = _evaluated_within(recipe, minutes)
-    answers, features, run, results_folder = out / "answers.jsonl", out / "features", out / "drafter", out / "results"
+    answers, features, run, results_folder = (
+        out / "answers.jsonl",
+        out / "features",
+        out / "drafter",
+        out / "results",
+    )
     times: list[StageTime] = []
 
     @contextmanager
@@ -72,7 +80,10 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     with stage("target") as notes:
         target, tokenizer = stages.open_target(recipe)
         info = target.info
-        notes.append(f"{info.name}: {info.num_layers} layers, hidden size {info.hidden_size}, vocabulary {info.vocab_size}")
+        notes.append(
+            f"{info.name}: {info.num_layers} layers, hidden size {info.hidden_size}, vocabulary "
+            f"{info.vocab_size}"
+        )
     with stage("generate") as notes:
         notes.append(f"{_generate(target, tokenizer, recipe, answers, minutes)} answers of the target itself")
     with stage("capture") as notes:
@@ -80,14 +91,22 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
         notes.append(f"features of {report.tokens:,} tokens")
     with stage("train") as notes:
         left = minutes * (1 - EVALUATE_SHARE) - sum(t.seconds for t in times) / 60
-        recipe = _trained_within(recipe, _once(out, "train_minutes", lambda: max(minutes * TRAIN_SHARE, left)))
+        recipe = _trained_within(
+            recipe, _once(out, "train_minutes", lambda: max(minutes * TRAIN_SHARE, left))
+        )
         if _was_trained(run, recipe):
             notes.append(f"a drafter from this recipe is already there: {run / 'best'}")
         else:
             trained = stages.run_train(target, tokenizer, recipe, features, run, lambda: target)
-            write_text(run / "done.json", as_json(asdict(trained) | {"recipe": dump_recipe(recipe)}, indent=1))
+            write_text(
+                run / "done.json", as_json(asdict(trained) | {"recipe": dump_recipe(recipe)}, indent=1)
+            )
             notes.append(f"{trained.steps} steps, simulated accepted length {trained.best:.2f}")
-        seen = int(_read_notes(run / "done.json").get("steps", 0)) * recipe.train.batch_size / max(1, report.samples)
+        seen = (
+            int(_read_notes(run / "done.json").get("steps", 0))
+            * recipe.train.batch_size
+            / max(1, report.samples)
+        )
     with stage("evaluate") as notes:
         held_out = stages.read_prompts([stages.TINY_HELD_OUT])
         results = stages.run_evaluate(target, tokenizer, recipe, run / "best", held_out, results_folder)
@@ -107,14 +126,19 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     console.print(f"{total / 60:.1f} minutes in all, peak memory {peak:.2f} GiB")
     console.print(f"acceptance by position: {results_folder / 'acceptance.png'}")
     parameters = sum(p.numel() for p in target.model.parameters())
-    words = [_undertrained(seen), _why(results, parameters), LARGER.format(speed_up=larger, traces=out / TRACES)]
+    words = [
+        _undertrained(seen),
+        _why(results, parameters),
+        LARGER.format(speed_up=larger, traces=out / TRACES),
+    ]
     console.print("\n" + "\n".join(word for word in words if word), highlight=False)
     console.print(NEXT.format(drafter=run / "best", draftkit=_command()), highlight=False)
 
 
 LARGER = """\
-On a larger target, whose pass over eight tokens takes as long as over one, the same drafter would make answers \
-{speed_up:.1f} x as fast for one user (simulated: draftkit simulate --traces {traces} --step-rate memory-bound).
+On a larger target, whose pass over eight tokens takes as long as over one, the same drafter would make \
+answers {speed_up:.1f} x as fast for one user (simulated: draftkit simulate --traces {traces} \
+--step-rate memory-bound).
 To see drafting on a real model of 135 million parameters, in a clone of draftkit: make demo"""
 NEXT = """
 What to type next:
@@ -129,7 +153,8 @@ and on your own conversations:
 
 
 def _undertrained(seen: float) -> str:
-    """A warning for a drafter that has not seen every conversation once; `seen` counts how often it has, on average."""
+    """A warning for a drafter that has not seen every conversation once; `seen` counts how often it has, on
+    average."""
     if seen >= 1:
         return ""
     few = f"it saw {100 * seen:.0f} % of the conversations once"
@@ -141,16 +166,23 @@ def _why(results: Sequence[EvalResult], parameters: int) -> str:
     if all(r.speed["all"].low > 1 for r in results):
         return ""
     return (
-        f"Why drafting gains little or nothing on this target: its {parameters / 1e6:.0f} million weights lie in the "
-        "processor's cache, so each further token of a pass costs nearly as much as the first, and drafting takes time as well."
+        f"Why drafting gains little or nothing on this target: its {parameters / 1e6:.0f} million weights "
+        f"lie in the "
+        "processor's cache, so each further token of a pass costs nearly as much as the first, and "
+        "drafting takes time as well."
     )
 
 
 def _simulated(
-    target: TransformersTarget, tokenizer: Any, recipe: Recipe, drafter: Path, prompts: Sequence[Conversation], out: Path
+    target: TransformersTarget,
+    tokenizer: Any,
+    recipe: Recipe,
+    drafter: Path,
+    prompts: Sequence[Conversation],
+    out: Path,
 ) -> float:
-    """Speed-up of planned lengths for one user at temperature 0 on a machine that waits for memory, by traces of this pair.
-    Traces of an earlier drafter are written over."""
+    """Speed-up of planned lengths for one user at temperature 0 on a machine that waits for memory, by traces
+    of this pair. Traces of an earlier drafter are written over."""
     out.unlink(missing_ok=True)
     section = recipe.evaluate
     chosen = stages.first_turns(stages.prompt_format(recipe, tokenizer), prompts, TRACED_PROMPTS)
@@ -158,7 +190,9 @@ def _simulated(
     run_record(target, opened, drafter, chosen, Sampling(0.0), section.max_new_tokens, section.seed, out)
     source, load = open_simulation(out, "memory-bound", None), Load(requests=100, concurrency=1)
     arms = arms_for(source.traces.gamma)
-    plain, planned = (simulate(source.traces, source.table, load, n, arms[n]) for n in ("no speculation", "budget"))
+    plain, planned = (
+        simulate(source.traces, source.table, load, n, arms[n]) for n in ("no speculation", "budget")
+    )
     return planned.throughput / plain.throughput
 
 
@@ -190,17 +224,25 @@ def _once(out: Path, name: str, decide: Callable[[], float]) -> float:
         plan[name] = decide()
         write_text(path, json.dumps(plan))
     if not isinstance(plan[name], int | float):
-        raise DataError(f"{path}: {name} is {plan[name]!r}, must be a number; remove the file, or choose another --out")
+        raise DataError(
+            f"{path}: {name} is {plan[name]!r}, must be a number; remove the file, or choose another --out"
+        )
     return float(plan[name])
 
 
-def _generate(target: TransformersTarget, tokenizer: Any, recipe: Recipe, answers: Path, minutes: float) -> int:
-    """Answer as many prompts as the generation's share of the time allows, measured once on the first of them."""
-    answers_of = answerer(target, recipe.generate.batch_size)  # its code is built here, outside the measured rate
+def _generate(
+    target: TransformersTarget, tokenizer: Any, recipe: Recipe, answers: Path, minutes: float
+) -> int:
+    """Answer as many prompts as the generation's share of the time allows, measured once on the first of
+    them."""
+    # its code is built here, outside the measured rate
+    answers_of = answerer(target, recipe.generate.batch_size)
     prompts = stages.read_prompts([stages.TINY_PROMPTS])
 
     def first(count: float) -> int:
-        return stages.run_generate(target, tokenizer, recipe, lambda: prompts[: int(count)], answers, answers_of).records
+        return stages.run_generate(
+            target, tokenizer, recipe, lambda: prompts[: int(count)], answers, answers_of
+        ).records
 
     def affordable() -> float:
         before = SharedWork(answers).count()  # of a run that was stopped here
@@ -218,7 +260,8 @@ def _was_trained(run: Path, recipe: Recipe) -> bool:
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote down; nothing where there is no such file. Raises DataError when it is damaged."""
+    """What an earlier run wrote down; nothing where there is no such file. Raises DataError when it is
+    damaged."""
     if not path.exists():
         return {}
     try:

@@ -35,7 +35,8 @@ from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED_PAIR, TransformersTarget
 
 TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"
-MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}  # free tokens, padding
+# free tokens, padding
+MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}
 
 
 @one_writer(file=True)
@@ -49,18 +50,24 @@ def run_record(
     seed: int,
     out: Path,
 ) -> Traces:
-    """Answer all prompts and record traces into `out`, or read them from there when the file is of this very recording.
+    """Answer all prompts and record traces into `out`, or read them from there when the file is of this very
+    recording.
 
-    Parts of 48 prompts are kept beside it until all are there, so an interrupted run goes on where it was. `folder` is
-    where the drafter was loaded from. Raises ScheduleError when a file is there and of another pair, prompts or settings,
-    and when no answer has two tokens.
+    Parts of 48 prompts are kept beside it until all are there, so an interrupted run goes on where it was.
+    `folder` is where the drafter was loaded from. Raises ScheduleError when a file is there and of another
+    pair, prompts or settings, and when no answer has two tokens.
     """
     about, own = target.info, fingerprint(folder)
     prompts_hash = hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()
-    origin = Origin(about.name, about.fingerprint, own, sampling.temperature, prompts_hash, max_new_tokens, seed)
+    origin = Origin(
+        about.name, about.fingerprint, own, sampling.temperature, prompts_hash, max_new_tokens, seed
+    )
     if out.exists():
         return _read_own(out, origin)
-    settings, parts = GenerateSettings(sampling.temperature, sampling.top_k, sampling.top_p, max_new_tokens), []
+    settings, parts = (
+        GenerateSettings(sampling.temperature, sampling.top_k, sampling.top_p, max_new_tokens),
+        [],
+    )
     answer_all = answerer(target, settings.batch_size)
     with progress_bar("record", len(prompts)) as (bar, task):
         for first in range(0, len(prompts), settings.batch_size):
@@ -83,7 +90,8 @@ def run_record(
         part.unlink()
     if not traces.prompts:
         raise ScheduleError(
-            f"{len(prompts)} prompts, none with an answer of two tokens or more, so nothing was drafted; give other prompts"
+            f"{len(prompts)} prompts, none with an answer of two tokens or more, so nothing was drafted; "
+            f"give other prompts"
         )
     return traces
 
@@ -108,17 +116,21 @@ class CalibrationReport:
 
 @one_writer()
 def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
-    """Fit on every other prompt, measure on the rest, write `calibration.json` and `reliability.png` into `out`.
+    """Fit on every other prompt, measure on the rest, write `calibration.json` and `reliability.png` into
+    `out`.
 
     Raises ScheduleError for a drafter without a confidence head and for traces of fewer than two prompts.
     """
     if len(traces.prompts) < 2:
         raise ScheduleError(
-            f"{out / TRACES}: holds answers to {len(traces.prompts)} prompt; calibration fits on one half and measures on the "
+            f"{out / TRACES}: holds answers to {len(traces.prompts)} prompt; calibration fits on one half "
+            f"and measures on the "
             "other: remove it and give two prompts or more"
         )
     if not traces.has_confidence:
-        raise ScheduleError("this drafter has no confidence head, so there is nothing to calibrate; serving estimates it")
+        raise ScheduleError(
+            "this drafter has no confidence head, so there is nothing to calibrate; serving estimates it"
+        )
     fitted, held_out = traces.rows_of(traces.prompts[::2]), traces.rows_of(traces.prompts[1::2])
     confidence_NG = traces.confidence_NG.astype(np.float64)
     kept_NG, usable_NG = traces.labels()
@@ -143,10 +155,16 @@ def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
 
 
 def run_profile(
-    target: TransformersTarget, drafter: Drafter | None, folder: Path | None, settings: ProfileSettings, out: Path
+    target: TransformersTarget,
+    drafter: Drafter | None,
+    folder: Path | None,
+    settings: ProfileSettings,
+    out: Path,
 ) -> StepRateTable:
     """Measure, write the step-rate file and its plot beside it."""
-    points = len(settings.tokens) * len(settings.contexts) + (len(settings.requests) if drafter is not None else 0)
+    points = len(settings.tokens) * len(settings.contexts) + (
+        len(settings.requests) if drafter is not None else 0
+    )
     with progress_bar("profile", points * settings.repeats) as (bar, task):
         own = fingerprint(folder) if folder else ""
         table = profile(target, drafter, own, settings, lambda: bar.update(task, advance=1))
@@ -174,14 +192,19 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
     own = None if traces else EMBEDDED_PAIR / CALIBRATION
     chosen = calibration or own
     temperatures = load_calibration(chosen, read.gamma, read.origin.drafter_fingerprint) if chosen else None
-    notes = [] if temperatures or not read.has_confidence else ["confidences are taken as they are, uncalibrated"]
+    notes = (
+        [] if temperatures or not read.has_confidence else ["confidences are taken as they are, uncalibrated"]
+    )
     if not read.has_confidence:
         notes.append("the drafter has no confidence head: confidences come from the online estimator")
     elif missing := int(np.isnan(read.confidence_NG).sum()):
         notes.append(f"{missing} confidences are no numbers and count as zero")
     if step_rate in MACHINES:
         free, tile = MACHINES[step_rate]
-        notes.append(f"{step_rate}: a pass costs 10 ms up to {free} tokens and grows in proportion above, padded to {tile}s")
+        notes.append(
+            f"{step_rate}: a pass costs 10 ms up to {free} tokens and grows in proportion above, padded "
+            f"to {tile}s"
+        )
         return SimulationInput(read, parametric_table(free, tile), temperatures, tuple(notes))
     if step_rate is None and traces is not None:
         raise ScheduleError(f"--step-rate: give a file of draftkit profile, or one of {', '.join(MACHINES)}")
@@ -193,7 +216,8 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
 def run_simulate(
     source: SimulationInput, loads: Sequence[Load], out: Path | None
 ) -> tuple[list[Outcome], tuple[str, ...]]:
-    """Every arm at every load, in order of loads, and what was assumed; `simulation.png` in `out`, if there is one."""
+    """Every arm at every load, in order of loads, and what was assumed; `simulation.png` in `out`, if there
+    is one."""
     gamma, longest = source.traces.gamma, max(p.prompt_tokens + p.rows for p in source.traces.prompts)
     most = max(load.concurrency for load in loads) * (gamma + 1)
     arms, outcomes = arms_for(gamma), []

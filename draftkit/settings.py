@@ -1,7 +1,8 @@
-"""What can be set of a run: one frozen dataclass for each section of a recipe, and each default written here, once.
+"""What can be set of a run: one frozen dataclass for each section of a recipe, and each default written here,
+once.
 
-The stage that does the work takes the same object as the recipe holds. Constructing one checks it. No torch here: the
-command line and recipes import this module.
+The stage that does the work takes the same object as the recipe holds. Constructing one checks it. No torch
+here: the command line and recipes import this module.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class TargetSettings(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     template_switches: Annotated[
         dict[str, str | int | float | bool],
-        Field(description="variables of the chat template, the same in every stage, as {enable_thinking: false}"),
+        Field(
+            description="variables of the chat template, the same in every stage, as {enable_thinking: false}"
+        ),
     ] = dataclasses.field(default_factory=dict)
 
 
@@ -61,14 +64,16 @@ class CaptureSettings(Section):
     """What is kept of the target's thoughts."""
 
     max_length: Annotated[
-        int,
-        Field(ge=8, description="tokens; longer conversations are left out and counted"),
+        int, Field(ge=8, description="tokens; longer conversations are left out and counted")
     ] = 1024
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     batch_tokens: Annotated[int, Field(ge=1, description="tokens per forward pass")] = 8192
     cut_answers: Annotated[
         Literal["keep", "drop"],
-        Field(description="answers that a limit ended; either way none learns an end of turn that was never written"),
+        Field(
+            description="answers that a limit ended; either way none learns an end of turn that was never "
+            "written"
+        ),
     ] = "keep"
 
 
@@ -76,23 +81,24 @@ class CaptureSettings(Section):
 class DrafterSettings(Section):
     """The drafter's shape; sizes that are null are the target's."""
 
-    algorithm: Annotated[str, Field(description="a name of draft/algorithms.py: dspark, dflash, eagle3")] = "dspark"
-    num_layers: Annotated[int | None, Field(ge=1, description="null: the algorithm's own, 5; eagle3: 1")] = None
+    algorithm: Annotated[str, Field(description="a name of draft/algorithms.py: dspark, dflash, eagle3")] = (
+        "dspark"
+    )
+    num_layers: Annotated[int | None, Field(ge=1, description="null: the algorithm's own, 5; eagle3: 1")] = (
+        None
+    )
     style: Annotated[
         Literal["auto", "qwen3", "llama", "gemma4"],
         Field(description="decoder block; auto: the one that engines load for this target"),
     ] = "auto"
     layout: Annotated[
-        Literal["anchor", "one_plus_n"],
-        Field(description="which block positions draft: all, or the masks"),
+        Literal["anchor", "one_plus_n"], Field(description="which block positions draft: all, or the masks")
     ] = "anchor"
     block_size: Annotated[
-        int,
-        Field(ge=1, description="block positions: tokens drafted per round, one less in one_plus_n"),
+        int, Field(ge=1, description="block positions: tokens drafted per round, one less in one_plus_n")
     ] = 7
     window: Annotated[
-        int | None,
-        Field(ge=1, description="context positions before the anchor that are seen; null: all"),
+        int | None, Field(ge=1, description="context positions before the anchor that are seen; null: all")
     ] = None
     num_features: Annotated[int, Field(ge=1, description="target layers listened to, evenly spread")] = 5
     feature_layers: Annotated[
@@ -101,7 +107,11 @@ class DrafterSettings(Section):
     ] = None
     mask_token_id: Annotated[
         int | None,
-        Field(ge=0, description="token of the positions to draft; null: the tokenizer's mask, else an unused embedding row"),
+        Field(
+            ge=0,
+            description="token of the positions to draft; null: the tokenizer's mask, else an unused "
+            "embedding row",
+        ),
     ] = None
     head: Literal["markov", "gated", "rnn", "none"] = "markov"
     markov_rank: Annotated[int, Field(ge=1)] = 256
@@ -109,16 +119,16 @@ class DrafterSettings(Section):
     confidence_stop_gradient: bool = False
     intermediate_size: Annotated[int | None, Field(ge=1)] = None
     start: Annotated[
-        Literal["random", "target"],
-        Field(description="target: layers begin as copies of the target's"),
+        Literal["random", "target"], Field(description="target: layers begin as copies of the target's")
     ] = "random"
     start_layers: Annotated[
         tuple[int, ...] | None,
-        Field(min_length=1, strict=False, description="target layers to begin as; null: spread over all of them"),
+        Field(
+            min_length=1, strict=False, description="target layers to begin as; null: spread over all of them"
+        ),
     ] = None
     draft_vocab_size: Annotated[
-        int | None,
-        Field(ge=2, description="draft only so many tokens, the most frequent ones"),
+        int | None, Field(ge=2, description="draft only so many tokens, the most frequent ones")
     ] = None
 
     @model_validator(mode="after")
@@ -130,20 +140,19 @@ class DrafterSettings(Section):
 
 @dataclass(frozen=True, config=CHECKS)
 class LossSettings(Section):
-    """L = ce CE + tv |q - p|_1 + kl KL(p, q) + lk LK + confidence BCE, position k weighted by exp(-(k - 1) / decay)."""
+    """L = ce CE + tv |q - p|_1 + kl KL(p, q) + lk LK + confidence BCE, position k weighted by exp(-(k - 1) /
+    decay)."""
 
     ce: Annotated[float, Field(ge=0)] = 0.1
     tv: Annotated[float, Field(ge=0)] = 0.9
     kl: Annotated[float, Field(ge=0)] = 0.0
     lk: Annotated[
-        float,
-        Field(ge=0, description="KL and TV mixed by the acceptance rate (arXiv 2602.23881)"),
+        float, Field(ge=0, description="KL and TV mixed by the acceptance rate (arXiv 2602.23881)")
     ] = 0.0
     confidence: Annotated[float, Field(ge=0)] = 1.0
     decay: Annotated[float, Field(gt=0, description="positions")] = 4.0
     weighting: Annotated[
-        Literal["decay", "dpace"],
-        Field(description="dpace: all but confidence, arXiv 2605.18810"),
+        Literal["decay", "dpace"], Field(description="dpace: all but confidence, arXiv 2605.18810")
     ] = "decay"
 
     @model_validator(mode="after")
@@ -160,20 +169,16 @@ class TrainSettings(Section):
     epochs: Annotated[int, Field(ge=1)] = 10
     steps: Annotated[int | None, Field(ge=1, description="instead of epochs")] = None
     minutes: Annotated[
-        float | None,
-        Field(gt=0, description="end after this time; the learning rate follows"),
+        float | None, Field(gt=0, description="end after this time; the learning rate follows")
     ] = None
-    batch_size: Annotated[
-        int,
-        Field(ge=1, description="conversations per step, all processes together"),
-    ] = 512
+    batch_size: Annotated[int, Field(ge=1, description="conversations per step, all processes together")] = (
+        512
+    )
     row_tokens: Annotated[
-        int | None,
-        Field(ge=1, description="conversations share rows this long; null: the step's longest"),
+        int | None, Field(ge=1, description="conversations share rows this long; null: the step's longest")
     ] = None
     micro_batch_size: Annotated[
-        int | None,
-        Field(ge=1, description="rows per forward pass and process; null: all"),
+        int | None, Field(ge=1, description="rows per forward pass and process; null: all")
     ] = None
     anchors: Annotated[int, Field(ge=1, description="blocks per conversation and step")] = 512
     lr: Annotated[float, Field(gt=0)] = 6e-4
@@ -185,29 +190,23 @@ class TrainSettings(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     max_skipped: Annotated[
-        int,
-        Field(ge=0, description="steps in a row that may not be finite before the run ends"),
+        int, Field(ge=0, description="steps in a row that may not be finite before the run ends")
     ] = 20
     dtype: Annotated[
-        Literal["float32", "bfloat16"],
-        Field(description="of the passes; parameters are float32"),
+        Literal["float32", "bfloat16"], Field(description="of the passes; parameters are float32")
     ] = "float32"
     shard: Annotated[
-        bool,
-        Field(description="several processes: each holds a part (FSDP2) instead of a whole copy"),
+        bool, Field(description="several processes: each holds a part (FSDP2) instead of a whole copy")
     ] = False
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.04
     validate_every: Annotated[
-        int,
-        Field(ge=1, description="steps; state and checkpoints are saved then too"),
+        int, Field(ge=1, description="steps; state and checkpoints are saved then too")
     ] = 200
     decode_prompts: Annotated[
-        int,
-        Field(ge=0, description="validation prompts that are really answered each time, in one process"),
+        int, Field(ge=0, description="validation prompts that are really answered each time, in one process")
     ] = 6
     patience: Annotated[
-        int | None,
-        Field(ge=1, description="validations without a better one that end the run"),
+        int | None, Field(ge=1, description="validations without a better one that end the run")
     ] = None
     keep_checkpoints: Annotated[int, Field(ge=0, description="newest numbered checkpoints that stay")] = 2
     track: Annotated[
@@ -226,11 +225,14 @@ class EvaluateSettings(Section):
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     prompts_per_domain: Annotated[int, Field(ge=1)] = 100
     batch_size: Annotated[
-        int,
-        Field(ge=1, description="answers made at the same time by the engine; 1 = the reference loop"),
+        int, Field(ge=1, description="answers made at the same time by the engine; 1 = the reference loop")
     ] = 32
     speed_prompts: Annotated[
         int,
-        Field(ge=0, description="prompts of every domain that the engine answers with and without the drafter, for the speed"),
+        Field(
+            ge=0,
+            description="prompts of every domain that the engine answers with and without the drafter, "
+            "for the speed",
+        ),
     ] = 10
     seed: Seed = 980406

@@ -24,7 +24,8 @@ from draftkit.output import as_json, make_folder, write_text
 
 @dataclass(frozen=True)
 class Specialised:
-    """Evaluations on held-out prompts, one per temperature; `before` is empty where there was no drafter to start from."""
+    """Evaluations on held-out prompts, one per temperature; `before` is empty where there was no drafter to
+    start from."""
 
     before: tuple[EvalResult, ...]
     after: tuple[EvalResult, ...]
@@ -42,7 +43,9 @@ class Specialised:
                         "prompts": sum(domain in ("macro", r.domain) for r in after.records),
                         "before": asdict(before.accepted_len[domain]) if before else None,
                         "after": asdict(length),
-                        "speed_before": before.speed[domain].ratio if before and domain in before.speed else None,
+                        "speed_before": before.speed[domain].ratio
+                        if before and domain in before.speed
+                        else None,
                         "speed_after": after.speed[domain].ratio if domain in after.speed else None,
                     }
                 )
@@ -50,7 +53,8 @@ class Specialised:
 
 
 def recipe_for(name: str | None, overrides: Sequence[str], start_from: Path | None, out: Path) -> Recipe:
-    """The recipe that was named, or else that of the drafter to start from. Raises ConfigError where neither is known."""
+    """The recipe that was named, or else that of the drafter to start from. Raises ConfigError where neither
+    is known."""
     if name is not None or start_from is None:
         return load_recipe(name or "tiny-dspark", overrides)
     written = read_provenance(start_from).get("recipe")
@@ -72,10 +76,11 @@ def run_specialise(
     keep_secrets: bool = False,
     say: Callable[[str], None] = print,
 ) -> Specialised:
-    """Traces, answers of the target's own where they are asked for, features, a drafter, and both evaluations, all in `out`.
+    """Traces, answers of the target's own where they are asked for, features, a drafter, and both
+    evaluations, all in `out`.
 
-    An interrupted run goes on where it was. Held-out conversations are neither trained on nor validated with. Raises
-    DataError when too little is held out to evaluate on.
+    An interrupted run goes on where it was. Held-out conversations are neither trained on nor validated with.
+    Raises DataError when too little is held out to evaluate on.
     """
     make_folder(out)
     traces = out / "traces"
@@ -101,16 +106,23 @@ def run_specialise(
     features, run = out / "features", out / "drafter"
     trained = stages.run_train(target, tokenizer, recipe, features, run, lambda: target, start_from)
     say(f"{trained.steps} steps in {trained.seconds:.0f} s")
-    before = stages.evaluate_prompts(target, recipe, start_from, prompts, out / "before") if start_from else []
+    before = (
+        stages.evaluate_prompts(target, recipe, start_from, prompts, out / "before") if start_from else []
+    )
     after = stages.evaluate_prompts(target, recipe, out / "drafter" / "best", prompts, out / "after")
     found = Specialised(tuple(before), tuple(after))
-    write_text(out / "specialised.json", as_json({"rows": found.rows(), "recipe": dump_recipe(recipe)}, indent=1) + "\n")
+    write_text(
+        out / "specialised.json",
+        as_json({"rows": found.rows(), "recipe": dump_recipe(recipe)}, indent=1) + "\n",
+    )
     return found
 
 
 def print_specialised(found: Specialised, console: Console | None = None) -> None:
     """The table before and after, by temperature and domain."""
-    table = Table(title="held-out conversations: accepted length (95 %), speed over plain decoding", box=box.SIMPLE_HEAD)
+    table = Table(
+        title="held-out conversations: accepted length (95 %), speed over plain decoding", box=box.SIMPLE_HEAD
+    )
     for column in ("T", "domain", "prompts", "before", "after", "speed before", "speed after"):
         table.add_column(column, justify="left" if column == "domain" else "right")
     for row in found.rows():

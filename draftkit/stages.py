@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.answers import Answers
@@ -33,7 +40,14 @@ from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
 from draftkit.data.traces import domain_of
 from draftkit.draft.algorithms import algorithm_named
-from draftkit.draft.checkpoint import WEIGHTS, load_drafter, new_drafter, open_drafter, read_provenance, save_drafter
+from draftkit.draft.checkpoint import (
+    WEIGHTS,
+    load_drafter,
+    new_drafter,
+    open_drafter,
+    read_provenance,
+    save_drafter,
+)
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.draft.families import block_shape, style_of
 from draftkit.draft.warm_start import CapturedText
@@ -84,19 +98,23 @@ def open_target(recipe: Recipe, device: str | None = None) -> tuple[Transformers
 
 
 def prompt_format(recipe: Recipe, tokenizer: Any, today: str | None = None) -> TemplateFormat:
-    """How the recipe's target is shown conversations, all on one day: `today`, that of an earlier part of the run, or the
-    clock's.
+    """How the recipe's target is shown conversations, all on one day: `today`, that of an earlier part of the
+    run, or the clock's.
 
     Raises ConfigError for template switches that the chat template does not know.
     """
-    return TemplateFormat(tokenizer, recipe.target.template_switches, date.fromisoformat(today) if today else date.today())
+    return TemplateFormat(
+        tokenizer, recipe.target.template_switches, date.fromisoformat(today) if today else date.today()
+    )
 
 
 def read_target(recipe: Recipe) -> tuple[TargetFiles, Any]:
     """What the files of the recipe's target say, and its tokenizer; the model is not loaded."""
     section = recipe.target
     algorithm_named(recipe.drafter.algorithm)
-    return TargetFiles(section.path, section.revision, section.dtype), load_tokenizer(section.path, section.revision)
+    return TargetFiles(section.path, section.revision, section.dtype), load_tokenizer(
+        section.path, section.revision
+    )
 
 
 def run_generate(
@@ -110,7 +128,9 @@ def run_generate(
     """Stage 1: the target answers the prompts, by `answers` where they are at hand."""
     shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, recipe.generate)
-    return _generate(answers or answerer(target, recipe.generate.batch_size), shown, recipe, prompts, out, about)
+    return _generate(
+        answers or answerer(target, recipe.generate.batch_size), shown, recipe, prompts, out, about
+    )
 
 
 def run_generate_by_servers(
@@ -143,7 +163,9 @@ def _generate(
         def tick(conversations: int, tokens: int) -> None:
             nonlocal made
             made += tokens
-            bar.update(task, advance=conversations, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s")
+            bar.update(
+                task, advance=conversations, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s"
+            )
 
         return generate_file(answers, shown, prompts, out, recipe.generate, about, tick)
 
@@ -151,14 +173,18 @@ def _generate(
 def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
     """The target layers that the drafter listens to."""
     chosen = recipe.drafter.feature_layers
-    return tuple(chosen) if chosen else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
+    return (
+        tuple(chosen)
+        if chosen
+        else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
+    )
 
 
 def answers_of(
     recipe: Recipe, tokenizer: Any, paths: Sequence[Path], skipped: SkippedRows | None = None
 ) -> Iterator[Conversation]:
-    """The conversations of some files, records of `generate` among them. Raises DataError for records that were made with
-    another template, tokenizer or other template switches than the recipe has."""
+    """The conversations of some files, records of `generate` among them. Raises DataError for records that
+    were made with another template, tokenizer or other template switches than the recipe has."""
     shown = prompt_format(recipe, tokenizer)
     for path in paths:
         check_rendered_as(path, shown)
@@ -188,7 +214,8 @@ def run_capture(
 def drafter_config(
     recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
 ) -> DrafterShape:
-    """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in `store` does not use."""
+    """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in
+    `store` does not use."""
     section, text = recipe.drafter, target.text_config
     algorithm = algorithm_named(section.algorithm)
     automatic = algorithm.style or style_of(target.info.family)
@@ -220,16 +247,20 @@ def run_train(
     model: Callable[[], Target] | None = None,
     start_from: Path | None = None,
 ) -> TrainReport:
-    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and tokenizer.
+    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and
+    tokenizer.
 
-    Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it, null loads it then.
-    Where several processes train together there are no such answers, and none of them loads it. `start_from` is the folder
-    of a drafter that goes on; it must be of this target and of the recipe's shape.
+    Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it,
+    null loads it then. Where several processes train together there are no such answers, and none of them
+    loads it. `start_from` is the folder of a drafter that goes on; it must be of this target and of the
+    recipe's shape.
     """
     store = FeatureStore(features)
     layers = feature_layers(recipe, target)
     switches = recipe.target.template_switches
-    store.check_matches(target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches)
+    store.check_matches(
+        target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches
+    )
     if start_from is None:
         drafter = new_drafter_for(recipe, target, tokenizer, store)
         start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
@@ -256,7 +287,17 @@ def run_train(
 
         load = model or (lambda: open_target(recipe)[0])
         return trainer.train(
-            store, drafter, load, out, recipe.train, provenance, world, show, note_recipe, start, start_from is not None
+            store,
+            drafter,
+            load,
+            out,
+            recipe.train,
+            provenance,
+            world,
+            show,
+            note_recipe,
+            start,
+            start_from is not None,
         )
 
 
@@ -270,12 +311,16 @@ def new_drafter_for(
     torch.manual_seed(recipe.train.seed)
     config, ids_W = drafter_config(recipe, target, tokenizer, store), None
     if config.draft_vocab_size and store is not None:
-        ids_W = choose_draft_vocabulary(count_answer_tokens(store, config.vocab_size), config.draft_vocab_size)
+        ids_W = choose_draft_vocabulary(
+            count_answer_tokens(store, config.vocab_size), config.draft_vocab_size
+        )
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
     if recipe.drafter.start == "target":
         start = algorithm_named(recipe.drafter.algorithm).start
         if start is None:
-            raise ConfigError(f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random")
+            raise ConfigError(
+                f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random"
+            )
         text = _some_text(store) if store is not None else None
         start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
     return drafter
@@ -286,14 +331,16 @@ def drafter_to_continue(
 ) -> Drafter:
     """A drafter that was trained before, in float32, ready to learn on.
 
-    Raises CheckpointError when it was made for another target, ConfigError that names the field in which the recipe's shape
-    differs from its own, or the template switches it was trained with.
+    Raises CheckpointError when it was made for another target, ConfigError that names the field in which the
+    recipe's shape differs from its own, or the template switches it was trained with.
     """
     check_drafter_switches(recipe, folder)
     drafter = open_drafter(folder, target, DTYPES["float32"])
     shape = drafter_config(recipe, target, tokenizer, store)
     if type(drafter.config) is not type(shape):
-        raise ConfigError(f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe")
+        raise ConfigError(
+            f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe"
+        )
     free = {"max_length"} if recipe.drafter.mask_token_id is not None else {"max_length", "mask_token_id"}
     wanted = asdict(shape)
     for name, value in asdict(drafter.config).items():
@@ -321,9 +368,11 @@ def _some_text(store: FeatureStore) -> CapturedText:
 def run_export(
     folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool, rows: bool = False
 ) -> int:
-    """Write a drafter's folder again, in another form or dtype, with or without the target's weights; bytes of weights.
+    """Write a drafter's folder again, in another form or dtype, with or without the target's weights; bytes
+    of weights.
 
-    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, or one folder for both.
+    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, or one folder for
+    both.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: is not known, choose one of {', '.join(DTYPES)}")
@@ -341,7 +390,8 @@ def run_export(
 
 
 def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:
-    """The first prompts of every domain, rendered; of a conversation the first turn only, and the table says so."""
+    """The first prompts of every domain, rendered; of a conversation the first turn only, and the table says
+    so."""
     chosen: list[EvalPrompt] = []
     counts: dict[str, int] = {}
     for p in prompts:
@@ -356,8 +406,9 @@ def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain
 def every_turn(
     shown: PromptFormat, conversations: Iterable[Conversation], per_domain: int, room: int
 ) -> list[EvalPrompt]:
-    """The prompt before every answer of recorded conversations, the first of each domain; domains are those of the answers.
-    Prompts of more than `room` tokens are left out, and conversations whose answers cannot be found."""
+    """The prompt before every answer of recorded conversations, the first of each domain; domains are those
+    of the answers. Prompts of more than `room` tokens are left out, and conversations whose answers cannot be
+    found."""
     chosen: list[EvalPrompt] = []
     counts: dict[str, int] = {}
     for conversation in conversations:
@@ -379,7 +430,8 @@ def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
     trained = read_provenance(drafter).get("template_switches")
     if trained is not None and trained != recipe.target.template_switches:
         raise ConfigError(
-            f"{drafter}: was trained with template switches {trained}, the recipe has {recipe.target.template_switches}; "
+            f"{drafter}: was trained with template switches {trained}, the recipe has "
+            f"{recipe.target.template_switches}; "
             "give the same in target.template_switches"
         )
 
@@ -396,8 +448,8 @@ def run_evaluate(
 ) -> list[EvalResult]:
     """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain.
 
-    Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings and machine, is
-    kept, and a line on standard error says so.
+    Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings
+    and machine, is kept, and a line on standard error says so.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -432,7 +484,8 @@ def evaluate_prompts(
 
 
 def _kept_result(path: Path, made_from: str) -> EvalResult | None:
-    """The result that an earlier run left, if it is of the same evaluation; another one will be written over."""
+    """The result that an earlier run left, if it is of the same evaluation; another one will be written
+    over."""
     if not path.exists():
         return None
     result = EvalResult.load(path)

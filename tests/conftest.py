@@ -7,7 +7,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):  # the same tests everywhere; checks/gpu.py is for a GPU
+# the same tests everywhere; checks/gpu.py is for a GPU
+if not os.environ.setdefault("CUDA_VISIBLE_DEVICES", ""):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, slowly
 
 from pathlib import Path
@@ -38,5 +39,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Say what a run with `-m "not slow"` left out, so that nobody takes it for all tests."""
     if config.option.markexpr != "not slow":
         return
-    slow = sum(path.read_text("utf-8").count("pytest.mark.slow") for path in Path(__file__).parent.glob("test_*.py"))
+    slow = sum(
+        path.read_text("utf-8").count("pytest.mark.slow") for path in Path(__file__).parent.glob("test_*.py")
+    )
     terminalreporter.write_line(f"left out: {slow} slow tests or groups of tests, which `make check` runs")

@@ -1,4 +1,5 @@
-"""The table of algorithms: every row is whole, and one file and one row add a kind of drafter to all of draftkit."""
+"""The table of algorithms: every row is whole, and one file and one row add a kind of drafter to all of
+draftkit."""
 
 from __future__ import annotations
 
@@ -35,21 +36,33 @@ def test_an_unknown_algorithm_is_answered_with_the_known_ones_before_the_target_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stages, "load_target", None)
-    with pytest.raises(ConfigError, match=r"drafter\.algorithm: 'medusa' is not known, choose one of dspark, dflash, eagle3"):
+    with pytest.raises(
+        ConfigError, match=r"drafter\.algorithm: 'medusa' is not known, choose one of dspark, dflash, eagle3"
+    ):
         stages.open_target(load_recipe("tiny-dspark", ["drafter.algorithm=medusa"]))
 
 
 def test_one_file_and_one_row_add_an_algorithm(
     target: TransformersTarget, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trained from a recipe, written, read, evaluated, and served beside others, with the target's own greedy answers."""
+    """Trained from a recipe, written, read, evaluated, and served beside others, with the target's own greedy
+    answers."""
     monkeypatch.setitem(ALGORITHMS, "average", ROW)
-    small_run = [f"target.path={target_folder}", "drafter.block_size=3", "drafter.num_features=2", "train.steps=30"]
+    small_run = [
+        f"target.path={target_folder}",
+        "drafter.block_size=3",
+        "drafter.num_features=2",
+        "train.steps=30",
+    ]
     small_run += ["train.batch_size=4", "train.anchors=8", "train.validation_share=0.3", "train.lr=1e-2"]
     recipe = load_recipe("tiny-dspark", ["drafter.algorithm=average", "drafter.num_layers=null", *small_run])
     opened, tokenizer = stages.open_target(recipe)
     said = [
-        Conversation(str(i), "code", (Message("user", f"Add {i} and {i}."), Message("assistant", "Step 1: 3 + 4 = 7." * 3)))
+        Conversation(
+            str(i),
+            "code",
+            (Message("user", f"Add {i} and {i}."), Message("assistant", "Step 1: 3 + 4 = 7." * 3)),
+        )
         for i in range(8)
     ]
     stages.run_capture(opened, tokenizer, recipe, said, tmp_path / "features")
@@ -70,7 +83,9 @@ def test_one_file_and_one_row_add_an_algorithm(
     assert not engine._models.drafter._contexts  # type: ignore[union-attr]
 
     prompts = [stages.EvalPrompt(str(i), "code", tuple(p)) for i, p in enumerate(PROMPTS[:3])]
-    found = stages.evaluate(target, drafter, prompts, EvaluateSettings(max_new_tokens=8, speed_prompts=0), Sampling(0.0))
+    found = stages.evaluate(
+        target, drafter, prompts, EvaluateSettings(max_new_tokens=8, speed_prompts=0), Sampling(0.0)
+    )
     assert found.accepted_len["macro"].value >= 1
 
 
@@ -79,10 +94,23 @@ def test_sampled_answers_of_a_drafter_without_a_paged_form_have_the_targets_dist
 ) -> None:
     """The second token of 600 answers at temperature 1, against the distribution itself."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 1,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+    }
     config = ROW.shape(
         load_recipe("tiny-dspark").drafter,
-        shape | {"vocab_size": target.info.vocab_size, "feature_layers": (0, 2), "num_target_layers": 4, "block_size": 3},
+        shape
+        | {
+            "vocab_size": target.info.vocab_size,
+            "feature_layers": (0, 2),
+            "num_target_layers": 4,
+            "block_size": 3,
+        },
         0,
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -91,7 +119,9 @@ def test_sampled_answers_of_a_drafter_without_a_paged_form_have_the_targets_dist
         drafter.lm_head.weight.data.copy_(target.head_weight())
         engine = Engine(target, drafter, small(max_running=32))
         for seed in range(600):
-            engine.add_request(str(seed), [4, 20, 31, 7], SamplingParams(max_tokens=3, temperature=1.0, seed=seed, top_k=3))
+            engine.add_request(
+                str(seed), [4, 20, 31, 7], SamplingParams(max_tokens=3, temperature=1.0, seed=seed, top_k=3)
+            )
         answers = [tokens_of(outputs) for outputs in finish(engine).values()]
     assert engine.metrics.drafted >= 600
     first = max({a[0] for a in answers}, key=[a[0] for a in answers].count)

@@ -1,4 +1,5 @@
-"""Artefacts vouch for themselves: whatever is edited in one, with a value that could be, is found and the file is named."""
+"""Artefacts vouch for themselves: whatever is edited in one, with a value that could be, is found and the
+file is named."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ def store(folder: Path) -> Path:
     tensors |= {"features": torch.ones(6, 4), "last_hidden": torch.ones(6, 2)}
     entries = (SampleEntry("a", "chat", 0, 4), SampleEntry("b", "code", 4, 2))
     shard = write_shard(folder, "shard-00000.safetensors", tensors, entries)
-    hashes = {name: name for name in ("target", "fingerprint", "template_hash", "tokenizer_hash", "conversations_hash")}
+    hashes = {
+        name: name
+        for name in ("target", "fingerprint", "template_hash", "tokenizer_hash", "conversations_hash")
+    }
     made = StoreManifest(**hashes, feature_layers=(1, 2), conversations=2, dtype="float32", hidden_size=2)
     write_manifest(folder, replace(made, shards=(shard,)))
     return folder / "manifest.json"
@@ -42,12 +46,17 @@ def state(folder: Path) -> Path:
 
 
 def calibration(folder: Path) -> Path:
-    save_calibration(Calibration((1.0, 0.5), "d", "10 prompts", 10, (0.1, 0.2), (0.01, 0.02)), folder / "calibration.json")
+    save_calibration(
+        Calibration((1.0, 0.5), "d", "10 prompts", 10, (0.1, 0.2), (0.01, 0.02)), folder / "calibration.json"
+    )
     return folder / "calibration.json"
 
 
 def step_rate(folder: Path) -> Path:
-    save_step_rate(StepRateTable((0, 64), (1, 8), ((0.1, 0.2), (0.2, 0.3)), (1, 4), (0.01, 0.02)), folder / "step_rate.json")
+    save_step_rate(
+        StepRateTable((0, 64), (1, 8), ((0.1, 0.2), (0.2, 0.3)), (1, 4), (0.01, 0.02)),
+        folder / "step_rate.json",
+    )
     return folder / "step_rate.json"
 
 
@@ -111,14 +120,18 @@ WRONG: list[tuple[tuple[Any, ...], Any]] = [
 
 
 @pytest.mark.parametrize(("at", "value"), WRONG, ids=str)
-def test_a_manifest_that_was_sealed_with_nonsense_is_one_line(tmp_path: Path, at: tuple[Any, ...], value: Any) -> None:
+def test_a_manifest_that_was_sealed_with_nonsense_is_one_line(
+    tmp_path: Path, at: tuple[Any, ...], value: Any
+) -> None:
     path = store(tmp_path)
     path.write_text(json.dumps(sealed(put(json.loads(path.read_text()), at, value))))
     with pytest.raises(FeatureStoreError, match=r"manifest\.json: is damaged"):
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{" * 100_000, '{"a":' * 50_000, '{"a": ' + "9" * 5000 + "}", "[1, 2", '"\ud800"', "", "nul"])
+@pytest.mark.parametrize(
+    "text", ["{" * 100_000, '{"a":' * 50_000, '{"a": ' + "9" * 5000 + "}", "[1, 2", '"\ud800"', "", "nul"]
+)
 def test_json_that_python_cannot_hold_is_one_line(tmp_path: Path, text: str) -> None:
     path = tmp_path / "note.json"
     path.write_text(text, errors="surrogatepass")
@@ -176,7 +189,9 @@ def test_every_value_beside_a_drafters_weights_is_covered(drafter: Path, name: s
     ],
     ids=str,
 )
-def test_a_size_that_cannot_be_is_one_line_before_memory_is_used(drafter: Path, changes: dict[str, Any]) -> None:
+def test_a_size_that_cannot_be_is_one_line_before_memory_is_used(
+    drafter: Path, changes: dict[str, Any]
+) -> None:
     (drafter / "draftkit.json").unlink()
     content = json.loads((drafter / "config.json").read_text())
     (drafter / "config.json").write_text(json.dumps(content | changes))

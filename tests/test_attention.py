@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from draftkit.ops import attention, native_training
-from draftkit.ops.attention import BlockPlan, block_attention, flex_block_attention, flex_fits, flex_mask, plan_blocks
+from draftkit.ops.attention import (
+    BlockPlan,
+    block_attention,
+    flex_block_attention,
+    flex_fits,
+    flex_mask,
+    plan_blocks,
+)
 
 GAMMA, KEYS, HEADS, KV_HEADS, SIZE = 3, 40, 4, 2, 8
-# three documents: keys [0, 11), [11, 30), [30, 40); the second is seen through a window, a block of the third sees nothing
+# three documents: keys [0, 11), [11, 30), [30, 40); the second is seen through a window, a block of the third
+# sees nothing
 STARTS = torch.tensor([0, 0, 0, 11, 13, 18, 19, 30, 30])
 STOPS = torch.tensor([2, 7, 11, 14, 17, 22, 30, 30, 38])
 DOCUMENTS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
@@ -32,7 +40,10 @@ def dense(q: Tensor, own_k: Tensor, own_v: Tensor, seen_k: Tensor, seen_v: Tenso
         rows = slice(x * GAMMA, (x + 1) * GAMMA)
         mask[rows, STARTS[x] : STOPS[x]] = True
         mask[rows, KEYS + x * GAMMA : KEYS + (x + 1) * GAMMA] = True
-    k, v = (torch.cat([s, o]).repeat_interleave(HEADS // KV_HEADS, 1) for s, o in ((seen_k, own_k), (seen_v, own_v)))
+    k, v = (
+        torch.cat([s, o]).repeat_interleave(HEADS // KV_HEADS, 1)
+        for s, o in ((seen_k, own_k), (seen_v, own_v))
+    )
     scores = torch.einsum("qnd,knd->nqk", q, k) * scale
     return torch.einsum("nqk,knd->qnd", torch.softmax(scores.masked_fill(~mask, float("-inf")), -1), v)
 
@@ -67,7 +78,9 @@ def test_groups_equal_the_dense_mask_in_values_and_gradients(
         torch.testing.assert_close(mine, autograd, atol=1e-5, rtol=1e-5)
 
 
-def test_groups_stay_within_documents_and_meet_no_key_behind_their_last_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_stay_within_documents_and_meet_no_key_behind_their_last_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(attention, "GROUP_BLOCKS", 3)
     groups = plan().groups
     found = [(g.queries.start, g.queries.stop, g.start, g.stop) for g in groups]
@@ -103,27 +116,41 @@ def test_a_block_of_one_query_may_have_other_numbers_of_own_keys(own: int, way: 
         torch.randn(*s, SIZE, generator=generator).requires_grad_() for s in shapes
     ]
     found = block_attention(
-        q, (own_k, own_v), (seen_k, seen_v), plan_blocks(STARTS, stops, DOCUMENTS, 1, KEYS, SIZE, own=own), 0.5
+        q,
+        (own_k, own_v),
+        (seen_k, seen_v),
+        plan_blocks(STARTS, stops, DOCUMENTS, 1, KEYS, SIZE, own=own),
+        0.5,
     )
     rows = []
     for x in range(blocks):
         part, mine = slice(int(STARTS[x]), int(stops[x])), slice(x * own, (x + 1) * own)
-        k, v = (torch.cat([s[part], o[mine]]).repeat_interleave(2, 1) for s, o in ((seen_k, own_k), (seen_v, own_v)))
-        rows.append(torch.einsum("nk,knd->nd", torch.softmax(0.5 * torch.einsum("nd,knd->nk", q[x], k), -1), v))
+        k, v = (
+            torch.cat([s[part], o[mine]]).repeat_interleave(2, 1)
+            for s, o in ((seen_k, own_k), (seen_v, own_v))
+        )
+        rows.append(
+            torch.einsum("nk,knd->nd", torch.softmax(0.5 * torch.einsum("nd,knd->nk", q[x], k), -1), v)
+        )
     wanted = torch.stack(rows)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for mine, autograd in zip(
-        torch.autograd.grad(found.square().sum(), inputs), torch.autograd.grad(wanted.square().sum(), inputs), strict=True
+        torch.autograd.grad(found.square().sum(), inputs),
+        torch.autograd.grad(wanted.square().sum(), inputs),
+        strict=True,
     ):
         torch.testing.assert_close(mine, autograd, atol=1e-5, rtol=1e-5)
     q, own_k, own_v, seen_k, seen_v = (t.detach() for t in inputs)
-    flexible = flex_block_attention(q, (own_k, own_v), (seen_k, seen_v), flex_mask(STARTS, stops, 1, KEYS, own), 0.5)
+    flexible = flex_block_attention(
+        q, (own_k, own_v), (seen_k, seen_v), flex_mask(STARTS, stops, 1, KEYS, own), 0.5
+    )
     torch.testing.assert_close(flexible, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention_masks_the_same_keys() -> None:
-    """Without a GPU flex_attention runs as plain operations, forward only; the mask is the one its kernels get."""
+    """Without a GPU flex_attention runs as plain operations, forward only; the mask is the one its kernels
+    get."""
     q, own_k, own_v, seen_k, seen_v = inputs = tensors(grad=False)
     mask = flex_mask(STARTS, STOPS, GAMMA, KEYS, GAMMA)
     found = flex_block_attention(q, (own_k, own_v), (seen_k, seen_v), mask, 0.5)
@@ -133,7 +160,9 @@ def test_flex_attention_masks_the_same_keys() -> None:
 def test_flex_attention_is_used_where_its_kernels_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     def with_memory(size: int) -> None:
         monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda device: SimpleNamespace(shared_memory_per_block_optin=size)
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(shared_memory_per_block_optin=size),
         )
 
     cuda = torch.device("cuda")

@@ -47,7 +47,11 @@ def fast() -> Iterator[Server]:
 def test_a_summary_counts_good_requests_only_and_gives_each_token_its_share() -> None:
     good = Record(sent=10.0, first=10.5, done=12.5, prompt_tokens=3, output_tokens=5, gaps=[0.5] * 4)
     bad = Record(sent=10.0, error="503: full")
-    told = summarise([good, bad], 4.0, {"spec_decode_num_drafts_total": 10.0, "spec_decode_num_accepted_tokens_total": 25.0})
+    told = summarise(
+        [good, bad],
+        4.0,
+        {"spec_decode_num_drafts_total": 10.0, "spec_decode_num_accepted_tokens_total": 25.0},
+    )
     assert (told["requests"], told["failed"], told["first_error"]) == (2, 1, "503: full")
     assert told["tokens_per_s"] == 5 / 4 and told["tokens_per_s_per_user"] == 2
     assert told["ttft"]["p50"] == 0.5 and told["inter_token"]["mean"] == 0.5 and told["e2e"]["p99"] == 2.5
@@ -63,7 +67,9 @@ def ask(text: str) -> Record:
 
     async def run() -> Record:
         endpoint = Endpoint("http://x/v1/", None, SETTINGS)
-        endpoint._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: httpx.Response(200, text=text)))
+        endpoint._http = httpx.AsyncClient(
+            transport=httpx.MockTransport(lambda request: httpx.Response(200, text=text))
+        )
         return await endpoint.ask("hello")
 
     return asyncio.run(run())
@@ -71,7 +77,10 @@ def ask(text: str) -> Record:
 
 def test_chunks_of_several_tokens_count_as_tokens_with_or_without_running_usage() -> None:
     def stream(running: bool) -> str:
-        lines = [{"choices": [{"delta": {"content": "ab"}}], "usage": {"completion_tokens": 2 * i}} for i in range(1, 4)]
+        lines = [
+            {"choices": [{"delta": {"content": "ab"}}], "usage": {"completion_tokens": 2 * i}}
+            for i in range(1, 4)
+        ]
         if not running:
             for line in lines:
                 del line["usage"]
@@ -101,7 +110,9 @@ def test_a_usage_with_the_finish_reason_counts_the_chunks_before_it(monkeypatch:
     assert answer.gaps == pytest.approx([0.2 / 11] * 11), "not a few gaps of chunks and many of nothing"
 
 
-def test_the_first_chunk_of_several_tokens_leaves_the_later_gaps_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_chunk_of_several_tokens_leaves_the_later_gaps_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clocked(monkeypatch, 0.0, 1.0, 1.1, 1.3, 1.3)
     lines = [{"choices": [{"delta": {"content": "a"}}], "usage": {"completion_tokens": n}} for n in (3, 4, 5)]
     answer = ask("".join(f"data: {json.dumps(line)}\n\n" for line in lines) + "data: [DONE]\n\n")
@@ -132,20 +143,34 @@ def test_counters_are_read_with_and_without_a_time_and_other_text_is_no_failure(
 
     async def counters(text: str) -> dict[str, float]:
         endpoint = Endpoint("http://x", None, SETTINGS)
-        endpoint._http = httpx.AsyncClient(transport=httpx.MockTransport(lambda request: httpx.Response(200, text=text)))
+        endpoint._http = httpx.AsyncClient(
+            transport=httpx.MockTransport(lambda request: httpx.Response(200, text=text))
+        )
         return await endpoint.counters()
 
     found = {"spec_decode_num_drafts_total": 7.0, "spec_decode_num_draft_tokens_total": 12.0}
     assert asyncio.run(counters("\n".join(lines))) == found
-    for odd in ('a:spec_decode_num_drafts_total{b="c"} oops', "spec_decode_num_drafts_total", "spec_decode_num_ {", "<html>"):
+    for odd in (
+        'a:spec_decode_num_drafts_total{b="c"} oops',
+        "spec_decode_num_drafts_total",
+        "spec_decode_num_ {",
+        "<html>",
+    ):
         assert asyncio.run(counters(odd)) == {}, odd
 
 
-@pytest.mark.parametrize("usage", [*({"completion_tokens": bad} for bad in (None, "9", True, -1, 0.5, [9])), "9", [9]])
+@pytest.mark.parametrize(
+    "usage", [*({"completion_tokens": bad} for bad in (None, "9", True, -1, 0.5, [9])), "9", [9]]
+)
 def test_a_usage_without_a_number_counts_as_none(usage: Any) -> None:
     line = json.dumps({"choices": [{"delta": {"content": "a"}}], "usage": usage})
     answer = ask(f"data: {line}\n\n" * 3 + "data: [DONE]\n\n")
-    assert (answer.error, answer.output_tokens, answer.prompt_tokens, answer.usage_told) == (None, 3, 0, False)
+    assert (answer.error, answer.output_tokens, answer.prompt_tokens, answer.usage_told) == (
+        None,
+        3,
+        0,
+        False,
+    )
     odd = ask('data: {"choices": [7]}\n\ndata: [DONE]\n\n')
     assert odd.error is not None and odd.error.startswith("AttributeError")
 
@@ -185,7 +210,9 @@ def test_closed_loop_measures_what_the_server_does(slow: Server, fast: Server, t
 
 def test_poisson_arrivals_follow_the_seed_and_rate(fast: Server) -> None:
     async def run(seed: int) -> list[Record]:
-        settings = LoadSettings(("a",), requests=12, warmup=0, concurrency=64, rate=20.0, max_tokens=4, seed=seed)
+        settings = LoadSettings(
+            ("a",), requests=12, warmup=0, concurrency=64, rate=20.0, max_tokens=4, seed=seed
+        )
         endpoint = Endpoint(fast.url, None, settings)
         await endpoint.prepare()
         records, _, _ = await run_load(endpoint, settings)
@@ -205,7 +232,9 @@ def test_poisson_arrivals_follow_the_seed_and_rate(fast: Server) -> None:
 
 def test_accepted_length_comes_from_metrics_where_answers_do_not_tell(fast: Server) -> None:
     async def run() -> dict[str, Any]:
-        settings = LoadSettings(("a",), requests=4, warmup=2, max_tokens=31, extra={"return_spec_stats": False})
+        settings = LoadSettings(
+            ("a",), requests=4, warmup=2, max_tokens=31, extra={"return_spec_stats": False}
+        )
         endpoint = Endpoint(fast.url, None, settings)
         await endpoint.prepare()
         told = summarise(*await run_load(endpoint, settings))
@@ -218,8 +247,8 @@ def test_accepted_length_comes_from_metrics_where_answers_do_not_tell(fast: Serv
 
 @contextmanager
 def plain_server(lives: int, cut_off: Container[int] = (), together: int = 1) -> Iterator[str]:
-    """A server without usage that is found `lives` times, then no more. It ends the answers of the numbers in `cut_off`, from 1
-    on, too early, and answers when `together` requests have come."""
+    """A server without usage that is found `lives` times, then no more. It ends the answers of the numbers in
+    `cut_off`, from 1 on, too early, and answers when `together` requests have come."""
     left = iter(range(lives))
     numbers, meeting = itertools.count(1), threading.Barrier(together, timeout=10)
 
@@ -263,18 +292,26 @@ def test_what_was_measured_stays_when_the_server_goes(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "does not answer" in done.stderr
     assert f"no usage from {url}: chunks are counted as tokens" in done.stdout and "TTFT" in done.stdout
     [run] = json.loads((tmp_path / "bench.json").read_text("utf-8"))["runs"]
-    assert (run["concurrency"], run["servers"][0]["output_tokens"], run["servers"][0]["tokens_counted_by"]) == (1, 4, "chunks")
+    assert (
+        run["concurrency"],
+        run["servers"][0]["output_tokens"],
+        run["servers"][0]["tokens_counted_by"],
+    ) == (1, 4, "chunks")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "bench.png"]
 
 
 def test_results_are_written_after_each_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of two servers is gone: the first one's numbers of that level stay too, and JSON shows them."""
+    """The second of two servers is gone: the first one's numbers of that level stay too, and JSON shows
+    them."""
     with plain_server(lives=2) as url, plain_server(lives=1) as other:
         shown: list[dict[str, Any]] = []
         with pytest.raises(ServeError, match="does not answer"):
             run_bench([url, other], [1, 2], SETTINGS, tmp_path, show=shown.append)
     runs = json.loads((tmp_path / "bench.json").read_text("utf-8"))["runs"]
-    assert [len(run["servers"]) for run in runs] == [2, 1] and ["ratios" in run for run in runs] == [True, False]
+    assert [len(run["servers"]) for run in runs] == [2, 1] and ["ratios" in run for run in runs] == [
+        True,
+        False,
+    ]
     assert [one["runs"] for one in shown] == [runs]
 
     def full(self: Path, target: Path) -> Path:
@@ -320,9 +357,13 @@ def test_json_has_no_numbers_that_json_lacks() -> None:
     ],
     ids=str,
 )
-def test_options_that_cannot_work_are_one_line_before_a_server_is_asked(option: tuple[str, str], message: str) -> None:
+def test_options_that_cannot_work_are_one_line_before_a_server_is_asked(
+    option: tuple[str, str], message: str
+) -> None:
     done = bench("--url", "http://127.0.0.1:9", *option)
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    )
 
 
 def test_a_request_that_failed_is_told_below_the_table_and_by_the_exit_code(tmp_path: Path) -> None:
@@ -338,7 +379,8 @@ def test_a_request_that_failed_is_told_below_the_table_and_by_the_exit_code(tmp_
 
 
 def test_with_a_rate_the_server_alone_limits_what_is_in_flight() -> None:
-    """Five arrivals within milliseconds, to a server that answers when all five have come; no sixth is made of them."""
+    """Five arrivals within milliseconds, to a server that answers when all five have come; no sixth is made
+    of them."""
     with plain_server(lives=1, together=5) as url:
         done = bench("--url", url, "--rate", "1000", "--requests", "5", "--json")
     assert done.returncode == 0, done.stderr
@@ -348,7 +390,9 @@ def test_with_a_rate_the_server_alone_limits_what_is_in_flight() -> None:
 
 def test_who_counted_the_tokens_is_told() -> None:
     def counted(*told: bool) -> Any:
-        records = [Record(sent=0.0, first=0.5, done=1.0, output_tokens=2, gaps=[0.5], usage_told=one) for one in told]
+        records = [
+            Record(sent=0.0, first=0.5, done=1.0, output_tokens=2, gaps=[0.5], usage_told=one) for one in told
+        ]
         return summarise(records, 1.0, {})["tokens_counted_by"]
 
     assert [counted(True, True), counted(True, False), counted()] == ["usage", "chunks", None]
@@ -363,7 +407,14 @@ def test_mistakes_are_one_line(fast: Server, tmp_path: Path) -> None:
         LoadSettings(())
     with pytest.raises(ServeError, match=r"every request failed; the first one with 400: .*too large"):
         run_bench([fast.url], [1], LoadSettings(("a",), requests=2, warmup=0, max_tokens=10**6))
-    for wrong in ("http://127.0.0.1:99999", "http://[::", "http://xn--a.com", "127.0.0.1:8000", "ftp://x", "http://"):
+    for wrong in (
+        "http://127.0.0.1:99999",
+        "http://[::",
+        "http://xn--a.com",
+        "127.0.0.1:8000",
+        "ftp://x",
+        "http://",
+    ):
         with pytest.raises(ServeError, match=f"^--url '{re.escape(wrong)}' is no address of a server"):
             run_bench([wrong], [1], SETTINGS)
     for key in ("schl\u00fcssel", "two\nlines"):

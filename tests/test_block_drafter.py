@@ -1,4 +1,5 @@
-"""The block drafter: drafting and training see the same hidden states, and the loss is what the equations say."""
+"""The block drafter: drafting and training see the same hidden states, and the loss is what the equations
+say."""
 
 from __future__ import annotations
 
@@ -55,17 +56,25 @@ def random_batch() -> TrainBatch:
 @pytest.mark.parametrize("layout", ["anchor", "one_plus_n"])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("style", STYLES)
-def test_training_and_drafting_compute_the_same_hidden_states(layout: str, window: int | None, style: str) -> None:
+def test_training_and_drafting_compute_the_same_hidden_states(
+    layout: str, window: int | None, style: str
+) -> None:
     """All anchors at once, against one anchor at a time with an incrementally grown context."""
     shape = {"shared_key_value": True, "rotary_share": 0.25} if style == "gemma4" else {}
-    drafter = drafter_with(layout=layout, head="none", confidence=False, window=window, style=style, **shape).eval()
+    drafter = drafter_with(
+        layout=layout, head="none", confidence=False, window=window, style=style, **shape
+    ).eval()
     batch = random_batch()
     blocks = lay_out(batch, drafter.gamma, window)
     together = drafter._train_hidden(batch, blocks)
     for row, anchor in ((0, 6), (1, 12)):
         context = drafter.new_context()
         for start, end in ((0, 3), (3, anchor + 2)):  # in two pieces, and a little too far
-            drafter.extend(context, batch.features_BTF[row : row + 1, start:end], batch.tokens_BT[row : row + 1, start:end])
+            drafter.extend(
+                context,
+                batch.features_BTF[row : row + 1, start:end],
+                batch.tokens_BT[row : row + 1, start:end],
+            )
         context.crop(anchor)
         with torch.inference_mode():
             alone = drafter._block_hidden(context, batch.tokens_BT[row, anchor : anchor + 1])
@@ -86,7 +95,9 @@ def test_the_proposal_holds_the_very_distribution_that_was_sampled(head: str) ->
     for k in range(4):
         logits = hidden[:, k] @ drafter.lm_head.weight.T
         if drafter.markov_head is not None:
-            row, state = drafter.markov_head.step(hidden[:, k], drafter.markov_head.markov_w1.weight[previous], state)
+            row, state = drafter.markov_head.step(
+                hidden[:, k], drafter.markov_head.markov_w1.weight[previous], state
+            )
             logits = logits + row @ drafter.markov_head.markov_w2.weight.T
         torch.testing.assert_close(proposal.probs_BGV[:, k], torch.softmax(logits / 0.7, -1))
         previous = proposal.tokens_BG[:, k]
@@ -121,8 +132,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_logits_confidence_loss_and_gradients_equal_a_second_implementation(changes: dict[str, object]) -> None:
-    """One block at a time, from the paper's equations, with autograd through whole softmaxes; in packed rows."""
+def test_logits_confidence_loss_and_gradients_equal_a_second_implementation(
+    changes: dict[str, object],
+) -> None:
+    """One block at a time, from the paper's equations, with autograd through whole softmaxes; in packed
+    rows."""
     settings = LossSettings(ce=0.3, tv=0.6, confidence=0.7, decay=3.0)
     drafter = drafter_with(**changes).double().train()
     batch = in_float64(packed_batch(random_batch(), (18, LENGTH)))
@@ -156,7 +170,9 @@ def test_logits_confidence_loss_and_gradients_equal_a_second_implementation(chan
 
 
 def in_float64(batch: TrainBatch) -> TrainBatch:
-    return replace(batch, features_BTF=batch.features_BTF.double(), last_hidden_BTH=batch.last_hidden_BTH.double())
+    return replace(
+        batch, features_BTF=batch.features_BTF.double(), last_hidden_BTH=batch.last_hidden_BTH.double()
+    )
 
 
 @torch.no_grad()
@@ -207,7 +223,8 @@ def test_documents_of_one_row_do_not_see_each_other() -> None:
     wanted = {n: p.grad.clone() for n, p in drafter.named_parameters() if p.grad is not None}
     drafter.zero_grad()
     packed = packed_batch(batch, lengths)
-    packed.loss_mask_BT[0, 18:20] = True  # tokens of the second document that would count, were they of the first
+    # tokens of the second document that would count, were they of the first
+    packed.loss_mask_BT[0, 18:20] = True
     together = drafter.loss(packed, LossSettings())
     together.loss_sum.backward()
     assert together.rows_N.tolist() == apart.rows_N.tolist()
@@ -221,13 +238,16 @@ def test_documents_of_one_row_do_not_see_each_other() -> None:
 def test_only_anchors_with_tokens_that_count_and_tokens_that_are_seen_are_kept() -> None:
     """What is not in the layout costs nothing: neither the backbone nor the head meets it."""
     batch = packed_batch(random_batch(), (18, LENGTH))
-    batch = replace(batch, anchors_BA=torch.tensor([[6, 17, 0, 27, 30, 36]]))  # 17 ends its answer, 0 is padding
+    # 17 ends its answer, 0 is padding
+    batch = replace(batch, anchors_BA=torch.tensor([[6, 17, 0, 27, 30, 36]]))
     layout = lay_out(batch, 4, None)
     assert layout.anchor_X.tolist() == [6, 27, 30, 36]
     assert layout.block_X.tolist() == [0, 3, 4, 5]
-    assert layout.context_C.tolist() == [*range(6), *range(18, 36)]  # the tokens before each document's last anchor
+    # the tokens before each document's last anchor
+    assert layout.context_C.tolist() == [*range(6), *range(18, 36)]
     assert (layout.start_X.tolist(), layout.stop_X.tolist()) == ([0, 6, 6, 6], [6, 15, 18, 24])
-    assert layout.row_N.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]  # the last block has one token left
+    # the last block has one token left
+    assert layout.row_N.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     assert layout.grid_N.tolist() == [0, 1, 2, 3, 12, 13, 14, 15, 16, 17, 18, 19, 20]
     seen = lay_out(batch, 4, 5)
     assert seen.context_C.tolist() == [*range(1, 6), *range(22, 30), *range(31, 36)]
@@ -274,7 +294,9 @@ def test_every_loss_teaches_the_drafter_what_the_target_says(settings: LossSetti
     """Sixty steps on one batch whose target is nearly certain of the tokens that follow."""
     drafter, batch = drafter_with().train(), random_batch()
     following = batch.tokens_BT.roll(-1, 1)
-    sure = replace(batch, last_hidden_BTH=20 * torch.nn.functional.normalize(drafter.lm_head.weight, dim=-1)[following])
+    sure = replace(
+        batch, last_hidden_BTH=20 * torch.nn.functional.normalize(drafter.lm_head.weight, dim=-1)[following]
+    )
     trained = [p for n, p in drafter.named_parameters() if not n.startswith(("embed_tokens", "lm_head"))]
     optimizer = torch.optim.Adam(trained, lr=0.02)
     accepted = []
@@ -315,7 +337,9 @@ def test_a_checkpoint_comes_back_as_it_was(head: str, tmp_path: Path) -> None:
     drafter = drafter_with(head=head, markov_rank=6 if head != "none" else 0, confidence=head != "none")
     save_drafter(drafter, tmp_path, {"target": "x"}, torch.float32)
     again = load_drafter(tmp_path)
-    assert {k: v.tolist() for k, v in again.state_dict().items()} == {k: v.tolist() for k, v in drafter.state_dict().items()}
+    assert {k: v.tolist() for k, v in again.state_dict().items()} == {
+        k: v.tolist() for k, v in drafter.state_dict().items()
+    }
     assert again.config.head == head
     assert again.config.feature_layers == (0, 2)
 
@@ -343,7 +367,10 @@ def test_the_layout_is_the_portable_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t | {"fc.weight": torch.zeros(16, 31)}, r"fc\.weight is \(16, 31\), the configuration says \(16, 32\)"),
+        (
+            lambda t: t | {"fc.weight": torch.zeros(16, 31)},
+            r"fc\.weight is \(16, 31\), the configuration says \(16, 32\)",
+        ),
         (lambda t: {k: v for k, v in t.items() if k != "norm.weight"}, r"missing norm\.weight"),
         (lambda t: t | {"extra.weight": torch.zeros(2)}, r"unknown extra\.weight"),
     ],

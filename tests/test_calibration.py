@@ -1,4 +1,5 @@
-"""Sequential Temperature Scaling finds the temperatures that data were made with; its measures agree with hand counts."""
+"""Sequential Temperature Scaling finds the temperatures that data were made with; its measures agree with
+hand counts."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from draftkit.schedule.calibration import (
 
 
 def overconfident(count: int = 40_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Proposals whose true chances are sigmoid(logit / T) with T = 2.5, 1.6, 0.6: confidences, outcomes, what counts."""
+    """Proposals whose true chances are sigmoid(logit / T) with T = 2.5, 1.6, 0.6: confidences, outcomes, what
+    counts."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(1.0, 2.0, (count, 3))
     truth = 1 / (1 + np.exp(-logits / np.array([2.5, 1.6, 0.6])))
@@ -46,7 +48,10 @@ def test_positions_that_do_not_count_have_no_say() -> None:
     spoiled = kept.copy()
     usable[::2, 1:] = False
     spoiled[~usable] = 1 - spoiled[~usable]
-    assert fit_calibration(confidence, kept, usable).temperatures == fit_calibration(confidence, spoiled, usable).temperatures
+    assert (
+        fit_calibration(confidence, kept, usable).temperatures
+        == fit_calibration(confidence, spoiled, usable).temperatures
+    )
     assert quality_of(confidence, kept, usable) == quality_of(confidence, spoiled, usable)
 
 

@@ -1,4 +1,5 @@
-"""Drafter folders: every form is read as what it is and written as other engines expect it; mistakes are named."""
+"""Drafter folders: every form is read as what it is and written as other engines expect it; mistakes are
+named."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from typer.testing import CliRunner
 from draftkit import cli
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, read_config, read_provenance, save_drafter
+from draftkit.draft.checkpoint import (
+    load_drafter,
+    new_drafter,
+    open_drafter,
+    read_config,
+    read_provenance,
+    save_drafter,
+)
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.errors import CheckpointError, ConfigError
@@ -30,7 +38,12 @@ from support.drafters import EAGLE_CONFIG as EAGLE
 from support.drafters import GEMMA, eagle_for
 from support.traces import made_traces
 
-DFLASH: dict[str, Any] = {"head": "none", "markov_rank": 0, "confidence": False, "confidence_with_markov": False}
+DFLASH: dict[str, Any] = {
+    "head": "none",
+    "markov_rank": 0,
+    "confidence": False,
+    "confidence_with_markov": False,
+}
 SHAPES: dict[str, DrafterShape] = {
     "dspark": BLOCK,
     "gated": replace(BLOCK, head="gated", confidence_with_markov=False),
@@ -75,7 +88,9 @@ def edit(folder: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("lend", [False, True], ids=["whole", "borrowed"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_drafter_comes_back_as_it_was(name: str, lend: bool, target: TransformersTarget, tmp_path: Path) -> None:
+def test_every_drafter_comes_back_as_it_was(
+    name: str, lend: bool, target: TransformersTarget, tmp_path: Path
+) -> None:
     drafter = drafter_for(target, SHAPES[name])
     save_drafter(drafter, tmp_path, {}, torch.float32, lender=target if lend else None)
     names = load_file(tmp_path / "model.safetensors").keys()
@@ -84,13 +99,19 @@ def test_every_drafter_comes_back_as_it_was(name: str, lend: bool, target: Trans
     again = load_drafter(tmp_path, target=target)
     assert again.config == drafter.config
     assert same(again, drafter)
-    if isinstance(again, EagleDrafter) and isinstance(drafter, EagleDrafter) and drafter.draft_ids_W is not None:
+    if (
+        isinstance(again, EagleDrafter)
+        and isinstance(drafter, EagleDrafter)
+        and drafter.draft_ids_W is not None
+    ):
         assert torch.equal(again.draft_ids_W, drafter.draft_ids_W)  # type: ignore[arg-type]
 
 
 def test_a_folder_without_embedding_needs_its_target(target: TransformersTarget, tmp_path: Path) -> None:
     save_drafter(drafter_for(target, BLOCK), tmp_path, {}, torch.float32, lender=target)
-    with pytest.raises(CheckpointError, match=r"no embed_tokens\.weight, which is its target's; give the target too"):
+    with pytest.raises(
+        CheckpointError, match=r"no embed_tokens\.weight, which is its target's; give the target too"
+    ):
         load_drafter(tmp_path)
     other = drafter_for(target, BLOCK)
     other.lm_head.weight.data[0, 0] += 1
@@ -102,12 +123,15 @@ def test_a_folder_without_embedding_needs_its_target(target: TransformersTarget,
 def test_embedding_and_head_of_an_opened_drafter_are_the_targets_tensors(
     lend: bool, target: TransformersTarget, tmp_path: Path
 ) -> None:
-    save_drafter(drafter_for(target, BLOCK).double(), tmp_path, {}, torch.float64, lender=target if lend else None)
+    save_drafter(
+        drafter_for(target, BLOCK).double(), tmp_path, {}, torch.float64, lender=target if lend else None
+    )
     drafter = open_drafter(tmp_path, target)
     assert drafter.embed_tokens.weight.data_ptr() == target.embedding_weight().data_ptr()
     assert drafter.lm_head.weight.data_ptr() == target.head_weight().data_ptr()
     drafter.to(torch.bfloat16)
-    assert target.head_weight().dtype == torch.float64  # the drafter's own parameter was moved, not the target's
+    # the drafter's own parameter was moved, not the target's
+    assert target.head_weight().dtype == torch.float64
 
 
 def test_zlabs_dflash_is_written_as_their_loaders_expect(target: TransformersTarget, tmp_path: Path) -> None:
@@ -115,7 +139,10 @@ def test_zlabs_dflash_is_written_as_their_loaders_expect(target: TransformersTar
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["architectures"] == ["DFlashDraftModel"]
     assert fields["model_type"] == "qwen3"
-    assert (fields["block_size"], fields["dflash_config"]) == (4, {"mask_token_id": 3, "target_layer_ids": [0, 2]})
+    assert (fields["block_size"], fields["dflash_config"]) == (
+        4,
+        {"mask_token_id": 3, "target_layer_ids": [0, 2]},
+    )
     shapes = {k: tuple(v.shape) for k, v in load_file(tmp_path / "model.safetensors").items()}
     assert "embed_tokens.weight" not in shapes
     assert shapes["fc.weight"] == (32, 64)
@@ -127,13 +154,23 @@ def test_gemma4_folders_have_the_fields_of_their_family(target: TransformersTarg
     save_drafter(drafter, tmp_path, {}, torch.float32)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert (fields["architectures"], fields["model_type"]) == (["Gemma4DSparkModel"], "gemma4_text")
-    assert (fields["global_head_dim"], fields["num_global_key_value_heads"], fields["attention_k_eq_v"]) == (8, 2, True)
+    assert (fields["global_head_dim"], fields["num_global_key_value_heads"], fields["attention_k_eq_v"]) == (
+        8,
+        2,
+        True,
+    )
     rope = {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 10_000.0}
     assert fields["rope_parameters"]["full_attention"] == rope
     assert fields["final_logit_softcapping"] == 5.0
     assert not {"layers.0.self_attn.v_proj.weight"} & load_file(tmp_path / "model.safetensors").keys()
     wide = {"head_dim": 8, "num_key_value_heads": 2}  # as newer Transformers write it
-    edit(tmp_path, global_head_dim=None, num_global_key_value_heads=None, head_dim=4, per_layer_config={"0": wide})
+    edit(
+        tmp_path,
+        global_head_dim=None,
+        num_global_key_value_heads=None,
+        head_dim=4,
+        per_layer_config={"0": wide},
+    )
     assert read_config(tmp_path) == drafter.config
 
 
@@ -149,7 +186,9 @@ def test_zlabs_nested_block_size_is_read(target: TransformersTarget, tmp_path: P
         load_drafter(tmp_path, target=target)
 
 
-def test_portable_eagle3_has_the_layer_ids_of_every_engine(target: TransformersTarget, tmp_path: Path) -> None:
+def test_portable_eagle3_has_the_layer_ids_of_every_engine(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
     save_drafter(drafter_for(target, SHAPES["eagle3 reduced"]), tmp_path, {}, torch.bfloat16)
     fields = json.loads((tmp_path / "config.json").read_text())
     assert fields["architectures"] == ["LlamaForCausalLMEagle3"]
@@ -167,10 +206,14 @@ def test_portable_eagle3_has_the_layer_ids_of_every_engine(target: TransformersT
     assert not [n for n in tensors if "q_norm" in n or n.startswith("model.")]
 
 
-def test_eagle3_with_norms_is_vllms_class_and_deepspecs_on_request(target: TransformersTarget, tmp_path: Path) -> None:
+def test_eagle3_with_norms_is_vllms_class_and_deepspecs_on_request(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
     drafter = drafter_for(target, SHAPES["eagle3 with norms"])
     save_drafter(drafter, tmp_path / "a", {}, torch.float32)
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["architectures"] == ["Eagle3Qwen3ForCausalLM"]
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["architectures"] == [
+        "Eagle3Qwen3ForCausalLM"
+    ]
     save_drafter(drafter, tmp_path / "b", {}, torch.float32, form="deepspec")
     fields = json.loads((tmp_path / "b" / "config.json").read_text())
     assert fields["architectures"] == ["Qwen3Eagle3Model"]
@@ -186,9 +229,15 @@ def test_a_reduced_block_drafter_is_what_vllm_reads_and_no_other_form_takes_it(
 ) -> None:
     drafter = drafter_for(target, SHAPES["dspark reduced"])
     save_drafter(drafter, tmp_path, {}, torch.float32)
-    fields, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
+    fields, tensors = (
+        json.loads((tmp_path / "config.json").read_text()),
+        load_file(tmp_path / "model.safetensors"),
+    )
     assert (fields["architectures"], fields["draft_vocab_size"]) == (["Qwen3DSparkModel"], 12)
-    assert tensors["lm_head.weight"].shape == (12, 32) and tensors["markov_head.markov_w2.weight"].shape == (12, 6)
+    assert tensors["lm_head.weight"].shape == (12, 32) and tensors["markov_head.markov_w2.weight"].shape == (
+        12,
+        6,
+    )
     assert tensors["markov_head.markov_w1.weight"].shape == (target.info.vocab_size, 6)
     assert (tensors["d2t"] + torch.arange(12)).tolist() == list(range(1, 36, 3))
     with pytest.raises(CheckpointError, match="DeepSpec drafts from the whole vocabulary"):
@@ -197,11 +246,15 @@ def test_a_reduced_block_drafter_is_what_vllm_reads_and_no_other_form_takes_it(
         replace(BLOCK, **GEMMA, draft_vocab_size=12)
     one_plus_n = drafter_for(target, replace(BLOCK, **DFLASH, layout="one_plus_n", draft_vocab_size=12))
     save_drafter(one_plus_n, tmp_path / "dflash", {}, torch.float32)  # z-lab's form has no head of its own
-    assert json.loads((tmp_path / "dflash" / "config.json").read_text())["architectures"] == ["Qwen3DSparkModel"]
+    assert json.loads((tmp_path / "dflash" / "config.json").read_text())["architectures"] == [
+        "Qwen3DSparkModel"
+    ]
 
 
 @pytest.mark.parametrize("name", ["eagle3", "eagle3 reduced", "dspark reduced", "dflash 1+N"])
-def test_a_form_that_cannot_hold_the_drafter_says_so(name: str, target: TransformersTarget, tmp_path: Path) -> None:
+def test_a_form_that_cannot_hold_the_drafter_says_so(
+    name: str, target: TransformersTarget, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match="DeepSpec"):
         save_drafter(drafter_for(target, SHAPES[name]), tmp_path, {}, torch.float32, form="deepspec")
     with pytest.raises(CheckpointError, match="choose one of portable, deepspec"):
@@ -225,7 +278,9 @@ def test_eagle3_layers_come_from_wherever_they_are_named(target: TransformersTar
 def test_layer_names_of_both_kinds_and_shards_are_read(target: TransformersTarget, tmp_path: Path) -> None:
     drafter = drafter_for(target, SHAPES["eagle3 reduced"])
     save_drafter(drafter, tmp_path, {}, torch.float32)
-    tensors = {k.replace("midlayer.", "layers.0."): v for k, v in load_file(tmp_path / "model.safetensors").items()}
+    tensors = {
+        k.replace("midlayer.", "layers.0."): v for k, v in load_file(tmp_path / "model.safetensors").items()
+    }
     (tmp_path / "model.safetensors").unlink()
     halves = [dict(list(tensors.items())[:5]), dict(list(tensors.items())[5:])]
     files = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -238,7 +293,9 @@ def test_layer_names_of_both_kinds_and_shards_are_read(target: TransformersTarge
     with pytest.raises(CheckpointError, match=f"the shards lack {next(iter(halves[1]))}"):
         load_drafter(tmp_path)
     (tmp_path / files[0]).unlink()
-    with pytest.raises(CheckpointError, match=r"names model-00001-of-00002\.safetensors, which is not in the folder"):
+    with pytest.raises(
+        CheckpointError, match=r"names model-00001-of-00002\.safetensors, which is not in the folder"
+    ):
         load_drafter(tmp_path)
 
 
@@ -254,7 +311,10 @@ def test_layer_names_of_both_kinds_and_shards_are_read(target: TransformersTarge
         ({"hidden_size": "big"}, "'hidden_size' is 'big', must be of type int"),
         ({"intermediate_size": None}, "field 'intermediate_size' is missing"),
         ({"eagle_aux_hidden_state_layer_ids": ["1"]}, "must be a list of integers"),
-        ({"architectures": ["LlamaForCausalLM"]}, "architecture LlamaForCausalLM is not known; known are Qwen3DSparkModel"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "architecture LlamaForCausalLM is not known; known are Qwen3DSparkModel",
+        ),
         ({"speculators_model_type": "eagle3"}, "the speculators form is not known"),
         ({"num_hidden_layers": 2}, "1 layer"),
         ({"draft_vocab_size": 13}, r"d2t is \(12,\); draft_vocab_size 13"),
@@ -275,7 +335,10 @@ def test_what_is_wrong_in_a_folder_is_named(
     [
         ({"mask_token_id": 10**6}, r"mask_token_id: 1000000 must lie between 0 and the target's \d+$"),
         ({"mask_token_id": -1}, "mask_token_id: -1 must lie"),
-        ({"target_layer_ids": [0, 3]}, r"feature_layers: \[0, 3\] must be ascending and distinct, from 0 to 2"),
+        (
+            {"target_layer_ids": [0, 3]},
+            r"feature_layers: \[0, 3\] must be ascending and distinct, from 0 to 2",
+        ),
         ({"target_layer_ids": [-1, 2]}, r"feature_layers: \[-1, 2\]"),
         ({"num_key_value_heads": 0}, "num_kv_heads: 0 must be 1 or more"),
     ],
@@ -296,7 +359,10 @@ def test_missing_unknown_and_pickled_weights_are_named(target: TransformersTarge
     path, tensors = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
     for changed, message in (
         ({k: v for k, v in tensors.items() if k != "d2t"}, "d2t is missing"),
-        (tensors | {"midlayer.self_attn.q_norm.weight": torch.ones(8)}, r"unknown midlayer\.self_attn\.q_norm\.weight"),
+        (
+            tensors | {"midlayer.self_attn.q_norm.weight": torch.ones(8)},
+            r"unknown midlayer\.self_attn\.q_norm\.weight",
+        ),
         ({k: v for k, v in tensors.items() if k != "norm.weight"}, r"missing norm\.weight"),
         (tensors | {"d2t": tensors["d2t"] + 10**6}, "distinct and within"),
     ):
@@ -313,7 +379,9 @@ def test_missing_unknown_and_pickled_weights_are_named(target: TransformersTarge
         load_drafter(tmp_path)
 
 
-def test_a_head_that_is_not_the_targets_is_trained_against_the_targets(target: TransformersTarget, tmp_path: Path) -> None:
+def test_a_head_that_is_not_the_targets_is_trained_against_the_targets(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
     drafter = drafter_for(target, EAGLE)
     save_drafter(drafter, tmp_path / "same", {}, torch.float32)
     drafter.lm_head.weight.data[0, 0] += 1
@@ -325,7 +393,9 @@ def test_a_head_that_is_not_the_targets_is_trained_against_the_targets(target: T
     assert torch.equal(other.target_head_VH, target.head_weight().float())
 
 
-def test_a_drafter_drafts_the_same_after_a_trip_through_its_folder(target: TransformersTarget, tmp_path: Path) -> None:
+def test_a_drafter_drafts_the_same_after_a_trip_through_its_folder(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
     drafter = eagle_for(target, draft_vocab_size=100)
     save_drafter(drafter, tmp_path, {}, torch.float64, lender=target)
     again = load_drafter(tmp_path, torch.float64, target)
@@ -335,7 +405,9 @@ def test_a_drafter_drafts_the_same_after_a_trip_through_its_folder(target: Trans
         assert one.tokens == other.tokens
 
 
-def test_weights_with_a_flipped_bit_are_refused_by_their_sha256(target: TransformersTarget, tmp_path: Path) -> None:
+def test_weights_with_a_flipped_bit_are_refused_by_their_sha256(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
     drafter = drafter_for(target, SHAPES["eagle3"])
     save_drafter(drafter, tmp_path, {}, torch.float32)
     weights, good = tmp_path / "model.safetensors", (tmp_path / "model.safetensors").read_bytes()
@@ -349,49 +421,67 @@ def test_weights_with_a_flipped_bit_are_refused_by_their_sha256(target: Transfor
 
 
 def test_provenance_is_json_also_when_a_number_is_none(target: TransformersTarget, tmp_path: Path) -> None:
-    save_drafter(drafter_for(target, BLOCK), tmp_path, {"validation": {"decoded": float("nan")}}, torch.float32)
+    save_drafter(
+        drafter_for(target, BLOCK), tmp_path, {"validation": {"decoded": float("nan")}}, torch.float32
+    )
     assert "NaN" not in (tmp_path / "draftkit.json").read_text()
     assert read_provenance(tmp_path)["validation"] == {"decoded": None}
 
 
-def test_a_disk_that_does_not_take_a_file_is_one_line_with_its_name(target: TransformersTarget, tmp_path: Path) -> None:
+def test_a_disk_that_does_not_take_a_file_is_one_line_with_its_name(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
     """A limit on the size of files is to a writer what a full disk is."""
     drafter, traces = drafter_for(target, BLOCK), made_traces()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for name, write in (
         ("model.safetensors.partial", lambda: save_drafter(drafter, tmp_path, {}, torch.float32)),
-        ("state.new/state.safetensors", lambda: write_folder(tmp_path / "state", {"x": torch.zeros(10_000)}, {})),
+        (
+            "state.new/state.safetensors",
+            lambda: write_folder(tmp_path / "state", {"x": torch.zeros(10_000)}, {}),
+        ),
         ("traces.partial", lambda: save_traces(traces, tmp_path / "traces")),
         ("text", lambda: write_text(tmp_path / "text", "x" * 10_000)),
     ):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
         try:
-            with pytest.raises(OSError, match=rf"^{tmp_path / name}: cannot be written \(.*; make room") as caught:
+            with pytest.raises(
+                OSError, match=rf"^{tmp_path / name}: cannot be written \(.*; make room"
+            ) as caught:
                 write()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_export_writes_another_form_dtype_and_size(target_folder: Path, target: TransformersTarget, tmp_path: Path) -> None:
+def test_export_writes_another_form_dtype_and_size(
+    target_folder: Path, target: TransformersTarget, tmp_path: Path
+) -> None:
     drafter = drafter_for(target, SHAPES["eagle3 with norms"])
     save_drafter(drafter, tmp_path / "a", {"target_fingerprint": target.info.fingerprint}, torch.float32)
     save_drafter(drafter, tmp_path / "b16", {}, torch.bfloat16)
     runner, base = CliRunner(), ["export", "-d", str(tmp_path / "a")]
-    done = runner.invoke(cli.app, [*base, "-o", str(tmp_path / "b"), "--form", "deepspec", "--dtype", "float32"])
+    done = runner.invoke(
+        cli.app, [*base, "-o", str(tmp_path / "b"), "--form", "deepspec", "--dtype", "float32"]
+    )
     assert done.exit_code == 0, done.output
     assert same(load_drafter(tmp_path / "b"), drafter)
-    done = runner.invoke(cli.app, [*base, "-o", str(tmp_path / "c"), "--target", str(target_folder), "--borrow"])
+    done = runner.invoke(
+        cli.app, [*base, "-o", str(tmp_path / "c"), "--target", str(target_folder), "--borrow"]
+    )
     assert done.exit_code == 0, done.output
     tensors = load_file(tmp_path / "c" / "model.safetensors")
     assert not {"embed_tokens.weight", "lm_head.weight"} & tensors.keys()
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     note = json.loads((tmp_path / "c" / "draftkit.json").read_text())
     assert (note["algorithm"], note["target_fingerprint"]) == ("eagle3", target.info.fingerprint)
-    lent = ["--target", str(target_folder), "--borrow", "--dtype", "float32"]  # a target of more bits than the drafter saved
+    # a target of more bits than the drafter saved
+    lent = ["--target", str(target_folder), "--borrow", "--dtype", "float32"]
     again = runner.invoke(cli.app, ["export", "-d", str(tmp_path / "b16"), "-o", str(tmp_path / "e"), *lent])
     assert again.exit_code == 0, again.output or again.exception
-    assert not {"embed_tokens.weight", "lm_head.weight"} & load_file(tmp_path / "e" / "model.safetensors").keys()
+    assert (
+        not {"embed_tokens.weight", "lm_head.weight"} & load_file(tmp_path / "e" / "model.safetensors").keys()
+    )
     for arguments, message in (
         (["-o", str(tmp_path / "a")], "the drafter's own folder"),
         (["-o", str(tmp_path / "d"), "--borrow"], "needs the --target"),

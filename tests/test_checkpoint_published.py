@@ -52,13 +52,22 @@ GEMMA4_12B = {
     "num_target_layers": 48,
     "rms_norm_eps": 1e-06,
     "rope_parameters": {
-        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "full_attention": {
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 1000000.0,
+            "rope_type": "proportional",
+        },
         "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
     },
     "vocab_size": 262144,
 }
 QWEN_IDS, GEMMA_IDS = [1, 9, 17, 25, 33], [5, 17, 29, 41, 46]
-DSPARK_FIELDS = {"block_size": 7, "enable_confidence_head": True, "confidence_head_with_markov": True, "num_anchors": 512}
+DSPARK_FIELDS = {
+    "block_size": 7,
+    "enable_confidence_head": True,
+    "confidence_head_with_markov": True,
+    "num_anchors": 512,
+}
 MARKOV_FIELDS = {"markov_rank": 256, "markov_head_type": "vanilla"}
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "DeepSpec's DSpark": (
@@ -67,18 +76,37 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | MARKOV_FIELDS
         | {"architectures": ["Qwen3DSparkModel"], "target_layer_ids": QWEN_IDS}
         | {"mask_token_id": 151669, "num_target_layers": 36},
-        {"head": "markov", "layout": "anchor", "gamma": 7, "style": "qwen3", "confidence": True, "head_dim": 128},
+        {
+            "head": "markov",
+            "layout": "anchor",
+            "gamma": 7,
+            "style": "qwen3",
+            "confidence": True,
+            "head_dim": 128,
+        },
     ),
     "DeepSpec's DSpark for Gemma 4": (
         GEMMA4_12B
         | DSPARK_FIELDS
         | MARKOV_FIELDS
         | {"architectures": ["Gemma4DSparkModel"], "target_layer_ids": GEMMA_IDS, "mask_token_id": 4},
-        {"style": "gemma4", "head_dim": 512, "num_kv_heads": 1, "rotary_share": 0.25, "soft_cap": None, "gamma": 7},
+        {
+            "style": "gemma4",
+            "head_dim": 512,
+            "num_kv_heads": 1,
+            "rotary_share": 0.25,
+            "soft_cap": None,
+            "gamma": 7,
+        },
     ),
     "DeepSpec's DFlash": (
         QWEN3_8B
-        | {"architectures": ["Qwen3DSparkModel"], "block_size": 7, "enable_confidence_head": False, "markov_rank": 0}
+        | {
+            "architectures": ["Qwen3DSparkModel"],
+            "block_size": 7,
+            "enable_confidence_head": False,
+            "markov_rank": 0,
+        }
         | {"target_layer_ids": QWEN_IDS, "mask_token_id": 151669, "num_target_layers": 36},
         {"algorithm": "dflash", "head": "none", "layout": "anchor", "gamma": 7},
     ),
@@ -90,21 +118,39 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "DeepSpec's EAGLE-3": (
         QWEN3_8B
-        | {"architectures": ["Qwen3Eagle3Model"], "num_hidden_layers": 1, "num_target_layers": 36, "ttt_length": 7}
+        | {
+            "architectures": ["Qwen3Eagle3Model"],
+            "num_hidden_layers": 1,
+            "num_target_layers": 36,
+            "ttt_length": 7,
+        }
         | {"target_layer_ids": QWEN_IDS, "step_loss_decay": 0.8, "draft_num_hidden_layers": 1},
-        {"algorithm": "eagle3", "style": "qwen3", "gamma": 7, "draft_vocab_size": None, "feature_layers": (1, 9, 17, 25, 33)},
+        {
+            "algorithm": "eagle3",
+            "style": "qwen3",
+            "gamma": 7,
+            "draft_vocab_size": None,
+            "feature_layers": (1, 9, 17, 25, 33),
+        },
     ),
     "the EAGLE authors' form": (
         {k: v for k, v in QWEN3_8B.items() if k not in ("head_dim", "rope_theta")}
         | {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 32000},
-        {"style": "llama", "draft_vocab_size": 32000, "feature_layers": (1, 17, 32), "head_dim": 128, "rope_theta": 10_000.0},
+        {
+            "style": "llama",
+            "draft_vocab_size": 32000,
+            "feature_layers": (1, 17, 32),
+            "head_dim": 128,
+            "rope_theta": 10_000.0,
+        },
     ),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configurations_are_read_without_a_flag(name: str, tmp_path: Path) -> None:
-    """Fields as the published folders have them; the target is asked for its depth where they do not say it."""
+    """Fields as the published folders have them; the target is asked for its depth where they do not say
+    it."""
     fields, wanted = PUBLISHED[name]
     (tmp_path / "config.json").write_text(json.dumps(fields))
     shape = read_config(tmp_path, num_target_layers=36)

@@ -18,11 +18,15 @@ from draftkit.errors import ConfigError, Interrupted
 from draftkit.ops.native_build import library_names
 
 HEAVY = ("torch", "transformers", "draftkit.config", "numpy", "matplotlib", "fastapi", "huggingface_hub")
-COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
+COMMANDS = [
+    command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback
+]
 
 
 def draftkit(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "draftkit.cli", *arguments], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, "-m", "draftkit.cli", *arguments], capture_output=True, text=True, cwd=cwd
+    )
 
 
 def run_main(body: str) -> subprocess.Popen[str]:
@@ -38,7 +42,8 @@ def run_main(body: str) -> subprocess.Popen[str]:
 
 
 def test_help_takes_less_than_half_a_second() -> None:
-    """Processor time of the process: what an idle machine's clock shows, whatever else runs beside the tests."""
+    """Processor time of the process: what an idle machine's clock shows, whatever else runs beside the
+    tests."""
     times = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -199,15 +204,25 @@ def test_compile_builds_everything_once(tmp_path: Path) -> None:
     first = subprocess.run(command, capture_output=True, text=True, env=environment)
     built = sorted(path.name for path in (tmp_path / "draftkit").glob("*.so"))
     assert first.returncode == 0 and [name.split("-")[0] for name in built] == library_names()
-    assert [line.split(":")[0] for line in first.stdout.splitlines()] == library_names() and "not compiled" not in first.stdout
+    assert [
+        line.split(":")[0] for line in first.stdout.splitlines()
+    ] == library_names() and "not compiled" not in first.stdout
     changed = [path.stat().st_mtime_ns for path in sorted((tmp_path / "draftkit").iterdir())]
     subprocess.run(command, check=True, capture_output=True, env=environment)
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "draftkit").iterdir())] == changed
 
 
 def test_compile_without_a_compiler_says_what_happens_then(tmp_path: Path) -> None:
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PATH": str(tmp_path), "CXX": "no-such-compiler"}
-    done = subprocess.run([sys.executable, "-m", "draftkit.cli", "compile"], capture_output=True, text=True, env=environment)
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "PATH": str(tmp_path),
+        "CXX": "no-such-compiler",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "draftkit.cli", "compile"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0
-    assert [line.split(",")[0] for line in done.stdout.splitlines()] == [f"{name}: not compiled" for name in library_names()]
+    assert [line.split(",")[0] for line in done.stdout.splitlines()] == [
+        f"{name}: not compiled" for name in library_names()
+    ]
     assert done.stdout.count("no C++ compiler found") == len(library_names())

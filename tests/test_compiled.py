@@ -1,4 +1,5 @@
-"""The C++ pass gives the eager pass's numbers, for every family and drafter, and every token's own to the bit."""
+"""The C++ pass gives the eager pass's numbers, for every family and drafter, and every token's own to the
+bit."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(family
     try:
         step = one_pass([(text, 0, table) for text, table in zip(TEXTS, TABLES, strict=True)])
         together = fast.read(step, None).logits_WV
-        for (first, last), text, table in zip(zip(step.firsts_R, step.ends_R, strict=True), TEXTS, TABLES, strict=True):
+        for (first, last), text, table in zip(
+            zip(step.firsts_R, step.ends_R, strict=True), TEXTS, TABLES, strict=True
+        ):
             for size in (1, 4, 7):
                 cuts = range(0, len(text), size)
                 pieces = [fast.read(one_pass([(text[i : i + size], i, table)]), None).logits_WV for i in cuts]
@@ -68,7 +71,9 @@ def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(family
     ],
     ids=["markov", "odd-vocabulary", "none", "gated", "rnn", "reduced-vocabulary"],
 )
-def test_compiled_greedy_drafting_takes_what_the_eager_one_takes(changes: dict[str, Any], threads: int) -> None:
+def test_compiled_greedy_drafting_takes_what_the_eager_one_takes(
+    changes: dict[str, Any], threads: int
+) -> None:
     _, fast = build_drafter(**changes)
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
@@ -95,7 +100,13 @@ def test_compiled_greedy_drafting_takes_what_the_eager_one_takes(changes: dict[s
     "changes",
     [
         {"layout": "one_plus_n", "block_size": 7},
-        {"style": "gemma4", "rotary_share": 0.5, "soft_cap": 4.0, "shared_key_value": True, "logit_scale": 0.5},
+        {
+            "style": "gemma4",
+            "rotary_share": 0.5,
+            "soft_cap": 4.0,
+            "shared_key_value": True,
+            "logit_scale": 0.5,
+        },
         {"style": "llama", "window": 5, "num_kv_heads": 4, "head": "rnn"},
         {"head": "gated"},
         {"draft_vocab_size": 13},
@@ -140,7 +151,9 @@ def test_bfloat16_numbers_are_packed_as_such_and_others_are_not_rounded() -> Non
     torch.testing.assert_close(fast.read(step, None).logits_WV, eager, atol=1e-4, rtol=1e-4)
 
 
-def test_without_a_compiler_or_with_a_broken_one_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_or_with_a_broken_one_the_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -160,7 +173,9 @@ def test_what_does_not_fit_the_compiled_pass_is_said() -> None:
 
 
 def test_a_compiled_pass_with_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("draftkit.engine.native.pack_panels", lambda weight, kind: pack_panels(weight * 1.1, kind))
+    monkeypatch.setattr(
+        "draftkit.engine.native.pack_panels", lambda weight, kind: pack_panels(weight * 1.1, kind)
+    )
     _, fast = build("qwen3")
     assert "differs from the eager one" in str(compile_passes(fast))
     assert fast.native is None
@@ -182,8 +197,11 @@ def test_a_drafted_block_is_the_same_to_the_bit_alone_and_beside_others() -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_row_that_rounding_moved_far_is_no_reason_to_refuse_a_pass_and_wrong_rows_are(dtype: torch.dtype) -> None:
-    """SmolLM2-135M in bfloat16: among the check's eight tokens is one whose logits lie 0.26 of their spread apart."""
+def test_one_row_that_rounding_moved_far_is_no_reason_to_refuse_a_pass_and_wrong_rows_are(
+    dtype: torch.dtype,
+) -> None:
+    """SmolLM2-135M in bfloat16: among the check's eight tokens is one whose logits lie 0.26 of their spread
+    apart."""
     eager = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
     few = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
     moved = eager.float().clone()

@@ -1,5 +1,5 @@
-"""The C++ pass of models in bfloat16, on processors that multiply such numbers and on others: nearer to float32 than PyTorch's,
-and every token's own to the bit."""
+"""The C++ pass of models in bfloat16, on processors that multiply such numbers and on others: nearer to
+float32 than PyTorch's, and every token's own to the bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ HALF = torch.bfloat16
 
 
 @pytest.fixture(params=["native", "plain"])
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> str:
+def processor(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> str:
     """This machine's processor, and the plainest of its kind, for which the same source is compiled."""
     if request.param == "plain":
         flags = tuple(flag for flag in native_build._FLAGS if flag != "-march=native")
@@ -59,7 +61,9 @@ def test_it_is_nearer_to_float32_than_pytorch_in_bfloat16(family: str, processor
     exact = native_logits(widened(half, family))
     found = native_logits(half)
     assert found.dtype == torch.float32
-    error, usual = (float((x - exact).square().mean().sqrt() / exact.square().mean().sqrt()) for x in (found, rounded))
+    error, usual = (
+        float((x - exact).square().mean().sqrt() / exact.square().mean().sqrt()) for x in (found, rounded)
+    )
     assert 0 < error < usual < 0.1, f"{error:.4f} against {usual:.4f}"
 
 
@@ -78,7 +82,9 @@ def test_products_take_their_input_rounded_and_sum_in_float32(processor: str) ->
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "gemma4"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(family: str, threads: int, processor: str) -> None:
+def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(
+    family: str, threads: int, processor: str
+) -> None:
     _, half = build(family, HALF)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -88,7 +94,10 @@ def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(family
         for text, table in zip(TEXTS, TABLES, strict=True):
             for size in (1, 3, 8, 11):
                 cuts = range(0, len(text), size)
-                pieces = [half.read(one_pass([(text[i : i + size], i, table)], dtype=HALF), None).logits_WV for i in cuts]
+                pieces = [
+                    half.read(one_pass([(text[i : i + size], i, table)], dtype=HALF), None).logits_WV
+                    for i in cuts
+                ]
                 assert torch.equal(torch.cat(pieces), together[first : first + len(text)])
             first += len(text)
     finally:
@@ -119,11 +128,19 @@ def test_values_are_rounded_on_their_way_to_memory_as_pytorch_rounds(processor: 
         {"head": "none", "confidence": False},
         {"head": "gated"},
         {"markov_rank": 5},
-        {"style": "gemma4", "rotary_share": 0.5, "soft_cap": 4.0, "shared_key_value": True, "logit_scale": 0.5},
+        {
+            "style": "gemma4",
+            "rotary_share": 0.5,
+            "soft_cap": 4.0,
+            "shared_key_value": True,
+            "logit_scale": 0.5,
+        },
     ],
     ids=["markov", "none", "gated", "odd-rank", "gemma4"],
 )
-def test_drafters_come_close_and_draft_the_same_to_the_bit_beside_others(changes: dict[str, Any], processor: str) -> None:
+def test_drafters_come_close_and_draft_the_same_to_the_bit_beside_others(
+    changes: dict[str, Any], processor: str
+) -> None:
     _, fast = build_drafter(HALF, **changes)
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
@@ -145,10 +162,21 @@ def make_drafter(kind: str, target: TransformersTarget) -> Drafter:
     if kind == "packaged":
         return open_drafter(Path("draftkit/assets/tiny/drafter"), target, HALF)
     torch.manual_seed(2)
-    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "vocab_size": 4096}
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 4096,
+    }
     places: dict[str, Any] = {"feature_layers": (3, 9), "num_target_layers": 14, "block_size": 4}
-    shape = EagleConfig(**sizes, **places) if kind == "eagle3" else DrafterConfig(
-        **sizes, **places, num_layers=1, mask_token_id=3, markov_rank=8, head=kind, max_length=256
+    shape = (
+        EagleConfig(**sizes, **places)
+        if kind == "eagle3"
+        else DrafterConfig(
+            **sizes, **places, num_layers=1, mask_token_id=3, markov_rank=8, head=kind, max_length=256
+        )
     )
     return new_drafter(shape, target.embedding_weight().float(), target.head_weight().float()).to(HALF).eval()
 

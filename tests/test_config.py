@@ -1,4 +1,5 @@
-"""Recipes: what is accepted, and that every mistake is one line which names the field and what to write instead."""
+"""Recipes: what is accepted, and that every mistake is one line which names the field and what to write
+instead."""
 
 from __future__ import annotations
 
@@ -41,7 +42,14 @@ def test_a_name_alone_is_a_recipe_and_all_else_is_default(tmp_path: Path) -> Non
 
 def test_overrides_win_over_the_file_and_the_last_one_over_the_others(tmp_path: Path) -> None:
     text = "name: small\ntrain: {lr: 1.0e-3, epochs: 3}\n"
-    recipe = load(tmp_path, text, "train.lr=2e-3", "train.lr=3e-4", "train.loss.tv=0", "evaluate.temperatures=[0.0, 0.7]")
+    recipe = load(
+        tmp_path,
+        text,
+        "train.lr=2e-3",
+        "train.lr=3e-4",
+        "train.loss.tv=0",
+        "evaluate.temperatures=[0.0, 0.7]",
+    )
     assert (recipe.train.lr, recipe.train.epochs, recipe.train.loss.tv) == (3e-4, 3, 0.0)
     assert recipe.evaluate.temperatures == (0.0, 0.7)
 
@@ -88,7 +96,10 @@ def test_the_resolved_recipe_loads_to_the_same_values(tmp_path: Path) -> None:
         ("name: a\ntrain:\n", ["train:"]),
         ("name: a\nevaluate: {temperatures: [0.0, warm]}\n", ["evaluate.temperatures.1:", "'warm'"]),
         ("name: a\ndrafter: {feature_layers: []}\n", ["drafter.feature_layers:", "at least 1 item", "[]"]),
-        ("name: a\ntrain: {seed: 99999999999999999999}\n", ["train.seed:", "less than 9223372036854775808", "9999"]),
+        (
+            "name: a\ntrain: {seed: 99999999999999999999}\n",
+            ["train.seed:", "less than 9223372036854775808", "9999"],
+        ),
         ("name: a\ngenerate: {seed: -1}\n", ["generate.seed:", "greater than or equal to 0", "-1"]),
         ("name: 5\n", ["name:", "string", "5"]),
         ("train: {lr: 1e-3}\n", ["recipe.yaml: name:", "missing"]),
@@ -103,7 +114,10 @@ def test_a_wrong_value_names_field_rule_and_value(tmp_path: Path, text: str, wor
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: a\ntrain: {learning_rat: 1}\n", ["train.learning_rat:", "not a known key", "allowed are", "lr"]),
+        (
+            "name: a\ntrain: {learning_rat: 1}\n",
+            ["train.learning_rat:", "not a known key", "allowed are", "lr"],
+        ),
         ("name: a\ntrain: {warm_up: 0.1}\n", ["train.warm_up:", "did you mean warmup?"]),
         ("name: a\ntrain: {loss: {confidense: 1}}\n", ["train.loss.confidense:", "did you mean confidence?"]),
         ("name: a\ntrian: {lr: 1}\n", ["trian:", "did you mean train?"]),

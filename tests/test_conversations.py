@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from draftkit.data.conversations import Conversation, Message, SkippedRows, iterate_conversations, read_conversations
+from draftkit.data.conversations import (
+    Conversation,
+    Message,
+    SkippedRows,
+    iterate_conversations,
+    read_conversations,
+)
 from draftkit.data.messages import WrittenTurn
 from draftkit.errors import DataError
 
@@ -56,18 +62,36 @@ def test_three_forms_become_one(tmp_path: Path) -> None:
         (b'{"messages": [{"role": "user", "content": ""}]}\n', "content must be a non-empty string"),
         (b'{"messages": ["x"]}\n', r"messages\[0\]: is a str, must be an object"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "has no user turn"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n',
-         r"messages\[0\]: content part of type 'image_url'"),
-        (b'{"messages": [{"role": "assistant", "tool_calls": {"a": 1}}, {"role": "user", "content": "x"}]}\n',
-         "must be a list"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n',
+            r"messages\[0\]: content part of type 'image_url'",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "tool_calls": {"a": 1}}, {"role": "user", "content": '
+            b'"x"}]}\n',
+            "must be a list",
+        ),
         (b'{"turns": ["x"], "tools": [{"name": 3}]}\n', r"tools\[0\] must be"),
         (b'{"turns": ["x"], "tools": "["}\n', "tools: is not JSON"),
-        (b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [{"function": {"name": "f", '
-         b'"arguments": "{"}}]}]}\n', r"messages\[1\]: tool_calls\[0\]: arguments: is not JSON"),
-        (b'{"turns": ["x"], "prompt_ids": [1], "answer_ids": [1, -2]}\n', "answer_ids must be a list of token ids"),
-        (b'{"turns": ["x"], "answers": [{"prompt_ids": "x", "answer_ids": [1]}]}\n', r"answers\[0\]: prompt_ids must be"),
+        (
+            b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": '
+            b'[{"function": {"name": "f", '
+            b'"arguments": "{"}}]}]}\n',
+            r"messages\[1\]: tool_calls\[0\]: arguments: is not JSON",
+        ),
+        (
+            b'{"turns": ["x"], "prompt_ids": [1], "answer_ids": [1, -2]}\n',
+            "answer_ids must be a list of token ids",
+        ),
+        (
+            b'{"turns": ["x"], "answers": [{"prompt_ids": "x", "answer_ids": [1]}]}\n',
+            r"answers\[0\]: prompt_ids must be",
+        ),
         (b'{"turns": ["x"], "switches": 3}\n', "switches is a int"),
-        (b'{"conversations": [{"from": "boss", "value": "x"}]}\n', r"conversations\[0\]: from 'boss' is not known"),
+        (
+            b'{"conversations": [{"from": "boss", "value": "x"}]}\n',
+            r"conversations\[0\]: from 'boss' is not known",
+        ),
         (b'{"turns": ["x"], "id": [1]}\n', "id is a list"),
         (b'{"turns": ["a \\ud800"]}\n', r":1: holds half a character \('\\ud800'\)"),
         (b'{"turns": ["a"], "id": "\\udfff"}\n', ":1: holds half a character"),
@@ -103,8 +127,17 @@ def only(tmp_path: Path, row: object) -> Conversation:
 def test_openai_messages_keep_calls_results_reasoning_names_and_weights(tmp_path: Path) -> None:
     told = [
         {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Which"}, {"type": "text", "text": "weather?"}], "name": "ann"},
-        {"role": "assistant", "content": None, "tool_calls": [CALL, CALL | {"id": "call_8"}], "reasoning": "look"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Which"}, {"type": "text", "text": "weather?"}],
+            "name": "ann",
+        },
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [CALL, CALL | {"id": "call_8"}],
+            "reasoning": "look",
+        },
         {"role": "tool", "tool_call_id": "call_7", "content": "sunny"},
         {"role": "assistant", "content": "Sunny.", "reasoning_content": "easy", "weight": 0},
     ]
@@ -113,7 +146,12 @@ def test_openai_messages_keep_calls_results_reasoning_names_and_weights(tmp_path
     assert found.as_dicts() == [
         told[0],
         {"role": "user", "content": "Which\nweather?", "name": "ann"},
-        {"role": "assistant", "content": None, "tool_calls": told[2]["tool_calls"], "reasoning_content": "look"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": told[2]["tool_calls"],
+            "reasoning_content": "look",
+        },
         told[3],
         told[4],
     ]
@@ -128,7 +166,14 @@ def test_sharegpt_with_functions_roles_of_openai_and_a_system_column(tmp_path: P
         {"role": "assistant", "content": "Sunny."},
     ]
     found = only(tmp_path, {"conversations": said, "system": "Be brief.", "tools": '[{"name": "weather"}]'})
-    assert [m.role for m in found.messages] == ["system", "assistant", "user", "assistant", "tool", "assistant"]
+    assert [m.role for m in found.messages] == [
+        "system",
+        "assistant",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
     assert found.messages[3].tool_calls == (CALL | {"id": "call_0"},)
     assert found.tools == (WEATHER,)
 
@@ -141,7 +186,10 @@ def test_sharegpt_with_functions_roles_of_openai_and_a_system_column(tmp_path: P
         ({"prompt": "a"}, "user"),
         ({"instruction": "a", "input": "x", "output": "b"}, "user assistant"),
         ({"messages": None, "conversations": [{"from": "human", "value": "a"}]}, "user"),
-        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}, "user assistant"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+            "user assistant",
+        ),
     ],
 )
 def test_other_forms(row: object, roles: str, tmp_path: Path) -> None:
@@ -158,7 +206,9 @@ def test_records_bring_their_token_ids(tmp_path: Path) -> None:
     for row in ({"turns": ["x"], **flat}, {"turns": ["x"], "answers": [flat]}):
         found = only(tmp_path, row)
         assert (found.turns, found.cut) == ((WrittenTurn((1, 2), (3,), "length"),), True)
-    assert only(tmp_path, {"prompt": "x", "answers": ["a", "b"]}).turns == (), "a data set's own column of that name"
+    assert only(tmp_path, {"prompt": "x", "answers": ["a", "b"]}).turns == (), (
+        "a data set's own column of that name"
+    )
 
 
 def test_a_json_array_is_read(tmp_path: Path) -> None:
@@ -167,10 +217,15 @@ def test_a_json_array_is_read(tmp_path: Path) -> None:
     assert [c.id for c in read_conversations([tmp_path / "rows.json"])] == ["a", "b"]
 
 
-def test_invalid_rows_are_left_out_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_rows_are_left_out_named_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "mixed.jsonl"
     good = [json.dumps({"turns": [f"{i}"]}) for i in range(3)]
-    path.write_text("\n".join([good[0], "{", *['{"text": 1}'] * 12, good[1], '{"turns": ["0"], "id": "x"}' , good[2]]) + "\n")
+    path.write_text(
+        "\n".join([good[0], "{", *['{"text": 1}'] * 12, good[1], '{"turns": ["0"], "id": "x"}', good[2]])
+        + "\n"
+    )
     skipped = SkippedRows()
     assert len(list(iterate_conversations([path], skipped))) == 4
     assert skipped.count == 13

@@ -24,7 +24,9 @@ PROMPTS = [[4, 20, 31, 7], [9, 9, 9], [40, 41, 42, 43, 44, 45, 46], [300]]
 def test_greedy_equals_the_targets_own_generate(target: TransformersTarget, head: str, rule: object) -> None:
     drafter = make_drafter(target, head)
     for prompt in PROMPTS:
-        own = target.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
+        own = target.model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[
+            0, len(prompt) :
+        ].tolist()
         for with_drafter in (None, drafter):
             answer = decode(target, with_drafter, prompt, Sampling(0.0), 24, rule=rule)  # type: ignore[arg-type]
             assert list(answer.tokens) == own
@@ -44,7 +46,9 @@ def test_greedy_answers_do_not_depend_on_the_plan(target: TransformersTarget, ru
     drafter = make_drafter(target)
     lengths = iter([0, 1, 4, 2, 3, 0, 9] * 9)
     plain = decode(target, None, PROMPTS[0], Sampling(0.0), 24)
-    planned = decode(target, drafter, PROMPTS[0], Sampling(0.0), 24, rule=rule, plan=lambda confidence: next(lengths))
+    planned = decode(
+        target, drafter, PROMPTS[0], Sampling(0.0), 24, rule=rule, plan=lambda confidence: next(lengths)
+    )
     assert planned.tokens == plain.tokens
     assert [r.verified for r in planned.rounds[:5]] == [0, 1, 4, 2, 3]
     assert all(r.accepted <= r.verified <= r.drafted == len(r.confidence) == 4 for r in planned.rounds)
@@ -69,7 +73,8 @@ def cut_by_confidence(confidence: Sequence[float]) -> int:
 @pytest.mark.parametrize("plan", [verify_all, cut_by_confidence])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule: Rule, plan: Plan) -> None:
-    """1,500 answers of three tokens from three: every count within five standard deviations of the target's law."""
+    """1,500 answers of three tokens from three: every count within five standard deviations of the target's
+    law."""
     drafter = make_drafter(target, block=3)
     assert drafter.confidence_head is not None
     torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.5)
@@ -108,7 +113,9 @@ def check_law(
 
 def test_the_same_seed_gives_the_same_answer_and_another_seed_another(target: TransformersTarget) -> None:
     drafter = make_drafter(target)
-    first, again, other = (decode(target, drafter, PROMPTS[2], Sampling(1.0), 20, seed).tokens for seed in (1, 1, 2))
+    first, again, other = (
+        decode(target, drafter, PROMPTS[2], Sampling(1.0), 20, seed).tokens for seed in (1, 1, 2)
+    )
     assert first == again
     assert first != other
 

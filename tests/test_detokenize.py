@@ -20,7 +20,11 @@ ASSET = Path(__file__).parents[1] / "draftkit" / "assets" / "tiny"
 def sentencepiece_style() -> Any:
     """Metaspace words with byte fallback, as Llama 2 and Gemma have it."""
     words = ["<unk>", "▁", "▁the", "▁cat", "s", "▁sat", "é", "▁x", *[f"<0x{b:02X}>" for b in range(256)]]
-    inner = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], byte_fallback=True, unk_token="<unk>"))
+    inner = Tokenizer(
+        models.BPE(
+            vocab={w: i for i, w in enumerate(words)}, merges=[], byte_fallback=True, unk_token="<unk>"
+        )
+    )
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -83,7 +87,9 @@ def test_special_tokens_show_only_when_asked() -> None:
     stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
     include=st.booleans(),
 )
-def test_stop_strings_are_found_wherever_pieces_break(text: str, cuts: list[int], stops: list[str], include: bool) -> None:
+def test_stop_strings_are_found_wherever_pieces_break(
+    text: str, cuts: list[int], stops: list[str], include: bool
+) -> None:
     checker = StopStrings(stops, include)
     edges = sorted({0, len(text), *(min(c, len(text)) for c in cuts)})
     shown = ""

@@ -1,4 +1,5 @@
-"""Every stage on a device that is not the CPU gives what it gives on the CPU, and mixes no tensors of the two."""
+"""Every stage on a device that is not the CPU gives what it gives on the CPU, and mixes no tensors of the
+two."""
 
 from __future__ import annotations
 
@@ -83,14 +84,21 @@ def test_traces_answers_and_features_are_the_same(
     seeds = [(0, i) for i in range(len(PROMPTS))]
     answers = PaddedAnswers(target, 3)(PROMPTS, seeds, settings)
     assert PaddedAnswers(there, 3)(PROMPTS, seeds, settings) == answers
-    items = [TraceItem(str(i), "chat", p, a.tokens) for i, (p, a) in enumerate(zip(PROMPTS, answers, strict=True))]
+    items = [
+        TraceItem(str(i), "chat", p, a.tokens) for i, (p, a) in enumerate(zip(PROMPTS, answers, strict=True))
+    ]
     for drafter in drafters(target):
         wanted = record_traces(target, drafter, items, TraceSettings(Sampling(1.0)), "d")
-        found = record_traces(there, drafter.to(there.device).eval(), items, TraceSettings(Sampling(1.0)), "d")
+        found = record_traces(
+            there, drafter.to(there.device).eval(), items, TraceSettings(Sampling(1.0)), "d"
+        )
         for name in ("confidence_NG", "draft_max_NG", "accepted_N", "block_accepted_N", "usable_N"):
             np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-5)
     tokenizer = load_tokenizer(str(target_folder))
-    said = [Conversation(str(i), "chat", (Message("user", "hi"), Message("assistant", "yes " * (i + 1)))) for i in range(5)]
+    said = [
+        Conversation(str(i), "chat", (Message("user", "hi"), Message("assistant", "yes " * (i + 1))))
+        for i in range(5)
+    ]
     for place, model in (("here", target), ("there", there)):
         shown = TemplateFormat(tokenizer)
         capture(model, shown, said, tmp_path / place, (0, 2), CaptureSettings(dtype="float32"))
@@ -105,7 +113,9 @@ def test_evaluation_validation_and_profile_run(
     for batch_size in (1, 8):
         settings: Any = EvaluateSettings(max_new_tokens=5, batch_size=batch_size, speed_prompts=1)
         wanted = evaluate(target, make_drafter(target), prompts, settings, Sampling()).records
-        found = evaluate(there, make_drafter(target).to(there.device).eval(), prompts, settings, Sampling()).records
+        found = evaluate(
+            there, make_drafter(target).to(there.device).eval(), prompts, settings, Sampling()
+        ).records
         assert [r.emitted for r in found] == [r.emitted for r in wanted]
     table = profile(there, make_drafter(target), "d", ProfileSettings((1, 4), (8,), (1, 2), repeats=1))
     assert table.measured.clock == "wall clock"
@@ -123,4 +133,5 @@ def test_drafters_begin_and_are_opened_beside_a_target_elsewhere(
         opened = open_drafter(tmp_path / type(found).__name__, there, torch.float64)
         for name, value in wanted.state_dict().items():
             assert opened.state_dict()[name].device == there.device
-            torch.testing.assert_close(opened.state_dict()[name].cpu(), value, atol=1e-6, rtol=1e-6)  # it is read in float32
+            # it is read in float32
+            torch.testing.assert_close(opened.state_dict()[name].cpu(), value, atol=1e-6, rtol=1e-6)

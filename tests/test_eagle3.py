@@ -1,4 +1,5 @@
-"""EAGLE-3: drafting and training take the same steps, and states, loss and gradients are what the equations say."""
+"""EAGLE-3: drafting and training take the same steps, and states, loss and gradients are what the equations
+say."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def rms(x: torch.Tensor, norm: torch.nn.Module | None) -> torch.Tensor:
 
 def rotated(x_TND: torch.Tensor, positions: torch.Tensor, share: float) -> torch.Tensor:
     half = x_TND.shape[-1] // 2
-    angles = positions[:, None] * 10_000.0 ** (-torch.arange(half) / half) * (torch.arange(half) < share * half)
+    angles = (
+        positions[:, None] * 10_000.0 ** (-torch.arange(half) / half) * (torch.arange(half) < share * half)
+    )
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     turned = torch.complex(x_TND[..., :half], x_TND[..., half:]) * turn
     return torch.cat([turned.real, turned.imag], -1)
@@ -77,19 +80,27 @@ def plain_states(drafter: EagleDrafter, tokens_T: torch.Tensor, features_TF: tor
 
     The second implementation: step j's keys of row i are seen by row i alone, those of step 0 causally.
     """
-    layer, attention, length, config = drafter.midlayer, drafter.midlayer.self_attn, len(tokens_T), drafter.config
+    layer, attention, length, config = (
+        drafter.midlayer,
+        drafter.midlayer.self_attn,
+        len(tokens_T),
+        drafter.config,
+    )
     gemma = config.style == "gemma4"
     rows = torch.arange(length)
     state = features_TF @ drafter.fc.weight.T
     keys, values, masks, states = [], [], [], []
     for step in range(STEPS):
-        embedded = drafter.embed_tokens.weight[tokens_T[(rows + 1 + step).clamp_max(length - 1)]] * (4 if gemma else 1)
+        embedded = drafter.embed_tokens.weight[tokens_T[(rows + 1 + step).clamp_max(length - 1)]] * (
+            4 if gemma else 1
+        )
         normed = rms(state, layer.hidden_norm)
         u = torch.cat([rms(embedded, layer.input_layernorm), normed], -1)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj or attention.k_proj)
         q, k, v = ((u @ p.weight.T).view(length, -1, 8) for p in projections)
         q, k = (
-            rotated(rms(x, n), rows + step, config.rotary_share) for x, n in ((q, attention.q_norm), (k, attention.k_norm))
+            rotated(rms(x, n), rows + step, config.rotary_share)
+            for x, n in ((q, attention.q_norm), (k, attention.k_norm))
         )
         if gemma:
             v = v / (v.square().mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -131,8 +142,12 @@ def test_states_loss_and_gradients_equal_a_second_implementation(changes: dict[s
                 place = anchor + 1 + k
                 if place >= LENGTH or not batch.loss_mask_BT[b, place]:
                     break
-                torch.testing.assert_close(states_XGH[anchors.index((b, a)), k], states[k, anchor - 1], **ROPE_ERROR)
-                both = torch.stack([rms(states[k, anchor - 1], drafter.norm), batch.last_hidden_BTH[b, place - 1]])
+                torch.testing.assert_close(
+                    states_XGH[anchors.index((b, a)), k], states[k, anchor - 1], **ROPE_ERROR
+                )
+                both = torch.stack(
+                    [rms(states[k, anchor - 1], drafter.norm), batch.last_hidden_BTH[b, place - 1]]
+                )
                 logits = both @ drafter.lm_head.weight.T
                 q, p = torch.softmax(5 * torch.tanh(logits / 5) if "soft_cap" in changes else logits, -1)
                 tv, weight = (q - p).abs().sum(), torch.exp(torch.tensor(-k / 3.0))
@@ -141,7 +156,9 @@ def test_states_loss_and_gradients_equal_a_second_implementation(changes: dict[s
                 accepts.append(float(1 - tv.detach() / 2))
                 rows.append((b * 3 + a) * STEPS + k)
     loss.backward()
-    torch.testing.assert_close(report.loss_sum.detach(), loss.detach(), check_dtype=False, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        report.loss_sum.detach(), loss.detach(), check_dtype=False, atol=1e-5, rtol=1e-5
+    )
     assert float(report.weight_sum) == pytest.approx(weights, rel=1e-5)
     assert report.rows_N.tolist() == rows
     assert report.accept_N.tolist() == pytest.approx(accepts, abs=1e-5)
@@ -152,7 +169,8 @@ def test_states_loss_and_gradients_equal_a_second_implementation(changes: dict[s
 
 
 def test_a_reduced_vocabulary_is_trained_against_the_targets_whole_distribution() -> None:
-    """Every row by hand: acceptance counts the target's mass outside; a token that cannot be drafted has no CE."""
+    """Every row by hand: acceptance counts the target's mass outside; a token that cannot be drafted has no
+    CE."""
     drafter, batch = drafter_with(draft_vocab_size=12).train(), random_batch()
     with pytest.raises(ConfigError, match="together with its target"):
         drafter.loss(batch, LossSettings())
@@ -296,13 +314,21 @@ def test_impossible_shapes_are_refused() -> None:
 
 
 def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Path, tmp_path: Path) -> None:
-    """From prompts to a drafter on disk: its vocabulary is chosen from the answers, and it drafts losslessly."""
-    sizes = ["drafter.num_features=2", "drafter.draft_vocab_size=60", "generate.max_new_tokens=24", "train.steps=3"]
+    """From prompts to a drafter on disk: its vocabulary is chosen from the answers, and it drafts
+    losslessly."""
+    sizes = [
+        "drafter.num_features=2",
+        "drafter.draft_vocab_size=60",
+        "generate.max_new_tokens=24",
+        "train.steps=3",
+    ]
     recipe = load_recipe("tiny-eagle3", [f"target.path={target_folder}", *sizes, "train.batch_size=4"])
     target, tokenizer = stages.open_target(recipe)
     prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
     stages.run_generate(target, tokenizer, recipe, lambda: prompts, tmp_path / "answers.jsonl")
-    stages.run_capture(target, tokenizer, recipe, read_conversations([tmp_path / "answers.jsonl"]), tmp_path / "features")
+    stages.run_capture(
+        target, tokenizer, recipe, read_conversations([tmp_path / "answers.jsonl"]), tmp_path / "features"
+    )
     report = stages.run_train(target, tokenizer, recipe, tmp_path / "features", tmp_path / "drafter")
     assert report.steps == 3
     assert report.accepted_len["macro"] > 1

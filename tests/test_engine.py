@@ -1,4 +1,5 @@
-"""The engine agrees with the reference loop: any batch, any cutting of prompts, with and without a drafter."""
+"""The engine agrees with the reference loop: any batch, any cutting of prompts, with and without a
+drafter."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ from tools.tiny_target.tokenizer import train_tokenizer
 
 @pytest.mark.parametrize("head", [None, "none", "markov", "gated", "rnn"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_answers_are_those_of_the_reference_loop(target: TransformersTarget, head: str | None, temperature: float) -> None:
+def test_answers_are_those_of_the_reference_loop(
+    target: TransformersTarget, head: str | None, temperature: float
+) -> None:
     drafter = make_drafter(target, head) if head else None
     engine = Engine(target, drafter, small())
     for seed, prompt in enumerate(PROMPTS):
@@ -59,7 +62,9 @@ def test_a_target_that_the_lean_forward_cannot_run_gives_the_same_answers(tmp_pa
         engine = Engine(other, drafter, small(plan="planned"))
         assert engine.info.forward.startswith("Transformers (family gpt2")
         for seed, prompt in enumerate(PROMPTS):
-            engine.add_request(str(seed), prompt, SamplingParams(max_tokens=20, temperature=seed % 2, seed=seed))
+            engine.add_request(
+                str(seed), prompt, SamplingParams(max_tokens=20, temperature=seed % 2, seed=seed)
+            )
         outputs = finish(engine)
         for seed, prompt in enumerate(PROMPTS):
             wanted = decode(other, drafter, prompt, Sampling(seed % 2), 20, seed)
@@ -67,18 +72,34 @@ def test_a_target_that_the_lean_forward_cannot_run_gives_the_same_answers(tmp_pa
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_eagle_proposes_in_the_engine_what_it_proposes_alone(target: TransformersTarget, temperature: float) -> None:
+def test_eagle_proposes_in_the_engine_what_it_proposes_alone(
+    target: TransformersTarget, temperature: float
+) -> None:
     torch.manual_seed(2)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "max_length": 256}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_length": 256,
+    }
     shape = EagleConfig(
-        **sizes, vocab_size=target.info.vocab_size, feature_layers=(0, 2), num_target_layers=4, block_size=4, style="llama"
+        **sizes,
+        vocab_size=target.info.vocab_size,
+        feature_layers=(0, 2),
+        num_target_layers=4,
+        block_size=4,
+        style="llama",
     )
     drafter = new_drafter(shape, target.embedding_weight(), target.head_weight()).double().eval()
     engine = Engine(target, drafter, small(plan="planned", kv_bytes=2**18, max_length=120))
     measured = engine._planner.step_rate
     assert measured is not None and measured.drafter_seconds(4) >= measured.drafter_seconds(1) > 0
     for seed, prompt in enumerate(PROMPTS):
-        engine.add_request(str(seed), prompt, SamplingParams(max_tokens=30, temperature=temperature, seed=seed))
+        engine.add_request(
+            str(seed), prompt, SamplingParams(max_tokens=30, temperature=temperature, seed=seed)
+        )
     outputs = finish(engine)
     for seed, prompt in enumerate(PROMPTS):
         wanted = decode(target, drafter, prompt, Sampling(temperature), 30, seed)
@@ -98,7 +119,9 @@ def test_a_request_without_drafts_is_plain_decoding(target: TransformersTarget) 
     assert outputs["2"][-1].stats.drafted > 0
 
 
-def test_when_memory_runs_out_requests_are_read_again_with_the_same_answers(target: TransformersTarget) -> None:
+def test_when_memory_runs_out_requests_are_read_again_with_the_same_answers(
+    target: TransformersTarget,
+) -> None:
     """Six requests that need up to 84 positions each, in a memory of 160."""
     drafter = make_drafter(target)
     one_block = 2 * (4 + 2) * 2 * 8 * 8 * 4
@@ -170,36 +193,50 @@ def test_an_answer_may_fill_the_context_to_its_last_token(target: TransformersTa
     engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
     outputs = finish(engine)["a"]
     assert len(tokens_of(outputs)) == 252 and outputs[-1].finish_reason == "length"
-    plain = target.model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=252, do_sample=False, eos_token_id=-1)
+    plain = target.model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=252, do_sample=False, eos_token_id=-1
+    )
     assert tokens_of(outputs) == plain[0, 4:].tolist()
 
 
 FLAT = StepRate((1, 2, 1000), (0.01, 0.01, 0.0100001))  # tokens cost nothing: everything is verified
-STEEP = StepRate((1, 2, 1000), (0.01, 0.04, 30.0))  # a token more costs more than a whole pass of one: nothing is
+# a token more costs more than a whole pass of one: nothing is
+STEEP = StepRate((1, 2, 1000), (0.01, 0.04, 30.0))
 
 
 @pytest.mark.parametrize("head", ["markov", "none"])
 @pytest.mark.parametrize(("rate", "verified"), [(FLAT, "most"), (STEEP, "none"), (None, "some")])
 def test_planned_lengths_change_the_work_and_not_the_answer(
-    target: TransformersTarget, head: str, rate: StepRate | None, verified: str, monkeypatch: pytest.MonkeyPatch
+    target: TransformersTarget,
+    head: str,
+    rate: StepRate | None,
+    verified: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Gate, "drafts", lambda self, requests: True)
     drafter = make_drafter(target, head)
     engine = Engine(target, drafter, small(plan="planned", step_rate=rate))
     for seed, prompt in enumerate(PROMPTS):
-        engine.add_request(str(seed), prompt, SamplingParams(max_tokens=30, temperature=seed % 2, seed=seed, ignore_eos=True))
+        engine.add_request(
+            str(seed), prompt, SamplingParams(max_tokens=30, temperature=seed % 2, seed=seed, ignore_eos=True)
+        )
     outputs = finish(engine)
     whole = Engine(target, drafter, small())
     for seed, prompt in enumerate(PROMPTS):
-        whole.add_request(str(seed), prompt, SamplingParams(max_tokens=30, temperature=seed % 2, seed=seed, ignore_eos=True))
-    assert {k: tokens_of(v) for k, v in outputs.items()} == {k: tokens_of(v) for k, v in finish(whole).items()}
+        whole.add_request(
+            str(seed), prompt, SamplingParams(max_tokens=30, temperature=seed % 2, seed=seed, ignore_eos=True)
+        )
+    assert {k: tokens_of(v) for k, v in outputs.items()} == {
+        k: tokens_of(v) for k, v in finish(whole).items()
+    }
     greedy = [outputs[k][-1].stats for k in "024"]
     share = sum(s.verified for s in greedy) / max(sum(s.drafted for s in greedy), 1)
     if verified == "none":
         assert share < 0.1
     elif verified == "most":
         assert share > 0.9
-    assert all(s.verified == s.drafted for s in (outputs[k][-1].stats for k in "135"))  # seeded samples keep all
+    # seeded samples keep all
+    assert all(s.verified == s.drafted for s in (outputs[k][-1].stats for k in "135"))
 
 
 def test_a_drafter_that_is_slower_than_it_was_said_to_be_is_left_alone(
@@ -217,19 +254,26 @@ def test_a_drafter_that_is_slower_than_it_was_said_to_be_is_left_alone(
     monkeypatch.setattr(drafter, "draft", slow)
     engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=120, temperature=0, ignore_eos=True))
     outputs = finish(engine)
-    plain = target.model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=120, do_sample=False, eos_token_id=-1)
+    plain = target.model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=120, do_sample=False, eos_token_id=-1
+    )
     assert tokens_of(outputs["a"]) == plain[0, 4:].tolist()
     drafted = engine.metrics.drafted / engine.info.gamma
     assert 0 < drafted <= SHORTEST + EVIDENCE and engine.metrics.rounds > 70
 
 
 @pytest.mark.parametrize("plan", ["planned", "fixed"])
-def test_passes_are_compiled_and_measured_before_the_first_request_and_stay(target_folder: Path, plan: str) -> None:
-    """float32, where the compiled pass runs: the answers of the Transformers module, up to ties in the arithmetic."""
+def test_passes_are_compiled_and_measured_before_the_first_request_and_stay(
+    target_folder: Path, plan: str
+) -> None:
+    """float32, where the compiled pass runs: the answers of the Transformers module, up to ties in the
+    arithmetic."""
     settings = small(plan=plan, dtype="float32", step_tokens=64, compile=True)
     drafter = make_drafter(load_target(str(target_folder), dtype="float64")).float()
     engine = Engine(str(target_folder), drafter, settings)
-    assert (engine._planner.step_rate is None) == (plan == "fixed"), "lengths that are fixed need no step rate"
+    assert (engine._planner.step_rate is None) == (plan == "fixed"), (
+        "lengths that are fixed need no step rate"
+    )
     model, paged = engine._models.model, engine._models.drafter
     assert isinstance(model, PagedModel) and isinstance(paged, PagedBlockDrafter)
     passes, rate = (model.native, paged.native), engine._planner.step_rate
@@ -256,8 +300,8 @@ def test_without_a_compiler_the_engine_says_so_and_serves(
 def test_the_drafter_reads_what_the_target_reads_whether_it_drafts_or_not(
     target: TransformersTarget, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Proposals after steps without drafting, and after a prefix that others made without it, are those of an engine that
-    drafts in every step."""
+    """Proposals after steps without drafting, and after a prefix that others made without it, are those of an
+    engine that drafts in every step."""
     found = []
     for pattern in ([True], [False] * 5 + [True]):
         engine = Engine(target, make_drafter(target, head), small(max_running=3))
@@ -274,17 +318,23 @@ def test_the_drafter_reads_what_the_target_reads_whether_it_drafts_or_not(
     assert found[0] == found[1] and any(rejected for _, rejected in found[0])
 
 
-@pytest.mark.parametrize(("plan", "seed", "steps"), [("planned", None, 1), ("planned", 1, 4), ("fixed", None, 4)])
+@pytest.mark.parametrize(
+    ("plan", "seed", "steps"), [("planned", None, 1), ("planned", 1, 4), ("fixed", None, 4)]
+)
 def test_prompts_get_the_tokens_of_a_step_that_nobody_drafts(
     target: TransformersTarget, monkeypatch: pytest.MonkeyPatch, plan: str, seed: int | None, steps: int
 ) -> None:
-    """Room for proposals is kept where there will be some: five requests, each with a token and gamma drafted ones or none.
-    Seeded samples draft whatever the gate says."""
+    """Room for proposals is kept where there will be some: five requests, each with a token and gamma drafted
+    ones or none. Seeded samples draft whatever the gate says."""
     rate = {"step_rate": STEEP} if plan == "planned" else {}
-    engine = Engine(target, make_drafter(target), small(plan=plan, step_tokens=5 + 5 * 4 + 8, max_running=6, **rate))
+    engine = Engine(
+        target, make_drafter(target), small(plan=plan, step_tokens=5 + 5 * 4 + 8, max_running=6, **rate)
+    )
     monkeypatch.setattr(engine._planner._gate, "drafts", lambda requests: False)
     for number in range(5):
-        params = SamplingParams(max_tokens=200, temperature=0 if seed is None else 1.0, seed=seed, ignore_eos=True)
+        params = SamplingParams(
+            max_tokens=200, temperature=0 if seed is None else 1.0, seed=seed, ignore_eos=True
+        )
         engine.add_request(str(number), [9 + number], params)
     for _ in range(5):
         engine.step()
@@ -293,7 +343,9 @@ def test_prompts_get_the_tokens_of_a_step_that_nobody_drafts(
     assert engine.info.gamma == 4 and taken == steps
 
 
-def test_a_request_that_cannot_be_added_is_not_there(target: TransformersTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_cannot_be_added_is_not_there(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Engine(target, None, small())
 
     def broken(*_: object) -> None:
@@ -309,7 +361,9 @@ def test_a_request_that_cannot_be_added_is_not_there(target: TransformersTarget,
     assert len(tokens_of(finish(engine)["a"])) == 2
 
 
-def test_blocks_that_a_preempted_request_finds_again_are_not_counted_as_cached(target: TransformersTarget) -> None:
+def test_blocks_that_a_preempted_request_finds_again_are_not_counted_as_cached(
+    target: TransformersTarget,
+) -> None:
     engine = Engine(target, None, small(max_length=100, max_running=2))
     spare = engine._models.pool.num_blocks - 30
     held = BlockTable()
@@ -329,7 +383,9 @@ def test_a_drafter_whose_confidences_are_no_numbers_breaks_no_step(target: Trans
         assert drafter.confidence_head is not None
         drafter.confidence_head.proj.bias.data.fill_(float("nan"))
         engine = Engine(target, drafter, small(plan=plan))
-        for i, params in enumerate([SamplingParams(max_tokens=20, temperature=0), SamplingParams(max_tokens=20, seed=3)]):
+        for i, params in enumerate(
+            [SamplingParams(max_tokens=20, temperature=0), SamplingParams(max_tokens=20, seed=3)]
+        ):
             engine.add_request(str(i), PROMPTS[i], params)
         outputs = finish(engine)
         wanted = decode(target, None, PROMPTS[0], Sampling(), 20).tokens

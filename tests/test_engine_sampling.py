@@ -46,7 +46,11 @@ class Countdown:
         return self.at == len(self.chain)
 
     def allowed(self) -> torch.Tensor:
-        return torch.arange(512)[: self.vocab] == self.chain[self.at] if not self.finished else torch.zeros(self.vocab).bool()
+        return (
+            torch.arange(512)[: self.vocab] == self.chain[self.at]
+            if not self.finished
+            else torch.zeros(self.vocab).bool()
+        )
 
     vocab = 0
 
@@ -83,7 +87,11 @@ def naive(target: TransformersTarget, prompt: list[int], count: int, params: Sam
             if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
                 logits[token] = float("-inf")
             logits[token] += (params.logit_bias or {}).get(token, 0.0)
-        banned = {last for *start, last in params.bad_token_ids if start == answer[max(len(answer) - len(start), 0) :]}
+        banned = {
+            last
+            for *start, last in params.bad_token_ids
+            if start == answer[max(len(answer) - len(start), 0) :]
+        }
         if any(value > float("-inf") for token, value in enumerate(logits) if token not in banned):
             logits = [float("-inf") if token in banned else value for token, value in enumerate(logits)]
         for token in range(len(logits)):
@@ -92,7 +100,9 @@ def naive(target: TransformersTarget, prompt: list[int], count: int, params: Sam
             if token in prompt + answer:
                 value, penalty = logits[token], params.repetition_penalty
                 logits[token] = value / penalty if value > 0 else value * penalty
-            logits[token] -= params.frequency_penalty * answer.count(token) + params.presence_penalty * (token in answer)
+            logits[token] -= params.frequency_penalty * answer.count(token) + params.presence_penalty * (
+                token in answer
+            )
         probs = processed_probs(torch.tensor(logits, dtype=torch.float64), Sampling(params.temperature))
         u = uniforms.first() if not answer else uniforms.round()[-1]
         answer.append(int(sample(probs[None], torch.tensor([u]))))
@@ -100,13 +110,18 @@ def naive(target: TransformersTarget, prompt: list[int], count: int, params: Sam
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(c))
-def test_bias_penalties_and_minimal_length_are_the_written_out_ones(target: TransformersTarget, case: dict[str, Any]) -> None:
-    """Greedy with a drafter, beside requests without settings; sampled without a drafter for the same random numbers."""
+def test_bias_penalties_and_minimal_length_are_the_written_out_ones(
+    target: TransformersTarget, case: dict[str, Any]
+) -> None:
+    """Greedy with a drafter, beside requests without settings; sampled without a drafter for the same random
+    numbers."""
     greedy = SamplingParams(max_tokens=20, temperature=0, **case)
     engine = Engine(target, make_drafter(target), small())
     for name, prompt in enumerate(PROMPTS[:4]):
         engine.add_request(f"{name}", prompt, greedy)
-        engine.add_request(f"{name} plain", prompt, SamplingParams(max_tokens=20, temperature=name % 2, seed=3))
+        engine.add_request(
+            f"{name} plain", prompt, SamplingParams(max_tokens=20, temperature=name % 2, seed=3)
+        )
     outputs = finish(engine)
     for name, prompt in enumerate(PROMPTS[:4]):
         assert tokens_of(outputs[f"{name}"]) == naive(target, prompt, 20, greedy)
@@ -126,7 +141,12 @@ def test_a_grammar_is_followed_and_its_end_ends_the_answer(
     Countdown.vocab = target.info.vocab_size
     for start in (3, 9):
         params = SamplingParams(
-            max_tokens=30, temperature=temperature, ignore_eos=True, constraint=Countdown(start), draft=drafts, min_tokens=30
+            max_tokens=30,
+            temperature=temperature,
+            ignore_eos=True,
+            constraint=Countdown(start),
+            draft=drafts,
+            min_tokens=30,
         )
         engine.add_request(f"{start}", PROMPTS[start % 4], params)
     outputs = finish(engine)
@@ -159,7 +179,9 @@ def test_stop_tokens_say_which_one_ended_the_answer(target: TransformersTarget) 
     free = tokens_of(finish(engine)["free"])
     stop = free[25]
     at = free.index(stop)
-    engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=40, temperature=0, stop_token_ids=(stop,), ignore_eos=True))
+    engine.add_request(
+        "a", PROMPTS[0], SamplingParams(max_tokens=40, temperature=0, stop_token_ids=(stop,), ignore_eos=True)
+    )
     outputs = finish(engine)["a"]
     assert tokens_of(outputs) == free[: at + 1]
     assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)

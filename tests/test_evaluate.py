@@ -29,15 +29,22 @@ PROMPTS = [EvalPrompt(str(i), ["code", "chat"][i % 2], (4 + i % 20, 20, 31 + i))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_rounds_by_the_engine_are_those_of_the_reference_loop(target: TransformersTarget, temperature: float) -> None:
+def test_rounds_by_the_engine_are_those_of_the_reference_loop(
+    target: TransformersTarget, temperature: float
+) -> None:
     settings = EvaluateSettings(max_new_tokens=24, batch_size=4, speed_prompts=0)
     drafter, ticks = make_drafter(target), []
     by_engine = evaluate(target, drafter, PROMPTS, settings, Sampling(temperature), lambda: ticks.append(1))
     by_loop = evaluate(target, drafter, PROMPTS, replace(settings, batch_size=1), Sampling(temperature))
     assert len(ticks) == len(PROMPTS) and by_engine.speed == {}
     for one, other in zip(by_engine.records, by_loop.records, strict=True):
-        assert (one.prompt_id, one.new_tokens, one.finish_reason) == (other.prompt_id, other.new_tokens, other.finish_reason)
-        # of a round that the limit cut, the engine verifies only what there is room for: only there may they differ
+        assert (one.prompt_id, one.new_tokens, one.finish_reason) == (
+            other.prompt_id,
+            other.new_tokens,
+            other.finish_reason,
+        )
+        # of a round that the limit cut, the engine verifies only what there is room for: only there may they
+        # differ
         assert abs(one.rounds - other.rounds) <= 1
         shared = min(one.rounds, other.rounds)
         assert one.accepted_per_round[:shared] == other.accepted_per_round[:shared]
@@ -54,7 +61,9 @@ def test_a_finished_temperature_is_kept_and_anything_else_measured_again(
     asked = [Conversation(str(i), "chat", (Message("user", f"What is a list? {i}"),)) for i in range(2)]
     measured: list[float] = []
 
-    def stopped_at(temperature: float | None, recipe: Recipe, prompts: list[Conversation]) -> list[EvalResult]:
+    def stopped_at(
+        temperature: float | None, recipe: Recipe, prompts: list[Conversation]
+    ) -> list[EvalResult]:
         def once(*arguments: Any, **named: Any) -> EvalResult:
             measured.append(arguments[4].temperature)
             if measured[-1] == temperature:
@@ -87,7 +96,9 @@ def test_json_of_a_length_that_no_round_defines_has_null(target: TransformersTar
     assert told["accepted_len"]["macro"] is None
 
 
-def test_speed_is_the_engines_by_domain_and_of_all_tokens_over_all_seconds(target: TransformersTarget) -> None:
+def test_speed_is_the_engines_by_domain_and_of_all_tokens_over_all_seconds(
+    target: TransformersTarget,
+) -> None:
     settings = EvaluateSettings(max_new_tokens=6, batch_size=4, speed_prompts=2)
     speed = evaluate(target, make_drafter(target), PROMPTS[:7], settings, Sampling(0.0)).speed
     assert list(speed) == ["code", "chat", "all"] and [s.prompts for s in speed.values()] == [2, 2, 4]

@@ -30,7 +30,9 @@ from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, Rule
 def test_every_rule_behind_every_planner_keeps_the_joint_law(requests: int, gamma: int) -> None:
     findings = prove(requests, gamma, tables=3, seed=gamma)
     planners = ("fixed", "threshold", "algorithm-1", "budget", "gate")
-    assert {(f.rule, f.planner) for f in findings} == {(rule, planner) for rule in RULES for planner in planners}
+    assert {(f.rule, f.planner) for f in findings} == {
+        (rule, planner) for rule in RULES for planner in planners
+    }
     assert max(f.deviation for f in findings) < DEVIATION_ALLOWED
 
 
@@ -40,7 +42,9 @@ def test_the_same_step_search_biases_as_in_appendix_a(rule: Rule) -> None:
     biased = output_distribution(rule, same_step_search(step_rate), [tables], rounds=1)
     np.testing.assert_allclose(biased, [0.85, 0.15], atol=1e-12)
     for case in planner_cases(step_rate, tables.gamma, lag=1):
-        np.testing.assert_allclose(output_distribution(rule, case, [tables], rounds=1), [0.7, 0.3], atol=1e-12)
+        np.testing.assert_allclose(
+            output_distribution(rule, case, [tables], rounds=1), [0.7, 0.3], atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("requests", [1, 2])
@@ -54,7 +58,8 @@ def test_the_same_step_search_is_found_out_on_random_tables(requests: int) -> No
 
 
 def test_a_plan_that_looks_at_the_next_requests_future_is_found_out() -> None:
-    """A budget that grows with the LAST survival of any request decides about the tokens that this survival reflects."""
+    """A budget that grows with the LAST survival of any request decides about the tokens that this survival
+    reflects."""
 
     def lengths(confidence_RG: np.ndarray, _: int) -> np.ndarray:
         return np.full(len(confidence_RG), 2 if confidence_RG[:, -1].max() > 0.5 else 0)
@@ -62,13 +67,21 @@ def test_a_plan_that_looks_at_the_next_requests_future_is_found_out() -> None:
     rng, worst = np.random.default_rng(0), 0.0
     for _ in range(6):
         tables = [random_tables(3, 2, 3, rng) for _ in range(2)]
-        worst = max(worst, deviation(output_distribution(BLOCK_RULE, PlannerCase("wrong", lengths), tables, rounds=1), tables))
+        worst = max(
+            worst,
+            deviation(
+                output_distribution(BLOCK_RULE, PlannerCase("wrong", lengths), tables, rounds=1), tables
+            ),
+        )
     assert worst > 1e-3
 
 
 def test_a_wrong_rule_is_found_out() -> None:
-    """Taking the bonus row in place of the residual, or the residual of the other rule, is seen behind any planner."""
-    no_residual = Rule("wrong", lambda ratios: 1e300 * TOKEN_RULE.weights(ratios), TOKEN_RULE.length_distribution)
+    """Taking the bonus row in place of the residual, or the residual of the other rule, is seen behind any
+    planner."""
+    no_residual = Rule(
+        "wrong", lambda ratios: 1e300 * TOKEN_RULE.weights(ratios), TOKEN_RULE.length_distribution
+    )
     mixed = Rule(
         "wrong",
         TOKEN_RULE.weights,
@@ -99,7 +112,9 @@ def test_the_proof_is_about_plans_that_differ() -> None:
     assert all(lengths == {0, 1, 2, 3} for lengths in seen.values()), seen
 
 
-def test_the_command_prints_the_table_and_fails_when_the_law_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_the_table_and_fails_when_the_law_is_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     done = CliRunner().invoke(app, ["verify-lossless", "--gamma", "2", "--tables", "1"])
     assert done.exit_code == 0
     assert "algorithm-1" in done.output

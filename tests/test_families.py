@@ -1,4 +1,5 @@
-"""Drafter blocks are the families' own: the same numbers as Transformers' decoder layers, and shapes from any target."""
+"""Drafter blocks are the families' own: the same numbers as Transformers' decoder layers, and shapes from any
+target."""
 
 from __future__ import annotations
 
@@ -128,7 +129,12 @@ def test_embeddings_and_logits_are_scaled_and_capped_as_gemma_does_it() -> None:
 
 def test_gemma_4_blocks_take_the_geometry_of_global_attention() -> None:
     shape = block_shape(text_config("gemma4_text"), style_of("gemma4_text"))
-    assert (shape.style, shape.head_dim, shape.num_kv_heads, shape.shared_key_value) == ("gemma4", 16, 1, True)
+    assert (shape.style, shape.head_dim, shape.num_kv_heads, shape.shared_key_value) == (
+        "gemma4",
+        16,
+        1,
+        True,
+    )
     assert (shape.rope_theta, shape.rotary_share, shape.soft_cap) == (1e6, 0.25, 5.0)
     separate = block_shape(text_config("gemma4_text", attention_k_eq_v=False), "gemma4")
     assert (separate.num_kv_heads, separate.shared_key_value) == (2, False)
@@ -149,7 +155,19 @@ def test_every_family_has_a_block_that_engines_load() -> None:
         block_shape(text_config("llama"), "mamba")
 
 
-PLAIN = ("gpt2", "gemma3_text", "granite", "cohere", "phi", "opt", "gpt_neox", "mistral", "qwen3_moe", "falcon", "bloom")
+PLAIN = (
+    "gpt2",
+    "gemma3_text",
+    "granite",
+    "cohere",
+    "phi",
+    "opt",
+    "gpt_neox",
+    "mistral",
+    "qwen3_moe",
+    "falcon",
+    "bloom",
+)
 
 
 @pytest.mark.parametrize("family", PLAIN)
@@ -176,12 +194,20 @@ def make_target(family: str) -> TransformersTarget:
 
 @pytest.mark.parametrize(
     ("family", "style"),
-    [("gemma4_text", "auto"), ("gemma4_text", "qwen3"), ("gpt2", "auto"), ("llama", "auto"), ("llama", "llama")],
+    [
+        ("gemma4_text", "auto"),
+        ("gemma4_text", "qwen3"),
+        ("gpt2", "auto"),
+        ("llama", "auto"),
+        ("llama", "llama"),
+    ],
 )
 def test_greedy_answers_stay_the_targets_own_with_any_block(family: str, style: str) -> None:
     """From a recipe's style and a target of any family to decoding."""
     target = make_target(family)
-    recipe = load_recipe("tiny-dspark", [f"drafter.style={style}", "drafter.num_features=2", "drafter.markov_rank=4"])
+    recipe = load_recipe(
+        "tiny-dspark", [f"drafter.style={style}", "drafter.num_features=2", "drafter.markov_rank=4"]
+    )
     config = drafter_config(recipe, target, SimpleNamespace(mask_token_id=3))
     assert isinstance(config, DrafterConfig)
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight()).double().eval()
@@ -225,11 +251,21 @@ def test_recipes_of_the_paper_have_its_values(name: str) -> None:
     layers = drafter.num_layers or ALGORITHMS[drafter.algorithm].layers
     assert (drafter.algorithm, drafter.block_size, layers) == (kind, 7, 1 if kind == "eagle3" else 5)
     assert (drafter.head, drafter.markov_rank, len(drafter.feature_layers or ())) == ("markov", 256, 5)
-    assert (train.anchors, train.lr, train.warmup, train.batch_size, train.epochs) == (512, 6e-4, 0.04, 512, 10)
+    assert (train.anchors, train.lr, train.warmup, train.batch_size, train.epochs) == (
+        512,
+        6e-4,
+        0.04,
+        512,
+        10,
+    )
     assert (train.dtype, recipe.target.dtype, recipe.capture.max_length) == ("bfloat16", "bfloat16", 4096)
     assert recipe.target.template_switches == ({"enable_thinking": False} if name.startswith("qwen3") else {})
     loss = train.loss
-    mixes = {"dspark": (0.1, 0.9, 0.0, 1.0, 4.0), "dflash": (1.0, 0.0, 0.0, 1.0, 4.0), "eagle3": (0.0, 0.0, 1.0, 1.0, 4.4814)}
+    mixes = {
+        "dspark": (0.1, 0.9, 0.0, 1.0, 4.0),
+        "dflash": (1.0, 0.0, 0.0, 1.0, 4.0),
+        "eagle3": (0.0, 0.0, 1.0, 1.0, 4.4814),
+    }
     assert (loss.ce, loss.tv, loss.kl, loss.confidence, loss.decay) == mixes[kind]
 
 
@@ -253,7 +289,11 @@ def test_the_qwen3_4b_recipe_gives_the_published_drafters_tensors() -> None:
     tokenizer = AddedTokens(151_669)
     config = drafter_config(load_recipe("qwen3-4b-dspark"), target, tokenizer)  # type: ignore[arg-type]
     assert isinstance(config, DrafterConfig)
-    assert (config.mask_token_id, config.feature_layers, config.rope_theta) == (151_669, (1, 9, 17, 25, 33), 1e6)
+    assert (config.mask_token_id, config.feature_layers, config.rope_theta) == (
+        151_669,
+        (1, 9, 17, 25, 33),
+        1e6,
+    )
     with torch.device("meta"):
         drafter = BlockDrafter(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}

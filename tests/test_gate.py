@@ -1,4 +1,5 @@
-"""The gate: the faster way is used, whatever was predicted; a probe costs one percent, and a change is found out."""
+"""The gate: the faster way is used, whatever was predicted; a probe costs one percent, and a change is found
+out."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ PROBE = SHORTEST + EVIDENCE  # steps of a request that is alone
 
 
 class World:
-    """Requests for ever. A step without drafting takes 1 and brings a token each; one with drafting takes `cost`, and each
-    drafted token is kept with chance `kept` given those before it."""
+    """Requests for ever. A step without drafting takes 1 and brings a token each; one with drafting takes
+    `cost`, and each drafted token is kept with chance `kept` given those before it."""
 
     def __init__(self, kept: float, cost: float, seed: int = 0) -> None:
         self.kept, self.cost, self.rng = kept, cost, np.random.default_rng(seed)
@@ -101,7 +102,8 @@ def probes(gate: Gate, drafting: Callable[[int], tuple[float, float]], steps: in
 
 
 def test_pauses_double_while_probes_lose_and_are_at_least_what_a_probe_costs() -> None:
-    cheap = np.diff(probes(Gate(), lambda _: (0.99, 1.0), 30_000))  # each step of a probe loses a hundredth of one
+    # each step of a probe loses a hundredth of one
+    cheap = np.diff(probes(Gate(), lambda _: (0.99, 1.0), 30_000))
     assert 2 * FIRST_PAUSE < cheap[0] < 6 * FIRST_PAUSE
     np.testing.assert_allclose(cheap[2:5] / cheap[1:4], 2, rtol=0.1)
     dear = np.diff(probes(Gate(), lambda _: (1.0, 3.0), 20_000))
@@ -109,7 +111,8 @@ def test_pauses_double_while_probes_lose_and_are_at_least_what_a_probe_costs() -
 
 
 def test_a_machine_that_others_slow_down_changes_nothing_for_long() -> None:
-    """Both ways take twice as long from some moment on; the old mean of the other way then looks too good, once."""
+    """Both ways take twice as long from some moment on; the old mean of the other way then looks too good,
+    once."""
     gate, rng, drafted = Gate(), np.random.default_rng(0), 0
     for step in range(6000):
         slow, drafts = 1.0 + (step > 3000), gate.drafts(1)

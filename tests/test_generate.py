@@ -1,4 +1,5 @@
-"""Generation: every prompt answered once, token by token as the target wrote it, whatever happens to the process."""
+"""Generation: every prompt answered once, token by token as the target wrote it, whatever happens to the
+process."""
 
 from __future__ import annotations
 
@@ -54,7 +55,10 @@ def answer_all(target: TransformersTarget, request: pytest.FixtureRequest) -> An
 
 @pytest.fixture(scope="module")
 def answers(
-    target: TransformersTarget, shown: TemplateFormat, answer_all: Answers, tmp_path_factory: pytest.TempPathFactory
+    target: TransformersTarget,
+    shown: TemplateFormat,
+    answer_all: Answers,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
     generate(target, shown, prompts(), out, SETTINGS, answer_all)
@@ -67,7 +71,9 @@ def copy_records(text: bytes, path: Path, source: Path) -> Path:
     return path
 
 
-def test_every_prompt_is_answered_once_with_the_very_tokens(answers: Path, target: TransformersTarget, shown: Any) -> None:
+def test_every_prompt_is_answered_once_with_the_very_tokens(
+    answers: Path, target: TransformersTarget, shown: Any
+) -> None:
     found = records(answers)
     assert list(found) == sorted(p.id for p in prompts())
     for prompt in prompts():
@@ -85,21 +91,26 @@ def test_every_prompt_is_answered_once_with_the_very_tokens(answers: Path, targe
 def test_an_answer_depends_on_neither_its_neighbours_nor_the_order(
     answers: Path, target: TransformersTarget, shown: TemplateFormat, answer_all: Answers, tmp_path: Path
 ) -> None:
-    """In float64, where rounding cannot move a draw: in another order, twice as many prompts, the same answers."""
+    """In float64, where rounding cannot move a draw: in another order, twice as many prompts, the same
+    answers."""
     more = [replace(p, id=f"{p.id}+") for p in prompts()] + prompts()[::-1]
     generate(target, shown, more, tmp_path / "alone.jsonl", SETTINGS, answer_all)
     found = records(tmp_path / "alone.jsonl")
     assert {k: v for k, v in found.items() if not k.endswith("+")} == records(answers)
 
 
-def test_greedy_answers_are_the_same_by_engine_and_by_padded_batches(target: TransformersTarget, shown: Any) -> None:
+def test_greedy_answers_are_the_same_by_engine_and_by_padded_batches(
+    target: TransformersTarget, shown: Any
+) -> None:
     greedy = replace(SETTINGS, temperature=0.0)
     tokens = [shown.prompt(p.as_dicts()) for p in prompts()]
     seeds = [(0, i) for i in range(len(tokens))]
     assert EngineAnswers(target, 4)(tokens, seeds, greedy) == PaddedAnswers(target, 4)(tokens, seeds, greedy)
 
 
-def test_a_family_without_a_lean_forward_is_answered_in_padded_batches(target: TransformersTarget, monkeypatch: Any) -> None:
+def test_a_family_without_a_lean_forward_is_answered_in_padded_batches(
+    target: TransformersTarget, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("draftkit.engine.answers.unsupported", lambda _: "another family")
     assert isinstance(answerer(target, 4), PaddedAnswers)
     monkeypatch.undo()
@@ -120,9 +131,13 @@ def test_the_stream_never_drains(target: TransformersTarget, shown: TemplateForm
     assert set(filled[: len(filled) - 4]) == {4}
 
 
-def test_padded_batches_hold_no_more_prompts_than_asked_for(target: TransformersTarget, monkeypatch: Any) -> None:
+def test_padded_batches_hold_no_more_prompts_than_asked_for(
+    target: TransformersTarget, monkeypatch: Any
+) -> None:
     widths, forward = [], target.forward
-    monkeypatch.setattr(target, "forward", lambda tokens_BT, *rest: widths.append(len(tokens_BT)) or forward(tokens_BT, *rest))
+    monkeypatch.setattr(
+        target, "forward", lambda tokens_BT, *rest: widths.append(len(tokens_BT)) or forward(tokens_BT, *rest)
+    )
     answers = PaddedAnswers(target, 4)([(4, 20, 31)] * 10, [(0, i) for i in range(10)], SETTINGS)
     assert len(answers) == 10 and max(widths) == 4
 
@@ -130,7 +145,9 @@ def test_padded_batches_hold_no_more_prompts_than_asked_for(target: Transformers
 def test_several_turns_are_answered_one_after_the_other(
     target: TransformersTarget, shown: TemplateFormat, answer_all: Answers, tmp_path: Path
 ) -> None:
-    turns = Conversation("t", "chat", (Message("user", "add"), Message("user", "return"), Message("user", "list")))
+    turns = Conversation(
+        "t", "chat", (Message("user", "add"), Message("user", "return"), Message("user", "list"))
+    )
     generate(target, shown, [turns], tmp_path / "a.jsonl", replace(SETTINGS, temperature=0.0), answer_all)
     record = records(tmp_path / "a.jsonl")["t"]
     roles = [m["role"] for m in record["messages"]]
@@ -173,10 +190,15 @@ def test_a_torn_line_is_made_again(
         assert records(torn) == records(answers)
 
 
-def test_other_settings_are_refused(answers: Path, target: TransformersTarget, shown: Any, answer_all: Answers) -> None:
+def test_other_settings_are_refused(
+    answers: Path, target: TransformersTarget, shown: Any, answer_all: Answers
+) -> None:
     with pytest.raises(DataError, match="other settings"):
         generate(target, shown, prompts(), answers, replace(SETTINGS, seed=6), answer_all)
-    assert generate(target, shown, prompts(), answers, replace(SETTINGS, batch_size=2), answer_all).answered_here == 0
+    assert (
+        generate(target, shown, prompts(), answers, replace(SETTINGS, batch_size=2), answer_all).answered_here
+        == 0
+    )
 
 
 def test_answers_to_other_prompts_of_the_same_ids_are_refused(
@@ -185,10 +207,18 @@ def test_answers_to_other_prompts_of_the_same_ids_are_refused(
     before, (first, *rest) = answers.read_bytes(), prompts()
     answers = copy_records(before, tmp_path / "answers.jsonl", answers)
     longer = replace(first, messages=(*first.messages, Message("user", "more")))
-    for changed in (replace(first, messages=(Message("user", "another"),)), longer, replace(first, tools=({"function": {}},))):
-        with pytest.raises(DataError, match=rf"answers\.jsonl: holds an answer to another prompt of id '{first.id}'"):
+    for changed in (
+        replace(first, messages=(Message("user", "another"),)),
+        longer,
+        replace(first, tools=({"function": {}},)),
+    ):
+        with pytest.raises(
+            DataError, match=rf"answers\.jsonl: holds an answer to another prompt of id '{first.id}'"
+        ):
             generate(target, shown, [changed, *rest], answers, SETTINGS, answer_all)
-    spoken = replace(first, messages=(*first.messages, Message("assistant", "an answer that will be made anew")))
+    spoken = replace(
+        first, messages=(*first.messages, Message("assistant", "an answer that will be made anew"))
+    )
     assert generate(target, shown, [spoken, *rest], answers, SETTINGS, answer_all).records == len(rest) + 1
     assert answers.read_bytes() == before
 
@@ -199,7 +229,9 @@ def test_a_prompt_without_room_is_told_and_costs_no_other_answer(
     out, huge = tmp_path / "a.jsonl", Conversation("huge", "chat", (Message("user", "list " * 300),))
     for _ in range(2):  # a run that finds everything done tells it again
         assert generate(target, shown, [*prompts(), huge], out, SETTINGS, answer_all).records == 15
-        assert capsys.readouterr().err.startswith(f"{out}: 1 of 15 prompts leave no room for an answer, 'huge' first")
+        assert capsys.readouterr().err.startswith(
+            f"{out}: 1 of 15 prompts leave no room for an answer, 'huge' first"
+        )
     found = records(out)
     assert (found["huge"]["finish_reason"], found.pop("huge")["completion_tokens"]) == ("too_long", 0)
     assert found == records(answers)
@@ -208,7 +240,8 @@ def test_a_prompt_without_room_is_told_and_costs_no_other_answer(
 def test_a_conversation_that_fills_the_context_ends_with_its_last_answer(
     target: TransformersTarget, shown: TemplateFormat, tmp_path: Path
 ) -> None:
-    info = replace(target.info, stop_token_ids=tuple(range(20, target.info.vocab_size)))  # answers end at once
+    # answers end at once
+    info = replace(target.info, stop_token_ids=tuple(range(20, target.info.vocab_size)))
     stopping = TransformersTarget(target.model, info)
     turns = Conversation("t", "chat", (Message("user", "list " * 60),) * 4)
     generate(stopping, shown, [turns], tmp_path / "a.jsonl", SETTINGS, PaddedAnswers(stopping, 4))
@@ -220,7 +253,9 @@ def test_a_conversation_that_fills_the_context_ends_with_its_last_answer(
 @pytest.mark.parametrize("made", [EngineAnswers, PaddedAnswers])
 def test_a_long_neighbour_does_not_shorten_an_answer(target: TransformersTarget, made: Any) -> None:
     settings = replace(SETTINGS, temperature=0.0)
-    lengths = [len(a.tokens) for a in made(target, 4)([(4, 20, 31), (7,) * 250, (7,) * 256], [(0, 0)] * 3, settings)]
+    lengths = [
+        len(a.tokens) for a in made(target, 4)([(4, 20, 31), (7,) * 250, (7,) * 256], [(0, 0)] * 3, settings)
+    ]
     assert lengths == [12, 6, 0]
 
 

@@ -1,4 +1,5 @@
-"""GGUF files as targets: what they hold, that it is unpacked once, and what is said of files that are not right."""
+"""GGUF files as targets: what they hold, that it is unpacked once, and what is said of files that are not
+right."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "gguf-cache"  # shared by the tests of this file
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
@@ -47,13 +50,16 @@ def test_tokenizer_and_template_come_from_the_file(model_file: Path) -> None:
     text = "def add(a, b):\n    return a + b"
     assert found(text)["input_ids"] == wanted(text)["input_ids"]
     messages = [{"role": "user", "content": "2 + 2?"}]
-    assert found.apply_chat_template(messages, tokenize=False) == wanted.apply_chat_template(messages, tokenize=False)
+    assert found.apply_chat_template(messages, tokenize=False) == wanted.apply_chat_template(
+        messages, tokenize=False
+    )
 
 
 def test_text_is_split_as_llama_cpp_does_where_transformers_does_not_know_how(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """llama.cpp's "smollm": digits are single pieces before spaces are looked at, so two line ends stay one piece."""
+    """llama.cpp's "smollm": digits are single pieces before spaces are looked at, so two line ends stay one
+    piece."""
     ids = {}
     for kind in ("smollm", "gpt-2", "jellyfish"):
         write_gguf(tmp_path / f"{kind}.gguf", small_llama(VOCAB), EMBEDDED, split=kind)
@@ -62,7 +68,9 @@ def test_text_is_split_as_llama_cpp_does_where_transformers_does_not_know_how(
         ids[kind] = [piece for piece, _ in pieces]
     assert ids["smollm"] == ["a", "ĊĊ", "1", "0", "ĠĠ", "5"]
     assert ids["gpt-2"] == ids["jellyfish"] == ["a", "Ċ", "Ċ", "10", "Ġ", "Ġ5"]
-    assert "tokenizer (jellyfish) splits text is not known; it is split as GPT-2 does" in capfd.readouterr().err
+    assert (
+        "tokenizer (jellyfish) splits text is not known; it is split as GPT-2 does" in capfd.readouterr().err
+    )
 
 
 def test_it_is_unpacked_once_and_a_folder_that_holds_one_is_the_same_target(
@@ -72,10 +80,14 @@ def test_it_is_unpacked_once_and_a_folder_that_holds_one_is_the_same_target(
     capsys.readouterr()
     assert resolve_target(str(model_file)) == resolve_target(str(model_file.parent)) == first
     assert capsys.readouterr().err == ""
-    assert load_target(str(model_file)).info.fingerprint == load_target(str(model_file.parent)).info.fingerprint
+    assert (
+        load_target(str(model_file)).info.fingerprint == load_target(str(model_file.parent)).info.fingerprint
+    )
 
 
-def test_its_fingerprint_is_the_files_whatever_it_is_called_and_libraries_write(model_file: Path, tmp_path: Path) -> None:
+def test_its_fingerprint_is_the_files_whatever_it_is_called_and_libraries_write(
+    model_file: Path, tmp_path: Path
+) -> None:
     copied = tmp_path / "renamed.gguf"
     copied.write_bytes(model_file.read_bytes())
     folder = Path(resolve_target(str(copied)))
@@ -98,9 +110,13 @@ def test_a_split_model_is_joined_and_a_missing_part_is_named(tmp_path: Path) -> 
     tokens_BT = torch.tensor([[5, 77, 1200, 9]])
     with torch.no_grad():
         wanted_BTV = quantised(small_llama(VOCAB))(tokens_BT).logits
-    assert torch.allclose(target.logits(target.forward(tokens_BT, None).last_hidden_BTH), wanted_BTV, atol=1e-5)
+    assert torch.allclose(
+        target.logits(target.forward(tokens_BT, None).last_hidden_BTH), wanted_BTV, atol=1e-5
+    )
     parts[1].unlink()
-    with pytest.raises(TargetError, match=r"1 of 3 parts are missing, m-00002-of-00003\.gguf first; copy all"):
+    with pytest.raises(
+        TargetError, match=r"1 of 3 parts are missing, m-00002-of-00003\.gguf first; copy all"
+    ):
         load_target(str(parts[0]))
 
 
@@ -132,7 +148,9 @@ def test_a_cache_without_room_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(gguf_target.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(TargetError, match=r"small\.gguf unpacked needs 0\.\d GB, 0\.0 GB are free; .*XDG_CACHE_HOME"):
+    with pytest.raises(
+        TargetError, match=r"small\.gguf unpacked needs 0\.\d GB, 0\.0 GB are free; .*XDG_CACHE_HOME"
+    ):
         load_target(str(model_file))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -140,7 +158,9 @@ def test_a_cache_without_room_is_said_before_anything_is_written(
         load_target(str(model_file))
 
 
-def test_missing_packages_are_named_with_the_command(model_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_packages_are_named_with_the_command(
+    model_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gguf_target.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TargetError, match=r"need the package gguf; run: pip install 'draftkit\[gguf\]'"):
@@ -151,7 +171,20 @@ def test_missing_packages_are_named_with_the_command(model_file: Path, monkeypat
 
 def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "none.gguf").write_bytes(b"nothing")
-    command = [sys.executable, "-m", "draftkit.cli", "serve", "--target", str(tmp_path / "none.gguf"), "--drafter", "none"]
+    command = [
+        sys.executable,
+        "-m",
+        "draftkit.cli",
+        "serve",
+        "--target",
+        str(tmp_path / "none.gguf"),
+        "--drafter",
+        "none",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and done.stderr.splitlines()[-1].startswith("error: ")
+        and "Traceback" not in done.stderr
+    )
     assert "is no GGUF file" in done.stderr

@@ -1,7 +1,7 @@
 """Recorded passes: a recording that only ever sees its own tensors gives the numbers of the pass itself.
 
-Here "recording" keeps the function and runs it again on the same tensors, and Triton interprets the kernels on the CPU; what
-CUDA adds to that needs a GPU.
+Here "recording" keeps the function and runs it again on the same tensors, and Triton interprets the kernels
+on the CPU; what CUDA adds to that needs a GPU.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def drafter_on_pages(**changes: object) -> PagedBlockDrafter:
 
 
 def test_recorded_passes_of_the_target_equal_the_eager_ones() -> None:
-    """Prompts first, then rounds whose requests read 1 to 4 tokens each: two sizes, as far as recordings are concerned."""
+    """Prompts first, then rounds whose requests read 1 to 4 tokens each: two sizes, as far as recordings are
+    concerned."""
     _, eager = build("gemma3")  # of all families the one with most parts
     _, fast = build("gemma3")
     fast.stack.paged = True
@@ -65,13 +66,17 @@ def test_recorded_passes_of_the_target_equal_the_eager_ones() -> None:
         model.read(one_pass(pieces), torch.tensor([7, 9, 12]), (0, 1))
     assert recorder.count == 0  # rows of logits are chosen: not recorded
     for lengths in ([1, 1, 1], [4, 1, 2], [1, 2, 1]):
-        pieces = [(t[s : s + n], s, b[: -(-(s + n) // 4)]) for t, s, n, b in zip(TEXTS, starts, lengths, TABLES, strict=True)]
+        pieces = [
+            (t[s : s + n], s, b[: -(-(s + n) // 4)])
+            for t, s, n, b in zip(TEXTS, starts, lengths, TABLES, strict=True)
+        ]
         wanted, played = (model.read(one_pass(pieces), None, (0, 1)) for model in (eager, fast))
         assert len(played.logits_WV) == sum(lengths) and wanted.features_TF is not None
         torch.testing.assert_close(played.logits_WV, wanted.logits_WV, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(played.features_TF, wanted.features_TF, atol=1e-4, rtol=1e-4)
         starts = [s + n for s, n in zip(starts, lengths, strict=True)]
-    assert recorder.count == 2 and fast.recorded is not None and fast.recorded.reason is None  # 4 and 8 tokens
+    # 4 and 8 tokens
+    assert recorder.count == 2 and fast.recorded is not None and fast.recorded.reason is None
 
 
 def test_features_outlive_the_next_pass() -> None:
@@ -120,11 +125,17 @@ def test_recorded_blocks_and_contexts_equal_the_eager_ones() -> None:
     generator = torch.Generator().manual_seed(5)
     features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
     uniforms_RG = torch.rand(3, fast.gamma, generator=generator, dtype=torch.float64)
-    wanted, played = (propose_together(d, features, [11, 30, 2], Sampling(0.8), uniforms_RG) for d in (eager, fast))
+    wanted, played = (
+        propose_together(d, features, [11, 30, 2], Sampling(0.8), uniforms_RG) for d in (eager, fast)
+    )
     assert torch.equal(played.tokens_BG, wanted.tokens_BG)
     torch.testing.assert_close(played.confidence_BG, wanted.confidence_BG, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(played.probs_BGV, wanted.probs_BGV, atol=1e-5, rtol=1e-4)
-    assert fast.recorded is not None and fast.recorded.block.reason is None and fast.recorded.context.reason is None
+    assert (
+        fast.recorded is not None
+        and fast.recorded.block.reason is None
+        and fast.recorded.context.reason is None
+    )
     assert len(fast.recorded.block._recordings) == 1 and len(fast.recorded.context._recordings) == 2
     assert recorder.count == 3
 
@@ -137,9 +148,14 @@ def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
     for anchors in ([11, 30, 2], [7]):
         wanted = drafts(eager, anchors)
         played = drafts(fast, anchors)
-        assert torch.equal(played[0], wanted[0]) and played[1] is None and wanted[1] is None  # greedy: no probabilities
+        # greedy: no probabilities
+        assert torch.equal(played[0], wanted[0]) and played[1] is None and wanted[1] is None
         torch.testing.assert_close(played[2], wanted[2], atol=1e-5, rtol=1e-4)
-    assert fast.recorded is not None and fast.recorded.greedy.reason is None and len(fast.recorded.greedy._recordings) == 2
+    assert (
+        fast.recorded is not None
+        and fast.recorded.greedy.reason is None
+        and len(fast.recorded.greedy._recordings) == 2
+    )
 
 
 def drafts(fast: PagedBlockDrafter, anchors: list[int]) -> tuple[Tensor, Drawn | None, Tensor | None]:
@@ -152,7 +168,20 @@ def drafts(fast: PagedBlockDrafter, anchors: list[int]) -> tuple[Tensor, Drawn |
 
 
 def test_sizes_are_close_to_what_comes_and_wide_tables_are_not_recorded() -> None:
-    assert [padded(n) for n in (1, 2, 3, 5, 8, 9, 12, 13, 17, 24, 25, 100)] == [1, 2, 4, 8, 8, 12, 12, 16, 24, 24, 32, 128]
+    assert [padded(n) for n in (1, 2, 3, 5, 8, 9, 12, 13, 17, 24, 25, 100)] == [
+        1,
+        2,
+        4,
+        8,
+        8,
+        12,
+        12,
+        16,
+        24,
+        24,
+        32,
+        128,
+    ]
     assert sizes(20) == [24, 16, 12, 8, 4, 2, 1]
     _, fast = build("qwen3")
     fast.stack.paged = True
@@ -183,8 +212,12 @@ def test_a_recording_that_fails_or_differs_is_not_used() -> None:
     for name, reason in (("refuse", "not permitted"), ("spoil", "differs from its pass")):
         _, fast = build("qwen3")
         fast.stack.paged = True
-        record_passes(fast, None, (), WIDEST, refuse if name == "refuse" else spoiling(lambda f=fast: f.recorded))
+        record_passes(
+            fast, None, (), WIDEST, refuse if name == "refuse" else spoiling(lambda f=fast: f.recorded)
+        )
         assert fast.recorded is not None
         for _ in range(2):
-            torch.testing.assert_close(fast.read(one_pass(pieces), None).logits_WV, wanted.logits_WV, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                fast.read(one_pass(pieces), None).logits_WV, wanted.logits_WV, atol=1e-4, rtol=1e-4
+            )
             assert reason in str(fast.recorded.reason) and "\n" not in str(fast.recorded.reason)

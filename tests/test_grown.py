@@ -1,4 +1,5 @@
-"""Models grown for benchmarks are of the new size and still the old function: the same logits, answers and proposals."""
+"""Models grown for benchmarks are of the new size and still the old function: the same logits, answers and
+proposals."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def drafter(tiny: TransformersTarget) -> BlockDrafter:
     return opened
 
 
-def answers(target: TransformersTarget, drafter: BlockDrafter | None) -> tuple[dict[str, list[int]], EngineMetrics]:
+def answers(
+    target: TransformersTarget, drafter: BlockDrafter | None
+) -> tuple[dict[str, list[int]], EngineMetrics]:
     settings = EngineSettings(plan="fixed", max_running=4, max_length=512, kv_bytes=2**28, compile=False)
     engine = Engine(target, drafter, settings)
     for number, prompt in enumerate(PROMPTS):
@@ -57,7 +60,9 @@ def proposal(target: TransformersTarget, drafter: BlockDrafter, prompt: tuple[in
     return drafter.propose(context, torch.tensor(prompt[-1:]), Sampling(0.0), torch.zeros(1, drafter.gamma))
 
 
-def test_the_grown_target_gives_the_same_logits_and_answers(tiny: TransformersTarget, grown: TransformersTarget) -> None:
+def test_the_grown_target_gives_the_same_logits_and_answers(
+    tiny: TransformersTarget, grown: TransformersTarget
+) -> None:
     check_target(grown)
     for prompt in PROMPTS:
         tokens = torch.tensor([prompt])
@@ -90,7 +95,9 @@ def test_every_head_kind_grows(
     for name, parameter in fresh.named_parameters():
         if "head." in name and name != "lm_head.weight":
             torch.nn.init.normal_(parameter, std=0.2)  # several of them start at zero
-    small, large = (proposal(t, d, PROMPTS[0]) for t, d in ((tiny, fresh), (grown, grow_drafter(fresh, grown, GROWTH))))
+    small, large = (
+        proposal(t, d, PROMPTS[0]) for t, d in ((tiny, fresh), (grown, grow_drafter(fresh, grown, GROWTH)))
+    )
     assert torch.equal(large.tokens_BG, small.tokens_BG)
     assert small.confidence_BG is not None and large.confidence_BG is not None
     torch.testing.assert_close(large.confidence_BG, small.confidence_BG, rtol=0, atol=1e-4)
@@ -115,7 +122,9 @@ def test_made_in_half_precision_it_keeps_rotary_frequencies_and_generators(tiny:
     assert torch.equal(torch.get_rng_state(), before) and torch.get_default_dtype() == torch.float32
     assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
     frequencies = half.model.model.rotary_emb.inv_freq
-    assert frequencies.dtype == torch.float32 and torch.equal(frequencies, tiny.model.model.rotary_emb.inv_freq)
+    assert frequencies.dtype == torch.float32 and torch.equal(
+        frequencies, tiny.model.model.rotary_emb.inv_freq
+    )
     head = half.head_weight()
     assert not head[4096:].unflatten(1, (2, -1)).sum(1).any()  # the copies cancel out, exactly
 
@@ -128,13 +137,19 @@ def test_query_heads_stay_with_their_key_heads() -> None:
     assert [queries.count(head) for head in range(4)] == [16] * 4
 
 
-@pytest.mark.parametrize("wrong", [{"hidden": 3}, {"heads": 12}, {"kv_heads": 3}, {"layers": 13}, {"vocab": 4095}])
-def test_a_growth_that_cannot_be_exact_ends_with_one_line(wrong: dict[str, int], tiny: TransformersTarget) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"hidden": 3}, {"heads": 12}, {"kv_heads": 3}, {"layers": 13}, {"vocab": 4095}]
+)
+def test_a_growth_that_cannot_be_exact_ends_with_one_line(
+    wrong: dict[str, int], tiny: TransformersTarget
+) -> None:
     with pytest.raises(SystemExit, match=r"\w"):
         grow_target(tiny, replace(GROWTH, **wrong), "cpu", torch.float32)
 
 
-def test_a_drafter_of_another_target_ends_with_one_line(grown: TransformersTarget, drafter: BlockDrafter) -> None:
+def test_a_drafter_of_another_target_ends_with_one_line(
+    grown: TransformersTarget, drafter: BlockDrafter
+) -> None:
     other = new_drafter(drafter.config, drafter.embed_tokens.weight + 1, drafter.lm_head.weight)
     assert isinstance(other, BlockDrafter)
     with pytest.raises(SystemExit, match="embedding is not that of tiny grown"):

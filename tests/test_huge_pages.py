@@ -12,7 +12,8 @@ from draftkit.ops.huge_pages import CHUNK, PAGE, HugePages
 
 def test_copies_hold_the_numbers_and_do_not_overlap() -> None:
     pages, rng = HugePages(), torch.Generator().manual_seed(0)
-    sizes = [(3, 5), (CHUNK // 8 - 1,), (7,), (CHUNK // 4 + 9,), (1, 1, 1)]  # one that is left for a new chunk, one larger
+    # one that is left for a new chunk, one larger
+    sizes = [(3, 5), (CHUNK // 8 - 1,), (7,), (CHUNK // 4 + 9,), (1, 1, 1)]
     given = [torch.randn(size, generator=rng) for size in sizes]
     given[2] = given[2].bfloat16()
     copies = [pages.copy(tensor) for tensor in given]

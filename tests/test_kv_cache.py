@@ -64,12 +64,14 @@ def test_without_reuse_nothing_is_found() -> None:
 
 
 class Pool(RuleBasedStateMachine):
-    """Random life of requests; `memory` plays the KV memory: what was last written at each position of each block."""
+    """Random life of requests; `memory` plays the KV memory: what was last written at each position of each
+    block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(10, SIZE)
-        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}  # (block, offset) -> the whole prefix that it encodes
+        # (block, offset) -> the whole prefix that it encodes
+        self.memory: dict[tuple[int, int], tuple[int, ...]] = {}
         self.live: list[tuple[BlockTable, list[int], int]] = []  # table, tokens, positions written
 
     def write(self, table: BlockTable, tokens: list[int], start: int, end: int) -> None:
@@ -82,7 +84,9 @@ class Pool(RuleBasedStateMachine):
         cached = len(table.blocks) * SIZE
         assert cached < len(tokens)
         for position in range(cached):  # reused content is the content of exactly this prefix
-            assert self.memory[table.blocks[position // SIZE], position % SIZE] == tuple(tokens[: position + 1])
+            assert self.memory[table.blocks[position // SIZE], position % SIZE] == tuple(
+                tokens[: position + 1]
+            )
         if not self.pool.grow(table, len(tokens)):
             self.pool.release(table)
             return
@@ -115,7 +119,9 @@ class Pool(RuleBasedStateMachine):
     def everybody_reads_what_they_wrote(self) -> None:
         for table, tokens, length in self.live:
             for position in range(length):
-                assert self.memory[table.blocks[position // SIZE], position % SIZE] == tuple(tokens[: position + 1])
+                assert self.memory[table.blocks[position // SIZE], position % SIZE] == tuple(
+                    tokens[: position + 1]
+                )
 
     @invariant()
     def no_block_is_lost_or_twice_there(self) -> None:

@@ -27,17 +27,14 @@ LAYERS: tuple[frozenset[str], ...] = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# Lower layers that a folder must leave alone all the same: models do not see recipes, a server does not train.
-FORBIDDEN = {
-    "ops": {"config"},
-    "target": {"config"},
-    "draft": {"config"},
-    "serve": {"data", "train"},
-}
+# Lower layers that a folder must leave alone all the same: models do not see recipes, a server does not
+# train.
+FORBIDDEN = {"ops": {"config"}, "target": {"config"}, "draft": {"config"}, "serve": {"data", "train"}}
 
 
 def imported_units(tree: ast.AST, units: set[str]) -> Iterator[tuple[int, str]]:
-    """Line and first name below `draftkit` of every import in the tree, at any depth; "." for a relative import."""
+    """Line and first name below `draftkit` of every import in the tree, at any depth; "." for a relative
+    import."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -99,13 +96,18 @@ def test_an_upward_import_is_found_also_inside_a_function(tmp_path: Path) -> Non
 
 
 def test_siblings_of_one_layer_do_not_import_each_other(tmp_path: Path) -> None:
-    package = write(tmp_path / "draftkit", data__capture="from draftkit import decode, __version__\n", decode="")
+    package = write(
+        tmp_path / "draftkit", data__capture="from draftkit import decode, __version__\n", decode=""
+    )
     assert violations(package) == ["draftkit/data/capture.py:1: data imports decode, which is not below it"]
 
 
 def test_forbidden_relative_and_unknown_modules_are_found(tmp_path: Path) -> None:
     package = write(
-        tmp_path / "draftkit", ops__verify="from draftkit.config import Recipe\nfrom . import x\n", config="", extras=""
+        tmp_path / "draftkit",
+        ops__verify="from draftkit.config import Recipe\nfrom . import x\n",
+        config="",
+        extras="",
     )
     assert violations(package) == [
         "extras: is in no layer; add it to LAYERS",
@@ -121,6 +123,8 @@ def test_no_test_file_imports_another() -> None:
     for path in sorted(tests.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom | ast.Import):
-                modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                modules = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                )
                 for module in modules:
                     assert not names & set(module.split(".")), f"{path.name}:{node.lineno} imports {module}"

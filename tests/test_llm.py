@@ -42,7 +42,10 @@ def llm(target: TransformersTarget, target_folder: Path, tmp_path_factory: pytes
 
 
 def test_importing_draftkit_imports_no_torch() -> None:
-    check = "import draftkit, sys; assert 'torch' not in sys.modules; from draftkit import SamplingParams; SamplingParams()"
+    check = (
+        "import draftkit, sys; assert 'torch' not in sys.modules; from draftkit import "
+        "SamplingParams; SamplingParams()"
+    )
     subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
 
 
@@ -51,10 +54,15 @@ def test_texts_are_the_decoded_tokens_of_plain_greedy_decoding(llm: LLM, target:
     answers = llm.generate(prompts, GREEDY)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([llm.tokenizer(prompt)["input_ids"]])
-        own = target.model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=-1)[0, ids.shape[1] :].tolist()
+        own = target.model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=-1)[
+            0, ids.shape[1] :
+        ].tolist()
         [output] = answer.outputs
         assert list(output.token_ids) == own and answer.prompt_token_ids == tuple(ids[0].tolist())
-        assert output.text == llm.tokenizer.decode(own, skip_special_tokens=True) and output.finish_reason == "length"
+        assert (
+            output.text == llm.tokenizer.decode(own, skip_special_tokens=True)
+            and output.finish_reason == "length"
+        )
         assert output.stats.drafted > 0
 
 
@@ -62,7 +70,9 @@ def test_chat_uses_the_template_and_n_answers_have_seeds_in_a_row(llm: LLM) -> N
     [three] = llm.chat(TALK, SamplingParams(n=3, max_tokens=12, seed=0))
     rendered = llm.tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     assert list(three.prompt_token_ids) == llm.tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    alone = [llm.chat([TALK], SamplingParams(max_tokens=12, seed=seed))[0].outputs[0].text for seed in (0, 1, 2)]
+    alone = [
+        llm.chat([TALK], SamplingParams(max_tokens=12, seed=seed))[0].outputs[0].text for seed in (0, 1, 2)
+    ]
     assert [o.text for o in three.outputs] == alone
     assert len(set(alone)) > 1
 
@@ -107,7 +117,9 @@ def test_streams_run_beside_each_other_and_end_when_they_are_closed(llm: LLM) ->
 def test_threads_may_ask_at_the_same_time(llm: LLM) -> None:
     found: dict[int, str] = {}
     threads = [
-        threading.Thread(target=lambda i=i: found.update({i: llm.generate(f"Step {i}", GREEDY)[0].outputs[0].text}))
+        threading.Thread(
+            target=lambda i=i: found.update({i: llm.generate(f"Step {i}", GREEDY)[0].outputs[0].text})
+        )
         for i in range(4)
     ]
     for thread in threads:
@@ -127,7 +139,9 @@ def test_wrong_requests_are_refused_and_leave_nothing_behind(llm: LLM) -> None:
     assert not llm.engine.has_work()
 
 
-def test_one_stream_does_not_wait_for_another_that_waits(target_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_stream_does_not_wait_for_another_that_waits(
+    target_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One request at a time: the second waits for all of the first, whose pieces come as they are made."""
     llm = LLM(str(target_folder), "none", small(max_running=1))
     taken: list[int] = []
@@ -206,7 +220,9 @@ def test_a_constraint_that_raises_ends_its_own_call_alone(llm: LLM) -> None:
 
     whole = llm.generate("def add", replace(GREEDY, max_tokens=100))[0].outputs[0].token_ids
     found: list[Any] = []
-    other = threading.Thread(target=lambda: found.extend(llm.generate("def add", replace(GREEDY, max_tokens=100))))
+    other = threading.Thread(
+        target=lambda: found.extend(llm.generate("def add", replace(GREEDY, max_tokens=100)))
+    )
     other.start()
     with pytest.raises(ValueError, match="grammar of a user"):
         llm.generate("Step 1", replace(GREEDY, constraint=Broken()))
@@ -255,7 +271,9 @@ def test_a_constraint_may_end_the_answer_with_any_token_which_is_part_of_the_tex
 
     long = replace(GREEDY, max_tokens=20, ignore_eos=True)
     [whole], [cut] = llm.generate("def add", long), llm.generate("def add", replace(long, constraint=UpTo(6)))
-    assert cut.outputs[0].token_ids == whole.outputs[0].token_ids[:6] and cut.outputs[0].finish_reason == "stop"
+    assert (
+        cut.outputs[0].token_ids == whole.outputs[0].token_ids[:6] and cut.outputs[0].finish_reason == "stop"
+    )
     assert cut.outputs[0].text == llm.generate("def add", replace(long, max_tokens=6))[0].outputs[0].text
 
 
@@ -289,7 +307,9 @@ def test_token_ids_may_be_arrays(llm: LLM) -> None:
         assert llm.generate(prompts, GREEDY)[0].outputs[0].token_ids == wanted  # type: ignore[arg-type]
 
     async def read() -> tuple[int, ...]:
-        return tuple([token async for piece in llm.stream(np.array([1, 2, 3]), GREEDY) for token in piece.token_ids])  # type: ignore[arg-type]
+        return tuple(
+            [token async for piece in llm.stream(np.array([1, 2, 3]), GREEDY) for token in piece.token_ids]
+        )  # type: ignore[arg-type]
 
     assert asyncio.run(read()) == wanted
 
@@ -301,7 +321,9 @@ def test_a_forked_child_is_told_that_it_has_no_engine(llm: LLM, monkeypatch: pyt
         llm.generate("def add", GREEDY)
 
 
-def test_whatever_goes_wrong_while_adding_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_goes_wrong_while_adding_leaves_nothing_behind(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise MemoryError("no room for the penalties")
 
@@ -311,7 +333,9 @@ def test_whatever_goes_wrong_while_adding_leaves_nothing_behind(llm: LLM, monkey
     assert not llm.engine.has_work() and not llm._calls
 
 
-def test_stop_strings_of_all_answers_are_looked_for_as_they_come(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_strings_of_all_answers_are_looked_for_as_they_come(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = ["def add(a, b):", "Step 1: 3", "What is a list?"]
     whole = llm.generate(prompts, replace(GREEDY, max_tokens=100))
     stops = [replace(GREEDY, max_tokens=100, stop=g.outputs[0].text[:3]) for g in whole[1:]]
@@ -336,7 +360,9 @@ def test_nothing_is_printed_where_nothing_takes_long(llm: LLM, capfd: pytest.Cap
 def test_a_program_may_end_while_the_passes_are_being_compiled(tmp_path: Path) -> None:
     program = "from draftkit import LLM; LLM('tiny', 'none')"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -346,5 +372,9 @@ def test_bad_words_do_not_appear(llm: LLM) -> None:
         return list(llm.generate("def add(a, b):\n", params)[0].outputs[0].token_ids)
 
     free = {token: llm.tokenizer.decode([token]) for token in answer([])}
-    words = {t: word for t, word in free.items() if llm.tokenizer(word, add_special_tokens=False)["input_ids"] == [t]}
+    words = {
+        t: word
+        for t, word in free.items()
+        if llm.tokenizer(word, add_special_tokens=False)["input_ids"] == [t]
+    }
     assert words and not words.keys() & set(answer(list(words.values())))

@@ -16,7 +16,8 @@ from draftkit.errors import ConfigError
 from draftkit.settings import LossSettings
 
 HIDDEN, RANK, VOCABULARY, GAMMA = 6, 4, 23, 5
-GRID = [0, 1, 2, 3, 4, 5, 6, 10, 15, 16, 17, 18, 19, 20, 30, 31]  # whole and shortened blocks, and two that are absent
+# whole and shortened blocks, and two that are absent
+GRID = [0, 1, 2, 3, 4, 5, 6, 10, 15, 16, 17, 18, 19, 20, 30, 31]
 TERMS = {
     "CE": LossSettings(ce=1, tv=0),
     "TV": LossSettings(ce=0, tv=1),
@@ -30,7 +31,10 @@ TERMS = {
 
 
 def make_rows(
-    dtype: torch.dtype = torch.float64, soft_cap: float | None = None, scale: float = 1.0, vocabulary: int = VOCABULARY
+    dtype: torch.dtype = torch.float64,
+    soft_cap: float | None = None,
+    scale: float = 1.0,
+    vocabulary: int = VOCABULARY,
 ) -> Rows:
     generator = torch.Generator().manual_seed(0)
 
@@ -93,13 +97,16 @@ def gradients_of(rows: Rows) -> list[Tensor]:
 
 @pytest.mark.parametrize("settings", TERMS.values(), ids=TERMS)
 @pytest.mark.parametrize("soft_cap", [None, 1.5])
-def test_every_term_and_its_gradients_equal_the_plain_formula(settings: LossSettings, soft_cap: float | None) -> None:
+def test_every_term_and_its_gradients_equal_the_plain_formula(
+    settings: LossSettings, soft_cap: float | None
+) -> None:
     rows = make_rows(soft_cap=soft_cap, scale=0.7)
     (3 * distillation_loss(rows, settings).loss).backward()
     found = gradients_of(rows)
     loss = plain(rows, settings)
     (3 * loss).backward()
-    torch.testing.assert_close(distillation_loss(rows, settings).loss, loss, atol=1e-7, rtol=1e-7)  # w_k is float32
+    # w_k is float32
+    torch.testing.assert_close(distillation_loss(rows, settings).loss, loss, atol=1e-7, rtol=1e-7)
     for mine, autograd in zip(found, gradients_of(rows), strict=True):
         torch.testing.assert_close(mine, autograd, atol=1e-7, rtol=1e-6)
 
@@ -127,8 +134,12 @@ def test_the_cpp_functions_equal_the_plain_formula(
         torch.testing.assert_close(mine.double(), autograd, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [TERMS["all at once"], TERMS["D-PACE on all"]], ids=["fixed weights", "D-PACE"])
-@pytest.mark.parametrize(("chunk", "piece"), [(1, 1), (7, 25 * VOCABULARY), (10, 5 * VOCABULARY), (1000, 1000 * VOCABULARY)])
+@pytest.mark.parametrize(
+    "settings", [TERMS["all at once"], TERMS["D-PACE on all"]], ids=["fixed weights", "D-PACE"]
+)
+@pytest.mark.parametrize(
+    ("chunk", "piece"), [(1, 1), (7, 25 * VOCABULARY), (10, 5 * VOCABULARY), (1000, 1000 * VOCABULARY)]
+)
 def test_chunks_and_slices_change_nothing(
     settings: LossSettings, chunk: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,8 +169,12 @@ def test_row_values_are_the_textbook_ones_and_carry_no_gradient() -> None:
     logits = rows.hidden_NH @ rows.head.weight_VH.T + rows.markov[0] @ rows.markov[1].T
     q, p = torch.softmax(logits, -1), torch.softmax(rows.target_hidden_NH @ rows.target_head.weight_VH.T, -1)
     torch.testing.assert_close(found.accept_N, torch.minimum(q, p).sum(-1).detach())
-    torch.testing.assert_close(found.ce_N, torch.nn.functional.cross_entropy(logits, rows.tokens_N, reduction="none").detach())
-    torch.testing.assert_close(found.kl_N, torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1).detach())
+    torch.testing.assert_close(
+        found.ce_N, torch.nn.functional.cross_entropy(logits, rows.tokens_N, reduction="none").detach()
+    )
+    torch.testing.assert_close(
+        found.kl_N, torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1).detach()
+    )
     assert not (found.accept_N.requires_grad or found.ce_N.requires_grad or found.kl_N.requires_grad)
     with torch.no_grad():
         again = distillation_loss(rows, LossSettings(kl=0.1))
@@ -167,7 +182,8 @@ def test_row_values_are_the_textbook_ones_and_carry_no_gradient() -> None:
 
 
 def test_bfloat16_rows_are_reduced_in_float32() -> None:
-    """The loss of bfloat16 inputs is that of the same numbers in float64 but for the rounding of the logits."""
+    """The loss of bfloat16 inputs is that of the same numbers in float64 but for the rounding of the
+    logits."""
     rows = make_rows(torch.bfloat16)
     found = distillation_loss(rows, LossSettings())
     assert found.loss.dtype == found.ce_N.dtype == torch.float32
@@ -205,7 +221,10 @@ def test_rows_that_share_a_target_state_share_its_logits_and_nothing_else(
     place_N = torch.tensor([7, 3, 7, 9, 3, 7, 1, 2, 9, 9, 3, 1, 5, 5, 2, 7])
     rows = make_rows()
     states = rows.target_hidden_NH[place_N]
-    apart, shared = replace(rows, target_hidden_NH=states), replace(rows, target_hidden_NH=states, place_N=place_N)
+    apart, shared = (
+        replace(rows, target_hidden_NH=states),
+        replace(rows, target_hidden_NH=states, place_N=place_N),
+    )
     wanted = distillation_loss(apart, TERMS["D-PACE on all"])
     wanted.loss.backward()
     gradients = gradients_of(rows)
@@ -214,7 +233,8 @@ def test_rows_that_share_a_target_state_share_its_logits_and_nothing_else(
     monkeypatch.setattr(Head, "logits", lambda head, x: met.append(len(x)) or original(head, x))
     found = distillation_loss(shared, TERMS["D-PACE on all"])
     found.loss.backward()
-    assert sum(met[1::2]) == (6 if chunk == 1000 else 13) < len(place_N) == sum(met[::2])  # draft and target in turn
+    # draft and target in turn
+    assert sum(met[1::2]) == (6 if chunk == 1000 else 13) < len(place_N) == sum(met[::2])
     torch.testing.assert_close((found.loss, found.tv_N, found.kl_N), (wanted.loss, wanted.tv_N, wanted.kl_N))
     for mine, whole in zip(gradients_of(rows), gradients, strict=True):
         torch.testing.assert_close(mine, whole, atol=1e-12, rtol=1e-12)
@@ -255,7 +275,11 @@ def test_a_reduced_vocabulary_has_the_targets_mass_outside_it_as_distance(settin
     whole, ids = make_rows(), torch.tensor([0, 3, 4, 9, 11, 12, 17, 20, 22])
     counted = torch.full((VOCABULARY,), -1).index_copy(0, ids, torch.arange(len(ids)))
     rows = replace(
-        whole, head=Head(whole.head.weight_VH[ids]), markov=None, tokens_N=counted[whole.tokens_N], draft_ids_W=ids
+        whole,
+        head=Head(whole.head.weight_VH[ids]),
+        markov=None,
+        tokens_N=counted[whole.tokens_N],
+        draft_ids_W=ids,
     )
     out = distillation_loss(rows, settings)
     (found,) = torch.autograd.grad(out.loss, [whole.hidden_NH])
@@ -272,7 +296,12 @@ def test_a_reduced_vocabulary_has_the_targets_mass_outside_it_as_distance(settin
     weights = [math.exp(-(cell % GAMMA) / settings.decay) for cell in rows.grid_N.tolist()]
     if settings.weighting == "dpace":
         weights = plain_dpace(own.tolist(), rows.grid_N.tolist())
-    terms = settings.ce * ce + settings.tv * tv + settings.kl * kl + settings.lk * (share * kl + (1 - share) * tv / 2)
+    terms = (
+        settings.ce * ce
+        + settings.tv * tv
+        + settings.kl * kl
+        + settings.lk * (share * kl + (1 - share) * tv / 2)
+    )
     loss = (torch.tensor(weights, dtype=torch.float64) * terms).sum()
     torch.testing.assert_close(out.loss, loss)
     torch.testing.assert_close(out.accept_N, (1 - tv / 2).detach())

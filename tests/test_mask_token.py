@@ -65,9 +65,11 @@ def test_the_tokenizers_own_mask_or_an_unused_row_comes_first() -> None:
     ("special", "used", "named", "chosen"),
     [
         (("<|user|>", "<|tool|>", "<|reserved_1|>", "<|file|>"), (), (), 38),  # reserved before the highest
-        (("<|user|>", "<|tool|>", "<|reserved_1|>", "<|file|>"), (38,), (), 39),  # the data uses the reserved one
+        # the data uses the reserved one
+        (("<|user|>", "<|tool|>", "<|reserved_1|>", "<|file|>"), (38,), (), 39),
         (("<|user|>", "<|tool|>", "<|reserved_1|>", "<|file|>"), (38, 39), (), 37),
-        (("<|user|>", "<|tool|>", "<|file|>"), (), (39,), 38),  # the last one is the tokenizer's end of text, say
+        # the last one is the tokenizer's end of text, say
+        (("<|user|>", "<|tool|>", "<|file|>"), (), (39,), 38),
     ],
 )
 def test_else_a_special_token_that_neither_template_nor_data_uses(
@@ -77,7 +79,9 @@ def test_else_a_special_token_that_neither_template_nor_data_uses(
 
 
 def test_when_every_token_is_used_it_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match=r"no mask token, .* no unused row.* give a token that no text holds, from 0 to 39"):
+    with pytest.raises(
+        ConfigError, match=r"no mask token, .* no unused row.* give a token that no text holds, from 0 to 39"
+    ):
         choose_mask_token(Tokenizer("<|user|>", "<|file|>"), VOCAB, None, lambda: counts(39))
 
 
@@ -85,13 +89,16 @@ def test_one_that_is_asked_for_must_be_in_the_vocabulary_and_not_in_the_data() -
     assert choose_mask_token(Tokenizer(), VOCAB, 12, lambda: counts(11)) == 12
     with pytest.raises(ConfigError, match=r"mask_token_id: 40 must lie between 0 and the target's 39$"):
         choose_mask_token(Tokenizer(), VOCAB, 40, never)
-    with pytest.raises(ConfigError, match=r"mask_token_id: 11 stands 3 times in the training data; give a token"):
+    with pytest.raises(
+        ConfigError, match=r"mask_token_id: 11 stands 3 times in the training data; give a token"
+    ):
         choose_mask_token(Tokenizer(), VOCAB, 11, lambda: counts(11))
 
 
 @pytest.fixture(scope="module")
 def llama_like(tmp_path_factory: pytest.TempPathFactory) -> tuple[TransformersTarget, Any]:
-    """As SmolLM2: as many tokens as the embedding has rows, no mask token, a special one that nothing uses."""
+    """As SmolLM2: as many tokens as the embedding has rows, no mask token, a special one that nothing
+    uses."""
     folder = make_target_folder(tmp_path_factory.mktemp("no-mask"))
     raw = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     raw.pop("mask_token", None)
@@ -115,9 +122,16 @@ def test_only_training_needs_one_and_it_stays_in_the_checkpoint(
     target, tokenizer = llama_like
     talk = Conversation("a", "code", (Message("user", "one plus one"), Message("assistant", "two")))
     everything = recipe("generate.max_new_tokens=4")
-    assert stages.run_generate(target, tokenizer, everything, lambda: [talk.prompt()], tmp_path / "a.jsonl").records == 1
+    assert (
+        stages.run_generate(
+            target, tokenizer, everything, lambda: [talk.prompt()], tmp_path / "a.jsonl"
+        ).records
+        == 1
+    )
     assert stages.run_capture(target, tokenizer, everything, [talk], tmp_path / "features").samples == 1
-    drafter = stages.new_drafter_for(everything, target, tokenizer, stages.FeatureStore(tmp_path / "features"))
+    drafter = stages.new_drafter_for(
+        everything, target, tokenizer, stages.FeatureStore(tmp_path / "features")
+    )
     chosen = drafter.config.mask_token_id  # type: ignore[attr-defined]
     assert str(tokenizer.added_tokens_decoder[chosen]) not in tokenizer.chat_template
     save_drafter(drafter, tmp_path / "drafter", {}, torch.float32)

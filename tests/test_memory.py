@@ -1,4 +1,5 @@
-"""How many tokens the memory for keys and values holds: a large target needs no settings, and what is counted is taken."""
+"""How many tokens the memory for keys and values holds: a large target needs no settings, and what is counted
+is taken."""
 
 from __future__ import annotations
 
@@ -30,11 +31,20 @@ GIB = 2**30
 @pytest.fixture(scope="module")
 def large() -> TransformersTarget:
     """A target of the shape of Qwen3-8B in bfloat16, without its numbers."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
-    config = Qwen3Config(**sizes, num_key_value_heads=8, head_dim=128, vocab_size=151_936, max_position_embeddings=40_960)
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    }
+    config = Qwen3Config(
+        **sizes, num_key_value_heads=8, head_dim=128, vocab_size=151_936, max_position_embeddings=40_960
+    )
     with torch.device("meta"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)
-    return TransformersTarget(model, TargetInfo("large", None, "none", 151_936, 4096, 36, (1,), 40_960, "qwen3"))
+    return TransformersTarget(
+        model, TargetInfo("large", None, "none", 151_936, 4096, 36, (1,), 40_960, "qwen3")
+    )
 
 
 def give(monkeypatch: pytest.MonkeyPatch, available: float) -> None:
@@ -51,26 +61,36 @@ def test_the_longest_request_of_a_large_target_fits_without_a_word(
     assert room.blocks * 16 * 147_456 < 6 * GIB, "a CPU's memory is not for us alone"
 
 
-def test_requests_are_as_long_as_the_memory_is(large: TransformersTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_are_as_long_as_the_memory_is(
+    large: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     give(monkeypatch, 2 * GIB)
     room = room_for(large, None, EngineSettings())
     assert room == Room(910, 910 * 16 - 1)
-    with pytest.raises(ServeError, match=r"the free memory of 2 GiB hold 14560 tokens .* 40000; give a smaller max_length"):
+    with pytest.raises(
+        ServeError, match=r"the free memory of 2 GiB hold 14560 tokens .* 40000; give a smaller max_length"
+    ):
         room_for(large, None, EngineSettings(max_length=40_000))
-    with pytest.raises(ServeError, match=r"kv_bytes of 1 GiB hold 7280 .* 40960; give 5.6\d* GiB or a smaller max_length"):
+    with pytest.raises(
+        ServeError, match=r"kv_bytes of 1 GiB hold 7280 .* 40960; give 5.6\d* GiB or a smaller max_length"
+    ):
         room_for(large, None, EngineSettings(kv_bytes=GIB))
     give(monkeypatch, 16 * 147_456)
     with pytest.raises(ServeError, match="hold 0 tokens"):
         room_for(large, None, EngineSettings(block_size=32))
 
 
-def test_a_short_memory_is_said_and_answers_stay_right(target: TransformersTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_memory_is_said_and_answers_stay_right(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     drafter = make_drafter(target)
     give(monkeypatch, 15 * 4 * bytes_per_position(target, drafter))
     engine = Engine(target, drafter, small(kv_bytes=None))
     assert (engine.info.max_length, engine.info.kv_blocks_total) == (15 * 4 - drafter.gamma - 1, 15)
     engine.add_request("a", PROMPTS[0], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
-    plain = target.model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    plain = target.model.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=40, do_sample=False, eos_token_id=-1
+    )
     assert tokens_of(finish(engine)["a"]) == plain[0, len(PROMPTS[0]) :].tolist()
 
 
@@ -92,11 +112,23 @@ def test_what_is_counted_is_what_is_taken(target: TransformersTarget, kind: str)
 
 def test_gemma_4_answers_also_where_the_lean_forward_cannot_run_it() -> None:
     """Its configuration gives no heads or head size of the model as a whole, only of each layer."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-    places = {"layer_types": ["sliding_attention", "full_attention"], "vocab_size": 64, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    places = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "vocab_size": 64,
+        "num_key_value_heads": 2,
+    }
     per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64, "global_head_dim": 16}
     torch.manual_seed(0)
-    model = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **places, **per_layer, max_position_embeddings=64)).double()
+    model = Gemma4ForCausalLM(
+        Gemma4TextConfig(**sizes, **places, **per_layer, max_position_embeddings=64)
+    ).double()
     gemma = TransformersTarget(model, TargetInfo("gemma", None, "none", 64, 32, 2, (), 64, "gemma4_text"))
     engine = Engine(gemma, None, small())
     assert engine.info.forward.startswith("Transformers")

@@ -12,7 +12,9 @@ from draftkit.ops.native_build import NoNative, load_library
 
 
 @pytest.mark.parametrize("place", ["folder", "file"])
-def test_what_others_can_write_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_what_others_can_write_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     """A planted library of the right name: loading it would be an error of another kind, since it is none."""
 
     def plant(command: list[str], library: Path) -> None:

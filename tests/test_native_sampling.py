@@ -1,4 +1,5 @@
-"""Described rows against probabilities made in float64, at the sizes of real vocabularies, and proposals over them."""
+"""Described rows against probabilities made in float64, at the sizes of real vocabularies, and proposals over
+them."""
 
 from __future__ import annotations
 
@@ -60,14 +61,20 @@ def test_described_rows_are_the_probabilities_made_in_float64(vocab: int, spread
     found_NV = described(logits_NV, settings).dense()
     wanted_NV = distributions(logits_NV.double(), row_settings(settings)).dense()
     for row, name in enumerate(SETTINGS):
-        assert int(((found_NV[row] > 0) != (wanted_NV[row] > 0)).sum()) <= 3 * (vocab == VOCAB), name  # mass at the cut
+        # mass at the cut
+        assert int(((found_NV[row] > 0) != (wanted_NV[row] > 0)).sum()) <= 3 * (vocab == VOCAB), name
         torch.testing.assert_close(found_NV[row].double(), wanted_NV[row], atol=5e-6, rtol=2e-4)
 
 
 def test_the_most_likely_alone_is_greedy_at_any_temperature(both: str) -> None:
     """The cut is on logits: divided by a million they would all be equal."""
     logits_NV = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1))
-    for setting in (Sampling(1e6, top_k=1), Sampling(1e-6, top_k=1), Sampling(1e6, top_p=0.0), Sampling(1e6, min_p=1.0)):
+    for setting in (
+        Sampling(1e6, top_k=1),
+        Sampling(1e-6, top_k=1),
+        Sampling(1e6, top_p=0.0),
+        Sampling(1e6, min_p=1.0),
+    ):
         rows = distributions(logits_NV, row_settings([setting] * 4))
         assert rows.dense().argmax(-1).tolist() == logits_NV.argmax(-1).tolist()
         assert ((rows.dense() > 0).sum(-1) == 1).all()
@@ -93,7 +100,8 @@ def test_ties_at_the_cut(both: str) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
 def test_rows_that_hold_no_numbers_give_a_token_that_there_is(both: str, setting: Sampling) -> None:
-    """NaN counts as forbidden; where nothing finite is left, or something is infinite, all mass is on one token."""
+    """NaN counts as forbidden; where nothing finite is left, or something is infinite, all mass is on one
+    token."""
     logits_NV = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(2))
     logits_NV[0] = float("nan")
     logits_NV[1] = float("-inf")
@@ -110,7 +118,10 @@ def test_rows_that_hold_no_numbers_give_a_token_that_there_is(both: str, setting
 
 
 def test_draws_follow_the_distribution_and_depend_on_their_row_alone() -> None:
-    logits_NV, settings = some_logits(3, VOCAB, 5.0), [Sampling(1.0), Sampling(0.7, top_p=0.9), Sampling(0.7, 20, 0.8)]
+    logits_NV, settings = (
+        some_logits(3, VOCAB, 5.0),
+        [Sampling(1.0), Sampling(0.7, top_p=0.9), Sampling(0.7, 20, 0.8)],
+    )
     uniforms = np.linspace(0, 1, 400, endpoint=False)
     for row, setting in enumerate(settings):
         many = described(logits_NV[row].expand(len(uniforms), -1), [setting] * len(uniforms))
@@ -121,7 +132,10 @@ def test_draws_follow_the_distribution_and_depend_on_their_row_alone() -> None:
         wanted = sample(probs_V.expand(len(uniforms), -1), torch.from_numpy(uniforms)).numpy()
         assert (tokens == wanted).mean() > 0.99, "but for sums in another order"
     beside = described(logits_NV, settings).draw(np.array([0.1, 0.6, 0.7]))
-    alone = [described(logits_NV[i : i + 1], settings[i : i + 1]).draw(np.array([u])) for i, u in enumerate((0.1, 0.6, 0.7))]
+    alone = [
+        described(logits_NV[i : i + 1], settings[i : i + 1]).draw(np.array([u]))
+        for i, u in enumerate((0.1, 0.6, 0.7))
+    ]
     assert beside.tolist() == torch.cat(alone).tolist()
 
 
@@ -138,7 +152,13 @@ def proposals(vocab: int, settings: list[Sampling], seed: int = 0) -> tuple[Nati
     tokens, chances = q.draw_with_chances(np.random.default_rng(seed).random(requests * gamma))
     tokens_RG, first_R = tokens.reshape(requests, gamma), (lengths_R + 1).cumsum() - lengths_R - 1
     native = NativeProposals(
-        tokens_RG, chances.reshape(requests, gamma), p, first_R, q, np.arange(requests) * gamma, torch.from_numpy(lengths_R)
+        tokens_RG,
+        chances.reshape(requests, gamma),
+        p,
+        first_R,
+        q,
+        np.arange(requests) * gamma,
+        torch.from_numpy(lengths_R),
     )
     cells = first_R[:, None] + np.minimum(np.arange(gamma + 1), lengths_R[:, None])
     p_RGV, q_RGV = p.dense().double()[cells], q.dense().double().view(requests, gamma, vocab)
@@ -160,14 +180,16 @@ def test_a_rule_finds_the_same_in_described_rows(rule: Rule, vocab: int) -> None
         reached_R = torch.minimum(torch.full_like(native.lengths_R, accepted), native.lengths_R)
         weights_R = wanted_weights_RG.gather(1, reached_R[:, None]).squeeze(1)
         same = [
-            native.draw(reached_R, weights_R, u.expand(len(names))) == dense.draw(reached_R, weights_R, u.expand(len(names)))
+            native.draw(reached_R, weights_R, u.expand(len(names)))
+            == dense.draw(reached_R, weights_R, u.expand(len(names)))
             for u in grid
         ]
         assert torch.stack(same).double().mean() > 0.99
 
 
 def test_the_first_token_of_a_round_has_the_targets_distribution_on_a_real_row() -> None:
-    """Chi-square over many verdicts: drawn from q, verified, the residual's token where it was refused; beside the old way."""
+    """Chi-square over many verdicts: drawn from q, verified, the residual's token where it was refused;
+    beside the old way."""
     count, vocab, setting = 20_000, 49_152, Sampling(0.8, top_k=40, top_p=0.95)
     p_logits_V, noise_V = some_logits(2, vocab, 3.0, seed=5)
     p_logits_V[:40] += 8

@@ -85,7 +85,8 @@ def test_rounds_of_different_lengths(name: str) -> None:
 
 
 def test_keys_split_among_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer keys than splits, too: some of them see nothing. Keys are few at a time, so that there are several shares."""
+    """Fewer keys than splits, too: some of them see nothing. Keys are few at a time, so that there are
+    several shares."""
     monkeypatch.setattr(paged_attention, "PROGRAMS", 64)
     monkeypatch.setattr(paged_attention, "WIDE_KEYS", 16)
     step = one_pass([1, 1, 1])
@@ -100,7 +101,8 @@ def test_a_drafters_block_sees_all_of_itself() -> None:
 def test_a_prompt_is_read_in_larger_tiles() -> None:
     step = Pass(
         np.arange(LONG_QUERY + 4), np.array([3, 2]), np.array([LONG_QUERY + 1, 3]),
-        np.stack([np.arange(10), np.r_[10, 11, np.zeros(8, np.int64)]]), BLOCK, torch.device("cpu"), torch.float32,
+        np.stack([np.arange(10), np.r_[10, 11, np.zeros(8, np.int64)]]),
+        BLOCK, torch.device("cpu"), torch.float32,
     )  # fmt: skip
     paged = PagedPass.of(step)
     assert paged.tile == 16 and not paged.split

@@ -1,4 +1,5 @@
-"""The paged drafter proposes what `BlockDrafter.propose` proposes, for many requests of different lengths at once."""
+"""The paged drafter proposes what `BlockDrafter.propose` proposes, for many requests of different lengths at
+once."""
 
 from __future__ import annotations
 
@@ -54,11 +55,14 @@ def compare(dtype: torch.dtype, tolerance: float, **changes: Any) -> None:
         torch.testing.assert_close(together.probs_BGV[r], alone.probs_BGV[0], atol=tolerance, rtol=tolerance)
         assert (together.confidence_BG is None) == (alone.confidence_BG is None)
         if together.confidence_BG is not None and alone.confidence_BG is not None:
-            torch.testing.assert_close(together.confidence_BG[r], alone.confidence_BG[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                together.confidence_BG[r], alone.confidence_BG[0], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_a_draft_leaves_no_trace_in_the_next_one() -> None:
-    """The block's own keys lie behind the committed positions; drafting twice, or anew after one token, is as if alone."""
+    """The block's own keys lie behind the committed positions; drafting twice, or anew after one token, is as
+    if alone."""
     _, fast = build()
     generator = torch.Generator().manual_seed(6)
     features = [torch.randn(n + 2, 32, generator=generator) for n in LENGTHS]
@@ -67,6 +71,10 @@ def test_a_draft_leaves_no_trace_in_the_next_one() -> None:
     again = propose_together(fast, features, [1, 2, 3], Sampling(0.0), uniforms)
     other = propose_together(fast, features, [5, 6, 7], Sampling(0.0), uniforms)
     assert torch.equal(first.tokens_BG, again.tokens_BG)
-    assert first.confidence_BG is not None and again.confidence_BG is not None and other.confidence_BG is not None
+    assert (
+        first.confidence_BG is not None
+        and again.confidence_BG is not None
+        and other.confidence_BG is not None
+    )
     assert torch.equal(first.confidence_BG, again.confidence_BG)
     assert not torch.equal(first.confidence_BG, other.confidence_BG)

@@ -1,4 +1,5 @@
-"""The paged EAGLE-3 drafter proposes what `EagleDrafter.propose` proposes, for many requests of different lengths at once."""
+"""The paged EAGLE-3 drafter proposes what `EagleDrafter.propose` proposes, for many requests of different
+lengths at once."""
 
 from __future__ import annotations
 
@@ -17,13 +18,20 @@ from draftkit.ops.sampling import Sampling, row_settings
 
 PAGE, GAMMA, HIDDEN, VOCAB = 4, 5, 16, 40
 LENGTHS = (21, 3, 8)  # committed tokens of three requests; each one's anchor follows
-TABLES = [[7, 2, 9, 11, 0, 5, 6, 20], [1, 3, 12, 0, 0, 0, 0, 0], [8, 4, 10, 19, 0, 0, 0, 0]]  # pages lie anywhere
+# pages lie anywhere
+TABLES = [[7, 2, 9, 11, 0, 5, 6, 20], [1, 3, 12, 0, 0, 0, 0, 0], [8, 4, 10, 19, 0, 0, 0, 0]]
 
 
 def make_eagle(**changes: Any) -> EagleDrafter:
     torch.manual_seed(0)
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-    places = {"vocab_size": VOCAB, "feature_layers": (0, 2), "num_target_layers": 4, "block_size": GAMMA, "max_length": 64}
+    places = {
+        "vocab_size": VOCAB,
+        "feature_layers": (0, 2),
+        "num_target_layers": 4,
+        "block_size": GAMMA,
+        "max_length": 64,
+    }
     drafter = EagleDrafter(EagleConfig(**(sizes | places | changes)))
     for name, parameter in drafter.named_parameters():
         torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
@@ -34,15 +42,21 @@ def make_eagle(**changes: Any) -> EagleDrafter:
 
 def flat_pass(starts: list[int], lengths: list[int], dtype: torch.dtype = torch.float64) -> Pass:
     tokens = np.zeros(sum(lengths), np.int64)
-    return Pass(tokens, np.array(starts), np.array(lengths), np.array(TABLES), PAGE, torch.device("cpu"), dtype)
+    return Pass(
+        tokens, np.array(starts), np.array(lengths), np.array(TABLES), PAGE, torch.device("cpu"), dtype
+    )
 
 
 def read_together(fast: PagedEagle, features: list[Tensor], following: list[Tensor]) -> None:
-    """Every context in two passes; the first one has a rejected token at the end, which the second overwrites."""
+    """Every context in two passes; the first one has a rejected token at the end, which the second
+    overwrites."""
     cuts = [5, 1, 2]
     for starts, ends, rejected in (([0] * 3, cuts, 1), (cuts, list(LENGTHS), 0)):
         parts = [
-            (torch.cat([f[a:b], torch.ones(rejected, f.shape[1])]), torch.cat([t[a:b], torch.zeros(rejected, dtype=int)]))
+            (
+                torch.cat([f[a:b], torch.ones(rejected, f.shape[1])]),
+                torch.cat([t[a:b], torch.zeros(rejected, dtype=int)]),
+            )
             for f, t, a, b in zip(features, following, starts, ends, strict=True)
         ]
         step = flat_pass(starts, [len(f) for f, _ in parts])
@@ -65,7 +79,8 @@ def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], te
     fast, sampling = PagedEagle(drafter, slots=24 * PAGE, max_length=40), Sampling(temperature)
     torch.manual_seed(1)
     features = [torch.randn(n, 2 * HIDDEN, dtype=torch.float64) for n in LENGTHS]
-    following = [torch.randint(VOCAB, (n,)) for n in LENGTHS]  # the token behind each; behind the last one the anchor
+    # the token behind each; behind the last one the anchor
+    following = [torch.randint(VOCAB, (n,)) for n in LENGTHS]
     anchors = torch.stack([t[-1] for t in following])
     uniforms_RG = torch.rand(3, GAMMA, dtype=torch.float64)
     read_together(fast, features, following)
@@ -82,11 +97,14 @@ def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], te
         assert tokens[row].tolist() == alone.tokens_BG[0].tolist()
         torch.testing.assert_close(largest[row], alone.largest_BG[0], atol=1e-10, rtol=1e-10)
         if drawn is not None:
-            torch.testing.assert_close(drawn.dense().unflatten(0, (3, -1))[row], alone.probs_BGV[0], atol=1e-10, rtol=1e-10)
+            torch.testing.assert_close(
+                drawn.dense().unflatten(0, (3, -1))[row], alone.probs_BGV[0], atol=1e-10, rtol=1e-10
+            )
 
 
 def test_proposals_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted on the CPU, beside PyTorch operations: rows that lie behind each other, one pass for each drafted token."""
+    """Interpreted on the CPU, beside PyTorch operations: rows that lie behind each other, one pass for each
+    drafted token."""
     paged_attention = pytest.importorskip("draftkit.ops.paged_attention")  # Triton is on Linux alone
     monkeypatch.setattr(paged_attention, "PROGRAMS", 1)
     drafter = make_eagle(head_dim=16).float()

@@ -1,4 +1,5 @@
-"""The lean forward equals the Transformers module: any family of the table, any way of cutting tokens into passes."""
+"""The lean forward equals the Transformers module: any family of the table, any way of cutting tokens into
+passes."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def test_equal_to_transformers_in_pieces_beside_others(family: str) -> None:
             features[r].append(read.features_TF[first:last])
     for r, text in enumerate(texts):
         wanted = target.forward(torch.tensor([text]), None, (0, 1))
-        torch.testing.assert_close(torch.cat(logits[r]), target.logits(wanted.last_hidden_BTH)[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.cat(logits[r]), target.logits(wanted.last_hidden_BTH)[0], atol=1e-4, rtol=1e-4
+        )
         assert wanted.features_BTF is not None
         torch.testing.assert_close(torch.cat(features[r]), wanted.features_BTF[0], atol=1e-4, rtol=1e-4)
 
@@ -52,7 +55,14 @@ def test_a_drafters_block_sees_all_of_itself() -> None:
             step = one_pass([([1, 2, last], 0, [5])])
             if block:
                 step = Pass(
-                    step.tokens_T, step.starts_R, step.lengths_R, step.tables_RB, BLOCK, step.device, step.dtype, True
+                    step.tokens_T,
+                    step.starts_R,
+                    step.lengths_R,
+                    step.tables_RB,
+                    BLOCK,
+                    step.device,
+                    step.dtype,
+                    True,
                 )
             outputs[block, last] = fast.read(step, torch.tensor([0])).logits_WV
     assert torch.equal(outputs[False, 7], outputs[False, 8])

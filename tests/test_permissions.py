@@ -45,10 +45,14 @@ def test_every_file_has_the_mode_of_a_file_that_open_makes(
     write_everything(target, tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert sum(path.suffix == ".safetensors" for path in files) == 4
-    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: oct(allowed) for path in files}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
+        path.name: oct(allowed) for path in files
+    }
 
 
-def test_the_umask_itself_is_never_touched_and_nothing_is_left_beside_the_file(allowed: int, tmp_path: Path) -> None:
+def test_the_umask_itself_is_never_touched_and_nothing_is_left_beside_the_file(
+    allowed: int, tmp_path: Path
+) -> None:
     path, seen = tmp_path / "file", set[int]()
     path.touch(mode=0o600)
     writers = [threading.Thread(target=lambda: [follow_umask(path) for _ in range(50)]) for _ in range(2)]

@@ -39,7 +39,9 @@ def shown(target_folder: Path) -> TemplateFormat:
 
 
 @pytest.fixture(scope="module")
-def answers(target: TransformersTarget, shown: TemplateFormat, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def answers(
+    target: TransformersTarget, shown: TemplateFormat, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, SETTINGS)
     generate_file(EngineAnswers(target, 4), shown, prompts, out, SETTINGS, about)
@@ -47,7 +49,12 @@ def answers(target: TransformersTarget, shown: TemplateFormat, tmp_path_factory:
 
 
 def command(target_folder: Path, *arguments: str) -> list[str]:
-    settings = [f"target.path={target_folder}", "drafter.num_features=2", "generate.max_new_tokens=40", "generate.batch_size=2"]
+    settings = [
+        f"target.path={target_folder}",
+        "drafter.num_features=2",
+        "generate.max_new_tokens=40",
+        "generate.batch_size=2",
+    ]
     settings += ["train.epochs=100000", "train.validate_every=5", "drafter.num_layers=1"]
     return [sys.executable, "-m", "draftkit.cli", *arguments, *(x for s in settings for x in ("--set", s))]
 
@@ -87,16 +94,23 @@ def run_until(arguments: list[str], ready: Callable[[], bool], number: signal.Si
 
 @pytest.mark.slow
 def test_generate_survives_sigkill_with_the_same_records(target_folder: Path, tmp_path: Path) -> None:
-    """A real process, killed again and again the moment it has written something, ends with what one run gives."""
+    """A real process, killed again and again the moment it has written something, ends with what one run
+    gives."""
     source = write_prompts(tmp_path / "prompts.jsonl", 40)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     arguments = ["generate", "-p", str(source), "-o"]
     assert subprocess.run(command(target_folder, *arguments, str(whole)), capture_output=True).returncode == 0
-    code, _ = run_until(command(target_folder, *arguments, str(killed)), lambda: parts_have_content(killed), signal.SIGKILL)
+    code, _ = run_until(
+        command(target_folder, *arguments, str(killed)), lambda: parts_have_content(killed), signal.SIGKILL
+    )
     assert code == -signal.SIGKILL
-    left = sum(len(p.read_bytes().splitlines()) for p in killed.with_name("killed.jsonl.parts").glob("*.jsonl"))
+    left = sum(
+        len(p.read_bytes().splitlines()) for p in killed.with_name("killed.jsonl.parts").glob("*.jsonl")
+    )
     assert 0 < left < 40, "it was killed in the middle"
-    assert subprocess.run(command(target_folder, *arguments, str(killed)), capture_output=True).returncode == 0
+    assert (
+        subprocess.run(command(target_folder, *arguments, str(killed)), capture_output=True).returncode == 0
+    )
     assert killed.read_bytes() == whole.read_bytes()
 
 
@@ -110,18 +124,27 @@ def test_signals_end_every_stage_in_order_and_it_goes_on(target_folder: Path, tm
     assert ended[0] == 130, ended[1]
     assert ended[1].splitlines()[-1] == "error: interrupted; run the same command again to go on"
     small = write_prompts(tmp_path / "small.jsonl", 8)
-    done = subprocess.run(command(target_folder, "generate", "-p", str(small), "-o", str(tmp_path / "a.jsonl")), check=True)
+    done = subprocess.run(
+        command(target_folder, "generate", "-p", str(small), "-o", str(tmp_path / "a.jsonl")), check=True
+    )
     assert done.returncode == 0
     long = tmp_path / "long.jsonl"
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     rows = [r for r in rows if r["messages"][-1]["role"] == "assistant"]
-    long.write_text("".join(json.dumps(r | {"id": f"{r['id']}-{i}"}) + "\n" for i in range(400) for r in rows))
+    long.write_text(
+        "".join(json.dumps(r | {"id": f"{r['id']}-{i}"}) + "\n" for i in range(400) for r in rows)
+    )
     reading = command(target_folder, "capture", "-c", str(long), "-o", str(features))
     ended = run_until(reading, lambda: has_content(features / "shard-00000.safetensors"), signal.SIGTERM)
     assert ended[0] == 143, ended[1]
-    stop = subprocess.run(command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(features)))
+    stop = subprocess.run(
+        command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(features))
+    )
     assert stop.returncode == 2, "a store of other conversations is not mixed in"
-    subprocess.run(command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "f")), check=True)
+    subprocess.run(
+        command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "f")),
+        check=True,
+    )
     train = command(target_folder, "train", "-f", str(tmp_path / "f"), "-o", str(drafter))
     ended = run_until(train, lambda: steps_done(drafter) >= 1, signal.SIGINT)
     assert ended[0] == 130, ended[1]
@@ -136,7 +159,11 @@ def test_signals_end_every_stage_in_order_and_it_goes_on(target_folder: Path, tm
 
 
 def make_store(
-    target: TransformersTarget, shown: TemplateFormat, answers: Path, out: Path, layers: tuple[int, ...] = (0, 2)
+    target: TransformersTarget,
+    shown: TemplateFormat,
+    answers: Path,
+    out: Path,
+    layers: tuple[int, ...] = (0, 2),
 ) -> FeatureStore:
     settings = CaptureSettings(dtype="float32", batch_tokens=64)
     capture(target, shown, read_conversations([answers]), out, layers, settings)
@@ -152,10 +179,16 @@ def test_a_store_holds_what_the_target_thinks(
         sample = store[i]
         alone = target.forward(sample.tokens_T[None], None, (0, 2))
         torch.testing.assert_close(sample.features_TF, alone.features_BTF[0].float(), atol=1e-4, rtol=1e-4)  # type: ignore[index]
-        torch.testing.assert_close(sample.last_hidden_TH, alone.last_hidden_BTH[0].float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            sample.last_hidden_TH, alone.last_hidden_BTH[0].float(), atol=1e-4, rtol=1e-4
+        )
         [turn] = records(answers)[sample.id]["answers"]
-        assert sample.tokens_T.tolist() == turn["prompt_ids"] + turn["answer_ids"], "nothing was tokenised again"
-        assert sample.loss_mask_T.tolist() == [False] * len(turn["prompt_ids"]) + [True] * len(turn["answer_ids"])
+        assert sample.tokens_T.tolist() == turn["prompt_ids"] + turn["answer_ids"], (
+            "nothing was tokenised again"
+        )
+        assert sample.loss_mask_T.tolist() == [False] * len(turn["prompt_ids"]) + [True] * len(
+            turn["answer_ids"]
+        )
 
 
 def test_what_a_template_rewrites_is_left_out_and_counted(
@@ -166,17 +199,25 @@ def test_what_a_template_rewrites_is_left_out_and_counted(
         "{% for m in messages %}{{ m.content if m.content == 'bad' else m.role + m.content }}{% endfor %}"
         "{% if add_generation_prompt %}assistant{% endif %}"
     )
-    told = [Conversation(a, "chat", (Message("user", "add"), Message("assistant", a))) for a in ("bad", "step")]
+    told = [
+        Conversation(a, "chat", (Message("user", "add"), Message("assistant", a))) for a in ("bad", "step")
+    ]
     settings = CaptureSettings(dtype="float32")
     report = capture(target, TemplateFormat(tokenizer), told, tmp_path / "features", (0, 2), settings)
     assert (report.samples, report.counts.rewritten) == (1, 1)
     assert FeatureStore(tmp_path / "features")[0].id == "step"
-    with pytest.raises(FeatureStoreError, match=r"none of 1 conversations .* 1 rewritten by the chat template"):
+    with pytest.raises(
+        FeatureStoreError, match=r"none of 1 conversations .* 1 rewritten by the chat template"
+    ):
         capture(target, TemplateFormat(tokenizer), told[:1], tmp_path / "none", (0, 2), settings)
 
 
 def test_capture_goes_on_after_the_last_whole_shard(
-    target: TransformersTarget, shown: TemplateFormat, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: TransformersTarget,
+    shown: TemplateFormat,
+    answers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(capture_module, "SHARD_SAMPLES", 4)
     whole = make_store(target, shown, answers, tmp_path / "whole")
@@ -214,7 +255,10 @@ def test_damage_and_mismatch_are_named(
         ((target.info.fingerprint, (0, 1), template, tokens, {}), "feature layers"),
         ((target.info.fingerprint, layers, "other", tokens, {}), "chat template"),
         ((target.info.fingerprint, layers, template, "other", {}), "tokenizer"),
-        ((target.info.fingerprint, layers, template, tokens, {"enable_thinking": False}), "set of template switches"),
+        (
+            (target.info.fingerprint, layers, template, tokens, {"enable_thinking": False}),
+            "set of template switches",
+        ),
     ):
         with pytest.raises(FeatureStoreError, match=f"another {word}"):
             store.check_matches(*changed)
@@ -260,7 +304,11 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_noticed_before_capture_begins(
-    target: TransformersTarget, shown: TemplateFormat, answers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: TransformersTarget,
+    shown: TemplateFormat,
+    answers: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     usage = type("Usage", (), {"free": 300 * 2**20})
     monkeypatch.setattr(capture_module, "SPARE_BYTES", 300 * 2**20 - 1000)

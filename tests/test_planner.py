@@ -1,4 +1,5 @@
-"""Plans: they equal a plain reading of Algorithm 1, are contiguous, deterministic and never look where they must not."""
+"""Plans: they equal a plain reading of Algorithm 1, are contiguous, deterministic and never look where they
+must not."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def random_survival(seed: int, requests: int = 9, gamma: int = 5, coarse: bool =
 def algorithm_1(survival: np.ndarray, rate: StepRate) -> list[int]:
     """The paper's text, word by word."""
     requests, gamma = survival.shape
-    candidates = [(-survival[r, j], j, r) for r in range(requests) for j in range(gamma) if survival[r, j] > 0]
+    candidates = [
+        (-survival[r, j], j, r) for r in range(requests) for j in range(gamma) if survival[r, j] > 0
+    ]
     lengths, tokens, expected = [0] * requests, requests, float(requests)
     best = expected / float(rate.step_seconds(requests, np.array([tokens]))[0])
     for minus, j, r in sorted(candidates):
@@ -71,7 +74,10 @@ def test_requests_that_do_not_draft_count_as_ones_whose_drafts_are_worth_nothing
         among = np.concatenate([survival, np.zeros((others, survival.shape[1]))])
         budgets.add(budget_from(survival, free, others=others))
         assert budget_from(survival, free, others=others) == budget_from(among, free)
-        assert plan_verification(survival, free, others).tolist() == plan_verification(among, free)[: len(survival)].tolist()
+        assert (
+            plan_verification(survival, free, others).tolist()
+            == plan_verification(among, free)[: len(survival)].tolist()
+        )
     assert len(budgets) > 5
     paid = StepRate((1, 100), (1.0, 1.0), (1, 2), (0.3, 90.0))
     assert budget_from(np.full((1, 4), 0.9), paid, others=1) == 4
@@ -95,7 +101,9 @@ def test_budgets_see_survivals_of_the_step_before_only() -> None:
     assert lengths(0.9, 0.8) == [1, 0], "one only, by what the step before said"
     assert lengths(0.1, 0.3) == [1, 1]
     planner.forget(np.array([0, 2]))
-    assert planner._mean_G == pytest.approx((0.2 + 0.85 + 0.2) / 3), "requests without a past are like all others"
+    assert planner._mean_G == pytest.approx((0.2 + 0.85 + 0.2) / 3), (
+        "requests without a past are like all others"
+    )
 
 
 def test_admission_takes_the_largest_survivals_and_keeps_prefixes_contiguous() -> None:
@@ -128,7 +136,11 @@ def test_a_confidence_that_is_no_number_is_zero_and_counted() -> None:
 
 
 def test_a_threshold_cuts_at_the_first_doubtful_position() -> None:
-    assert plan_threshold(np.array([[0.9, 0.4, 0.9], [0.5, 0.5, 0.5], [0.1, 1, 1]]), 0.5).tolist() == [1, 3, 0]
+    assert plan_threshold(np.array([[0.9, 0.4, 0.9], [0.5, 0.5, 0.5], [0.1, 1, 1]]), 0.5).tolist() == [
+        1,
+        3,
+        0,
+    ]
 
 
 def test_no_requests_and_no_positions_give_empty_plans() -> None:

@@ -1,4 +1,5 @@
-"""The prompt format: what a template writes, which tokens are the assistant's, and an answer taken apart again."""
+"""The prompt format: what a template writes, which tokens are the assistant's, and an answer taken apart
+again."""
 
 from __future__ import annotations
 
@@ -43,8 +44,11 @@ def written(told: TemplateFormat, messages: list[dict[str, Any]], **kwargs: Any)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fifty_conversations_are_rendered_as_the_template_does_and_the_answers_found(family: str, folder: Path) -> None:
-    """Token by token: each prompt is `apply_chat_template` of what came before, each answer what follows in the whole."""
+def test_fifty_conversations_are_rendered_as_the_template_does_and_the_answers_found(
+    family: str, folder: Path
+) -> None:
+    """Token by token: each prompt is `apply_chat_template` of what came before, each answer what follows in
+    the whole."""
     known = FAMILIES[family]
     told = shown(folder, known.template, **known.switches)
     apply = told.tokenizer.apply_chat_template
@@ -75,7 +79,9 @@ def test_an_answer_is_taken_apart_into_what_was_said(family: str, folder: Path) 
         assert parts.content.strip() == (last["content"] or "")
         assert parts.reasoning == last.get("reasoning_content")
         calls = [c["function"] for m in messages for c in m.get("tool_calls", ())]
-        found = [c["function"] for t in told.turns(messages, tools) for c in told.parse(t.answer_ids).tool_calls]
+        found = [
+            c["function"] for t in told.turns(messages, tools) for c in told.parse(t.answer_ids).tool_calls
+        ]
         assert found == calls
 
 
@@ -85,21 +91,32 @@ def test_an_answer_is_taken_apart_into_what_was_said(family: str, folder: Path) 
         ("<think>\nadd\n</think>\n\na list", "<think>\nadd\n</think>\n\na list<|im_end|>", ""),
         ("<think>add</think>a list", "<think>\nadd\n</think>\n\na list<|im_end|>", ""),
         ("<think>\n\n</think>\n\na list", "<think>\n\n</think>\n\na list<|im_end|>", ""),
-        ("a list", "a list<|im_end|>", "<think>\n\n</think>\n\n"),  # the template's own empty part: nobody wrote it
+        # the template's own empty part: nobody wrote it
+        ("a list", "a list<|im_end|>", "<think>\n\n</think>\n\n"),
     ],
 )
-def test_thinking_in_the_text_is_learnt_as_it_is_written(answer: str, learnt: str, in_prompt: str, folder: Path) -> None:
+def test_thinking_in_the_text_is_learnt_as_it_is_written(
+    answer: str, learnt: str, in_prompt: str, folder: Path
+) -> None:
     told = shown(folder, QWEN3)
     [turn] = told.turns([{"role": "user", "content": "what?"}, {"role": "assistant", "content": answer}])
     assert told.tokenizer.decode(turn.answer_ids) == learnt
     assert told.tokenizer.decode(turn.prompt_ids).endswith("<|im_start|>assistant\n" + in_prompt)
 
 
-def test_earlier_thoughts_are_learnt_where_they_were_thought_and_missing_where_history_drops_them(folder: Path) -> None:
+def test_earlier_thoughts_are_learnt_where_they_were_thought_and_missing_where_history_drops_them(
+    folder: Path,
+) -> None:
     told = shown(folder, QWEN3)
     think = "<think>\n{}\n</think>\n\n{}"
-    messages = [m for i in "ab" for m in (
-        {"role": "user", "content": i}, {"role": "assistant", "content": i * 2, "reasoning_content": f"over {i}"})]
+    messages = [
+        m
+        for i in "ab"
+        for m in (
+            {"role": "user", "content": i},
+            {"role": "assistant", "content": i * 2, "reasoning_content": f"over {i}"},
+        )
+    ]
     first, second = told.turns(messages)
     decode = told.tokenizer.decode
     assert [decode(t.answer_ids) for t in (first, second)] == [
@@ -120,7 +137,9 @@ def test_a_switch_changes_the_prompt_and_an_answer_of_the_other_mode_is_refused(
 
 @pytest.mark.parametrize("name", ["enable_thinkin", "messages", "add_generation_prompt"])
 def test_switches_that_the_template_does_not_know_are_refused(name: str, folder: Path) -> None:
-    with pytest.raises(ConfigError, match=f"template switch {name}: .*(never mentions it|is set by draftkit)"):
+    with pytest.raises(
+        ConfigError, match=f"template switch {name}: .*(never mentions it|is set by draftkit)"
+    ):
         shown(folder, QWEN3, **{name: True})
 
 
@@ -132,13 +151,16 @@ OPENED = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assis
 def test_the_text_to_learn_begins_as_the_prompt_does(opened: str, folder: Path) -> None:
     told = shown(folder, OPENED.replace("{}", opened))
     closed = "\n</think>\nFour." if "think>" in opened else ""
-    [turn] = told.turns([{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": f"Two and two.{closed}"}])
+    [turn] = told.turns(
+        [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": f"Two and two.{closed}"}]
+    )
     assert told.tokenizer.decode(turn.prompt_ids).endswith(opened)
     assert told.tokenizer.decode(turn.answer_ids) == f"Two and two.{closed}<|im_end|>"
 
 
 R1 = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content.split('</think>')[-1] }}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ "
+    "m.content.split('</think>')[-1] }}"
     "<|im_end|>{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
@@ -147,8 +169,13 @@ R1 = (
 def test_thoughts_that_a_template_drops_are_learnt_where_the_prompt_opens_them(folder: Path) -> None:
     told = shown(folder, R1)
     asked = {"role": "user", "content": "2+2?"}
-    for said in ({"content": "Two and two.\n</think>\n\nFour."}, {"content": "Four.", "reasoning_content": "Two and two."}):
-        assert written(told, [asked, {"role": "assistant", **said}]) == ["Two and two.\n</think>\n\nFour.<|im_end|>"]
+    for said in (
+        {"content": "Two and two.\n</think>\n\nFour."},
+        {"content": "Four.", "reasoning_content": "Two and two."},
+    ):
+        assert written(told, [asked, {"role": "assistant", **said}]) == [
+            "Two and two.\n</think>\n\nFour.<|im_end|>"
+        ]
     with pytest.raises(RewrittenError, match="opens a thinking part, and the answer has none"):
         told.turns([asked, {"role": "assistant", "content": "Four."}])
 
@@ -165,7 +192,11 @@ def test_what_is_context_only(folder: Path) -> None:
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": ""},
         {"role": "assistant", "content": "bad", "weight": 0},
-        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+        },
         {"role": "user", "content": "Again"},
         {"role": "assistant", "content": "good", "weight": 1},
         {"role": "assistant", "content": "and more"},
@@ -182,9 +213,9 @@ def test_the_end_of_a_turn_is_learnt_also_where_its_token_has_no_name(folder: Pa
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     assert "<end_of_turn>" not in tokenizer.all_special_tokens
-    assert written(TemplateFormat(tokenizer), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]) == [
-        "b<end_of_turn>"
-    ]
+    assert written(
+        TemplateFormat(tokenizer), [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ) == ["b<end_of_turn>"]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +235,9 @@ def test_what_a_template_raises_is_told(template: str, reason: str, folder: Path
 
 
 def test_a_template_that_rewrites_answers_is_refused(folder: Path) -> None:
-    rewriting = "{% for m in messages %}{{ m.role + (m.content | upper if loop.last else m.content) }}{% endfor %}"
+    rewriting = (
+        "{% for m in messages %}{{ m.role + (m.content | upper if loop.last else m.content) }}{% endfor %}"
+    )
     told = shown(folder, rewriting + "{% if add_generation_prompt %}assistant: {% endif %}")
     with pytest.raises(RewrittenError, match="another way"):
         told.turns([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])

@@ -37,7 +37,9 @@ def fp8_folder(tmp_path: Path) -> Path:
 
 def describe(folder: Path, quantisation: dict[str, Any] | None) -> str:
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": quantisation} if quantisation else {})))
+    (folder / "config.json").write_text(
+        json.dumps(config | ({"quantization_config": quantisation} if quantisation else {}))
+    )
     return str(folder)
 
 
@@ -51,8 +53,12 @@ def test_fp8_weights_are_multiplied_by_their_scales(fp8_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("quantisation", [None, {"quant_method": "mxfp4"}])
-def test_scales_that_would_be_left_out_are_refused(fp8_folder: Path, quantisation: dict[str, Any] | None) -> None:
-    with pytest.raises(TargetError, match=r"28 quantisation scales would be left out, model\.layers\.0.*scale_inv first"):
+def test_scales_that_would_be_left_out_are_refused(
+    fp8_folder: Path, quantisation: dict[str, Any] | None
+) -> None:
+    with pytest.raises(
+        TargetError, match=r"28 quantisation scales would be left out, model\.layers\.0.*scale_inv first"
+    ):
         load_target(describe(fp8_folder, quantisation))
 
 
@@ -60,13 +66,21 @@ def test_scales_that_would_be_left_out_are_refused(fp8_folder: Path, quantisatio
     ("quantisation", "word"),
     [
         ({"quant_method": "plankton"}, "is quantised by 'plankton', which Transformers does not read"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, r"cannot load a target: .*GPTQ"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False},
+            r"cannot load a target: .*GPTQ",
+        ),
         ({"quant_method": "awq", "bits": 4}, r"cannot load a target: .*(?i:awq|gptq)"),
-        ({"quant_method": "compressed-tensors", "config_groups": {}}, r"cannot load a target: compressed-tensors.* required"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {}},
+            r"cannot load a target: compressed-tensors.* required",
+        ),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"cannot load a target: .*bitsandbytes"),
     ],
 )
-def test_a_form_whose_package_is_missing_is_one_line(fp8_folder: Path, quantisation: dict[str, Any], word: str) -> None:
+def test_a_form_whose_package_is_missing_is_one_line(
+    fp8_folder: Path, quantisation: dict[str, Any], word: str
+) -> None:
     with pytest.raises(TargetError, match=word) as raised:
         load_target(describe(fp8_folder, quantisation))
     assert "\n" not in str(raised.value)

@@ -1,4 +1,5 @@
-"""The newcomer's command, on the embedded target: everything it promises is there, and a second run does nothing twice."""
+"""The newcomer's command, on the embedded target: everything it promises is there, and a second run does
+nothing twice."""
 
 from __future__ import annotations
 
@@ -30,7 +31,13 @@ def quickstart(out: Path) -> str:
 @pytest.mark.slow
 def test_the_quickstart_ends_with_a_table_a_picture_and_what_to_type_next(tmp_path: Path) -> None:
     told = quickstart(tmp_path)
-    for word in ("accepted length", "of the engine without a drafter", "peak memory", "serve --drafter", "make demo"):
+    for word in (
+        "accepted length",
+        "of the engine without a drafter",
+        "peak memory",
+        "serve --drafter",
+        "make demo",
+    ):
         assert word in told
     results = [EvalResult.load(tmp_path / "results" / f"evaluate-T{t}.json") for t in (0, 1)]
     for result in results:
@@ -42,7 +49,9 @@ def test_the_quickstart_ends_with_a_table_a_picture_and_what_to_type_next(tmp_pa
 
     again = quickstart(tmp_path)
     seconds = {s["name"]: s["seconds"] for s in json.loads((tmp_path / "times.json").read_text())["stages"]}
-    assert max(seconds[name] for name in ("generate", "train", "evaluate")) < 20, "a finished stage was done again"
+    assert max(seconds[name] for name in ("generate", "train", "evaluate")) < 20, (
+        "a finished stage was done again"
+    )
     assert (tmp_path / "answers.jsonl").read_bytes() == answers
     spoken = [text.count("of the engine without a drafter,") for text in (told, again)]
     assert spoken[0] == spoken[1] >= 2, "a finished evaluation is shown again"
@@ -50,10 +59,13 @@ def test_the_quickstart_ends_with_a_table_a_picture_and_what_to_type_next(tmp_pa
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
-    """Stages that take no time; the recipes that were trained. A training refuses another learning rate than the first."""
+    """Stages that take no time; the recipes that were trained. A training refuses another learning rate than
+    the first."""
     recipes: list[Recipe] = []
 
-    def train(target: Any, tokenizer: Any, recipe: Recipe, features: Path, out: Path, load: Any) -> TrainReport:
+    def train(
+        target: Any, tokenizer: Any, recipe: Recipe, features: Path, out: Path, load: Any
+    ) -> TrainReport:
         out.mkdir(exist_ok=True)
         if recipes and recipe.train.lr != recipes[0].train.lr:
             (out / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -69,14 +81,18 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     monkeypatch.setattr(whole_path.stages, "read_prompts", lambda _: [])
     monkeypatch.setattr(whole_path.stages, "run_train", train)
     monkeypatch.setattr(whole_path, "_generate", lambda *_: 1)
-    monkeypatch.setattr(whole_path.stages, "run_evaluate", lambda *_: [SimpleNamespace(records=(), speed=speed)])
+    monkeypatch.setattr(
+        whole_path.stages, "run_evaluate", lambda *_: [SimpleNamespace(records=(), speed=speed)]
+    )
     monkeypatch.setattr(whole_path, "_simulated", lambda *_: 2.34)
     monkeypatch.setattr(whole_path, "plot_acceptance", lambda *_: None)
     monkeypatch.setattr(whole_path, "print_report", lambda *_: None)
     return recipes
 
 
-def test_a_drafter_is_only_said_to_be_there_when_its_training_came_to_its_end(tmp_path: Path, trained: list[Recipe]) -> None:
+def test_a_drafter_is_only_said_to_be_there_when_its_training_came_to_its_end(
+    tmp_path: Path, trained: list[Recipe]
+) -> None:
     first, other = (load_recipe("tiny-quickstart", [f"train.lr={lr}"]) for lr in ("1e-3", "2e-3"))
     whole_path.run_quickstart(first, tmp_path, 1)
     whole_path.run_quickstart(first, tmp_path, 1)
@@ -92,7 +108,9 @@ def test_the_end_says_in_plain_words_what_was_found(
     whole_path.run_quickstart(load_recipe("tiny-quickstart"), tmp_path, 1)
     told = " ".join(capsys.readouterr().out.split())
     assert "undertrained: it saw 50 % of the conversations" in told  # one step of 8 conversations, of 16
-    assert "gains little or nothing on this target: its 7 million weights lie in the processor's cache" in told
+    assert (
+        "gains little or nothing on this target: its 7 million weights lie in the processor's cache" in told
+    )
     assert "2.3 x as fast for one user (simulated: draftkit simulate --traces" in told and "make demo" in told
     assert whole_path._undertrained(1.0) == ""
 
@@ -128,7 +146,9 @@ def test_a_run_that_was_stopped_while_it_measured_its_rate_counts_new_answers_al
     monkeypatch.setattr(whole_path.time, "perf_counter", lambda: now)
     target: Any = None
     count = whole_path._generate(target, None, load_recipe("tiny-quickstart"), answers, minutes=0.1)
-    assert json.loads((tmp_path / "plan.json").read_text("utf-8"))["prompts"] == 150 + whole_path.PROBE_PROMPTS
+    assert (
+        json.loads((tmp_path / "plan.json").read_text("utf-8"))["prompts"] == 150 + whole_path.PROBE_PROMPTS
+    )
     assert count == 150 + whole_path.PROBE_PROMPTS  # 84 would fit into the share: no answer is thrown away
     (tmp_path / "plan.json").unlink()
     answers.write_text("{}\n" * 150, encoding="utf-8")

@@ -1,4 +1,5 @@
-"""Block drafters that draft from the most frequent tokens alone: trained against the target's whole distribution, and exact."""
+"""Block drafters that draft from the most frequent tokens alone: trained against the target's whole
+distribution, and exact."""
 
 from __future__ import annotations
 
@@ -40,11 +41,15 @@ def reduced(target: TransformersTarget, ids: range, head: str = "markov") -> Dra
 
 @pytest.mark.parametrize("head", ["markov", "rnn"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_answers_are_those_of_the_reference_loop(target: TransformersTarget, temperature: float, head: str) -> None:
+def test_answers_are_those_of_the_reference_loop(
+    target: TransformersTarget, temperature: float, head: str
+) -> None:
     drafter = reduced(target, range(0, target.info.vocab_size, 2), head)
     engine = Engine(target, drafter, small())
     for name, prompt in enumerate(PROMPTS[:3]):
-        params = SamplingParams(max_tokens=20, temperature=temperature, seed=name, ignore_eos=temperature == 0)
+        params = SamplingParams(
+            max_tokens=20, temperature=temperature, seed=name, ignore_eos=temperature == 0
+        )
         engine.add_request(str(name), prompt, params)
     outputs = finish(engine)
     for name, prompt in enumerate(PROMPTS[:3]):
@@ -55,7 +60,9 @@ def test_answers_are_those_of_the_reference_loop(target: TransformersTarget, tem
 
 
 @pytest.mark.parametrize("rows", [False, True])
-def test_a_borrowed_head_is_taken_from_the_target_again(target: TransformersTarget, tmp_path: Path, rows: bool) -> None:
+def test_a_borrowed_head_is_taken_from_the_target_again(
+    target: TransformersTarget, tmp_path: Path, rows: bool
+) -> None:
     drafter = reduced(target, range(0, target.info.vocab_size, 2))
     save_drafter(drafter, tmp_path, {}, torch.float64, lender=target, lend_rows=rows)
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not rows
@@ -69,7 +76,9 @@ def test_a_bias_on_tokens_that_cannot_be_drafted_is_kept(target: TransformersTar
     answers = []
     for drafter in (None, reduced(target, range(0, target.info.vocab_size, 2))):
         engine = Engine(target, drafter, small())
-        params = SamplingParams(max_tokens=12, temperature=0, logit_bias={9: 30.0, 12: 30.0}, frequency_penalty=1.5)
+        params = SamplingParams(
+            max_tokens=12, temperature=0, logit_bias={9: 30.0, 12: 30.0}, frequency_penalty=1.5
+        )
         engine.add_request("a", PROMPTS[0], params)
         answers.append(tokens_of(finish(engine)["a"]))
     assert answers[0] == answers[1] and {9, 12} <= set(answers[0])
@@ -77,7 +86,12 @@ def test_a_bias_on_tokens_that_cannot_be_drafted_is_kept(target: TransformersTar
 
 def test_the_recipe_trains_one_and_it_comes_back(target_folder: Path, tmp_path: Path) -> None:
     """From prompts to a drafter on disk: the vocabulary is the answers' most frequent tokens."""
-    sizes = ["drafter.num_features=2", "drafter.draft_vocab_size=60", "generate.max_new_tokens=24", "train.steps=3"]
+    sizes = [
+        "drafter.num_features=2",
+        "drafter.draft_vocab_size=60",
+        "generate.max_new_tokens=24",
+        "train.steps=3",
+    ]
     recipe = load_recipe("tiny-dspark", [f"target.path={target_folder}", *sizes, "train.batch_size=4"])
     target, tokenizer = stages.open_target(recipe)
     prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
@@ -106,7 +120,9 @@ def test_its_loss_counts_the_targets_mass_outside(target: TransformersTarget, he
     p_GV = torch.softmax(batch.last_hidden_BTH[0, [i - 1 for i in places]] @ head_VH.T, -1)
     odd = p_GV[:, 1::2].sum(-1)
     assert (report.accept_N[:4] <= 1 - odd + 1e-9).all()
-    whole = drafter.eval().propose(context_of(drafter, batch), batch.tokens_BT[:1, 6], Sampling(1.0), torch.zeros(1, 4))
+    whole = drafter.eval().propose(
+        context_of(drafter, batch), batch.tokens_BT[:1, 6], Sampling(1.0), torch.zeros(1, 4)
+    )
     first = torch.minimum(whole.probs_BGV[0, 0], p_GV[0]).sum()
     assert float(report.accept_N[0]) == pytest.approx(float(first), abs=1e-6)
     drafter.choose_vocabulary(drafter.draft_ids_W, None)
@@ -122,7 +138,9 @@ def some_batch(target: TransformersTarget) -> TrainBatch:
     anchors = torch.tensor([[6]])
     features, last = torch.randn(1, 24, 2 * hidden).double(), torch.randn(1, 24, hidden).double()
     one = torch.ones(1, 1, dtype=torch.bool)
-    return TrainBatch(tokens, ones, features, last, zeros, torch.arange(24)[None], anchors, one, zeros[:, :1], ("x",))
+    return TrainBatch(
+        tokens, ones, features, last, zeros, torch.arange(24)[None], anchors, one, zeros[:, :1], ("x",)
+    )
 
 
 def context_of(drafter: Drafter, batch: TrainBatch) -> DraftContext:

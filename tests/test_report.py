@@ -15,7 +15,9 @@ from draftkit.evaluate.speed import Speed
 
 def rendered(gamma: int, domains: tuple[str, ...], middle: float = 2.5) -> list[str]:
     settings = {"sampling": {"temperature": 1.0}, "target": "tiny", "prompts": 60}
-    lengths = {name: Interval(3.21 + i, 2.1 + i, 14.55 + i) for i, name in enumerate((*domains, "all", "macro"))}
+    lengths = {
+        name: Interval(3.21 + i, 2.1 + i, 14.55 + i) for i, name in enumerate((*domains, "all", "macro"))
+    }
     acceptance = {name: [1.0 - 0.05 * place for place in range(gamma)] for name in (*domains, "all")}
     acceptance[domains[0]][-1] = float("nan")
     written = io.StringIO()
@@ -52,6 +54,9 @@ def test_the_table_fits_80_columns_with_every_number(gamma: int, domains: tuple[
 def test_the_speed_names_its_baseline_and_says_in_words_what_was_found(middle: float, found: str) -> None:
     text = " ".join(" ".join(rendered(7, ("math", "code"), middle)).split())
     interval = f"(95 % {middle - 0.25:.2f} to {middle + 0.25:.2f})"
-    assert f"speed: {middle:.2f} x {interval} of the engine without a drafter, 30 prompts one at a time: math 2.00" in text
+    assert (
+        f"speed: {middle:.2f} x {interval} of the engine without a drafter, 30 prompts one at a time: "
+        f"math 2.00" in text
+    )
     speeds = f"{100 * middle:.0f} tokens per second with the drafter and 100 without, {middle:.2f} x"
     assert f"{speeds}: {found}. It drafted in 90 % of its steps" in text

@@ -1,4 +1,5 @@
-"""Settings of a request: numbers of any kind are taken, those that cannot work are named, extreme ones still work."""
+"""Settings of a request: numbers of any kind are taken, those that cannot work are named, extreme ones still
+work."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def test_parameters_are_taken_as_vllms_are_and_wrong_ones_are_named() -> None:
     given = SamplingParams(stop="Step 2", stop_token_ids=[3, 4], allowed_token_ids=None)  # type: ignore[arg-type]
     assert (given.stop, given.stop_token_ids, given.allowed_token_ids) == (("Step 2",), (3, 4), None)
     assert SamplingParams(stop=None, stop_token_ids=None) == SamplingParams()  # type: ignore[arg-type]
-    numbers = SamplingParams(seed=np.int64(3), logit_bias={np.int64(5): Fraction(1, 2)}, allowed_token_ids=np.array([5, 6]))
+    numbers = SamplingParams(
+        seed=np.int64(3), logit_bias={np.int64(5): Fraction(1, 2)}, allowed_token_ids=np.array([5, 6])
+    )
     assert numbers == SamplingParams(seed=3, logit_bias={5: 0.5}, allowed_token_ids=(5, 6))
     assert (type(numbers.seed), type(numbers.logit_bias[5])) == (int, float)
     wrong: list[dict[str, object]] = [
@@ -69,10 +72,14 @@ def test_parameters_are_taken_as_vllms_are_and_wrong_ones_are_named() -> None:
         {"repetition_penalty": 1e6, "top_p": 1e-300},
     ],
 )
-def test_the_most_extreme_settings_still_give_the_most_likely_token(target_folder: Path, extreme: dict[str, Any]) -> None:
+def test_the_most_extreme_settings_still_give_the_most_likely_token(
+    target_folder: Path, extreme: dict[str, Any]
+) -> None:
     """In float32 a tiny share of the mass is none at all, and large numbers are infinite."""
     engine = Engine(load_target(str(target_folder)), None, small(dtype="float32", compile=False))
     for name, more in (("sampled", {"seed": 1}), ("greedy", {"temperature": 0.0})):
-        engine.add_request(name, PROMPTS[0], SamplingParams(**{"max_tokens": 6, "ignore_eos": True, **extreme, **more}))
+        engine.add_request(
+            name, PROMPTS[0], SamplingParams(**{"max_tokens": 6, "ignore_eos": True, **extreme, **more})
+        )
     outputs = finish(engine)
     assert tokens_of(outputs["sampled"]) == tokens_of(outputs["greedy"])

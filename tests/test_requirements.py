@@ -38,6 +38,8 @@ def test_each_requirement_is_imported_and_each_import_is_required() -> None:
     found = imported()
     unused = required - found - {"jinja2"}  # transformers asks for it when a chat template is rendered
     assert not unused, f"no module of draftkit imports {sorted(unused)}; they belong to the extra `dev` or go"
-    missing = found - required - (optional - {distribution(r) for r in PROJECT["optional-dependencies"]["dev"]})
+    missing = (
+        found - required - (optional - {distribution(r) for r in PROJECT["optional-dependencies"]["dev"]})
+    )
     missing -= {"triton"}  # comes with torch where it exists; its kernels are imported on a GPU only
     assert not missing, f"draftkit imports {sorted(missing)}, which pyproject.toml does not name"

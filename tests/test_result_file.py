@@ -12,7 +12,9 @@ import pytest
 from benchmarks.result_file import write_result
 
 
-def test_a_result_says_commit_command_date_device_and_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_says_commit_command_date_device_and_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/checks/soak.py", "--requests", "5"])
     write_result({"good": True}, tmp_path / "results" / "soak.json")
     found = json.loads((tmp_path / "results" / "soak.json").read_text())

@@ -1,4 +1,5 @@
-"""Log probabilities of prompts: the target's own, however the prompt is cut, beside whom, and read before or not."""
+"""Log probabilities of prompts: the target's own, however the prompt is cut, beside whom, and read before or
+not."""
 
 from __future__ import annotations
 
@@ -18,15 +19,21 @@ LONG = [(7 * i + i * i) % 90 + 10 for i in range(70)]
 ASKED = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True, prompt_logprobs=2)
 
 
-def check(target: TransformersTarget, prompt: list[int], told: tuple[PromptToken, ...] | None, top: int = 2) -> None:
+def check(
+    target: TransformersTarget, prompt: list[int], told: tuple[PromptToken, ...] | None, top: int = 2
+) -> None:
     """What was told is what the target says of the whole prompt at once."""
     assert told is not None and [t.token_id for t in told] == prompt[1:]
     logits_TV = target.logits(target.forward(torch.tensor([prompt]), None).last_hidden_BTH[0])
     wanted_TV = torch.log_softmax(logits_TV.float(), -1)[:-1]
     for place, token in enumerate(told):
         assert token.logprob == pytest.approx(float(wanted_TV[place, token.token_id]), abs=1e-4)
-        assert token.rank == pytest.approx(int((wanted_TV[place] > wanted_TV[place, token.token_id]).sum()) + 1, abs=1)
-        assert [p for _, p in token.top_logprobs] == pytest.approx(wanted_TV[place].topk(top).values.tolist(), abs=1e-4)
+        assert token.rank == pytest.approx(
+            int((wanted_TV[place] > wanted_TV[place, token.token_id]).sum()) + 1, abs=1
+        )
+        assert [p for _, p in token.top_logprobs] == pytest.approx(
+            wanted_TV[place].topk(top).values.tolist(), abs=1e-4
+        )
         for token_id, logprob in token.top_logprobs:
             assert logprob == pytest.approx(float(wanted_TV[place, token_id]), abs=1e-4)
 
@@ -49,7 +56,9 @@ def test_prompts_are_scored_beside_others_and_in_any_chunks(
     check(target, LONG, outputs["long"][0].prompt)
     check(target, PROMPTS[1], outputs["short"][0].prompt)
     assert outputs["single"][0].prompt == ()
-    assert all(o.prompt is None for name in outputs for o in outputs[name][name in ("long", "short", "single") :])
+    assert all(
+        o.prompt is None for name in outputs for o in outputs[name][name in ("long", "short", "single") :]
+    )
     alone = Engine(target, make_drafter(target), small(compile=compile))
     for name, prompt in (("plain", PROMPTS[0]), ("beside", PROMPTS[2]), ("long", LONG)):
         alone.add_request(name, prompt, plain)
@@ -80,5 +89,7 @@ def test_who_loses_its_memory_while_it_is_scored_is_scored_all_the_same(target: 
     while engine.has_work():
         outputs += [o for o in engine.step() if o.request_id == "new"]
         seen |= {(r.row < 0, len(r.scores)) for r in engine._requests.values() if r.id == "new"}
-    assert any(waits and scores > 0 for waits, scores in seen), "it was never preempted in the middle of its prompt"
+    assert any(waits and scores > 0 for waits, scores in seen), (
+        "it was never preempted in the middle of its prompt"
+    )
     check(target, LONG[:30], outputs[0].prompt)

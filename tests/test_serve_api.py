@@ -1,4 +1,5 @@
-"""The API over a stand-in engine in a real server process: the openai client, wrong requests, statistics, metrics."""
+"""The API over a stand-in engine in a real server process: the openai client, wrong requests, statistics,
+metrics."""
 
 from __future__ import annotations
 
@@ -26,12 +27,18 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0, http_client=httpx.Client(trust_env=False))
+    return openai.OpenAI(
+        base_url=server.url + "/v1", api_key="any", max_retries=0, http_client=httpx.Client(trust_env=False)
+    )
 
 
 def test_openai_client_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
-        model="fake", messages=[{"role": "user", "content": "hi"}], temperature=0, logprobs=True, top_logprobs=2
+        model="fake",
+        messages=[{"role": "user", "content": "hi"}],
+        temperature=0,
+        logprobs=True,
+        top_logprobs=2,
     )
     choice = answer.choices[0]
     assert (choice.message.content, choice.message.role, choice.finish_reason) == (TEXT, "assistant", "stop")
@@ -72,7 +79,9 @@ def test_openai_client_completions_with_stop_string_echo_and_list_of_prompts(cli
     assert [c.text for c in answer.choices] == ["one" + expected, "two" + expected]
     assert [c.finish_reason for c in answer.choices] == ["stop", "stop"]
     assert [c.model_extra["stop_reason"] for c in answer.choices if c.model_extra] == ["jumps", "jumps"]
-    streamed = client.completions.create(model="fake", prompt="one", max_tokens=60, temperature=0, stop="jumps", stream=True)
+    streamed = client.completions.create(
+        model="fake", prompt="one", max_tokens=60, temperature=0, stop="jumps", stream=True
+    )
     assert "".join(c.choices[0].text for c in streamed if c.choices) == expected
 
 
@@ -88,12 +97,16 @@ def test_a_stop_string_ends_the_work_of_the_engine(server: Server) -> None:
 def test_token_ids_in_give_token_ids_out_and_include_stop_shows_the_stop(server: Server) -> None:
     ids = server.http.post("/tokenize", json={"prompt": TEXT[:30]}).json()["tokens"]
     body = {"prompt": ids, "max_tokens": 20, "temperature": 0, "return_token_ids": True, "stop": "brown"}
-    choice = server.http.post("/v1/completions", json={**body, "include_stop_str_in_output": True}).json()["choices"][0]
+    choice = server.http.post("/v1/completions", json={**body, "include_stop_str_in_output": True}).json()[
+        "choices"
+    ][0]
     assert choice["text"] == "The quick brown" and choice["prompt_token_ids"] == ids
     text = server.http.post("/detokenize", json={"tokens": choice["token_ids"]}).json()["prompt"]
     assert text.startswith("The quick brown") and len(text) <= len("The quick brown") + 8
     stop = ids[3]
-    choice = server.http.post("/v1/completions", json={**body, "stop": None, "stop_token_ids": [stop]}).json()["choices"][0]
+    choice = server.http.post(
+        "/v1/completions", json={**body, "stop": None, "stop_token_ids": [stop]}
+    ).json()["choices"][0]
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", stop)
     assert choice["token_ids"][-1] == stop and len(choice["token_ids"]) == 4
 
@@ -105,7 +118,9 @@ def test_statistics_of_speculation_come_when_asked(server: Server) -> None:
     stats = asked["metrics"]["speculative_decoding"]
     assert stats["mean_acceptance_length"] == 1 + stats["num_accepted_draft_tokens"] / stats["num_spec_steps"]
     assert stats["num_draft_tokens"] == 4 * stats["num_spec_steps"] > stats["num_verified_tokens"]
-    without = server.http.post("/v1/chat/completions", json={**CHAT, "return_spec_stats": True, "draft": False}).json()
+    without = server.http.post(
+        "/v1/chat/completions", json={**CHAT, "return_spec_stats": True, "draft": False}
+    ).json()
     assert without["metrics"]["speculative_decoding"]["num_draft_tokens"] == 0
 
 
@@ -138,7 +153,12 @@ BAD = [
     ("/v1/chat/completions", {**CHAT, "top_logprobs": 3}, 400, "top_logprobs"),
     ("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}}, 400, "stream_options"),
     ("/v1/chat/completions", {**CHAT, "response_format": {"type": "xml"}}, 400, "response_format.type"),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        400,
+        "messages",
+    ),
     ("/v1/chat/completions", {**CHAT, "seed": 666}, 400, None),
     ("/v1/completions", {"prompt": ""}, 400, "prompt"),
     ("/v1/completions", {"prompt": []}, 400, "prompt"),
@@ -182,8 +202,12 @@ def test_bad_requests_get_a_body_that_names_the_field(
         (b'{"prompt": "a"}', "text/plain", 415),
     ],
 )
-def test_bodies_that_are_not_json_objects_are_refused(server: Server, raw: bytes, kind: str, status: int) -> None:
-    assert server.http.post("/v1/completions", content=raw, headers={"content-type": kind}).status_code == status
+def test_bodies_that_are_not_json_objects_are_refused(
+    server: Server, raw: bytes, kind: str, status: int
+) -> None:
+    assert (
+        server.http.post("/v1/completions", content=raw, headers={"content-type": kind}).status_code == status
+    )
 
 
 def test_the_context_limit_reads_as_vllm_writes_it(client: openai.OpenAI) -> None:
@@ -197,7 +221,9 @@ def test_request_ids_are_in_the_header_the_body_and_the_log(server: Server) -> N
     response = server.http.post("/v1/chat/completions", json=CHAT, headers={"X-Request-Id": "my-id.1"})
     assert response.headers["x-request-id"] == "my-id.1" and response.json()["id"] == "chatcmpl-my-id.1"
     assert "POST /v1/chat/completions 200" in server.logged("my-id.1 ")
-    assert server.http.get("/version", headers={"X-Request-Id": "evil id"}).headers["x-request-id"] != "evil id"
+    assert (
+        server.http.get("/version", headers={"X-Request-Id": "evil id"}).headers["x-request-id"] != "evil id"
+    )
 
 
 def test_models_health_version_and_openapi(server: Server, client: openai.OpenAI) -> None:
@@ -216,7 +242,8 @@ def test_metrics_parse_and_count(server: Server) -> None:
     for name in (
         "time_to_first_token_seconds inter_token_latency_seconds e2e_request_latency_seconds request_success "
         "spec_decode_num_drafts spec_decode_num_draft_tokens spec_decode_num_verified_tokens draft_seconds "
-        "spec_decode_num_wasted_tokens spec_decode_num_accepted_tokens_per_pos step_verified_tokens verify_seconds "
+        "spec_decode_num_wasted_tokens spec_decode_num_accepted_tokens_per_pos step_verified_tokens "
+        "verify_seconds "
         "step_drafted_tokens spec_decode_accepted_length kv_cache_usage_perc confidence_calibration_error "
         "num_requests_running num_requests_waiting generation_tokens prompt_tokens num_preemptions"
     ).split():
@@ -243,7 +270,9 @@ def test_an_answer_that_nobody_waits_for_is_counted_as_aborted(server: Server) -
         body = {"prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True, "stream": stream, "n": 2}
         with (
             contextlib.suppress(httpx.ReadTimeout),
-            httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=0.1, trust_env=False) as response,
+            httpx.stream(
+                "POST", server.url + "/v1/completions", json=body, timeout=0.1, trust_env=False
+            ) as response,
         ):
             next(response.iter_lines())
     for _ in range(100):
@@ -274,9 +303,13 @@ def test_the_page_is_sent_whole_also_when_a_part_is_asked_for(server: Server) ->
 
 
 @pytest.mark.parametrize("options", [{"include_usage": True}, {"continuous_usage_stats": True}])
-def test_usage_that_was_not_asked_for_whole_is_not_in_every_chunk(server: Server, options: dict[str, bool]) -> None:
+def test_usage_that_was_not_asked_for_whole_is_not_in_every_chunk(
+    server: Server, options: dict[str, bool]
+) -> None:
     chunks = streamed(server, {"stream_options": options})
-    assert [bool(c.get("usage")) for c in chunks] == [False] * (len(chunks) - 1) + ["include_usage" in options]
+    assert [bool(c.get("usage")) for c in chunks] == [False] * (len(chunks) - 1) + [
+        "include_usage" in options
+    ]
 
 
 def test_continuous_usage_is_in_every_chunk(server: Server) -> None:
@@ -303,7 +336,10 @@ def test_the_list_of_models_may_end_with_a_slash(server: Server) -> None:
 def test_head_answers_as_get_without_a_body(server: Server) -> None:
     for path in ("/", "/chat.css", "/health", "/ready", "/metrics", "/version", "/v1/models", "/nothing"):
         get, head = server.http.get(path), server.http.head(path)
-        assert (head.status_code, head.headers["content-type"]) == (get.status_code, get.headers["content-type"])
+        assert (head.status_code, head.headers["content-type"]) == (
+            get.status_code,
+            get.headers["content-type"],
+        )
         assert head.content == b""
         assert path == "/metrics" or head.headers["content-length"] == get.headers["content-length"] != "0"
     assert server.http.head("/v1/completions").status_code == 405
@@ -311,7 +347,15 @@ def test_head_answers_as_get_without_a_body(server: Server) -> None:
 
 def test_every_metric_is_described(server: Server) -> None:
     server.http.post("/v1/chat/completions", json=CHAT)
-    text = (Path(__file__).parents[1] / "docs" / "serving.md").read_text("utf-8").split("## Metrics")[1].split("## The page")[0]
-    families = [f.name.removeprefix("draftkit:") for f in text_string_to_metric_families(server.http.get("/metrics").text)]
+    text = (
+        (Path(__file__).parents[1] / "docs" / "serving.md")
+        .read_text("utf-8")
+        .split("## Metrics")[1]
+        .split("## The page")[0]
+    )
+    families = [
+        f.name.removeprefix("draftkit:")
+        for f in text_string_to_metric_families(server.http.get("/metrics").text)
+    ]
     assert [name for name in families if f"`{name}`" not in text and not name.endswith("_created")] == []
     assert len(families) > 30

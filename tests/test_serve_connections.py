@@ -1,4 +1,5 @@
-"""Connections that are there to be in the way: slow, silent, too many, or of two minds about where a request ends."""
+"""Connections that are there to be in the way: slow, silent, too many, or of two minds about where a request
+ends."""
 
 from __future__ import annotations
 
@@ -49,7 +50,10 @@ def rest(connection: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\nContent-Type: application/json\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\nContent-Type: "
+    b"application/json\r\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +97,9 @@ def test_a_request_with_two_lengths_is_refused_and_closed(server: Server) -> Non
 def test_the_log_holds_nothing_that_a_terminal_obeys(server: Server) -> None:
     odd = "\x1b[31m\u202eevil\x07\x9b"
     server.http.post("/v1/completions", json={"model": odd, "prompt": "a"}, headers={"X-Request-Id": "odd1"})
-    server.http.post("/v1/chat/completions", json={"messages": [{"role": odd}]}, headers={"X-Request-Id": "odd2"})
+    server.http.post(
+        "/v1/chat/completions", json={"messages": [{"role": odd}]}, headers={"X-Request-Id": "odd2"}
+    )
     for name in ("odd1 ", "odd2 "):
         line = server.logged(name)
         assert line.rstrip("\n").isprintable(), repr(line)
@@ -108,7 +114,9 @@ def test_what_a_client_wrote_does_not_come_back_at_length(server: Server) -> Non
 def test_all_routes_but_those_of_monitors_and_the_page_need_the_key(server: Server) -> None:
     without = {"Authorization": ""}
     opened = ("/health", "/ready", "/metrics", "/version", "/", "/chat.js", "/chat.css", "/openapi.json")
-    assert {path: server.http.get(path, headers=without).status_code for path in opened} == dict.fromkeys(opened, 200)
+    assert {path: server.http.get(path, headers=without).status_code for path in opened} == dict.fromkeys(
+        opened, 200
+    )
     for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
         assert server.http.post(path, json={}, headers=without).status_code == 401
     assert server.http.get("/v1/models", headers=without).status_code == 401
@@ -126,7 +134,10 @@ def test_bodies_may_be_zipped_and_not_without_bound(server: Server) -> None:
 
 def test_pages_of_an_origin_that_is_allowed_may_ask() -> None:
     asks = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
-    with serving("--api-key", "k", "--allow-origin", "https://example.com") as allowing, serving("--api-key", "k") as strict:
+    with (
+        serving("--api-key", "k", "--allow-origin", "https://example.com") as allowing,
+        serving("--api-key", "k") as strict,
+    ):
         told = [s.http.options("/v1/models", headers=asks).headers for s in (allowing, strict)]
         assert [t.get("access-control-allow-origin") for t in told] == ["https://example.com", None]
         other = allowing.http.get("/health", headers={"Origin": "https://example.org"})

@@ -35,7 +35,10 @@ def client(server: Server) -> openai.OpenAI:
 @pytest.fixture(scope="module")
 def reference() -> dict[str, str]:
     """Greedy answers of plain Transformers."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32), AutoTokenizer.from_pretrained(ASSET)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(ASSET),
+    )
     answers = {}
     for question in QUESTIONS:
         text = tokenizer.apply_chat_template(
@@ -58,7 +61,9 @@ def test_greedy_answers_are_transformers_answers(client: openai.OpenAI, referenc
     assert {q: ask(client, q) for q in QUESTIONS} == reference
 
 
-def test_together_and_streamed_they_are_the_same(server: Server, client: openai.OpenAI, reference: dict[str, str]) -> None:
+def test_together_and_streamed_they_are_the_same(
+    server: Server, client: openai.OpenAI, reference: dict[str, str]
+) -> None:
     texts: dict[int, str] = {}
 
     def one(number: int) -> None:
@@ -84,7 +89,9 @@ def test_a_seed_gives_the_same_sample_alone_and_beside_others(client: openai.Ope
     alone = ask(client, QUESTIONS[0], temperature=1.0, seed=5)
     beside: list[str] = []
     threads = [
-        threading.Thread(target=lambda i=i: beside.append(ask(client, QUESTIONS[0], temperature=1.0, seed=5 + i % 2 * i)))
+        threading.Thread(
+            target=lambda i=i: beside.append(ask(client, QUESTIONS[0], temperature=1.0, seed=5 + i % 2 * i))
+        )
         for i in range(6)
     ]
     for thread in threads:
@@ -94,7 +101,9 @@ def test_a_seed_gives_the_same_sample_alone_and_beside_others(client: openai.Ope
     assert beside.count(alone) >= 3
 
 
-def test_stop_strings_logprobs_and_statistics(server: Server, client: openai.OpenAI, reference: dict[str, str]) -> None:
+def test_stop_strings_logprobs_and_statistics(
+    server: Server, client: openai.OpenAI, reference: dict[str, str]
+) -> None:
     text = reference[QUESTIONS[0]]
     stop = text[8:12]
     assert ask(client, QUESTIONS[0], stop=[stop]) == text[: text.index(stop)]
@@ -129,7 +138,9 @@ def test_ready_means_that_passes_are_compiled(monkeypatch: pytest.MonkeyPatch, t
         assert server.metric("generation_tokens_total") == 0, "nobody has asked for anything"
 
 
-def test_without_a_compiler_the_server_says_so_and_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_server_says_so_and_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -161,7 +172,9 @@ def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:
         assert server.process.wait(20) == 0
 
 
-def test_after_a_sigkill_the_next_process_serves_the_same_port_with_the_same_answers(reference: dict[str, str]) -> None:
+def test_after_a_sigkill_the_next_process_serves_the_same_port_with_the_same_answers(
+    reference: dict[str, str],
+) -> None:
     with serving(command=SERVE) as server:
         port = server.url.rsplit(":", 1)[1]
         body = {"prompt": "one two three", "max_tokens": 400, "ignore_eos": True, "stream": True}

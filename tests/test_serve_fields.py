@@ -87,8 +87,20 @@ def test_what_would_change_the_answer_is_refused_by_name(path: str, fields: dict
 @pytest.mark.parametrize(
     "fields",
     [
-        {"bad_words": [], "use_beam_search": False, "logits_processors": [], "audio": None, "modalities": ["text"]},
-        {"function_call": "none", "functions": [], "structured_outputs": None, "suffix": "", "include_reasoning": False},
+        {
+            "bad_words": [],
+            "use_beam_search": False,
+            "logits_processors": [],
+            "audio": None,
+            "modalities": ["text"],
+        },
+        {
+            "function_call": "none",
+            "functions": [],
+            "structured_outputs": None,
+            "suffix": "",
+            "include_reasoning": False,
+        },
     ],
 )
 def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(fields: dict[str, Any]) -> None:
@@ -102,11 +114,31 @@ def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(fields: dict[str, A
         (TEXTS, {"prompt": 5}, "prompt", "a text, a list of texts"),
         (TEXTS, {"prompt": [1, "a"]}, "prompt", "a text, a list of texts"),
         (TEXTS, {"prompt": [1, -1]}, "prompt", "whole numbers from 0"),
-        (CHATS, {"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "a text or a list of parts"),
-        (CHATS, {"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content", "a text or a list of parts"),
+        (
+            CHATS,
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content",
+            "a text or a list of parts",
+        ),
+        (
+            CHATS,
+            {"messages": [{"role": "user", "content": ["x"]}]},
+            "messages.0.content",
+            "a text or a list of parts",
+        ),
         (CHATS, {"tools": [TOOL], "tool_choice": "bogus"}, "tool_choice", "'auto', 'none', 'required'"),
-        (CHATS, {"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice", "'auto', 'none', 'required'"),
-        (CHATS, {"tools": [TOOL], "tool_choice": chosen("mul")}, "tool_choice", "'mul', which is not among tools"),
+        (
+            CHATS,
+            {"tools": [TOOL], "tool_choice": {"type": "function"}},
+            "tool_choice",
+            "'auto', 'none', 'required'",
+        ),
+        (
+            CHATS,
+            {"tools": [TOOL], "tool_choice": chosen("mul")},
+            "tool_choice",
+            "'mul', which is not among tools",
+        ),
         (CHATS, {"tool_choice": "required"}, "tool_choice", "needs tools"),
         (CHATS, {"tool_choice": chosen("add")}, "tool_choice", "needs tools"),
         (CHATS, FORCED | {"response_format": {"type": "json_object"}}, "tool_choice", "another form"),
@@ -118,11 +150,26 @@ def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(fields: dict[str, A
         (CHATS, {"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
         (TEXTS, {"structured_outputs": {"json": [1]}}, "structured_outputs.json", "as an object or as text"),
         (TEXTS, {"prompt": ["a"] * 1025}, "prompt", "1025 prompts are more than the 1024"),
-        (TEXTS, {"logit_bias": {str(i): 1 for i in range(16_385)}}, "logit_bias", "16385 entries are more than 16384"),
+        (
+            TEXTS,
+            {"logit_bias": {str(i): 1 for i in range(16_385)}},
+            "logit_bias",
+            "16385 entries are more than 16384",
+        ),
         (CHATS, {"echo": True}, "echo", "/v1/completions"),
-        (CHATS, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message", "both"),
+        (
+            CHATS,
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            "both",
+        ),
         (CHATS, {"chat_template": "{{ messages }}"}, "chat_template", "own template"),
-        (CHATS, {"allowed_token_ids": [5], "response_format": {"type": "json_object"}}, "allowed_token_ids", "combined"),
+        (
+            CHATS,
+            {"allowed_token_ids": [5], "response_format": {"type": "json_object"}},
+            "allowed_token_ids",
+            "combined",
+        ),
         (TEXTS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
         (CHATS, {"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "stream"),
         (TEXTS, {"max_tokens": 0}, "max_tokens", "echo"),
@@ -132,16 +179,22 @@ def test_fields_that_ask_for_nothing_are_no_reason_to_refuse(fields: dict[str, A
     ],
     ids=str,
 )
-def test_a_refusal_is_one_sentence_about_the_field(path: str, fields: dict[str, Any], param: str, says: str) -> None:
+def test_a_refusal_is_one_sentence_about_the_field(
+    path: str, fields: dict[str, Any], param: str, says: str
+) -> None:
     error = refused(path, fields)
     assert error.param == param and says in str(error) and "more)" not in str(error)
 
 
 def test_allowed_tokens_go_with_the_text_format() -> None:
-    CompletionBody.model_validate({"prompt": "a", "allowed_token_ids": [5], "response_format": {"type": "text"}})
+    CompletionBody.model_validate(
+        {"prompt": "a", "allowed_token_ids": [5], "response_format": {"type": "text"}}
+    )
 
 
-@pytest.mark.parametrize("name", "messages tools add_generation_prompt continue_final_message tokenize padding".split())
+@pytest.mark.parametrize(
+    "name", "messages tools add_generation_prompt continue_final_message tokenize padding".split()
+)
 def test_template_kwargs_cannot_set_what_the_server_sets(server: Server, name: str) -> None:
     answer = server.http.post(CHATS, json={**CHAT, "chat_template_kwargs": {name: []}})
     error = answer.json()["error"]
@@ -151,7 +204,9 @@ def test_template_kwargs_cannot_set_what_the_server_sets(server: Server, name: s
 def test_tools_are_refused_where_the_template_would_leave_them_out(server: Server) -> None:
     error = server.http.post(CHATS, json={**CHAT, "tools": [TOOL]}).json()["error"]
     assert (error["code"], error["param"]) == (400, "tools") and "template" in error["message"]
-    assert server.http.post("/tokenize", json={"messages": CHAT["messages"], "tools": [TOOL]}).status_code == 400
+    assert (
+        server.http.post("/tokenize", json={"messages": CHAT["messages"], "tools": [TOOL]}).status_code == 400
+    )
     assert server.http.post(CHATS, json={**CHAT, "tools": [TOOL], "tool_choice": "none"}).status_code == 200
     assert server.http.post(CHATS, json={**CHAT, "tools": []}).status_code == 200
 
@@ -160,13 +215,17 @@ def test_tools_reach_a_template_that_has_them_as_they_came() -> None:
     tokenizer = copy.copy(SERVED.tokenizer)
     tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
     body = ChatBody.model_validate({**CHAT, "tools": [TOOL]})
-    ids = from_body.chat_prompt(body.messages, replace(SERVED, tokenizer=tokenizer), tools=body.tools, most_tokens=999)
+    ids = from_body.chat_prompt(
+        body.messages, replace(SERVED, tokenizer=tokenizer), tools=body.tools, most_tokens=999
+    )
     assert tokenizer.decode(ids) == json.dumps(TOOL)
 
 
 def choice_that_says(text: str) -> Choice:
     choice = Choice(SERVED.texts, SamplingParams(), 1)
-    events = tuple(seam.TokenEvent(t, "target") for t in SERVED.tokenizer(text, add_special_tokens=False)["input_ids"])
+    events = tuple(
+        seam.TokenEvent(t, "target") for t in SERVED.tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
     choice.add(seam.StepOutput("r", events, (), "length", None, seam.RequestStats()))
     return choice
 
@@ -175,22 +234,38 @@ def test_without_parallel_calls_the_first_one_is_given_alone() -> None:
     call = '<tool_call>{"name": "%s", "arguments": {}}</tool_call>'
     text = call % "first" + call % "second" + "<tool_call>" + '{"name": "third"}'
     for one_call, names in ((False, ["first", "second", "third"]), (True, ["first"])):
-        message = ChatReply(SERVED.texts, False, True, one_call).whole(0, choice_that_says(text), [], Echo())["message"]
+        message = ChatReply(SERVED.texts, False, True, one_call).whole(0, choice_that_says(text), [], Echo())[
+            "message"
+        ]
         assert [c["function"]["name"] for c in message["tool_calls"]] == names and message["content"] is None
-        reply, choice = ChatReply(SERVED.texts, False, True, one_call), Choice(SERVED.texts, SamplingParams(), 1)
+        reply, choice = (
+            ChatReply(SERVED.texts, False, True, one_call),
+            Choice(SERVED.texts, SamplingParams(), 1),
+        )
         streamed: list[Any] = []
         for token in SERVED.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            output = seam.StepOutput("r", (seam.TokenEvent(token, "target"),), (), None, None, seam.RequestStats())
+            output = seam.StepOutput(
+                "r", (seam.TokenEvent(token, "target"),), (), None, None, seam.RequestStats()
+            )
             chunk = reply.chunk(0, choice, choice.add(output))
             streamed += (chunk or {"delta": {}})["delta"].get("tool_calls", [])
-        last = reply.chunk(0, choice, choice.add(seam.StepOutput("r", (), (), "stop", None, seam.RequestStats())))
+        last = reply.chunk(
+            0, choice, choice.add(seam.StepOutput("r", (), (), "stop", None, seam.RequestStats()))
+        )
         assert last is not None and last["finish_reason"] == "tool_calls"
         assert [c["function"]["name"] for c in streamed + last["delta"].get("tool_calls", [])] == names
 
 
 def test_a_refusal_in_the_history_is_text() -> None:
     body = ChatBody.model_validate(
-        {"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}, {"type": "text", "text": "!"}]}]}
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "content": [{"type": "refusal", "refusal": "no"}, {"type": "text", "text": "!"}],
+                }
+            ]
+        }
     )
     assert content_text(body.messages[0].as_dict()["content"]) == "no\n!"
 
@@ -207,7 +282,9 @@ def test_a_refusal_in_the_history_is_text() -> None:
     ],
     ids=str,
 )
-def test_prompts_are_cut_on_the_side_that_was_asked_for(fields: dict[str, Any], left: tuple[int, ...]) -> None:
+def test_prompts_are_cut_on_the_side_that_was_asked_for(
+    fields: dict[str, Any], left: tuple[int, ...]
+) -> None:
     body = CompletionBody.model_validate({"prompt": "a", **fields})
     assert from_body.truncated((1, 2, 3, 4, 5), body, 10, 7) == left
 
@@ -241,7 +318,10 @@ def test_token_ids_of_a_chat_stand_where_vllm_has_them(server: Server) -> None:
     assert len(whole["prompt_token_ids"]) == whole["usage"]["prompt_tokens"]
     assert "prompt_token_ids" not in whole["choices"][0] and len(whole["choices"][0]["token_ids"]) == 9
     first, *others = chunks(server, CHATS, body)
-    assert first["prompt_token_ids"] == whole["prompt_token_ids"] and first["choices"][0]["delta"]["role"] == "assistant"
+    assert (
+        first["prompt_token_ids"] == whole["prompt_token_ids"]
+        and first["choices"][0]["delta"]["role"] == "assistant"
+    )
     assert not [c for c in others if "prompt_token_ids" in c or "prompt_token_ids" in c["choices"][0]]
     assert [t for c in others for t in c["choices"][0]["token_ids"]] == whole["choices"][0]["token_ids"]
     assert "prompt_token_ids" not in server.http.post(CHATS, json=CHAT).json()
@@ -249,10 +329,17 @@ def test_token_ids_of_a_chat_stand_where_vllm_has_them(server: Server) -> None:
 
 @pytest.mark.parametrize("echo", [False, True])
 def test_token_ids_of_completions_stand_in_their_choice(server: Server, echo: bool) -> None:
-    body = {"prompt": ["one", "two words"], "temperature": 0, "max_tokens": 9, "return_token_ids": True, "echo": echo}
+    body = {
+        "prompt": ["one", "two words"],
+        "temperature": 0,
+        "max_tokens": 9,
+        "return_token_ids": True,
+        "echo": echo,
+    }
     whole = server.http.post(TEXTS, json=body).json()
-    assert "prompt_token_ids" not in whole and sum(len(c["prompt_token_ids"]) for c in whole["choices"]) == (
-        whole["usage"]["prompt_tokens"]
+    assert (
+        "prompt_token_ids" not in whole
+        and sum(len(c["prompt_token_ids"]) for c in whole["choices"]) == (whole["usage"]["prompt_tokens"])
     )
     streamed = [chunk["choices"][0] for chunk in chunks(server, TEXTS, body)]
     for choice in whole["choices"]:

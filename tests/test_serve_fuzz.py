@@ -21,18 +21,27 @@ scalars = st.one_of(
     st.sampled_from([0, 1, -1, 2, 5, 511, 512, 513, 4096, 0.5, 1e308, -0.0, 5e-324, 2**63 - 1, 2**63]),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=12),
-    st.sampled_from(["", "\x00", "<|im_start|>", "<tool_call>", "\U0010ffff", "auto", "text", "json_object", "user"]),
+    st.sampled_from(
+        ["", "\x00", "<|im_start|>", "<tool_call>", "\U0010ffff", "auto", "text", "json_object", "user"]
+    ),
 )
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
 )
 likely: dict[str, st.SearchStrategy[Any]] = {
     "prompt": st.one_of(
-        st.text(min_size=1, max_size=20), st.lists(st.integers(-1, 5000), max_size=5), st.lists(st.text(max_size=5))
+        st.text(min_size=1, max_size=20),
+        st.lists(st.integers(-1, 5000), max_size=5),
+        st.lists(st.text(max_size=5)),
     ),
     "messages": st.lists(
         st.fixed_dictionaries(
-            {"role": st.sampled_from(["user", "system", "assistant", "tool", "x"]), "content": st.text(max_size=9)}
+            {
+                "role": st.sampled_from(["user", "system", "assistant", "tool", "x"]),
+                "content": st.text(max_size=9),
+            }
         ),
         min_size=1,
         max_size=3,
@@ -46,7 +55,8 @@ likely: dict[str, st.SearchStrategy[Any]] = {
     "stream": st.booleans(),
     "logit_bias": st.dictionaries(st.integers(0, 300).map(str), st.floats(-100, 100), max_size=3),
     "response_format": st.fixed_dictionaries(
-        {"type": st.sampled_from(["text", "json_object", "json_schema", "x"])}, optional={"json_schema": values}
+        {"type": st.sampled_from(["text", "json_object", "json_schema", "x"])},
+        optional={"json_schema": values},
     ),
     "structured_outputs": st.dictionaries(
         st.sampled_from(["json", "json_object", "regex", "choice", "grammar", "x"]), values, max_size=2
@@ -65,7 +75,9 @@ likely: dict[str, st.SearchStrategy[Any]] = {
     "max_completion_tokens": st.integers(1, 100),
     "truncate_prompt_tokens": st.integers(1, 10),
     "chat_template_kwargs": st.just({"enable_thinking": False}),
-    "tool_choice": st.sampled_from(["auto", "none", "required", {"type": "function", "function": {"name": "f"}}]),
+    "tool_choice": st.sampled_from(
+        ["auto", "none", "required", {"type": "function", "function": {"name": "f"}}]
+    ),
     "bad_words": st.lists(st.text(max_size=3), max_size=3),
     "prompt_logprobs": st.integers(0, 4),
     "reasoning_effort": st.sampled_from(["low", "high"]),
@@ -74,12 +86,16 @@ likely: dict[str, st.SearchStrategy[Any]] = {
     **{
         name: st.booleans()
         for name in (
-            "echo ignore_eos include_stop_str_in_output skip_special_tokens return_token_ids draft return_spec_stats "
-            "return_tokens_as_token_ids return_token_origins add_special_tokens add_generation_prompt return_token_strs"
+            "echo ignore_eos include_stop_str_in_output skip_special_tokens return_token_ids draft "
+            "return_spec_stats "
+            "return_tokens_as_token_ids return_token_origins add_special_tokens add_generation_prompt "
+            "return_token_strs"
         ).split()
     },
     # Seeds 13 and 666 break the stand-in on purpose, and choice i has the seed behind: up to 128 of them.
-    "seed": st.integers(-(2**65), 2**65).filter(lambda s: not any(s <= broken < s + 128 for broken in (13, 666))),
+    "seed": st.integers(-(2**65), 2**65).filter(
+        lambda s: not any(s <= broken < s + 128 for broken in (13, 666))
+    ),
 }
 
 
@@ -91,13 +107,19 @@ def bodies(kind: Any, needed: str) -> st.SearchStrategy[dict[str, Any]]:
 
     def field(name: str) -> st.SearchStrategy[Any]:
         """Mostly a right value."""
-        return likely[name] if name == "seed" else st.integers(0, 14).flatmap(lambda dice: likely[name] if dice else values)
+        return (
+            likely[name]
+            if name == "seed"
+            else st.integers(0, 14).flatmap(lambda dice: likely[name] if dice else values)
+        )
 
     fields = st.lists(st.sampled_from(names), max_size=6, unique=True).flatmap(
         lambda chosen: st.fixed_dictionaries({n: field(n) for n in [needed, *chosen]})
     )
     return st.builds(
-        lambda right, wrong: {**wrong, **right}, fields, st.integers(0, 5).flatmap(lambda dice: st.just({}) if dice else wild)
+        lambda right, wrong: {**wrong, **right},
+        fields,
+        st.integers(0, 5).flatmap(lambda dice: st.just({}) if dice else wild),
     )
 
 
@@ -118,7 +140,9 @@ def server() -> Iterator[Server]:
 @pytest.mark.parametrize(("path", "kind", "needed"), ROUTES, ids=[r[0] for r in ROUTES])
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_no_body_breaks_the_server(server: Server, path: str, kind: Any, needed: str, data: st.DataObject) -> None:
+def test_no_body_breaks_the_server(
+    server: Server, path: str, kind: Any, needed: str, data: st.DataObject
+) -> None:
     body = data.draw(bodies(kind, needed))
     response = server.http.post(path, json=body)
     assert response.status_code in (200, 400, 404), (response.status_code, response.text, body)
@@ -129,10 +153,14 @@ def test_no_body_breaks_the_server(server: Server, path: str, kind: Any, needed:
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(raw=st.binary(max_size=60), method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"]))
+@given(
+    raw=st.binary(max_size=60), method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+)
 def test_no_bytes_and_no_method_break_the_server(server: Server, raw: bytes, method: str) -> None:
     for path in ("/v1/completions", "/v1/models", "/v1/models/%0a%ff", "/metrics", "/"):
-        response = server.http.request(method, path, content=raw, headers={"content-type": "application/json"})
+        response = server.http.request(
+            method, path, content=raw, headers={"content-type": "application/json"}
+        )
         assert response.status_code < 500
 
 
@@ -143,7 +171,9 @@ def test_the_server_is_as_it_was(server: Server) -> None:
     answers: list[int] = []
     threads = [
         threading.Thread(
-            target=lambda: answers.append(httpx.post(server.url + "/v1/completions", json=body, trust_env=False).status_code)
+            target=lambda: answers.append(
+                httpx.post(server.url + "/v1/completions", json=body, trust_env=False).status_code
+            )
         )
         for _ in range(4)
     ]

@@ -32,10 +32,15 @@ def test_what_a_fuzz_run_must_not_overlook() -> None:
         httpx.Response(429, json={"error": {"message": "x", "code": 429}}),
         httpx.Response(400, json={"error": {"message": "", "code": 400}}),
         httpx.Response(200, text="data: {}\n\n", headers={"content-type": kinds["stream"]}),
-        httpx.Response(200, text='data: {"error": {}}\n\ndata: [DONE]\n\n', headers={"content-type": kinds["stream"]}),
+        httpx.Response(
+            200, text='data: {"error": {}}\n\ndata: [DONE]\n\n', headers={"content-type": kinds["stream"]}
+        ),
     ]
     assert all(what_is_wrong(response, "POST") for response in wrong)
-    for response in (httpx.Response(400, text="oh"), httpx.Response(200, text="oh", headers={"content-type": kinds["json"]})):
+    for response in (
+        httpx.Response(400, text="oh"),
+        httpx.Response(200, text="oh", headers={"content-type": kinds["json"]}),
+    ):
         with pytest.raises(ValueError, match="Expecting value"):
             what_is_wrong(response, "POST")
 
@@ -43,6 +48,13 @@ def test_what_a_fuzz_run_must_not_overlook() -> None:
 def test_a_fuzz_run_with_a_failure_is_not_good() -> None:
     fine = {"cases": 3, "controls": 3, "ready_at_end": True, "statuses": {"POST /": Counter({"200": 3})}}
     assert Report(**fine).good  # type: ignore[arg-type]
-    bad = {"failures": ["x"], "wrong_controls": 1, "tracebacks": 1, "leaked_blocks": 1, "ready_at_end": False, "controls": 0}
+    bad = {
+        "failures": ["x"],
+        "wrong_controls": 1,
+        "tracebacks": 1,
+        "leaked_blocks": 1,
+        "ready_at_end": False,
+        "controls": 0,
+    }
     for name, value in bad.items():
         assert not Report(**fine | {name: value}).good  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""Forms of answers that are meant to crash or stall the server: each is a 400 that says why, and others are served on."""
+"""Forms of answers that are meant to crash or stall the server: each is a 400 that says why, and others are
+served on."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ def test_forced_calls_are_tried_like_any_other_form() -> None:
 
 
 def test_a_good_form_is_compiled_once_and_serves_after_a_crash() -> None:
-    good, bad = (StructuredOutputs.model_validate(form) for form in ({"regex": "[0-9]{3}"}, {"grammar": rules(3000)}))
+    good, bad = (
+        StructuredOutputs.model_validate(form) for form in ({"regex": "[0-9]{3}"}, {"grammar": rules(3000)})
+    )
     for _ in range(2):
         with pytest.raises(ApiError, match="chained too deeply"):
             constraint_of(bad, SERVED)
@@ -105,10 +108,12 @@ def test_an_answer_ends_with_an_error_when_its_grammar_does() -> None:
 
 @pytest.mark.parametrize("special", [False, True])
 def test_a_tag_that_is_one_token_is_written_once(special: bool) -> None:
-    """llguidance takes any added token like <this> for a special one, which no text contains: the answer repeated the tag
-    until it was full."""
+    """llguidance takes any added token like <this> for a special one, which no text contains: the answer
+    repeated the tag until it was full."""
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
-    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t in ("<tool_call>", "</tool_call>")])
+    tokenizer.add_tokens(
+        [AddedToken(t, special=special, normalized=False) for t in ("<tool_call>", "</tool_call>")]
+    )
     grammars = Grammars(tokenizer, len(tokenizer))
     matcher = grammars.matcher(GrammarSource("calls", [[{"name": "now"}], False]))
     constraint = GrammarConstraint(matcher, grammars.table.eos_tokens, len(tokenizer))
@@ -125,11 +130,17 @@ def test_a_tag_that_is_one_token_is_written_once(special: bool) -> None:
 
 def test_formats_that_nobody_knows_are_annotations() -> None:
     """JSON Schema says so, and Pydantic writes them: `format: path`, `format: binary`."""
-    schema = {"properties": {"format": {"type": "string", "format": "path"}, "x": {"const": {"format": "path"}}}}
-    form = StructuredOutputs.model_validate({"json": {**schema, "required": ["format", "x"], "additionalProperties": False}})
+    schema = {
+        "properties": {"format": {"type": "string", "format": "path"}, "x": {"const": {"format": "path"}}}
+    }
+    form = StructuredOutputs.model_validate(
+        {"json": {**schema, "required": ["format", "x"], "additionalProperties": False}}
+    )
     constraint = constraint_of(form, SERVED)
     assert constraint is not None
     for token in SERVED.texts.encode('{"format": "/tmp", "x": {"format": "path"}}', False):
         assert constraint.accept(token)
     with pytest.raises(ApiError):
-        constraint_of(StructuredOutputs.model_validate({"json": {"type": "string", "pattern": "a(?=b)"}}), SERVED)
+        constraint_of(
+            StructuredOutputs.model_validate({"json": {"type": "string", "pattern": "a(?=b)"}}), SERVED
+        )

@@ -1,4 +1,5 @@
-"""While each field of the API is filled to its cap, /health answers within half a second, and signals are taken within one."""
+"""While each field of the API is filled to its cap, /health answers within half a second, and signals are
+taken within one."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ SCHEMA = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in
 N = limits.MAX_CHOICES
 
 COMPLETIONS: dict[str, dict[str, Any]] = {
-    "bad_words": {"n": N, "bad_words": [f"{i} {WORD}"[: limits.MAX_WORD] for i in range(limits.MAX_BAD_WORDS)]},
+    "bad_words": {
+        "n": N,
+        "bad_words": [f"{i} {WORD}"[: limits.MAX_WORD] for i in range(limits.MAX_BAD_WORDS)],
+    },
     "bad_words without cap": {"n": 32, "bad_words": ["word " * 50_000]},
     "stop": {"n": N, "stop": [f"{i} {WORD}"[: limits.MAX_WORD] for i in range(limits.MAX_STOPS)]},
     "stop_token_ids": {"n": N, "stop_token_ids": list(range(limits.MAX_STOP_IDS))},
@@ -52,7 +56,9 @@ CHATS: dict[str, dict[str, Any]] = {
     "messages": {"messages": [MESSAGE] * limits.MAX_MESSAGES},
     "messages without cap": {"messages": [MESSAGE] * (BODY // 40)},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 16_000}]},
-    "parts without cap": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * (BODY // 34)}]},
+    "parts without cap": {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * (BODY // 34)}]
+    },
     "tools": {"messages": [MESSAGE], "tools": [{"function": {"name": "f" * 5000}}] * limits.MAX_TOOLS},
     "content": {"messages": [{"role": "user", "content": LONG_TEXT}]},
     "template": {"messages": [MESSAGE], "chat_template_kwargs": {"x": LONG_TEXT}},
@@ -63,7 +69,10 @@ TOKENIZE: dict[str, dict[str, Any]] = {
 }
 DETOKENIZE = {"tokens": {"tokens": [5] * (limits.MAX_VALUES - 10)}}
 CASES = [
-    *(("/v1/completions", name, {"prompt": "a", "max_tokens": 2, **fields}) for name, fields in COMPLETIONS.items()),
+    *(
+        ("/v1/completions", name, {"prompt": "a", "max_tokens": 2, **fields})
+        for name, fields in COMPLETIONS.items()
+    ),
     *(("/v1/chat/completions", name, {"max_tokens": 2, **fields}) for name, fields in CHATS.items()),
     *(("/tokenize", name, fields) for name, fields in TOKENIZE.items()),
     *(("/detokenize", name, fields) for name, fields in DETOKENIZE.items()),
@@ -111,13 +120,20 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize(("path", "name", "body"), CASES, ids=[f"{path[1:]}-{name}" for path, name, _ in CASES])
-def test_health_answers_while_a_field_is_full(server: Server, path: str, name: str, body: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("path", "name", "body"), CASES, ids=[f"{path[1:]}-{name}" for path, name, _ in CASES]
+)
+def test_health_answers_while_a_field_is_full(
+    server: Server, path: str, name: str, body: dict[str, Any]
+) -> None:
     raw = json.dumps(body, separators=(",", ":")).encode()[: BODY + 1]
-    for _ in range(3):  # others use this machine, too: a pause of theirs does not come twice in the same place
+    # others use this machine, too: a pause of theirs does not come twice in the same place
+    for _ in range(3):
         before = psutil.Process(server.process.pid).memory_info().rss
         with Asking(server.url).during() as asking:
-            answer = server.http.post(path, content=raw, headers={"Content-Type": "application/json"}, timeout=60)
+            answer = server.http.post(
+                path, content=raw, headers={"Content-Type": "application/json"}, timeout=60
+            )
         grown = psutil.Process(server.process.pid).memory_info().rss - before
         assert answer.status_code in (200, 400, 413) and len(answer.content) < 2**27
         told = f"/health {asking.slowest:.3f} s of {asking.count}, memory {grown / 2**20:+.0f} MiB"

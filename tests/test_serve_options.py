@@ -1,4 +1,5 @@
-"""What the operator gives: options that cannot work are named as they were given, and the target's own sampling."""
+"""What the operator gives: options that cannot work are named as they were given, and the target's own
+sampling."""
 
 from __future__ import annotations
 
@@ -60,7 +61,10 @@ def test_a_key_that_is_missing_does_not_leave_the_door_open(monkeypatch: pytest.
 
 def test_what_only_the_loaded_target_can_tell_is_named_by_option_too(monkeypatch: pytest.MonkeyPatch) -> None:
     small = EngineSettings(kv_bytes=1073, compile=False)
-    with pytest.raises(ServeError, match=r"^--kv-gib of 1e-06 GiB hold 0 tokens .* give [\d.]+ GiB or a smaller --max-length$"):
+    with pytest.raises(
+        ServeError,
+        match=r"^--kv-gib of 1e-06 GiB hold 0 tokens .* give [\d.]+ GiB or a smaller --max-length$",
+    ):
         load_served("tiny", "none", None, small)
     with pytest.raises(ServeError, match=r"^--max-length is 999999; tiny allows 2048 at most$"):
         load_served("tiny", "none", None, replace(small, max_length=999_999))
@@ -69,7 +73,9 @@ def test_what_only_the_loaded_target_can_tell_is_named_by_option_too(monkeypatch
         raise MemoryError("96 GiB")
 
     monkeypatch.setattr("draftkit.engine.engine.Scheduler", too_much)
-    with pytest.raises(ServeError, match=r"^memory does not hold this server: .*; give a --max-running below 64,"):
+    with pytest.raises(
+        ServeError, match=r"^memory does not hold this server: .*; give a --max-running below 64,"
+    ):
         load_served("tiny", "none", None, EngineSettings(max_length=64, kv_bytes=2**22, compile=False))
 
 
@@ -90,7 +96,10 @@ def folder(path: Path, told: str | None) -> str:
 @pytest.mark.parametrize(
     ("told", "taken"),
     [
-        ({"do_sample": True, "temperature": 0.6, "top_k": 50, "eos_token_id": 2}, {"temperature": 0.6, "top_k": 50}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 50, "eos_token_id": 2},
+            {"temperature": 0.6, "top_k": 50},
+        ),
         ({"top_p": 0.9, "min_p": None, "repetition_penalty": 1.1}, {"top_p": 0.9, "repetition_penalty": 1.1}),
         ({"do_sample": False, "temperature": 0.6}, {}),
         ({"do_sample": True}, {}),
@@ -126,12 +135,16 @@ def test_requests_take_the_targets_sampling_where_they_leave_it_out() -> None:
 
 
 def test_collecting_garbage_does_not_go_over_what_is_loaded() -> None:
-    """Hundreds of thousands of objects, of libraries mostly: a collection of all of them held every stream up."""
+    """Hundreds of thousands of objects, of libraries mostly: a collection of all of them held every stream
+    up."""
     code = (
-        "import gc; from draftkit.engine.settings import EngineSettings; from draftkit.serve.server import load_served\n"
+        "import gc; from draftkit.engine.settings import EngineSettings; from draftkit.serve.server "
+        "import load_served\n"
         "settings = EngineSettings(max_running=2, max_length=64, kv_bytes=2**22, compile=False)\n"
         "served = load_served('tiny', 'none', None, settings)\n"
         "print(gc.get_freeze_count(), len(gc.get_objects()))"
     )
-    frozen, left = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    frozen, left = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert int(frozen) > 100_000 and int(left) < int(frozen) / 20

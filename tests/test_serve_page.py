@@ -18,13 +18,16 @@ import pytest
 
 from support.server import TEXT, Server, serving
 
-BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None)
+BROWSER = next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None
+)
 needs_browser = pytest.mark.skipif(
     BROWSER is None and "CI" not in os.environ, reason="no chromium on this machine: apt-get install chromium"
 )
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1100,700 --remote-debugging-pipe"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1100,700 "
+    "--remote-debugging-pipe"
 ).split()
 
 
@@ -36,7 +39,9 @@ class Page:
         self._serial, self._rest = 0, b""
         self.console: list[str] = []
         target = self.call("Target.createTarget", session=None, url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", session=None, targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", session=None, targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
@@ -83,11 +88,16 @@ class Page:
         """Types a text into the question's box and presses Enter there."""
         self.run("document.getElementById('prompt').focus()")
         self.call("Input.insertText", text=text)
-        self.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13)
+        self.call(
+            "Input.dispatchKeyEvent", type="keyDown", key="Enter", code="Enter", windowsVirtualKeyCode=13
+        )
 
     def click(self, name: str) -> None:
         """A mouse click in the middle of an element: unlike its click(), one that has to hit it."""
-        place = f"const e = document.getElementById('{name}'); e.scrollIntoView(); const r = e.getBoundingClientRect();"
+        place = (
+            f"const e = document.getElementById('{name}'); e.scrollIntoView(); const r = "
+            f"e.getBoundingClientRect();"
+        )
         x, y = self.run(f"(() => {{ {place} return [r.x + r.width / 2, r.y + r.height / 2]; }})()")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
@@ -154,7 +164,8 @@ def chatting(server: Server, profile: Path) -> Iterator[Page]:
         page.run("document.getElementById('draft').click()")
         page.run(
             "var sent = [], real = window.fetch;"
-            "window.fetch = (url, options) => { if (options?.body) sent.push(options.body); return real(url, options); }"
+            "window.fetch = (url, options) => { if (options?.body) sent.push(options.body); return "
+            "real(url, options); }"
         )
         yield page
 
@@ -205,7 +216,9 @@ def test_chat_shows_accepted_rejected_and_target_made_tokens(server: Server, tmp
         assert shown == TEXT
         rounds = len(texts(".assistant .rejected"))
         accepted, made = len(texts(".assistant .accepted")), len(texts(".assistant .target"))
-        assert rounds > 20 and 2 * rounds - accepted in (0, 1, 2), "two of four drafts are accepted, fewer in the last round"
+        assert rounds > 20 and 2 * rounds - accepted in (0, 1, 2), (
+            "two of four drafts are accepted, fewer in the last round"
+        )
         assert made in (rounds + 1, rounds, rounds - 1)
         line = "getComputedStyle(document.querySelector('.assistant .rejected')).textDecorationLine"
         assert page.run(line) == "line-through"
@@ -215,7 +228,9 @@ def test_chat_shows_accepted_rejected_and_target_made_tokens(server: Server, tmp
         page.run("document.getElementById('draft').click()")
         page.press_enter("something else")
         page.wait(f"{DONE} === 2")
-        assert [texts(name)[0] for name in ("#speed-on", "#ratio")] == ["–", "–"], "other questions are not compared"
+        assert [texts(name)[0] for name in ("#speed-on", "#ratio")] == ["–", "–"], (
+            "other questions are not compared"
+        )
         page.click("clear")
         page.press_enter("tell me <b>about</b> a fox")
         page.wait(f"{DONE} === 1")
@@ -279,12 +294,16 @@ def test_a_copy_is_the_answer_alone(server: Server, tmp_path: Path) -> None:
         page.wait(f"{DONE} === 1 && document.querySelectorAll('.assistant .rejected').length > 20")
         page.run("getSelection().selectAllChildren(document.querySelector('.assistant'))")
         page.call("Browser.grantPermissions", session=None, permissions=["clipboardReadWrite"])
-        page.call("Input.dispatchKeyEvent", type="rawKeyDown", key="c", code="KeyC", modifiers=2, commands=["copy"])
+        page.call(
+            "Input.dispatchKeyEvent", type="rawKeyDown", key="c", code="KeyC", modifiers=2, commands=["copy"]
+        )
         assert page.run("navigator.clipboard.readText()") == TEXT
 
 
 @needs_browser
-def test_rejected_drafts_stay_hidden_when_the_browser_goes_back_to_the_page(server: Server, tmp_path: Path) -> None:
+def test_rejected_drafts_stay_hidden_when_the_browser_goes_back_to_the_page(
+    server: Server, tmp_path: Path
+) -> None:
     shown = "getComputedStyle(document.querySelector('.assistant .rejected')).display !== 'none'"
     with browsing(tmp_path / "profile") as page:
         page.call("Page.navigate", url=server.url + "/")
@@ -303,30 +322,43 @@ def test_rejected_drafts_stay_hidden_when_the_browser_goes_back_to_the_page(serv
 
 
 @needs_browser
-def test_a_screen_reader_gets_the_answer_and_names_for_everything_else(server: Server, tmp_path: Path) -> None:
+def test_a_screen_reader_gets_the_answer_and_names_for_everything_else(
+    server: Server, tmp_path: Path
+) -> None:
     with browsing(tmp_path / "profile") as page:
         page.call("Page.navigate", url=server.url + "/")
         page.wait("document.getElementById('model')?.textContent.includes('fake')")
         page.press_enter("hi")
-        page.wait(f"{DONE} === 1 && document.getElementById('history').ariaLabel.includes('3.0 of them verified')")
+        page.wait(
+            f"{DONE} === 1 && document.getElementById('history').ariaLabel.includes('3.0 of them verified')"
+        )
         tree = page.call("Accessibility.getFullAXTree")["nodes"]
         named = {(n["role"]["value"], n.get("name", {}).get("value")) for n in tree if not n["ignored"]}
         pictures = [name for role, name in named if role in ("image", "Canvas", "img")]
         assert {("log", "conversation"), ("textbox", "your question")} <= named
-        assert len(pictures) == 1 and pictures[0] and pictures[0].startswith("per round in the last second: 4.0 tokens drafted")
+        assert (
+            len(pictures) == 1
+            and pictures[0]
+            and pictures[0].startswith("per round in the last second: 4.0 tokens drafted")
+        )
         rejected = page.run("document.querySelector('.assistant .rejected').textContent")
-        assert rejected and not [n for n in tree if n.get("name", {}).get("value") == rejected and not n["ignored"]]
+        assert rejected and not [
+            n for n in tree if n.get("name", {}).get("value") == rejected and not n["ignored"]
+        ]
 
 
 @needs_browser
-def test_kinds_of_tokens_differ_by_more_than_colour_and_can_be_read_in_both_schemes(server: Server, tmp_path: Path) -> None:
+def test_kinds_of_tokens_differ_by_more_than_colour_and_can_be_read_in_both_schemes(
+    server: Server, tmp_path: Path
+) -> None:
     contrast = """((kind) => {
         const box = document.createElement('div'); box.style.background = 'Canvas'; document.body.append(box);
         const light = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255)
             .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
             .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
         const style = getComputedStyle(document.querySelector('#legend .' + kind));
-        const [low, high] = [light(style.color), light(getComputedStyle(box).backgroundColor)].sort((a, b) => a - b);
+        const shades = [light(style.color), light(getComputedStyle(box).backgroundColor)];
+        const [low, high] = shades.sort((a, b) => a - b);
         return style.opacity === '1' ? (high + 0.05) / (low + 0.05) : 0; })"""
     with browsing(tmp_path / "profile") as page:
         page.call("Page.navigate", url=server.url + "/")
@@ -335,7 +367,9 @@ def test_kinds_of_tokens_differ_by_more_than_colour_and_can_be_read_in_both_sche
         line = "getComputedStyle(document.querySelector('#legend .{}')).textDecorationLine"
         assert len({page.run(line.format(kind)) for kind in kinds}) == 3
         for scheme in ("light", "dark"):
-            page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            page.call(
+                "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+            )
             assert [kind for kind in kinds if page.run(f"{contrast}('{kind}')") < 4.5] == [], scheme
 
 
@@ -346,18 +380,25 @@ def test_shares_of_nothing_are_not_a_number(server: Server, tmp_path: Path) -> N
         page.call("Page.navigate", url=server.url + "/")
         page.wait("document.getElementById('model')?.textContent.includes('fake')")
         names = ("drafts", "draft_tokens", "verified_tokens", "wasted_tokens")
-        lines = "\\n".join(f'draftkit:spec_decode_num_{n}_total{{model_name="fake"}} ${{rounds.{n}}}' for n in names)
+        lines = "\\n".join(
+            f'draftkit:spec_decode_num_{n}_total{{model_name="fake"}} ${{rounds.{n}}}' for n in names
+        )
         page.run(
             "var rounds = { drafts: 0, draft_tokens: 8, verified_tokens: 4, wasted_tokens: 1 };"
             "for (const name of ['budget', 'wasted']) document.getElementById(name).textContent = 'old';"
             f"window.fetch = async () => {{ rounds.drafts += 1; return new Response(`{lines}`); }}; 0"
         )
         page.wait("rounds.drafts >= 3")
-        assert page.run("['budget', 'wasted'].map((name) => document.getElementById(name).textContent)") == ["–", "–"]
+        assert page.run("['budget', 'wasted'].map((name) => document.getElementById(name).textContent)") == [
+            "–",
+            "–",
+        ]
 
 
 @needs_browser
-def test_the_stop_button_stops_and_enter_leaves_the_answer_and_the_next_question_alone(slow: Server, tmp_path: Path) -> None:
+def test_the_stop_button_stops_and_enter_leaves_the_answer_and_the_next_question_alone(
+    slow: Server, tmp_path: Path
+) -> None:
     with chatting(slow, tmp_path / "profile") as page:
         page.press_enter("first")
         page.wait(f"{WORDS} >= 1 && {BUSY}")
@@ -378,7 +419,9 @@ def test_the_stop_button_stops_and_enter_leaves_the_answer_and_the_next_question
         page.press_enter("second")
         page.wait(f"{DONE} === 1")
         assert came
-        assert page.sent() == [("user", "first"), ("assistant", came), ("user", "second")], "what came is what was said"
+        assert page.sent() == [("user", "first"), ("assistant", came), ("user", "second")], (
+            "what came is what was said"
+        )
 
         page.set("max-tokens", "256")
         page.press_enter("third")
@@ -427,7 +470,9 @@ def test_a_failed_question_is_not_sent_again_and_can_be_asked_again(server: Serv
         page.wait(f"{IDLE} && document.querySelector('.error')")
         page.set("max-tokens", "2")
         for number, answer in enumerate(failing, 2):
-            page.run(f"var working = window.fetch; window.fetch = (u, o) => o?.body ? {answer} : real(u, o); 0")
+            page.run(
+                f"var working = window.fetch; window.fetch = (u, o) => o?.body ? {answer} : real(u, o); 0"
+            )
             page.press_enter("why?")
             page.wait(f"{IDLE} && document.querySelectorAll('.error').length === {number}")
             page.run("window.fetch = working; 0")
@@ -441,13 +486,17 @@ def test_a_failed_question_is_not_sent_again_and_can_be_asked_again(server: Serv
 
 
 @needs_browser
-def test_speed_is_the_servers_and_leaves_out_the_tokens_before_its_clock_started(server: Server, tmp_path: Path) -> None:
+def test_speed_is_the_servers_and_leaves_out_the_tokens_before_its_clock_started(
+    server: Server, tmp_path: Path
+) -> None:
     """One token, and two times two in 0.5 s each by the server's clock: the page gets them all at once."""
     chunks = []
     for seconds, count in ((0.0, 1), (0.5, 2), (1.0, 2)):
         origins = {"tokens": [["a", "target"]] * count, "rejected": []}
         metrics = {"speculative_decoding": None, "decode_seconds": seconds}
-        chunks.append({"choices": [{"delta": {"content": "a" * count}, "origins": origins}], "metrics": metrics})
+        chunks.append(
+            {"choices": [{"delta": {"content": "a" * count}, "origins": origins}], "metrics": metrics}
+        )
     with chatting(server, tmp_path / "profile") as page:
         for number, (come, told) in enumerate(((1, "1 tokens, "), (3, "5 tokens, 4 tokens/s, ")), 1):
             stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks[:come])
@@ -455,7 +504,10 @@ def test_speed_is_the_servers_and_leaves_out_the_tokens_before_its_clock_started
             page.run(f"window.fetch = (u, o) => o?.body ? {answer} : real(u, o); 0")
             page.press_enter(f"question {number}")
             page.wait(f"{DONE} === {number}")
-            assert page.run(f"document.querySelectorAll('.note')[{number - 1}].textContent") == told + "no drafts"
+            assert (
+                page.run(f"document.querySelectorAll('.note')[{number - 1}].textContent")
+                == told + "no drafts"
+            )
             assert page.run("document.getElementById('speed-off').textContent") == ("–" if come == 1 else "4")
 
 

@@ -1,4 +1,5 @@
-"""Parts of the server without a process: answers in the making, tool calls, bodies, metrics, drain of the worker."""
+"""Parts of the server without a process: answers in the making, tool calls, bodies, metrics, drain of the
+worker."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ STATS = seam.RequestStats(1, 0, 0, 0, 0, 0, 0, (), 0.0, 0.0, 0.0)
 
 def output(tokens: list[int], reason: str | None = None, **more: Any) -> Any:
     events = tuple(seam.TokenEvent(t, "accepted", -1.0, ((t, -1.0),)) for t in tokens)
-    return seam.StepOutput("r", events, (), reason, more.get("stop_reason"), STATS, stop_token=reason == "stop")
+    return seam.StepOutput(
+        "r", events, (), reason, more.get("stop_reason"), STATS, stop_token=reason == "stop"
+    )
 
 
 def ids(text: str) -> list[int]:
@@ -43,7 +46,10 @@ def ids(text: str) -> list[int]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(cuts=st.lists(st.integers(1, 9), max_size=20), stop=st.sampled_from(["jumps", "dog. The", "zzz", "naï", "日"]))
+@given(
+    cuts=st.lists(st.integers(1, 9), max_size=20),
+    stop=st.sampled_from(["jumps", "dog. The", "zzz", "naï", "日"]),
+)
 def test_an_answer_is_the_same_however_its_tokens_are_grouped(cuts: list[int], stop: str) -> None:
     tokens, eos = SERVED.engine.script, SERVED.engine.eos
     whole = SERVED.tokenizer.decode(tokens)
@@ -90,7 +96,9 @@ def test_tool_calls_are_found_wherever_pieces_break(cuts: list[int]) -> None:
     content += parser.finish()[0]
     assert content == "Let me look. \n and <tool_call>not json</tool_call> <tool_cal"
     assert [c["function"]["name"] for c in calls] == ["weather", "weather"] and calls == parser.calls
-    assert json.loads(calls[0]["function"]["arguments"]) == {"city": "Köln"} and calls[0]["id"] != calls[1]["id"]
+    assert (
+        json.loads(calls[0]["function"]["arguments"]) == {"city": "Köln"} and calls[0]["id"] != calls[1]["id"]
+    )
 
 
 def test_a_tool_call_reaches_the_client_whole_and_streamed() -> None:
@@ -133,7 +141,15 @@ def test_logprobs_of_completions_line_up_with_the_text() -> None:
 
 def test_body_fields_become_sampling_parameters() -> None:
     body = CompletionBody.model_validate(
-        {"prompt": "a", "seed": 7, "top_k": -1, "logit_bias": {"5": 2.5}, "stop": "x", "temperature": None, "draft": False}
+        {
+            "prompt": "a",
+            "seed": 7,
+            "top_k": -1,
+            "logit_bias": {"5": 2.5},
+            "stop": "x",
+            "temperature": None,
+            "draft": False,
+        }
     )
     params = from_body.sampling_params(body, SERVED, 3).of_answer(2, 9)
     assert (params.seed, params.top_k, params.logit_bias, params.stop) == (9, 0, {5: 2.5}, ("x",))
@@ -149,7 +165,10 @@ def test_messages_become_what_templates_expect() -> None:
         {
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-                {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+                },
             ]
         }
     )
@@ -206,7 +225,8 @@ def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest() -> None:
 
 
 def test_the_event_loop_is_not_woken_for_each_step_of_a_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the first and the last one, and for some in between; with a stop string, or for a stream, for each."""
+    """For the first and the last one, and for some in between; with a stop string, or for a stream, for
+    each."""
     params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
     counted: dict[str, int] = {}
 

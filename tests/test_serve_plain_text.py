@@ -40,7 +40,10 @@ def test_special_tokens_in_contents_are_spelled(server: Server) -> None:
 
 def test_text_without_special_tokens_is_tokenised_as_ever(server: Server) -> None:
     told = SERVED.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "naïve <b> 日本"}], add_generation_prompt=True, tokenize=True, return_dict=False
+        [{"role": "user", "content": "naïve <b> 日本"}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
     )
     assert tokens(server, "naïve <b> 日本") == list(told)
 

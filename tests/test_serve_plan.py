@@ -1,4 +1,5 @@
-"""Files of `draftkit profile` and `draftkit calibrate` in the server: what they change, and what does not belong there."""
+"""Files of `draftkit profile` and `draftkit calibrate` in the server: what they change, and what does not
+belong there."""
 
 from __future__ import annotations
 
@@ -32,13 +33,16 @@ SMALL = EngineSettings(max_running=2, max_length=64, kv_bytes=2**22, compile=Fal
 
 def free_passes(path: Path) -> Path:
     """A step rate of the embedded pair on a machine where a pass costs the same whatever it holds."""
-    own = Measured(target="tiny", target_fingerprint=fingerprint(EMBEDDED), drafter_fingerprint=fingerprint(DRAFTER))
+    own = Measured(
+        target="tiny", target_fingerprint=fingerprint(EMBEDDED), drafter_fingerprint=fingerprint(DRAFTER)
+    )
     save_step_rate(StepRateTable((64,), (1, 1024), ((1.0, 1.0001),), (1,), (0.0001,), measured=own), path)
     return path
 
 
 def test_the_server_plans_by_the_files_that_it_is_given(tmp_path: Path) -> None:
-    """Where passes are free everything that a confidence above zero speaks for is verified, and the log says who spoke."""
+    """Where passes are free everything that a confidence above zero speaks for is verified, and the log says
+    who spoke."""
     step_rate = free_passes(tmp_path / "step_rate.json")
     files = ("--step-rate", str(step_rate), "--calibration", str(OWN.calibration))
     with serving(*files, command=SERVE) as server:
@@ -76,7 +80,9 @@ def test_both_files_reach_the_planner_of_an_llm(tmp_path: Path) -> None:
     calibration = Calibration((0.5, 1.0, 2.0, 1.0, 1.0, 1.0, 4.0), fingerprint(DRAFTER))
     save_calibration(calibration, tmp_path / "calibration.json")
     assert OWN.step_rate is not None
-    llm = LLM("tiny", str(DRAFTER), SMALL, step_rate=OWN.step_rate, calibration=str(tmp_path / "calibration.json"))
+    llm = LLM(
+        "tiny", str(DRAFTER), SMALL, step_rate=OWN.step_rate, calibration=str(tmp_path / "calibration.json")
+    )
     planner = llm.engine._planner
     assert planner.step_rate == load_step_rate(OWN.step_rate).middle()
     said_DG = np.full((2, 7), 0.9)
@@ -92,12 +98,20 @@ def test_files_of_another_pair_are_refused(tmp_path: Path) -> None:
     measured = json.loads(OWN.step_rate.read_text())["draftkit"]
     wrong: list[tuple[str, dict[str, object], str]] = [
         ("calibration", calibration | {"drafter_fingerprint": "f" * 64}, "calibration of another drafter"),
-        ("calibration", calibration | {"temperatures": [1.0] * 5}, "calibration of 5 positions, the drafter has 7"),
+        (
+            "calibration",
+            calibration | {"temperatures": [1.0] * 5},
+            "calibration of 5 positions, the drafter has 7",
+        ),
         ("calibration", {}, "is no calibration"),
         ("step_rate", {}, "is no step-rate table"),
         ("step_rate", {"draftkit": measured | {"tokens": []}}, "0 points of tokens and 16 values"),
         *(
-            ("step_rate", {"draftkit": measured | {"measured": vars(table.measured) | {name: "f" * 64}}}, message)
+            (
+                "step_rate",
+                {"draftkit": measured | {"measured": vars(table.measured) | {name: "f" * 64}}},
+                message,
+            )
             for name, message in (
                 ("target_fingerprint", "step rate of another target"),
                 ("drafter_fingerprint", "step rate of another drafter"),

@@ -43,7 +43,10 @@ def test_a_client_that_leaves_frees_its_place(server: Server) -> None:
 def test_a_client_that_leaves_while_it_sends_is_no_error(server: Server) -> None:
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 5) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: half\r\nContent-Type: application/json\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: half\r\nContent-Type: "
+            "application/json\r\n"
+        )
         connection.sendall((head + 'Content-Length: 99\r\n\r\n{"prompt"').encode())
         time.sleep(0.1)
     assert "client left" in server.logged("half ")
@@ -65,7 +68,11 @@ def test_many_at_once_and_many_that_leave(server: Server) -> None:
                 if number % 3 == 0:
                     return
                 response.read()
-            said = streamed(response.text) if body["stream"] else response.json()["choices"][0]["message"]["content"]
+            said = (
+                streamed(response.text)
+                if body["stream"]
+                else response.json()["choices"][0]["message"]["content"]
+            )
             if response.status_code != 200 or said != TEXT:
                 wrong.append(response.text)
 
@@ -85,7 +92,10 @@ def test_api_keys_guard_v1_and_a_full_queue_says_when_to_come_back() -> None:
         assert server.http.post("/v1/completions", json={}).json()["error"]["code"] == 401
         assert server.http.get("/v1/models", headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert server.http.get("/v1/models", headers={"Authorization": "Bearer one"}).status_code == 200
-        assert server.http.get("/v1/models", headers={"Authorization": "Bearer schlüssel".encode()}).status_code == 200
+        assert (
+            server.http.get("/v1/models", headers={"Authorization": "Bearer schlüssel".encode()}).status_code
+            == 200
+        )
         assert {server.http.get(p).status_code for p in ("/health", "/metrics", "/", "/version")} == {200}
         http = openai.OpenAI(base_url=server.url + "/v1", api_key="two", max_retries=0)
         statuses: list[int] = []
@@ -104,10 +114,15 @@ def test_api_keys_guard_v1_and_a_full_queue_says_when_to_come_back() -> None:
             thread.join(10)
         assert statuses.count(200) >= 3 and 429 in statuses and len(statuses) == 6
         assert server.metric("admission_rejections_total") == statuses.count(429)
-        with pytest.raises(openai.RateLimitError), http.completions.create(model="fake", prompt="x", stream=True):
-            http.completions.create(model="fake", prompt="x", n=3)  # beside one that runs there is room for two
+        with (
+            pytest.raises(openai.RateLimitError),
+            http.completions.create(model="fake", prompt="x", stream=True),
+        ):
+            # beside one that runs there is room for two
+            http.completions.create(model="fake", prompt="x", n=3)
         server.logged("client left")
-        many = http.completions.create(model="fake", prompt="x", n=5, max_tokens=1)  # an idle server takes any request
+        # an idle server takes any request
+        many = http.completions.create(model="fake", prompt="x", n=5, max_tokens=1)
         assert len(many.choices) == 5
 
 
@@ -117,7 +132,9 @@ def test_sigterm_lets_running_answers_finish_and_refuses_new_ones() -> None:
         body = {"prompt": "x", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
 
         def one(stream: bool) -> None:
-            answers.append(httpx.post(server.url + "/v1/completions", json={**body, "stream": stream}, timeout=15))
+            answers.append(
+                httpx.post(server.url + "/v1/completions", json={**body, "stream": stream}, timeout=15)
+            )
 
         threads = [threading.Thread(target=one, args=(i % 2 == 0,)) for i in range(4)]
         for thread in threads:
@@ -132,7 +149,10 @@ def test_sigterm_lets_running_answers_finish_and_refuses_new_ones() -> None:
         for thread in threads:
             thread.join(15)
         assert [a.status_code for a in answers] == [200] * 4
-        assert all(a.text.endswith("data: [DONE]\n\n") or a.json()["usage"]["completion_tokens"] == 150 for a in answers)
+        assert all(
+            a.text.endswith("data: [DONE]\n\n") or a.json()["usage"]["completion_tokens"] == 150
+            for a in answers
+        )
         assert server.process.wait(10) == 0
 
 
@@ -145,7 +165,9 @@ def test_an_engine_that_breaks_answers_500_and_ends_the_process_with_an_error() 
 
 def test_a_port_that_is_taken_is_one_clear_line(server: Server) -> None:
     port = server.url.rsplit(":", 1)[1]
-    second = subprocess.run([sys.executable, str(FAKE), "--port", port], capture_output=True, text=True, timeout=20)
+    second = subprocess.run(
+        [sys.executable, str(FAKE), "--port", port], capture_output=True, text=True, timeout=20
+    )
     assert second.returncode == 2
     assert "cannot listen on 127.0.0.1" in second.stderr and "Traceback" not in second.stderr
 
@@ -156,7 +178,9 @@ def test_a_huge_prompt_does_not_hold_up_the_others() -> None:
 
         def watch() -> None:
             body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
-            with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=15, trust_env=False) as response:
+            with httpx.stream(
+                "POST", server.url + "/v1/completions", json=body, timeout=15, trust_env=False
+            ) as response:
                 last = time.monotonic()
                 for _ in response.iter_lines():
                     gaps.append(time.monotonic() - last)
@@ -166,7 +190,9 @@ def test_a_huge_prompt_does_not_hold_up_the_others() -> None:
         thread.start()
         time.sleep(0.3)
         began = time.monotonic()
-        assert server.http.post("/v1/completions", json={"prompt": "some words " * 250_000}).status_code == 400
+        assert (
+            server.http.post("/v1/completions", json={"prompt": "some words " * 250_000}).status_code == 400
+        )
         took = time.monotonic() - began
         thread.join(15)
         assert took < 5, "a prompt that cannot fit is refused before it is tokenised whole"
@@ -181,7 +207,9 @@ def test_who_is_not_ready_when_the_time_is_over_is_told(signals: int) -> None:
         answers: dict[bool, httpx.Response] = {}
 
         def one(stream: bool) -> None:
-            answers[stream] = httpx.post(server.url + "/v1/completions", json={**body, "stream": stream}, timeout=15)
+            answers[stream] = httpx.post(
+                server.url + "/v1/completions", json={**body, "stream": stream}, timeout=15
+            )
 
         threads = [threading.Thread(target=one, args=(stream,)) for stream in (False, True)]
         for thread in threads:
@@ -206,8 +234,13 @@ def test_who_is_not_ready_when_the_time_is_over_is_told(signals: int) -> None:
 def test_a_reader_who_stalls_does_not_hold_up_the_end() -> None:
     with serving("--drain-seconds", "1", "--text", "word " * 200) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        raw = json.dumps({"prompt": "x", "n": 100, "max_tokens": 200, "stream": True, "return_token_origins": True}).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: stalled\r\nContent-Type: application/json\r\n"
+        raw = json.dumps(
+            {"prompt": "x", "n": 100, "max_tokens": 200, "stream": True, "return_token_origins": True}
+        ).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: stalled\r\nContent-Type: "
+            "application/json\r\n"
+        )
         with socket.create_connection((host, int(port)), 5) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
@@ -252,14 +285,23 @@ def test_the_limit_of_files_is_raised_as_far_as_it_may_be() -> None:
 
 
 def test_the_log_says_what_was_wrong_with_a_request(server: Server) -> None:
-    server.http.post("/v1/completions", json={"prompt": "a", "top_p": 2}, headers={"X-Request-Id": "wrong-one"})
+    server.http.post(
+        "/v1/completions", json={"prompt": "a", "top_p": 2}, headers={"X-Request-Id": "wrong-one"}
+    )
     assert re.search(r"wrong-one POST /v1/completions 400 .*top_p", server.logged("wrong-one "))
 
 
 def test_a_body_of_millions_of_mistakes_holds_nobody_up(server: Server) -> None:
     """Each within the limit of the body, and each found by its first mistake."""
     size = 2**20 - 100
-    fields = {"prompt": "-1", "stop_token_ids": "-1", "stop": '""', "tools": "{}", "messages": "{}", "allowed_token_ids": '"x"'}
+    fields = {
+        "prompt": "-1",
+        "stop_token_ids": "-1",
+        "stop": '""',
+        "tools": "{}",
+        "messages": "{}",
+        "allowed_token_ids": '"x"',
+    }
     for name, entry in fields.items():
         body = f'{{"{name}": [{",".join([entry] * (size // (len(entry) + 1)))}]}}'
         path = "/v1/chat/completions" if name in ("tools", "messages") else "/v1/completions"

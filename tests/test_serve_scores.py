@@ -1,4 +1,5 @@
-"""Log probabilities of prompts over HTTP and from Python, as evaluation tools ask for them: what plain Transformers says."""
+"""Log probabilities of prompts over HTTP and from Python, as evaluation tools ask for them: what plain
+Transformers says."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def wanted_TV(tokenizer: Any) -> torch.Tensor:
 
 def ask(server: Server, **fields: Any) -> dict[str, Any]:
     body = {"prompt": TEXT, "temperature": 0, "max_tokens": 3, **fields}
-    answer = server.http.post(fields.pop("path", COMPLETIONS), json={k: v for k, v in body.items() if k != "path"})
+    answer = server.http.post(
+        fields.pop("path", COMPLETIONS), json={k: v for k, v in body.items() if k != "path"}
+    )
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
 
@@ -56,17 +59,25 @@ def test_an_evaluation_harness_gets_the_log_likelihood_of_its_prompts(
     own_T = wanted_TV[:-1].gather(1, torch.tensor(ids[1:])[:, None]).squeeze(1)
     assert told["token_logprobs"][1:-1] == pytest.approx(own_T.tolist(), abs=2e-3)
     greedy_T = wanted_TV[:-1].argmax(-1) == torch.tensor(ids[1:])
-    said = [max(top, key=top.get) == name for name, top in zip(told["tokens"], told["top_logprobs"], strict=True) if top]
+    said = [
+        max(top, key=top.get) == name
+        for name, top in zip(told["tokens"], told["top_logprobs"], strict=True)
+        if top
+    ]
     assert said[:-1] == greedy_T.tolist() and 0 < sum(greedy_T) < len(greedy_T)
     assert choice["text"].startswith(TEXT) and told["text_offset"][:3] == [0, 3, 7]
     pairs = zip(told["text_offset"], told["tokens"], strict=True)
-    assert all(choice["text"].startswith(name, at) for at, name in pairs if "\ufffd" not in name and name.isascii())
+    assert all(
+        choice["text"].startswith(name, at) for at, name in pairs if "\ufffd" not in name and name.isascii()
+    )
 
 
 def test_a_stream_begins_with_the_scored_prompt(server: Server) -> None:
     fields = {"echo": True, "logprobs": 2, "n": 2, "max_tokens": 9}
     whole = ask(server, **fields)["choices"]
-    with server.http.stream("POST", COMPLETIONS, json={"prompt": TEXT, "temperature": 0, "stream": True, **fields}) as response:
+    with server.http.stream(
+        "POST", COMPLETIONS, json={"prompt": TEXT, "temperature": 0, "stream": True, **fields}
+    ) as response:
         lines = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
     for index in (0, 1):
         chunks = [c for line in lines for c in json.loads(line)["choices"] if c["index"] == index]
@@ -79,8 +90,13 @@ def test_the_prompt_alone(server: Server) -> None:
     told = ask(server, echo=True, logprobs=0, max_tokens=0)
     [choice] = told["choices"]
     assert choice["text"] == TEXT and choice["finish_reason"] == "length"
-    assert len(choice["logprobs"]["tokens"]) == told["usage"]["prompt_tokens"] and told["usage"]["completion_tokens"] == 0
-    assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [1] * (told["usage"]["prompt_tokens"] - 1)
+    assert (
+        len(choice["logprobs"]["tokens"]) == told["usage"]["prompt_tokens"]
+        and told["usage"]["completion_tokens"] == 0
+    )
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [1] * (
+        told["usage"]["prompt_tokens"] - 1
+    )
     assert ask(server, echo=True, max_tokens=0)["choices"][0]["text"] == TEXT
 
 
@@ -101,10 +117,17 @@ def test_prompt_logprobs_have_vllms_form(server: Server, tokenizer: Any, wanted_
 
 
 def test_chats_have_them_beside_their_choices(server: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "prompt_logprobs": 0, "return_token_ids": True}
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 3,
+        "prompt_logprobs": 0,
+        "return_token_ids": True,
+    }
     told = server.http.post("/v1/chat/completions", json=body).json()
     none, *rest = told["prompt_logprobs"]
-    assert none is None and [list(entry) for entry in rest] == [[str(i)] for i in told["prompt_token_ids"][1:]]
+    assert none is None and [list(entry) for entry in rest] == [
+        [str(i)] for i in told["prompt_token_ids"][1:]
+    ]
     assert "prompt_logprobs" not in told["choices"][0]
 
 

@@ -29,6 +29,14 @@ def test_clients_that_come_and_go_leave_nothing_behind_and_greedy_answers_are_th
 def test_a_soak_with_an_error_or_a_leak_is_not_good() -> None:
     fine = {"greedy_checked": 9, "megabytes_early": 100.0, "megabytes_end": 105.0}
     assert Report(**fine).good  # type: ignore[arg-type]
-    counts = ("greedy_wrong", "json_wrong", "wrong_ends", "errors", "tracebacks", "leaked_requests", "leaked_blocks")
+    counts = (
+        "greedy_wrong",
+        "json_wrong",
+        "wrong_ends",
+        "errors",
+        "tracebacks",
+        "leaked_requests",
+        "leaked_blocks",
+    )
     for name, value in {**dict.fromkeys(counts, 1), "megabytes_end": 200.0, "greedy_checked": 0}.items():
         assert not Report(**fine | {name: value}).good  # type: ignore[arg-type]

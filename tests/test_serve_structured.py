@@ -21,11 +21,20 @@ from support.fake_engine import fake_served
 from support.server import serving
 
 SERVED = fake_served()
-SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"], "additionalProperties": False}
+SCHEMA = {
+    "type": "object",
+    "properties": {"age": {"type": "integer"}},
+    "required": ["age"],
+    "additionalProperties": False,
+}
 
 
 def grammar(schema: object | None = None) -> GrammarConstraint:
-    given = {"type": "json_object"} if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
+    given = (
+        {"type": "json_object"}
+        if schema is None
+        else {"type": "json_schema", "json_schema": {"schema": schema}}
+    )
     constraint = constraint_of(ResponseFormat.model_validate(given), SERVED)
     assert constraint is not None
     return constraint
@@ -77,7 +86,9 @@ def test_always_taking_an_allowed_token_gives_json() -> None:
     constraint, text = grammar(SCHEMA), []
     for step in range(40):
         choices = constraint.allowed().nonzero().flatten().tolist()
-        closing = [t for t in choices if t == SERVED.tokenizer.eos_token_id or "}" in SERVED.tokenizer.decode([t])]
+        closing = [
+            t for t in choices if t == SERVED.tokenizer.eos_token_id or "}" in SERVED.tokenizer.decode([t])
+        ]
         token = (closing or choices)[0 if closing else step % len(choices)]
         assert constraint.accept(token)
         if constraint.finished:
@@ -89,7 +100,9 @@ def test_always_taking_an_allowed_token_gives_json() -> None:
 def test_a_json_object_is_an_object_and_text_needs_no_grammar() -> None:
     constraint = grammar()
     assert not constraint.allowed()[ids("[")[0]]
-    assert all(constraint.accept(token) for token in [*ids('{"a": [1, null]}'), SERVED.tokenizer.eos_token_id])
+    assert all(
+        constraint.accept(token) for token in [*ids('{"a": [1, null]}'), SERVED.tokenizer.eos_token_id]
+    )
     assert constraint_of(ResponseFormat(type="text"), SERVED) is None
 
 
@@ -128,7 +141,9 @@ def fits(given: dict[str, Any], text: str) -> bool:
     return all(constraint.accept(token) for token in [*ids(text), SERVED.tokenizer.eos_token_id])
 
 
-@pytest.mark.parametrize(("given", "good", "bad"), FORMS, ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("given", "good", "bad"), FORMS, ids=lambda value: "-".join(value) if isinstance(value, dict) else ""
+)
 def test_vllms_structured_outputs_take_what_fits_and_nothing_else(
     given: dict[str, Any], good: list[str], bad: list[str]
 ) -> None:
@@ -161,8 +176,16 @@ def test_a_form_that_cannot_be_had_is_a_400_of_one_line(given: dict[str, Any], m
         ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "exactly one of"),
         ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "structural_tag is not supported"),
-        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs", "combined"),
+        (
+            {"structured_outputs": {"structural_tag": "x"}},
+            "structured_outputs",
+            "structural_tag is not supported",
+        ),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+            "combined",
+        ),
         ({"structured_outputs": {"regex": "a"}, "allowed_token_ids": [5]}, "allowed_token_ids", "combined"),
     ],
     ids=str,
@@ -186,7 +209,10 @@ class Item(BaseModel):
 
 
 QUESTION = [{"role": "user", "content": "Write a function that adds two numbers."}]
-WANTED = {"type": "json_schema", "json_schema": {"name": "item", "strict": True, "schema": Item.model_json_schema()}}
+WANTED = {
+    "type": "json_schema",
+    "json_schema": {"name": "item", "strict": True, "schema": Item.model_json_schema()},
+}
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +224,13 @@ def client() -> Iterator[openai.OpenAI]:
 
 def answer(client: openai.OpenAI, stream: bool, seed: int, **more: Any) -> str:
     made = client.chat.completions.create(
-        model="tiny", messages=QUESTION, response_format=WANTED, max_tokens=200, stream=stream, seed=seed, **more
+        model="tiny",
+        messages=QUESTION,
+        response_format=WANTED,
+        max_tokens=200,
+        stream=stream,
+        seed=seed,
+        **more,
     )
     if not stream:
         assert made.choices[0].finish_reason == "stop"
@@ -211,7 +243,9 @@ def answer(client: openai.OpenAI, stream: bool, seed: int, **more: Any) -> str:
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("draft", [True, False], ids=["drafting", "plain"])
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
-def test_answers_of_the_real_server_validate(client: openai.OpenAI, stream: bool, draft: bool, temperature: int) -> None:
+def test_answers_of_the_real_server_validate(
+    client: openai.OpenAI, stream: bool, draft: bool, temperature: int
+) -> None:
     ask = lambda seed: answer(client, stream, seed, temperature=temperature, extra_body={"draft": draft})  # noqa: E731
     with ThreadPoolExecutor(4) as pool:
         texts = list(pool.map(ask, range(4)))
@@ -225,13 +259,24 @@ def test_greedy_json_is_the_same_with_and_without_drafts(client: openai.OpenAI) 
 
 
 def test_the_openai_client_parses_several_choices_into_a_model(client: openai.OpenAI) -> None:
-    made = client.chat.completions.parse(model="tiny", messages=QUESTION, response_format=Item, n=3, max_tokens=200)
-    assert len({id(choice.message.parsed) for choice in made.choices if isinstance(choice.message.parsed, Item)}) == 3
+    made = client.chat.completions.parse(
+        model="tiny", messages=QUESTION, response_format=Item, n=3, max_tokens=200
+    )
+    assert (
+        len({id(choice.message.parsed) for choice in made.choices if isinstance(choice.message.parsed, Item)})
+        == 3
+    )
 
 
 def test_a_json_object_of_the_real_server_is_one_when_it_ends_by_itself(client: openai.OpenAI) -> None:
     made = client.chat.completions.create(
-        model="tiny", messages=QUESTION, response_format={"type": "json_object"}, max_tokens=100, n=8, seed=1, temperature=1.5
+        model="tiny",
+        messages=QUESTION,
+        response_format={"type": "json_object"},
+        max_tokens=100,
+        n=8,
+        seed=1,
+        temperature=1.5,
     )
     ended = [choice.message.content for choice in made.choices if choice.finish_reason == "stop"]
     assert ended and all(isinstance(json.loads(text or ""), dict) for text in ended)
@@ -242,7 +287,13 @@ def test_the_real_server_keeps_to_vllms_forms_with_drafts(client: openai.OpenAI,
     def ask(**form: Any) -> list[str]:
         more = {"structured_outputs": form, "return_spec_stats": True}
         made = client.chat.completions.create(
-            model="tiny", messages=QUESTION, max_tokens=60, n=4, seed=3, temperature=temperature, extra_body=more
+            model="tiny",
+            messages=QUESTION,
+            max_tokens=60,
+            n=4,
+            seed=3,
+            temperature=temperature,
+            extra_body=more,
         )
         assert all(c.finish_reason == "stop" for c in made.choices)
         return [c.message.content or "" for c in made.choices]

@@ -19,7 +19,8 @@ from support.server import ASSET, SERVE, serving
 
 TEMPLATE = (
     "{% for t in tools %}{{ t | tojson }} {% endfor %}Calls are <tool_call>...</tool_call>.\n"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor "
+    "%}<|im_start|>assistant\n"
 )
 
 
@@ -111,7 +112,9 @@ def test_a_stream_has_the_same_calls_and_no_content(client: openai.OpenAI) -> No
         assert [(c.function.name, c.function.arguments) for c in calls] == [
             (c.function.name, c.function.arguments) for c in whole.message.tool_calls or []
         ]
-        assert [c.index for c in calls] == list(range(len(calls))) and chunks[-1].finish_reason == whole.finish_reason
+        assert [c.index for c in calls] == list(range(len(calls))) and chunks[
+            -1
+        ].finish_reason == whole.finish_reason
         if whole.finish_reason != "length":
             assert "".join(c.delta.content or "" for c in chunks) == ""
 
@@ -121,7 +124,9 @@ def test_drafts_change_nothing(client: openai.OpenAI) -> None:
         texts = [
             [(c.function.name, c.function.arguments) for c in told.choices[0].message.tool_calls or []]
             for draft in (True, False)
-            for told in [ask(client, 0, tool_choice=choice, temperature=0, max_tokens=90, extra_body={"draft": draft})]
+            for told in [
+                ask(client, 0, tool_choice=choice, temperature=0, max_tokens=90, extra_body={"draft": draft})
+            ]
         ]
         assert texts[0] == texts[1]
 
@@ -132,10 +137,14 @@ def test_names_may_hold_anything_and_what_cannot_be_enforced_is_a_400() -> None:
     constraint = constraint_of(ForcedCalls(({"name": odd, "parameters": {}},), many=False), served)
     assert constraint is not None
     text = f'<tool_call>\n{{"name": {json.dumps(odd, ensure_ascii=False)}, "arguments": {{}}}}\n</tool_call>'
-    assert all(constraint.accept(token) for token in served.tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert all(
+        constraint.accept(token) for token in served.tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
     assert constraint.allowed().nonzero().flatten().tolist() == [served.tokenizer.eos_token_id]
     with pytest.raises(ApiError) as caught:
-        constraint_of(ForcedCalls(({"name": "f", "parameters": {"type": "object", "not": {}}},), many=False), served)
+        constraint_of(
+            ForcedCalls(({"name": "f", "parameters": {"type": "object", "not": {}}},), many=False), served
+        )
     assert (caught.value.status, caught.value.param) == (400, "tools")
 
 

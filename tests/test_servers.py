@@ -61,7 +61,13 @@ def test_ids_go_out_and_come_back_and_sampling_fields_have_their_names(
     answered = [ids for s in servers for ids in s.answered]
     assert len(answered) == len(set(answered)) == 30 and all(s.answered for s in servers)
     body = servers[0].asked[0]
-    assert (body["model"], body["temperature"], body["top_k"], body["top_p"], body["max_tokens"]) == (MODEL, 0.7, 20, 1.0, 12)
+    assert (body["model"], body["temperature"], body["top_k"], body["top_p"], body["max_tokens"]) == (
+        MODEL,
+        0.7,
+        20,
+        1.0,
+        12,
+    )
     assert 0 <= body["seed"] < 2**31 and body["return_token_ids"] is True
     assert len({b["seed"] for s in servers for b in s.asked}) == 30
 
@@ -88,7 +94,9 @@ def test_servers_that_all_fail_end_the_run_and_it_goes_on_later(
     first = set(servers[0].answered)
     with stubs(StubServer(probe)) as servers:
         check_ids(generate(shown, out, servers), shown)
-    assert 0 < len(first) < 30 and not first & set(servers[0].answered), "what was answered is not asked again"
+    assert 0 < len(first) < 30 and not first & set(servers[0].answered), (
+        "what was answered is not asked again"
+    )
 
 
 def test_a_server_without_ids_is_asked_by_messages(shown: TemplateFormat, probe: int, tmp_path: Path) -> None:
@@ -96,11 +104,20 @@ def test_a_server_without_ids_is_asked_by_messages(shown: TemplateFormat, probe:
         found = generate(shown, tmp_path / "a.jsonl", servers, 5)
     assert servers[0].asked[0]["messages"][0]["role"] == "user"
     assert all("answers" not in r for r in found.values())
-    assert found["p1"]["messages"][-1] == {"role": "assistant", "content": "an answer", "reasoning_content": "a thought"}
+    assert found["p1"]["messages"][-1] == {
+        "role": "assistant",
+        "content": "an answer",
+        "reasoning_content": "a thought",
+    }
 
 
-def test_another_model_another_template_or_no_server_is_refused_first(shown: TemplateFormat, probe: int) -> None:
-    with stubs(StubServer(probe)) as [good], pytest.raises(ServeError, match=f"does not serve 'x' but {MODEL}"):
+def test_another_model_another_template_or_no_server_is_refused_first(
+    shown: TemplateFormat, probe: int
+) -> None:
+    with (
+        stubs(StubServer(probe)) as [good],
+        pytest.raises(ServeError, match=f"does not serve 'x' but {MODEL}"),
+    ):
         ServerAnswers([good.url], shown, 4, "x")
     with stubs(StubServer(probe + 3)) as [other], pytest.raises(ServeError, match="another chat template"):
         ServerAnswers([other.url], shown, 4)
@@ -108,7 +125,9 @@ def test_another_model_another_template_or_no_server_is_refused_first(shown: Tem
         ServerAnswers(["http://127.0.0.1:9"], shown, 4)
 
 
-def test_a_question_that_is_refused_names_the_conversation(shown: TemplateFormat, probe: int, tmp_path: Path) -> None:
+def test_a_question_that_is_refused_names_the_conversation(
+    shown: TemplateFormat, probe: int, tmp_path: Path
+) -> None:
     refused = r"refuses conversation p\d+ \(400: no such thing\)"
     with stubs(StubServer(probe, trouble="400")) as servers, pytest.raises(ServeError, match=refused):
         generate(shown, tmp_path / "a.jsonl", servers)

@@ -1,4 +1,5 @@
-"""Traces and the simulator: rows agree with real decoding, arms with arithmetic done by hand, and files with their origin."""
+"""Traces and the simulator: rows agree with real decoding, arms with arithmetic done by hand, and files with
+their origin."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter
 from support.traces import made_traces
 
-FLAT = StepRateTable((0,), (1, 10_000), ((1.0, 1.0),), (1, 10_000), (0.25, 0.25))  # a pass is free of charge for any tokens
+# a pass is free of charge for any tokens
+FLAT = StepRateTable((0,), (1, 10_000), ((1.0, 1.0),), (1, 10_000), (0.25, 0.25))
 DEAR = StepRateTable((0,), (1, 10_000), ((0.001, 10.0),), (1,), (0.0,))  # pure arithmetic: every token costs
 
 
@@ -42,10 +44,13 @@ def test_greedy_traces_tell_what_decoding_does(target: TransformersTarget) -> No
     items = [TraceItem(str(i), "code", p, a) for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
     traces = record_traces(target, drafter, items, TraceSettings(Sampling(0.0)), "d")
     assert [p.rows for p in traces.prompts] == [len(a) - 1 for a in answers]
-    np.testing.assert_array_equal(traces.accepted_N, traces.block_accepted_N)  # the rules agree at temperature 0
+    # the rules agree at temperature 0
+    np.testing.assert_array_equal(traces.accepted_N, traces.block_accepted_N)
     for traced, prompt in zip(traces.prompts, prompts, strict=True):
         lengths = itertools.cycle([4, 1, 0, 3])
-        rounds = decode(target, drafter, prompt, Sampling(0.0), 24, plan=lambda c, lengths=lengths: next(lengths)).rounds
+        rounds = decode(
+            target, drafter, prompt, Sampling(0.0), 24, plan=lambda c, lengths=lengths: next(lengths)
+        ).rounds
         row, end = traced.first, traced.first + traced.rows
         for r in rounds:
             np.testing.assert_allclose(traces.confidence_NG[row], r.confidence, atol=1e-5)
@@ -97,7 +102,9 @@ def test_recording_goes_on_where_it_was_interrupted(
         record(tmp_path / "t")
 
 
-def test_traces_of_another_recording_are_refused_by_their_name(target: TransformersTarget, tmp_path: Path) -> None:
+def test_traces_of_another_recording_are_refused_by_their_name(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     prompts, out = [EvalPrompt(str(i), "code", (4 + i, 20, 31)) for i in range(3)], tmp_path / "t"
     drafter, sampling = make_drafter(target), Sampling(1.0)
@@ -112,7 +119,9 @@ def test_traces_of_another_recording_are_refused_by_their_name(target: Transform
         ((prompts, sampling, 5, 0), "another limit of new tokens"),
         ((prompts, sampling, 4, 1), "another seed"),
     ):
-        with pytest.raises(ScheduleError, match=f"^{out}: recorded with {what}; remove it or choose another -o$"):
+        with pytest.raises(
+            ScheduleError, match=f"^{out}: recorded with {what}; remove it or choose another -o$"
+        ):
             run_record(target, drafter, tmp_path, *changed, out)
     assert out.stat().st_mtime_ns == kept
     out.write_bytes(out.read_bytes()[:-1])
@@ -156,7 +165,9 @@ def test_a_file_that_holds_no_traces_is_one_clear_error(tmp_path: Path) -> None:
         load_traces(tmp_path / "short")
 
 
-def test_a_part_without_an_answer_of_two_tokens_is_passed_over(target: TransformersTarget, tmp_path: Path) -> None:
+def test_a_part_without_an_answer_of_two_tokens_is_passed_over(
+    target: TransformersTarget, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     full = [EvalPrompt(f"full{i}", "code", (7,) * 255) for i in range(48)]  # room for one token
     drafter, sampling = make_drafter(target), Sampling(1.0)
@@ -168,14 +179,18 @@ def test_a_part_without_an_answer_of_two_tokens_is_passed_over(target: Transform
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["config.json", "t"]
 
 
-def test_answers_that_fill_the_context_are_traced_as_far_as_a_proposal_fits(target: TransformersTarget) -> None:
+def test_answers_that_fill_the_context_are_traced_as_far_as_a_proposal_fits(
+    target: TransformersTarget,
+) -> None:
     drafter, settings = make_drafter(target), TraceSettings(Sampling(1.0))
     item = TraceItem("a", "code", (7,) * 240, tuple(range(20, 36)))
     traces = record_traces(target, drafter, [item], settings, "d")
     assert traces.prompts[0].rows == 256 - drafter.gamma - 240 - 1
     shorter = replace(item, answer=item.answer[: -drafter.gamma])
     np.testing.assert_allclose(
-        traces.confidence_NG, record_traces(target, drafter, [shorter], settings, "d").confidence_NG, atol=1e-5
+        traces.confidence_NG,
+        record_traces(target, drafter, [shorter], settings, "d").confidence_NG,
+        atol=1e-5,
     )
 
 
@@ -183,7 +198,8 @@ def test_answers_that_fill_the_context_are_traced_as_far_as_a_proposal_fits(targ
 
 
 def test_speeds_agree_with_arithmetic_by_hand() -> None:
-    """With passes that cost one second whatever they hold, tokens per second are the accepted length over the step."""
+    """With passes that cost one second whatever they hold, tokens per second are the accepted length over the
+    step."""
     traces = made_traces()
     plain = simulate(traces, FLAT, Load(50, 5), "none", arms_for(4)["no speculation"])
     assert plain.user_speed == pytest.approx(1.0)
@@ -198,10 +214,15 @@ def test_speeds_agree_with_arithmetic_by_hand() -> None:
 
 @pytest.mark.parametrize("concurrency", [1, 16, 200])
 @pytest.mark.parametrize("machine", [(2048, 64), (64, 16), (4, 4)])
-def test_scheduling_is_near_the_best_fixed_length_and_never_below_none(machine: tuple[int, int], concurrency: int) -> None:
+def test_scheduling_is_near_the_best_fixed_length_and_never_below_none(
+    machine: tuple[int, int], concurrency: int
+) -> None:
     traces, table = made_traces(), parametric_table(*machine)
     requests = 60 if concurrency == 1 else 15 * concurrency + 60
-    found = {name: simulate(traces, table, Load(requests, concurrency), name, arm) for name, arm in arms_for(4).items()}
+    found = {
+        name: simulate(traces, table, Load(requests, concurrency), name, arm)
+        for name, arm in arms_for(4).items()
+    }
     fixed = max(found[name].throughput for name in ("one token", "fixed 2", "fixed 3", "fixed 4"))
     for name in ("algorithm 1", "budget"):
         assert found[name].throughput >= 0.97 * fixed
@@ -229,7 +250,8 @@ def test_the_estimator_stands_in_for_a_confidence_head() -> None:
     table = parametric_table(64, 16)
     arm = arms_for(4)["budget"]
     blind, seeing = (
-        simulate(made_traces(head=head), table, Load(400, 30), "budget", arm).throughput for head in (False, True)
+        simulate(made_traces(head=head), table, Load(400, 30), "budget", arm).throughput
+        for head in (False, True)
     )
     plain = simulate(made_traces(), table, Load(400, 30), "none", arms_for(4)["no speculation"]).throughput
     assert plain < 0.97 * seeing
@@ -238,7 +260,8 @@ def test_the_estimator_stands_in_for_a_confidence_head() -> None:
 
 def test_the_same_seed_gives_the_same_outcome() -> None:
     first, again, other = (
-        simulate(made_traces(), FLAT, Load(60, 7, 0.5, seed), "budget", arms_for(4)["budget"]) for seed in (1, 1, 2)
+        simulate(made_traces(), FLAT, Load(60, 7, 0.5, seed), "budget", arms_for(4)["budget"])
+        for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
@@ -286,7 +309,12 @@ def test_what_is_assumed_is_said(tmp_path: Path) -> None:
     source = open_simulation(tmp_path / "t", str(tmp_path / "s"), None)
     outcomes, assumptions = run_simulate(source, [Load(20, 4)], tmp_path / "out")
     said = " | ".join(assumptions)
-    for part in ("1 confidences are no numbers", "uncalibrated", "measured up to 8 tokens per pass", "names no target"):
+    for part in (
+        "1 confidences are no numbers",
+        "uncalibrated",
+        "measured up to 8 tokens per pass",
+        "names no target",
+    ):
         assert part in said
     assert [o.arm for o in outcomes] == list(arms_for(4))
     assert (tmp_path / "out" / "simulation.png").stat().st_size > 10_000
@@ -295,7 +323,9 @@ def test_what_is_assumed_is_said(tmp_path: Path) -> None:
 def test_calibration_is_fitted_and_measured_on_different_prompts(tmp_path: Path) -> None:
     traces = made_traces(prompts=200)
     odds = traces.confidence_NG / (1 - traces.confidence_NG)
-    report = run_calibrate(replace(traces, confidence_NG=(odds**2.5 / (1 + odds**2.5)).astype(np.float32)), tmp_path)
+    report = run_calibrate(
+        replace(traces, confidence_NG=(odds**2.5 / (1 + odds**2.5)).astype(np.float32)), tmp_path
+    )
     assert report.fitted_rows == report.held_out_rows == 3000
     assert np.mean(report.after.ece) < 0.5 * np.mean(report.before.ece)
     np.testing.assert_allclose(report.calibration.temperatures[:2], 2.5, rtol=0.25)

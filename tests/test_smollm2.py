@@ -1,4 +1,5 @@
-"""The real pair: SmolLM2-135M-Instruct out of its wheel, which `make check` installs, with the drafter packaged for it."""
+"""The real pair: SmolLM2-135M-Instruct out of its wheel, which `make check` installs, with the drafter
+packaged for it."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.slow
 DRAFTER = PACKAGED["smollm2"].folder
 QUESTIONS = (
     "Write a Python function that adds two numbers.",
-    "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it take?",
+    "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total does it "
+    "take?",
     "Name three things to see in Rome.",
 )
 

@@ -50,8 +50,12 @@ def test_parquet_and_data_sets_come_through_datasets(tmp_path: Path) -> None:
     said = [[{"from": "human", "value": f"q{i}"}, {"from": "gpt", "value": "a"}] for i in range(5)]
     folder = tmp_path / "set"
     folder.mkdir()
-    datasets.Dataset.from_dict({"conversations": said, "extra": [None] * 5}).to_parquet(folder / "train.parquet")
-    assert [c.messages[0].content for c in read_conversations([folder / "train.parquet"])] == [f"q{i}" for i in range(5)]
+    datasets.Dataset.from_dict({"conversations": said, "extra": [None] * 5}).to_parquet(
+        folder / "train.parquet"
+    )
+    assert [c.messages[0].content for c in read_conversations([folder / "train.parquet"])] == [
+        f"q{i}" for i in range(5)
+    ]
     mixture = read_mixture(write(tmp_path / "m.yaml", sources=[{"hub": str(folder)}]))
     assert mix(mixture, tmp_path / "out.jsonl").conversations == {str(folder): 5}
     missing = read_mixture(write(tmp_path / "m.yaml", sources=[{"hub": str(tmp_path / "none")}]))
@@ -63,7 +67,10 @@ def test_parquet_and_data_sets_come_through_datasets(tmp_path: Path) -> None:
     ("mixture", "message"),
     [
         ({"sources": []}, "sources: List should have at least 1 item"),
-        ({"sources": [{"preset": "x"}]}, f"sources.0: preset 'x' is not known, choose one of {', '.join(PRESETS)}"),
+        (
+            {"sources": [{"preset": "x"}]},
+            f"sources.0: preset 'x' is not known, choose one of {', '.join(PRESETS)}",
+        ),
         ({"sources": [{"path": "a", "hub": "b"}]}, "sources.0: give one of preset, hub and path"),
         ({"sources": [{"path": "a", "weight": 0}]}, "sources.0.weight: Input should be greater than 0"),
         ({"sources": [{"path": "a", "weigth": 1}]}, "sources.0.weigth: Extra inputs"),

@@ -1,4 +1,5 @@
-"""From logs to a drafter with a table of before and after, and training that goes on from a finished drafter."""
+"""From logs to a drafter with a table of before and after, and training that goes on from a finished
+drafter."""
 
 from __future__ import annotations
 
@@ -19,9 +20,25 @@ from draftkit.target.transformers import load_target
 from support.targets import make_target_folder
 
 SMALL = (
-    *("generate.max_new_tokens=12", "generate.batch_size=8", "drafter.num_layers=1", "drafter.num_features=2"),
-    *("drafter.markov_rank=4", "drafter.intermediate_size=32", "train.steps=4", "train.batch_size=4", "train.anchors=4"),
-    *("train.decode_prompts=0", "train.validation_share=0.1", "evaluate.max_new_tokens=8", "evaluate.prompts_per_domain=6"),
+    *(
+        "generate.max_new_tokens=12",
+        "generate.batch_size=8",
+        "drafter.num_layers=1",
+        "drafter.num_features=2",
+    ),
+    *(
+        "drafter.markov_rank=4",
+        "drafter.intermediate_size=32",
+        "train.steps=4",
+        "train.batch_size=4",
+        "train.anchors=4",
+    ),
+    *(
+        "train.decode_prompts=0",
+        "train.validation_share=0.1",
+        "evaluate.max_new_tokens=8",
+        "evaluate.prompts_per_domain=6",
+    ),
     *("evaluate.temperatures=[0.0]", "evaluate.speed_prompts=2"),
 )
 
@@ -39,7 +56,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
         messages: list[dict[str, Any]] = []
         for turn in range(3):
             messages = [*messages, {"role": "user", "content": f"what is {number} in turn {turn}?"}]
-            answer = {"role": "assistant", "content": "```\nreturn a\n```" if number % 2 else f"a list holds {turn}"}
+            answer = {
+                "role": "assistant",
+                "content": "```\nreturn a\n```" if number % 2 else f"a list holds {turn}",
+            }
             rows.append({"request": {"messages": messages}, "response": {"choices": [{"message": answer}]}})
             messages = [*messages, answer]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -55,7 +75,9 @@ def first(target_folder: Path, log: Path, tmp_path_factory: pytest.TempPathFacto
     return out
 
 
-def test_a_drafter_goes_on_and_the_table_has_both_sides(first: Path, target_folder: Path, log: Path, tmp_path: Path) -> None:
+def test_a_drafter_goes_on_and_the_table_has_both_sides(
+    first: Path, target_folder: Path, log: Path, tmp_path: Path
+) -> None:
     start, told = first / "drafter" / "best", list[str]()
     found = run_specialise(recipe_for(None, [], start, tmp_path), [log], tmp_path, start, say=told.append)
     rows = json.loads((tmp_path / "specialised.json").read_text())["rows"]
@@ -78,7 +100,9 @@ def test_step_zero_is_the_drafters_own_quality(first: Path, target_folder: Path,
     own = read_provenance(start)["validation"]
     assert lines[0]["step"] == 0
     for name, value in own.items():
-        assert lines[0]["validation"][name] == pytest.approx(value, rel=0.02), "bfloat16 of the saved weights apart"
+        assert lines[0]["validation"][name] == pytest.approx(value, rel=0.02), (
+            "bfloat16 of the saved weights apart"
+        )
 
 
 def test_another_shape_target_or_switches_are_refused_by_name(
@@ -96,7 +120,10 @@ def test_another_shape_target_or_switches_are_refused_by_name(
     ):
         with pytest.raises(ConfigError, match=message):
             stages.drafter_to_continue(recipe_of(target_folder, change), target, tokenizer, store, start)
-    free = max(set(range(target.info.vocab_size)) - {i for s in range(len(store)) for i in store[s].tokens_T.tolist()})
+    free = max(
+        set(range(target.info.vocab_size))
+        - {i for s in range(len(store)) for i in store[s].tokens_T.tolist()}
+    )
     own = stages.drafter_config(recipe_of(target_folder), target, tokenizer, store)
     if free != getattr(own, "mask_token_id", None):
         changed = recipe_of(target_folder, f"drafter.mask_token_id={free}")

@@ -32,7 +32,13 @@ def seconds(rate: StepRate, *tokens: int) -> list[float]:
 
 def test_between_points_it_is_linear_or_a_staircase_that_pads_up() -> None:
     assert seconds(StepRate((2, 4), (1.0, 3.0)), 2, 3, 4) == [1.0, 2.0, 3.0]
-    assert seconds(StepRate((2, 4, 8), (1.0, 3.0, 9.0), interpolation="staircase"), 1, 2, 3, 4, 5) == [1, 1, 3, 3, 9]
+    assert seconds(StepRate((2, 4, 8), (1.0, 3.0, 9.0), interpolation="staircase"), 1, 2, 3, 4, 5) == [
+        1,
+        1,
+        3,
+        3,
+        9,
+    ]
 
 
 def test_outside_the_first_value_holds_and_the_last_grows_in_proportion_and_it_says_so() -> None:
@@ -70,7 +76,9 @@ def test_context_is_linear_between_the_measured_lengths_and_constant_outside() -
         (((1, 2), (1.0, float("inf"))), "inf seconds"),
     ],
 )
-def test_impossible_points_are_refused(points: tuple[tuple[int, ...], tuple[float, ...]], message: str) -> None:
+def test_impossible_points_are_refused(
+    points: tuple[tuple[int, ...], tuple[float, ...]], message: str
+) -> None:
     with pytest.raises(ScheduleError, match=message):
         StepRate(*points)
 
@@ -92,7 +100,9 @@ def test_a_table_is_read_back_and_its_top_level_is_sglangs_additive_one(tmp_path
 
 def test_tables_of_sglangs_profiler_are_read(tmp_path: Path) -> None:
     plain = tmp_path / "plain.json"
-    plain.write_text('{"sample_batch_tokens": [8, 16], "sample_steps_per_sec": [4.0, 2.0], "max_batch_tokens": 16}')
+    plain.write_text(
+        '{"sample_batch_tokens": [8, 16], "sample_steps_per_sec": [4.0, 2.0], "max_batch_tokens": 16}'
+    )
     assert load_step_rate(plain).at(0) == StepRate((8, 16), (0.25, 0.5))
     additive = tmp_path / "additive.json"
     additive.write_text(
@@ -147,15 +157,22 @@ def test_a_profile_says_what_it_measured_and_with_which_passes(target: Transform
     assert ticks == [(2 * 2 + 2) * 2]
     assert min(*(min(row) for row in table.pass_seconds), *table.draft_seconds) > 0
     assert table.measured.passes == "PyTorch operations"  # float64: compiled passes are float32
-    assert (table.measured.target_fingerprint, table.measured.drafter_fingerprint) == (target.info.fingerprint, "drafter-1")
+    assert (table.measured.target_fingerprint, table.measured.drafter_fingerprint) == (
+        target.info.fingerprint,
+        "drafter-1",
+    )
     with pytest.raises(ScheduleError, match="choose shorter contexts"):
         profile(target, None, "", replace(settings, contexts=(5000,)))
-    with pytest.raises(ScheduleError, match=r"^profile: 1000000000 tokens per pass after 16 .* choose fewer$"):
+    with pytest.raises(
+        ScheduleError, match=r"^profile: 1000000000 tokens per pass after 16 .* choose fewer$"
+    ):
         profile(target, make_drafter(target), "", replace(settings, tokens=(10**9,)))
 
 
 def test_drafting_of_eagle3_is_measured_too(target: TransformersTarget) -> None:
-    table = profile(target, make_eagle(target, (5, 7, 9)), "eagle", ProfileSettings((1, 6), (8,), (1, 2), repeats=1))
+    table = profile(
+        target, make_eagle(target, (5, 7, 9)), "eagle", ProfileSettings((1, 6), (8,), (1, 2), repeats=1)
+    )
     assert table.draft_requests == (1, 2) and min(table.draft_seconds) > 0
 
 

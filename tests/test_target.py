@@ -33,7 +33,9 @@ def test_every_family_gives_its_own_logits_and_features_also_in_pieces(family: s
     with torch.no_grad():
         states = target.model(TOKENS, output_hidden_states=True)
     torch.testing.assert_close(target.logits(whole.last_hidden_BTH), states.logits)
-    torch.testing.assert_close(whole.features_BTF, torch.cat([states.hidden_states[1], states.hidden_states[3]], -1))
+    torch.testing.assert_close(
+        whole.features_BTF, torch.cat([states.hidden_states[1], states.hidden_states[3]], -1)
+    )
     cache = target.new_cache()
     target.forward(TOKENS[:, :3], cache)
     target.forward(torch.tensor([[61, 12, 99, 98]]), cache)  # two tokens are read in vain
@@ -41,7 +43,10 @@ def test_every_family_gives_its_own_logits_and_features_also_in_pieces(family: s
     assert cache.length == 5
     rest = target.forward(TOKENS[:, 5:], cache, (0, 2))
     assert cache.length == 8
-    for got, wanted in ((rest.last_hidden_BTH, whole.last_hidden_BTH), (rest.features_BTF, whole.features_BTF)):
+    for got, wanted in (
+        (rest.last_hidden_BTH, whole.last_hidden_BTH),
+        (rest.features_BTF, whole.features_BTF),
+    ):
         torch.testing.assert_close(got, wanted[:, 5:], atol=1e-5, rtol=1e-4)  # type: ignore[index]
 
 
@@ -61,9 +66,14 @@ def test_features_are_the_outputs_of_the_named_layers(family: str, tmp_path: Pat
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_changes_nothing(side: str, target: TransformersTarget) -> None:
-    """A row of 8 and a row of 5 tokens: read together, then one more token each, as each would be read alone."""
+    """A row of 8 and a row of 5 tokens: read together, then one more token each, as each would be read
+    alone."""
     short, more = TOKENS[:, :5], torch.tensor([[17], [23]])
-    padding, real, pad = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 5, dtype=torch.int64), torch.zeros(1, 3)
+    padding, real, pad = (
+        torch.zeros(1, 3, dtype=torch.int64),
+        torch.ones(1, 5, dtype=torch.int64),
+        torch.zeros(1, 3),
+    )
     left = side == "left"
     rows = torch.cat([TOKENS, torch.cat([padding, short] if left else [short, padding], 1)])
     mask = torch.cat([torch.ones(1, 8), torch.cat([pad, real] if left else [real, pad], 1)]).long()
@@ -84,7 +94,10 @@ def test_rows_of_a_cache_can_be_chosen(target: TransformersTarget) -> None:
     target.forward(rows, cache)
     cache.select(torch.tensor([2, 0]))
     got = target.forward(torch.tensor([[9], [9]]), cache).last_hidden_BTH[:, 0]
-    alone = [target.forward(torch.cat([rows[r], torch.tensor([9])])[None], None).last_hidden_BTH[0, -1] for r in (2, 0)]
+    alone = [
+        target.forward(torch.cat([rows[r], torch.tensor([9])])[None], None).last_hidden_BTH[0, -1]
+        for r in (2, 0)
+    ]
     torch.testing.assert_close(got, torch.stack(alone))
 
 
@@ -113,14 +126,18 @@ def test_a_family_that_changes_its_logits_in_an_unknown_way_is_refused(target_fo
         check_target(make_family_without_cache(target))
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.2.mlp.up_proj.weight", "model.norm.weight"]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(name: str, value: float, tmp_path: Path) -> None:
     weights = make_target_folder(tmp_path) / "model.safetensors"
     tensors = load_file(weights)
     tensors[name].view(-1)[0] = value
     save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(TargetError, match="its logits are no finite numbers in float32; copy its weights again"):
+    with pytest.raises(
+        TargetError, match="its logits are no finite numbers in float32; copy its weights again"
+    ):
         load_target(str(tmp_path))
 
 
@@ -185,7 +202,9 @@ def copy_folder(source: Path, to: Path) -> Path:
     return to
 
 
-def test_weights_that_are_cut_off_missing_or_of_other_shapes_are_named(target_folder: Path, tmp_path: Path) -> None:
+def test_weights_that_are_cut_off_missing_or_of_other_shapes_are_named(
+    target_folder: Path, tmp_path: Path
+) -> None:
     cut = copy_folder(target_folder, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
     with pytest.raises(TargetError, match="cannot load a target"):
@@ -194,7 +213,9 @@ def test_weights_that_are_cut_off_missing_or_of_other_shapes_are_named(target_fo
     weights = load_file(missing / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, missing / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TargetError, match=r"1 weights are missing, model\.layers\.1\.mlp\.up_proj\.weight first"):
+    with pytest.raises(
+        TargetError, match=r"1 weights are missing, model\.layers\.1\.mlp\.up_proj\.weight first"
+    ):
         load_target(str(missing))
     other = copy_folder(target_folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
@@ -253,14 +274,18 @@ def test_a_hub_id_is_read_from_the_local_cache_without_network(target_folder: Pa
     assert done.stdout.split() == ["someone/small", COMMIT, load_target(str(target_folder)).info.fingerprint]
 
 
-def test_the_fingerprint_follows_the_weights(target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_follows_the_weights(
+    target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = load_target(str(target_folder)).info.fingerprint
     assert load_target(str(target_folder)).info.fingerprint == first
     assert load_target(str(make_target_folder(tmp_path / "a", seed=1))).info.fingerprint != first
     monkeypatch.setattr(fingerprint_module, "WHOLE_FILE_BYTES", 50_000)  # now the weights are sampled
     sampled = fingerprint_module.fingerprint(target_folder)
     tuned = copy_folder(target_folder, tmp_path / "tuned")
-    weights = {name: w * 1.01 if "proj" in name else w for name, w in load_file(tuned / "model.safetensors").items()}
+    weights = {
+        name: w * 1.01 if "proj" in name else w for name, w in load_file(tuned / "model.safetensors").items()
+    }
     save_file(weights, tuned / "model.safetensors", metadata={"format": "pt"})
     assert fingerprint_module.fingerprint(tuned) != sampled != first
 
@@ -282,7 +307,8 @@ def test_feature_layers_spread_evenly() -> None:
 
 @pytest.mark.slow
 def test_the_seam_costs_little() -> None:
-    """A decoding round on the embedded target: the seam with five feature layers against the bare module (about 1 %)."""
+    """A decoding round on the embedded target: the seam with five feature layers against the bare module
+    (about 1 %)."""
     target = load_target("tiny")
     layers, new = (1, 4, 7, 9, 12), torch.randint(5, 4000, (1, 8))
     cache = target.new_cache()

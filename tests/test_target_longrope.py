@@ -1,4 +1,5 @@
-"""Phi-3's rotary angles change with the length of what is read: a target is served, and right, up to there."""
+"""Phi-3's rotary angles change with the length of what is read: a target is served, and right, up to
+there."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ def test_a_long_prompt_in_pieces_is_what_transformers_reads_at_once(tmp_path: Pa
     tokenizer = train_tokenizer(TEXTS)
     torch.manual_seed(0)
     factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 4.0, 8.0, 16.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": CHANGES_AT, **factors}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": CHANGES_AT,
+        **factors,
+    }
     sizes = {**SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     config = Phi3Config(**{**sizes, "max_position_embeddings": 1024}, rope_parameters=rope)
     config.original_max_position_embeddings = CHANGES_AT

@@ -46,10 +46,11 @@ def test_the_corpus_is_the_same_every_time_and_its_halves_share_nothing(corpus: 
 
 
 def test_held_out_prompts_of_the_asset_are_never_trained_on(corpus: Corpus) -> None:
-    """Whatever Python runs this: neither the training text nor the drafters' prompts hold a held-out prompt or answer.
+    """Whatever Python runs this: neither the training text nor the drafters' prompts hold a held-out prompt
+    or answer.
 
-    The asset was made with one version of Python; another version's library differs, so only the asset's own training
-    prompts and, where the held-out set is the same, the training corpus are compared.
+    The asset was made with one version of Python; another version's library differs, so only the asset's own
+    training prompts and, where the held-out set is the same, the training corpus are compared.
     """
     held_out = rows_of("heldout.jsonl")
     prompts = {prompt_of(r) for r in held_out}
@@ -71,7 +72,9 @@ def test_the_asset_loads_with_plain_transformers_and_is_what_its_card_says() -> 
     assert hashlib.sha256(weights).hexdigest() in (ASSET / "README.md").read_text()
     assert tokenizer.mask_token_id is not None and len(tokenizer) == model.config.vocab_size
     text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}], add_generation_prompt=True, return_tensors="pt"
+        [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
     )
     answer = model.generate(**text, max_new_tokens=80, do_sample=False)[0, text["input_ids"].shape[1] :]
     assert "The answer is" in tokenizer.decode(answer), "the embedded target has not learnt to answer"
@@ -96,10 +99,13 @@ def test_a_device_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
 def test_a_state_of_other_settings_is_refused_at_once(tmp_path: Path) -> None:
     begun = TinySettings(steps=4, rows=2)
     _save_state(tmp_path / "state", torch.nn.Linear(1, 1), [], begun, 1, 0.0)
-    with pytest.raises(CheckpointError, match=r"state: was begun with steps 4 \(given 5\), seed 7 \(given 8\); give the same"):
+    with pytest.raises(
+        CheckpointError, match=r"state: was begun with steps 4 \(given 5\), seed 7 \(given 8\); give the same"
+    ):
         train_tiny_target(tmp_path, replace(begun, steps=5, seed=8))
     with pytest.raises(CheckpointError, match="weights do not fit this model"):
-        train_tiny_target(tmp_path, replace(begun, save_every=1))  # decides no step: it goes on to the weights
+        # decides no step: it goes on to the weights
+        train_tiny_target(tmp_path, replace(begun, save_every=1))
 
 
 @pytest.mark.slow
@@ -107,13 +113,15 @@ def test_a_state_of_other_settings_is_refused_at_once(tmp_path: Path) -> None:
 def test_training_goes_on_exactly_where_it_stopped(
     tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four steps in one go, and two runs of which the first is taken away after two steps: the same losses. A tenth of the
-    corpus will do."""
+    """Four steps in one go, and two runs of which the first is taken away after two steps: the same losses. A
+    tenth of the corpus will do."""
     few = replace(corpus, train=corpus.train[::10], held_out=corpus.held_out[::10])
     monkeypatch.setattr("tools.tiny_target.train.build_corpus", lambda: few)
     settings = TinySettings(steps=4, rows=1, save_every=2, warmup=1)
     train_tiny_target(tmp_path / "whole", settings)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    ]
 
     class Stopped(Exception):
         pass

@@ -35,28 +35,65 @@ def parts(role: str, *given: dict[str, Any]) -> dict[str, Any]:
 
 
 SPAN = {
-    "gen_ai.input.messages": json.dumps([
-        parts("user", {"type": "text", "content": "Which weather?"}),
-        parts("assistant", {"type": "reasoning", "content": "look it up"},
-              {"type": "tool_call", "id": "c1", "name": "weather", "arguments": {"city": "Bern"}}),
-        parts("tool", {"type": "tool_call_response", "id": "c1", "response": "sunny"}),
-    ]),
+    "gen_ai.input.messages": json.dumps(
+        [
+            parts("user", {"type": "text", "content": "Which weather?"}),
+            parts(
+                "assistant",
+                {"type": "reasoning", "content": "look it up"},
+                {"type": "tool_call", "id": "c1", "name": "weather", "arguments": {"city": "Bern"}},
+            ),
+            parts("tool", {"type": "tool_call_response", "id": "c1", "response": "sunny"}),
+        ]
+    ),
     "gen_ai.output.messages": json.dumps([parts("assistant", {"type": "text", "content": "Sunny."})]),
 }
 LOGS: dict[str, list[Any]] = {
-    "bodies": [{"request": {"messages": WHOLE[:3], "tools": TOOLS}, "response": {"choices": [{"message": SAID}]}}],
-    "litellm": [{"messages": WHOLE[:3], "response": json.dumps({"choices": [{"message": SAID}]}), "model": "m",
-                 "model_parameters": {"tools": TOOLS}}],
+    "bodies": [
+        {"request": {"messages": WHOLE[:3], "tools": TOOLS}, "response": {"choices": [{"message": SAID}]}}
+    ],
+    "litellm": [
+        {
+            "messages": WHOLE[:3],
+            "response": json.dumps({"choices": [{"message": SAID}]}),
+            "model": "m",
+            "model_parameters": {"tools": TOOLS},
+        }
+    ],
     "conversations": [{"messages": WHOLE, "tools": TOOLS}],
-    "otel": [{"resourceSpans": [{"scopeSpans": [{"spans": [
-        {"attributes": [{"key": k, "value": {"stringValue": v}} for k, v in SPAN.items()]}]}]}]}],
+    "otel": [
+        {
+            "resourceSpans": [
+                {
+                    "scopeSpans": [
+                        {
+                            "spans": [
+                                {
+                                    "attributes": [
+                                        {"key": k, "value": {"stringValue": v}} for k, v in SPAN.items()
+                                    ]
+                                }
+                            ]
+                        }
+                    ]
+                }
+            ]
+        }
+    ],
     "otel, one span for each line": [{"name": "chat", "attributes": SPAN}],
     "claude-code": [
         {"type": "summary", "summary": "x"},
         claude("user", "Which weather?"),
         claude("assistant", [{"type": "thinking", "thinking": "look it up"}], id="m1"),
-        claude("assistant", [{"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Bern"}}], id="m1"),
-        claude("user", [{"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "sunny"}]}]),
+        claude(
+            "assistant",
+            [{"type": "tool_use", "id": "c1", "name": "weather", "input": {"city": "Bern"}}],
+            id="m1",
+        ),
+        claude(
+            "user",
+            [{"type": "tool_result", "tool_use_id": "c1", "content": [{"type": "text", "text": "sunny"}]}],
+        ),
         claude("assistant", [{"type": "text", "text": "Sunny."}], id="m2"),
     ],
     "codex": [
@@ -94,7 +131,10 @@ def test_each_format_gives_the_same_conversation(name: str, tmp_path: Path) -> N
 def test_vllms_log_holds_prompts(tmp_path: Path) -> None:
     turns = [("user", 'Hi <b>"you"</b>'), ("assistant", "Ho"), ("user", "Again")]
     prompt = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
-    line = f"INFO 11-29 [logger.py:43] Received request chatcmpl-1: prompt: {prompt!r}, params: SamplingParams(n=1)."
+    line = (
+        f"INFO 11-29 [logger.py:43] Received request chatcmpl-1: prompt: {prompt!r}, params: "
+        f"SamplingParams(n=1)."
+    )
     make_traces([write(tmp_path / "vllm.log", ["INFO starting", line])], tmp_path / "out")
     [found] = kept(tmp_path / "out")
     assert [m.content for m in found.messages] == ['Hi <b>"you"</b>', "Ho", "Again"]
@@ -102,8 +142,16 @@ def test_vllms_log_holds_prompts(tmp_path: Path) -> None:
 
 def test_repetitions_and_beginnings_are_dropped_and_related_ones_stay_together(tmp_path: Path) -> None:
     def grown(user: str, turns: int) -> dict[str, Any]:
-        return {"messages": [m for i in range(turns) for m in (
-            {"role": "user", "content": f"{user} {i}"}, {"role": "assistant", "content": f"answer {i}"})]}
+        return {
+            "messages": [
+                m
+                for i in range(turns)
+                for m in (
+                    {"role": "user", "content": f"{user} {i}"},
+                    {"role": "assistant", "content": f"answer {i}"},
+                )
+            ]
+        }
 
     rows = [grown(f"user {u}", t) for u in range(200) for t in (1, 2, 3, 3)]
     elsewhere = [{"role": "user", "content": "elsewhere"}, {"role": "assistant", "content": "x"}]
@@ -112,7 +160,10 @@ def test_repetitions_and_beginnings_are_dropped_and_related_ones_stay_together(t
     report, skipped = make_traces([write(tmp_path / "log.jsonl", rows)], tmp_path / "out")
     assert (report.beginnings, report.repeated, report.without_answer, report.invalid) == (400, 200, 1, 1)
     assert sum(report.kept.values()) == 201 and all(report.kept.values())
-    splits = {s: {c.messages[0].content for c in read_conversations([tmp_path / "out" / f"{s}.jsonl"])} for s in SPLITS}
+    splits = {
+        s: {c.messages[0].content for c in read_conversations([tmp_path / "out" / f"{s}.jsonl"])}
+        for s in SPLITS
+    }
     assert not splits["train"] & splits["heldout"] and not splits["train"] & splits["validation"]
     [reason] = skipped.first
     assert reason.startswith(f"{tmp_path / 'log.jsonl'}:803: is not JSON (Expecting property name")

@@ -47,14 +47,27 @@ def conversations(count: int = 14) -> list[Conversation]:
     rng = random.Random(4)
     text = lambda low, high: " ".join(rng.choices(WORDS, k=rng.randrange(low, high)))  # noqa: E731
     return [
-        Conversation(f"c{i}", ["code", "chat"][i % 2], (Message("user", text(1, 6)), Message("assistant", text(3, 20))))
+        Conversation(
+            f"c{i}", ["code", "chat"][i % 2], (Message("user", text(1, 6)), Message("assistant", text(3, 20)))
+        )
         for i in range(count)
     ]
 
 
 def recipe_for(target_folder: Path, algorithm: str = "dspark") -> Recipe:
-    sizes = ["drafter.num_features=2", "drafter.num_layers=1", "drafter.block_size=4", "drafter.markov_rank=6"]
-    train = ["train.batch_size=4", "train.steps=12", "train.anchors=8", "train.lr=1e-2", "train.validate_every=4"]
+    sizes = [
+        "drafter.num_features=2",
+        "drafter.num_layers=1",
+        "drafter.block_size=4",
+        "drafter.markov_rank=6",
+    ]
+    train = [
+        "train.batch_size=4",
+        "train.steps=12",
+        "train.anchors=8",
+        "train.lr=1e-2",
+        "train.validate_every=4",
+    ]
     train += ["train.validation_share=0.2", "train.decode_prompts=0", f"drafter.algorithm={algorithm}"]
     return load_recipe("tiny-dspark", [f"target.path={target_folder}", *sizes, *train])
 
@@ -70,9 +83,13 @@ def tokenizer(target_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def store(target: TransformersTarget, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+def store(
+    target: TransformersTarget, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> FeatureStore:
     folder = tmp_path_factory.mktemp("store")
-    capture(target, TemplateFormat(tokenizer), conversations(), folder, (0, 2), CaptureSettings(dtype="float32"))
+    capture(
+        target, TemplateFormat(tokenizer), conversations(), folder, (0, 2), CaptureSettings(dtype="float32")
+    )
     return FeatureStore(folder)
 
 
@@ -87,7 +104,9 @@ def run(store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokeniz
         out: Path, settings: TrainSettings, report: Any = lambda p: None, drafter: Any = None, start: str = ""
     ) -> TrainReport:
         drafter = drafter or stages.new_drafter_for(recipe, target, tokenizer)
-        return trainer.train(store, drafter, lambda: target, out, settings, {"note": "x"}, ALONE, report, start=start)
+        return trainer.train(
+            store, drafter, lambda: target, out, settings, {"note": "x"}, ALONE, report, start=start
+        )
 
     return start
 
@@ -101,7 +120,9 @@ def losses(folder: Path) -> list[float]:
 
 
 def in_double(batch: TrainBatch) -> TrainBatch:
-    return replace(batch, features_BTF=batch.features_BTF.double(), last_hidden_BTH=batch.last_hidden_BTH.double())
+    return replace(
+        batch, features_BTF=batch.features_BTF.double(), last_hidden_BTH=batch.last_hidden_BTH.double()
+    )
 
 
 # --- what a step sees
@@ -132,11 +153,16 @@ def test_a_packed_conversation_has_the_loss_it_has_alone(
     domains = ("chat", "code")
     packed = in_double(collate([samples[:3], samples[3:]], [anchors[:3], anchors[3:]], domains))
     whole = drafter.loss(packed, settings)
-    alone = [drafter.loss(in_double(collate([[s]], [[a]], domains)), settings) for s, a in zip(samples, anchors, strict=True)]
+    alone = [
+        drafter.loss(in_double(collate([[s]], [[a]], domains)), settings)
+        for s, a in zip(samples, anchors, strict=True)
+    ]
     assert all(float(r.weight_sum.detach()) > 0 for r in alone)
     torch.testing.assert_close(whole.loss_sum, torch.stack([r.loss_sum for r in alone]).sum())
     torch.testing.assert_close(whole.weight_sum, torch.stack([r.weight_sum for r in alone]).sum())
-    torch.testing.assert_close(whole.accept_N.sort().values, torch.cat([r.accept_N for r in alone]).sort().values)
+    torch.testing.assert_close(
+        whole.accept_N.sort().values, torch.cat([r.accept_N for r in alone]).sort().values
+    )
     for name, value in whole.sums.items():
         torch.testing.assert_close(value, torch.stack([r.sums[name] for r in alone]).sum())
 
@@ -157,20 +183,29 @@ def test_a_step_takes_the_same_conversations_and_anchors_however_it_is_cut(store
         assert whole == sorted(seen(Cut(row_tokens=10_000), step))
         assert whole == sorted(seen(Cut(micro_batch_size=1), step))
         for processes in (2, 3, 8):
-            parts = [seen(Cut(micro_batch_size=2, rank=r, processes=processes), step) for r in range(processes)]
+            parts = [
+                seen(Cut(micro_batch_size=2, rank=r, processes=processes), step) for r in range(processes)
+            ]
             assert whole == sorted(x for part in parts for x in part)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_run_sees_the_same_batches_made_ahead_or_in_line(store: FeatureStore, device: str) -> None:
     maker = BatchMaker(store, range(len(store)), 4, 5, 3, Cut())
-    with closing(steps_from(maker, 2, torch.device(device))) as steps:  # batches are made on the CPU in both cases
+    # batches are made on the CPU in both cases
+    with closing(steps_from(maker, 2, torch.device(device))) as steps:
         for step, found in zip((2, 3, 4), steps, strict=False):
             for one, other in zip(found, maker.batches(step), strict=True):
-                assert all(torch.equal(getattr(one, n), v) for n, v in vars(other).items() if isinstance(v, torch.Tensor))
+                assert all(
+                    torch.equal(getattr(one, n), v)
+                    for n, v in vars(other).items()
+                    if isinstance(v, torch.Tensor)
+                )
 
 
-def test_an_epoch_takes_every_conversation_once_and_the_next_one_in_another_order(store: FeatureStore) -> None:
+def test_an_epoch_takes_every_conversation_once_and_the_next_one_in_another_order(
+    store: FeatureStore,
+) -> None:
     maker = BatchMaker(store, range(len(store)), 4, 5, 3, Cut())
     epochs = [[i for step in range(4 * e, 4 * e + 4) for i in maker.conversations(step)] for e in (0, 1)]
     assert maker.per_epoch == 4
@@ -190,7 +225,9 @@ def test_all_processes_make_the_same_number_of_micro_batches_also_with_fewer_row
     report = drafter.loss(empty[0], recipe.train.loss)
     report.loss_sum.backward()
     assert float(report.weight_sum.detach()) == float(report.loss_sum.detach()) == 0
-    assert all(float(p.grad.abs().max()) == 0 for p in drafter.parameters() if p.requires_grad and p.grad is not None)
+    assert all(
+        float(p.grad.abs().max()) == 0 for p in drafter.parameters() if p.requires_grad and p.grad is not None
+    )
 
 
 def test_a_split_takes_from_every_domain_and_keeps_the_rest(store: FeatureStore) -> None:
@@ -206,7 +243,8 @@ def test_a_split_takes_from_every_domain_and_keeps_the_rest(store: FeatureStore)
 def test_accumulation_gives_the_same_step(
     algorithm: str, store: FeatureStore, target_folder: Path, target: TransformersTarget, tokenizer: Any
 ) -> None:
-    """Eight conversations at once, packed or not, in micro-batches of two rows or of one: what counts is every token once."""
+    """Eight conversations at once, packed or not, in micro-batches of two rows or of one: what counts is
+    every token once."""
     recipe = recipe_for(target_folder, algorithm)
     settings = recipe.train
     steps = []
@@ -232,7 +270,9 @@ def test_gradients_are_clipped_to_the_norm(
     parallel = ParallelDrafter(drafter, ALONE, False, torch.float32)
     before = {n: p.detach().clone() for n, p in parallel.trained.items()}
     optimizer = torch.optim.SGD(parallel.trained.values(), lr=1.0)
-    done = take_step(parallel, optimizer, BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0), fast.loss, 0.25)
+    done = take_step(
+        parallel, optimizer, BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0), fast.loss, 0.25
+    )
     moved = torch.cat([(p.detach() - before[n]).flatten() for n, p in parallel.trained.items()])
     assert done.grad_norm > 0.25
     assert float(moved.norm()) == pytest.approx(0.25, rel=1e-3)
@@ -273,7 +313,12 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_bfloat16_passes_keep_float32_parameters_and_come_close(
-    algorithm: str, store: FeatureStore, target_folder: Path, target: TransformersTarget, tokenizer: Any, tmp_path: Path
+    algorithm: str,
+    store: FeatureStore,
+    target_folder: Path,
+    target: TransformersTarget,
+    tokenizer: Any,
+    tmp_path: Path,
 ) -> None:
     from draftkit.train.parallel import join_world
 
@@ -283,7 +328,9 @@ def test_bfloat16_passes_keep_float32_parameters_and_come_close(
     for dtype in ("float32", "bfloat16"):
         drafter = stages.new_drafter_for(recipe, target, tokenizer)
         with join_world() as world:
-            trainer.train(store, drafter, lambda: target, tmp_path / dtype, replace(settings, dtype=dtype), {}, world)
+            trainer.train(
+                store, drafter, lambda: target, tmp_path / dtype, replace(settings, dtype=dtype), {}, world
+            )
         assert all(p.dtype == torch.float32 for p in drafter.parameters())
         curves.append(losses(tmp_path / dtype))
     assert curves[0] != curves[1], "bfloat16 rounds"
@@ -338,7 +385,9 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run: Any, fast: TrainSettings, t
 
 
 @pytest.mark.parametrize("steps", [12, 10], ids=["behind the last check", "before the last check"])
-def test_a_signal_behind_the_last_step_ends_the_run_too(steps: int, run: Any, fast: TrainSettings, tmp_path: Path) -> None:
+def test_a_signal_behind_the_last_step_ends_the_run_too(
+    steps: int, run: Any, fast: TrainSettings, tmp_path: Path
+) -> None:
     """No step is left to ask about it; what would follow the training must not begin."""
 
     def ctrl_c(progress: Progress) -> None:
@@ -355,7 +404,9 @@ def test_a_signal_behind_the_last_step_ends_the_run_too(steps: int, run: Any, fa
     load_drafter(tmp_path / "last")
 
 
-def test_the_log_forgets_what_a_lost_part_of_a_run_wrote(run: Any, fast: TrainSettings, tmp_path: Path) -> None:
+def test_the_log_forgets_what_a_lost_part_of_a_run_wrote(
+    run: Any, fast: TrainSettings, tmp_path: Path
+) -> None:
     """After a kill the log is ahead of the state, and its last line may be torn."""
     run(tmp_path, replace(fast, steps=8))
     log = tmp_path / "log.jsonl"
@@ -462,13 +513,18 @@ def test_a_refused_training_leaves_the_recipe_of_the_drafter_that_is_there(
 
 def test_only_the_newest_numbered_checkpoints_stay(run: Any, fast: TrainSettings, tmp_path: Path) -> None:
     run(tmp_path / "two", replace(fast, validate_every=3, keep_checkpoints=2))
-    assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == ["step-000009", "step-000012"]
+    assert sorted(p.name for p in (tmp_path / "two" / "checkpoints").iterdir()) == [
+        "step-000009",
+        "step-000012",
+    ]
     load_drafter(tmp_path / "two" / "checkpoints" / "step-000012")
     run(tmp_path / "none", replace(fast, keep_checkpoints=0))
     assert not (tmp_path / "none" / "checkpoints").exists()
 
 
-def test_a_run_ends_early_when_validation_stops_getting_better(run: Any, fast: TrainSettings, tmp_path: Path) -> None:
+def test_a_run_ends_early_when_validation_stops_getting_better(
+    run: Any, fast: TrainSettings, tmp_path: Path
+) -> None:
     """A learning rate of nearly zero: after the first validation nothing gets better."""
     settings = replace(fast, lr=1e-12, steps=100, validate_every=2, patience=3)
     report = run(tmp_path, settings)
@@ -487,14 +543,17 @@ def test_trackers_that_are_not_installed_are_named(
 ) -> None:
     for tracker, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ConfigError, match=rf"train\.track: {tracker} is not installed .* pip install 'draftkit\[log\]'"):
+        with pytest.raises(
+            ConfigError, match=rf"train\.track: {tracker} is not installed .* pip install 'draftkit\[log\]'"
+        ):
             run(tmp_path, replace(fast, track=(tracker,)))
 
 
 def test_trackers_get_every_number_of_the_log(
     run: Any, fast: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With modules in their place that note what they are called with, by the names of their public functions."""
+    """With modules in their place that note what they are called with, by the names of their public
+    functions."""
     scalars: dict[tuple[str, int], float] = {}
     logged: dict[int, dict[str, float]] = {}
 
@@ -528,7 +587,12 @@ def test_trackers_get_every_number_of_the_log(
 
 
 def test_a_drafter_of_another_target_is_refused(
-    recipe: Recipe, target: TransformersTarget, tokenizer: Any, store: FeatureStore, fast: TrainSettings, tmp_path: Path
+    recipe: Recipe,
+    target: TransformersTarget,
+    tokenizer: Any,
+    store: FeatureStore,
+    fast: TrainSettings,
+    tmp_path: Path,
 ) -> None:
     provenance = {"target_fingerprint": target.info.fingerprint}
     drafter = stages.new_drafter_for(recipe, target, tokenizer)

@@ -50,16 +50,21 @@ def test_macro_is_the_mean_over_domains_of_tokens_per_round() -> None:
 
 
 def test_the_ratio_of_paired_arms_is_known_better_than_either_length() -> None:
-    """The prompts differ much and the arms little: drawing the same prompts for both cancels what the prompts add."""
+    """The prompts differ much and the arms little: drawing the same prompts for both cancels what the prompts
+    add."""
     rows = build_report([arm("base", 0), arm("plus", 3)], ["base"], {})["arms"]
     ratio, length = rows["plus"]["ratio"]["base"], rows["plus"]["accepted_len"]["macro"]
     assert ratio["low"] < ratio["value"] < ratio["high"]
-    assert (ratio["high"] - ratio["low"]) / ratio["value"] < 0.25 * (length["high"] - length["low"]) / length["value"]
+    assert (ratio["high"] - ratio["low"]) / ratio["value"] < 0.25 * (length["high"] - length["low"]) / length[
+        "value"
+    ]
     assert rows["base"]["ratio"]["base"] == {"value": 1.0, "low": 1.0, "high": 1.0, "seeds": [1.0]}
 
 
 def test_arms_that_do_not_differ_have_one_in_the_interval() -> None:
-    ratio = build_report([arm("base", 0, noise=4), arm("same", 0, noise=4)], ["base"], {})["arms"]["same"]["ratio"]["base"]
+    ratio = build_report([arm("base", 0, noise=4), arm("same", 0, noise=4)], ["base"], {})["arms"]["same"][
+        "ratio"
+    ]["base"]
     assert ratio["low"] < 1 < ratio["high"]
 
 

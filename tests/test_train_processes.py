@@ -30,11 +30,15 @@ STEPS = 30
 
 
 @pytest.fixture(scope="module")
-def features(target: TransformersTarget, target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def features(
+    target: TransformersTarget, target_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     rng = random.Random(4)
     text = lambda low, high: " ".join(rng.choices(WORDS, k=rng.randrange(low, high)))  # noqa: E731
     read = [
-        Conversation(f"c{i}", ["code", "chat"][i % 2], (Message("user", text(1, 6)), Message("assistant", text(3, 20))))
+        Conversation(
+            f"c{i}", ["code", "chat"][i % 2], (Message("user", text(1, 6)), Message("assistant", text(3, 20)))
+        )
         for i in range(40)
     ]
     folder = tmp_path_factory.mktemp("features")
@@ -47,25 +51,38 @@ class Runs:
     """Starts `draftkit train` on the features, with some settings, in one process or in several."""
 
     def __init__(self, target_folder: Path, features: Path) -> None:
-        values = {"target.path": target_folder, "drafter.num_features": 2, "drafter.num_layers": 2, "drafter.markov_rank": 6}
+        values = {
+            "target.path": target_folder,
+            "drafter.num_features": 2,
+            "drafter.num_layers": 2,
+            "drafter.markov_rank": 6,
+        }
         values |= {"drafter.block_size": 4, "train.batch_size": 8, "train.anchors": 6, "train.steps": STEPS}
         values |= {"train.validate_every": 10, "train.validation_share": 0.2, "train.decode_prompts": 2}
         self.values, self.features = values, features
 
     def command(self, out: Path, processes: int = 1, **changed: Any) -> list[str]:
         values = self.values | {f"train.{k}" if "." not in k else k: v for k, v in changed.items()}
-        sets = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value, default=str)}")]
+        sets = [
+            part
+            for key, value in values.items()
+            for part in ("--set", f"{key}={json.dumps(value, default=str)}")
+        ]
         start = [sys.executable, "-m"]
         if processes > 1:
             start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
         return [*start, "draftkit.cli", "train", "-f", str(self.features), "-o", str(out), *sets]
 
     def finish(self, out: Path, processes: int = 1, **changed: Any) -> str:
-        done = subprocess.run(self.command(out, processes, **changed), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            self.command(out, processes, **changed), capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    def end(self, out: Path, ready: Callable[[], bool], number: signal.Signals, processes: int = 1, **changed: Any) -> int:
+    def end(
+        self, out: Path, ready: Callable[[], bool], number: signal.Signals, processes: int = 1, **changed: Any
+    ) -> int:
         process = subprocess.Popen(
             self.command(out, processes, **changed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -118,7 +135,9 @@ def test_two_processes_give_the_loss_curve_of_one(
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, atol=2e-3, rtol=1e-2)
-    one, two = (next(r["validation"] for r in read_log(f) if "validation" in r) for f in (alone, tmp_path / "two"))
+    one, two = (
+        next(r["validation"] for r in read_log(f) if "validation" in r) for f in (alone, tmp_path / "two")
+    )
     simulated = [name for name in one if name != "decoded"]
     assert [two[k] for k in simulated] == pytest.approx([one[k] for k in simulated], abs=1e-3)
     assert "decoded" not in two, "answers for the log need the model, which no process of several loads"
@@ -141,7 +160,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 def test_a_run_goes_on_with_another_number_of_processes(
     before: int, after: int, shard: bool, runs: Runs, alone: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM to torchrun reaches all processes, which end behind the same step; what they saved fits any number."""
+    """SIGTERM to torchrun reaches all processes, which end behind the same step; what they saved fits any
+    number."""
     state = tmp_path / "state" / "position.json"
     ended = runs.end(tmp_path, state.exists, signal.SIGTERM, before, shard=shard)
     assert ended != 0

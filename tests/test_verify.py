@@ -1,5 +1,5 @@
-"""The verification rules on batches: ragged lengths, temperature zero, and draws that follow the distribution (exactness
-itself is proved in test_exactness)."""
+"""The verification rules on batches: ragged lengths, temperature zero, and draws that follow the distribution
+(exactness itself is proved in test_exactness)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ import torch
 from torch import Tensor
 
 from draftkit.ops.sampling import Sampling, processed_probs, sample
-from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, DenseProposals, Rule, length_distribution, verify
+from draftkit.ops.verify import (
+    BLOCK_RULE,
+    RULES,
+    TOKEN_RULE,
+    DenseProposals,
+    Rule,
+    length_distribution,
+    verify,
+)
 
 VOCAB = 3
 
 
-def random_batch(requests: int, gamma: int, sharp: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def random_batch(
+    requests: int, gamma: int, sharp: float, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     p = torch.softmax(torch.randn(requests, gamma + 1, VOCAB, generator=generator).double() * sharp, -1)
     q = torch.softmax(torch.randn(requests, gamma, VOCAB, generator=generator).double() * sharp, -1)
@@ -23,7 +33,8 @@ def random_batch(requests: int, gamma: int, sharp: float, seed: int = 0) -> tupl
 
 
 def test_block_verification_accepts_at_least_as_much() -> None:
-    """For every draft distribution, averaged over proposals; here over many random ones, and strictly more in sum."""
+    """For every draft distribution, averaged over proposals; here over many random ones, and strictly more in
+    sum."""
     batch = DenseProposals(*random_batch(20_000, 4, 1.5))
     steps = torch.arange(5, dtype=torch.float64)
     token_wise = (length_distribution(TOKEN_RULE, batch)[0] * steps).sum(-1).mean()
@@ -36,7 +47,9 @@ def test_the_rules_agree_at_temperature_zero() -> None:
     greedy = processed_probs(p.log(), Sampling(0.0))
     one_hot = torch.nn.functional.one_hot(tokens, VOCAB).double()
     for rule in RULES.values():
-        verdict = verify(rule, DenseProposals(tokens, greedy, one_hot, lengths), torch.rand(200, 2, dtype=torch.float64))
+        verdict = verify(
+            rule, DenseProposals(tokens, greedy, one_hot, lengths), torch.rand(200, 2, dtype=torch.float64)
+        )
         best = greedy.argmax(-1)
         kept = (tokens == best[:, :4]).long().cumprod(-1).sum(-1)
         assert torch.equal(verdict.accepted_R, kept)
@@ -50,7 +63,10 @@ def test_ragged_lengths_equal_the_shorter_proposal_alone(rule: Rule) -> None:
     law, _ = length_distribution(rule, DenseProposals(tokens, p, q, lengths))
     for r, length in enumerate(lengths.tolist()):
         proposal = DenseProposals(
-            tokens[r : r + 1, :length], p[r : r + 1, : length + 1], q[r : r + 1, :length], torch.tensor([length])
+            tokens[r : r + 1, :length],
+            p[r : r + 1, : length + 1],
+            q[r : r + 1, :length],
+            torch.tensor([length]),
         )
         alone, _ = length_distribution(rule, proposal)
         torch.testing.assert_close(law[r, : length + 1], alone[0], atol=1e-14, rtol=0)

@@ -18,7 +18,12 @@ from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 from support.targets import make_target_folder
 
-SIZES = ["drafter.num_features=2", "drafter.num_layers=2", "drafter.start=target", "drafter.intermediate_size=null"]
+SIZES = [
+    "drafter.num_features=2",
+    "drafter.num_layers=2",
+    "drafter.start=target",
+    "drafter.intermediate_size=null",
+]
 
 
 def started(folder: Path, *changes: str) -> tuple[object, object]:
@@ -49,7 +54,10 @@ def test_layers_and_final_norm_are_copies_of_the_targets(
     [
         ("drafter.intermediate_size=64", "do not fit"),
         ("drafter.num_layers=9", "a target of 4"),
-        ("drafter.start_layers=[3]", r"start_layers: \[3\] does not fit, give 2, one per drafter layer, from 0 to 3"),
+        (
+            "drafter.start_layers=[3]",
+            r"start_layers: \[3\] does not fit, give 2, one per drafter layer, from 0 to 3",
+        ),
         ("drafter.start_layers=[0,4]", "does not fit"),
     ],
 )
@@ -64,7 +72,12 @@ def test_an_eagle_drafter_begins_at_random(target_folder: Path) -> None:
 
 
 def test_layers_are_spread_from_the_first_to_the_last() -> None:
-    assert [spread_start_layers(depth, 14) for depth in (1, 2, 3, 5)] == [(13,), (0, 13), (0, 6, 13), (0, 3, 6, 10, 13)]
+    assert [spread_start_layers(depth, 14) for depth in (1, 2, 3, 5)] == [
+        (13,),
+        (0, 13),
+        (0, 6, 13),
+        (0, 3, 6, 10, 13),
+    ]
 
 
 def test_layers_to_start_from_need_a_start_from_the_target() -> None:
@@ -75,12 +88,18 @@ def test_layers_to_start_from_need_a_start_from_the_target() -> None:
 def llama_started(
     folder: Path, *changes: str, with_store: bool = True
 ) -> tuple[TransformersTarget, BlockDrafter, FeatureStore]:
-    """A drafter of the Qwen3 block in front of a Llama target, whose queries and keys have no norms to copy."""
+    """A drafter of the Qwen3 block in front of a Llama target, whose queries and keys have no norms to
+    copy."""
     target_folder = make_target_folder(folder / "llama", family="llama")
     target, tokenizer = load_target(str(target_folder)), load_tokenizer(str(target_folder))
     recipe = load_recipe("tiny-dspark", [f"target.path={target_folder}", *SIZES, *changes])
-    talk = [Message("user", "What is a list?"), Message("assistant", "A list holds values. Step 1: 3 + 4 = 7.")]
-    stages.run_capture(target, tokenizer, recipe, [Conversation("a", "chat", tuple(talk))], folder / "features")
+    talk = [
+        Message("user", "What is a list?"),
+        Message("assistant", "A list holds values. Step 1: 3 + 4 = 7."),
+    ]
+    stages.run_capture(
+        target, tokenizer, recipe, [Conversation("a", "chat", tuple(talk))], folder / "features"
+    )
     store = FeatureStore(folder / "features")
     drafter = stages.new_drafter_for(recipe, target, tokenizer, store if with_store else None)
     assert isinstance(drafter, BlockDrafter)
@@ -88,17 +107,28 @@ def llama_started(
 
 
 def test_norms_that_the_target_lacks_are_the_least_squares_fit_to_its_text(tmp_path: Path) -> None:
-    target, drafter, store = llama_started(tmp_path, "drafter.start_layers=[0,2]", "drafter.feature_layers=[0,1]")
+    target, drafter, store = llama_started(
+        tmp_path, "drafter.start_layers=[0,2]", "drafter.feature_layers=[0,1]"
+    )
     sample = store[0]
-    streams = [drafter.embed_tokens(sample.tokens_T), sample.features_TF[:, 32:].float()]  # the inputs of layers 0 and 2
+    # the inputs of layers 0 and 2
+    streams = [drafter.embed_tokens(sample.tokens_T), sample.features_TF[:, 32:].float()]
     for own, index, stream_TH in zip(drafter.draft_layers(), (0, 2), streams, strict=True):
         source = target.layers[index]
         assert torch.equal(own.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
         for norm, projection in (("q_norm", "q_proj"), ("k_norm", "k_proj")):
-            wanted = getattr(source.self_attn, projection)(source.input_layernorm(stream_TH)).reshape(-1, 8).detach()
+            wanted = (
+                getattr(source.self_attn, projection)(source.input_layernorm(stream_TH))
+                .reshape(-1, 8)
+                .detach()
+            )
             unit = wanted / wanted.square().mean(-1, keepdim=True).add(1e-6).sqrt()
-            fitted = [torch.linalg.lstsq(unit[:, d : d + 1], wanted[:, d : d + 1]).solution.item() for d in range(8)]
-            assert torch.allclose(getattr(own.self_attn, norm).weight, torch.tensor(fitted), rtol=1e-3, atol=1e-4)
+            fitted = [
+                torch.linalg.lstsq(unit[:, d : d + 1], wanted[:, d : d + 1]).solution.item() for d in range(8)
+            ]
+            assert torch.allclose(
+                getattr(own.self_attn, norm).weight, torch.tensor(fitted), rtol=1e-3, atol=1e-4
+            )
 
 
 def test_norms_cannot_be_fitted_without_text(tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ from support.targets import FAMILIES, make_family, make_target_folder
 
 @pytest.mark.parametrize("shards", ["5GB", "20KB"], ids=["one-file", "shards"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_files_hold_the_models_embedding_head_layers_and_norm(family: str, shards: str, tmp_path: Path) -> None:
+def test_files_hold_the_models_embedding_head_layers_and_norm(
+    family: str, shards: str, tmp_path: Path
+) -> None:
     target = make_family(family)
     target.model.save_pretrained(tmp_path, max_shard_size=shards)
     files = TargetFiles(str(tmp_path), dtype="float64")
@@ -78,7 +80,12 @@ def test_a_fresh_drafter_holds_no_copies_of_embedding_and_head(target_folder: Pa
 
 
 def recipe_for(folder: Path, *more: str) -> Recipe:
-    values = ["drafter.num_features=2", "drafter.num_layers=2", "drafter.block_size=3", "drafter.markov_rank=6"]
+    values = [
+        "drafter.num_features=2",
+        "drafter.num_layers=2",
+        "drafter.block_size=3",
+        "drafter.markov_rank=6",
+    ]
     values += ["train.steps=2", "drafter.intermediate_size=null"]
     values += ["train.batch_size=4", "train.anchors=6", "train.validation_share=0.3"]
     return load_recipe("tiny-dspark", [f"target.path={folder}", *values, *more])
@@ -88,7 +95,9 @@ def recipe_for(folder: Path, *more: str) -> Recipe:
 def features(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe, folder = recipe_for(target_folder), tmp_path_factory.mktemp("features")
     said = [
-        Conversation(str(i), "code", (Message("user", f"Add {i}."), Message("assistant", "A list holds values. " * 3)))
+        Conversation(
+            str(i), "code", (Message("user", f"Add {i}."), Message("assistant", "A list holds values. " * 3))
+        )
         for i in range(8)
     ]
     stages.run_capture(*stages.open_target(recipe), recipe, said, folder)
@@ -113,8 +122,12 @@ def test_training_from_a_store_and_export_load_no_model(
     found = stages.new_drafter_for(recipe, *stages.read_target(recipe)).state_dict()
     assert found.keys() == loaded.keys() and all(torch.equal(found[name], loaded[name]) for name in loaded)
     stages.run_train(*stages.read_target(recipe), recipe, features, tmp_path / "run")
-    whole = stages.run_export(tmp_path / "run" / "best", tmp_path / "whole", "portable", "float32", None, False)
-    lent = stages.run_export(tmp_path / "run" / "best", tmp_path / "lent", "portable", "bfloat16", str(target_folder), True)
+    whole = stages.run_export(
+        tmp_path / "run" / "best", tmp_path / "whole", "portable", "float32", None, False
+    )
+    lent = stages.run_export(
+        tmp_path / "run" / "best", tmp_path / "lent", "portable", "bfloat16", str(target_folder), True
+    )
     assert 0 < lent < whole / 2
     again = load_drafter(tmp_path / "lent", target=TargetFiles(str(target_folder)))
     assert torch.equal(again.embed_tokens.weight, TargetFiles(str(target_folder)).embedding_weight())
@@ -134,7 +147,9 @@ def test_answers_for_the_log_load_the_model_when_the_first_are_wanted(
 
 
 @pytest.mark.slow
-def test_under_torchrun_no_process_loads_the_model(target_folder: Path, features: Path, tmp_path: Path) -> None:
+def test_under_torchrun_no_process_loads_the_model(
+    target_folder: Path, features: Path, tmp_path: Path
+) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\n"
@@ -145,10 +160,36 @@ def test_under_torchrun_no_process_loads_the_model(target_folder: Path, features
         "sys.argv[0] = 'draftkit'\n"
         "main()\n"
     )
-    sets = ["drafter.num_features=2", "drafter.num_layers=2", "drafter.block_size=3", "drafter.markov_rank=6", "train.steps=2"]
-    sets += [f"target.path={target_folder}", "train.batch_size=4", "train.anchors=6", "train.validation_share=0.3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train"]
-    command += ["-f", str(features), "-o", str(tmp_path / "run"), *(part for one in sets for part in ("--set", one))]
+    sets = [
+        "drafter.num_features=2",
+        "drafter.num_layers=2",
+        "drafter.block_size=3",
+        "drafter.markov_rank=6",
+        "train.steps=2",
+    ]
+    sets += [
+        f"target.path={target_folder}",
+        "train.batch_size=4",
+        "train.anchors=6",
+        "train.validation_share=0.3",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+        "train",
+    ]
+    command += [
+        "-f",
+        str(features),
+        "-o",
+        str(tmp_path / "run"),
+        *(part for one in sets for part in ("--set", one)),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

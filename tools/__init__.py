@@ -1,1 +1,2 @@
-"""Commands for the people who make draftkit; the package does not hold them. Run from the root: `python -m tools.NAME`."""
+"""Commands for the people who make draftkit; the package does not hold them. Run from the root: `python -m
+tools.NAME`."""

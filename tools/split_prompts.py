@@ -2,9 +2,10 @@
 
     python -m tools.split_prompts FOLDER --out prompts
 
-FOLDER holds files such as gsm8k.jsonl with one {"turns": [...]} per line. Of every domain the `--held-out` prompts whose texts
-have the smallest sha256 are held out, so the split depends on the texts alone; the others are written in a shuffled order.
-Writes prompts/train.jsonl and prompts/heldout.jsonl, as `draftkit generate` and `draftkit evaluate` read them.
+FOLDER holds files such as gsm8k.jsonl with one {"turns": [...]} per line. Of every domain the `--held-out`
+prompts whose texts have the smallest sha256 are held out, so the split depends on the texts alone; the others
+are written in a shuffled order. Writes prompts/train.jsonl and prompts/heldout.jsonl, as `draftkit generate`
+and `draftkit evaluate` read them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def main() -> None:
     train: list[dict[str, Any]] = []
     held_out: list[dict[str, Any]] = []
     for domain, suites in DOMAINS.items():
-        prompts = {p["id"]: p for suite in suites for p in read_suite(chosen.folder, suite, domain, chosen.longest)}
+        prompts = {
+            p["id"]: p for suite in suites for p in read_suite(chosen.folder, suite, domain, chosen.longest)
+        }
         ordered = [prompts[i] for i in sorted(prompts, key=lambda i: i.rsplit("-", 1)[1])]
         held_out += ordered[: chosen.held_out]
         train += ordered[chosen.held_out :]

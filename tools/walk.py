@@ -1,10 +1,12 @@
-"""How many files and lines a served request and a training step run through: the size of what must be read to follow one.
+"""How many files and lines a served request and a training step run through: the size of what must be read to
+follow one.
 
-    python tools/walk.py request      # one streamed chat answer of the embedded pair, from the socket to the last token
-    python tools/walk.py training     # one step of a drafter of the embedded target
+    python tools/walk.py request      # one streamed chat answer of the embedded pair, from the socket to the
+    last token python tools/walk.py training     # one step of a drafter of the embedded target
 
-A file counts, with all its lines, when one of its functions is entered; C++ sources count when the compiled library is used,
-with the headers that they include. Prints one line per file and the sums, or one JSON object with `--json`.
+A file counts, with all its lines, when one of its functions is entered; C++ sources count when the compiled
+library is used, with the headers that they include. Prints one line per file and the sums, or one JSON object
+with `--json`.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ QUESTION = {"messages": [{"role": "user", "content": "What is 17 + 25?"}], "max_
 
 
 class Walk:
-    """Notes the files of the package whose functions are entered while `on` is set, in all threads started after it."""
+    """Notes the files of the package whose functions are entered while `on` is set, in all threads started
+    after it."""
 
     def __init__(self) -> None:
         self.files: set[str] = set()
@@ -67,14 +70,18 @@ def request(walk: Walk) -> tuple[str, ...]:
 
     metrics, settings = ServerMetrics(), ServeSettings()
     worker = Worker(lambda: load_served("tiny", None, None, EngineSettings(max_running=8)), metrics, 8)
-    server = uvicorn.Server(uvicorn.Config(create_app(worker, metrics, settings), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(worker, metrics, settings), port=0, log_level="warning")
+    )
     running = threading.Thread(target=server.run, daemon=True)
     running.start()
     while worker.state == "loading" or not server.started:
         time.sleep(0.05)
     engine, port = worker.ready().engine, server.servers[0].sockets[0].getsockname()[1]
     walk.on = True
-    answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=QUESTION, timeout=60, trust_env=False)
+    answer = httpx.post(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json=QUESTION, timeout=60, trust_env=False
+    )
     walk.on = False
     if answer.status_code != 200 or not engine.metrics.accepted:
         raise SystemExit(f"the request was not answered with drafts: {answer.status_code}, {engine.metrics}")
@@ -120,7 +127,9 @@ def training(walk: Walk) -> tuple[str, ...]:
 
 def main() -> None:
     """Walk, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["request", "training"])
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
@@ -130,13 +139,22 @@ def main() -> None:
     sums: dict[str, int] = {}
     for path, lines in sizes.items():
         sums[path.split("/")[0]] = sums.get(path.split("/")[0], 0) + lines
-    result = {"what": options.what, "files": len(sizes), "lines": sum(sizes.values()), "by_folder": sums, "sizes": sizes}
+    result = {
+        "what": options.what,
+        "files": len(sizes),
+        "lines": sum(sizes.values()),
+        "by_folder": sums,
+        "sizes": sizes,
+    }
     if options.json:
         print(json.dumps(result))
         return
     for path, lines in sorted(sizes.items()):
         print(f"{lines:6} {path}")
-    print(f"{result['lines']:6} lines in {result['files']} files: {', '.join(f'{k} {v}' for k, v in sums.items())}")
+    print(
+        f"{result['lines']:6} lines in {result['files']} files: "
+        f"{', '.join(f'{k} {v}' for k, v in sums.items())}"
+    )
 
 
 if __name__ == "__main__":

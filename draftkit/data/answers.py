@@ -1,4 +1,5 @@
-"""The seam between generation and what answers: questions go in at any time, answers come out as they are finished."""
+"""The seam between generation and what answers: questions go in at any time, answers come out as they are
+finished."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from draftkit.settings import GenerateSettings
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt to be answered, as token ids and, for servers that want them, as messages and tools. `key` names it among
-    those that are open; `seed` decides what is drawn."""
+    """A prompt to be answered, as token ids and, for servers that want them, as messages and tools. `key`
+    names it among those that are open; `seed` decides what is drawn."""
 
     key: str
     prompt_ids: tuple[int, ...]
@@ -25,8 +26,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was written: token ids (the stop token included) and "stop" or "length". No tokens: the prompt leaves no room for
-    any. A server that gives no ids gives the assistant's `message` instead."""
+    """What was written: token ids (the stop token included) and "stop" or "length". No tokens: the prompt
+    leaves no room for any. A server that gives no ids gives the assistant's `message` instead."""
 
     tokens: tuple[int, ...]
     finish_reason: str
@@ -67,7 +68,8 @@ class Answers(ABC):
 
 
 def answer_limit(max_length: int, prompt_tokens: int, settings: GenerateSettings) -> int:
-    """The most tokens that an answer may have where prompt and answer may have `max_length`; 0 when there is no room."""
+    """The most tokens that an answer may have where prompt and answer may have `max_length`; 0 when there is
+    no room."""
     return max(0, min(settings.max_new_tokens, max_length - prompt_tokens))
 
 

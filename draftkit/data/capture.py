@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from draftkit.data.conversations import Conversation
-from draftkit.data.features import MANIFEST, SampleEntry, StoreManifest, read_manifest, write_manifest, write_shard
+from draftkit.data.features import (
+    MANIFEST,
+    SampleEntry,
+    StoreManifest,
+    read_manifest,
+    write_manifest,
+    write_shard,
+)
 from draftkit.data.samples import Sample, SampleCounts, samples_of
 from draftkit.data.spool import SampleSpool
 from draftkit.errors import FeatureStoreError
@@ -34,7 +41,8 @@ SPARE_BYTES = 256 * 2**20  # left free on the disk
 
 @dataclass(frozen=True)
 class CaptureReport:
-    """What was captured: samples, their tokens and those that the target wrote, and what was left out and why."""
+    """What was captured: samples, their tokens and those that the target wrote, and what was left out and
+    why."""
 
     samples: int
     tokens: int
@@ -58,10 +66,11 @@ def capture(
     settings: CaptureSettings,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> CaptureReport:
-    """Fill the store in `out`; shards that are there already are kept, so that an interrupted capture goes on.
+    """Fill the store in `out`; shards that are there already are kept, so that an interrupted capture goes
+    on.
 
-    Raises FeatureStoreError when `out` holds a store of something else or the disk has too little room, DataError when the
-    chat template refuses a conversation.
+    Raises FeatureStoreError when `out` holds a store of something else or the disk has too little room,
+    DataError when the chat template refuses a conversation.
     """
     layers = tuple(sorted(feature_layers))
     check_feature_layers(layers, target.info.num_layers)
@@ -71,9 +80,20 @@ def capture(
     with SampleSpool(samples, out, settings.max_length) as spool:
         report = CaptureReport(len(spool), spool.tokens, spool.too_long, counts)
         if not len(spool):
-            none = f"none of {counts.conversations} conversations has an answer within {settings.max_length} tokens"
+            none = (
+                f"none of {counts.conversations} conversations has an answer within "
+                f"{settings.max_length} tokens"
+            )
             raise FeatureStoreError(f"{none} ({report.left_out()}); give others")
-        _fill(target, spool, out, layers, settings, _open(target, prompt_format, spool, out, layers, settings), tick)
+        _fill(
+            target,
+            spool,
+            out,
+            layers,
+            settings,
+            _open(target, prompt_format, spool, out, layers, settings),
+            tick,
+        )
     return report
 
 
@@ -98,7 +118,9 @@ def _fill(
         if _name(number) not in done:
             part = spool.part(start, end)
             shard = write_shard(out, _name(number), _read(target, part, layers, settings), _entries(part))
-            manifest = replace(manifest, shards=tuple(sorted((*manifest.shards, shard), key=lambda s: s.file)))
+            manifest = replace(
+                manifest, shards=tuple(sorted((*manifest.shards, shard), key=lambda s: s.file))
+            )
             write_manifest(out, manifest)
         tick(end, len(spool))
 
@@ -173,7 +195,8 @@ def _read(
         batch = part[start : start + size]
         longest = max(len(r.tokens) for r in batch)
         tokens_BT = torch.tensor([[*r.tokens, *[0] * (longest - len(r.tokens))] for r in batch])
-        output = target.forward(tokens_BT.to(target.device), None, layers)  # causal: padding behind changes nothing
+        # causal: padding behind changes nothing
+        output = target.forward(tokens_BT.to(target.device), None, layers)
         if output.features_BTF is None:
             raise FeatureStoreError("the target returned no features")
         for row, r in enumerate(batch):

@@ -1,4 +1,5 @@
-"""Files of conversations, row by row: JSONL, a JSON array, or Parquet (through `datasets`), read without holding them."""
+"""Files of conversations, row by row: JSONL, a JSON array, or Parquet (through `datasets`), read without
+holding them."""
 
 from __future__ import annotations
 
@@ -48,15 +49,19 @@ class SkippedRows:
 
 
 def read_conversations(paths: Iterable[Path]) -> list[Conversation]:
-    """All conversations of some files. Raises DataError that names the file, the line and what is wrong with it."""
+    """All conversations of some files. Raises DataError that names the file, the line and what is wrong with
+    it."""
     return list(iterate_conversations(paths))
 
 
-def iterate_conversations(paths: Iterable[Path], skipped: SkippedRows | None = None) -> Iterator[Conversation]:
-    """Conversations one after the other, in the order of the files; of what was read only the ids are remembered.
+def iterate_conversations(
+    paths: Iterable[Path], skipped: SkippedRows | None = None
+) -> Iterator[Conversation]:
+    """Conversations one after the other, in the order of the files; of what was read only the ids are
+    remembered.
 
-    Rows that are wrong are left out into `skipped`, where it is given. Raises DataError that names the file, the line and
-    what is wrong otherwise, and for files that hold none.
+    Rows that are wrong are left out into `skipped`, where it is given. Raises DataError that names the file,
+    the line and what is wrong otherwise, and for files that hold none.
     """
     seen: set[bytes] = set()
     for path in paths:
@@ -82,7 +87,9 @@ def iterate_conversations(paths: Iterable[Path], skipped: SkippedRows | None = N
 def check_beginning(paths: Iterable[Path], skip_invalid: bool) -> None:
     """Read the first rows, so that a file of something else is told before anything heavy is loaded."""
     for path in paths:
-        for _ in islice(iterate_conversations([path], SkippedRows() if skip_invalid else None), CHECKED_FIRST):
+        for _ in islice(
+            iterate_conversations([path], SkippedRows() if skip_invalid else None), CHECKED_FIRST
+        ):
             pass
 
 
@@ -117,7 +124,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise DataError(f"{path}: Parquet is read through `datasets`; pip install 'draftkit[data]'") from error
+        raise DataError(
+            f"{path}: Parquet is read through `datasets`; pip install 'draftkit[data]'"
+        ) from error
     try:
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         yield from ((f"{path}:{i}", dict(row)) for i, row in enumerate(rows, 1))

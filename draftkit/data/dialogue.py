@@ -1,8 +1,8 @@
 """One conversation while it is answered: which prompt comes next, and the record of it all.
 
-Without tool results the answers make the history: each user turn is asked after the answer to the one before. With tool
-results in it the recorded history stays, because a result belongs to the very call before it, and the target answers anew
-at each place where the assistant spoke.
+Without tool results the answers make the history: each user turn is asked after the answer to the one before.
+With tool results in it the recorded history stays, because a result belongs to the very call before it, and
+the target answers anew at each place where the assistant spoke.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Dialogue:
         return record if self._texts or not self._answers else record | {"answers": self._answers}
 
     def _told(self) -> list[dict[str, Any]]:
-        """The messages of the record. Where a recorded history is answered in text, the last answer alone is learnt."""
+        """The messages of the record. Where a recorded history is answered in text, the last answer alone is
+        learnt."""
         if not self._recorded:
             return self._history
         if not (self._texts and self._answers):
@@ -117,7 +118,8 @@ class Dialogue:
 
 
 def _places(messages: list[dict[str, Any]]) -> list[int]:
-    """Where the assistant answers in a recorded history: its turns after a user's or a tool's, and the end."""
+    """Where the assistant answers in a recorded history: its turns after a user's or a tool's, and the
+    end."""
     roles = [m["role"] for m in messages]
     spoken = [i for i in range(1, len(roles)) if roles[i] == "assistant" and roles[i - 1] in ("user", "tool")]
     return [*spoken, len(messages)]
@@ -126,5 +128,3 @@ def _places(messages: list[dict[str, Any]]) -> list[int]:
 def _number_of(name: str) -> int:
     """A number of an id: seeds must not depend on the order of the prompts, nor on who answers them."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:5])
-
-

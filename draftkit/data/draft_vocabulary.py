@@ -1,4 +1,5 @@
-"""How often tokens stand in training data, and the reduced draft vocabulary: those that the target writes most often."""
+"""How often tokens stand in training data, and the reduced draft vocabulary: those that the target writes
+most often."""
 
 from __future__ import annotations
 
@@ -26,5 +27,6 @@ def count_tokens(store: FeatureStore, vocab_size: int) -> Tensor:
 
 
 def choose_draft_vocabulary(counts_V: Tensor, size: int) -> Tensor:
-    """The ids of the `size` most frequent tokens in ascending order, int64 [size]; of equals the smaller id."""
+    """The ids of the `size` most frequent tokens in ascending order, int64 [size]; of equals the smaller
+    id."""
     return counts_V.sort(descending=True, stable=True).indices[:size].sort().values

@@ -1,8 +1,10 @@
-"""The feature store: what the target thought while it read conversations, in checksummed shards with a manifest.
+"""The feature store: what the target thought while it read conversations, in checksummed shards with a
+manifest.
 
-A store is a folder with `manifest.json` and `shard-00000.safetensors`, ... A shard holds, for its conversations laid end
-to end (N tokens): tokens int64 [N], loss_mask bool [N], features [N, F], last_hidden [N, H]. Features and last hidden
-state at t come from the target after it has read tokens 0..t of the conversation.
+A store is a folder with `manifest.json` and `shard-00000.safetensors`, ... A shard holds, for its
+conversations laid end to end (N tokens): tokens int64 [N], loss_mask bool [N], features [N, F], last_hidden
+[N, H]. Features and last hidden state at t come from the target after it has read tokens 0..t of the
+conversation.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ PARTS = ("tokens", "loss_mask", "features", "last_hidden")
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """Where a sample lies in its shard; `conversation` is what it is part of, itself where nothing is said."""
+    """Where a sample lies in its shard; `conversation` is what it is part of, itself where nothing is
+    said."""
 
     id: str
     domain: str
@@ -99,12 +102,16 @@ def read_manifest(folder: Path) -> StoreManifest:
             version = f"is of version {raw['version']}, this draftkit reads {VERSION}"
             raise FeatureStoreError(f"{path}: {version}; capture again into an empty folder")
         if not is_intact(raw):
-            raise FeatureStoreError(f"{path}: is damaged (another digest than its own); capture again into an empty folder")
+            raise FeatureStoreError(
+                f"{path}: is damaged (another digest than its own); capture again into an empty folder"
+            )
         del raw[DIGEST]
         shards = tuple(_shard_entry(shard) for shard in raw.pop("shards"))
         return StoreManifest(**{**raw, "feature_layers": tuple(raw["feature_layers"]), "shards": shards})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FeatureStoreError(f"{path}: is damaged ({error}); capture again into an empty folder") from error
+        raise FeatureStoreError(
+            f"{path}: is damaged ({error}); capture again into an empty folder"
+        ) from error
 
 
 def _shard_entry(raw: dict[str, Any]) -> ShardEntry:
@@ -118,8 +125,11 @@ def _shard_entry(raw: dict[str, Any]) -> ShardEntry:
     return entry
 
 
-def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tuple[SampleEntry, ...]) -> ShardEntry:
-    """Write one shard in one rename and describe it. Raises OSError that names it when the disk does not take it."""
+def write_shard(
+    folder: Path, name: str, tensors: dict[str, Tensor], samples: tuple[SampleEntry, ...]
+) -> ShardEntry:
+    """Write one shard in one rename and describe it. Raises OSError that names it when the disk does not take
+    it."""
     partial = folder / (name + ".partial")
     write_tensors(partial, tensors, save_file)
     digest = sha256_of(partial)
@@ -129,8 +139,9 @@ def write_shard(folder: Path, name: str, tensors: dict[str, Tensor], samples: tu
 
 
 class FeatureStore:
-    """Reader: `len(store)` conversations, `store[i]` one of them. Shards are checked when they are first read; they stay
-    on disk, mapped into memory, and only the conversation that is asked for is copied. Threads may share a store.
+    """Reader: `len(store)` conversations, `store[i]` one of them. Shards are checked when they are first
+    read; they stay on disk, mapped into memory, and only the conversation that is asked for is copied.
+    Threads may share a store.
 
     Raises FeatureStoreError when shards are missing or damaged, or do not hold what the manifest says."""
 
@@ -143,7 +154,9 @@ class FeatureStore:
             path = folder / shard.file
             if not path.is_file() or path.stat().st_size != shard.bytes:
                 found = path.stat().st_size if path.is_file() else 0
-                raise FeatureStoreError(f"{path}: has {found} of {shard.bytes} bytes; remove it and run capture again")
+                raise FeatureStoreError(
+                    f"{path}: has {found} of {shard.bytes} bytes; remove it and run capture again"
+                )
         if len(self) != self.manifest.conversations:
             holds = f"holds {len(self)} of {self.manifest.conversations} conversations"
             raise FeatureStoreError(f"{folder}: {holds}; run the same `draftkit capture` again to finish it")
@@ -157,7 +170,9 @@ class FeatureStore:
         end, held = entry.start + entry.length, opened.get_slice("tokens").get_shape()[0]
         if not 0 <= entry.start < end <= held:
             where = f"{entry.id!r} at tokens {entry.start} to {end} of {held} in {shard.file}"
-            raise FeatureStoreError(f"{self.folder / MANIFEST}: is damaged ({where}); capture again into an empty folder")
+            raise FeatureStoreError(
+                f"{self.folder / MANIFEST}: is damaged ({where}); capture again into an empty folder"
+            )
         parts = (opened.get_slice(name)[entry.start : end] for name in PARTS)
         return FeatureSample(entry.id, entry.domain, *parts)
 
@@ -181,7 +196,8 @@ class FeatureStore:
         tokenizer_hash: str,
         switches: Mapping[str, Any],
     ) -> None:
-        """Raise FeatureStoreError that says which of target, layers, template, tokenizer or template switches differs."""
+        """Raise FeatureStoreError that says which of target, layers, template, tokenizer or template switches
+        differs."""
         wanted = {
             "target": (self.manifest.fingerprint, fingerprint),
             "feature layers": (self.manifest.feature_layers, feature_layers),
@@ -191,18 +207,26 @@ class FeatureStore:
         }
         for what, (found, asked) in wanted.items():
             if found != asked:
-                shown = [v[:16] if isinstance(v, str) else v if isinstance(v, dict) else list(v) for v in (found, asked)]
+                shown = [
+                    v[:16] if isinstance(v, str) else v if isinstance(v, dict) else list(v)
+                    for v in (found, asked)
+                ]
                 raise FeatureStoreError(
-                    f"{self.folder}: was captured with another {what} ({shown[0]}, asked for {shown[1]}); capture again"
+                    f"{self.folder}: was captured with another {what} ({shown[0]}, asked for {shown[1]}); "
+                    f"capture again"
                 )
 
     def _shard(self, shard: ShardEntry) -> Any:
         if shard.file not in self._opened:
             path = self.folder / shard.file
             if sha256_of(path) != shard.sha256:
-                raise FeatureStoreError(f"{path}: is damaged (checksum differs); remove it and run capture again")
+                raise FeatureStoreError(
+                    f"{path}: is damaged (checksum differs); remove it and run capture again"
+                )
             try:
                 self._opened[shard.file] = safe_open(path, framework="pt")
             except SafetensorError as error:
-                raise FeatureStoreError(f"{path}: is damaged ({error}); remove it and run capture again") from error
+                raise FeatureStoreError(
+                    f"{path}: is damaged ({error}); remove it and run capture again"
+                ) from error
         return self._opened[shard.file]

@@ -1,8 +1,9 @@
-"""The target answers prompts into a file of records: a steady stream, which can be stopped and shared at any moment.
+"""The target answers prompts into a file of records: a steady stream, which can be stopped and shared at any
+moment.
 
-As soon as an answer is finished the next question goes in, and a finished conversation is written at once. What an answer
-says depends on the prompt's id and text, the seed and the settings: not on its neighbours, on the order of the prompts, or on
-which process makes it.
+As soon as an answer is finished the next question goes in, and a finished conversation is written at once.
+What an answer says depends on the prompt's id and text, the seed and the settings: not on its neighbours, on
+the order of the prompts, or on which process makes it.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ def generate_file(
 ) -> GenerateReport:
     """Answer all prompts into `out`, together with other processes that do the same.
 
-    `prompts` gives them anew each time it is called; they are not held in memory. `made_with` goes into the manifest.
-    The reason "length" marks an answer that a limit cut, or a conversation that filled the context before its last turn,
-    "too_long" a prompt that leaves no room for an answer; a line on standard error counts these. `tick(conversations,
-    tokens)` is called as they finish. Raises DataError when `out` was begun with something else, holds answers to other
-    prompts of the same ids, and when the chat template refuses a prompt.
+    `prompts` gives them anew each time it is called; they are not held in memory. `made_with` goes into the
+    manifest. The reason "length" marks an answer that a limit cut, or a conversation that filled the context
+    before its last turn, "too_long" a prompt that leaves no room for an answer; a line on standard error
+    counts these. `tick(conversations, tokens)` is called as they finish. Raises DataError when `out` was
+    begun with something else, holds answers to other prompts of the same ids, and when the chat template
+    refuses a prompt.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work = SharedWork(out)

@@ -1,7 +1,7 @@
 """Logs of agents and servers as they lie on disk, read into rows of OpenAI messages.
 
-Each format is a reader: from a file's JSON objects (or its lines) to rows with `messages`, `tools` and `id`. `FORMATS` names
-them; `recognise` finds the one that a file has.
+Each format is a reader: from a file's JSON objects (or its lines) to rows with `messages`, `tools` and `id`.
+`FORMATS` names them; `recognise` finds the one that a file has.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Row = dict[str, Any]
 
 
 def bodies(objects: Iterable[Row]) -> Iterator[Row]:
-    """Requests and responses of OpenAI's chat API, one pair for each line (`request` and `response`, or LiteLLM's
-    `messages` and `response`), and rows that are conversations already."""
+    """Requests and responses of OpenAI's chat API, one pair for each line (`request` and `response`, or
+    LiteLLM's `messages` and `response`), and rows that are conversations already."""
     for one in objects:
         request = _body(one.get("request") or one.get("request_body") or one.get("kwargs") or one)
         response = _body(one.get("response") or one.get("response_body") or one.get("response_obj"))
@@ -25,14 +25,20 @@ def bodies(objects: Iterable[Row]) -> Iterator[Row]:
         if not isinstance(messages, list):
             yield one  # another form of a conversation, or nothing: said where rows are read
             continue
-        tools = request.get("tools") or _body(request.get("optional_params") or request.get("model_parameters")).get("tools")
+        tools = request.get("tools") or _body(
+            request.get("optional_params") or request.get("model_parameters")
+        ).get("tools")
         yield {"messages": [*messages, *_answers(response)], "tools": tools, "domain": one.get("domain")}
 
 
 def _answers(response: Row) -> list[Row]:
     """The assistant's message of a response; none of an error or of a stream that was not joined."""
     choices = response.get("choices")
-    message = choices[0].get("message") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+    message = (
+        choices[0].get("message")
+        if isinstance(choices, list) and choices and isinstance(choices[0], dict)
+        else None
+    )
     return [{**message, "role": "assistant"}] if isinstance(message, dict) else []
 
 
@@ -55,14 +61,17 @@ _CHAT_MARKS = (
 
 
 def vllm_lines(lines: Iterable[str]) -> Iterator[Row]:
-    """vLLM's own log with `--enable-log-requests`: rendered prompts, taken apart where their marks are ChatML's, Llama 3's or
-    Gemma's."""
+    """vLLM's own log with `--enable-log-requests`: rendered prompts, taken apart where their marks are
+    ChatML's, Llama 3's or Gemma's."""
     for line in lines:
         if found := _VLLM.search(line):
             text = ast.literal_eval(found[2])
             turns = next((t for marks in _CHAT_MARKS if (t := marks.findall(text))), [])
             roles = {"model": "assistant", "ipython": "tool"}
-            yield {"id": found[1], "messages": [{"role": roles.get(r, r), "content": c.strip()} for r, c in turns] or text}
+            yield {
+                "id": found[1],
+                "messages": [{"role": roles.get(r, r), "content": c.strip()} for r, c in turns] or text,
+            }
 
 
 def otel_spans(objects: Iterable[Row]) -> Iterator[Row]:
@@ -75,7 +84,9 @@ def otel_spans(objects: Iterable[Row]) -> Iterator[Row]:
             if not given:
                 continue
             said = _listed(about.get("gen_ai.output.messages"))
-            system = "\n".join(str(p.get("content", "")) for p in _listed(about.get("gen_ai.system_instructions")))
+            system = "\n".join(
+                str(p.get("content", "")) for p in _listed(about.get("gen_ai.system_instructions"))
+            )
             messages = [{"role": "system", "content": system}] if system else []
             messages += [m for raw in [*given, *said] for m in _from_parts(raw)]
             yield {"messages": messages, "tools": _listed(about.get("gen_ai.tool.definitions"))}
@@ -83,7 +94,9 @@ def otel_spans(objects: Iterable[Row]) -> Iterator[Row]:
 
 def _attributes(given: Any) -> Row:
     if isinstance(given, list):  # OTLP: [{"key": ..., "value": {"stringValue": ...}}]
-        return {a["key"]: next(iter(a["value"].values()), None) for a in given if isinstance(a.get("value"), dict)}
+        return {
+            a["key"]: next(iter(a["value"].values()), None) for a in given if isinstance(a.get("value"), dict)
+        }
     return given if isinstance(given, dict) else {}
 
 
@@ -105,7 +118,9 @@ def _from_parts(raw: Row) -> Iterator[Row]:
             result = part.get("response", part.get("result", ""))
             yield {"role": "tool", "tool_call_id": part.get("id"), "content": _as_text(result)}
         elif kind == "tool_call":
-            said.setdefault("tool_calls", []).append(_call(part.get("id"), part.get("name"), part.get("arguments")))
+            said.setdefault("tool_calls", []).append(
+                _call(part.get("id"), part.get("name"), part.get("arguments"))
+            )
         elif kind == "reasoning":
             said["reasoning_content"] = content
         else:
@@ -115,7 +130,8 @@ def _from_parts(raw: Row) -> Iterator[Row]:
 
 
 def claude_code(objects: Iterable[Row]) -> Iterator[Row]:
-    """Session files of Claude Code (~/.claude/projects/*/*.jsonl): lines of type user and assistant, by session."""
+    """Session files of Claude Code (~/.claude/projects/*/*.jsonl): lines of type user and assistant, by
+    session."""
     sessions: dict[str, list[Row]] = {}
     open_ids: dict[str, Any] = {}
     for one in objects:
@@ -125,7 +141,9 @@ def claude_code(objects: Iterable[Row]) -> Iterator[Row]:
         session = f"{one.get('sessionId', 'session')}{'-side' if one.get('isSidechain') else ''}"
         told = sessions.setdefault(session, [])
         for said in _from_blocks(message):
-            same = said["role"] == "assistant" and message.get("id") and open_ids.get(session) == message["id"]
+            same = (
+                said["role"] == "assistant" and message.get("id") and open_ids.get(session) == message["id"]
+            )
             if same:  # one answer, written block by block
                 _join(told[-1], said)
             else:
@@ -145,9 +163,15 @@ def _from_blocks(message: Row) -> Iterator[Row]:
     for block in content or []:
         kind = block.get("type")
         if kind == "tool_result":
-            yield {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": _as_text(block.get("content"))}
+            yield {
+                "role": "tool",
+                "tool_call_id": block.get("tool_use_id"),
+                "content": _as_text(block.get("content")),
+            }
         elif kind == "tool_use":
-            said.setdefault("tool_calls", []).append(_call(block.get("id"), block.get("name"), block.get("input")))
+            said.setdefault("tool_calls", []).append(
+                _call(block.get("id"), block.get("name"), block.get("input"))
+            )
         elif kind == "thinking":
             said["reasoning_content"] = block.get("thinking")
         elif kind == "text":
@@ -166,7 +190,8 @@ def _join(first: Row, more: Row) -> None:
 
 
 def codex(objects: Iterable[Row]) -> Iterator[Row]:
-    """Session files of Codex (~/.codex/sessions/**/rollout-*.jsonl): response items, one session for each file."""
+    """Session files of Codex (~/.codex/sessions/**/rollout-*.jsonl): response items, one session for each
+    file."""
     name, told, thought = None, [], None
     for one in objects:
         item = one.get("payload") if one.get("type") in ("response_item", "session_meta") else one
@@ -179,13 +204,21 @@ def codex(objects: Iterable[Row]) -> Iterator[Row]:
             told.append({"role": item.get("role"), "content": text} | _thought(item, thought))
             thought = None
         elif item.get("type") == "reasoning":
-            thought = "\n".join(p.get("text", "") for p in item.get("content") or item.get("summary") or []) or thought
+            thought = (
+                "\n".join(p.get("text", "") for p in item.get("content") or item.get("summary") or [])
+                or thought
+            )
         elif item.get("type") == "function_call":
             call = _call(item.get("call_id"), item.get("name"), item.get("arguments"))
-            told.append({"role": "assistant", "content": None, "tool_calls": [call]} | _thought({"role": "assistant"}, thought))
+            told.append(
+                {"role": "assistant", "content": None, "tool_calls": [call]}
+                | _thought({"role": "assistant"}, thought)
+            )
             thought = None
         elif item.get("type") == "function_call_output":
-            told.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _as_text(item.get("output"))})
+            told.append(
+                {"role": "tool", "tool_call_id": item.get("call_id"), "content": _as_text(item.get("output"))}
+            )
     if told:
         yield {"id": name, "messages": told}
 
@@ -219,7 +252,10 @@ def recognise(first: list[str]) -> str | None:
     if any(_VLLM.search(line) for line in first):
         return "vllm"
     objects = [o for line in first if isinstance(o := _parsed(line), dict)]
-    if any("resourceSpans" in o or any(k.startswith("gen_ai.") for k in _attributes(o.get("attributes"))) for o in objects):
+    if any(
+        "resourceSpans" in o or any(k.startswith("gen_ai.") for k in _attributes(o.get("attributes")))
+        for o in objects
+    ):
         return "otel"
     if any("sessionId" in o and "message" in o for o in objects):
         return "claude-code"

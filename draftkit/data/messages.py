@@ -10,7 +10,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation. `tool_calls` have OpenAI's form; `weight` 0 marks an answer that is not to be learnt."""
+    """One turn of a conversation. `tool_calls` have OpenAI's form; `weight` 0 marks an answer that is not to
+    be learnt."""
 
     role: str
     content: str | None = None
@@ -29,12 +30,15 @@ class Message:
             "name": self.name,
             "weight": self.weight,
         }
-        return {"role": self.role, "content": self.content} | {k: v for k, v in optional.items() if v is not None}
+        return {"role": self.role, "content": self.content} | {
+            k: v for k, v in optional.items() if v is not None
+        }
 
 
 @dataclass(frozen=True)
 class WrittenTurn:
-    """An answer as the target wrote it: the ids it was shown, the ids it wrote, and why it ended ("stop", "length", ...)."""
+    """An answer as the target wrote it: the ids it was shown, the ids it wrote, and why it ended ("stop",
+    "length", ...)."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -51,7 +55,8 @@ class Conversation:
     """A conversation with the tools that its requests offered. `id` is unique within what was read together.
 
     `turns`, where it is a record of answers, are what training learns from; the messages are then for people.
-    `finish_reason` is that of the last answer, `switches` the template switches it was made with; None: nothing is said.
+    `finish_reason` is that of the last answer, `switches` the template switches it was made with; None:
+    nothing is said.
     """
 
     id: str
@@ -77,8 +82,8 @@ class Conversation:
         return replace(self, messages=self.messages[: first + 1], turns=())
 
     def prompt(self) -> Conversation:
-        """What is asked: every assistant turn removed; with tool results in it, up to the last one or the last user turn,
-        the calls that they answer kept."""
+        """What is asked: every assistant turn removed; with tool results in it, up to the last one or the
+        last user turn, the calls that they answer kept."""
         if not self.has_tool_results:
             return replace(self, messages=tuple(m for m in self.messages if m.role != "assistant"), turns=())
         last = max(i for i, m in enumerate(self.messages) if m.role in ("user", "tool"))

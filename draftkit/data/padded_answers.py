@@ -1,4 +1,5 @@
-"""Answers in padded batches through the Transformers module, for families that the engine's lean forward does not know."""
+"""Answers in padded batches through the Transformers module, for families that the engine's lean forward does
+not know."""
 
 from __future__ import annotations
 
@@ -33,11 +34,15 @@ class PaddedAnswers(Answers):
     def finished(self) -> list[tuple[str, Answer]]:
         """Answer all that was asked."""
         waiting, self._waiting = self._waiting, []
-        fitting = [(q, s) for q, s in waiting if answer_limit(self._target.info.max_length, len(q.prompt_ids), s)]
+        fitting = [
+            (q, s) for q, s in waiting if answer_limit(self._target.info.max_length, len(q.prompt_ids), s)
+        ]
         found = {q.key: NO_ROOM for q, _ in waiting}
         if fitting:
             questions = [q for q, _ in fitting]
-            made = answer_batch(self._target, [q.prompt_ids for q in questions], [q.seed for q in questions], fitting[0][1])
+            made = answer_batch(
+                self._target, [q.prompt_ids for q in questions], [q.seed for q in questions], fitting[0][1]
+            )
             found |= {q.key: answer for q, answer in zip(questions, made, strict=True)}
         return list(found.items())
 
@@ -49,7 +54,8 @@ def answer_batch(
     seeds: Sequence[tuple[int, int]],
     settings: GenerateSettings,
 ) -> list[Answer]:
-    """Answer prompts (token ids) that leave room together, padded on the left; finished rows are dropped as it goes."""
+    """Answer prompts (token ids) that leave room together, padded on the left; finished rows are dropped as
+    it goes."""
     longest = max(map(len, prompts))
     limits = torch.tensor([answer_limit(target.info.max_length, len(p), settings) for p in prompts])
     limit = int(limits.max())
@@ -57,14 +63,17 @@ def answer_batch(
     device = target.device
     tokens_BT = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=device)
     mask_BS = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    uniforms = torch.stack([torch.rand(limit, generator=request_generator(*s), dtype=torch.float64) for s in seeds])
+    uniforms = torch.stack(
+        [torch.rand(limit, generator=request_generator(*s), dtype=torch.float64) for s in seeds]
+    )
     stops = torch.tensor(target.info.stop_token_ids, dtype=torch.int64, device=device)
     rows = torch.arange(len(prompts))  # row of the batch -> prompt
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     answers: list[list[int]] = [[] for _ in prompts]
     cache = target.new_cache()
     for step in range(limit):
-        last = target.info.max_length - 1  # rows that filled the context stay for a while; nothing is read behind it
+        # rows that filled the context stay for a while; nothing is read behind it
+        last = target.info.max_length - 1
         positions = (mask_BS.cumsum(-1) - 1).clamp(0, last)[:, -tokens_BT.shape[1] :]
         output = target.forward(tokens_BT, cache, (), mask_BS, positions)
         probs = processed_probs(target.logits(output.last_hidden_BTH[:, -1]), sampling_of(settings))
@@ -79,6 +88,11 @@ def answer_batch(
         if finished.float().mean() >= COMPACT_AT:
             keep = (~finished).nonzero().squeeze(-1)
             cache.select(keep)
-            tokens_BT, mask_BS, rows, finished = tokens_BT[keep], mask_BS[keep], rows[keep.cpu()], finished[keep]
+            tokens_BT, mask_BS, rows, finished = (
+                tokens_BT[keep],
+                mask_BS[keep],
+                rows[keep.cpu()],
+                finished[keep],
+            )
     stop_ids = set(target.info.stop_token_ids)
     return [Answer(tuple(a), "stop" if a[-1] in stop_ids else "length") for a in answers]

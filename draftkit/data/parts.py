@@ -1,8 +1,8 @@
 """Work on one file of records, divided among processes and machines that share a disk.
 
-Prompts are cut into parts of PART. Who works on a part holds a lock on its file, which the system takes away when the process
-dies, so that what a dead one left is taken over. When all parts are there one process joins them, in order, into the file
-of records; a kill at any moment loses no finished record and doubles none.
+Prompts are cut into parts of PART. Who works on a part holds a lock on its file, which the system takes away
+when the process dies, so that what a dead one left is taken over. When all parts are there one process joins
+them, in order, into the file of records; a kill at any moment loses no finished record and doubles none.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class SharedWork:
         return self._done
 
     def claims(self, prompts: Iterator[Conversation]) -> Iterator[Part]:
-        """One walk over all prompts: the parts that have something to do and that nobody else holds. Raises DataError when
-        a record answers another prompt of the same id."""
+        """One walk over all prompts: the parts that have something to do and that nobody else holds. Raises
+        DataError when a record answers another prompt of the same id."""
         self.busy, number = 0, 0
         self._read_out()
         while chunk := _first(prompts, PART):
@@ -104,7 +104,9 @@ class SharedWork:
                 for path in sorted(self._folder.glob("*.jsonl")):
                     names = recover(path)  # cuts off what a kill tore
                     lines = path.read_bytes().splitlines(keepends=True)
-                    file.writelines(line for name, line in sorted(zip(names, lines, strict=True)) if name not in done)
+                    file.writelines(
+                        line for name, line in sorted(zip(names, lines, strict=True)) if name not in done
+                    )
                 file.flush()
                 os.fsync(file.fileno())
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -128,7 +130,10 @@ class SharedWork:
     def _check_asked(self, prompts: Sequence[Conversation], done: Mapping[str, Done]) -> None:
         other = next((p.id for p in prompts if p.id in done and done[p.id].asked != asked_hash(p)), None)
         if other is not None:
-            raise DataError(f"{self._out}: holds an answer to another prompt of id {other!r}; choose another file or remove it")
+            raise DataError(
+                f"{self._out}: holds an answer to another prompt of id {other!r}; choose another file or "
+                f"remove it"
+            )
 
     def _read_out(self) -> None:
         size = self._out.stat().st_size if self._out.exists() else 0
@@ -142,7 +147,8 @@ def _first(prompts: Iterator[Conversation], count: int) -> list[Conversation]:
 
 
 def _lock(path: Path) -> FileLock | None:
-    """A lock that no other process holds, held; None when one does. The system takes it away from a process that dies."""
+    """A lock that no other process holds, held; None when one does. The system takes it away from a process
+    that dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout=0)
     try:

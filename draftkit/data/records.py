@@ -1,7 +1,8 @@
-"""Records: what the target wrote, one line of JSON for each conversation, and the manifest that says how they were made.
+"""Records: what the target wrote, one line of JSON for each conversation, and the manifest that says how they
+were made.
 
-A line begins with what resuming needs (`id`, `asked`, `finish_reason`), so that a file of any size is looked through without
-reading all of its JSON. `answers` hold the token ids that training learns from.
+A line begins with what resuming needs (`id`, `asked`, `finish_reason`), so that a file of any size is looked
+through without reading all of its JSON. `answers` hold the token ids that training learns from.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from draftkit.settings import GenerateSettings
 from draftkit.target.prompt_format import PromptFormat
 from draftkit.target.tokenizer import tokenizer_hash
 
-_HEAD = re.compile(rb'\{"id": ("(?:[^"\\]|\\.)*"), "asked": "([0-9a-f]{16})", "finish_reason": "(\w+)", .*\}\n', re.DOTALL)
+_HEAD = re.compile(
+    rb'\{"id": ("(?:[^"\\]|\\.)*"), "asked": "([0-9a-f]{16})", "finish_reason": "(\w+)", .*\}\n', re.DOTALL
+)
 _MADE_WITH = {  # what a manifest says, and what it means when it differs
     "target": "another target",
     "template": "another chat template",
@@ -55,8 +58,8 @@ def record_line(record: Mapping[str, Any]) -> bytes:
 
 
 def recover(path: Path) -> dict[str, Done]:
-    """What is answered already, by id; a last line that was torn by a crash is cut off. Raises DataError for a file of
-    something else, or one that holds a record twice."""
+    """What is answered already, by id; a last line that was torn by a crash is cut off. Raises DataError for
+    a file of something else, or one that holds a record twice."""
     if not path.exists():
         return {}
     done: dict[str, Done] = {}
@@ -77,7 +80,9 @@ def recover(path: Path) -> dict[str, Done]:
         with path.open("r+b") as file:
             file.truncate(whole)
     if doubled := [name for name, count in twice.items() if count]:
-        raise DataError(f"{path}: holds {len(doubled)} answers twice, {doubled[0]!r} first; remove the file to start anew")
+        raise DataError(
+            f"{path}: holds {len(doubled)} answers twice, {doubled[0]!r} first; remove the file to start anew"
+        )
     return done
 
 
@@ -87,7 +92,10 @@ def manifest_path(out: Path) -> Path:
 
 
 def made_with(
-    prompt_format: PromptFormat, target_fingerprint: str, stop_token_ids: tuple[int, ...], settings: GenerateSettings
+    prompt_format: PromptFormat,
+    target_fingerprint: str,
+    stop_token_ids: tuple[int, ...],
+    settings: GenerateSettings,
 ) -> dict[str, Any]:
     """Everything that decides what records say; how many are made at a time does not."""
     chosen = {k: v for k, v in asdict(settings).items() if k != "batch_size"}
@@ -103,7 +111,8 @@ def made_with(
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
-    """The manifest beside a file of records; None where there is none. Raises DataError when it is damaged."""
+    """The manifest beside a file of records; None where there is none. Raises DataError when it is
+    damaged."""
     path = manifest_path(out)
     if not path.exists():
         return None
@@ -114,14 +123,18 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 
 
 def check_manifest(out: Path, wanted: Mapping[str, Any], today: date | None, begun: bool) -> None:
-    """Write the manifest of records that are begun now, or check that of those that go on. Raises DataError when they were
-    begun with something else, or by something else."""
+    """Write the manifest of records that are begun now, or check that of those that go on. Raises DataError
+    when they were begun with something else, or by something else."""
     found = read_manifest(out)
     if begun and found is None:
         name = manifest_path(out).name
-        raise DataError(f"{out}: is there, and no {name} that says what it was made from; choose another file")
+        raise DataError(
+            f"{out}: is there, and no {name} that says what it was made from; choose another file"
+        )
     if not begun or found is None:
-        write_text(manifest_path(out), json.dumps({**wanted, "today": today and today.isoformat()}, indent=1) + "\n")
+        write_text(
+            manifest_path(out), json.dumps({**wanted, "today": today and today.isoformat()}, indent=1) + "\n"
+        )
         return
     for name, value in wanted.items():
         if found.get(name) != value:
@@ -130,7 +143,8 @@ def check_manifest(out: Path, wanted: Mapping[str, Any], today: date | None, beg
 
 
 def check_rendered_as(out: Path, prompt_format: PromptFormat) -> None:
-    """Raise DataError when a file of records was made with another template, tokenizer or other switches than these."""
+    """Raise DataError when a file of records was made with another template, tokenizer or other switches than
+    these."""
     found = read_manifest(out)
     if found is None:
         return
@@ -141,4 +155,7 @@ def check_rendered_as(out: Path, prompt_format: PromptFormat) -> None:
     }
     for name, value in here.items():
         if name in found and found[name] != value:
-            raise DataError(f"{out}: was made with {_MADE_WITH[name]} ({found[name]!r:.60}, here {value!r:.60}); give the same")
+            raise DataError(
+                f"{out}: was made with {_MADE_WITH[name]} ({found[name]!r:.60}, here {value!r:.60}); give "
+                f"the same"
+            )

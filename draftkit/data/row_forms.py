@@ -1,8 +1,9 @@
 """Rows as data sets have them, made into conversations.
 
-Forms: OpenAI messages (`messages`, with `tools`), ShareGPT (`conversations` of `from`/`value` or `role`/`content`, with
-`system` and `tools`), `turns` (the user's side), `prompt` with or without `response` or `completion`, and records of
-`draftkit generate`. A column that is null is absent. Everything that is wrong raises DataError with the field's place.
+Forms: OpenAI messages (`messages`, with `tools`), ShareGPT (`conversations` of `from`/`value` or
+`role`/`content`, with `system` and `tools`), `turns` (the user's side), `prompt` with or without `response`
+or `completion`, and records of `draftkit generate`. A column that is null is absent. Everything that is wrong
+raises DataError with the field's place.
 """
 
 from __future__ import annotations
@@ -56,13 +57,17 @@ def conversation_of(row: Any, where: str, stem: str) -> Conversation:
     reason = row.get("finish_reason", turns[-1].finish_reason if turns else None)
     switches = row.get("switches")
     if not isinstance(switches, dict | None):
-        raise DataError(f"{where}: switches is a {type(switches).__name__}, must be an object of template switches")
+        raise DataError(
+            f"{where}: switches is a {type(switches).__name__}, must be an object of template switches"
+        )
     text = json.dumps([[m.as_dict() for m in messages], tools], ensure_ascii=False)
     _check_characters(f"{row.get('id')}{row.get('domain')}{text}", where)
     made_up = f"{stem}-{where.rsplit(':', 1)[1]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     identity = str(row["id"]) if row.get("id", "") != "" else made_up
     domain = str(row.get("domain") or stem)
-    return Conversation(identity, domain, tuple(messages), tools, turns, str(reason) if reason else None, switches)
+    return Conversation(
+        identity, domain, tuple(messages), tools, turns, str(reason) if reason else None, switches
+    )
 
 
 def _from_messages(row: dict[str, Any], where: str) -> list[Message]:
@@ -83,7 +88,10 @@ def _from_sharegpt(row: dict[str, Any], where: str) -> list[Message]:
 
 
 def _from_turns(row: dict[str, Any], where: str) -> list[Message]:
-    return [_message({"role": "user", "content": t}, f"{where}: turns[{i}]") for i, t in _items(row, "turns", where)]
+    return [
+        _message({"role": "user", "content": t}, f"{where}: turns[{i}]")
+        for i, t in _items(row, "turns", where)
+    ]
 
 
 def _from_prompt(row: dict[str, Any], where: str) -> list[Message]:
@@ -133,7 +141,9 @@ def _spoken(raw: Any, where: str) -> Message:
         return _message({"role": role, "content": value}, where)
     calls = _json(value, where) if isinstance(value, str) else value
     listed = calls if isinstance(calls, list) else [calls]
-    return _message({"role": role, "tool_calls": [{"type": "function", "function": c} for c in listed]}, where)
+    return _message(
+        {"role": role, "tool_calls": [{"type": "function", "function": c} for c in listed]}, where
+    )
 
 
 def _message(raw: Any, where: str) -> Message:
@@ -147,14 +157,22 @@ def _message(raw: Any, where: str) -> Message:
     if role not in ROLES:
         raise DataError(f"{where}: role {role!r} is not known; roles are {', '.join(ROLES)}")
     if not isinstance(given, str | list | None) or (not given and role in ("user", "system", "developer")):
-        raise DataError(f"{where}: content must be a non-empty string or a list of text parts, is {given!r:.40}")
+        raise DataError(
+            f"{where}: content must be a non-empty string or a list of text parts, is {given!r:.40}"
+        )
     try:
         content = content_text(given) if given is not None else None
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
-    calls = raw.get("tool_calls") or ([{"function": raw["function_call"]}] if raw.get("function_call") else [])
+    calls = raw.get("tool_calls") or (
+        [{"function": raw["function_call"]}] if raw.get("function_call") else []
+    )
     reasoning = next((raw[k] for k in ("reasoning_content", "reasoning", "thinking") if raw.get(k)), None)
-    for name, value in (("reasoning_content", reasoning), ("name", raw.get("name")), ("tool_call_id", raw.get("tool_call_id"))):
+    for name, value in (
+        ("reasoning_content", reasoning),
+        ("name", raw.get("name")),
+        ("tool_call_id", raw.get("tool_call_id")),
+    ):
         if not isinstance(value, str | None):
             raise DataError(f"{where}: {name} is a {type(value).__name__}, must be a string")
     weight = raw.get("weight")
@@ -183,7 +201,9 @@ def _call(raw: Any, number: int, where: str) -> dict[str, Any]:
     function = raw.get("function") if isinstance(raw, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(name, str) or not name:
-        raise DataError(f'{where}: must be {{"function": {{"name": "...", "arguments": "..."}}}}, is {raw!r:.60}')
+        raise DataError(
+            f'{where}: must be {{"function": {{"name": "...", "arguments": "..."}}}}, is {raw!r:.60}'
+        )
     arguments = function.get("arguments", function.get("parameters")) or {}
     if isinstance(arguments, str):
         if not isinstance(_json(arguments, f"{where}: arguments"), dict):
@@ -209,7 +229,10 @@ def _tools(given: Any, where: str) -> tuple[dict[str, Any], ...]:
     for i, tool in enumerate(listed):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise DataError(f'{where}: tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}, is {tool!r:.60}')
+            raise DataError(
+                f'{where}: tools[{i}] must be {{"type": "function", "function": {{"name": ...}}}}, is '
+                f"{tool!r:.60}"
+            )
         found.append(tool if "function" in tool else {"type": "function", "function": tool})
     return tuple(found)
 
@@ -227,13 +250,17 @@ def _turns(row: dict[str, Any], where: str) -> tuple[WrittenTurn, ...]:
         place = f"{where}: answers[{i}]" if several else where
         if not isinstance(turn, dict):
             raise DataError(f"{place}: is a {type(turn).__name__}, must be an object")
-        prompt_ids, answer_ids = (_ids(turn.get(name), f"{place}: {name}") for name in ("prompt_ids", "answer_ids"))
+        prompt_ids, answer_ids = (
+            _ids(turn.get(name), f"{place}: {name}") for name in ("prompt_ids", "answer_ids")
+        )
         found.append(WrittenTurn(prompt_ids, answer_ids, str(turn.get("finish_reason") or "stop")))
     return tuple(found)
 
 
 def _ids(given: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(given, list) or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given):
+    if not isinstance(given, list) or not all(
+        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given
+    ):
         raise DataError(f"{where} must be a list of token ids, is {given!r:.40}")
     return tuple(given)
 
@@ -249,4 +276,6 @@ def _check_characters(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can write a lone surrogate, "\ud800"; nothing after it can
-        raise DataError(f"{where}: holds half a character ({error.object[error.start]!a}); remove it") from error
+        raise DataError(
+            f"{where}: holds half a character ({error.object[error.start]!a}); remove it"
+        ) from error

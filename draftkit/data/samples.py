@@ -1,8 +1,9 @@
 """From conversations and records to what training learns from: token ids, and which of them the target wrote.
 
-A record brings its ids; nothing is tokenised again. The answers of a text are found by the prompt format. An answer whose
-prompt goes on from the one before, id by id, shares its sample; where history is rewritten (thoughts that a template drops,
-text that is tokenised in another way) each answer keeps the context in which it is served, and becomes a sample of its own.
+A record brings its ids; nothing is tokenised again. The answers of a text are found by the prompt format. An
+answer whose prompt goes on from the one before, id by id, shares its sample; where history is rewritten
+(thoughts that a template drops, text that is tokenised in another way) each answer keeps the context in which
+it is served, and becomes a sample of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ CutAnswers = Literal["keep", "drop"]
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids, and per token whether the target wrote it; `conversation` is the id of what it is part of."""
+    """Token ids, and per token whether the target wrote it; `conversation` is the id of what it is part
+    of."""
 
     id: str
     conversation: str
@@ -33,7 +35,8 @@ class Sample:
 
 @dataclass
 class SampleCounts:
-    """What became of the conversations that were read; `unshown` are parts that the template does not show, by name."""
+    """What became of the conversations that were read; `unshown` are parts that the template does not show,
+    by name."""
 
     conversations: int = 0
     samples: int = 0
@@ -66,10 +69,11 @@ def samples_of(
     counts: SampleCounts,
     cut_answers: CutAnswers = "keep",
 ) -> Iterator[Sample]:
-    """Samples in order. Conversations whose answers cannot be found in what the template writes are counted and left out.
+    """Samples in order. Conversations whose answers cannot be found in what the template writes are counted
+    and left out.
 
-    Raises DataError that names the conversation for token ids beyond the vocabulary, records made with other template
-    switches, and where the template refuses it.
+    Raises DataError that names the conversation for token ids beyond the vocabulary, records made with other
+    template switches, and where the template refuses it.
     """
     for conversation in conversations:
         counts.conversations += 1
@@ -110,7 +114,8 @@ def _turns_of_text(
 
 
 def _joined(turns: Iterable[WrittenTurn]) -> Iterator[tuple[list[int], list[bool]]]:
-    """(tokens, mask) of answers, joined with the one before where its prompt and answer begin the next prompt."""
+    """(tokens, mask) of answers, joined with the one before where its prompt and answer begin the next
+    prompt."""
     tokens: list[int] = []
     mask: list[bool] = []
     for turn in turns:
@@ -140,6 +145,7 @@ def _check_switches(conversation: Conversation, switches: Mapping[str, Any]) -> 
     made_with = conversation.switches
     if made_with is not None and dict(made_with) != dict(switches):
         raise DataError(
-            f"conversation {conversation.id}: was made with template switches {made_with}, this run has {dict(switches)}; "
+            f"conversation {conversation.id}: was made with template switches {made_with}, this run has "
+            f"{dict(switches)}; "
             "give the same in target.template_switches"
         )

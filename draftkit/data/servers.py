@@ -1,9 +1,9 @@
 """Answers from OpenAI-compatible servers (vLLM, SGLang, llama-server, ours), several at once.
 
-Each server pulls the next question when it has room, so that a slow one takes fewer. One that fails rests, longer each time,
-and its questions go back to the others; an answer is taken once. Where a server gives token ids, prompts go to
-/v1/completions as the very ids of the prompt format and the ids of the answer come back; elsewhere messages go to
-/v1/chat/completions and come back as text.
+Each server pulls the next question when it has room, so that a slow one takes fewer. One that fails rests,
+longer each time, and its questions go back to the others; an answer is taken once. Where a server gives token
+ids, prompts go to /v1/completions as the very ids of the prompt format and the ids of the answer come back;
+elsewhere messages go to /v1/chat/completions and come back as text.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class _Server:
 class ServerAnswers(Answers):
     """Answers through servers, at most `per_server` questions at the same time at each.
 
-    Raises ServeError when one cannot be reached, serves another model than `model` (where it is given), or renders messages
-    to other tokens than `prompt_format` does.
+    Raises ServeError when one cannot be reached, serves another model than `model` (where it is given), or
+    renders messages to other tokens than `prompt_format` does.
     """
 
     def __init__(
@@ -74,7 +74,9 @@ class ServerAnswers(Answers):
         self._format, self._per_server = prompt_format, per_server
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         with httpx.Client(headers=self._headers, timeout=TIMEOUT) as client:
-            self._servers = [_look_at(client, url.rstrip("/").removesuffix("/v1"), model, prompt_format) for url in urls]
+            self._servers = [
+                _look_at(client, url.rstrip("/").removesuffix("/v1"), model, prompt_format) for url in urls
+            ]
         self.model = self._servers[0].model
         self._open: set[str] = set()
         self._found: queue.SimpleQueue[tuple[str, Answer] | Exception] = queue.SimpleQueue()
@@ -115,9 +117,13 @@ class ServerAnswers(Answers):
     async def _work(self) -> None:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(headers=self._headers, timeout=TIMEOUT, limits=limits) as client:
-            await asyncio.gather(*(self._pull(client, s) for s in self._servers for _ in range(self._per_server)))
+            await asyncio.gather(
+                *(self._pull(client, s) for s in self._servers for _ in range(self._per_server))
+            )
         told = "; ".join(f"{s.url}: {s.trouble}" for s in self._servers)
-        self._found.put(ServeError(f"no server is left to answer ({told}); start them and run the same command again"))
+        self._found.put(
+            ServeError(f"no server is left to answer ({told}); start them and run the same command again")
+        )
 
     async def _pull(self, client: httpx.AsyncClient, server: _Server) -> None:
         """One of a server's places: it takes a question when it is free, until the server is given up."""
@@ -155,7 +161,11 @@ def _rest(server: _Server, trouble: str, asked: float | None) -> None:
 
 
 async def _answer(
-    client: httpx.AsyncClient, server: _Server, question: Question, settings: GenerateSettings, shown: PromptFormat
+    client: httpx.AsyncClient,
+    server: _Server,
+    question: Question,
+    settings: GenerateSettings,
+    shown: PromptFormat,
 ) -> Answer:
     """One answer. Raises _TryElsewhere, _WrongServer, or ServeError for a question that is refused."""
     limit = answer_limit(server.max_length, len(question.prompt_ids), settings)
@@ -212,8 +222,8 @@ def _message_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _body_of(response: httpx.Response, key: str, server: _Server) -> dict[str, Any]:
-    """What a server answered. Raises _TryElsewhere for what passes, _WrongServer for what does not, ServeError for a
-    question that no server would take."""
+    """What a server answered. Raises _TryElsewhere for what passes, _WrongServer for what does not,
+    ServeError for a question that no server would take."""
     code = response.status_code
     if code == 429 or code >= 500:
         raise _TryElsewhere(f"answers {code}", _retry_after(response))
@@ -224,7 +234,9 @@ def _body_of(response: httpx.Response, key: str, server: _Server) -> dict[str, A
     if code in (401, 403, 404):
         raise _WrongServer(f"answers {code}: {_error_text(said)}")
     if code >= 400:
-        raise ServeError(f"{server.url} refuses conversation {key} ({code}: {_error_text(said)}); change or remove it")
+        raise ServeError(
+            f"{server.url} refuses conversation {key} ({code}: {_error_text(said)}); change or remove it"
+        )
     if not isinstance(said, dict) or not said.get("choices"):
         raise _TryElsewhere(f"answers without choices: {str(said)[:60]!r}")
     if said.get("model", server.model) != server.model:
@@ -251,10 +263,14 @@ def _look_at(client: httpx.Client, url: str, model: str | None, shown: PromptFor
         listed = client.get(f"{url}/v1/models").json()["data"]
         names = {str(m["id"]): m for m in listed}
     except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise ServeError(f"--server {url}: is no OpenAI-compatible server ({type(error).__name__} {error})") from error
+        raise ServeError(
+            f"--server {url}: is no OpenAI-compatible server ({type(error).__name__} {error})"
+        ) from error
     chosen = model or next(iter(names), "")
     if chosen not in names:
-        raise ServeError(f"--server {url}: does not serve {chosen!r} but {', '.join(names) or 'nothing'}; give --model")
+        raise ServeError(
+            f"--server {url}: does not serve {chosen!r} but {', '.join(names) or 'nothing'}; give --model"
+        )
     length = names[chosen].get("max_model_len")
     server = _Server(url, chosen, False, length if isinstance(length, int) else _UNKNOWN_LENGTH)
     wanted = shown.prompt(_PROBE)
@@ -263,11 +279,14 @@ def _look_at(client: httpx.Client, url: str, model: str | None, shown: PromptFor
     counted = (chat.get("usage") or {}).get("prompt_tokens")
     if counted is not None and counted != len(wanted):
         raise ServeError(
-            f"--server {url}: shows its model {counted} tokens where this recipe shows {len(wanted)}: another chat template, "
+            f"--server {url}: shows its model {counted} tokens where this recipe shows {len(wanted)}: "
+            f"another chat template, "
             "tokenizer or other template switches; serve the recipe's target"
         )
     try:
-        given = _said(client, url, "/v1/completions", plain | {"prompt": list(wanted), "return_token_ids": True})
+        given = _said(
+            client, url, "/v1/completions", plain | {"prompt": list(wanted), "return_token_ids": True}
+        )
         server.gives_ids = isinstance(given["choices"][0].get("token_ids"), list)
     except ServeError:
         server.gives_ids = False  # no completions, or none of token ids
@@ -279,7 +298,9 @@ def _said(client: httpx.Client, url: str, path: str, body: dict[str, Any]) -> di
         response = client.post(url + path, json=body)
         said = response.json()
     except (httpx.HTTPError, ValueError) as error:
-        raise ServeError(f"--server {url}: does not answer {path} ({type(error).__name__} {error})") from error
+        raise ServeError(
+            f"--server {url}: does not answer {path} ({type(error).__name__} {error})"
+        ) from error
     if response.status_code >= 400 or not isinstance(said, dict) or not said.get("choices"):
         raise ServeError(f"--server {url}: answers {path} with {response.status_code}: {_error_text(said)}")
     return said

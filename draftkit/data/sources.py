@@ -107,14 +107,19 @@ def read_mixture(path: Path) -> Mixture:
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a mixture ({' '.join(str(error).split())[:120]})") from error
+        raise ConfigError(
+            f"{path}: cannot be read as a mixture ({' '.join(str(error).split())[:120]})"
+        ) from error
 
 
-def mix(mixture: Mixture, out: Path, limit: int | None = None, skipped: SkippedRows | None = None) -> MixReport:
-    """Write a mixture's conversations into `out`, interleaved by weight until `limit` of them are there or all sources end.
+def mix(
+    mixture: Mixture, out: Path, limit: int | None = None, skipped: SkippedRows | None = None
+) -> MixReport:
+    """Write a mixture's conversations into `out`, interleaved by weight until `limit` of them are there or
+    all sources end.
 
-    A conversation that another source, or the validation file, has already is left out. Raises DataError for rows that are
-    wrong, unless they go into `skipped`.
+    A conversation that another source, or the validation file, has already is left out. Raises DataError for
+    rows that are wrong, unless they go into `skipped`.
     """
     report, seen = MixReport(), set[bytes]()
     if mixture.validation:
@@ -164,7 +169,9 @@ def _of_hub(source: Source, skipped: SkippedRows | None) -> Iterator[Conversatio
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise DataError(f"{source.name}: hub data sets are read through `datasets`; pip install 'draftkit[data]'") from error
+        raise DataError(
+            f"{source.name}: hub data sets are read through `datasets`; pip install 'draftkit[data]'"
+        ) from error
     about = PRESETS[source.preset] if source.preset else HubSet(str(source.hub))
     split, config = source.split or about.split, source.config or about.config
     try:
@@ -182,7 +189,9 @@ def _of_hub(source: Source, skipped: SkippedRows | None) -> Iterator[Conversatio
 
 def _digest(conversation: Conversation) -> bytes:
     """Of what is asked: the same question with another answer is the same."""
-    text = json.dumps([m.content for m in conversation.messages if m.role in ("user", "tool")], ensure_ascii=False)
+    text = json.dumps(
+        [m.content for m in conversation.messages if m.role in ("user", "tool")], ensure_ascii=False
+    )
     return hashlib.sha256(text.encode()).digest()[:8]
 
 

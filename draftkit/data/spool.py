@@ -1,4 +1,5 @@
-"""Samples on their way from conversations to the target: kept on disk, so that a data set need not fit the memory."""
+"""Samples on their way from conversations to the target: kept on disk, so that a data set need not fit the
+memory."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from draftkit.data.samples import Sample
 
 
 class SampleSpool:
-    """Token ids and masks of samples end to end in an unnamed file under `folder`; ids, domains and lengths in memory.
+    """Token ids and masks of samples end to end in an unnamed file under `folder`; ids, domains and lengths
+    in memory.
 
     `too_long` counts those of more than `max_length` tokens, which are not kept.
     """
@@ -41,7 +43,8 @@ class SampleSpool:
         self._file.flush()
         ends = np.frombuffer(self._ends, np.int64)
         lengths = np.diff(ends)
-        # By length, so that batches waste little on padding; of equals by id: the order of the files does not count.
+        # By length, so that batches waste little on padding; of equals by id: the order of the files does not
+        # count.
         order = sorted(range(len(lengths)), key=lambda i: (lengths[i], self._ids[i]))
         self._order = np.asarray(order, np.int64)
         self.lengths = lengths[self._order]
@@ -50,7 +53,9 @@ class SampleSpool:
     def __enter__(self) -> SampleSpool:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         del self._packed
         self._file.close()
 
@@ -62,7 +67,9 @@ class SampleSpool:
         digest = hashlib.sha256()
         for index in self._order:
             packed = self._packed[self._ends[index] : self._ends[index + 1]]
-            digest.update(f"{self._ids[index]}\0{self._domains[index]}\0{len(packed)}\0".encode() + packed.tobytes())
+            digest.update(
+                f"{self._ids[index]}\0{self._domains[index]}\0{len(packed)}\0".encode() + packed.tobytes()
+            )
         return digest.hexdigest()
 
     @property
@@ -77,4 +84,6 @@ class SampleSpool:
     def _sample(self, index: int) -> Sample:
         packed = self._packed[self._ends[index] : self._ends[index + 1]]
         tokens, mask = (packed >> 1).tolist(), (packed & 1).astype(bool).tolist()
-        return Sample(self._ids[index], self._conversations[index], self._domains[index], tuple(tokens), tuple(mask))
+        return Sample(
+            self._ids[index], self._conversations[index], self._domains[index], tuple(tokens), tuple(mask)
+        )

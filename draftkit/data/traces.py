@@ -1,8 +1,8 @@
 """From logs to conversations: read, masked, freed of repetitions, and split by conversation.
 
-A log of requests holds the same conversation again and again, each time a little longer: what is the beginning of another one
-is dropped. Conversations that begin with the same request of the user go into the same split, so that nothing that is
-evaluated was trained on.
+A log of requests holds the same conversation again and again, each time a little longer: what is the
+beginning of another one is dropped. Conversations that begin with the same request of the user go into the
+same split, so that nothing that is evaluated was trained on.
 """
 
 from __future__ import annotations
@@ -62,21 +62,26 @@ def make_traces(
     held_out_share: float = 0.1,
     keep_secrets: bool = False,
 ) -> tuple[TracesReport, SkippedRows]:
-    """Write train.jsonl, validation.jsonl, heldout.jsonl and report.json into `out`; rows that are wrong are left out.
+    """Write train.jsonl, validation.jsonl, heldout.jsonl and report.json into `out`; rows that are wrong are
+    left out.
 
-    `form` is one of FORMATS; None: recognised file by file. Raises DataError for a file of no known format, and when nothing
-    is left.
+    `form` is one of FORMATS; None: recognised file by file. Raises DataError for a file of no known format,
+    and when nothing is left.
     """
     report, skipped = TracesReport(), SkippedRows()
     found: list[Conversation] = []
     for path in paths:
         for conversation in _read(path, form, report, skipped):
             masked = conversation if keep_secrets else _masked(conversation, report.masked)
-            found.append(replace(masked, domain=domain_of(masked.as_dicts())) if masked.domain == path.stem else masked)
+            found.append(
+                replace(masked, domain=domain_of(masked.as_dicts())) if masked.domain == path.stem else masked
+            )
     report.invalid = skipped.count
     kept = list(_without_repetitions(found, report))
     if not kept:
-        raise DataError(f"{', '.join(map(str, paths))}: no conversation with an answer is left ({report.lines()[1]})")
+        raise DataError(
+            f"{', '.join(map(str, paths))}: no conversation with an answer is left ({report.lines()[1]})"
+        )
     parts: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
     for conversation in kept:
         parts[_split_of(conversation, validation_share, held_out_share)].append(conversation)
@@ -97,7 +102,9 @@ def _read(path: Path, form: str | None, report: TracesReport, skipped: SkippedRo
     name = form or recognise(_first_lines(path))
     if name is None:
         looked_for = "; ".join(f"{key}: {what}" for key, (what, _) in FORMATS.items())
-        raise DataError(f"{path}: is no log of a known format (looked for {looked_for}); name it with --format")
+        raise DataError(
+            f"{path}: is no log of a known format (looked for {looked_for}); name it with --format"
+        )
     if name not in FORMATS:
         raise DataError(f"--format {name}: is not known, choose one of {', '.join(FORMATS)}")
     report.formats[str(path)] = name
@@ -159,7 +166,8 @@ def _without_repetitions(found: Sequence[Conversation], report: TracesReport) ->
 
 
 def _prefix_hashes(messages: Sequence[Message]) -> Iterator[str]:
-    """A digest of the first message, the first two, ...; ids of calls, which differ from log to log, do not count."""
+    """A digest of the first message, the first two, ...; ids of calls, which differ from log to log, do not
+    count."""
     digest = hashlib.sha256()
     for m in messages:
         calls = [c["function"] for c in m.tool_calls]
@@ -198,7 +206,9 @@ def _masked_message(message: Message, counts: dict[str, int]) -> Message:
     calls = []
     for call in message.tool_calls:
         function = call["function"]
-        calls.append({**call, "function": {**function, "arguments": mask_secrets(function["arguments"], counts)}})
+        calls.append(
+            {**call, "function": {**function, "arguments": mask_secrets(function["arguments"], counts)}}
+        )
     return replace(
         message,
         content=mask_secrets(message.content, counts) if message.content else message.content,

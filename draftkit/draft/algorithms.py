@@ -1,7 +1,7 @@
 """The table of algorithms: what each kind of drafter is called, made of, run by, and written as.
 
-A new one is a file with its shape and its module, and a row here; `tests/test_algorithms.py` adds one that way. What has
-no paged form runs in the engine through `propose`, one request after the other.
+A new one is a file with its shape and its module, and a row here; `tests/test_algorithms.py` adds one that
+way. What has no paged form runs in the engine through `propose`, one request after the other.
 """
 
 from __future__ import annotations
@@ -99,16 +99,21 @@ def build(config: DrafterShape) -> Drafter:
 
 
 def read_shape(fields: Fields, num_target_layers: int | None) -> tuple[DrafterShape, Form]:
-    """A drafter's shape from any known form, and the form; `num_target_layers` helps where the form does not say it.
+    """A drafter's shape from any known form, and the form; `num_target_layers` helps where the form does not
+    say it.
 
     Raises CheckpointError that names the architecture or the field that is missing, wrong or not implemented.
     """
     forms = {name: form for row in ALGORITHMS.values() for form in row.forms for name in form.styles}
     if fields.raw.get("speculators_model_type"):
-        raise CheckpointError(f"{fields.where}: the speculators form is not known; known are {', '.join(forms)}")
+        raise CheckpointError(
+            f"{fields.where}: the speculators form is not known; known are {', '.join(forms)}"
+        )
     architecture = OTHER_NAMES.get(fields.architecture, fields.architecture)
     if architecture not in forms:
-        raise CheckpointError(f"{fields.where}: architecture {architecture} is not known; known are {', '.join(forms)}")
+        raise CheckpointError(
+            f"{fields.where}: architecture {architecture} is not known; known are {', '.join(forms)}"
+        )
     form = forms[architecture]
     return form.read(fields, read_sizes(fields, form.styles[architecture], num_target_layers)), form
 
@@ -121,7 +126,9 @@ def form_for(config: DrafterShape, name: str) -> Form:
     reasons = [form.refuses(config, name) for form in forms]
     if None in reasons:
         return forms[reasons.index(None)]
-    raise CheckpointError(str(reasons[-1]) if reasons else f"{config.algorithm} has no form {name!r}; write another")
+    raise CheckpointError(
+        str(reasons[-1]) if reasons else f"{config.algorithm} has no form {name!r}; write another"
+    )
 
 
 def tensors_to_form(tensors: dict[str, Tensor], form: Form) -> dict[str, Tensor]:

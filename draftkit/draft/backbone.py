@@ -1,11 +1,11 @@
 """The transformer of a block drafter: its layers attend to injected context features and to their own block.
 
-Context features are projected once, H_ctx = RMSNorm(W_c [H^(l1); ...; H^(lm)]), and enter every layer as keys and values
-only: K_i = [W_i^K H_ctx ; W_i^K H_d], V_i likewise. Within a block attention is bidirectional. What differs between
-families of targets is a row of `draft/families.py`.
+Context features are projected once, H_ctx = RMSNorm(W_c [H^(l1); ...; H^(lm)]), and enter every layer as keys
+and values only: K_i = [W_i^K H_ctx ; W_i^K H_d], V_i likewise. Within a block attention is bidirectional.
+What differs between families of targets is a row of `draft/families.py`.
 
-Shapes: C context tokens, Q block positions, H hidden, N query heads, M key/value heads, D head size, I intermediate.
-Names of modules are those of the portable checkpoint.
+Shapes: C context tokens, Q block positions, H hidden, N query heads, M key/value heads, D head size, I
+intermediate. Names of modules are those of the portable checkpoint.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(
-    length: int, head_dim: int, theta: float, device: torch.device | None = None, share: float = 1.0, first: int = 0
+    length: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device | None = None,
+    share: float = 1.0,
+    first: int = 0,
 ) -> Tensor:
-    """cos and sin of the positions first..length - 1, float32 [length - first, 2, D]: frequencies are computed here, never
-    stored or cast.
+    """cos and sin of the positions first..length - 1, float32 [length - first, 2, D]: frequencies are
+    computed here, never stored or cast.
 
-    With a `share` below 1 only that part of the frequencies turns (Transformers calls this rope type "proportional").
+    With a `share` below 1 only that part of the frequencies turns (Transformers calls this rope type
+    "proportional").
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     frequencies[int(share * head_dim // 2) :] = 0
@@ -64,7 +70,8 @@ def embed(table: nn.Embedding, tokens: Tensor, config: DrafterShape) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections of one layer, from inputs of `width`; how keys meet queries differs between training and drafting."""
+    """Projections of one layer, from inputs of `width`; how keys meet queries differs between training and
+    drafting."""
 
     def __init__(self, config: DrafterShape, width: int) -> None:
         super().__init__()
@@ -74,7 +81,9 @@ class Attention(nn.Module):
         self.scale = size**-0.5 if style.scores_by_size else 1.0
         self.q_proj = nn.Linear(width, config.num_heads * size, bias=False)
         self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
-        self.v_proj = None if config.shared_key_value else nn.Linear(width, config.num_kv_heads * size, bias=False)
+        self.v_proj = (
+            None if config.shared_key_value else nn.Linear(width, config.num_kv_heads * size, bias=False)
+        )
         self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(size, config.rms_eps) if style.query_key_norm else None
         self.k_norm = RMSNorm(size, config.rms_eps) if style.query_key_norm else None
@@ -116,12 +125,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to [..., H]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        out: Tensor = self.down_proj((F.gelu(gate, approximate="tanh") if self.tanh_gelu else F.silu(gate)) * up)
+        out: Tensor = self.down_proj(
+            (F.gelu(gate, approximate="tanh") if self.tanh_gelu else F.silu(gate)) * up
+        )
         return out
 
 
 class DraftLayer(nn.Module):
-    """Pre-norm attention and MLP with residuals; Gemma's has norms behind both too, and scales what it gives on."""
+    """Pre-norm attention and MLP with residuals; Gemma's has norms behind both too, and scales what it gives
+    on."""
 
     def __init__(self, config: DrafterShape, attention_width: int | None = None) -> None:
         super().__init__()
@@ -138,7 +150,8 @@ class DraftLayer(nn.Module):
     def forward(
         self, x_QH: Tensor, context_CH: Tensor, block_rope: Rotation, context_rope: Rotation, plan: BlockPlan
     ) -> Tensor:
-        """All blocks of a batch at once: [Q, H] to [Q, H], each block over its part of the context and itself."""
+        """All blocks of a batch at once: [Q, H] to [Q, H], each block over its part of the context and
+        itself."""
         attention, normed = self.self_attn, self.input_layernorm(x_QH)
         q = attention.queries(attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim)), block_rope)
         own = attention.keys_values(normed, block_rope)
@@ -146,7 +159,8 @@ class DraftLayer(nn.Module):
         return self.finish(x_QH, block_attention(q, own, seen, plan, attention.scale).flatten(1))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer behind its attention: residual stream [..., H] and attended values [..., N * D] to [..., H]."""
+        """The layer behind its attention: residual stream [..., H] and attended values [..., N * D] to [...,
+        H]."""
         update = self.self_attn.o_proj(attended)
         if not self.output_norms:
             x = x + update

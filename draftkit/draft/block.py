@@ -1,7 +1,8 @@
 """The block drafter: DSpark, and DFlash as DSpark without heads.
 
-Shapes: B batch, T new tokens, P block positions, G = gamma drafted tokens, V vocabulary, H hidden, F = K * H features,
-L layers, M key/value heads, D head size; in training X blocks, Q = X * P, C context tokens, N rows that count.
+Shapes: B batch, T new tokens, P block positions, G = gamma drafted tokens, V vocabulary, H hidden, F = K * H
+features, L layers, M key/value heads, D head size; in training X blocks, Q = X * P, C context tokens, N rows
+that count.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class BlockContext:
 
 
 class BlockDrafter(ReducedHead):
-    """Backbone, optional sequential head, optional confidence head; embedding and head (or its chosen rows) are frozen
-    copies."""
+    """Backbone, optional sequential head, optional confidence head; embedding and head (or its chosen rows)
+    are frozen copies."""
 
     config: DrafterConfig
 
@@ -82,7 +83,8 @@ class BlockDrafter(ReducedHead):
                     nn.init.normal_(module.weight, std=0.02)
 
     def head(self) -> Head:
-        """The target's output head, or its rows of the draft vocabulary, with the family's factor and soft cap."""
+        """The target's output head, or its rows of the draft vocabulary, with the family's factor and soft
+        cap."""
         return Head(self.lm_head.weight, self.config.logit_scale, self.config.soft_cap)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -97,16 +99,20 @@ class BlockDrafter(ReducedHead):
 
     @torch.inference_mode()
     def extend(self, context: DraftContext, features_BTF: Tensor, next_tokens_BT: Tensor) -> None:
-        """Write keys and values of T committed positions for every layer; the tokens themselves are not needed."""
+        """Write keys and values of T committed positions for every layer; the tokens themselves are not
+        needed."""
         block = _own(context)
         hidden = self.hidden_norm(self.fc(features_BTF.to(self.fc.weight.dtype)))
         rotation = self._rotation_at(block.length, hidden.shape[1])
         read = [layer.self_attn.keys_values(hidden, rotation) for layer in self.draft_layers()]
-        keys, values = (torch.stack(parts).transpose(2, 3) for parts in zip(*read, strict=True))  # [L, B, M, T, D]
+        # [L, B, M, T, D]
+        keys, values = (torch.stack(parts).transpose(2, 3) for parts in zip(*read, strict=True))
         block.append(keys, values)
 
     @torch.inference_mode()
-    def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
+    def propose(
+        self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor
+    ) -> Proposal:
         """One pass of the backbone over the block, then the head from left to right."""
         hidden_BGH = self._block_hidden(_own(context), anchor_B)
         base_BGV = self.head().logits(hidden_BGH)
@@ -134,7 +140,9 @@ class BlockDrafter(ReducedHead):
     def _block_hidden(self, context: BlockContext, anchor_B: Tensor) -> Tensor:
         """Normed hidden states of the G drafting positions, [B, G, H]."""
         config = self.config
-        tokens_BP = torch.full((len(anchor_B), config.block_size), config.mask_token_id, device=anchor_B.device)
+        tokens_BP = torch.full(
+            (len(anchor_B), config.block_size), config.mask_token_id, device=anchor_B.device
+        )
         tokens_BP[:, 0] = anchor_B
         x = self.embed(tokens_BP)
         rotation = self._rotation_at(context.length, config.block_size)
@@ -179,8 +187,12 @@ class BlockDrafter(ReducedHead):
         rows = Rows(
             hidden_NH=hidden_NH,
             head=self.head(),
-            markov=(markov_Nr, self.markov_head.markov_w2.weight) if self.markov_head and markov_Nr is not None else None,
-            target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[before_XG.flatten()[row_N]].to(hidden_NH.dtype),
+            markov=(markov_Nr, self.markov_head.markov_w2.weight)
+            if self.markov_head and markov_Nr is not None
+            else None,
+            target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[before_XG.flatten()[row_N]].to(
+                hidden_NH.dtype
+            ),
             place_N=before_XG.flatten()[row_N],
             target_head=replace(self.head(), weight_VH=self.whole_head()),
             tokens_N=self.draft_tokens(batch.tokens_BT.flatten()[layout.drafted_XG.flatten()[row_N]]),
@@ -230,7 +242,9 @@ class BlockDrafter(ReducedHead):
         if self.markov_head.kind != "rnn":
             return embedded_Nr, self.markov_head.step(hidden_NH, embedded_Nr, None)[0]
         cells = layout.drafted_XG.numel()
-        grids = [t.new_zeros(cells, t.shape[1]).index_copy(0, layout.row_N, t) for t in (hidden_NH, embedded_Nr)]
+        grids = [
+            t.new_zeros(cells, t.shape[1]).index_copy(0, layout.row_N, t) for t in (hidden_NH, embedded_Nr)
+        ]
         unrolled = self.markov_head.unroll(*(g.unflatten(0, (-1, self.gamma)) for g in grids))
         return embedded_Nr, unrolled.flatten(0, 1)[layout.row_N].to(hidden_NH.dtype)
 

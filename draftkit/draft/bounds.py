@@ -1,4 +1,5 @@
-"""What a drafter's configuration may ask for, so that a file with a wrong number in it is an error before memory is used."""
+"""What a drafter's configuration may ask for, so that a file with a wrong number in it is an error before
+memory is used."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from dataclasses import fields
 from draftkit.draft.drafter import DrafterShape
 from draftkit.errors import ConfigError
 
-# Least and most, wide enough for every model that there is. Fields that a shape lacks, or that are None, are passed over.
+# Least and most, wide enough for every model that there is. Fields that a shape lacks, or that are None, are
+# passed over.
 BOUNDS: dict[str, tuple[float, float]] = {
     "hidden_size": (1, 2**17),
     "intermediate_size": (1, 2**20),

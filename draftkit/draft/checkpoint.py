@@ -1,8 +1,9 @@
-"""Drafter checkpoints: Hugging Face folders that other engines load unchanged (`checkpoint_forms.py`: which form is what).
+"""Drafter checkpoints: Hugging Face folders that other engines load unchanged (`checkpoint_forms.py`: which
+form is what).
 
-A folder has a flat `config.json`, safetensors in one file or in shards with an index, and, when draftkit wrote it,
-`draftkit.json` with provenance. Embedding and head are the target's, so a folder may leave them out: it is then loaded
-together with its target. Nothing is unpickled.
+A folder has a flat `config.json`, safetensors in one file or in shards with an index, and, when draftkit
+wrote it, `draftkit.json` with provenance. Embedding and head are the target's, so a folder may leave them
+out: it is then loaded together with its target. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 def new_drafter(
     config: DrafterShape, embedding_VH: Tensor, head_VH: Tensor, draft_ids_W: Tensor | None = None
 ) -> Drafter:
-    """A fresh drafter, in float32 on the CPU, over the target's embedding and head: the very tensors where they are so, too.
+    """A fresh drafter, in float32 on the CPU, over the target's embedding and head: the very tensors where
+    they are so, too.
 
     `draft_ids_W` (int64) are the target ids of a reduced draft vocabulary. Raises CheckpointError when sizes
     do not fit.
@@ -46,9 +48,11 @@ def new_drafter(
     for module, source in ((drafter.embed_tokens, embedding_VH), (drafter.lm_head, head_VH)):
         if module.weight.shape != source.shape:
             raise CheckpointError(
-                f"target embedding {tuple(source.shape)} does not fit a drafter of {tuple(module.weight.shape)}"
+                f"target embedding {tuple(source.shape)} does not fit a drafter of "
+                f"{tuple(module.weight.shape)}"
             )
-        own = source.detach().to(module.weight.device, module.weight.dtype)  # the same tensor where nothing differs
+        # the same tensor where nothing differs
+        own = source.detach().to(module.weight.device, module.weight.dtype)
         module.weight = torch.nn.Parameter(own, requires_grad=False)
     return drafter
 
@@ -62,11 +66,13 @@ def save_drafter(
     lender: TargetWeights | None = None,
     lend_rows: bool = False,
 ) -> None:
-    """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a drafter.
+    """Write the folder; weights are replaced in one rename, last, so that a broken write is never taken for a
+    drafter.
 
-    `form` is one of `checkpoint_forms.FORMS`. With a `lender`, embedding and head are left out; a reduced head is only with
-    `lend_rows`, since other engines look for it in the folder. Raises CheckpointError when the form cannot hold this drafter,
-    or when they are not the lender's, and OSError when the disk does not take it.
+    `form` is one of `checkpoint_forms.FORMS`. With a `lender`, embedding and head are left out; a reduced
+    head is only with `lend_rows`, since other engines look for it in the folder. Raises CheckpointError when
+    the form cannot hold this drafter, or when they are not the lender's, and OSError when the disk does not
+    take it.
     """
     chosen = form_for(drafter.config, form)
     fields = chosen.write(drafter.config) | {"dtype": str(dtype).removeprefix("torch.")}
@@ -90,13 +96,17 @@ def save_drafter(
 def load_drafter(
     folder: Path, dtype: torch.dtype = torch.float32, target: TargetWeights | None = None
 ) -> Drafter:
-    """Read a folder in any known form; what it leaves out, or holds with the same numbers, are the very tensors of `target`.
+    """Read a folder in any known form; what it leaves out, or holds with the same numbers, are the very
+    tensors of `target`.
 
-    Raises CheckpointError naming the file, the field or the tensor that is wrong, or that only the target can give.
+    Raises CheckpointError naming the file, the field or the tensor that is wrong, or that only the target can
+    give.
     """
     config = read_config(folder, target.info.num_layers if target else None)
     if (folder / "mask_embedding.pt").exists():
-        raise CheckpointError(f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores")
+        raise CheckpointError(
+            f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores"
+        )
     tensors = tensors_from_form(read_tensors(folder), config)
     ids_W = _take_draft_ids(str(folder), config, tensors)
     for name in (EMBEDDING, HEAD):
@@ -107,29 +117,31 @@ def load_drafter(
     check_tensors(str(folder), wanted, tensors)
     drafter = build(config)
     shared = _shared(tensors, target, ids_W) if target is not None else {}
-    own = {name: t.to(dtype, copy=True) for name, t in tensors.items() if name not in shared}  # files are mapped: copied
+    # files are mapped: copied
+    own = {name: t.to(dtype, copy=True) for name, t in tensors.items() if name not in shared}
     drafter.load_state_dict(own | shared, assign=True)
     drafter.choose_vocabulary(ids_W, _head_to_train_with(drafter, target))
     return drafter.to(dtype).eval()
 
 
-def open_drafter(
-    folder: Path, target: TargetWeights, dtype: torch.dtype | None = None
-) -> Drafter:
-    """Read a folder onto the target's device, in its dtype unless another is given, and check that the drafter fits the target.
-    Raises CheckpointError when it does not."""
+def open_drafter(folder: Path, target: TargetWeights, dtype: torch.dtype | None = None) -> Drafter:
+    """Read a folder onto the target's device, in its dtype unless another is given, and check that the
+    drafter fits the target. Raises CheckpointError when it does not."""
     config = read_config(folder, target.info.num_layers)
     if (config.vocab_size, config.hidden_size) != (target.info.vocab_size, target.info.hidden_size):
         differ = f"vocabulary or hidden size differ from those of {target.info.name}"
         raise CheckpointError(f"{folder}: is for another target ({differ}); give the drafter of this one")
     made_for = read_provenance(folder).get("target_fingerprint")
     if made_for and made_for != target.info.fingerprint:
-        raise CheckpointError(f"{folder}: was trained for another target than {target.info.name}; train it again")
+        raise CheckpointError(
+            f"{folder}: was trained for another target than {target.info.name}; train it again"
+        )
     return load_drafter(folder, dtype or target.head_weight().dtype, target).to(target.device)
 
 
 def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterShape:
-    """The drafter's shape from `config.json`. Raises CheckpointError when it is missing, broken or of another kind."""
+    """The drafter's shape from `config.json`. Raises CheckpointError when it is missing, broken or of another
+    kind."""
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a drafter")
@@ -140,27 +152,35 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterSh
     except ConfigError as error:  # of the shape itself, which does not know where it was read
         raise CheckpointError(f"{path}: {error}") from error
     except ArithmeticError as error:  # no heads, or a number that no float holds
-        raise CheckpointError(f"{path}: holds sizes that cannot be ({error}); copy or write it again") from error
+        raise CheckpointError(
+            f"{path}: holds sizes that cannot be ({error}); copy or write it again"
+        ) from error
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
-    Raises CheckpointError when a file is missing or damaged (a folder of draftkit's holds the sha256 of its weights), or lacks
-    what the index says.
+    Raises CheckpointError when a file is missing or damaged (a folder of draftkit's holds the sha256 of its
+    weights), or lacks what the index says.
     """
     if (folder / WEIGHTS).exists():
         _check_digest(folder)
         return _read_file(folder / WEIGHTS)
     if not (folder / INDEX).exists():
         pickled = any(folder.glob("*.bin"))
-        reason = "its weights are pickled; convert them to safetensors" if pickled else "give the folder of a drafter"
+        reason = (
+            "its weights are pickled; convert them to safetensors"
+            if pickled
+            else "give the folder of a drafter"
+        )
         raise CheckpointError(f"{folder}: has no {WEIGHTS}; {reason}")
     places = Fields(_read_json(folder / INDEX), str(folder / INDEX)).section("weight_map").raw
     shards = {}
     for name in sorted(set(map(str, places.values()))):
         if not is_plain_name(name) or not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: the index names {name}, which is not in the folder; copy it again")
+            raise CheckpointError(
+                f"{folder}: the index names {name}, which is not in the folder; copy it again"
+            )
         shards[name] = _read_file(folder / name)
     lost = sorted(tensor for tensor, file in places.items() if tensor not in shards[str(file)])
     if lost:
@@ -178,11 +198,17 @@ def check_tensors(where: str, wanted: dict[str, torch.Size], found: dict[str, Te
     """Raise CheckpointError that names the missing, unknown or wrongly shaped tensors."""
     missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or unknown:
-        parts = [f"{what} {', '.join(names[:4])}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+        parts = [
+            f"{what} {', '.join(names[:4])}"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
         raise CheckpointError(f"{where}: tensors do not fit the configuration: {'; '.join(parts)}")
     for name, shape in wanted.items():
         if found[name].shape != shape:
-            raise CheckpointError(f"{where}: {name} is {tuple(found[name].shape)}, the configuration says {tuple(shape)}")
+            raise CheckpointError(
+                f"{where}: {name} is {tuple(found[name].shape)}, the configuration says {tuple(shape)}"
+            )
 
 
 def _read_json(path: Path) -> Any:
@@ -201,8 +227,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _check_digest(folder: Path) -> None:
-    """Raise CheckpointError when provenance, configuration or weights are not those that draftkit wrote, if it wrote them.
-    Folders from before the digest hold that of the weights alone."""
+    """Raise CheckpointError when provenance, configuration or weights are not those that draftkit wrote, if
+    it wrote them. Folders from before the digest hold that of the weights alone."""
     note, again = read_provenance(folder), "train or copy it again"
     if DIGEST in note and not is_intact(note):
         raise CheckpointError(f"{folder / PROVENANCE}: is damaged (another digest than its own); {again}")
@@ -213,33 +239,46 @@ def _check_digest(folder: Path) -> None:
 
 
 def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:
-    """Remove d2t and t2d (what d2t says again) and return the draft vocabulary's target ids, None for the whole."""
+    """Remove d2t and t2d (what d2t says again) and return the draft vocabulary's target ids, None for the
+    whole."""
     offsets_W = tensors.pop("d2t", None)
     tensors.pop("t2d", None)
     if config.draft_vocab_size is None:
         if offsets_W is not None and bool(offsets_W.any()):
-            raise CheckpointError(f"{where}: d2t renames tokens, but draft_vocab_size is the whole vocabulary")
+            raise CheckpointError(
+                f"{where}: d2t renames tokens, but draft_vocab_size is the whole vocabulary"
+            )
         return None
     if offsets_W is None or offsets_W.shape != (config.draft_vocab_size,):
         found = "missing" if offsets_W is None else tuple(offsets_W.shape)
-        raise CheckpointError(f"{where}: d2t is {found}; draft_vocab_size {config.draft_vocab_size} needs one id each")
+        raise CheckpointError(
+            f"{where}: d2t is {found}; draft_vocab_size {config.draft_vocab_size} needs one id each"
+        )
     return offsets_W.long() + torch.arange(len(offsets_W))
 
 
 def _borrowed(where: str, name: str, target: TargetWeights | None, draft_ids_W: Tensor | None) -> Tensor:
     if target is None:
-        raise CheckpointError(f"{where}: has no {name}, which is its target's; give the target too (--target)")
+        raise CheckpointError(
+            f"{where}: has no {name}, which is its target's; give the target too (--target)"
+        )
     if name == EMBEDDING:
         return target.embedding_weight().detach()
     head_VH = target.head_weight().detach()
     return head_VH if draft_ids_W is None else head_VH[draft_ids_W]
 
 
-def _shared(tensors: dict[str, Tensor], target: TargetWeights, draft_ids_W: Tensor | None) -> dict[str, Tensor]:
+def _shared(
+    tensors: dict[str, Tensor], target: TargetWeights, draft_ids_W: Tensor | None
+) -> dict[str, Tensor]:
     """The target's embedding and head, those of them that hold the drafter's numbers in the same dtype."""
     names = (EMBEDDING, HEAD) if draft_ids_W is None else (EMBEDDING,)
     theirs = {name: _borrowed("drafter", name, target, None) for name in names}
-    return {n: t for n, t in theirs.items() if t.dtype == tensors[n].dtype and torch.equal(tensors[n].to(t.device), t)}
+    return {
+        n: t
+        for n, t in theirs.items()
+        if t.dtype == tensors[n].dtype and torch.equal(tensors[n].to(t.device), t)
+    }
 
 
 def _head_to_train_with(drafter: Drafter, target: TargetWeights | None) -> Tensor | None:

@@ -1,7 +1,8 @@
 """Fields of a drafter's `config.json`: typed reading, and the sizes that all forms share.
 
-A form's block is a style of `families.py`; Qwen3's and Llama's blocks have the same fields, Gemma 4's has its own (what
-its full-attention layers use: `global_head_dim`, `num_global_key_value_heads`, rotary embeddings of type "proportional").
+A form's block is a style of `families.py`; Qwen3's and Llama's blocks have the same fields, Gemma 4's has its
+own (what its full-attention layers use: `global_head_dim`, `num_global_key_value_heads`, rotary embeddings of
+type "proportional").
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ T = TypeVar("T", int, float, bool, str)
 
 
 class Fields:
-    """A `config.json` or a section of it, read field by field; CheckpointError names the file and the field."""
+    """A `config.json` or a section of it, read field by field; CheckpointError names the file and the
+    field."""
 
     def __init__(self, raw: Any, where: str) -> None:
         if not isinstance(raw, dict):
@@ -39,7 +41,9 @@ class Fields:
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:
-            raise CheckpointError(f"{self.where}: field '{name}' is {value!r}, must be of type {kind.__name__}")
+            raise CheckpointError(
+                f"{self.where}: field '{name}' is {value!r}, must be of type {kind.__name__}"
+            )
         return value
 
     def optional(self, name: str, kind: type[T]) -> T | None:
@@ -75,7 +79,8 @@ class Fields:
 
 
 def read_sizes(fields: Fields, style: str, num_target_layers: int | None) -> dict[str, Any]:
-    """The fields of `DrafterShape` but feature layers and block size; `num_target_layers` where the file lacks it.
+    """The fields of `DrafterShape` but feature layers and block size; `num_target_layers` where the file
+    lacks it.
 
     Raises CheckpointError for a field that is missing, of a wrong type, or asks for what is not implemented.
     """
@@ -84,9 +89,13 @@ def read_sizes(fields: Fields, style: str, num_target_layers: int | None) -> dic
     fields.demand("hidden_size_per_layer_input", 0)
     fields.demand("rope_scaling")
     if any(kind != "full_attention" for kind in fields.raw.get("layer_types") or []):
-        raise CheckpointError(f"{fields.where}: field 'layer_types': draftkit runs full_attention layers only")
+        raise CheckpointError(
+            f"{fields.where}: field 'layer_types': draftkit runs full_attention layers only"
+        )
     if num_target_layers is None and fields.raw.get("num_target_layers") is None:
-        raise CheckpointError(f"{fields.where}: does not say 'num_target_layers'; give its target too (--target)")
+        raise CheckpointError(
+            f"{fields.where}: does not say 'num_target_layers'; give its target too (--target)"
+        )
     heads = fields.get("num_attention_heads", int)
     sizes = {
         "style": style,
@@ -110,7 +119,9 @@ def _read_plain(fields: Fields) -> dict[str, Any]:
     rope = fields.section("rope_parameters")
     rope.demand("rope_type", "default")
     return {
-        "head_dim": fields.get("head_dim", int, fields.get("hidden_size", int) // fields.get("num_attention_heads", int)),
+        "head_dim": fields.get(
+            "head_dim", int, fields.get("hidden_size", int) // fields.get("num_attention_heads", int)
+        ),
         "rope_theta": fields.get("rope_theta", float, rope.get("rope_theta", float, DrafterShape.rope_theta)),
     }
 

@@ -1,15 +1,16 @@
 """The forms in which drafters circulate: what their `config.json` says, and how their tensors are called.
 
-| architecture                                   | drafter                  | embedding, head         | layer ids           |
-| Qwen3DSparkModel, Gemma4DSparkModel (DeepSpec) | DSpark, DFlash           | own, or borrowed        | target_layer_ids: i |
-| LlamaDSparkModel (ours, no engine knows it)    | the same, Llama's block  | own, or borrowed        | target_layer_ids: i |
-| DFlashDraftModel (z-lab)                       | DFlash 1+N               | the target's            | target_layer_ids: i |
-| LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM | EAGLE-3, the second with | own, or borrowed; a re- | top level: i + 1,   |
-|                                                | q/k norms                | duced head is its own   | eagle_config: i     |
-| Qwen3Eagle3Model, Gemma4Eagle3Model (DeepSpec) | EAGLE-3                  | own, or borrowed        | target_layer_ids: i |
+| architecture                                   | drafter                  | embedding, head         | layer
+ids           | | Qwen3DSparkModel, Gemma4DSparkModel (DeepSpec) | DSpark, DFlash           | own, or borrowed
+| target_layer_ids: i | | LlamaDSparkModel (ours, no engine knows it)    | the same, Llama's block  | own, or
+borrowed        | target_layer_ids: i | | DFlashDraftModel (z-lab)                       | DFlash 1+N
+| the target's            | target_layer_ids: i | | LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM | EAGLE-3,
+the second with | own, or borrowed; a re- | top level: i + 1,   | |
+| q/k norms                | duced head is its own   | eagle_config: i     | | Qwen3Eagle3Model,
+Gemma4Eagle3Model (DeepSpec) | EAGLE-3                  | own, or borrowed        | target_layer_ids: i |
 
-i is a layer OUTPUT index; i + 1 counts the embedding as 0, as Transformers' `hidden_states` does. vLLM and llama.cpp read
-the top-level ids of EAGLE-3, SGLang the nested ones.
+i is a layer OUTPUT index; i + 1 counts the embedding as 0, as Transformers' `hidden_states` does. vLLM and
+llama.cpp read the top-level ids of EAGLE-3, SGLang the nested ones.
 """
 
 from __future__ import annotations
@@ -34,13 +35,12 @@ class Form:
     """One way in which drafters of one kind are written.
 
     Attributes:
-        names: under which of FORMS a person asks for it.
-        styles: the architectures that `config.json` may name, and the block style of each.
-        read: the drafter's shape from the fields and the sizes that all forms share.
-        write: the fields of `config.json`.
-        refuses: why a shape does not fit this form under one of its names; None: it fits.
-        renamed: beginnings of tensor names, (the form's, ours); in reading those of other forms are known, too.
-        with_target_weights: embedding and head are in the folder, unless they are left out on purpose.
+        names: under which of FORMS a person asks for it. styles: the architectures that `config.json` may
+        name, and the block style of each. read: the drafter's shape from the fields and the sizes that all
+        forms share. write: the fields of `config.json`. refuses: why a shape does not fit this form under one
+        of its names; None: it fits. renamed: beginnings of tensor names, (the form's, ours); in reading those
+        of other forms are known, too. with_target_weights: embedding and head are in the folder, unless they
+        are left out on purpose.
     """
 
     names: tuple[str, ...]
@@ -56,7 +56,9 @@ def _read_dspark(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
     rank = fields.get("markov_rank", int, 0)
     kind = fields.get("markov_head_type", str, "vanilla")
     if kind not in _HEADS:
-        raise CheckpointError(f"{fields.where}: markov_head_type {kind!r} is not known; known are {', '.join(_HEADS)}")
+        raise CheckpointError(
+            f"{fields.where}: markov_head_type {kind!r} is not known; known are {', '.join(_HEADS)}"
+        )
     reduced = fields.get("draft_vocab_size", int, sizes["vocab_size"])
     return DrafterConfig(
         **sizes,
@@ -120,13 +122,17 @@ def _eagle_layers(fields: Fields, layers: int) -> tuple[int, ...]:
 
 def _read_deepspec_eagle(fields: Fields, sizes: dict[str, Any]) -> EagleConfig:
     return EagleConfig(
-        **sizes, feature_layers=fields.wanted_ids("target_layer_ids"), block_size=fields.get("ttt_length", int)
+        **sizes,
+        feature_layers=fields.wanted_ids("target_layer_ids"),
+        block_size=fields.get("ttt_length", int),
     )
 
 
 def _architecture(form: Form, config: DrafterShape) -> tuple[str, str]:
     """The architecture of a style, and Transformers' name of its model type."""
-    return next(name for name, style in form.styles.items() if style == config.style), _MODEL_TYPES[config.style]
+    return next(name for name, style in form.styles.items() if style == config.style), _MODEL_TYPES[
+        config.style
+    ]
 
 
 def _write_dspark(config: DrafterConfig) -> dict[str, Any]:
@@ -148,7 +154,10 @@ def _write_dspark(config: DrafterConfig) -> dict[str, Any]:
 
 
 def _write_dflash(config: DrafterConfig) -> dict[str, Any]:
-    nested: dict[str, Any] = {"mask_token_id": config.mask_token_id, "target_layer_ids": list(config.feature_layers)}
+    nested: dict[str, Any] = {
+        "mask_token_id": config.mask_token_id,
+        "target_layer_ids": list(config.feature_layers),
+    }
     fields = write_sizes(config, *_architecture(DFLASH, config))
     fields |= {"block_size": config.block_size, "dflash_config": nested}
     if "final_logit_softcapping" in fields:
@@ -157,7 +166,8 @@ def _write_dflash(config: DrafterConfig) -> dict[str, Any]:
 
 
 def _window(config: DrafterConfig) -> dict[str, Any]:
-    """A field of ours: an engine that does not know it lets the drafter see the whole context, which loses nothing."""
+    """A field of ours: an engine that does not know it lets the drafter see the whole context, which loses
+    nothing."""
     return {"context_window": config.window} if config.window else {}
 
 
@@ -186,17 +196,24 @@ def _not_dspark(config: DrafterConfig, name: str) -> str | None:
     if name == "deepspec" and (config.layout != "anchor" or config.style == "llama"):
         return "DeepSpec has the anchor layout alone, and no Llama block; write the portable form"
     if name == "deepspec" and config.draft_vocab_size:
-        return "DeepSpec drafts from the whole vocabulary; write the portable form, which vLLM and llama.cpp load"
+        return (
+            "DeepSpec drafts from the whole vocabulary; write the portable form, which vLLM and "
+            "llama.cpp load"
+        )
     return None
 
 
 def _not_dflash(config: DrafterConfig, name: str) -> str | None:
     fits = config.layout == "one_plus_n" and config.style == "qwen3" and not config.draft_vocab_size
-    return None if fits else "z-lab's DFlash has the layout one_plus_n, the Qwen3 block and the whole vocabulary"
+    return (
+        None if fits else "z-lab's DFlash has the layout one_plus_n, the Qwen3 block and the whole vocabulary"
+    )
 
 
 def _not_eagle(config: EagleConfig, name: str) -> str | None:
-    return None if config.style in EAGLE.styles.values() else f"no engine's EAGLE-3 has the block {config.style}"
+    return (
+        None if config.style in EAGLE.styles.values() else f"no engine's EAGLE-3 has the block {config.style}"
+    )
 
 
 def _not_deepspec_eagle(config: EagleConfig, name: str) -> str | None:
@@ -204,7 +221,8 @@ def _not_deepspec_eagle(config: EagleConfig, name: str) -> str | None:
     if fits and not config.draft_vocab_size and not config.norm_before_residual:
         return None
     return (
-        "DeepSpec's EAGLE-3 has q/k norms (drafter.style: qwen3 or gemma4), the whole vocabulary and no norm before the "
+        "DeepSpec's EAGLE-3 has q/k norms (drafter.style: qwen3 or gemma4), the whole vocabulary and no "
+        "norm before the "
         "residual; write the portable form"
     )
 
@@ -215,7 +233,14 @@ _DEEPSPEC_EAGLES = {"Qwen3Eagle3Model": "qwen3", "Gemma4Eagle3Model": "gemma4"}
 _LAYER = ("layers.0.", "midlayer.")
 DSPARK = Form(FORMS, _BLOCKS, _read_dspark, _write_dspark, _not_dspark)
 DFLASH = Form(
-    ("portable",), {"DFlashDraftModel": "qwen3"}, _read_dflash, _write_dflash, _not_dflash, with_target_weights=False
+    ("portable",),
+    {"DFlashDraftModel": "qwen3"},
+    _read_dflash,
+    _write_dflash,
+    _not_dflash,
+    with_target_weights=False,
 )
 EAGLE = Form(("portable",), _EAGLES, _read_eagle, _write_eagle, _not_eagle)
-DEEPSPEC_EAGLE = Form(FORMS, _DEEPSPEC_EAGLES, _read_deepspec_eagle, _write_deepspec_eagle, _not_deepspec_eagle, _LAYER)
+DEEPSPEC_EAGLE = Form(
+    FORMS, _DEEPSPEC_EAGLES, _read_deepspec_eagle, _write_deepspec_eagle, _not_deepspec_eagle, _LAYER
+)

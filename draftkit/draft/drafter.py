@@ -1,7 +1,7 @@
 """The seam behind which a drafter lives, and the plain data that crosses it.
 
-Shapes: B batch, T tokens, G = gamma drafted tokens per round, V vocabulary, H hidden size, F = K * H features of K
-target layers, A anchors, L draft layers.
+Shapes: B batch, T tokens, G = gamma drafted tokens per round, V vocabulary, H hidden size, F = K * H features
+of K target layers, A anchors, L draft layers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ LAYOUTS = ("anchor", "one_plus_n")
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterShape:
-    """What every drafter has. `feature_layers` are target layer OUTPUT indices, ascending; `block_size` sets how many
-    tokens are drafted per round; `logit_scale` and `soft_cap` are the target's, on the logits of its head. `style` is a
-    row of `draft/families.py`; with `shared_key_value` a layer's values are its key projection; rotary embeddings turn
-    `rotary_share` of the head size. `draft_vocab_size`: only so many tokens can be drafted; null is the target's vocabulary."""
+    """What every drafter has. `feature_layers` are target layer OUTPUT indices, ascending; `block_size` sets
+    how many tokens are drafted per round; `logit_scale` and `soft_cap` are the target's, on the logits of its
+    head. `style` is a row of `draft/families.py`; with `shared_key_value` a layer's values are its key
+    projection; rotary embeddings turn `rotary_share` of the head size. `draft_vocab_size`: only so many
+    tokens can be drafted; null is the target's vocabulary."""
 
     hidden_size: int
     intermediate_size: int
@@ -48,22 +49,37 @@ class DrafterShape:
     draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"):
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "vocab_size",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"drafter.{name}: {getattr(self, name)} must be 1 or more")
         layers, last = list(self.feature_layers), self.num_target_layers - 2  # as a target gives them
         if layers != sorted(set(layers)) or any(not 0 <= i <= last for i in layers):
-            raise ConfigError(f"drafter.feature_layers: {layers} must be ascending and distinct, from 0 to {last}")
+            raise ConfigError(
+                f"drafter.feature_layers: {layers} must be ascending and distinct, from 0 to {last}"
+            )
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(f"drafter.num_heads: {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+            raise ConfigError(
+                f"drafter.num_heads: {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.gamma < 1:
             raise ConfigError(f"drafter.block_size: {self.block_size} leaves no token to draft")
         if self.draft_vocab_size is not None and not 1 < self.draft_vocab_size <= self.vocab_size:
             raise ConfigError(
-                f"drafter.draft_vocab_size: {self.draft_vocab_size} must lie between 2 and the target's {self.vocab_size}"
+                f"drafter.draft_vocab_size: {self.draft_vocab_size} must lie between 2 and the target's "
+                f"{self.vocab_size}"
             )
         if self.style not in STYLES:
-            raise ConfigError(f"drafter.style: {self.style!r} is not known, choose one of {', '.join(STYLES)}")
+            raise ConfigError(
+                f"drafter.style: {self.style!r} is not known, choose one of {', '.join(STYLES)}"
+            )
 
     @property
     def gamma(self) -> int:
@@ -95,9 +111,9 @@ class DrafterShape:
 class DrafterConfig(DrafterShape):
     """The shape of a block drafter (DSpark, or DFlash with `head="none"` and no confidence head).
 
-    `block_size` is the number of block positions; `layout` "anchor" drafts from every one of them (the anchor first),
-    "one_plus_n" (z-lab's DFlash) from all but the anchor. `window` limits the context to the last so many positions
-    before the anchor.
+    `block_size` is the number of block positions; `layout` "anchor" drafts from every one of them (the anchor
+    first), "one_plus_n" (z-lab's DFlash) from all but the anchor. `window` limits the context to the last so
+    many positions before the anchor.
     """
 
     mask_token_id: int
@@ -113,17 +129,24 @@ class DrafterConfig(DrafterShape):
         super().__post_init__()
         if not 0 <= self.mask_token_id < self.vocab_size:
             last = self.vocab_size - 1
-            raise ConfigError(f"drafter.mask_token_id: {self.mask_token_id} must lie between 0 and the target's {last}")
+            raise ConfigError(
+                f"drafter.mask_token_id: {self.mask_token_id} must lie between 0 and the target's {last}"
+            )
         if self.head not in HEADS:
             raise ConfigError(f"drafter.head: {self.head!r} is not known, choose one of {', '.join(HEADS)}")
         if self.draft_vocab_size is not None and self.style == "gemma4":
             raise ConfigError(
-                "drafter.draft_vocab_size: no engine loads a gemma4 block drafter of a reduced vocabulary; leave it out"
+                "drafter.draft_vocab_size: no engine loads a gemma4 block drafter of a reduced "
+                "vocabulary; leave it out"
             )
         if self.layout not in LAYOUTS:
-            raise ConfigError(f"drafter.layout: {self.layout!r} is not known, choose one of {', '.join(LAYOUTS)}")
+            raise ConfigError(
+                f"drafter.layout: {self.layout!r} is not known, choose one of {', '.join(LAYOUTS)}"
+            )
         if self.window is not None and self.window < 1:
-            raise ConfigError(f"drafter.window: {self.window} leaves no context, give 1 or more, or null for all of it")
+            raise ConfigError(
+                f"drafter.window: {self.window} leaves no context, give 1 or more, or null for all of it"
+            )
 
     @property
     def gamma(self) -> int:
@@ -143,9 +166,10 @@ class DrafterConfig(DrafterShape):
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a drafter offers in one round: int64 [B, G], the very probabilities it drew from [B, G, V], the estimated
-    probability that each token is accepted given those before, [B, G] or None, and the largest probability of its own
-    softmax (temperature 1) before each token was drawn, [B, G], None where it was not asked for."""
+    """What a drafter offers in one round: int64 [B, G], the very probabilities it drew from [B, G, V], the
+    estimated probability that each token is accepted given those before, [B, G] or None, and the largest
+    probability of its own softmax (temperature 1) before each token was drawn, [B, G], None where it was not
+    asked for."""
 
     tokens_BG: Tensor
     probs_BGV: Tensor
@@ -170,10 +194,10 @@ class DraftContext(Protocol):
 class TrainBatch:
     """Rows that hold one or more whole conversations ("documents") end to end, with chosen anchors.
 
-    Features and last hidden states at a place come from the target after it has read its document up to there.
-    A block sees its own document only, up to its anchor. A drafted token counts where `loss_mask_BT` holds at its place;
-    a block ends with the first one that does not count, or that belongs to another document. Anchors are places in the
-    row; every tensor has one entry per row.
+    Features and last hidden states at a place come from the target after it has read its document up to
+    there. A block sees its own document only, up to its anchor. A drafted token counts where `loss_mask_BT`
+    holds at its place; a block ends with the first one that does not count, or that belongs to another
+    document. Anchors are places in the row; every tensor has one entry per row.
     """
 
     tokens_BT: Tensor  # int64
@@ -192,8 +216,9 @@ class TrainBatch:
 class LossReport:
     """Numerators and denominators, to be summed over micro-batches and processes before dividing.
 
-    `loss_sum / weight_sum` is the objective; `sums` holds further numerators over `weight_sum` for the log. Per row n =
-    one drafted position that counts: `accept_N` in [0, 1] is the analytic acceptance rate 1 - 1/2 |q - p|_1.
+    `loss_sum / weight_sum` is the objective; `sums` holds further numerators over `weight_sum` for the log.
+    Per row n = one drafted position that counts: `accept_N` in [0, 1] is the analytic acceptance rate 1 - 1/2
+    |q - p|_1.
     """
 
     loss_sum: Tensor
@@ -204,7 +229,8 @@ class LossReport:
 
 
 class Drafter(nn.Module):
-    """What the loop, the trainer and the engine ask of a drafter. Embedding and head are the target's, frozen."""
+    """What the loop, the trainer and the engine ask of a drafter. Embedding and head are the target's,
+    frozen."""
 
     config: DrafterShape
     embed_tokens: nn.Embedding
@@ -226,23 +252,30 @@ class Drafter(nn.Module):
         return self.config.has_confidence
 
     def choose_vocabulary(self, draft_ids_W: Tensor | None, target_head_VH: Tensor | None) -> None:
-        """Set the target ids of a reduced draft vocabulary, int64 [W], and the target's whole head to train with.
+        """Set the target ids of a reduced draft vocabulary, int64 [W], and the target's whole head to train
+        with.
 
         Raises ConfigError when this drafter has the target's own vocabulary.
         """
         if draft_ids_W is not None:
-            raise ConfigError(f"drafter.draft_vocab_size: {self.config.algorithm} drafts from the target's whole vocabulary")
+            raise ConfigError(
+                f"drafter.draft_vocab_size: {self.config.algorithm} drafts from the target's whole vocabulary"
+            )
 
     def new_context(self, batch: int = 1) -> DraftContext:
         """An empty context for `batch` requests of equal length."""
         raise NotImplementedError
 
     def extend(self, context: DraftContext, features_BTF: Tensor, next_tokens_BT: Tensor) -> None:
-        """Add T committed positions; `next_tokens_BT[t]` is the token behind position t (EAGLE-3 pairs them)."""
+        """Add T committed positions; `next_tokens_BT[t]` is the token behind position t (EAGLE-3 pairs
+        them)."""
         raise NotImplementedError
 
-    def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
-        """Draft G tokens behind the anchor, which sits at position `context.length`; uniforms are in [0, 1)."""
+    def propose(
+        self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor
+    ) -> Proposal:
+        """Draft G tokens behind the anchor, which sits at position `context.length`; uniforms are in [0,
+        1)."""
         raise NotImplementedError
 
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:

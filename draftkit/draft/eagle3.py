@@ -1,15 +1,19 @@
 """EAGLE-3: a drafter of one layer that drafts token by token and feeds its own state back (arXiv 2503.01840).
 
-Row i of its sequence pairs feature f_i = W_c [H_i^(l1); ...; H_i^(lm)] with the embedding of token x_{i+1} at position i:
-    u_i = [RMSNorm(E x_{i+1}) ; RMSNorm(f_i)],  s_i = layer(u_i, residual f_i),  q(x_{i+2}) = softmax(W RMSNorm(s_i)).
-From the anchor's row on there are no features: the state s takes the place of the next row's f. Training unrolls the same
-steps ("training-time test"), with the conversation's own tokens: step k of an anchor sees the context rows up to the
-anchor's and its own steps 1..k. One layer: keys and values of the context need no attention.
+Row i of its sequence pairs feature f_i = W_c [H_i^(l1); ...; H_i^(lm)] with the embedding of token x_{i+1} at
+position i:
+    u_i = [RMSNorm(E x_{i+1}) ; RMSNorm(f_i)],  s_i = layer(u_i, residual f_i),  q(x_{i+2}) = softmax(W
+    RMSNorm(s_i)).
+From the anchor's row on there are no features: the state s takes the place of the next row's f. Training
+unrolls the same steps ("training-time test"), with the conversation's own tokens: step k of an anchor sees
+the context rows up to the anchor's and its own steps 1..k. One layer: keys and values of the context need no
+attention.
 
 A reduced draft vocabulary is a choice of target ids; q is zero outside it.
 
-Shapes: B batch, T new tokens, G = gamma drafted tokens, V vocabulary, W draft vocabulary, H hidden, F = K * H features,
-Q query heads, M key/value heads, D head size, U = 2 * H; in training X blocks, C context rows, N rows that count.
+Shapes: B batch, T new tokens, G = gamma drafted tokens, V vocabulary, W draft vocabulary, H hidden, F = K * H
+features, Q query heads, M key/value heads, D head size, U = 2 * H; in training X blocks, C context rows, N
+rows that count.
 """
 
 from __future__ import annotations
@@ -35,10 +39,11 @@ CONTEXT_GROWTH = 256  # rows by which a context's memory grows
 
 @dataclass(frozen=True, kw_only=True)
 class EagleConfig(DrafterShape):
-    """The shape of an EAGLE-3 drafter; `block_size` is the horizon of training and the number of drafted tokens.
+    """The shape of an EAGLE-3 drafter; `block_size` is the horizon of training and the number of drafted
+    tokens.
 
-    `draft_vocab_size` null is the target's vocabulary. `norm_before_residual`: the residual is the normed state instead
-    of the state.
+    `draft_vocab_size` null is the target's vocabulary. `norm_before_residual`: the residual is the normed
+    state instead of the state.
     """
 
     num_layers: int = 1
@@ -71,11 +76,15 @@ class EagleLayer(DraftLayer):
     def join(self, embedded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings and states [..., H] to the layer's input u [..., 2 H] and its residual [..., H]."""
         normed = self.hidden_norm(state)
-        return torch.cat([self.input_layernorm(embedded), normed], -1), normed if self.norm_before_residual else state
+        return torch.cat(
+            [self.input_layernorm(embedded), normed], -1
+        ), normed if self.norm_before_residual else state
 
     def queries(self, u: Tensor, rotation: Rotation) -> Tensor:
         """Inputs [..., T, 2 H] to [..., T, Q, D]."""
-        return self.self_attn.queries(self.self_attn.q_proj(u).unflatten(-1, (-1, self.self_attn.head_dim)), rotation)
+        return self.self_attn.queries(
+            self.self_attn.q_proj(u).unflatten(-1, (-1, self.self_attn.head_dim)), rotation
+        )
 
 
 class EagleContext:
@@ -120,8 +129,8 @@ class EagleContext:
 class EagleDrafter(ReducedHead):
     """One layer, a final norm, and frozen copies of the target's embedding and head (its chosen rows).
 
-    `draft_ids_W` are the target ids of the draft vocabulary, None for the whole. `target_head_VH`, the target's head, is
-    needed for training when it is not `lm_head`, and is no part of a checkpoint.
+    `draft_ids_W` are the target ids of the draft vocabulary, None for the whole. `target_head_VH`, the
+    target's head, is needed for training when it is not `lm_head`, and is no part of a checkpoint.
     """
 
     config: EagleConfig
@@ -161,7 +170,9 @@ class EagleDrafter(ReducedHead):
         own.append(keys.transpose(1, 2), values.transpose(1, 2), features_BTH)
 
     @torch.inference_mode()
-    def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
+    def propose(
+        self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor
+    ) -> Proposal:
         """G steps of the layer; the first one is the last committed row, with the anchor as its token.
 
         Raises ValueError when the context holds no token yet.
@@ -200,7 +211,8 @@ class EagleDrafter(ReducedHead):
         return layer.finish(residual, mixed.transpose(1, 2).flatten(2))
 
     def logits(self, state_BH: Tensor) -> Tensor:
-        """States [B, H] to draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B, V]."""
+        """States [B, H] to draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B,
+        V]."""
         return self.over_target(self._head(self.lm_head.weight).logits(self.norm(state_BH)))
 
     def _head(self, weight: Tensor) -> Head:
@@ -215,7 +227,9 @@ class EagleDrafter(ReducedHead):
 
     def _rope_table(self, length: int) -> Tensor:
         config = self.config
-        return rope_table(length, config.head_dim, config.rope_theta, self.norm.weight.device, config.rotary_share)
+        return rope_table(
+            length, config.head_dim, config.rope_theta, self.norm.weight.device, config.rotary_share
+        )
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return embed(self.embed_tokens, tokens, self.config)
@@ -224,7 +238,8 @@ class EagleDrafter(ReducedHead):
 
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """The distillation terms over all drafted positions that count; nothing is reduced over processes."""
-        has_row_BA = batch.positions_BT.gather(1, batch.anchors_BA) > 0  # a document's first token has no feature before it
+        # a document's first token has no feature before it
+        has_row_BA = batch.positions_BT.gather(1, batch.anchors_BA) > 0
         layout = lay_out(replace(batch, anchor_mask_BA=batch.anchor_mask_BA & has_row_BA), self.gamma, None)
         row_N, drafted_N = layout.row_N, layout.drafted_XG.flatten()[layout.row_N]
         hidden_NH = self.norm(self._train_states(batch, layout).flatten(0, 1)[row_N])
@@ -248,7 +263,8 @@ class EagleDrafter(ReducedHead):
     def _train_states(self, batch: TrainBatch, layout: TrainLayout) -> Tensor:
         """States of all unrolled steps of all blocks, before the final norm: [X, G, H].
 
-        The context tokens before an anchor are its rows; the last of them, which pairs with the anchor, is step 0.
+        The context tokens before an anchor are its rows; the last of them, which pairs with the anchor, is
+        step 0.
         """
         layer, tokens_T, positions_T = self.midlayer, batch.tokens_BT.flatten(), batch.positions_BT.flatten()
         table = self._rope_table(batch.tokens_BT.shape[1] + self.gamma).to(self.fc.weight.dtype)
@@ -266,11 +282,21 @@ class EagleDrafter(ReducedHead):
             rotation = _rotation(table[positions_T[layout.anchor_X] - 1 + k])
             if k:
                 own.append(layer.self_attn.keys_values(u_XU, rotation))
-            keys, values = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*own, strict=True)) if own else nothing
-            plan = plan_blocks(
-                layout.start_X, layout.stop_X, layout.document_X, 1, len(features_CH), self.config.head_dim, own=k
+            keys, values = (
+                (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*own, strict=True)) if own else nothing
             )
-            mixed = block_attention(layer.queries(u_XU, rotation), (keys, values), seen, plan, layer.self_attn.scale)
+            plan = plan_blocks(
+                layout.start_X,
+                layout.stop_X,
+                layout.document_X,
+                1,
+                len(features_CH),
+                self.config.head_dim,
+                own=k,
+            )
+            mixed = block_attention(
+                layer.queries(u_XU, rotation), (keys, values), seen, plan, layer.self_attn.scale
+            )
             state_XH = layer.finish(residual_XH, mixed.flatten(1))
             states.append(state_XH)
         return torch.stack(states, 1)

@@ -1,8 +1,9 @@
-"""What a drafter takes over from its target's family: a table of block styles, and the sizes in the target's configuration.
+"""What a drafter takes over from its target's family: a table of block styles, and the sizes in the target's
+configuration.
 
-The style is what a decoder block does differently; everything else is a number. Any causal language model gets the
-Qwen3 block, which engines load in front of every target; Gemma 4 has a block of its own, which they load as well. The
-Llama block is EAGLE-3's, and there to be chosen.
+The style is what a decoder block does differently; everything else is a number. Any causal language model
+gets the Qwen3 block, which engines load in front of every target; Gemma 4 has a block of its own, which they
+load as well. The Llama block is EAGLE-3's, and there to be chosen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Style:
     query_key_norm: bool = True  # RMSNorm with weights over the head size, before the rotary embedding
     value_norm: bool = False  # RMSNorm without weights over the head size
     scores_by_size: bool = True  # attention scores are divided by sqrt(head size)
-    output_norms: bool = False  # RMSNorms behind attention and MLP too, and a scalar buffer on the layer's output
+    # RMSNorms behind attention and MLP too, and a scalar buffer on the layer's output
+    output_norms: bool = False
     scaled_embedding: bool = False  # times sqrt(hidden size)
     activation: str = "silu"
 

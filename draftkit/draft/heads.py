@@ -1,7 +1,8 @@
 """The sequential head and the confidence head of DSpark.
 
-All sequential heads give a vector m_k in R^r for every position, whose product with W_2 is added to the base logits:
-B_k = W_2 m_k. Shapes: ... leading dimensions, G block positions, H hidden, r Markov rank, V vocabulary.
+All sequential heads give a vector m_k in R^r for every position, whose product with W_2 is added to the base
+logits: B_k = W_2 m_k. Shapes: ... leading dimensions, G block positions, H hidden, r Markov rank, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from draftkit.draft.drafter import DrafterConfig
 
 
 class MarkovHead(nn.Module):
-    """Markov: m_k = W_1[x_{k-1}]. Gated: m_k = W_1[x_{k-1}] * sigmoid(W [h_k ; W_1[x_{k-1}]]). RNN: z_k = [s_{k-1} ;
-    W_1[x_{k-1}] ; h_k], s_k = sigmoid(W_g z) s_{k-1} + (1 - sigmoid(W_g z)) tanh(W_c z), m_k = tanh(W_o z), s_0 = 0;
-    its three matrices are one linear layer."""
+    """Markov: m_k = W_1[x_{k-1}]. Gated: m_k = W_1[x_{k-1}] * sigmoid(W [h_k ; W_1[x_{k-1}]]). RNN: z_k =
+    [s_{k-1} ; W_1[x_{k-1}] ; h_k], s_k = sigmoid(W_g z) s_{k-1} + (1 - sigmoid(W_g z)) tanh(W_c z), m_k =
+    tanh(W_o z), s_0 = 0; its three matrices are one linear layer."""
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
@@ -47,7 +48,8 @@ class MarkovHead(nn.Module):
         return torch.tanh(output), keep * state + (1 - keep) * torch.tanh(candidate)
 
     def unroll(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """m of an RNN head for all positions of a block with known tokens: [..., G, H] and [..., G, r] to [..., G, r]."""
+        """m of an RNN head for all positions of a block with known tokens: [..., G, H] and [..., G, r] to
+        [..., G, r]."""
         state, rows = None, []
         for k in range(hidden.shape[-2]):
             row, state = self.step(hidden[..., k, :], previous[..., k, :], state)

@@ -1,9 +1,11 @@
-"""Where the blocks of a training batch lie: which anchors are worth a block, what each block sees, which rows count.
+"""Where the blocks of a training batch lie: which anchors are worth a block, what each block sees, which rows
+count.
 
-Rows of a batch, padding and documents are forgotten here: what remains are places in the flattened [B * T] tokens.
-Nothing is kept of anchors without a drafted token that counts, nor of tokens that no block looks at.
+Rows of a batch, padding and documents are forgotten here: what remains are places in the flattened [B * T]
+tokens. Nothing is kept of anchors without a drafted token that counts, nor of tokens that no block looks at.
 
-Shapes: B rows, T tokens, A anchors, X blocks kept, G drafted tokens per block, C context tokens, N rows that count.
+Shapes: B rows, T tokens, A anchors, X blocks kept, G drafted tokens per block, C context tokens, N rows that
+count.
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ class TrainLayout:
 
 
 def lay_out(batch: TrainBatch, gamma: int, window: int | None) -> TrainLayout:
-    """Blocks of `gamma` drafted tokens behind the batch's anchors, over the last `window` positions before them or all."""
+    """Blocks of `gamma` drafted tokens behind the batch's anchors, over the last `window` positions before
+    them or all."""
     rows, length = batch.tokens_BT.shape
     device = batch.tokens_BT.device
     row_B1 = torch.arange(rows, device=device)[:, None]
-    document_T = (batch.document_BT + row_B1 * (length + 1)).flatten()  # padding keeps a number of its own in each row
+    # padding keeps a number of its own in each row
+    document_T = (batch.document_BT + row_B1 * (length + 1)).flatten()
     anchor_Y = (batch.anchors_BA + row_B1 * length).flatten()
     drafted_YG = anchor_Y[:, None] + 1 + torch.arange(gamma, device=device)
     inside = (batch.anchors_BA.flatten()[:, None] + 1 + torch.arange(gamma, device=device)) < length
@@ -58,14 +62,23 @@ def lay_out(batch: TrainBatch, gamma: int, window: int | None) -> TrainLayout:
     context_C, start_X = _compact(anchor_X - seen_X, anchor_X, rows * length)
     row_N = counted[block_X].flatten().nonzero().squeeze(-1)
     return TrainLayout(
-        block_X, anchor_X, document_T[anchor_X], context_C, start_X, start_X + seen_X, drafted_YG[block_X], row_N
+        block_X,
+        anchor_X,
+        document_T[anchor_X],
+        context_C,
+        start_X,
+        start_X + seen_X,
+        drafted_YG[block_X],
+        row_N,
     )
 
 
 def _compact(start_X: Tensor, stop_X: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Keep what at least one range [start, stop) covers: the places kept, and the starts counted among them."""
+    """Keep what at least one range [start, stop) covers: the places kept, and the starts counted among
+    them."""
     borders = torch.zeros(length + 1, dtype=torch.long, device=start_X.device)
     borders.index_add_(0, start_X, torch.ones_like(start_X)).index_add_(0, stop_X, -torch.ones_like(stop_X))
     covered = borders.cumsum(0)[:length] > 0
-    before = torch.cat([covered.new_zeros(1, dtype=torch.long), covered.long().cumsum(0)])  # kept places before each
+    # kept places before each
+    before = torch.cat([covered.new_zeros(1, dtype=torch.long), covered.long().cumsum(0)])
     return covered.nonzero().squeeze(-1), before[start_X]

@@ -1,20 +1,21 @@
 """The distillation losses, computed in chunks of rows: no [rows, vocabulary] tensor is ever whole.
 
-A row n is one drafted position that counts. Its draft logits are z = head(h) + W_2 m, the target's are head(t), with
-the target's frozen head(x) = cap * tanh(scale W x / cap), or scale W x where the family has no cap. With q = softmax(z),
-p the target's distribution and x* the token that follows, the terms and their gradients are
-    CE = -log q(x*)                d CE / dz = q - onehot(x*)
-    TV = sum |q - p|               d TV / dz = q (s - sum(q s)),  s = sign(q - p)
-    KL = sum p log(p / q)          d KL / dz = q - p
-    LK = l KL + (1 - l) TV / 2     l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant (arXiv 2602.23881)
+A row n is one drafted position that counts. Its draft logits are z = head(h) + W_2 m, the target's are
+head(t), with the target's frozen head(x) = cap * tanh(scale W x / cap), or scale W x where the family has no
+cap. With q = softmax(z), p the target's distribution and x* the token that follows, the terms and their
+gradients are
+    CE = -log q(x*)                d CE / dz = q - onehot(x*) TV = sum |q - p|               d TV / dz = q (s
+    - sum(q s)),  s = sign(q - p) KL = sum p log(p / q)          d KL / dz = q - p LK = l KL + (1 - l) TV / 2
+    l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant (arXiv 2602.23881)
 so that each chunk leaves its gradients behind while its logits exist, and backward only scales what was kept.
 
-A drafter with a reduced vocabulary has q = 0 outside it: TV then includes the target's mass there, so that acceptance
-rates stay exact; KL is taken to p renormalised inside, and rows whose x* lies outside have no CE.
+A drafter with a reduced vocabulary has q = 0 outside it: TV then includes the target's mass there, so that
+acceptance rates stay exact; KL is taken to p renormalised inside, and rows whose x* lies outside have no CE.
 
-A row's weight is w_k = exp(-(k - 1) / decay) of its position, or D-PACE's (arXiv 2605.18810, eq. 7 and 8): with the
-drafter's own smoothed confidence c_i = (1 - alpha) q_i(x*_i) + alpha, w_k = sum_{m >= k} prod_{i <= m} c_i, a constant.
-D-PACE's credit must not cancel: the denominator of the mean stays that of the fixed weights.
+A row's weight is w_k = exp(-(k - 1) / decay) of its position, or D-PACE's (arXiv 2605.18810, eq. 7 and 8):
+with the drafter's own smoothed confidence c_i = (1 - alpha) q_i(x*_i) + alpha, w_k = sum_{m >= k} prod_{i <=
+m} c_i, a constant. D-PACE's credit must not cancel: the denominator of the mean stays that of the fixed
+weights.
 
 Shapes: N rows, H hidden, r Markov rank, V vocabulary, G block positions.
 """
@@ -64,8 +65,8 @@ class Head:
 class Rows:
     """The rows that count, in ascending order of `grid_N`.
 
-    `grid_N` is the place of a row in the [blocks, G] grid of all drafted positions; `markov` is (m [N, r], W_2 [V, r])
-    or None.
+    `grid_N` is the place of a row in the [blocks, G] grid of all drafted positions; `markov` is (m [N, r],
+    W_2 [V, r]) or None.
     """
 
     hidden_NH: Tensor
@@ -82,8 +83,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowLosses:
-    """The weighted sum with gradients; and every row's CE, TV = |q - p|_1 and KL (0 where not asked for) without,
-    float32 [N]."""
+    """The weighted sum with gradients; and every row's CE, TV = |q - p|_1 and KL (0 where not asked for)
+    without, float32 [N]."""
 
     loss: Tensor
     ce_N: Tensor
@@ -123,14 +124,18 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second backward would scale them twice
+        # scaled in place: a second backward would scale them twice
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the gradients of this loss were used; compute the loss again")
         return (*(g if g is None else g.mul_(grad_loss) for g in gradients), None, None, None)
 
 
-def _all_chunks(rows: Rows, settings: LossSettings, wanted: tuple[bool, ...]) -> tuple[Tensor, list[Tensor | None]]:
-    """Weighted loss, CE, TV and KL of every row, float32 [4, N]; gradients of hidden, m and W_2 where wanted."""
+def _all_chunks(
+    rows: Rows, settings: LossSettings, wanted: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Weighted loss, CE, TV and KL of every row, float32 [4, N]; gradients of hidden, m and W_2 where
+    wanted."""
     sources = (rows.hidden_NH, *(rows.markov or (None, None)))
     gradients = [
         torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32) if i == 2 else t.dtype)
@@ -145,11 +150,18 @@ def _all_chunks(rows: Rows, settings: LossSettings, wanted: tuple[bool, ...]) ->
     slice_rows = SLICE_LOGITS // vocabulary if device.type == "cpu" else chunk_rows
     for chunk in _whole_blocks(rows.grid_N, rows.gamma, chunk_rows):
         _one_chunk(rows, chunk, slice_rows, settings, values_4N, gradients)
-    return values_4N, [g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, sources, strict=True)]
+    return values_4N, [
+        g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, sources, strict=True)
+    ]
 
 
 def _one_chunk(
-    rows: Rows, chunk: slice, slice_rows: int, settings: LossSettings, values_4N: Tensor, gradients: list[Tensor | None]
+    rows: Rows,
+    chunk: slice,
+    slice_rows: int,
+    settings: LossSettings,
+    values_4N: Tensor,
+    gradients: list[Tensor | None],
 ) -> None:
     """Write a chunk's values and gradients; its logits end with this call."""
     wanted = any(g is not None for g in gradients)
@@ -179,7 +191,8 @@ def _one_chunk(
 
 
 def _shared_states(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor]:
-    """One row of the chunk for each of its u target states, and the state of each row: blocks overlap. int64 [u], [n]."""
+    """One row of the chunk for each of its u target states, and the state of each row: blocks overlap. int64
+    [u], [n]."""
     own_n = torch.arange(chunk.stop - chunk.start, device=rows.tokens_N.device)
     places_u, state_n = rows.place_N[chunk].unique(return_inverse=True)
     return torch.empty_like(places_u).scatter_(0, state_n, own_n), state_n
@@ -217,7 +230,8 @@ def _native_chunk(
     settings: LossSettings,
     wanted: bool,
 ) -> Tensor:
-    """`_slice` of a whole chunk by C++ functions: the values, and the gradient in place of the draft logits."""
+    """`_slice` of a whole chunk by C++ functions: the values, and the gradient in place of the draft
+    logits."""
     found = RowDistances(draft_nV, target_uV, state_n, rows.tokens_N[chunk])
     shares = _shares(found.ce, found.tv, rows.grid_N[chunk], weights_G, settings)
     if wanted:
@@ -289,14 +303,19 @@ def dpace_weights(ce_n: Tensor, grid_n: Tensor, gamma: int) -> Tensor:
     """D-PACE's weights [n] of the rows of whole blocks, from each row's CE."""
     block_n, slot_n = grid_n // gamma, grid_n % gamma
     block_n = block_n - block_n[0]
-    confidence = ce_n.new_zeros(int(block_n[-1]) + 1, gamma)  # 0 behind a block's end: nothing is gained there
+    # 0 behind a block's end: nothing is gained there
+    confidence = ce_n.new_zeros(int(block_n[-1]) + 1, gamma)
     confidence[block_n, slot_n] = (1 - DPACE_ALPHA) * torch.exp(-ce_n) + DPACE_ALPHA
     gained = confidence.cumprod(-1)
     return gained.flip(-1).cumsum(-1).flip(-1)[block_n, slot_n]
 
 
 def _push_back(
-    rows: Rows, chunk: slice, gradient_nV: Tensor, derivative_nV: Tensor | None, gradients: list[Tensor | None]
+    rows: Rows,
+    chunk: slice,
+    gradient_nV: Tensor,
+    derivative_nV: Tensor | None,
+    gradients: list[Tensor | None],
 ) -> None:
     """Write a chunk's gradients by hidden and m, and add up those by W_2."""
     of_hidden, of_m, of_w2 = gradients

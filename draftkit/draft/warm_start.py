@@ -1,12 +1,13 @@
 """A block drafter that begins as a piece of its target instead of at random.
 
-Its layers start as copies of some of the target's, its final norm as the target's, and the projection of the features
-passes the deepest one through, with a fifth of the usual random start on top. The drafter's frozen embedding and head are the
-target's too, so a first layer that is copied knows what it reads, and a last one speaks the head's language: layers spread
-over the target learn faster than its last ones (docs/training.md).
+Its layers start as copies of some of the target's, its final norm as the target's, and the projection of the
+features passes the deepest one through, with a fifth of the usual random start on top. The drafter's frozen
+embedding and head are the target's too, so a first layer that is copied knows what it reads, and a last one
+speaks the head's language: layers spread over the target learn faster than its last ones (docs/training.md).
 
-A target without norms on queries and keys (Llama) lends nothing to a drafter with them (the Qwen3 block, which engines load for
-every target). Such a norm divides by the vector's own size; the weights that undo this best are fitted to captured features.
+A target without norms on queries and keys (Llama) lends nothing to a drafter with them (the Qwen3 block,
+which engines load for every target). Such a norm divides by the vector's own size; the weights that undo this
+best are fitted to captured features.
 """
 
 from __future__ import annotations
@@ -48,15 +49,18 @@ def start_from_target(
     chosen: Sequence[int] | None = None,
     text: CapturedText | None = None,
 ) -> None:
-    """Overwrite the drafter's starting weights with those of the target's decoder `layers` (all, in order) and `norm`.
+    """Overwrite the drafter's starting weights with those of the target's decoder `layers` (all, in order)
+    and `norm`.
 
-    `chosen` are the layers to copy, one for each of the drafter's; null: evenly spread ones. `text` is needed where the
-    target has no query and key norms and the drafter has. Raises ConfigError when there are too many or too few layers, or
-    when a layer's shapes or parts are not the drafter's.
+    `chosen` are the layers to copy, one for each of the drafter's; null: evenly spread ones. `text` is needed
+    where the target has no query and key norms and the drafter has. Raises ConfigError when there are too
+    many or too few layers, or when a layer's shapes or parts are not the drafter's.
     """
     hidden, depth = drafter.config.hidden_size, drafter.config.num_layers
     if depth > len(layers):
-        raise ConfigError(f"drafter.start: {depth} drafter layers cannot start from a target of {len(layers)}; use random")
+        raise ConfigError(
+            f"drafter.start: {depth} drafter layers cannot start from a target of {len(layers)}; use random"
+        )
     chosen = tuple(chosen or spread_start_layers(depth, len(layers)))
     if len(chosen) != depth or not all(0 <= i < len(layers) for i in chosen):
         allowed = f"give {depth}, one per drafter layer, from 0 to {len(layers) - 1}"
@@ -68,7 +72,9 @@ def start_from_target(
         drafter.norm.load_state_dict(norm.state_dict())
     except RuntimeError as error:
         what = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(f"drafter.start: the target's layers do not fit the drafter's ({what}); use random") from error
+        raise ConfigError(
+            f"drafter.start: the target's layers do not fit the drafter's ({what}); use random"
+        ) from error
     drafter.fc.weight.mul_(RANDOM_SHARE)
     drafter.fc.weight[:, -hidden:].add_(torch.eye(hidden, dtype=drafter.fc.weight.dtype))
 
@@ -82,9 +88,13 @@ def _copy_layer(own: DraftLayer, source: HasWeights) -> bool:
 
 
 def _layer_input(drafter: BlockDrafter, index: int, text: CapturedText | None) -> Tensor:
-    """The residual stream nearest to the one that the target's layer `index` reads: the embedding or a captured one, [T, H]."""
+    """The residual stream nearest to the one that the target's layer `index` reads: the embedding or a
+    captured one, [T, H]."""
     if text is None:
-        raise ConfigError("drafter.start: this target has no query and key norms; they are fitted to a feature store, give one")
+        raise ConfigError(
+            "drafter.start: this target has no query and key norms; they are fitted to a feature store, "
+            "give one"
+        )
     layers = drafter.config.feature_layers
     nearest = min((-1, *layers), key=lambda layer: abs(layer - (index - 1)))
     if nearest < 0:
@@ -94,7 +104,8 @@ def _layer_input(drafter: BlockDrafter, index: int, text: CapturedText | None) -
 
 
 def _fit_norms(layer: DraftLayer, stream_TH: Tensor) -> None:
-    """Set the weights of both norms so that normed queries and keys are nearest to those without a norm (least squares)."""
+    """Set the weights of both norms so that normed queries and keys are nearest to those without a norm
+    (least squares)."""
     attention: Attention = layer.self_attn
     normed_TH = layer.input_layernorm(stream_TH)
     for norm, projection in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj)):

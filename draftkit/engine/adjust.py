@@ -1,8 +1,9 @@
-"""Changes to a request's logits before sampling: allowed tokens, bias, bad words, minimal length, penalties, grammar.
+"""Changes to a request's logits before sampling: allowed tokens, bias, bad words, minimal length, penalties,
+grammar.
 
-They depend on the tokens before each position, drafted ones included, so that sampling with speculation has the
-distribution of sampling without it. Order and meaning are vLLM's: masks and bias first, then the penalties. A mask
-takes one pass over a row; all else touches the tokens that it is about.
+They depend on the tokens before each position, drafted ones included, so that sampling with speculation has
+the distribution of sampling without it. Order and meaning are vLLM's: masks and bias first, then the
+penalties. A mask takes one pass over a row; all else touches the tokens that it is about.
 
 Shapes: P positions in a row of one request, V vocabulary, K tokens that penalties are about.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from draftkit.engine.sampling_params import Constraint, SamplingParams
 
 _NEVER = float("-inf")
+
 
 def needs_adjustment(params: SamplingParams) -> bool:
     """Whether anything but temperature, top-k, top-p and min-p shapes the distribution."""
@@ -36,7 +38,12 @@ class Adjustment:
     """The state of one request; `drafts` are the tokens after the answer that a proposal adds."""
 
     def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], stop_ids: Sequence[int], vocab_size: int, like: Tensor
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        stop_ids: Sequence[int],
+        vocab_size: int,
+        like: Tensor,
     ) -> None:
         self._params, self._constraint, self._device = params, params.constraint, like.device
         self._made = 0
@@ -44,7 +51,10 @@ class Adjustment:
         self._reach = max(map(len, params.bad_token_ids), default=1) - 1
         self._stop_ids = self._ids(list(stop_ids))
         bias = params.logit_bias or {}
-        self._biased, self._bias_K = self._ids(list(bias)), like.new_tensor(list(bias.values()), dtype=torch.float32)
+        self._biased, self._bias_K = (
+            self._ids(list(bias)),
+            like.new_tensor(list(bias.values()), dtype=torch.float32),
+        )
         self._forbidden_V = None
         if params.allowed_token_ids is not None:
             self._forbidden_V = torch.ones(vocab_size, dtype=torch.bool, device=like.device)
@@ -52,8 +62,8 @@ class Adjustment:
         self._penalties = _Penalties(params, prompt) if _penalises(params) else None
 
     def apply(self, logits_PV: Tensor, drafts: Sequence[int], first: int = 0) -> None:
-        """Change logits [P, V], float32 or wider, in place; row i follows the answer and the first `first` + i
-        of the drafts."""
+        """Change logits [P, V], float32 or wider, in place; row i follows the answer and the first `first` +
+        i of the drafts."""
         if self._forbidden_V is not None:
             logits_PV.masked_fill_(self._forbidden_V, _NEVER)
         if len(self._biased):
@@ -97,7 +107,8 @@ class Adjustment:
         return [last for *start, last in words if before[len(before) - len(start) :] == start]
 
     def _follow(self, constraint: Constraint, logits_PV: Tensor, drafts: Sequence[int], first: int) -> None:
-        """The grammar's mask. After a token that it does not allow, or after its end, everything is: nobody gets there."""
+        """The grammar's mask. After a token that it does not allow, or after its end, everything is: nobody
+        gets there."""
         taken = 0
         for place in range(first + len(logits_PV)):
             if place >= first and taken == place and not constraint.finished:
@@ -125,7 +136,8 @@ class _Penalties:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self._params = params
-        self._counts = dict.fromkeys(prompt if params.repetition_penalty != 1 else (), 0)  # in the answer, by token
+        # in the answer, by token
+        self._counts = dict.fromkeys(prompt if params.repetition_penalty != 1 else (), 0)
 
     def accept(self, tokens: Sequence[int]) -> None:
         """The answer goes on."""
@@ -147,10 +159,14 @@ class _Penalties:
         ids_K = torch.tensor(list(places), device=logits_PV.device)
         logits_PK, params, seen_PK = logits_PV[:, ids_K], self._params, counts_PK > 0
         if params.repetition_penalty != 1:
-            scaled = torch.where(logits_PK > 0, logits_PK / params.repetition_penalty, logits_PK * params.repetition_penalty)
+            scaled = torch.where(
+                logits_PK > 0, logits_PK / params.repetition_penalty, logits_PK * params.repetition_penalty
+            )
             there = torch.arange(len(places), device=ids_K.device) < known  # in prompt or answer
             logits_PK = torch.where(seen_PK | there, scaled, logits_PK)
-        logits_PV[:, ids_K] = logits_PK - params.frequency_penalty * counts_PK - params.presence_penalty * seen_PK
+        logits_PV[:, ids_K] = (
+            logits_PK - params.frequency_penalty * counts_PK - params.presence_penalty * seen_PK
+        )
 
 
 def wide(logits: Tensor) -> Tensor:

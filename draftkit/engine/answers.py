@@ -1,7 +1,7 @@
 """Answers to prompts through the engine, many side by side: continuous batching and the lean forward.
 
-A prompt's answer depends on the prompt, its seed and the sampling settings alone where the compiled pass runs: an interrupted
-run that is started again ends with the same records.
+A prompt's answer depends on the prompt, its seed and the sampling settings alone where the compiled pass
+runs: an interrupted run that is started again ends with the same records.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from draftkit.target.transformers import TransformersTarget
 
 
 def answerer(target: TransformersTarget, running: int) -> Answers:
-    """What answers prompts fastest, at most `running` of them at the same time: the engine, or padded batches through the
-    Transformers module for a family without a lean forward."""
+    """What answers prompts fastest, at most `running` of them at the same time: the engine, or padded batches
+    through the Transformers module for a family without a lean forward."""
     return PaddedAnswers(target, running) if unsupported(target) else EngineAnswers(target, running)
 
 
 class EngineAnswers(Answers):
-    """Answers questions by the engine, at most `running` of them at the same time: as one ends, the next can begin."""
+    """Answers questions by the engine, at most `running` of them at the same time: as one ends, the next can
+    begin."""
 
     def __init__(self, target: TransformersTarget, running: int) -> None:
         self._engine = Engine(target, None, EngineSettings(max_running=running, prefix_reuse=False))
@@ -82,7 +83,8 @@ def decode_all(
     requests: Sequence[tuple[Sequence[int], SamplingParams]],
     tick: Callable[[], None] = lambda: None,
 ) -> list[Decoded]:
-    """What `decode` says about each request (tokens and how they are to be answered), made side by side by an idle engine.
+    """What `decode` says about each request (tokens and how they are to be answered), made side by side by an
+    idle engine.
 
     `tick` is called after every answer. Raises DataError for a prompt that does not fit.
     """
@@ -98,7 +100,8 @@ def decode_all(
 
 
 class _Growing:
-    """An answer as its steps come in. No step's output is kept: thousands of them would keep the garbage collector busy."""
+    """An answer as its steps come in. No step's output is kept: thousands of them would keep the garbage
+    collector busy."""
 
     def __init__(self, gamma: int) -> None:
         self._gamma = gamma
@@ -121,4 +124,6 @@ class _Growing:
             raise ValueError("no step came in")
         stats = self._last.stats
         reason = self._last.finish_reason or ""
-        return Decoded(tuple(self._tokens), reason, tuple(self._rounds), stats.prefill_seconds, stats.decode_seconds)
+        return Decoded(
+            tuple(self._tokens), reason, tuple(self._rounds), stats.prefill_seconds, stats.decode_seconds
+        )

@@ -21,8 +21,8 @@ from draftkit.engine.scheduler import ScheduledBatch
 
 @dataclass(frozen=True)
 class Outcome:
-    """The verdict on the host: drafted tokens kept and next token, int64 [A] each, and the logits before adjustments,
-    lengths + 1 rows per request."""
+    """The verdict on the host: drafted tokens kept and next token, int64 [A] each, and the logits before
+    adjustments, lengths + 1 rows per request."""
 
     proposals: ProposalBatch
     accepted_A: np.ndarray
@@ -39,7 +39,8 @@ class Outcome:
 def commit(
     batch: ScheduledBatch, outcome: Outcome, adjustments: dict[str, Adjustment], pool: BlockPool
 ) -> list[StepOutput]:
-    """Add the tokens to the answers, publish full blocks, and say what is new. Finished requests are not yet removed."""
+    """Add the tokens to the answers, publish full blocks, and say what is new. Finished requests are not yet
+    removed."""
     proposals = outcome.proposals
     accepted, following = outcome.accepted_A.tolist(), outcome.next_A.tolist()
     lengths, counts = proposals.lengths_A.tolist(), batch.counts_R.tolist()
@@ -57,7 +58,9 @@ def commit(
             _count(request, lengths[index], kept, proposals.tokens_AG.shape[1])
         elif index < batch.decoding:
             request.rounds += bool(request.gamma)
-        tokens, reason, why = _cut(request, [*drafts[index][:kept], following[index]], adjustments.get(request.id))
+        tokens, reason, why = _cut(
+            request, [*drafts[index][:kept], following[index]], adjustments.get(request.id)
+        )
         first_output = not request.made
         request.tokens += tokens
         request.computed += counts[index] + min(kept, len(tokens))
@@ -66,9 +69,13 @@ def commit(
         events = _events(request, tokens, kept, outcome.logits_NV, first)
         first += lengths[index] + 1
         rejected = tuple(drafts[index][kept : lengths[index]])
-        prompt = tuple(request.scores) if first_output and request.params.prompt_logprobs is not None else None
+        prompt = (
+            tuple(request.scores) if first_output and request.params.prompt_logprobs is not None else None
+        )
         stop_token = reason == "stop" and tokens[-1] in request.stop_ids  # a grammar may end with any
-        outputs.append(StepOutput(request.id, events, rejected, reason, why, request.stats(), prompt, stop_token))
+        outputs.append(
+            StepOutput(request.id, events, rejected, reason, why, request.stats(), prompt, stop_token)
+        )
     return outputs
 
 
@@ -84,7 +91,8 @@ def _count(request: Request, length: int, kept: int, gamma: int) -> None:
 def _cut(
     request: Request, tokens: list[int], adjustment: Adjustment | None
 ) -> tuple[list[int], str | None, int | None]:
-    """The tokens up to the end of the answer, why it ended (None: it goes on), and which stop token ended it."""
+    """The tokens up to the end of the answer, why it ended (None: it goes on), and which stop token ended
+    it."""
     tokens = tokens[: request.limit - request.made]
     end = next((i for i, token in enumerate(tokens) if token in request.stop_ids), None)
     if end is not None:
@@ -106,5 +114,6 @@ def _events(
         return tuple([TokenEvent(t, "accepted" if i < kept else "target") for i, t in enumerate(tokens)])
     own, best = log_probs(logits_NV, range(first, first + len(tokens)), tokens, top)
     return tuple(
-        TokenEvent(t, "accepted" if i < kept else "target", own[i], tuple(best[i])) for i, t in enumerate(tokens)
+        TokenEvent(t, "accepted" if i < kept else "target", own[i], tuple(best[i]))
+        for i, t in enumerate(tokens)
     )

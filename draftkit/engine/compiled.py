@@ -1,4 +1,5 @@
-"""Which passes run, chosen before the first request: on a CPU those in C++, on a GPU recorded ones, else PyTorch operations.
+"""Which passes run, chosen before the first request: on a CPU those in C++, on a GPU recorded ones, else
+PyTorch operations.
 
 A compiled pass is used after it has given the numbers of PyTorch operations on a small memory aside.
 """
@@ -24,12 +25,16 @@ from draftkit.ops.native_build import NoNative
 
 log = logging.getLogger("draftkit.engine")
 _BLOCK, _SLOTS = 4, 24  # block size and positions of the check's own memory
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of a row's spread, between two orders of summing and rounding;
-_WORST = 5  # times as much in single rows: some tokens lie where a real model's bfloat16 passes are far from float32's, too
+# of a row's spread, between two orders of summing and rounding;
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+# times as much in single rows: some tokens lie where a real model's bfloat16 passes are far from float32's,
+# too
+_WORST = 5
 
 
 def compile_models(models: Models) -> bool:
-    """Compile the passes of both models, or record them on a GPU; whether they are used. Where not, the log says why."""
+    """Compile the passes of both models, or record them on a GPU; whether they are used. Where not, the log
+    says why."""
     if not isinstance(models.model, PagedModel):
         return False  # the Transformers module, see `EngineInfo.forward`
     drafter = models.drafter if isinstance(models.drafter, PagedBlockDrafter) else None
@@ -43,11 +48,15 @@ def compile_models(models: Models) -> bool:
 
 
 def compile_passes(
-    model: PagedModel, drafter: PagedBlockDrafter | None = None, feature_layers: tuple[int, ...] = (), widest: int = 1
+    model: PagedModel,
+    drafter: PagedBlockDrafter | None = None,
+    feature_layers: tuple[int, ...] = (),
+    widest: int = 1,
 ) -> str | None:
     """Compile, and use what was compiled; the reason where that cannot be (PyTorch operations then go on).
 
-    `feature_layers` are the layers whose outputs a recording gives, `widest` the blocks that the longest request has.
+    `feature_layers` are the layers whose outputs a recording gives, `widest` the blocks that the longest
+    request has.
     """
     try:
         if model.embedding.device.type == "cuda":
@@ -58,7 +67,9 @@ def compile_passes(
         with torch.inference_mode():
             native = _native_model(model)
             if drafter is not None:
-                drafter.native = _native_drafter(drafter, native if _same(drafter.head.weight_VH, model.head) else None)
+                drafter.native = _native_drafter(
+                    drafter, native if _same(drafter.head.weight_VH, model.head) else None
+                )
             model.native = native
     except NoNative as error:
         return str(error)
@@ -68,12 +79,17 @@ def compile_passes(
 
 
 def record_passes(
-    model: PagedModel, drafter: PagedBlockDrafter | None, feature_layers: tuple[int, ...], widest: int, record: Record
+    model: PagedModel,
+    drafter: PagedBlockDrafter | None,
+    feature_layers: tuple[int, ...],
+    widest: int,
+    record: Record,
 ) -> None:
-    """From now on, record each size of pass when it first comes, and play it back after that. `widest`: blocks of the longest
-    request."""
+    """From now on, record each size of pass when it first comes, and play it back after that. `widest`:
+    blocks of the longest request."""
 
-    own = weakref.proxy(model)  # which holds its recordings: not in a circle, so that memory is free when it goes
+    # which holds its recordings: not in a circle, so that memory is free when it goes
+    own = weakref.proxy(model)
 
     def read(step: PagedPass, _: Tensor | None) -> Outputs:
         outputs: Outputs = own.forward(step, None, feature_layers)
@@ -121,7 +137,9 @@ def _trial_pass(ends: Ends, starts_R: np.ndarray, lengths_R: np.ndarray, block: 
     width = -(-(8 + block) // _BLOCK)
     tables = np.arange(2 * width)[::-1].reshape(width, 2).T
     follows = bool(starts_R.any())
-    return Pass(tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), ends.embedding.dtype, block=follows)
+    return Pass(
+        tokens, starts_R, lengths_R, tables, _BLOCK, torch.device("cpu"), ends.embedding.dtype, block=follows
+    )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -130,8 +148,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _compare(what: str, eager: Tensor, native: Tensor) -> None:
-    """Raise NoNative unless the rows of logits [..., V] are the same but for rounding and one number added to a whole row,
-    which changes no distribution (in bfloat16 that number is the larger part)."""
+    """Raise NoNative unless the rows of logits [..., V] are the same but for rounding and one number added to
+    a whole row, which changes no distribution (in bfloat16 that number is the larger part)."""
     eager_NV, native_NV = (t.float().flatten(0, -2) for t in (eager, native))
     eager_NV, native_NV = (t - t.mean(-1, keepdim=True) for t in (eager_NV, native_NV))
     error_N = (eager_NV - native_NV).norm(dim=-1) / eager_NV.norm(dim=-1).clamp_min(1e-30)

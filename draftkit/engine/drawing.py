@@ -37,12 +37,17 @@ def certainly_drawn(tokens_DG: np.ndarray, like: Distributions) -> Drawn:
     if isinstance(like, NativeRows):
         return Drawn(NativeRows.certain(tokens_DG.ravel(), like), np.ones(tokens_DG.shape))
     tokens_N1 = torch.from_numpy(tokens_DG.reshape(-1, 1)).to(like.probs_NV.device)
-    return Drawn(DenseRows(like.probs_NV.new_zeros(len(tokens_N1), like.probs_NV.shape[1]).scatter_(1, tokens_N1, 1.0)), None)
+    return Drawn(
+        DenseRows(
+            like.probs_NV.new_zeros(len(tokens_N1), like.probs_NV.shape[1]).scatter_(1, tokens_N1, 1.0)
+        ),
+        None,
+    )
 
 
 class Drafts(NamedTuple):
-    """Proposals: tokens int64 [D, G], what they were drawn from (None: greedily), confidences in (0, 1) [D, G], or
-    without a confidence head the largest probabilities [D, G] (see `Proposal`)."""
+    """Proposals: tokens int64 [D, G], what they were drawn from (None: greedily), confidences in (0, 1) [D,
+    G], or without a confidence head the largest probabilities [D, G] (see `Proposal`)."""
 
     tokens_DG: Tensor
     drawn: Drawn | None
@@ -51,16 +56,20 @@ class Drafts(NamedTuple):
 
 
 class Drawing:
-    """How drafted tokens are drawn, position by position: settings `SETTING` [D] and uniforms [D, G] of the requests.
+    """How drafted tokens are drawn, position by position: settings `SETTING` [D] and uniforms [D, G] of the
+    requests.
 
-    `adjustments_D` changes the logits of single requests first. When all rows are greedy no distribution is kept.
-    `seconds` is the time that adjusting took, and drawing outside a compiled pass.
+    `adjustments_D` changes the logits of single requests first. When all rows are greedy no distribution is
+    kept. `seconds` is the time that adjusting took, and drawing outside a compiled pass.
     """
 
     def __init__(
         self, settings_D: np.ndarray, uniforms_DG: np.ndarray, adjustments_D: Sequence[Adjustment | None] = ()
     ) -> None:
-        self.settings_D, self.uniforms_DG = np.ascontiguousarray(settings_D), np.ascontiguousarray(uniforms_DG)
+        self.settings_D, self.uniforms_DG = (
+            np.ascontiguousarray(settings_D),
+            np.ascontiguousarray(uniforms_DG),
+        )
         self.greedy = bool((settings_D["temperature"] == 0).all())
         self.adjusts = any(adjustments_D)
         self._adjusted = [(i, a, list[int]()) for i, a in enumerate(adjustments_D) if a is not None]
@@ -87,7 +96,9 @@ class Drawing:
             logits_DV = wide(logits_DV)
             self.adjust(logits_DV, position)
         began = time.perf_counter()
-        tokens_D = logits_DV.argmax(-1) if self.greedy else self._draw(logits_DV, self.uniforms_DG[:, position])
+        tokens_D = (
+            logits_DV.argmax(-1) if self.greedy else self._draw(logits_DV, self.uniforms_DG[:, position])
+        )
         self.seconds += time.perf_counter() - began
         self.note(tokens_D)
         return tokens_D

@@ -1,7 +1,8 @@
-"""The engine: many requests at once; each step drafts, plans, verifies everything in one flattened pass, and commits.
+"""The engine: many requests at once; each step drafts, plans, verifies everything in one flattened pass, and
+commits.
 
-Shapes: R requests of a step, A of them get a token, D of them draft, G = gamma drafted tokens, T tokens of the pass,
-N rows of logits, V vocabulary, F features.
+Shapes: R requests of a step, A of them get a token, D of them draft, G = gamma drafted tokens, T tokens of
+the pass, N rows of logits, V vocabulary, F features.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from draftkit.target.transformers import TransformersTarget
 
 
 class Engine:
-    """Answers of many requests, step by step, in one thread. Passes are compiled and measured when it is made, and none is
-    exchanged later; `compiled` says whether they could be.
+    """Answers of many requests, step by step, in one thread. Passes are compiled and measured when it is
+    made, and none is exchanged later; `compiled` says whether they could be.
 
-    `target` and `drafter` are names (folder or hub id) or loaded models; a loaded drafter is moved to the target's device and
-    dtype. Raises what loading them raises, ServeError when the memory is too small, and ScheduleError when a calibration does
-    not fit the drafter.
+    `target` and `drafter` are names (folder or hub id) or loaded models; a loaded drafter is moved to the
+    target's device and dtype. Raises what loading them raises, ServeError when the memory is too small, and
+    ScheduleError when a calibration does not fit the drafter.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class Engine:
             warm_up(self._models, settings.max_running, settings.step_tokens)
         step_rate = self._step_rate(settings)
         self._planner = LengthPlanner(settings.max_running, self.info.gamma, step_rate, self.calibration)
-        self._scheduler = Scheduler(  # nothing below an engine points back to it: one that is given up frees its memory at once
+        # nothing below an engine points back to it: one that is given up frees its memory at once
+        self._scheduler = Scheduler(
             self._models.pool,
             settings.max_running,
             self.info.max_length,
@@ -87,7 +89,9 @@ class Engine:
         """What steps cost, given or measured now; None where lengths are fixed."""
         if settings.plan != "planned" or self._models.drafter is None:
             return None
-        return settings.step_rate or measure_step_rate(self._models, self._models.drafter, settings.max_running)
+        return settings.step_rate or measure_step_rate(
+            self._models, self._models.drafter, settings.max_running
+        )
 
     def add_request(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
         """Put a request in the queue. Raises DataError for one that cannot be served."""
@@ -115,7 +119,9 @@ class Engine:
         )
         if needs_adjustment(params):
             like = torch.empty(0, device=self._models.device)
-            self._adjustments[request_id] = Adjustment(params, tokens, list(stop_ids), self.info.vocab_size, like)
+            self._adjustments[request_id] = Adjustment(
+                params, tokens, list(stop_ids), self.info.vocab_size, like
+            )
         self._requests[request_id] = request  # nothing can fail from here on
         self._scheduler.add(request)
 
@@ -132,7 +138,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
-        """One round for all who decode, one chunk for prompts that are being read; what it adds to each answer."""
+        """One round for all who decode, one chunk for prompts that are being read; what it adds to each
+        answer."""
         began, before = time.perf_counter(), self._model_seconds
         batch = self._scheduler.schedule()
         if not batch.requests:
@@ -180,7 +187,8 @@ class Engine:
     # --- the parts of a step
 
     def _randomness(self, batch: ScheduledBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Sampling settings [A] of the requests that get a token, and their uniforms [A, G + 2] (drafts, length, token)."""
+        """Sampling settings [A] of the requests that get a token, and their uniforms [A, G + 2] (drafts,
+        length, token)."""
         answering = batch.requests[: batch.answering]
         settings = row_settings([r.params for r in answering])
         uniforms = np.zeros((batch.answering, self.info.gamma + 2))
@@ -214,7 +222,9 @@ class Engine:
         step = self._pass(wanted.tokens_RP.ravel(), starts_D, lengths_D, rows_D, wanted.block)
         tokens_DG, drawn, *said = drafter.draft(step, self._on_device(anchors), drawing)
         told = [t.cpu().numpy() if t is not None else None for t in said]  # on a GPU this waits for the pass
-        self._tally.draft_seconds += time.perf_counter() - began - (drawing.seconds if drawing is not None else 0.0)
+        self._tally.draft_seconds += (
+            time.perf_counter() - began - (drawing.seconds if drawing is not None else 0.0)
+        )
         confidence = self._planner.confidence(*told)
         lengths_A[chosen] = self._planner.lengths(drafting, confidence, batch.decoding - len(drafting))
         return ProposalBatch(place(tokens_DG, chosen, batch.answering), drawn, lengths_A, chosen, confidence)
@@ -233,10 +243,15 @@ class Engine:
             lengths_R = lengths_R.copy()
             lengths_R[: batch.answering] += proposals.lengths_A
         began = time.perf_counter()
-        step = self._pass(np.concatenate(flat) if len(flat) > 1 else flat[0], batch.starts_R, lengths_R, batch.rows_R)
+        step = self._pass(
+            np.concatenate(flat) if len(flat) > 1 else flat[0], batch.starts_R, lengths_R, batch.rows_R
+        )
         wanted, scoring = None, list[Scoring]()
         if len(batch.requests) > decoding:
-            ends, starts = step.ends_R[: batch.answering], step.ends_R[: batch.answering] - proposals.lengths_A - 1
+            ends, starts = (
+                step.ends_R[: batch.answering],
+                step.ends_R[: batch.answering] - proposals.lengths_A - 1,
+            )
             rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]
             scoring = to_score(batch, step.firsts_R)
             wanted = self._on_device(np.concatenate(rows + [rows_S for _, rows_S in scoring]))
@@ -245,27 +260,38 @@ class Engine:
         return step, score(scoring, read) if scoring else read
 
     def _verify(
-        self, batch: ScheduledBatch, proposals: ProposalBatch, read: ReadOut, settings: np.ndarray, uniforms: np.ndarray
+        self,
+        batch: ScheduledBatch,
+        proposals: ProposalBatch,
+        read: ReadOut,
+        settings: np.ndarray,
+        uniforms: np.ndarray,
     ) -> Outcome:
         """The verdict on every proposal, and the next token of everybody who gets one; on the host."""
         if not batch.answering:
             return Outcome.nothing(proposals)
         adjustments = [self._adjustments.get(r.id) for r in batch.requests[: batch.answering]]
-        told = any(r.params.logprobs is not None for r in batch.requests[: batch.answering])  # of the logits as they were
+        # of the logits as they were
+        told = any(r.params.logprobs is not None for r in batch.requests[: batch.answering])
         logits = adjust_rows(read.logits_WV, proposals, adjustments, in_place=not told)
         best = None if any(adjustments) else read.best_W
         began = time.perf_counter()
         accepted, following = verify_proposals(logits, best, proposals, settings, uniforms[:, -2:])
-        if self._models.device.type != "cpu":  # verifying is little there beside what it waits for: the end of the pass
+        # verifying is little there beside what it waits for: the end of the pass
+        if self._models.device.type != "cpu":
             self._tally.verify_seconds += time.perf_counter() - began
         self._tally.rounds += sum(r.gamma > 0 for r in batch.requests[: batch.decoding])
         if proposals.drafting:
             drafted = len(proposals.drafting) * self.info.gamma
-            self._tally.add_drafts(drafted, proposals.lengths_A[proposals.drafting], accepted[proposals.drafting])
+            self._tally.add_drafts(
+                drafted, proposals.lengths_A[proposals.drafting], accepted[proposals.drafting]
+            )
         if proposals.confidence_DG is not None:
             chosen = proposals.drafting
             self._planner.observe(proposals.lengths_A[chosen], accepted[chosen])
-            self._tally.add_confidences(proposals.confidence_DG, proposals.lengths_A[chosen], accepted[chosen])
+            self._tally.add_confidences(
+                proposals.confidence_DG, proposals.lengths_A[chosen], accepted[chosen]
+            )
         return Outcome(proposals, accepted, following, read.logits_WV)
 
     def _extend(self, batch: ScheduledBatch, step: Pass, read: ReadOut, outcome: Outcome) -> None:
@@ -285,15 +311,24 @@ class Engine:
         next_tokens[last_kept] = outcome.next_A
         for index in range(batch.answering, len(batch.requests)):
             request = batch.requests[index]
-            next_tokens[step.ends_R[index] - 1] = request.tokens[request.computed + int(batch.counts_R[index])]
+            next_tokens[step.ends_R[index] - 1] = request.tokens[
+                request.computed + int(batch.counts_R[index])
+            ]
         return next_tokens
 
     def _pass(
-        self, tokens_T: np.ndarray, starts_R: np.ndarray, lengths_R: np.ndarray, rows_R: np.ndarray, block: bool = False
+        self,
+        tokens_T: np.ndarray,
+        starts_R: np.ndarray,
+        lengths_R: np.ndarray,
+        rows_R: np.ndarray,
+        block: bool = False,
     ) -> Pass:
         models = self._models
         tables = self._scheduler.tables_SB[rows_R]
-        return Pass(tokens_T, starts_R, lengths_R, tables, models.pool.block_size, models.device, models.dtype, block)
+        return Pass(
+            tokens_T, starts_R, lengths_R, tables, models.pool.block_size, models.device, models.dtype, block
+        )
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._models.device)
@@ -307,9 +342,14 @@ class Engine:
         if request_id in self._requests:
             raise DataError(f"request {request_id} is there already; give every request a name of its own")
         if not 1 <= len(tokens) < longest:
-            raise DataError(f"a prompt of {len(tokens)} tokens: give 1 to {longest - 1} (the context is {longest})")
+            raise DataError(
+                f"a prompt of {len(tokens)} tokens: give 1 to {longest - 1} (the context is {longest})"
+            )
         if params.max_tokens is not None and len(tokens) + params.max_tokens > longest:
-            raise DataError(f"{len(tokens)} prompt + {params.max_tokens} new tokens: the context is {longest}; ask for less")
+            raise DataError(
+                f"{len(tokens)} prompt + {params.max_tokens} new tokens: the context is {longest}; ask "
+                f"for less"
+            )
         allowed = params.allowed_token_ids
         for name, ids in (
             ("prompt", tokens),
@@ -320,9 +360,13 @@ class Engine:
         ):
             wrong = next((t for t in ids if not 0 <= t < vocab), None)
             if wrong is not None:
-                raise DataError(f"{name}: token id {wrong} is out of vocabulary; allowed are 0 to {vocab - 1}")
+                raise DataError(
+                    f"{name}: token id {wrong} is out of vocabulary; allowed are 0 to {vocab - 1}"
+                )
         if allowed is not None and not allowed:
-            raise DataError("allowed_token_ids is empty: no token could follow; leave it out or give at least one id")
+            raise DataError(
+                "allowed_token_ids is empty: no token could follow; leave it out or give at least one id"
+            )
 
 
 def _forget(planner: LengthPlanner, models: Models, request: Request) -> None:

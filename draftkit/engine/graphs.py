@@ -1,9 +1,10 @@
 """Passes recorded once and played back: CUDA graphs, which start a whole pass with one call.
 
-A recording is made for a number of tokens, whoever they belong to, and another pass is filled up to the next such number.
-Everything that changes from pass to pass lies in one integer tensor that the recording reads (`PagedPass`). What is tested
-without a GPU is that a recording which only ever sees its own tensors gives the pass's numbers; so each new recording is
-played once beside the pass that it recorded, and where one fails or differs no recording is used any more.
+A recording is made for a number of tokens, whoever they belong to, and another pass is filled up to the next
+such number. Everything that changes from pass to pass lies in one integer tensor that the recording reads
+(`PagedPass`). What is tested without a GPU is that a recording which only ever sees its own tensors gives the
+pass's numbers; so each new recording is played once beside the pass that it recorded, and where one fails or
+differs no recording is used any more.
 
 Shapes: T tokens of the pass, F features.
 """
@@ -21,9 +22,11 @@ from draftkit.engine.passes import SHORT_TILE, PagedPass, Pass, flatten
 
 log = logging.getLogger(__name__)
 LONGEST = 4096  # tokens of a recording: above, starting single operations costs nothing beside them
-_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}  # of the largest number: order of summing
+# of the largest number: order of summing
+_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 Outputs = tuple[Tensor, ...]
-Forward = Callable[[PagedPass, Tensor | None], Outputs]  # tokens and features, to outputs of an equal number of rows per token
+# tokens and features, to outputs of an equal number of rows per token
+Forward = Callable[[PagedPass, Tensor | None], Outputs]
 Play = Callable[[], None]
 Record = Callable[[Play], Play]  # takes the pass once, gives what plays it back
 
@@ -35,7 +38,8 @@ def padded(count: int) -> int:
 
 
 def sizes(largest: int) -> list[int]:
-    """All that are needed for passes up to this one, LONGEST at most, the largest first: smaller ones then need no memory."""
+    """All that are needed for passes up to this one, LONGEST at most, the largest first: smaller ones then
+    need no memory."""
     return sorted({padded(n) for n in range(1, min(largest, LONGEST) + 1)}, reverse=True)
 
 
@@ -48,11 +52,12 @@ class _Recording:
 
 
 class RecordedPasses:
-    """Plays passes of one kind back, recording each size when it is first seen. `forward` is the pass; `widest` the blocks of
-    the longest request, `unit` the tokens of each request where they are all the same, `features` how many numbers come with
-    each token.
+    """Plays passes of one kind back, recording each size when it is first seen. `forward` is the pass;
+    `widest` the blocks of the longest request, `unit` the tokens of each request where they are all the same,
+    `features` how many numbers come with each token.
 
-    When a recording cannot be made or differs from its pass, `reason` says so and `run` gives None from then on.
+    When a recording cannot be made or differs from its pass, `reason` says so and `run` gives None from then
+    on.
     """
 
     def __init__(
@@ -61,11 +66,13 @@ class RecordedPasses:
         self._forward, self._spare_slot, self._widest, self._record = forward, spare_slot, widest, record
         self._unit, self._features = unit, features
         self._recordings: dict[int, _Recording] = {}
-        self._outputs: list[Tensor] = []  # all recordings write to these; outputs of one are valid until the next is played
+        # all recordings write to these; outputs of one are valid until the next is played
+        self._outputs: list[Tensor] = []
         self.reason: str | None = None
 
     def run(self, step: Pass, features_TF: Tensor | None = None) -> Outputs | None:
-        """The outputs of the pass, or None for one that no recording can hold. They are overwritten by the next."""
+        """The outputs of the pass, or None for one that no recording can hold. They are overwritten by the
+        next."""
         tokens = self._unit * padded(len(step) // self._unit)
         if self.reason is not None or tokens > LONGEST or step.tables_RB.size > self._widest * tokens:
             return None
@@ -110,7 +117,9 @@ class RecordedPasses:
                 continue  # tokens of nearly equal logits; the logits or confidences beside them are compared
             difference = float((wanted - played).abs().max())
             if not difference <= _TOLERANCES[wanted.dtype] * max(1.0, float(wanted.abs().max())):
-                raise RuntimeError(f"a recording of {tokens} tokens differs from its pass by {difference:.2g}")
+                raise RuntimeError(
+                    f"a recording of {tokens} tokens differs from its pass by {difference:.2g}"
+                )
         return _Recording(inputs, features, play, outputs)
 
     def _room(self, outputs: Outputs) -> Outputs:

@@ -26,7 +26,9 @@ class HFModel:
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
         """Read the pass's tokens; see `PagedModel.read`."""
         hidden, features = [], []
-        for row, (start, first, end) in enumerate(zip(step.starts_R, step.firsts_R, step.ends_R, strict=True)):
+        for row, (start, first, end) in enumerate(
+            zip(step.starts_R, step.firsts_R, step.ends_R, strict=True)
+        ):
             cache = self._cache(int(step.tables_RB[row, 0]), int(start))
             read = self._target.forward(step.tokens[None, first:end], cache, feature_layers)
             hidden.append(read.last_hidden_BTH[0])

@@ -1,9 +1,9 @@
 """Which block of the KV memory holds what: a page table with reuse of common prefixes.
 
-A block is `block_size` consecutive positions of all layers, of the target and of the drafter alike: one block id
-addresses both pools, so a reused prefix brings the drafter's context along. A full block is known by its tokens and by
-the block before it (a chain), exactly: keys are compared, not only hashed. Blocks that nobody uses keep their content
-until the space is needed, least recently used first.
+A block is `block_size` consecutive positions of all layers, of the target and of the drafter alike: one block
+id addresses both pools, so a reused prefix brings the drafter's context along. A full block is known by its
+tokens and by the block before it (a chain), exactly: keys are compared, not only hashed. Blocks that nobody
+uses keep their content until the space is needed, least recently used first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class _Block:
 
 
 class BlockPool:
-    """Hands out blocks and takes them back. `free` counts blocks that can be handed out now, cached ones included."""
+    """Hands out blocks and takes them back. `free` counts blocks that can be handed out now, cached ones
+    included."""
 
     def __init__(self, num_blocks: int, block_size: int, reuse: bool = True) -> None:
         self.num_blocks, self.block_size, self.reuse = num_blocks, block_size, reuse
@@ -57,8 +58,8 @@ class BlockPool:
         return -(-length // self.block_size)
 
     def match(self, tokens: Sequence[int]) -> BlockTable:
-        """Blocks of the longest known prefix, now held by the caller. The last token is never included: it must be read
-        again, for its logits."""
+        """Blocks of the longest known prefix, now held by the caller. The last token is never included: it
+        must be read again, for its logits."""
         table = BlockTable()
         if self.reuse:
             link, size = _ROOT, self.block_size
@@ -100,7 +101,8 @@ class BlockPool:
                 found = self._known[key] = (own, self._next_link)
                 self._next_link += 1
                 self._blocks[own].key = key
-            table.links.append(found[1])  # where another block holds the same, along its chain; ours is kept to ourselves
+            # where another block holds the same, along its chain; ours is kept to ourselves
+            table.links.append(found[1])
 
     def release(self, table: BlockTable) -> None:
         """Give all blocks back. The end of a chain is reused for new content before its beginning."""

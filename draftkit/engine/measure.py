@@ -1,7 +1,7 @@
 """What a step costs on this machine: seconds of target passes and of drafting, timed as the engine runs them.
 
-An engine measures for about a second before its first request; `draftkit profile` measures more points for longer, with the
-same functions.
+An engine measures for about a second before its first request; `draftkit profile` measures more points for
+longer, with the same functions.
 
 Shapes: R requests, B blocks per request.
 """
@@ -37,9 +37,13 @@ Name = TypeVar("Name")
 
 
 def pass_job(models: Models, tables_RB: np.ndarray, context: int, tokens: int, each: int) -> Job:
-    """A target pass of so many tokens, `each` per request, after `context` others; the drafter reads it, too."""
+    """A target pass of so many tokens, `each` per request, after `context` others; the drafter reads it,
+    too."""
     lengths_R = np.array([len(part) for part in np.array_split(np.arange(tokens), -(-tokens // each))])
-    starts_R, tokens_T = np.full(len(lengths_R), context), np.arange(tokens) % min(100, models.info.vocab_size)
+    starts_R, tokens_T = (
+        np.full(len(lengths_R), context),
+        np.arange(tokens) % min(100, models.info.vocab_size),
+    )
 
     @torch.inference_mode()
     def run() -> None:
@@ -63,11 +67,18 @@ def pass_job(models: Models, tables_RB: np.ndarray, context: int, tokens: int, e
 def draft_job(
     models: Models, drafter: PagedDrafter, tables_RB: np.ndarray, context: int, greedy: bool = True
 ) -> Job:
-    """Proposals for the requests of these tables, after `context` tokens; not `greedy`: as for sampled requests."""
+    """Proposals for the requests of these tables, after `context` tokens; not `greedy`: as for sampled
+    requests."""
     ones_R, size = np.ones(len(tables_RB), np.int64), models.pool.block_size
-    wanted, anchors = drafter.drafting_pass(ones_R), torch.ones(len(ones_R), dtype=torch.int64, device=models.device)
+    wanted, anchors = (
+        drafter.drafting_pass(ones_R),
+        torch.ones(len(ones_R), dtype=torch.int64, device=models.device),
+    )
     starts_R, lengths_R = ones_R * (context + wanted.first), ones_R * wanted.tokens_RP.shape[1]
-    settings_R, uniforms_RG = row_settings([Sampling(1.0)]).repeat(len(ones_R)), np.full((len(ones_R), drafter.gamma), 0.5)
+    settings_R, uniforms_RG = (
+        row_settings([Sampling(1.0)]).repeat(len(ones_R)),
+        np.full((len(ones_R), drafter.gamma), 0.5),
+    )
 
     @torch.inference_mode()
     def run() -> None:
@@ -85,8 +96,8 @@ def timed(
     clock: Callable[[], float] = time.perf_counter,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[Name, list[float]]:
-    """Seconds of each job, which has run before, `repeats` times: in rounds over all, each in another order, so that a slow
-    minute does not fall on one of them. `tick` is called after every run."""
+    """Seconds of each job, which has run before, `repeats` times: in rounds over all, each in another order,
+    so that a slow minute does not fall on one of them. `tick` is called after every run."""
     rng, names = np.random.default_rng(0), list(jobs)
     seconds: dict[Name, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
@@ -99,8 +110,9 @@ def timed(
 
 
 def measure_step_rate(models: Models, drafter: PagedDrafter, max_running: int) -> StepRate:
-    """Medians over sizes 1, 2, 4, ...: up to all that `max_running` requests may need, as far as the time reaches, and to 16
-    however long it takes. `drafter` is the models'. Raises ServeError when too few blocks are free to write to."""
+    """Medians over sizes 1, 2, 4, ...: up to all that `max_running` requests may need, as far as the time
+    reaches, and to 16 however long it takes. `drafter` is the models'. Raises ServeError when too few blocks
+    are free to write to."""
     with _borrowed(models) as blocks:
         context = 0 if isinstance(models.model, HFModel) else _context(models)  # that one has no caches yet
 
@@ -117,7 +129,8 @@ def measure_step_rate(models: Models, drafter: PagedDrafter, max_running: int) -
 
 
 def warm_up(models: Models, max_running: int, step_tokens: int) -> None:
-    """Compile kernels and record passes of all sizes, so that no request waits for it; raises as `measure_step_rate`."""
+    """Compile kernels and record passes of all sizes, so that no request waits for it; raises as
+    `measure_step_rate`."""
     drafter, width = models.drafter, models.info.gamma + 1
     with _borrowed(models, step_tokens) as blocks:
         for tokens in sizes(max_running * width):

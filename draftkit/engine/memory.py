@@ -17,13 +17,15 @@ from draftkit.target.transformers import TransformersTarget
 
 log = logging.getLogger("draftkit.engine")
 
-_GPU_SHARE, _CPU_SHARE = 0.8, 0.5  # of what a GPU has free; of what a machine has: weights, logits and others take the rest
+# of what a GPU has free; of what a machine has: weights, logits and others take the rest
+_GPU_SHARE, _CPU_SHARE = 0.8, 0.5
 _CPU_BYTES = 2**30  # unless one request alone needs more
 
 
 @dataclass(frozen=True)
 class Room:
-    """Blocks of the memory, and the longest request in tokens (room for a proposal after it is not counted)."""
+    """Blocks of the memory, and the longest request in tokens (room for a proposal after it is not
+    counted)."""
 
     blocks: int
     max_length: int
@@ -32,8 +34,9 @@ class Room:
 def room_for(target: TransformersTarget, drafter: Drafter | None, settings: EngineSettings) -> Room:
     """What `kv_bytes` hold, at most what all requests at their longest need.
 
-    Without `kv_bytes` they are `available_bytes` of a GPU; on a CPU a gibibyte, or what one request needs. Where neither
-    they nor `max_length` are given, requests are at most as long as the memory is. Raises ServeError when it does not hold one.
+    Without `kv_bytes` they are `available_bytes` of a GPU; on a CPU a gibibyte, or what one request needs.
+    Where neither they nor `max_length` are given, requests are at most as long as the memory is. Raises
+    ServeError when it does not hold one.
     """
     size, given = settings.block_size, settings.kv_bytes
     ahead = (drafter.gamma if drafter is not None else 0) + 1
@@ -44,7 +47,11 @@ def room_for(target: TransformersTarget, drafter: Drafter | None, settings: Engi
     held = room // block_bytes
     if held < needed and given is None and settings.max_length is None and held * size > ahead + 1:
         longest, needed = held * size - ahead, held
-        log.warning("requests of %d tokens at most fit the memory (the target allows %d)", longest, target.info.max_length)
+        log.warning(
+            "requests of %d tokens at most fit the memory (the target allows %d)",
+            longest,
+            target.info.max_length,
+        )
     if held < needed:
         enough = math.ceil(1000 * needed * block_bytes / 2**30) / 1000
         what, way_out = ("kv_bytes", f"{enough:g} GiB or ") if given is not None else ("the free memory", "")

@@ -18,9 +18,9 @@ class EngineMetrics:
     """Gauges of now and counters since the start.
 
     `rounds` are counted per request. Of the `drafted` tokens `verified` went through the target (the budget),
-    `accepted` were kept and `wasted` not. Seconds: in the drafter's passes, in the target's, in the rest of the steps.
-    `calibration_error` compares (calibrated) confidences with what verification found, in ten bins weighted by size, over the
-    positions that were reached; None before there is one.
+    `accepted` were kept and `wasted` not. Seconds: in the drafter's passes, in the target's, in the rest of
+    the steps. `calibration_error` compares (calibrated) confidences with what verification found, in ten bins
+    weighted by size, over the positions that were reached; None before there is one.
     """
 
     running: int = 0
@@ -61,7 +61,9 @@ class Tally:
         place_G = np.arange(len(self.per_position))
         self.per_position += (place_G < accepted_R[:, None]).sum(0)
 
-    def add_confidences(self, confidence_RG: np.ndarray, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
+    def add_confidences(
+        self, confidence_RG: np.ndarray, lengths_R: np.ndarray, accepted_R: np.ndarray
+    ) -> None:
         """Compare with the verdict where verification came that far; done for many steps at once."""
         self._pending.append((confidence_RG, lengths_R, accepted_R))
         if len(self._pending) >= _STEPS_AT_ONCE or self.calibration_error is None:
@@ -72,7 +74,8 @@ class Tally:
     def _compare(self, said_RG: np.ndarray, lengths_R1: np.ndarray, accepted_R1: np.ndarray) -> None:
         place_G = np.arange(said_RG.shape[1])
         seen_RG = place_G < np.minimum(accepted_R1 + 1, lengths_R1)
-        found, kept = np.nan_to_num(said_RG[seen_RG]), (place_G < accepted_R1)[seen_RG]  # no number is no confidence
+        # no number is no confidence
+        found, kept = np.nan_to_num(said_RG[seen_RG]), (place_G < accepted_R1)[seen_RG]
         bins = np.minimum((found * _BINS).astype(np.int64), _BINS - 1)
         for sums, weights in zip(self._bins, (None, found, kept), strict=True):
             sums += np.bincount(bins, weights, minlength=_BINS)

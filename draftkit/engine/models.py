@@ -1,4 +1,5 @@
-"""From names to the two models in memory: the target after its pass, the drafter beside it, and the blocks they share."""
+"""From names to the two models in memory: the target after its pass, the drafter beside it, and the blocks
+they share."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class Models:
 def build_models(
     target: str | TransformersTarget, drafter: str | Path | Drafter | None, settings: EngineSettings
 ) -> Models:
-    """Load what is given by name, and lay out the memory. Raises TargetError, CheckpointError or ServeError."""
+    """Load what is given by name, and lay out the memory. Raises TargetError, CheckpointError or
+    ServeError."""
     loaded = load_for_engine(target, settings) if isinstance(target, str) else target
     weight = loaded.head_weight()
     if isinstance(drafter, str | Path):

@@ -1,12 +1,15 @@
 """The C++ forward pass (`cpp/step.cpp`) for Python: laying out weights and calling it.
 
-Why not `torch.compile`: at 1 to 8 tokens a pass is bound by reading weights and by starting operations. One function needs
-no padded shapes, compiles once in seconds for every target, and weights that are bfloat16 numbers are read as such.
+Why not `torch.compile`: at 1 to 8 tokens a pass is bound by reading weights and by starting operations. One
+function needs no padded shapes, compiles once in seconds for every target, and weights that are bfloat16
+numbers are read as such.
 
-Models in float32 are computed in float32. Of models in bfloat16 keys and values are kept in it, and products of matrices take
-their input rounded to it where the processor multiplies such numbers; all else is float32 there, too.
+Models in float32 are computed in float32. Of models in bfloat16 keys and values are kept in it, and products
+of matrices take their input rounded to it where the processor multiplies such numbers; all else is float32
+there, too.
 
-Shapes: T tokens, W wanted rows, H hidden, V vocabulary, F = K * H features, L layers, M key/value heads, D head size.
+Shapes: T tokens, W wanted rows, H hidden, V vocabulary, F = K * H features, L layers, M key/value heads, D
+head size.
 """
 
 from __future__ import annotations
@@ -37,12 +40,18 @@ _Matrix = structure(("panels", _pointer), ("rows cols kind", _int))
 _Layer = structure(
     ("heads kv_heads head_dim window value_norm", _int),
     ("scale score_cap output_scale", _float),
-    ("input_norm qkv_bias qk_norm out_bias post_attention_norm mlp_norm mlp_out_norm rotary memory", _pointer),
+    (
+        "input_norm qkv_bias qk_norm out_bias post_attention_norm mlp_norm mlp_out_norm rotary memory",
+        _pointer,
+    ),
     ("qkv out gate_up down", _Matrix),
 )
 _Stack = structure(("layers hidden gelu half", _int), ("eps", _float), ("layer", _pointer))
 _Ends = structure(
-    ("vocab half", _int), ("embedding norm", _pointer), ("embedding_scale logit_scale logit_cap", _float), ("head", _Matrix)
+    ("vocab half", _int),
+    ("embedding norm", _pointer),
+    ("embedding_scale logit_scale logit_cap", _float),
+    ("head", _Matrix),
 )
 _Step = structure(
     ("tokens requests block_size table_width wanted captures block threads", _int),
@@ -58,7 +67,10 @@ _SequentialHead = structure(
 )
 _Draft = structure(
     ("requests positions hidden columns row threads first end part", _int),
-    ("states logits confidence largest memory anchors ids tokens settings uniforms softmaxes sums chances", _pointer),
+    (
+        "states logits confidence largest memory anchors ids tokens settings uniforms softmaxes sums chances",
+        _pointer,
+    ),
 )
 _KINDS = {"markov": 0, "gated": 1, "rnn": 2}
 _ALL, _LOGITS, _TOKENS = range(3)  # parts of a walk, see types.h
@@ -67,8 +79,8 @@ _Context = structure(("fc kv", _Matrix), ("norm k_norm", _pointer))
 
 @dataclass(frozen=True)
 class Ends:
-    """What lies before and after the layers: embedding [V, H] and its factor, final norm [H], head [V, H]; logits are
-    cap * tanh(scale * x / cap), without a cap scale * x."""
+    """What lies before and after the layers: embedding [V, H] and its factor, final norm [H], head [V, H];
+    logits are cap * tanh(scale * x / cap), without a cap scale * x."""
 
     embedding: Tensor
     embedding_scale: float
@@ -81,8 +93,9 @@ class Ends:
 class NativeStack:
     """One stack and its ends as `cpp/step.cpp` wants them; float32 or bfloat16 on the CPU.
 
-    Keys and values are those of `stack`, so that passes of both kinds may follow each other. `lender` has packed the same
-    head already. Raises NoNative when a size or dtype does not fit, or nothing can be compiled.
+    Keys and values are those of `stack`, so that passes of both kinds may follow each other. `lender` has
+    packed the same head already. Raises NoNative when a size or dtype does not fit, or nothing can be
+    compiled.
     """
 
     def __init__(self, stack: Stack, ends: Ends, lender: NativeStack | None = None) -> None:
@@ -102,7 +115,9 @@ class NativeStack:
         self.hidden, self.vocab, self.embedded = stack.shape.hidden, len(ends.head), len(ends.embedding)
         self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
         layers = ctypes.cast(self._layers, _pointer)
-        self._stack = _Stack(len(stack.layers), stack.shape.hidden, stack.shape.gelu, half, stack.shape.eps, layers)
+        self._stack = _Stack(
+            len(stack.layers), stack.shape.hidden, stack.shape.gelu, half, stack.shape.eps, layers
+        )
         self._ends: Any = _Ends(
             self.vocab,
             half,
@@ -123,9 +138,14 @@ class NativeStack:
             layer.memory = memory.data_ptr()
 
     def run(
-        self, step: Pass, wanted_W: np.ndarray, capture: tuple[int, ...] = (), best_W: np.ndarray | None = None
+        self,
+        step: Pass,
+        wanted_W: np.ndarray,
+        capture: tuple[int, ...] = (),
+        best_W: np.ndarray | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Logits [W, V] and normed hidden states [W, H] of the wanted rows, features [T, F] of the layers `capture`, float32.
+        """Logits [W, V] and normed hidden states [W, H] of the wanted rows, features [T, F] of the layers
+        `capture`, float32.
 
         `best_W`, int64 [W], gets the first largest logit of each row.
         """
@@ -134,7 +154,9 @@ class NativeStack:
         logits_WV = torch.empty(count, width)
         hidden_WH = torch.empty(count, self.hidden)
         features_TF = torch.empty(len(step), len(capture) * self.hidden) if capture else None
-        native, _numbers = _native_step(step, np.ascontiguousarray(wanted_W, dtype=np.int64), _ascending(capture))
+        native, _numbers = _native_step(
+            step, np.ascontiguousarray(wanted_W, dtype=np.int64), _ascending(capture)
+        )
         native.logits, native.hidden = logits_WV.data_ptr(), hidden_WH.data_ptr()
         native.features = features_TF.data_ptr() if features_TF is not None else None
         native.best = best_W.ctypes.data if best_W is not None else None
@@ -146,7 +168,10 @@ class NativeStack:
         features_TF = features_TF.float().contiguous()
         native, _numbers = _native_step(step)
         self.library.write_context(
-            ctypes.byref(self._stack), ctypes.byref(context.structure), ctypes.byref(native), _pointer(features_TF.data_ptr())
+            ctypes.byref(self._stack),
+            ctypes.byref(context.structure),
+            ctypes.byref(native),
+            _pointer(features_TF.data_ptr()),
         )
 
     def matrix(self, weight: Tensor) -> ctypes.Structure:
@@ -185,67 +210,106 @@ class NativeStack:
 
 
 class NativeContext:
-    """A drafter's projections of context features: fc [H, F], its norm [H], kv [2 L M D, H], norms of keys [L, D] or None."""
+    """A drafter's projections of context features: fc [H, F], its norm [H], kv [2 L M D, H], norms of keys
+    [L, D] or None."""
 
-    def __init__(self, stack: NativeStack, fc: Tensor, norm: Tensor, kv: Tensor, k_norm: Tensor | None) -> None:
+    def __init__(
+        self, stack: NativeStack, fc: Tensor, norm: Tensor, kv: Tensor, k_norm: Tensor | None
+    ) -> None:
         self._kept = stack  # weights stay alive with it
         self.structure = _Context(stack.matrix(fc), stack.matrix(kv), stack.at(norm), stack.at(k_norm))
 
 
 class NativeHead:
-    """A drafter's sequential head (or none) and confidence head (or none): from base logits to tokens, drawn or greedy.
+    """A drafter's sequential head (or none) and confidence head (or none): from base logits to tokens, drawn
+    or greedy.
 
     `ids_C`, int64, are the tokens of the logits' columns where the drafter has a reduced vocabulary.
     """
 
     def __init__(
-        self, stack: NativeStack, markov: MarkovHead | None, confidence: ConfidenceHead | None, ids_C: Tensor | None
+        self,
+        stack: NativeStack,
+        markov: MarkovHead | None,
+        confidence: ConfidenceHead | None,
+        ids_C: Tensor | None,
     ) -> None:
         library = sampling_library()
         if library is None:
             raise NoNative("cpp/sampling.cpp cannot be compiled")
-        self._library, self._sampling, self._kept = stack.library, library, stack  # weights stay alive with the stack
+        # weights stay alive with the stack
+        self._library, self._sampling, self._kept = stack.library, library, stack
         self.structure, self._confident, self._ids_C = _SequentialHead(), confidence is not None, ids_C
         self._rank, self._vocab = 0, stack.embedded
         if markov is not None:
             self._rank = markov.markov_w2.in_features
             self.structure.kind = _KINDS[markov.kind]
-            self.structure.w1, self.structure.w2 = stack.at(markov.markov_w1.weight), stack.matrix(markov.markov_w2.weight)
+            self.structure.w1, self.structure.w2 = (
+                stack.at(markov.markov_w1.weight),
+                stack.matrix(markov.markov_w2.weight),
+            )
             joint = {"gated": "gate_proj", "rnn": "joint_proj"}.get(markov.kind)
             if joint is not None:
                 linear = cast(nn.Linear, getattr(markov, joint))
-                self.structure.joint, self.structure.joint_bias = stack.matrix(linear.weight), stack.at(linear.bias)
+                self.structure.joint, self.structure.joint_bias = (
+                    stack.matrix(linear.weight),
+                    stack.at(linear.bias),
+                )
         if confidence is not None:
             self.structure.confidence = stack.at(confidence.proj.weight)
             self.structure.confidence_size = confidence.proj.in_features
             self.structure.confidence_bias = float(confidence.proj.bias)
 
-    def draft(self, hidden_RGH: Tensor, base_RGC: Tensor, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
+    def draft(
+        self, hidden_RGH: Tensor, base_RGC: Tensor, anchors_R: Tensor, drawing: Drawing | None
+    ) -> Drafts:
         """See `PagedBlockDrafter.draft`. The base logits are overwritten; their rows may be apart."""
         (requests, positions, hidden), columns = hidden_RGH.shape, base_RGC.shape[2]
-        sizes = (requests, positions, hidden, columns, base_RGC.stride(1), torch.get_num_threads(), 0, positions)
+        sizes = (
+            requests,
+            positions,
+            hidden,
+            columns,
+            base_RGC.stride(1),
+            torch.get_num_threads(),
+            0,
+            positions,
+        )
         tokens_RG = torch.empty(requests, positions, dtype=torch.int64)
         said_RG, memory_Rr = torch.empty(requests, positions), torch.zeros(requests, self._rank)
         native = _Draft(*sizes, _ALL)
-        native.states, native.logits, native.anchors = hidden_RGH.data_ptr(), base_RGC.data_ptr(), anchors_R.data_ptr()
+        native.states, native.logits, native.anchors = (
+            hidden_RGH.data_ptr(),
+            base_RGC.data_ptr(),
+            anchors_R.data_ptr(),
+        )
         native.tokens, native.memory = tokens_RG.data_ptr(), memory_Rr.data_ptr()
         native.ids = self._ids_C.data_ptr() if self._ids_C is not None else None
         setattr(native, "confidence" if self._confident else "largest", said_RG.data_ptr())
         drawn = None
         if drawing is not None and not drawing.greedy:
-            softmaxes, sums = np.empty(requests * positions, SOFTMAX), np.empty((requests * positions, chunks_of(columns)))
+            softmaxes, sums = (
+                np.empty(requests * positions, SOFTMAX),
+                np.empty((requests * positions, chunks_of(columns))),
+            )
             chances_RG = np.empty((requests, positions))
             native.settings, native.uniforms = drawing.settings_D.ctypes.data, drawing.uniforms_DG.ctypes.data
-            native.softmaxes, native.sums, native.chances = (a.ctypes.data for a in (softmaxes, sums, chances_RG))
+            native.softmaxes, native.sums, native.chances = (
+                a.ctypes.data for a in (softmaxes, sums, chances_RG)
+            )
             rows_NC = base_RGC.flatten(0, 1)
-            drawn = Drawn(NativeRows(self._sampling, rows_NC, softmaxes, sums, self._ids_C, self._vocab), chances_RG)
+            drawn = Drawn(
+                NativeRows(self._sampling, rows_NC, softmaxes, sums, self._ids_C, self._vocab), chances_RG
+            )
         if drawing is not None and drawing.adjusts:
             self._draft_adjusted(native, base_RGC, tokens_RG, drawing)
         else:
             self._walk(native)
         return Drafts(tokens_RG, drawn, *((said_RG, None) if self._confident else (None, said_RG)))
 
-    def _draft_adjusted(self, native: ctypes.Structure, base_RGC: Tensor, tokens_RG: Tensor, drawing: Drawing) -> None:
+    def _draft_adjusted(
+        self, native: ctypes.Structure, base_RGC: Tensor, tokens_RG: Tensor, drawing: Drawing
+    ) -> None:
         """Position by position, since the logits change in between."""
         for k in range(native.end):
             native.first, native.end = k, k + 1
@@ -266,9 +330,9 @@ class NativeHead:
 
 
 def pack_panels(weight: Tensor, kind: int) -> Tensor:
-    """[out, in] with rows filled up with zeros, in the order that the source wants of this kind of matrix, as a view where it
-    can be one: FLOATS [out / 16, in, 16]; HALVES [out / 16, in, 8, 2] in bfloat16, rows 0, 8, 1, 9, ... of a panel as
-    neighbours; PAIRS [out / 16, in / 2, 16, 2] in bfloat16."""
+    """[out, in] with rows filled up with zeros, in the order that the source wants of this kind of matrix, as
+    a view where it can be one: FLOATS [out / 16, in, 16]; HALVES [out / 16, in, 8, 2] in bfloat16, rows 0, 8,
+    1, 9, ... of a panel as neighbours; PAIRS [out / 16, in / 2, 16, 2] in bfloat16."""
     short = -len(weight) % PANEL
     padded = F.pad(weight, (0, 0, 0, short)) if short else weight
     if kind == FLOATS:
@@ -303,9 +367,11 @@ def _ascending(layers: tuple[int, ...]) -> np.ndarray:
 def _native_step(
     step: Pass, wanted_W: np.ndarray = _NONE, captured: np.ndarray = _NONE
 ) -> tuple[ctypes.Structure, np.ndarray]:
-    """The pass as the source wants it, and its numbers, which it points to: all in one array, since asking for an address costs
-    more than copying."""
-    numbers = np.concatenate((step.tokens_T, step.starts_R, step.lengths_R, step.tables_RB.ravel(), wanted_W, captured))
+    """The pass as the source wants it, and its numbers, which it points to: all in one array, since asking
+    for an address costs more than copying."""
+    numbers = np.concatenate(
+        (step.tokens_T, step.starts_R, step.lengths_R, step.tables_RB.ravel(), wanted_W, captured)
+    )
     requests, width = step.tables_RB.shape
     sizes = (len(step.tokens_T), requests, step.block_size, width, len(wanted_W), len(captured))
     return _Step(*sizes, step.block, torch.get_num_threads(), numbers.ctypes.data), numbers

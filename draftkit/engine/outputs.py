@@ -9,8 +9,8 @@ FinishReason = str  # "stop" or "length"
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """One token of an answer: drafted and accepted, or made by the target. Log probabilities are natural logarithms
-    under the target's own distribution, before penalties and temperature, as vLLM reports them."""
+    """One token of an answer: drafted and accepted, or made by the target. Log probabilities are natural
+    logarithms under the target's own distribution, before penalties and temperature, as vLLM reports them."""
 
     token_id: int
     origin: str  # "accepted" or "target"; "prompt" where a prompt is shown
@@ -20,8 +20,8 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class PromptToken:
-    """One token of a prompt, given those before it, under the target's own distribution: natural logarithms of
-    probabilities; `rank` 1 is the most likely token."""
+    """One token of a prompt, given those before it, under the target's own distribution: natural logarithms
+    of probabilities; `rank` 1 is the most likely token."""
 
     token_id: int
     logprob: float
@@ -31,7 +31,8 @@ class PromptToken:
 
 @dataclass(frozen=True)
 class RequestStats:
-    """Counts and seconds of one answer so far; `accepted_per_position[i]` counts rounds that kept draft i + 1."""
+    """Counts and seconds of one answer so far; `accepted_per_position[i]` counts rounds that kept draft i +
+    1."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -48,9 +49,9 @@ class RequestStats:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step added to one answer; `rejected` are the verified drafts of this round that were not kept. `prompt` comes
-    with the first output of a request that asked for it: the prompt's tokens from the second on. `stop_token`: the last event
-    is a token that ended the answer and is no part of its text."""
+    """What one step added to one answer; `rejected` are the verified drafts of this round that were not kept.
+    `prompt` comes with the first output of a request that asked for it: the prompt's tokens from the second
+    on. `stop_token`: the last event is a token that ended the answer and is no part of its text."""
 
     request_id: str
     events: tuple[TokenEvent, ...]

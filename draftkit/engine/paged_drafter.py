@@ -1,10 +1,12 @@
-"""A block drafter over flattened tokens and paged memory: the same proposals as `BlockDrafter.propose`, for many requests.
+"""A block drafter over flattened tokens and paged memory: the same proposals as `BlockDrafter.propose`, for
+many requests.
 
-The drafter's keys and values live in the slots of the target's blocks, in a memory of their own. A block in work writes
-its positions after the committed ones; the next `extend` or `draft` of the request overwrites them.
+The drafter's keys and values live in the slots of the target's blocks, in a memory of their own. A block in
+work writes its positions after the committed ones; the next `extend` or `draft` of the request overwrites
+them.
 
-Shapes: R requests, T tokens, P block positions, G = gamma drafted tokens, F = K * H features, H hidden, V vocabulary,
-L layers, M key/value heads, D head size, r Markov rank.
+Shapes: R requests, T tokens, P block positions, G = gamma drafted tokens, F = K * H features, H hidden, V
+vocabulary, L layers, M key/value heads, D head size, r Markov rank.
 """
 
 from __future__ import annotations
@@ -28,7 +30,16 @@ from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
 from draftkit.engine.paged_model import fuse_qkv
 from draftkit.engine.passes import PagedPass, Pass
-from draftkit.engine.stack import AttentionShape, Indices, Layer, Stack, StackShape, columns_first, pair_rows, rotary_table
+from draftkit.engine.stack import (
+    AttentionShape,
+    Indices,
+    Layer,
+    Stack,
+    StackShape,
+    columns_first,
+    pair_rows,
+    rotary_table,
+)
 from draftkit.ops.inference import inference
 from draftkit.ops.sampling import largest_prob
 
@@ -37,8 +48,8 @@ Choose = Callable[[Tensor, int], Tensor]  # logits [R, V], draft index 0..G-1 ->
 
 @dataclass(frozen=True)
 class DraftingPass:
-    """What a drafter reads to make its proposals: tokens [R, P] per request, where the first lies, counted from the anchor's
-    position, and whether they see each other in both directions."""
+    """What a drafter reads to make its proposals: tokens [R, P] per request, where the first lies, counted
+    from the anchor's position, and whether they see each other in both directions."""
 
     tokens_RP: np.ndarray
     first: int
@@ -46,10 +57,12 @@ class DraftingPass:
 
 
 class PagedBlockDrafter:
-    """Weights taken from a loaded `BlockDrafter` (layer matrices are fused copies; embedding and heads are shared).
+    """Weights taken from a loaded `BlockDrafter` (layer matrices are fused copies; embedding and heads are
+    shared).
 
-    `slots` positions of memory (blocks * block size, as the target's pool has them); `max_length` is the longest
-    request in tokens, the block after it not counted. Raises ConfigError for a drafter that this stack cannot run.
+    `slots` positions of memory (blocks * block size, as the target's pool has them); `max_length` is the
+    longest request in tokens, the block after it not counted. Raises ConfigError for a drafter that this
+    stack cannot run.
     """
 
     looks_ahead = False  # `extend` needs no tokens
@@ -61,7 +74,11 @@ class PagedBlockDrafter:
         self.embedding, self.head = drafter.embed_tokens.weight, drafter.head()
         scale = torch.tensor(config.hidden_size**0.5, dtype=self.embedding.dtype)
         self.embedding_scale = float(scale) if style.scaled_embedding else 1.0
-        self.norm, self.fc, self.hidden_norm = drafter.norm.weight, drafter.fc.weight, drafter.hidden_norm.weight
+        self.norm, self.fc, self.hidden_norm = (
+            drafter.norm.weight,
+            drafter.fc.weight,
+            drafter.hidden_norm.weight,
+        )
         self.markov, self.confidence = drafter.markov_head, drafter.confidence_head
         self.draft_ids_W, self._over_target = drafter.draft_ids_W, drafter.over_target
         rotary = rotary_of(config, max_length, self.norm)
@@ -71,7 +88,8 @@ class PagedBlockDrafter:
         self.stack = Stack(shape, layers, slots)
         attentions = [block.self_attn for block in blocks]
         keys = [pair_rows(a.k_proj.weight, config.head_dim) for a in attentions]
-        self.context_kv = columns_first(torch.cat([*keys, *(a.value_weight for a in attentions)]))  # [2 L M D, H]
+        # [2 L M D, H]
+        self.context_kv = columns_first(torch.cat([*keys, *(a.value_weight for a in attentions)]))
         norms = [pair_rows(a.k_norm.weight, config.head_dim) for a in attentions if a.k_norm is not None]
         self.k_norm = torch.stack(norms) if norms else None  # [L, D]
         # one of them is set when it is ready, see compiled.py
@@ -82,7 +100,9 @@ class PagedBlockDrafter:
     def ends(self) -> Ends:
         """What lies before and after the layers."""
         head = self.head
-        return Ends(self.embedding, self.embedding_scale, self.norm, head.weight_VH, head.scale, head.soft_cap)
+        return Ends(
+            self.embedding, self.embedding_scale, self.norm, head.weight_VH, head.scale, head.soft_cap
+        )
 
     def drop_copies(self) -> None:
         """Give the fused matrices back once compiled passes, which have their own, are in use."""
@@ -93,10 +113,11 @@ class PagedBlockDrafter:
 
     @inference
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
-        """Write the context's keys and values of the pass's positions, all layers; `next_tokens_T` are not needed.
+        """Write the context's keys and values of the pass's positions, all layers; `next_tokens_T` are not
+        needed.
 
-        The pass may be the one that the target has just read, rejected tokens included: what lies after the committed
-        positions is overwritten before anything looks at it.
+        The pass may be the one that the target has just read, rejected tokens included: what lies after the
+        committed positions is overwritten before anything looks at it.
         """
         if self.native is not None:
             self.native.stack.write_context(self.native.context, step, features_TF)
@@ -127,12 +148,18 @@ class PagedBlockDrafter:
     def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
         """Propose for every request.
 
-        `step` is the `drafting_pass`, with the anchor at the first position that `extend` has not written. `drawing`
-        None drafts greedily.
+        `step` is the `drafting_pass`, with the anchor at the first position that `extend` has not written.
+        `drawing` None drafts greedily.
         """
-        if drawing is None and self.recorded is not None and (played := self.recorded.greedy.run(step)) is not None:
+        if (
+            drawing is None
+            and self.recorded is not None
+            and (played := self.recorded.greedy.run(step)) is not None
+        ):
             tokens_RG, said_RG = played
-            return Drafts(tokens_RG, None, *((said_RG, None) if self.confidence is not None else (None, said_RG)))
+            return Drafts(
+                tokens_RG, None, *((said_RG, None) if self.confidence is not None else (None, said_RG))
+            )
         hidden_RGH, base_RGV = self._read_block(step, self.native)
         if self.native is not None:
             return self.native.head.draft(hidden_RGH, base_RGV, anchors_R, drawing)
@@ -140,7 +167,8 @@ class PagedBlockDrafter:
         return Drafts(tokens_RG, drawing.drawn() if drawing is not None else None, *said)
 
     def greedy(self, step: Indices) -> tuple[Tensor, Tensor]:
-        """Tokens of a greedy `draft` [R, G], and confidences or largest probabilities [R, G], in PyTorch operations."""
+        """Tokens of a greedy `draft` [R, G], and confidences or largest probabilities [R, G], in PyTorch
+        operations."""
         tokens_RG, *said = self._walk(
             *self._drafting(*self.forward(step)), step.tokens[:: self.config.block_size], take_largest
         )
@@ -148,7 +176,8 @@ class PagedBlockDrafter:
 
     @inference
     def logits_along(self, step: Pass, anchors_R: Tensor, tokens_RG: Tensor) -> Tensor:
-        """Logits of the head's tokens before each of these drafted tokens [R, G, W], in PyTorch operations."""
+        """Logits of the head's tokens before each of these drafted tokens [R, G, W], in PyTorch
+        operations."""
         logits: list[Tensor] = []
 
         def follow(logits_RV: Tensor, k: int) -> Tensor:
@@ -163,7 +192,8 @@ class PagedBlockDrafter:
     def compiled_logits(self, step: Pass, anchors_R: Tensor, native: NativeDrafter) -> tuple[Tensor, Tensor]:
         """Greedy tokens [R, G] and the logits [R, G, W] before each, of the compiled pass."""
         hidden_RGH, base_RGV = self._read_block(step, native)
-        return native.head.draft(hidden_RGH, base_RGV, anchors_R, None).tokens_DG, base_RGV  # the head writes there
+        # the head writes there
+        return native.head.draft(hidden_RGH, base_RGV, anchors_R, None).tokens_DG, base_RGV
 
     def _walk(
         self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor, choose: Choose
@@ -220,8 +250,8 @@ def take_largest(logits_RV: Tensor, _: int) -> Tensor:
 
 
 class RecordedDrafter:
-    """Recordings of a drafter's passes: over its blocks, those and the greedy way along the head, and from features to keys and
-    values."""
+    """Recordings of a drafter's passes: over its blocks, those and the greedy way along the head, and from
+    features to keys and values."""
 
     def __init__(self, drafter: PagedBlockDrafter, widest: int, record: Record) -> None:
         slots, size, features = drafter.stack.slots, drafter.config.block_size, drafter.fc.shape[1]
@@ -238,18 +268,23 @@ class RecordedDrafter:
 
 
 class NativeDrafter:
-    """The C++ passes of a drafter: over its blocks, from features to keys and values, and along the head. `target` has packed
-    the head, where it is the very same tensor. Raises NoNative."""
+    """The C++ passes of a drafter: over its blocks, from features to keys and values, and along the head.
+    `target` has packed the head, where it is the very same tensor. Raises NoNative."""
 
     def __init__(self, drafter: PagedBlockDrafter, stack: Stack, target: NativeStack | None) -> None:
         self.stack = NativeStack(stack, drafter.ends, target)
-        self.context = NativeContext(self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm)
+        self.context = NativeContext(
+            self.stack, drafter.fc, drafter.hidden_norm, drafter.context_kv, drafter.k_norm
+        )
         self.head = NativeHead(self.stack, drafter.markov, drafter.confidence, drafter.draft_ids_W)
 
 
 def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:
-    """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted after."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted
+    after."""
+    frequencies = config.rope_theta ** (
+        -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    )
     frequencies[int(config.rotary_share * config.head_dim // 2) :] = 0
     return rotary_table(max_length + config.block_size, frequencies, 1.0, like.dtype).to(like.device)
 

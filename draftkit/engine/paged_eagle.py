@@ -1,12 +1,14 @@
-"""An EAGLE-3 drafter over flattened tokens and paged memory: the proposals of `EagleDrafter.propose`, for many requests.
+"""An EAGLE-3 drafter over flattened tokens and paged memory: the proposals of `EagleDrafter.propose`, for
+many requests.
 
-Row i of a request (feature i with token i + 1) lies at position i of the target's blocks: keys, values and the projected
-feature. The last committed row is made again when drafting starts from it, with the anchor as its token; drafted rows lie
-after it, until the next `extend` overwrites them. A row needs the token after it, so the last row of a block depends on
-the block that follows: a prefix that others have read cannot be taken over.
+Row i of a request (feature i with token i + 1) lies at position i of the target's blocks: keys, values and
+the projected feature. The last committed row is made again when drafting starts from it, with the anchor as
+its token; drafted rows lie after it, until the next `extend` overwrites them. A row needs the token after it,
+so the last row of a block depends on the block that follows: a prefix that others have read cannot be taken
+over.
 
-Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features, H hidden, V vocabulary, N query heads, M
-key/value heads, D head size.
+Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features, H hidden, V vocabulary, N query
+heads, M key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from draftkit.ops.sampling import largest_prob
 
 
 class PagedEagle:
-    """Weights of a loaded `EagleDrafter` (layer matrices are fused copies); `slots`, `max_length` as in `PagedBlockDrafter`."""
+    """Weights of a loaded `EagleDrafter` (layer matrices are fused copies); `slots`, `max_length` as in
+    `PagedBlockDrafter`."""
 
     looks_ahead = True  # `extend` needs the token after each position
 
@@ -37,14 +40,17 @@ class PagedEagle:
         self.config, self.gamma, self._drafter = config, config.gamma, drafter
         rotary = rotary_of(config, max_length, drafter.norm.weight)
         self._layer = fuse_layer(drafter.midlayer, config, rotary, None)
-        shape = StackShape(config.hidden_size, config.rms_eps, STYLES[config.style].activation == "gelu_pytorch_tanh")
+        shape = StackShape(
+            config.hidden_size, config.rms_eps, STYLES[config.style].activation == "gelu_pytorch_tanh"
+        )
         self.stack = Stack(shape, (self._layer,), slots)
         self._states = drafter.norm.weight.new_zeros(slots + 1, config.hidden_size)
 
     @inference
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
-        """Write the rows of the pass's positions: features [T, F], each with the token after it. Rows of rejected tokens
-        may be among them; they are overwritten before anything looks at them. Raises ValueError without tokens."""
+        """Write the rows of the pass's positions: features [T, F], each with the token after it. Rows of
+        rejected tokens may be among them; they are overwritten before anything looks at them. Raises
+        ValueError without tokens."""
         if next_tokens_T is None:
             raise ValueError("rows of EAGLE-3 hold the token after each position")
         drafter, config = self._drafter, self.config
@@ -61,7 +67,8 @@ class PagedEagle:
         self._states[step.slots] = states_TH
 
     def drafting_pass(self, anchors_R: np.ndarray) -> DraftingPass:
-        """Room for G rows per request, the first before the anchor's position; the tokens come one after the other."""
+        """Room for G rows per request, the first before the anchor's position; the tokens come one after the
+        other."""
         return DraftingPass(np.repeat(anchors_R[:, None], self.gamma, 1), -1, block=False)
 
     @inference
@@ -74,7 +81,9 @@ class PagedEagle:
         state_RH, token_R = self._states[step.slots[:: self.gamma]], anchors_R
         tokens, largest = [], []
         for k in range(self.gamma):
-            u, residual_RH = drafter.midlayer.join(embed(drafter.embed_tokens, token_R, self.config), state_RH)
+            u, residual_RH = drafter.midlayer.join(
+                embed(drafter.embed_tokens, token_R, self.config), state_RH
+            )
             single = self.stack.laid(self._single(step, k))
             state_RH = self.stack.finish_layer(0, residual_RH, F.linear(u, self._layer.qkv), {}, single)
             logits_RV = drafter.logits(state_RH)

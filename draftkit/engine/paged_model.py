@@ -35,7 +35,8 @@ from draftkit.target.transformers import TransformersTarget
 
 @dataclass(frozen=True)
 class Family:
-    """What the code of a family does that its configuration does not say; all else is found in weights and config."""
+    """What the code of a family does that its configuration does not say; all else is found in weights and
+    config."""
 
     output_norms: bool = False  # RMSNorms after attention and MLP too
     norms_from_one: bool = False  # a norm multiplies by 1 + its weight
@@ -52,7 +53,8 @@ FAMILIES = {
     "gemma4_text": Family(output_norms=True, value_norm=True),
 }
 _FUSED: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()  # on a GPU
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")  # frequencies that do not change with the length
+# frequencies that do not change with the length
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 # parts that change the forward pass and are not written here: configuration field, what it is
 _MISSING_PARTS = {
@@ -66,8 +68,8 @@ _MISSING_PARTS = {
 
 @dataclass(frozen=True)
 class ReadOut:
-    """Logits [W, V] of the wanted rows and features [T, F] of all rows (None when none were asked for); the most likely
-    token of each wanted row, int64 [W], where the pass has found it."""
+    """Logits [W, V] of the wanted rows and features [T, F] of all rows (None when none were asked for); the
+    most likely token of each wanted row, int64 [W], where the pass has found it."""
 
     logits_WV: Tensor
     features_TF: Tensor | None
@@ -88,7 +90,8 @@ def unsupported(target: TransformersTarget) -> str | None:
     if _activation(config) not in _ACTIVATIONS:
         return f"activation {_activation(config)}"
     linear = [m for layer in base.layers for m in layer.modules() if isinstance(m, nn.Linear)]
-    kinds = {type(m).__name__ for m in linear if type(m) is not nn.Linear}  # quantised: the weight is not all there is
+    # quantised: the weight is not all there is
+    kinds = {type(m).__name__ for m in linear if type(m) is not nn.Linear}
     if kinds or not linear:
         return f"layers of type {', '.join(sorted(kinds)) or 'unknown'}"
     return next((what for name, what in _MISSING_PARTS.items() if getattr(config, name, None)), None)
@@ -105,8 +108,9 @@ def key_numbers(target: TransformersTarget) -> int:
 
 
 class PagedModel:
-    """Weights taken from a loaded Transformers target: embedding and head are shared, matrices are fused copies. On a GPU they
-    are fused once, for all engines of a target, and the target's module reads them, too."""
+    """Weights taken from a loaded Transformers target: embedding and head are shared, matrices are fused
+    copies. On a GPU they are fused once, for all engines of a target, and the target's module reads them,
+    too."""
 
     def __init__(self, target: TransformersTarget, slots: int, max_length: int) -> None:
         model = target.model
@@ -160,7 +164,8 @@ class PagedModel:
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
         """Read the pass's tokens into the memory. `wanted` are the rows whose logits matter; None means all.
 
-        Features are outputs of the layers `feature_layers` (0-based output ids), concatenated in ascending order.
+        Features are outputs of the layers `feature_layers` (0-based output ids), concatenated in ascending
+        order.
         """
         if self.native is not None:
             rows_W = np.arange(len(step)) if wanted is None else wanted.numpy()
@@ -169,11 +174,14 @@ class PagedModel:
             return ReadOut(logits_WV, features_TF, best_W)
         if self.recorded is not None and wanted is None and (played := self.recorded.run(step)) is not None:
             logits_WV, *features = played
-            return ReadOut(logits_WV, features[0].clone() if features and feature_layers else None)  # they are kept for long
+            # they are kept for long
+            return ReadOut(logits_WV, features[0].clone() if features and feature_layers else None)
         logits_WV, *features = self.forward(self.stack.laid(step), wanted, feature_layers)
         return ReadOut(logits_WV, features[0] if features else None)
 
-    def forward(self, step: Indices, wanted: Tensor | None, feature_layers: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def forward(
+        self, step: Indices, wanted: Tensor | None, feature_layers: tuple[int, ...]
+    ) -> tuple[Tensor, ...]:
         """`read` in PyTorch operations: logits, and features when there are any."""
         x = F.embedding(step.tokens, self.embedding)
         if self.embedding_scale != 1:
@@ -209,7 +217,9 @@ def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:
         qk_norm=_fuse_qk_norm(module, attention, family),
         out=columns_first(module.o_proj.weight),
         out_bias=module.o_proj.bias,
-        post_attention_norm=_norm_weight(layer.post_attention_layernorm, family) if family.output_norms else None,
+        post_attention_norm=_norm_weight(layer.post_attention_layernorm, family)
+        if family.output_norms
+        else None,
         mlp_norm=_norm_weight(mlp_norm, family),
         gate_up=columns_first(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
         down=columns_first(layer.mlp.down_proj.weight),
@@ -219,11 +229,16 @@ def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:
 
 
 def _lend(layer: Any, fused: Layer) -> None:
-    """Let the module read the fused matrices, its own are given back: a GPU has no room for two copies of a large model.
-    Queries and keys are in another order, and stay."""
+    """Let the module read the fused matrices, its own are given back: a GPU has no room for two copies of a
+    large model. Queries and keys are in another order, and stay."""
     module, shape = layer.self_attn, fused.attention
     gate, up = fused.gate_up.chunk(2)
-    lent = {module.o_proj: fused.out, layer.mlp.gate_proj: gate, layer.mlp.up_proj: up, layer.mlp.down_proj: fused.down}
+    lent = {
+        module.o_proj: fused.out,
+        layer.mlp.gate_proj: gate,
+        layer.mlp.up_proj: up,
+        layer.mlp.down_proj: fused.down,
+    }
     if module.v_proj is not None:
         lent[module.v_proj] = fused.qkv[-shape.kv_heads * shape.head_dim :]
     for linear, matrix in lent.items():
@@ -231,7 +246,8 @@ def _lend(layer: Any, fused: Layer) -> None:
 
 
 def fuse_qkv(attention: Any, head_dim: int) -> Tensor:
-    """[(N + 2 M) D, H] from q_proj, k_proj, v_proj (k_proj again where there is none), queries and keys in pair order."""
+    """[(N + 2 M) D, H] from q_proj, k_proj, v_proj (k_proj again where there is none), queries and keys in
+    pair order."""
     q, k = (pair_rows(p.weight, head_dim) for p in (attention.q_proj, attention.k_proj))
     values = attention.k_proj if attention.v_proj is None else attention.v_proj
     return columns_first(torch.cat([q, k, values.weight]))
@@ -256,7 +272,11 @@ def _fuse_bias(attention: Any, head_dim: int) -> Tensor | None:
 def _norm_weight(norm: Any, family: Family) -> Tensor:
     """What the norm multiplies by; 1 + weight stays in float32, because bfloat16 would round it."""
     weight: Tensor = norm.weight
-    return 1.0 + (weight if weight.dtype == torch.float64 else weight.float()) if family.norms_from_one else weight
+    return (
+        1.0 + (weight if weight.dtype == torch.float64 else weight.float())
+        if family.norms_from_one
+        else weight
+    )
 
 
 def _window(module: Any, config: Any) -> int | None:

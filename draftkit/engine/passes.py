@@ -1,7 +1,7 @@
 """One flattened pass: the tokens of many requests in a row, with structure carried by indices.
 
-Shapes: R requests, T tokens of all requests, Q tokens of the longest request of a group, S key positions, B blocks per
-request, D head size, M key/value heads, N query heads.
+Shapes: R requests, T tokens of all requests, Q tokens of the longest request of a group, S key positions, B
+blocks per request, D head size, M key/value heads, N query heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LONG_QUERY = 32  # requests with more new tokens than this (prefill) attend on their own, not padded beside others
+# requests with more new tokens than this (prefill) attend on their own, not padded beside others
+LONG_QUERY = 32
 SHORT_TILE, LONG_TILE = 4, 16  # tokens that share what a kernel loads of their request's keys
 
 
@@ -22,7 +23,8 @@ class Group:
     """Requests whose queries are padded to one rectangle for attention."""
 
     tokens: Tensor | slice  # flat rows of the group's tokens, [t]
-    pad_RQ: Tensor | None  # flat row of each rectangle cell, padding repeats a row; None when nothing is padded
+    # flat row of each rectangle cell, padding repeats a row; None when nothing is padded
+    pad_RQ: Tensor | None
     unpad_t: Tensor | None  # cell of each token
     requests: int
     blocks_RB: Tensor  # int64 block ids, flattened
@@ -33,25 +35,27 @@ class Group:
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
-        """Additive mask [R, 1, Q, S]; with a window only the last so many positions before the origin are seen."""
+        """Additive mask [R, 1, Q, S]; with a window only the last so many positions before the origin are
+        seen."""
         if window not in self.masks:
             position = torch.arange(self.positions, device=self.seen_RQ.device)
             hidden = position >= self.seen_RQ[:, None, :, None]
             if window is not None:
                 hidden = hidden | (position < self.origins_RQ[:, None, :, None] - window)
-            self.masks[window] = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device).masked_fill_(
-                hidden, float("-inf")
-            )
+            self.masks[window] = torch.zeros(
+                hidden.shape, dtype=self.dtype, device=hidden.device
+            ).masked_fill_(hidden, float("-inf"))
         return self.masks[window]
 
 
 class Pass:
     """Tokens to read, where their keys and values go, and what each may see.
 
-    `tables_RB` are block ids per request (rows may be padded with anything valid), `lengths_R` new tokens per request,
-    `starts_R` the position of the first. Token at position t of a request sees positions 0..t, or, with `block` (a
-    drafter's bidirectional block), all positions up to the request's last one. In a layer with a window of w positions it
-    sees no position before t - w + 1; a block sees w positions before its first.
+    `tables_RB` are block ids per request (rows may be padded with anything valid), `lengths_R` new tokens per
+    request, `starts_R` the position of the first. Token at position t of a request sees positions 0..t, or,
+    with `block` (a drafter's bidirectional block), all positions up to the request's last one. In a layer
+    with a window of w positions it sees no position before t - w + 1; a block sees w positions before its
+    first.
     """
 
     def __init__(
@@ -134,7 +138,9 @@ class Pass:
     def groups(self) -> tuple[Group, ...]:
         """How attention is done without a kernel for pages: short queries together, each long one alone."""
         short = np.flatnonzero(self.lengths_R <= LONG_QUERY)
-        rows = ([short] if len(short) else []) + [np.array([r]) for r in np.flatnonzero(self.lengths_R > LONG_QUERY)]
+        rows = ([short] if len(short) else []) + [
+            np.array([r]) for r in np.flatnonzero(self.lengths_R > LONG_QUERY)
+        ]
         return tuple(self._group(r, alone=len(rows) == 1) for r in rows)
 
     def _group(self, rows_R: np.ndarray, alone: bool) -> Group:
@@ -163,8 +169,8 @@ class Pass:
 
 
 class PagedPass:
-    """A pass as the kernels of a GPU read it: all that changes from pass to pass in one row of int64 (see `flatten`), so that
-    a recording can be given another pass by one copy."""
+    """A pass as the kernels of a GPU read it: all that changes from pass to pass in one row of int64 (see
+    `flatten`), so that a recording can be given another pass by one copy."""
 
     def __init__(self, inputs: Tensor, tokens: int, tiles: int, tile: int, block_size: int) -> None:
         self.block_size, self._tokens = block_size, tokens
@@ -187,11 +193,11 @@ class PagedPass:
 
 
 def flatten(step: Pass, tokens: int, tiles: int, tile: int, spare_slot: int) -> np.ndarray:
-    """What `PagedPass` reads: tokens, positions, slots, seen, origins [tokens]; first row, count, request [tiles]; the width of
-    the tables, and the tables.
+    """What `PagedPass` reads: tokens, positions, slots, seen, origins [tokens]; first row, count, request
+    [tiles]; the width of the tables, and the tables.
 
-    Padding looks at the first request's first position and writes to `spare_slot`. There must be room for it: a tile for each
-    token is always enough.
+    Padding looks at the first request's first position and writes to `spare_slot`. There must be room for it:
+    a tile for each token is always enough.
     """
     given, padding = len(step), tokens - len(step)
     of_tokens = np.zeros((5, tokens), np.int64)
@@ -201,7 +207,13 @@ def flatten(step: Pass, tokens: int, tiles: int, tile: int, spare_slot: int) -> 
     row = np.repeat(np.arange(len(per_R)), per_R)
     skipped = (np.arange(len(row)) - (per_R.cumsum() - per_R)[row]) * tile
     of_tiles = np.zeros((3, tiles), np.int64)
-    of_tiles[:, : len(row)] = step.firsts_R[row] + skipped, np.minimum(step.lengths_R[row] - skipped, tile), row
+    of_tiles[:, : len(row)] = (
+        step.firsts_R[row] + skipped,
+        np.minimum(step.lengths_R[row] - skipped, tile),
+        row,
+    )
     spare = np.arange(0, padding, tile)
     of_tiles[:2, len(row) : len(row) + len(spare)] = given + spare, np.minimum(padding - spare, tile)
-    return np.concatenate([of_tokens.ravel(), of_tiles.ravel(), [step.tables_RB.shape[1]], step.tables_RB.ravel()])
+    return np.concatenate(
+        [of_tokens.ravel(), of_tiles.ravel(), [step.tables_RB.shape[1]], step.tables_RB.ravel()]
+    )

@@ -1,7 +1,8 @@
-"""Drafters without a paged form: `Drafter.propose`, one request after the other, after the interface of the paged ones.
+"""Drafters without a paged form: `Drafter.propose`, one request after the other, after the interface of the
+paged ones.
 
-A proposal is what the drafter finds most likely, at any temperature of the request: it was drawn with certainty, and that
-is the distribution it is verified against.
+A proposal is what the drafter finds most likely, at any temperature of the request: it was drawn with
+certainty, and that is the distribution it is verified against.
 
 Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features.
 """
@@ -73,7 +74,9 @@ class PlainDrafter:
             if length:  # a pass that is only timed: nothing was read before it
                 features = len(self.config.feature_layers) * self.config.hidden_size
                 tokens_1T = torch.zeros(1, length, dtype=torch.int64, device=step.device)
-                self._drafter.extend(context, torch.zeros(1, length, features, device=step.device, dtype=step.dtype), tokens_1T)
+                self._drafter.extend(
+                    context, torch.zeros(1, length, features, device=step.device, dtype=step.dtype), tokens_1T
+                )
         if context.length > length:
             context.crop(length)
         return context

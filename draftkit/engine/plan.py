@@ -18,12 +18,14 @@ from draftkit.schedule.step_rate import StepRate
 
 
 class LengthPlanner:
-    """Fixed lengths without a step rate. With one the gate says whether to draft, and lengths are planned as the paper does
-    in production: survivals of EARLIER steps set how many drafted tokens the pass holds, the survivals of this step say
-    which. Without a confidence head the estimator says how likely a drafted token is to be accepted.
+    """Fixed lengths without a step rate. With one the gate says whether to draft, and lengths are planned as
+    the paper does in production: survivals of EARLIER steps set how many drafted tokens the pass holds, the
+    survivals of this step say which. Without a confidence head the estimator says how likely a drafted token
+    is to be accepted.
 
-    A seeded sample keeps its whole proposal (its tokens must not depend on the load), so it drafts in every step. No request
-    verifies more tokens than its answer may still have. `rows` are the places of running requests.
+    A seeded sample keeps its whole proposal (its tokens must not depend on the load), so it drafts in every
+    step. No request verifies more tokens than its answer may still have. `rows` are the places of running
+    requests.
     """
 
     def __init__(
@@ -49,14 +51,14 @@ class LengthPlanner:
         return [i for i in able if decoding[i].keeps_proposal]
 
     def expected(self, decoding: Sequence[Request]) -> int:
-        """Drafted tokens that the next pass will hardly exceed: where lengths are planned, as many as the last one held,
-        since they change little from step to step."""
+        """Drafted tokens that the next pass will hardly exceed: where lengths are planned, as many as the
+        last one held, since they change little from step to step."""
         most = self.gamma * len(self.drafting(decoding))
         return most if self._budgets is None else min(most, self._verified)
 
     def confidence(self, said_DG: np.ndarray | None, largest_DG: np.ndarray | None) -> np.ndarray | None:
-        """Confidences [D, G] of this step's proposals: what the drafter's head said, calibrated, or what the estimator makes
-        of the largest probabilities."""
+        """Confidences [D, G] of this step's proposals: what the drafter's head said, calibrated, or what the
+        estimator makes of the largest probabilities."""
         self._largest_DG = None
         if said_DG is not None:
             return said_DG if self._calibration is None else self._calibration.apply(said_DG)
@@ -65,8 +67,11 @@ class LengthPlanner:
         self._largest_DG = largest_DG
         return self._estimator.confidence(largest_DG)
 
-    def lengths(self, drafting: Sequence[Request], confidence_DG: np.ndarray | None, others: int = 0) -> np.ndarray:
-        """How many drafted tokens of each are verified, int64 [D]; `others` decode beside them without drafting."""
+    def lengths(
+        self, drafting: Sequence[Request], confidence_DG: np.ndarray | None, others: int = 0
+    ) -> np.ndarray:
+        """How many drafted tokens of each are verified, int64 [D]; `others` decode beside them without
+        drafting."""
         most_D = np.array([self._most(r) for r in drafting], np.int64)
         if self._budgets is None or confidence_DG is None:
             return most_D
@@ -83,8 +88,8 @@ class LengthPlanner:
             self._estimator.observe(self._largest_DG, accepted_D, lengths_D)
 
     def record(self, decoding: Sequence[Request], drafted: bool, tokens: int, seconds: float) -> None:
-        """A step is over in which nobody read a prompt: whether it drafted, what it brought and how long it took. Where
-        seeded samples drafted, or nobody was able to, it does not say what drafting is worth."""
+        """A step is over in which nobody read a prompt: whether it drafted, what it brought and how long it
+        took. Where seeded samples drafted, or nobody was able to, it does not say what drafting is worth."""
         as_said = drafted == self._gate.drafts(len(decoding))
         if self._budgets is not None and as_said and not any(r.gamma and r.keeps_proposal for r in decoding):
             self._gate.record(len(decoding), tokens, seconds)

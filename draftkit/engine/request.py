@@ -20,8 +20,9 @@ _ROUNDS_AHEAD = 32
 class Uniforms:
     """The random numbers of one request, in the order in which `draftkit.decode` draws them.
 
-    One for the first token, then `gamma` + 2 per round: drafts, length, next token. They are drawn for many rounds at
-    once (a generator gives the same numbers however they are cut) and belong to the request, not to the batch.
+    One for the first token, then `gamma` + 2 per round: drafts, length, next token. They are drawn for many
+    rounds at once (a generator gives the same numbers however they are cut) and belong to the request, not to
+    the batch.
     """
 
     def __init__(self, seed: int, gamma: int) -> None:
@@ -47,8 +48,8 @@ class Uniforms:
 class Request:
     """`tokens` are prompt and answer; the first `computed` of them are in the memory of both models.
 
-    `row` is the request's place in the arrays of the scheduler, -1 while it waits. `stop_ids` maps each token that ends
-    the answer to what the reason says about it (None for the target's own stop tokens).
+    `row` is the request's place in the arrays of the scheduler, -1 while it waits. `stop_ids` maps each token
+    that ends the answer to what the reason says about it (None for the target's own stop tokens).
     """
 
     id: str
@@ -71,7 +72,8 @@ class Request:
     verified: int = 0
     accepted: int = 0
     per_position: list[int] = field(default_factory=list)
-    scores: list[PromptToken] = field(default_factory=list)  # of the prompt's tokens from the second on, where asked for
+    # of the prompt's tokens from the second on, where asked for
+    scores: list[PromptToken] = field(default_factory=list)
 
     @property
     def made(self) -> int:
@@ -85,7 +87,8 @@ class Request:
 
     @property
     def to_read(self) -> int:
-        """Tokens that must be read before a round can begin; the last token of an answer belongs to the round."""
+        """Tokens that must be read before a round can begin; the last token of an answer belongs to the
+        round."""
         return len(self.tokens) - self.computed - (self.made > 0)
 
     @property

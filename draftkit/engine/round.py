@@ -1,6 +1,7 @@
 """The numerical half of a round, for many requests at once: verify the proposals, look up log probabilities.
 
-Shapes: D requests that draft, A requests that get a token, G = gamma drafted tokens, N rows of logits, V vocabulary.
+Shapes: D requests that draft, A requests that get a token, G = gamma drafted tokens, N rows of logits, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from draftkit.ops.verify import TOKEN_RULE, DenseProposals, NativeProposals, Pro
 
 @dataclass(frozen=True)
 class ProposalBatch:
-    """Proposals of the requests that get a token, those that do not draft with length 0: tokens int64 [A, G], and how many are
-    verified, int64 [A]. `drafting` are the rows of the D that did draft, `drawn` what their tokens were drawn from (None when
-    all are greedy); their confidences are [D, G] or None."""
+    """Proposals of the requests that get a token, those that do not draft with length 0: tokens int64 [A, G],
+    and how many are verified, int64 [A]. `drafting` are the rows of the D that did draft, `drawn` what their
+    tokens were drawn from (None when all are greedy); their confidences are [D, G] or None."""
 
     tokens_AG: Tensor
     drawn: Drawn | None
@@ -47,12 +48,16 @@ def place(values_D: Tensor, drafting_D: Sequence[int], answering: int) -> Tensor
 
 
 def verify_proposals(
-    logits_NV: Tensor, best_N: np.ndarray | None, proposals: ProposalBatch, settings_A: np.ndarray, uniforms_A2: np.ndarray
+    logits_NV: Tensor,
+    best_N: np.ndarray | None,
+    proposals: ProposalBatch,
+    settings_A: np.ndarray,
+    uniforms_A2: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many drafted tokens each request keeps, and its next token: int64 [A] each, on the host.
 
-    `logits_NV` holds lengths + 1 rows per request; `best_N` says where each is largest, if that is known. Greedy requests
-    alone are compared with the largest logits: what `verify` does with one-hot distributions.
+    `logits_NV` holds lengths + 1 rows per request; `best_N` says where each is largest, if that is known.
+    Greedy requests alone are compared with the largest logits: what `verify` does with one-hot distributions.
     """
     longest = int(proposals.lengths_A.max()) if proposals.drafting else 0
     if (settings_A["temperature"] == 0).all():
@@ -97,7 +102,8 @@ def _proposals(rows_N: Distributions, proposals: ProposalBatch, longest: int) ->
 def adjust_rows(
     logits_NV: Tensor, proposals: ProposalBatch, adjustments_A: Sequence[Adjustment | None], in_place: bool
 ) -> Tensor:
-    """The logits that sampling sees; the given ones where nothing is adjusted, or where they may be overwritten."""
+    """The logits that sampling sees; the given ones where nothing is adjusted, or where they may be
+    overwritten."""
     if not any(adjustments_A):
         return logits_NV
     ends_A = (proposals.lengths_A + 1).cumsum()
@@ -113,18 +119,22 @@ def adjust_rows(
 def log_probs(
     logits_NV: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int
 ) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """Natural logarithms of the probabilities of `tokens` in `rows`, and of the `top` most likely tokens of each row."""
+    """Natural logarithms of the probabilities of `tokens` in `rows`, and of the `top` most likely tokens of
+    each row."""
     device = logits_NV.device
     wide_NV = logits_NV[torch.tensor(rows, device=device)].float()
     sums_N1 = wide_NV.logsumexp(-1, keepdim=True)
     own_N1 = wide_NV.gather(1, torch.tensor(tokens, device=device)[:, None]) - sums_N1
     values, ids = wide_NV.topk(min(top, wide_NV.shape[1]), -1)
-    best = [list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), (values - sums_N1).tolist(), strict=True)]
+    best = [
+        list(zip(i, v, strict=True)) for i, v in zip(ids.tolist(), (values - sums_N1).tolist(), strict=True)
+    ]
     return own_N1.squeeze(1).tolist(), best
 
 
 def _best(logits_NV: Tensor) -> np.ndarray:
-    """The most likely token of each row, int64 [N] on the host; NumPy finds one among few thousands in a tenth of the time."""
+    """The most likely token of each row, int64 [N] on the host; NumPy finds one among few thousands in a
+    tenth of the time."""
     if logits_NV.device.type == "cpu" and logits_NV.dtype == torch.float32:
         return logits_NV.numpy().argmax(-1)
     best_N: np.ndarray = logits_NV.argmax(-1).cpu().numpy()
@@ -132,7 +142,8 @@ def _best(logits_NV: Tensor) -> np.ndarray:
 
 
 def _cells(lengths_A: np.ndarray, longest: int) -> np.ndarray | None:
-    """Row of each cell [A, longest + 1]; cells after a length repeat its last row. None when nothing is padded."""
+    """Row of each cell [A, longest + 1]; cells after a length repeat its last row. None when nothing is
+    padded."""
     if (lengths_A == longest).all():
         return None
     first_A = (lengths_A + 1).cumsum() - lengths_A - 1

@@ -53,14 +53,15 @@ class Constraint(Protocol):
 class SamplingParams:
     """How one answer is made. Raises DataError on values that cannot work.
 
-    Stop strings, `n` above 1 and special tokens in the text are the business of `LLM` and the server; the engine works
-    on token ids. So they turn `bad_words`, which the answer is not to have, into `bad_token_ids`: sequences of tokens whose
-    last one never follows the others, unless nothing else may. `max_tokens` None means all the room that the context leaves.
-    A request with `temperature` above 0 and a `seed` gives the same tokens in any batch (but for rounding where PyTorch
-    operations draft, see docs/passes.md). `draft` False decodes without
-    speculation. `prompt_logprobs` asks for the log probability of every token of the prompt but the first, with that many of
-    the most likely ones; such a prompt is read whole, whatever is known of it. As in vLLM, `stop` may be one string, and
-    lists and None are taken where there are tuples.
+    Stop strings, `n` above 1 and special tokens in the text are the business of `LLM` and the server; the
+    engine works on token ids. So they turn `bad_words`, which the answer is not to have, into
+    `bad_token_ids`: sequences of tokens whose last one never follows the others, unless nothing else may.
+    `max_tokens` None means all the room that the context leaves. A request with `temperature` above 0 and a
+    `seed` gives the same tokens in any batch (but for rounding where PyTorch operations draft, see
+    docs/passes.md). `draft` False decodes without speculation. `prompt_logprobs` asks for the log probability
+    of every token of the prompt but the first, with that many of the most likely ones; such a prompt is read
+    whole, whatever is known of it. As in vLLM, `stop` may be one string, and lists and None are taken where
+    there are tuples.
     """
 
     n: int = 1
@@ -96,7 +97,11 @@ class SamplingParams:
                 self._set(name, (value,) if isinstance(value, str) else tuple(() if value is None else value))
         self._check_numbers()
         for name in ("stop", "bad_words"):
-            self._need(all(isinstance(text, str) and text for text in getattr(self, name)), name, "strings that are not empty")
+            self._need(
+                all(isinstance(text, str) and text for text in getattr(self, name)),
+                name,
+                "strings that are not empty",
+            )
         for name in ("stop_token_ids", "allowed_token_ids"):
             self._need(all(map(_is_whole, getattr(self, name) or ())), name, "token ids")
         words = self.bad_token_ids if isinstance(self.bad_token_ids, Sequence) else (None,)
@@ -106,17 +111,24 @@ class SamplingParams:
             self._need(isinstance(self.logit_bias, Mapping), "logit_bias", "numbers by token id")
             biases = {token: _number(bias) for token, bias in self.logit_bias.items()}
             good = all(_is_whole(token) and abs(bias) <= _LARGEST_BIAS for token, bias in biases.items())
-            self._need(good, "logit_bias", f"numbers from -{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g} by token id")
+            self._need(
+                good, "logit_bias", f"numbers from -{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g} by token id"
+            )
             self._set("logit_bias", {int(token): bias for token, bias in biases.items()})
         parts = ("finished", "allowed", "accept", "rollback")
         is_grammar = self.constraint is None or all(hasattr(self.constraint, part) for part in parts)
         self._need(is_grammar, "constraint", f"an object with {', '.join(parts)}, or None")
         if self.constraint is not None and self.allowed_token_ids is not None:
-            raise DataError("a constraint and allowed_token_ids may leave no token to choose; give one of them")
+            raise DataError(
+                "a constraint and allowed_token_ids may leave no token to choose; give one of them"
+            )
 
-    def of_answer(self, index: int, max_tokens: int | None, constraint: Constraint | None = None) -> SamplingParams:
-        """The parameters of answer `index` of those that one request wants, without checking all again: seeds in a row, a
-        constraint of its own, and the prompt is scored once. `max_tokens` None, or at least 1 and `min_tokens`."""
+    def of_answer(
+        self, index: int, max_tokens: int | None, constraint: Constraint | None = None
+    ) -> SamplingParams:
+        """The parameters of answer `index` of those that one request wants, without checking all again: seeds
+        in a row, a constraint of its own, and the prompt is scored once. `max_tokens` None, or at least 1 and
+        `min_tokens`."""
         other = copy.copy(self)
         other._set("max_tokens", max_tokens)
         other._set("constraint", constraint)
@@ -141,7 +153,9 @@ class SamplingParams:
             self._need(lowest <= number <= highest, name, f"a number from {lowest:g} to {highest:g}")
             self._set(name, number)
         warm = math.isfinite(self.temperature) and self.temperature >= _LEAST_TEMPERATURE
-        self._need(self.temperature == 0 or warm, "temperature", f"0 (greedy) or {_LEAST_TEMPERATURE:g} and more")
+        self._need(
+            self.temperature == 0 or warm, "temperature", f"0 (greedy) or {_LEAST_TEMPERATURE:g} and more"
+        )
         self._need(self.top_p > 0, "top_p", "above 0 up to 1")
 
     def _set(self, name: str, value: object) -> None:

@@ -21,10 +21,11 @@ SCORED = 256  # tokens of prompts that one step scores: of a vocabulary of 150,0
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """The requests of one step, those that decode first, then those that read the end of their prompt, then the rest.
+    """The requests of one step, those that decode first, then those that read the end of their prompt, then
+    the rest.
 
-    The first `decoding` read their last token (and a proposal after it), the first `answering` get a token in this
-    step, and the others read `counts_R` known tokens from position `starts_R` on.
+    The first `decoding` read their last token (and a proposal after it), the first `answering` get a token in
+    this step, and the others read `counts_R` known tokens from position `starts_R` on.
     """
 
     requests: list[Request]
@@ -36,8 +37,9 @@ class ScheduledBatch:
 
 
 class Scheduler:
-    """Keeps the requests in order of arrival. `gamma` positions after the known tokens are reserved for proposals; the planner
-    says how many tokens of a step they take. `on_release` is told of each request that gives up its row.
+    """Keeps the requests in order of arrival. `gamma` positions after the known tokens are reserved for
+    proposals; the planner says how many tokens of a step they take. `on_release` is told of each request that
+    gives up its row.
     """
 
     def __init__(
@@ -74,9 +76,9 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """Choose the requests of the next step, and give each the memory that it will write to.
 
-        All that decode take part. What `step_tokens` leaves goes to prompts, oldest first, at least one block of them so
-        that they always get on. When memory runs out the youngest request gives up its own and waits at the head of the
-        queue, to be read again.
+        All that decode take part. What `step_tokens` leaves goes to prompts, oldest first, at least one block
+        of them so that they always get on. When memory runs out the youngest request gives up its own and
+        waits at the head of the queue, to be read again.
         """
         preempted = self._make_room()
         decoding: list[Request] = []
@@ -97,7 +99,9 @@ class Scheduler:
                 count = min(count, scorable)
                 scorable -= count
             budget -= count
-            if count:  # else all but its last token was found in memory, and it decodes from the next step on; or it waits
+            # else all but its last token was found in memory, and it decodes from the next step on; or it
+            # waits
+            if count:
                 (ends if self._answers(request, count) else middles).append((request, count))
 
         for request in reading:
@@ -139,7 +143,8 @@ class Scheduler:
         return True
 
     def _admit(self, request: Request) -> bool:
-        """Give the first in the queue a row and memory for all its known tokens; False when there is not enough.
+        """Give the first in the queue a row and memory for all its known tokens; False when there is not
+        enough.
 
         A block per running request stays free, so that a newcomer does not push out an older one at once.
         """

@@ -16,28 +16,36 @@ from draftkit.engine.paged_model import ReadOut
 from draftkit.engine.request import Request
 from draftkit.engine.scheduler import ScheduledBatch
 
-Scoring = tuple[Request, np.ndarray]  # a request and the flat rows of the pass [S] that tell of its next unscored tokens
+# a request and the flat rows of the pass [S] that tell of its next unscored tokens
+Scoring = tuple[Request, np.ndarray]
 
 
 def to_score(batch: ScheduledBatch, firsts_R: np.ndarray) -> list[Scoring]:
-    """The rows of this pass that score tokens of prompts; `firsts_R` are the flat rows with which its requests begin."""
+    """The rows of this pass that score tokens of prompts; `firsts_R` are the flat rows with which its
+    requests begin."""
     found = []
     for index in range(batch.decoding, len(batch.requests)):
         request = batch.requests[index]
         if request.unscored:
-            done, end = len(request.scores), min(request.computed + int(batch.counts_R[index]), request.prompt_length - 1)
+            done, end = (
+                len(request.scores),
+                min(request.computed + int(batch.counts_R[index]), request.prompt_length - 1),
+            )
             found.append((request, firsts_R[index] - request.computed + np.arange(done, end)))
     return found
 
 
 def score(asked: Sequence[Scoring], read: ReadOut) -> ReadOut:
-    """Give the requests the scores that lie in the last rows of what was read, and return the rows before them."""
+    """Give the requests the scores that lie in the last rows of what was read, and return the rows before
+    them."""
     kept = len(read.logits_WV) - sum(len(rows_S) for _, rows_S in asked)
     first = kept
     for request, rows_S in asked:
         _score(request, read.logits_WV[first : first + len(rows_S)])
         first += len(rows_S)
-    return ReadOut(read.logits_WV[:kept], read.features_TF, read.best_W[:kept] if read.best_W is not None else None)
+    return ReadOut(
+        read.logits_WV[:kept], read.features_TF, read.best_W[:kept] if read.best_W is not None else None
+    )
 
 
 def _score(request: Request, logits_SV: Tensor) -> None:

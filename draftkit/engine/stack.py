@@ -1,9 +1,12 @@
-"""A stack of transformer layers over flattened tokens and paged keys and values: the target's, or the drafter's.
+"""A stack of transformer layers over flattened tokens and paged keys and values: the target's, or the
+drafter's.
 
-Written with few operations, because on a CPU (and for one request on a GPU) their number decides the speed: fused qkv and
-gate/up matrices, residuals added inside the matrix products, one rotary multiplication for queries and keys together.
+Written with few operations, because on a CPU (and for one request on a GPU) their number decides the speed:
+fused qkv and gate/up matrices, residuals added inside the matrix products, one rotary multiplication for
+queries and keys together.
 
-Shapes: T tokens, H hidden, N query heads, M key/value heads, D head size, I intermediate, P slots of the KV memory.
+Shapes: T tokens, H hidden, N query heads, M key/value heads, D head size, I intermediate, P slots of the KV
+memory.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ Indices = Pass | PagedPass
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes and habits of one layer's attention. Scores are q . k * scale, then `score_cap` * tanh(scores / score_cap);
-    with `value_norm` values are divided by their root mean square. `window` as in `Pass`."""
+    """Sizes and habits of one layer's attention. Scores are q . k * scale, then `score_cap` * tanh(scores /
+    score_cap); with `value_norm` values are divided by their root mean square. `window` as in `Pass`."""
 
     heads: int
     kv_heads: int
@@ -44,7 +47,8 @@ class AttentionShape:
 class Layer:
     """Weights of one layer; matrices are [out, in]. Missing parts are None.
 
-    x += post_attention_norm(attention(input_norm(x))); x += mlp_out_norm(mlp(mlp_norm(x))); x *= output_scale.
+    x += post_attention_norm(attention(input_norm(x))); x += mlp_out_norm(mlp(mlp_norm(x))); x *=
+    output_scale.
     """
 
     attention: AttentionShape
@@ -65,7 +69,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class StackShape:
-    """What all layers share: hidden size, `eps` of the norms, and whether the MLP's gate is a tanh GELU or SiLU."""
+    """What all layers share: hidden size, `eps` of the norms, and whether the MLP's gate is a tanh GELU or
+    SiLU."""
 
     hidden: int
     eps: float
@@ -75,38 +80,46 @@ class StackShape:
 def pair_rows(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder the rows of each head from halves (0..D/2, D/2..D) to neighbours (0, D/2, 1, D/2 + 1, ...).
 
-    A rotation then acts on neighbouring numbers, one complex multiplication. Scores q . k do not change, because queries
-    and keys are reordered alike. Works on [heads * D, ...] and on [D].
+    A rotation then acts on neighbouring numbers, one complex multiplication. Scores q . k do not change,
+    because queries and keys are reordered alike. Works on [heads * D, ...] and on [D].
     """
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
 def columns_first(weight: Tensor) -> Tensor:
-    """The same matrix [out, in], stored column by column: what a CPU multiplies faster for 1 to 64 rows of input."""
+    """The same matrix [out, in], stored column by column: what a CPU multiplies faster for 1 to 64 rows of
+    input."""
     return weight.t().contiguous().t()
 
 
 def rotary_table(positions: int, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """exp(i position frequency), complex [positions, 1, D / 2]; angles in float32 as Transformers has them."""
+    """exp(i position frequency), complex [positions, 1, D / 2]; angles in float32 as Transformers has
+    them."""
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * inverse_frequencies.float().cpu()
     parts = torch.stack([angles.cos(), angles.sin()], -1) * scaling
-    return torch.view_as_complex(parts.to(torch.float64 if dtype == torch.float64 else torch.float32))[:, None]
+    return torch.view_as_complex(parts.to(torch.float64 if dtype == torch.float64 else torch.float32))[
+        :, None
+    ]
 
 
 class Stack:
     """The layers, their part of the KV memory, and the forward pass in PyTorch operations."""
 
     def __init__(self, shape: StackShape, layers: tuple[Layer, ...], slots: int) -> None:
-        self.shape, self.layers, self.slots = shape, layers, slots  # slot number `slots` takes what padding writes
+        # slot number `slots` takes what padding writes
+        self.shape, self.layers, self.slots = shape, layers, slots
         # zeros, not empty: what no request has written is masked, and a mask does not hide a NaN
         sizes = [(layer.attention.kv_heads, 2 * layer.attention.head_dim) for layer in layers]
         weight = layers[0].qkv
-        zeros = partial(huge_pages.zeros, dtype=weight.dtype) if weight.device.type == "cpu" else weight.new_zeros
+        zeros = (
+            partial(huge_pages.zeros, dtype=weight.dtype) if weight.device.type == "cpu" else weight.new_zeros
+        )
         self.memory = tuple(zeros((slots + 1, *size)) for size in sizes)  # per layer [P + 1, M, 2 D]
         self.paged = layers[0].qkv.is_cuda and self._kernels_fit()
 
     def drop_weights(self) -> None:
-        """Give the layers back: from now on a compiled pass, which has its own copy of them, fills the memory."""
+        """Give the layers back: from now on a compiled pass, which has its own copy of them, fills the
+        memory."""
         self.layers = ()
 
     def laid(self, step: Pass) -> Indices:
@@ -119,7 +132,8 @@ class Stack:
         return all(layer.attention.head_dim in paged_attention.HEAD_DIMS for layer in self.layers)
 
     def run(self, x_TH: Tensor, step: Indices, capture: tuple[int, ...] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states after the last layer, before the final norm, [T, H], and the outputs of the layers `capture`."""
+        """Hidden states after the last layer, before the final norm, [T, H], and the outputs of the layers
+        `capture`."""
         turned: dict[int, Tensor] = {}
         captured: list[Tensor] = []
         for index, layer in enumerate(self.layers):
@@ -129,20 +143,29 @@ class Stack:
                 captured.append(x_TH)
         return x_TH, captured
 
-    def finish_layer(self, index: int, x_TH: Tensor, qkv: Tensor, turned: dict[int, Tensor], step: Indices) -> Tensor:
-        """A layer after its first projection: residual stream [T, H] and queries, keys, values [T, (N + 2 M) D] to [T, H].
+    def finish_layer(
+        self, index: int, x_TH: Tensor, qkv: Tensor, turned: dict[int, Tensor], step: Indices
+    ) -> Tensor:
+        """A layer after its first projection: residual stream [T, H] and queries, keys, values [T, (N + 2 M)
+        D] to [T, H].
 
-        `turned` keeps the rows of rotary tables at the pass's positions: one lookup for all layers that share a table.
+        `turned` keeps the rows of rotary tables at the pass's positions: one lookup for all layers that share
+        a table.
         """
         layer, eps = self.layers[index], self.shape.eps
-        mixed = self._attend_paged(index, qkv, step) if isinstance(step, PagedPass) else self._attend(index, qkv, turned, step)
+        mixed = (
+            self._attend_paged(index, qkv, step)
+            if isinstance(step, PagedPass)
+            else self._attend(index, qkv, turned, step)
+        )
         x_TH = _add(x_TH, mixed, layer.out, layer.out_bias, layer.post_attention_norm, eps)
         inner = self._gated(F.linear(self._norm(x_TH, layer.mlp_norm, step), layer.gate_up), step)
         x_TH = _add(x_TH, inner, layer.down, None, layer.mlp_out_norm, eps)
         return x_TH if layer.output_scale == 1 else x_TH * layer.output_scale
 
     def write(self, step: Indices, keys: Tensor, values: Tensor) -> None:
-        """Put projected keys (not yet rotated, pair order) and values [L, T, M, D] at the pass's slots, all layers.
+        """Put projected keys (not yet rotated, pair order) and values [L, T, M, D] at the pass's slots, all
+        layers.
 
         The layers must share one rotary table.
         """
@@ -167,7 +190,15 @@ class Stack:
         """`_attend` in kernels."""
         layer, memory, shape = self.layers[index], self.memory[index], self.layers[index].attention
         queries = paged_attention.store(
-            qkv, layer.qk_norm, layer.rotary, step.positions, step.slots, memory, shape.heads, self.shape.eps, shape.value_norm
+            qkv,
+            layer.qk_norm,
+            layer.rotary,
+            step.positions,
+            step.slots,
+            memory,
+            shape.heads,
+            self.shape.eps,
+            shape.value_norm,
         )
         return paged_attention.attend(queries, memory, step, shape.scale, shape.score_cap, shape.window)
 
@@ -197,11 +228,16 @@ class Stack:
 
 
 def _attend_group(shape: AttentionShape, pages: Tensor, q_TND: Tensor, group: Group) -> Tensor:
-    """One rectangle of queries [R, Q] against gathered pages; query heads of one key head are further queries."""
+    """One rectangle of queries [R, Q] against gathered pages; query heads of one key head are further
+    queries."""
     requests, fold = group.requests, shape.heads // shape.kv_heads
     q = q_TND[group.pad_RQ] if group.pad_RQ is not None else q_TND.unflatten(0, (requests, -1))
     q = q.unflatten(2, (shape.kv_heads, fold)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, M, N/M * Q, D]
-    kv = pages.index_select(0, group.blocks_RB).view(requests, -1, shape.kv_heads, 2 * shape.head_dim).transpose(1, 2)
+    kv = (
+        pages.index_select(0, group.blocks_RB)
+        .view(requests, -1, shape.kv_heads, 2 * shape.head_dim)
+        .transpose(1, 2)
+    )
     k, v = kv[..., : shape.head_dim], kv[..., shape.head_dim :]
     mask = group.mask(shape.window)
     mask = mask.expand(-1, fold, -1, -1).flatten(1, 2)[:, None] if fold > 1 else mask
@@ -225,14 +261,16 @@ def _add(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension; weights of a wider dtype than x are applied before rounding."""
+    """x / rms(x) * weight over the last dimension; weights of a wider dtype than x are applied before
+    rounding."""
     if weight.dtype == x.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
     return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotary embedding of neighbouring pairs, in float32 at least: [..., heads, D] with [T, 1, D / 2] complex."""
+    """Rotary embedding of neighbouring pairs, in float32 at least: [..., heads, D] with [T, 1, D / 2]
+    complex."""
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     paired = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(paired * rotary).flatten(-2).to(x.dtype)

@@ -1,14 +1,17 @@
-"""Proof by enumeration that a verification rule, with a planner before it, leaves the target distribution as it is.
+"""Proof by enumeration that a verification rule, with a planner before it, leaves the target distribution as
+it is.
 
-On a tiny vocabulary every proposal, every plan, every verdict of up to three rounds of one or two requests is summed
-over in float64. What comes out is the joint distribution of the first tokens of all requests, not an estimate: it must be the
-product of the targets' own. The rules and planners are the functions that decoding and the engine call.
+On a tiny vocabulary every proposal, every plan, every verdict of up to three rounds of one or two requests is
+summed over in float64. What comes out is the joint distribution of the first tokens of all requests, not an
+estimate: it must be the product of the targets' own. The rules and planners are the functions that decoding
+and the engine call.
 
-Prefixes are nodes of a tree: the root is 0, the child of node n by token t is V n + 1 + t. A request ends at depth L;
-what the last round leaves open is filled with the target's own continuation.
+Prefixes are nodes of a tree: the root is 0, the child of node n by token t is V n + 1 + t. A request ends at
+depth L; what the last round leaves open is filled with the target's own continuation.
 
-Shapes: V vocabulary, G = gamma drafted positions, N nodes, S active nodes (depth < L), E nodes up to depth L, M = V^G
-proposals, K = V^(G-1) draft prefixes (all that a confidence may look at), O = V^L outputs, C confidence patterns.
+Shapes: V vocabulary, G = gamma drafted positions, N nodes, S active nodes (depth < L), E nodes up to depth L,
+M = V^G proposals, K = V^(G-1) draft prefixes (all that a confidence may look at), O = V^L outputs, C
+confidence patterns.
 """
 
 from __future__ import annotations
@@ -22,7 +25,14 @@ import torch
 
 from draftkit.ops.verify import RULES, DenseProposals, Rule, length_distribution
 from draftkit.schedule.gate import EVIDENCE, SHORTEST, Gate
-from draftkit.schedule.planner import admit, budget_from, plan_fixed, plan_threshold, plan_verification, survival_of
+from draftkit.schedule.planner import (
+    admit,
+    budget_from,
+    plan_fixed,
+    plan_threshold,
+    plan_verification,
+    survival_of,
+)
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
 DEVIATION_ALLOWED = 1e-12
@@ -31,7 +41,8 @@ LEVELS = 3  # distinct confidences per table
 
 @dataclass(frozen=True)
 class Tables:
-    """A target, a drafter and a confidence head by table: what each says after every prefix, at every block position."""
+    """A target, a drafter and a confidence head by table: what each says after every prefix, at every block
+    position."""
 
     vocab: int
     gamma: int
@@ -44,9 +55,10 @@ class Tables:
 
 @dataclass(frozen=True)
 class PlannerCase:
-    """A planner under test: `lengths(confidence_RG, budget) -> [R]`; `budget(stale confidence_RG, tokens)` is asked with the
-    confidences of `lag` rounds earlier and, where it `counts` them, the tokens that this round brought all requests together;
-    ones and 0 before there are any. Without a budget, lag is 0 and budget 0."""
+    """A planner under test: `lengths(confidence_RG, budget) -> [R]`; `budget(stale confidence_RG, tokens)` is
+    asked with the confidences of `lag` rounds earlier and, where it `counts` them, the tokens that this round
+    brought all requests together; ones and 0 before there are any. Without a budget, lag is 0 and budget 0.
+    """
 
     name: str
     lengths: Callable[[Floats, int], Ints]
@@ -56,7 +68,8 @@ class PlannerCase:
 
 
 def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase]:
-    """Every planner of `schedule.planner`, and the budget with the gate before it, as the engine asks for it."""
+    """Every planner of `schedule.planner`, and the budget with the gate before it, as the engine asks for
+    it."""
 
     def cut(confidence_RG: Floats, budget: int) -> Ints:
         return admit(survival_of(confidence_RG)[0], budget)
@@ -74,8 +87,9 @@ def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase
 
 
 def gated_budget(stale_RG: Floats, tokens: int, step_rate: StepRate) -> int:
-    """The budget after a step that drafted with these confidences and brought so many tokens; 0 where the gate then says that
-    the next one does not draft. What it knew before lets that step decide: at two tokens per request drafting goes on."""
+    """The budget after a step that drafted with these confidences and brought so many tokens; 0 where the
+    gate then says that the next one does not draft. What it knew before lets that step decide: at two tokens
+    per request drafting goes on."""
     requests, gate = len(stale_RG), Gate()
     least = SHORTEST + EVIDENCE // requests
     for _ in range(least):  # without the drafter
@@ -97,7 +111,8 @@ def same_step_search(step_rate: StepRate) -> PlannerCase:
 
 
 def random_tables(vocab: int, gamma: int, length: int, rng: np.random.Generator) -> Tables:
-    """Random sharp distributions after every prefix; confidences of a few levels, so that ties, 0 and 1 occur."""
+    """Random sharp distributions after every prefix; confidences of a few levels, so that ties, 0 and 1
+    occur."""
     nodes = _first_of_depth(vocab, length + gamma)
     levels = rng.uniform(size=LEVELS)
     levels[rng.uniform(size=LEVELS) < 0.15] = 0.0
@@ -115,7 +130,9 @@ def random_tables(vocab: int, gamma: int, length: int, rng: np.random.Generator)
 
 def random_step_rate(most_tokens: int, rng: np.random.Generator) -> StepRate:
     """A jagged one: any step may be dear, some are free."""
-    seconds = (1 + (rng.exponential(0.7, most_tokens) * (rng.uniform(size=most_tokens) < 0.5)).cumsum()).tolist()
+    seconds = (
+        1 + (rng.exponential(0.7, most_tokens) * (rng.uniform(size=most_tokens) < 0.5)).cumsum()
+    ).tolist()
     return StepRate(tuple(range(1, most_tokens + 1)), tuple(seconds))
 
 
@@ -145,12 +162,17 @@ class Finding:
 
 
 def prove(
-    requests: int, gamma: int, tables: int, vocab: int = 3, seed: int = 0, tick: Callable[[], None] = lambda: None
+    requests: int,
+    gamma: int,
+    tables: int,
+    vocab: int = 3,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[Finding]:
     """Every rule after every planner, over random tables and step rates; `tick` is called after each table.
 
-    One request: three rounds, L = gamma + 2, budgets two rounds old. Two requests that share a pass: two rounds, L = 3,
-    budgets one round old (the harder case for staleness).
+    One request: three rounds, L = gamma + 2, budgets two rounds old. Two requests that share a pass: two
+    rounds, L = 3, budgets one round old (the harder case for staleness).
     """
     rounds, length, lag = (3, gamma + 2, 2) if requests == 1 else (2, 3, 1)
     rng = np.random.default_rng(seed)
@@ -164,12 +186,15 @@ def prove(
                 found = deviation(_output_distribution(ready, case, chosen, rounds), chosen)
                 worst[rule.name, case.name] = max(found, worst.get((rule.name, case.name), 0.0))
         tick()
-    return [Finding(rule, planner, requests, gamma, rounds, found) for (rule, planner), found in worst.items()]
+    return [
+        Finding(rule, planner, requests, gamma, rounds, found) for (rule, planner), found in worst.items()
+    ]
 
 
 def appendix_a() -> tuple[Tables, StepRate]:
-    """The paper's example of a search that biases: p = (0.7, 0.3), q = (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 after the first
-    token and 0 after the second; 1, 0.5 and 0.45 steps per second for passes of 1, 2 and 3 tokens."""
+    """The paper's example of a search that biases: p = (0.7, 0.3), q = (0.5, 0.5), c_1 = 0.8, c_2 = 0.9 after
+    the first token and 0 after the second; 1, 0.5 and 0.45 steps per second for passes of 1, 2 and 3 tokens.
+    """
     nodes, gamma = _first_of_depth(2, 4), 2
     level_NG = np.zeros((nodes, gamma), np.int64)
     level_NG[1, 1], level_NG[2, 1] = 1, 2
@@ -178,7 +203,9 @@ def appendix_a() -> tuple[Tables, StepRate]:
     return tables, StepRate((1, 2, 3), (1.0, 1 / 0.5, 1 / 0.45))
 
 
-def _output_distribution(ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tables], rounds: int) -> Floats:
+def _output_distribution(
+    ready: Sequence[_Round], case: PlannerCase, tables: Sequence[Tables], rounds: int
+) -> Floats:
     plans = _Plans(case, tables)
     start = np.zeros((len(ready[0].moves),) * len(tables))
     start.flat[0] = 1.0
@@ -196,16 +223,17 @@ def _output_distribution(ready: Sequence[_Round], case: PlannerCase, tables: Seq
     return distribution
 
 
-_Past = tuple[tuple[int, int], ...]  # of a few rounds: the joint pattern of confidences, and the tokens of all requests
+# of a few rounds: the joint pattern of confidences, and the tokens of all requests
+_Past = tuple[tuple[int, int], ...]
 
 
 # --- one round of one request, for every node, draft prefix and length
 
 
 class _Round:
-    """`moves` [E, K, G + 1, E]: from a node with this draft prefix (probability of the prefix included) and this many
-    verified tokens to the next node. `pattern` [E, K]: which confidences the planner sees. A finished request stays
-    where it is, with draft prefix 0 and the pattern of an empty proposal."""
+    """`moves` [E, K, G + 1, E]: from a node with this draft prefix (probability of the prefix included) and
+    this many verified tokens to the next node. `pattern` [E, K]: which confidences the planner sees. A
+    finished request stays where it is, with draft prefix 0 and the pattern of an empty proposal."""
 
     def __init__(self, rule: Rule, tables: Tables) -> None:
         vocab, gamma, length = tables.vocab, tables.gamma, tables.length
@@ -244,8 +272,10 @@ class _Round:
         self.pattern = np.full((ends, prefixes), LEVELS**gamma)
         shown_SMG = tables.level_NG[path_SMH[..., :gamma], np.arange(gamma)]
         digits = LEVELS ** np.arange(gamma)
-        self.pattern[:active] = (shown_SMG * digits).sum(-1)[:, ::vocab]  # the last token is unseen by any confidence
-        self.depth = np.repeat(np.arange(length + 1), vocab ** np.arange(length + 1))  # [E], tokens before each node
+        # the last token is unseen by any confidence
+        self.pattern[:active] = (shown_SMG * digits).sum(-1)[:, ::vocab]
+        # [E], tokens before each node
+        self.depth = np.repeat(np.arange(length + 1), vocab ** np.arange(length + 1))
 
 
 class _Plans:
@@ -277,8 +307,8 @@ class _Plans:
 def _advance(
     mass: Floats, rounds: Sequence[_Round], plans: _Plans, history: _Past
 ) -> list[tuple[tuple[int, int], Floats]]:
-    """One round from the joint nodes: what it shows (joint pattern, tokens) and the mass per joint node after it; what the
-    planner does not look at is 0."""
+    """One round from the joint nodes: what it shows (joint pattern, tokens) and the mass per joint node after
+    it; what the planner does not look at is 0."""
     lengths_CR = plans.lengths(history)
     places = np.nonzero(mass)
     prefixes = rounds[0].pattern.shape[1]
@@ -289,7 +319,10 @@ def _advance(
     for one, n, k in zip(rounds, nodes, chosen, strict=True):
         pattern = pattern * plans.patterns + one.pattern[n, k]
     weight = np.repeat(mass[places], choices.shape[1])
-    moved = [one.moves[n, k, lengths_CR[pattern, r]] for r, (one, n, k) in enumerate(zip(rounds, nodes, chosen, strict=True))]
+    moved = [
+        one.moves[n, k, lengths_CR[pattern, r]]
+        for r, (one, n, k) in enumerate(zip(rounds, nodes, chosen, strict=True))
+    ]
     moved[0] = moved[0] * weight[:, None]
     shown = pattern if plans.case.lag else np.zeros_like(pattern)
     before = sum(one.depth[n] for one, n in zip(rounds, nodes, strict=True)) * plans.case.counts
@@ -309,7 +342,8 @@ def _advance(
 
 
 def _continuation(tables: Tables) -> Floats:
-    """Probability [E, O] that the target goes on from a node to a whole output; 0 for outputs that do not begin so."""
+    """Probability [E, O] that the target goes on from a node to a whole output; 0 for outputs that do not
+    begin so."""
     vocab, length = tables.vocab, tables.length
     leaves = np.arange(vocab**length)
     chance = np.zeros((_first_of_depth(vocab, length + 1), len(leaves)))

@@ -1,4 +1,5 @@
-"""`draftkit verify-lossless`: the proof of `exactness` over rules, planners, block sizes and one or two requests."""
+"""`draftkit verify-lossless`: the proof of `exactness` over rules, planners, block sizes and one or two
+requests."""
 
 from __future__ import annotations
 
@@ -8,12 +9,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from draftkit.errors import ScheduleError
-from draftkit.evaluate.exactness import DEVIATION_ALLOWED, Finding, appendix_a, output_distribution, prove, same_step_search
+from draftkit.evaluate.exactness import (
+    DEVIATION_ALLOWED,
+    Finding,
+    appendix_a,
+    output_distribution,
+    prove,
+    same_step_search,
+)
 from draftkit.ops.verify import TOKEN_RULE
 
 
 def run_lossless(vocab: int, gammas: Sequence[int], tables: int) -> list[Finding]:
-    """All findings, with a progress bar on standard error. Raises ScheduleError for a block size that is too large."""
+    """All findings, with a progress bar on standard error. Raises ScheduleError for a block size that is too
+    large."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -30,18 +39,26 @@ def run_lossless(vocab: int, gammas: Sequence[int], tables: int) -> list[Finding
 
 
 def print_lossless(findings: Sequence[Finding], tables: int, vocab: int, as_json: bool) -> bool:
-    """Print the table and say whether everything is as it must be: all laws kept, and the control found out."""
+    """Print the table and say whether everything is as it must be: all laws kept, and the control found
+    out."""
     worst = max(f.deviation for f in findings)
     example, step_rate = appendix_a()
     control = output_distribution(TOKEN_RULE, same_step_search(step_rate), [example], rounds=1)[0]
     found_out = abs(control - 0.85) < DEVIATION_ALLOWED
     if as_json:
         report = {"vocab": vocab, "tables": tables, "findings": [asdict(f) for f in findings]}
-        print(json.dumps(report | {"largest_deviation": worst, "same_step_search_gives": control, "target": 0.7}))
+        print(
+            json.dumps(
+                report | {"largest_deviation": worst, "same_step_search_gives": control, "target": 0.7}
+            )
+        )
     else:
         _print_table(findings, tables, vocab)
         print(f"largest deviation {worst:.1e}, allowed {DEVIATION_ALLOWED:.0e}")
-        print(f"control, a planner that must fail: the same-step search of Appendix A outputs A with {control:.4f}, not 0.7")
+        print(
+            f"control, a planner that must fail: the same-step search of Appendix A outputs A with "
+            f"{control:.4f}, not 0.7"
+        )
     return worst < DEVIATION_ALLOWED and found_out
 
 
@@ -49,13 +66,21 @@ def _print_table(findings: Sequence[Finding], tables: int, vocab: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"largest deviation from the target's law ({tables} tables per cell, vocabulary {vocab})")
+    table = Table(
+        title=f"largest deviation from the target's law ({tables} tables per cell, vocabulary {vocab})"
+    )
     columns = list(dict.fromkeys((f.requests, f.gamma, f.rounds) for f in findings))
     for name in ("rule", "planner"):
         table.add_column(name, no_wrap=True)
     for requests, gamma, rounds in columns:
-        table.add_column(f"{requests} request{'s'[: requests - 1]}\ngamma {gamma}\n{rounds} rounds", justify="right")
+        table.add_column(
+            f"{requests} request{'s'[: requests - 1]}\ngamma {gamma}\n{rounds} rounds", justify="right"
+        )
     for rule, planner in dict.fromkeys((f.rule, f.planner) for f in findings):
-        own = {(f.requests, f.gamma, f.rounds): f.deviation for f in findings if (f.rule, f.planner) == (rule, planner)}
+        own = {
+            (f.requests, f.gamma, f.rounds): f.deviation
+            for f in findings
+            if (f.rule, f.planner) == (rule, planner)
+        }
         table.add_row(rule, planner, *(f"{own[c]:.1e}" for c in columns))
     Console().print(table)

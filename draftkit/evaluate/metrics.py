@@ -1,7 +1,7 @@
 """Accepted length and acceptance by position from recorded rounds, with bootstrap intervals.
 
-The accepted length counts the bonus token. A round that the token limit cut short says nothing about how much would
-have been accepted, so it is left out; a round that a stop token ended counts what it emitted.
+The accepted length counts the bonus token. A round that the token limit cut short says nothing about how much
+would have been accepted, so it is left out; a round that a stop token ended counts what it emitted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """What one prompt contributes: its full rounds, the tokens these emitted, and per position tries and acceptances."""
+    """What one prompt contributes: its full rounds, the tokens these emitted, and per position tries and
+    acceptances."""
 
     prompt_id: str
     domain: str
@@ -43,14 +44,16 @@ class PromptRecord:
 
 
 def record_of(decoded: Decoded, prompt_id: str, domain: str, gamma: int) -> PromptRecord:
-    """Condense one answer. Only the last round can be cut, by a stop token or by the limit: it may hide how many more
-    tokens would have been accepted, or the engine did not verify what the answer had no room for."""
+    """Condense one answer. Only the last round can be cut, by a stop token or by the limit: it may hide how
+    many more tokens would have been accepted, or the engine did not verify what the answer had no room for.
+    """
     tried, accepted = np.zeros(gamma, int), np.zeros(gamma, int)
     full = [r for i, r in enumerate(decoded.rounds) if not _cut_by_limit(decoded, i)]
     for r in full:
         known = min(r.accepted, r.emitted)  # accepted tokens behind a stop token are not part of the answer
         accepted[:known] += 1
-        reached = known + 1 if r.emitted > r.accepted else known  # position `known` was rejected, if it exists
+        # position `known` was rejected, if it exists
+        reached = known + 1 if r.emitted > r.accepted else known
         tried[: min(reached, r.verified)] += 1
     return PromptRecord(
         prompt_id=prompt_id,
@@ -84,7 +87,9 @@ def macro_accepted_length(records: Sequence[PromptRecord], seed: int = 0) -> Int
     pairs = []
     for domain in domains_of(records):
         chosen = [r for r in records if r.domain == domain]
-        pairs.append((np.array([r.emitted for r in chosen], float), np.array([r.rounds for r in chosen], float)))
+        pairs.append(
+            (np.array([r.emitted for r in chosen], float), np.array([r.rounds for r in chosen], float))
+        )
     return _bootstrap(pairs, seed)
 
 

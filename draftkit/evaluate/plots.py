@@ -9,7 +9,8 @@ from draftkit.evaluate.run import EvalResult
 
 
 def plot_acceptance(results: Sequence[EvalResult], path: Path) -> None:
-    """Conditional acceptance by position, one panel per result and one line per domain (the paper's Figure 2)."""
+    """Conditional acceptance by position, one panel per result and one line per domain (the paper's Figure
+    2)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(results), 3.6), layout="constrained")

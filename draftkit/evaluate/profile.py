@@ -1,4 +1,5 @@
-"""Measuring a step: the engine's own target pass and drafter on this machine, over tokens, requests and context.
+"""Measuring a step: the engine's own target pass and drafter on this machine, over tokens, requests and
+context.
 
 Shapes: R requests, B blocks per request.
 """
@@ -32,8 +33,9 @@ Name = tuple[str, int, int]  # "pass" or "draft", context, tokens or requests
 
 @dataclass(frozen=True)
 class ProfileSettings:
-    """What to measure: every number of tokens per pass at every context length, and drafting for so many requests;
-    `repeats` rounds over all points, each in another order, so that a slow minute does not fall on one point."""
+    """What to measure: every number of tokens per pass at every context length, and drafting for so many
+    requests; `repeats` rounds over all points, each in another order, so that a slow minute does not fall on
+    one point."""
 
     tokens: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
     contexts: tuple[int, ...] = (64, 256)
@@ -64,11 +66,13 @@ def profile(
     settings: ProfileSettings,
     tick: Callable[[], None] = lambda: None,
 ) -> StepRateTable:
-    """Medians over the repeats; `tick` is called after every measurement. Passes are the compiled ones where they can run.
+    """Medians over the repeats; `tick` is called after every measurement. Passes are the compiled ones where
+    they can run.
 
-    A pass of n tokens holds ceil(n / tokens_per_request) requests; the drafter reads it, too. Proposals are greedy, and nothing
-    is sampled: an engine that starts without a file measures the same. Raises ScheduleError
-    for a target that the lean forward cannot run, for contexts that are too long for it, and for more than fits the memory.
+    A pass of n tokens holds ceil(n / tokens_per_request) requests; the drafter reads it, too. Proposals are
+    greedy, and nothing is sampled: an engine that starts without a file measures the same. Raises
+    ScheduleError for a target that the lean forward cannot run, for contexts that are too long for it, and
+    for more than fits the memory.
     """
     if reason := unsupported(target):
         raise ScheduleError(f"profile: {reason}")
@@ -84,7 +88,8 @@ def profile(
     positions = most * -(-(longest + gamma + 1) // BLOCK_SIZE) * BLOCK_SIZE
     if positions * bytes_per_position(target, drafter) > room:
         raise ScheduleError(
-            f"profile: {max(settings.tokens)} tokens per pass after {max(settings.contexts)} of context need more than "
+            f"profile: {max(settings.tokens)} tokens per pass after {max(settings.contexts)} of context "
+            f"need more than "
             f"the {room / 2**30:.1f} GiB that are there for keys and values; choose fewer"
         )
     sizes = EngineSettings(max_running=most, max_length=longest, kv_bytes=room, block_size=BLOCK_SIZE)
@@ -96,9 +101,13 @@ def profile(
         job()
     seconds = timed(jobs, settings.repeats, clock, tick)
     values = {name: median(found) for name, found in seconds.items()}
-    spreads = [float(np.subtract(*np.percentile(found, [75, 25]))) / median(found) for found in seconds.values()]
+    spreads = [
+        float(np.subtract(*np.percentile(found, [75, 25]))) / median(found) for found in seconds.values()
+    ]
     env = environment(models.device)
-    draft_seconds = tuple(values["draft", middle, r] for r in settings.requests) if drafter is not None else (0.0,)
+    draft_seconds = (
+        tuple(values["draft", middle, r] for r in settings.requests) if drafter is not None else (0.0,)
+    )
     return StepRateTable(
         contexts=settings.contexts,
         tokens=settings.tokens,
@@ -121,20 +130,23 @@ def profile(
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """On a CPU, with one thread, processor time, which is the pass's own also while others use the machine; else the wall
-    clock."""
+    """On a CPU, with one thread, processor time, which is the pass's own also while others use the machine;
+    else the wall clock."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone else time.perf_counter
 
 
 def _jobs(models: Models, settings: ProfileSettings, most: int) -> tuple[dict[Name, Job], int]:
-    """What is to be measured, by kind, context and tokens or requests; and the context that drafting is measured at."""
+    """What is to be measured, by kind, context and tokens or requests; and the context that drafting is
+    measured at."""
     middle = settings.contexts[len(settings.contexts) // 2]
     tables_RB = np.arange(models.pool.num_blocks).reshape(most, -1)  # every request has blocks of its own
     jobs: dict[Name, Job] = {}
     for context in settings.contexts:
         for tokens in settings.tokens:
-            jobs["pass", context, tokens] = pass_job(models, tables_RB, context, tokens, settings.tokens_per_request)
+            jobs["pass", context, tokens] = pass_job(
+                models, tables_RB, context, tokens, settings.tokens_per_request
+            )
     if models.drafter is not None:
         for requests in settings.requests:
             jobs["draft", middle, requests] = draft_job(models, models.drafter, tables_RB[:requests], middle)
@@ -155,6 +167,7 @@ def plot_step_rate(table: StepRateTable, path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
-    left.set_title(f"{table.measured.target} on {table.measured.device}, {table.measured.threads} threads", fontsize=9)
+    left.set_title(
+        f"{table.measured.target} on {table.measured.device}, {table.measured.threads} threads", fontsize=9
+    )
     figure.savefig(path, dpi=120)
-

@@ -28,7 +28,9 @@ def print_report(results: Sequence[EvalResult], console: Console | None = None) 
 def speed_line(speeds: Mapping[str, Speed]) -> str:
     """The ratio of all prompts with its interval, then each domain's."""
     of_all = speeds["all"]
-    each = ", ".join(f"{name} {s.ratio:.2f} ({s.low:.2f} to {s.high:.2f})" for name, s in speeds.items() if name != "all")
+    each = ", ".join(
+        f"{name} {s.ratio:.2f} ({s.low:.2f} to {s.high:.2f})" for name, s in speeds.items() if name != "all"
+    )
     baseline = f"the engine without a drafter, {of_all.prompts} prompts one at a time"
     return f"speed: {of_all.ratio:.2f} x (95 % {of_all.low:.2f} to {of_all.high:.2f}) of {baseline}: {each}"
 
@@ -46,15 +48,19 @@ def verdict(result: EvalResult) -> str:
     else:
         found = "no difference can be told here"
     return (
-        f"Temperature {temperature:g}: a round of drafting yields {length:.2f} tokens, the target alone 1. The engine makes "
-        f"{speed.drafted_tokens_per_second:,.0f} tokens per second with the drafter and {speed.plain_tokens_per_second:,.0f} "
-        f"without, {speed.ratio:.2f} x: {found}. It drafted in {100 * speed.drafting:.0f} % of its steps, where it "
+        f"Temperature {temperature:g}: a round of drafting yields {length:.2f} tokens, the target alone "
+        f"1. The engine makes "
+        f"{speed.drafted_tokens_per_second:,.0f} tokens per second with the drafter and "
+        f"{speed.plain_tokens_per_second:,.0f} "
+        f"without, {speed.ratio:.2f} x: {found}. It drafted in {100 * speed.drafting:.0f} % of its steps, "
+        f"where it "
         "expected to gain."
     )
 
 
 def _table(result: EvalResult) -> Table:
-    """Accepted length with its interval, and conditional acceptance by position in percent ("-": never reached)."""
+    """Accepted length with its interval, and conditional acceptance by position in percent ("-": never
+    reached)."""
     from rich import box
     from rich.table import Table
 

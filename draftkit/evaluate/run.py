@@ -1,4 +1,5 @@
-"""Evaluation of a target and a drafter on prompts: one record per prompt, aggregates, speed in the same run."""
+"""Evaluation of a target and a drafter on prompts: one record per prompt, aggregates, speed in the same
+run."""
 
 from __future__ import annotations
 
@@ -73,12 +74,16 @@ class EvalResult:
                 environment=raw["environment"],
                 settings=dict(raw["settings"]),
                 accepted_len={k: Interval(**_with_nan(v)) for k, v in raw["accepted_len"].items()},
-                acceptance={k: list(_with_nan(dict(enumerate(v))).values()) for k, v in raw["acceptance"].items()},
+                acceptance={
+                    k: list(_with_nan(dict(enumerate(v))).values()) for k, v in raw["acceptance"].items()
+                },
                 speed={k: Speed(**v) for k, v in raw["speed"].items()},
                 records=tuple(_record(r) for r in raw["records"]),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: is not an evaluation result ({error}); remove it and evaluate again") from error
+            raise DataError(
+                f"{path}: is not an evaluation result ({error}); remove it and evaluate again"
+            ) from error
 
 
 def evaluate(
@@ -89,21 +94,29 @@ def evaluate(
     sampling: Sampling,
     tick: Tick = lambda: None,
 ) -> EvalResult:
-    """Answer every prompt with the drafter, `batch_size` at a time by the engine, or one by one by the reference loop;
-    `speed_prompts` of every domain are answered once more for the speed, see `measure_speed`.
+    """Answer every prompt with the drafter, `batch_size` at a time by the engine, or one by one by the
+    reference loop; `speed_prompts` of every domain are answered once more for the speed, see `measure_speed`.
 
-    The seed of a prompt is the base seed plus its index, so that results do not depend on order or process count.
-    `tick` is called after every prompt of either kind. Raises DataError for a prompt that does not fit.
+    The seed of a prompt is the base seed plus its index, so that results do not depend on order or process
+    count. `tick` is called after every prompt of either kind. Raises DataError for a prompt that does not
+    fit.
     """
     decoded = _answers(target, drafter, prompts, settings, sampling, tick)
     timed, limit = speed_prompts(prompts, settings.speed_prompts), settings.max_new_tokens
-    records = [record_of(d, p.prompt_id, p.domain, drafter.gamma) for p, d in zip(prompts, decoded, strict=True)]
+    records = [
+        record_of(d, p.prompt_id, p.domain, drafter.gamma) for p, d in zip(prompts, decoded, strict=True)
+    ]
     domains = {d: [r for r in records if r.domain == d] for d in domains_of(records)}
     lengths = {d: accepted_length(chosen) for d, chosen in domains.items()}
     return EvalResult(
         environment=environment(target.device),
         settings=asdict(settings)
-        | {"sampling": asdict(sampling), "rule": TOKEN_RULE.name, "target": target.info.name, "prompts": len(prompts)},
+        | {
+            "sampling": asdict(sampling),
+            "rule": TOKEN_RULE.name,
+            "target": target.info.name,
+            "prompts": len(prompts),
+        },
         accepted_len=lengths | {"macro": macro_accepted_length(records)},
         acceptance={d: acceptance_by_position(chosen) for d, chosen in domains.items()}
         | {"all": acceptance_by_position(records)},
@@ -123,8 +136,12 @@ def _answers(
     """Answers of the whole proposal every round, by the engine or, one at a time, by the reference loop."""
     seeds, limit = range(settings.seed, settings.seed + len(prompts)), settings.max_new_tokens
     if settings.batch_size > 1 and not unsupported(target):
-        engine = Engine(target, drafter, EngineSettings(plan="fixed", max_running=settings.batch_size, prefix_reuse=False))
-        requests = [(p.tokens, sampling_params(sampling, limit, s)) for p, s in zip(prompts, seeds, strict=True)]
+        engine = Engine(
+            target, drafter, EngineSettings(plan="fixed", max_running=settings.batch_size, prefix_reuse=False)
+        )
+        requests = [
+            (p.tokens, sampling_params(sampling, limit, s)) for p, s in zip(prompts, seeds, strict=True)
+        ]
         return decode_all(engine, requests, tick)
     decoded = []
     for prompt, seed in zip(prompts, seeds, strict=True):
@@ -134,7 +151,8 @@ def _answers(
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions and hardware that stand behind a result; `device`: where it was computed, None = on the CPU."""
+    """Versions and hardware that stand behind a result; `device`: where it was computed, None = on the
+    CPU."""
     return {
         "draftkit": __version__,
         "torch": torch.__version__,
@@ -165,7 +183,11 @@ def speed_prompts(prompts: Sequence[EvalPrompt], each: int) -> dict[str, list[tu
 
 
 def _record(raw: dict[str, Any]) -> PromptRecord:
-    lists = {k: tuple(tuple(x) if isinstance(x, list) else x for x in v) for k, v in raw.items() if isinstance(v, list)}
+    lists = {
+        k: tuple(tuple(x) if isinstance(x, list) else x for x in v)
+        for k, v in raw.items()
+        if isinstance(v, list)
+    }
     return PromptRecord(**(raw | lists))
 
 

@@ -14,8 +14,11 @@ from draftkit.schedule.step_rate import Floats
 SCHEDULED = ("algorithm 1", "budget", "oracle")
 
 
-def plot_reliability(before_NG: Floats, after_NG: Floats, kept_NG: Floats, usable_NG: Bools, path: Path) -> None:
-    """Predicted against observed survival, one panel per position, raw and calibrated (the paper's Figure 6)."""
+def plot_reliability(
+    before_NG: Floats, after_NG: Floats, kept_NG: Floats, usable_NG: Bools, path: Path
+) -> None:
+    """Predicted against observed survival, one panel per position, raw and calibrated (the paper's Figure
+    6)."""
     from matplotlib.figure import Figure
 
     gamma = kept_NG.shape[1]
@@ -39,7 +42,8 @@ def plot_reliability(before_NG: Floats, after_NG: Floats, kept_NG: Floats, usabl
 
 
 def plot_simulation(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Throughput against per-user speed, and the verification budget against load (the paper's Figures 7 and 8)."""
+    """Throughput against per-user speed, and the verification budget against load (the paper's Figures 7 and
+    8)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -52,8 +56,15 @@ def plot_simulation(outcomes: Sequence[Outcome], path: Path) -> None:
         left.plot([o.user_speed for o in own], [o.throughput for o in own], **line)
         if arm in SCHEDULED or arm.startswith("fixed"):
             right.plot([o.running_mean for o in own], [o.verified_mean for o in own], **line)
-    left.set(xlabel="tokens per second of one user (median)", ylabel="tokens per second of all", xscale="log", yscale="log")
-    right.set(xlabel="running requests (mean)", ylabel="drafted tokens verified per request and step", xscale="log")
+    left.set(
+        xlabel="tokens per second of one user (median)",
+        ylabel="tokens per second of all",
+        xscale="log",
+        yscale="log",
+    )
+    right.set(
+        xlabel="running requests (mean)", ylabel="drafted tokens verified per request and step", xscale="log"
+    )
     right.set_ylim(0, None)
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
@@ -61,8 +72,11 @@ def plot_simulation(outcomes: Sequence[Outcome], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_thresholds(thresholds: Sequence[float], by_domain: Mapping[str, tuple[Floats, Floats]], path: Path) -> None:
-    """Acceptance rate of verified tokens and tokens per step over the static threshold (the paper's Figure 5)."""
+def plot_thresholds(
+    thresholds: Sequence[float], by_domain: Mapping[str, tuple[Floats, Floats]], path: Path
+) -> None:
+    """Acceptance rate of verified tokens and tokens per step over the static threshold (the paper's Figure
+    5)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

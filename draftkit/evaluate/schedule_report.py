@@ -13,7 +13,9 @@ from draftkit.schedule.simulate import Outcome
 from draftkit.schedule.step_rate_table import StepRateTable
 
 
-def print_calibration(temperatures: Sequence[float], before: Quality, after: Quality, rows: int, missing: int) -> None:
+def print_calibration(
+    temperatures: Sequence[float], before: Quality, after: Quality, rows: int, missing: int
+) -> None:
     """One row per position: temperature, and each measure raw and calibrated on held-out proposals."""
     table = Table(title=f"survival of the prefix up to a position, {rows} held-out proposals")
     for column in ("position", "T", "ECE", "then", "chance", "AUC", "then", "Brier", "then"):
@@ -31,7 +33,9 @@ def print_calibration(temperatures: Sequence[float], before: Quality, after: Qua
         table.add_row(str(k + 1), f"{temperature:.2f}", *(show(values[k]) for values, show in columns))
     table.add_section()
     table.add_row("mean", "", *(show(sum(values) / len(values)) for values, show in columns))
-    table.caption = "then: calibrated; chance: the ECE that so many outcomes show when every prediction is right"
+    table.caption = (
+        "then: calibrated; chance: the ECE that so many outcomes show when every prediction is right"
+    )
     Console().print(table)
     if missing:
         Console().print(f"{missing} confidences were no numbers and count as zero")
@@ -49,7 +53,8 @@ def print_step_rate(table: StepRateTable) -> None:
     """Milliseconds per pass by tokens and context, and the drafter's by requests."""
     console, measured = Console(), table.measured
     grid = Table(
-        title=f"{measured.target} on {measured.device}, {measured.threads} threads, {measured.clock}, medians of "
+        title=f"{measured.target} on {measured.device}, {measured.threads} threads, {measured.clock}, "
+        f"medians of "
         f"{measured.repeats} (quartiles typically {100 * measured.spread:.0f} % apart)"
     )
     grid.add_column("tokens in the pass", justify="right")
@@ -69,8 +74,18 @@ def print_simulation(outcomes: Sequence[Outcome], assumptions: Sequence[str]) ->
         own = [o for o in outcomes if (o.concurrency, o.rate) == load]
         plain = own[0]
         arriving = f", {load[1]:g} arrivals per second" if load[1] else ""
-        table = Table(title=f"at most {load[0]} requests at once{arriving}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column in ("arm", "tokens/s", "x none", "tokens/s per user", "verified", "accepted length", "running"):
+        table = Table(
+            title=f"at most {load[0]} requests at once{arriving}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        for column in (
+            "arm",
+            "tokens/s",
+            "x none",
+            "tokens/s per user",
+            "verified",
+            "accepted length",
+            "running",
+        ):
             table.add_column(column, justify="right" if column != "arm" else "left", no_wrap=column == "arm")
         for o in own:
             table.add_row(

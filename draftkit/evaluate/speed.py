@@ -1,4 +1,5 @@
-"""The speed of serving: the engine with the drafter and without it, one request at a time, on the same prompts in turn."""
+"""The speed of serving: the engine with the drafter and without it, one request at a time, on the same
+prompts in turn."""
 
 from __future__ import annotations
 
@@ -16,13 +17,16 @@ from draftkit.evaluate.metrics import BOOTSTRAP_SAMPLES, Floats
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
 
-WARM_UP = 3  # prompts that both engines answer before anything is measured: code is loaded, the planner has tried both ways
+# prompts that both engines answer before anything is measured: code is loaded, the planner has tried both
+# ways
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second with the drafter over those without, all tokens over all seconds, with the 95 % interval of a
-    bootstrap over prompts. `drafting` is the share of steps in which the planner let the drafter propose."""
+    """Tokens per second with the drafter over those without, all tokens over all seconds, with the 95 %
+    interval of a bootstrap over prompts. `drafting` is the share of steps in which the planner let the
+    drafter propose."""
 
     prompts: int
     ratio: float
@@ -44,8 +48,8 @@ def measure_speed(
 ) -> dict[str, Speed]:
     """Speeds by domain, and "all"; `prompts` are token ids by domain. Lengths are planned, as in serving.
 
-    Both engines are warm before the first measured answer and take turns, each answer timed from the prompt to its end.
-    `tick` is called after every prompt. Empty without prompts.
+    Both engines are warm before the first measured answer and take turns, each answer timed from the prompt
+    to its end. `tick` is called after every prompt. Empty without prompts.
     """
     asked = [(domain, tokens) for domain, chosen in prompts.items() for tokens in chosen]
     if not asked:

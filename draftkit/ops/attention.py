@@ -1,14 +1,16 @@
 """Attention of drafted blocks for training: every block sees a range of the context, and all of itself.
 
-All documents' context tokens lie end to end (C keys, shared by the blocks), all blocks' positions too (Q = X * G queries).
-Block x sees the keys start_x <= c < stop_x and its O own keys, in both directions: O is G, or what the caller says (an
-unrolled drafter has the keys of its earlier steps). It must see one key at least. What a dense [Q, C + P] mask would say
-is never written down: on a CPU, and on a GPU without the shared memory that flex_attention's kernels need, groups of
-neighbouring blocks meet the keys up to their last stop and nothing behind; elsewhere flex_attention skips empty tiles.
-On a CPU with a compiler a C++ function goes through the blocks instead (`ops/native_training.py`).
+All documents' context tokens lie end to end (C keys, shared by the blocks), all blocks' positions too (Q = X
+* G queries). Block x sees the keys start_x <= c < stop_x and its O own keys, in both directions: O is G, or
+what the caller says (an unrolled drafter has the keys of its earlier steps). It must see one key at least.
+What a dense [Q, C + P] mask would say is never written down: on a CPU, and on a GPU without the shared memory
+that flex_attention's kernels need, groups of neighbouring blocks meet the keys up to their last stop and
+nothing behind; elsewhere flex_attention skips empty tiles. On a CPU with a compiler a C++ function goes
+through the blocks instead (`ops/native_training.py`).
 
-Shapes: X blocks, G positions per block, O own keys per block, P = X * O, C context keys, N query heads, M key/value
-heads, D head size; within a group x blocks, L keys, R = x * G * N / M rows that share a key/value head.
+Shapes: X blocks, G positions per block, O own keys per block, P = X * O, C context keys, N query heads, M
+key/value heads, D head size; within a group x blocks, L keys, R = x * G * N / M rows that share a key/value
+head.
 """
 
 from __future__ import annotations
@@ -25,16 +27,19 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from draftkit.ops.native_training import NativeBlockAttention, Ranges, native_fits
 
-GROUP_BLOCKS = 8  # blocks that meet the same keys at once: more is fewer operations, but more scores for nothing
+# blocks that meet the same keys at once: more is fewer operations, but more scores for nothing
+GROUP_BLOCKS = 8
 FLEX_SHARED_MEMORY = 106_496  # bytes that flex_attention's kernels ask for; RTX 30 and 40 have 101,376
 FLEX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
 class BlockGroup:
-    """Neighbouring blocks of one document and the keys [start, stop) that some of them see, with their own behind.
+    """Neighbouring blocks of one document and the keys [start, stop) that some of them see, with their own
+    behind.
 
-    `front` and `back` mark, bool [x, 1, ...], which of the first and of the last of all these keys a block must not see.
+    `front` and `back` mark, bool [x, 1, ...], which of the first and of the last of all these keys a block
+    must not see.
     """
 
     queries: slice
@@ -47,8 +52,8 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Who sees what, worked out once per batch for all layers: ranges of keys for the C++ function, the groups made of them
-    for PyTorch operations, or a mask of tiles for flex_attention."""
+    """Who sees what, worked out once per batch for all layers: ranges of keys for the C++ function, the
+    groups made of them for PyTorch operations, or a mask of tiles for flex_attention."""
 
     ranges: Ranges | None
     flex_mask: BlockMask | None
@@ -60,11 +65,19 @@ class BlockPlan:
 
 
 def plan_blocks(
-    start_X: Tensor, stop_X: Tensor, document_X: Tensor, gamma: int, keys: int, head_dim: int, own: int | None = None
+    start_X: Tensor,
+    stop_X: Tensor,
+    document_X: Tensor,
+    gamma: int,
+    keys: int,
+    head_dim: int,
+    own: int | None = None,
 ) -> BlockPlan:
-    """Plan the attention of X blocks of `gamma` positions over `keys` context keys and `own` keys per block (null: gamma).
+    """Plan the attention of X blocks of `gamma` positions over `keys` context keys and `own` keys per block
+    (null: gamma).
 
-    Block x sees [start_x, stop_x), int64; blocks of one document are neighbours and see no other document's keys.
+    Block x sees [start_x, stop_x), int64; blocks of one document are neighbours and see no other document's
+    keys.
     """
     own = gamma if own is None else own
     if flex_fits(start_X.device, head_dim):
@@ -77,7 +90,8 @@ def plan_blocks(
 def block_attention(
     q_QND: Tensor, own: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor], plan: BlockPlan, scale: float
 ) -> Tensor:
-    """softmax(scale q k) v of every query: [Q, N, D], from own keys and values [P, M, D] and context ones [C, M, D].
+    """softmax(scale q k) v of every query: [Q, N, D], from own keys and values [P, M, D] and context ones [C,
+    M, D].
 
     The softmax is at least float32.
     """
@@ -95,7 +109,9 @@ def block_attention(
 
 def _groups(ranges: Ranges) -> tuple[BlockGroup, ...]:
     starts, stops, edges = ranges.start.tolist(), ranges.stop.tolist(), ranges.first.tolist()
-    parts = (slice(i, min(i + GROUP_BLOCKS, b)) for a, b in pairwise(edges) for i in range(a, b, GROUP_BLOCKS))
+    parts = (
+        slice(i, min(i + GROUP_BLOCKS, b)) for a, b in pairwise(edges) for i in range(a, b, GROUP_BLOCKS)
+    )
     return tuple(_group(ranges, part, starts, stops) for part in parts)
 
 
@@ -136,7 +152,8 @@ class _GroupedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_QND: Tensor) -> tuple[Tensor | None, ...]:
         q_QND, own_k, own_v, seen_k, seen_v, out_QND = ctx.saved_tensors
-        wide = torch.promote_types(out_QND.dtype, torch.float32)  # several groups add up in the context's gradients
+        # several groups add up in the context's gradients
+        wide = torch.promote_types(out_QND.dtype, torch.float32)
         by_q, by_own_k, by_own_v = (torch.empty_like(t) for t in (q_QND, own_k, own_v))
         by_seen_k, by_seen_v = (torch.zeros_like(t, dtype=wide) for t in (seen_k, seen_v))
         for group in ctx.plan.groups:
@@ -204,7 +221,8 @@ def flex_mask(start_X: Tensor, stop_X: Tensor, gamma: int, keys: int, own: int) 
         in_context = (key >= start_X[block]) & (key < stop_X[block])
         return in_context | ((key >= keys) & ((key - keys) // max(own, 1) == block))
 
-    make = _for_device(create_block_mask, start_X.device)  # as plain operations it goes through a whole [Q, C + Q]
+    # as plain operations it goes through a whole [Q, C + Q]
+    make = _for_device(create_block_mask, start_X.device)
     mask: BlockMask = make(sees, None, None, queries, keys + len(start_X) * own, device=start_X.device)
     return mask
 
@@ -221,7 +239,8 @@ def flex_block_attention(
         block_mask=mask,
         scale=scale,
         enable_gqa=q_QND.shape[1] != own[0].shape[1],
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # its other kernel, for few queries, cannot be compiled for this
+        # its other kernel, for few queries, cannot be compiled for this
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
     )
     return mixed[0].transpose(0, 1)
 

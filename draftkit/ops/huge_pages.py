@@ -1,8 +1,9 @@
-"""Memory straight from the system: in pages of 2 MiB for weights, page by page as it is written for keys and values.
+"""Memory straight from the system: in pages of 2 MiB for weights, page by page as it is written for keys and
+values.
 
-A pass over one token reads every weight once. In pages of 4 KiB each of them costs a walk through the page tables, since
-there are more than a processor keeps in mind (in a virtual machine a walk through two tables); and how fast a copy of the
-weights is depends on where its pages happened to lie.
+A pass over one token reads every weight once. In pages of 4 KiB each of them costs a walk through the page
+tables, since there are more than a processor keeps in mind (in a virtual machine a walk through two tables);
+and how fast a copy of the weights is depends on where its pages happened to lie.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ R = TypeVar("R")
 
 
 def inference(function: Callable[P, R]) -> Callable[P, R]:
-    """Run the function in inference mode. To enter it again where it is on already takes PyTorch 5 microseconds, several times
-    in each step of the engine; to ask takes none."""
+    """Run the function in inference mode. To enter it again where it is on already takes PyTorch 5
+    microseconds, several times in each step of the engine; to ask takes none."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,5 @@
-"""Builds the sources in `draftkit/cpp` with the compiler that is there, once per machine, into the user's cache folder."""
+"""Builds the sources in `draftkit/cpp` with the compiler that is there, once per machine, into the user's
+cache folder."""
 
 from __future__ import annotations
 
@@ -17,7 +18,16 @@ import torch
 
 log = logging.getLogger("draftkit.engine")
 SOURCES = Path(__file__).parent.parent / "cpp"
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp", "-Wl,--as-needed")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-Wl,--as-needed",
+)
 
 
 class NoNative(Exception):
@@ -32,13 +42,22 @@ def library_names() -> list[str]:
 def load_library(name: str) -> ctypes.CDLL:
     """A compiled source, from the user's cache or built now (seconds). Raises NoNative."""
     source = SOURCES / f"{name}.cpp"
-    compiler = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+    compiler = next(
+        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))),
+        None,
+    )
     if compiler is None:
         raise NoNative("no C++ compiler found (g++, clang++ or $CXX)")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]  # torch's own threads, not a second pool
+    # torch's own threads, not a second pool
+    openmp = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))[:1]
     command = [compiler, *_FLAGS, str(source), *map(str, openmp)]
-    parts = [*(path.read_text("utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))), version, _processor(), *command]
+    parts = [
+        *(path.read_text("utf-8") for path in (source, *sorted(SOURCES.glob("*.h")))),
+        version,
+        _processor(),
+        *command,
+    ]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "draftkit"
@@ -60,7 +79,9 @@ def _check_owner(path: Path) -> None:
     """Raise NoNative unless what will be run is this user's (or root's), and nobody else can write it."""
     status = path.stat()
     if status.st_uid not in (os.getuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise NoNative(f"{path}: belongs to another user, or others can write it; remove it, or set XDG_CACHE_HOME")
+        raise NoNative(
+            f"{path}: belongs to another user, or others can write it; remove it, or set XDG_CACHE_HOME"
+        )
 
 
 def structure(*fields: tuple[str, object]) -> type[ctypes.Structure]:

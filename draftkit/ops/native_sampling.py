@@ -1,9 +1,11 @@
-"""Sampling from rows of logits in C++ (`cpp/sampling.cpp`): float32 on a CPU, where something can be compiled.
+"""Sampling from rows of logits in C++ (`cpp/sampling.cpp`): float32 on a CPU, where something can be
+compiled.
 
-A row's distribution is described by a few numbers, and made where it is looked at only: the probability of a drafted token is
-one exponential, the residual of a refused proposal one pass over two rows.
+A row's distribution is described by a few numbers, and made where it is looked at only: the probability of a
+drafted token is one exponential, the residual of a refused proposal one pass over two rows.
 
-Shapes: N rows, V vocabulary, C columns of a row (V, or W where a drafter has a reduced vocabulary), P pairs of rows.
+Shapes: N rows, V vocabulary, C columns of a row (V, or W where a drafter has a reduced vocabulary), P pairs
+of rows.
 """
 
 from __future__ import annotations
@@ -20,7 +22,15 @@ from draftkit.ops.native_build import NoNative, load_library, structure
 
 SETTING = np.dtype([("temperature", "f8"), ("top_p", "f8"), ("min_p", "f8"), ("top_k", "i8")])
 SOFTMAX = np.dtype(
-    [("total", "f8"), ("best", "i8"), ("last", "i8"), ("top", "f4"), ("slope", "f4"), ("cut", "f4"), ("single", "i4")]
+    [
+        ("total", "f8"),
+        ("best", "i8"),
+        ("last", "i8"),
+        ("top", "f4"),
+        ("slope", "f4"),
+        ("cut", "f4"),
+        ("single", "i4"),
+    ]
 )
 CHUNK = 256  # as in the source
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -30,7 +40,8 @@ _Residuals = structure(("count vocab", _int), ("p q p_row q_row weight", _pointe
 
 @cache
 def sampling_library() -> ctypes.CDLL | None:
-    """The compiled functions, built now where they are not yet (seconds); None where nothing can be compiled."""
+    """The compiled functions, built now where they are not yet (seconds); None where nothing can be
+    compiled."""
     try:
         return load_library("sampling")
     except NoNative:
@@ -38,8 +49,9 @@ def sampling_library() -> ctypes.CDLL | None:
 
 
 class NativeRows:
-    """Distributions of rows of logits, float32 [N, C] on the CPU with neighbours next to each other, which are looked at when
-    they are needed. `ids_C`, int64, are the tokens of the columns where these are fewer than `vocab`.
+    """Distributions of rows of logits, float32 [N, C] on the CPU with neighbours next to each other, which
+    are looked at when they are needed. `ids_C`, int64, are the tokens of the columns where these are fewer
+    than `vocab`.
 
     The softmaxes and sums of chunks may come from elsewhere (`softmaxes_N`, `sums_NC`), or from `describe`.
     """
@@ -70,7 +82,8 @@ class NativeRows:
 
     @staticmethod
     def interleave(parts: Sequence[NativeRows]) -> NativeRows:
-        """Row n of every part, then row n + 1 of every part; all have the same columns, which are the vocabulary."""
+        """Row n of every part, then row n + 1 of every part; all have the same columns, which are the
+        vocabulary."""
         logits, softmaxes, sums, _ = zip(*(part._kept for part in parts), strict=True)
         joined = (torch.stack(logits, 1).flatten(0, 1), np.stack(softmaxes, 1).ravel())
         return NativeRows(parts[0]._library, *joined, np.stack(sums, 1).reshape(-1, sums[0].shape[1]))
@@ -81,7 +94,9 @@ class NativeRows:
         softmaxes_N = np.zeros(len(tokens_N), SOFTMAX)
         softmaxes_N["total"], softmaxes_N["single"], softmaxes_N["best"] = 1, 1, tokens_N
         logits_NV = torch.zeros(1, like.vocab).expand(len(tokens_N), -1)  # nobody looks at them
-        return NativeRows(like._library, logits_NV, softmaxes_N, np.empty((len(tokens_N), chunks_of(like.vocab))))
+        return NativeRows(
+            like._library, logits_NV, softmaxes_N, np.empty((len(tokens_N), chunks_of(like.vocab)))
+        )
 
     def describe(self, settings_N: np.ndarray) -> None:
         """Work out the softmaxes."""
@@ -95,7 +110,8 @@ class NativeRows:
         return probs_NV
 
     def draw(self, uniforms_N: np.ndarray) -> Tensor:
-        """One token of each row, int64 [N]; a row's token depends on that row and its uniform in [0, 1) alone."""
+        """One token of each row, int64 [N]; a row's token depends on that row and its uniform in [0, 1)
+        alone."""
         return torch.from_numpy(self.draw_with_chances(uniforms_N)[0])
 
     def draw_with_chances(self, uniforms_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -109,11 +125,16 @@ class NativeRows:
         """The probability of a column in each of some rows, float64 of their shape."""
         rows, columns = (np.ascontiguousarray(a, np.int64) for a in (rows, columns))
         found = np.empty(rows.shape)
-        self._library.find_chances(ctypes.byref(self.structure), _int(rows.size), _at(rows), _at(columns), _at(found))
+        self._library.find_chances(
+            ctypes.byref(self.structure), _int(rows.size), _at(rows), _at(columns), _at(found)
+        )
         return found
 
-    def residual_sums(self, rows: np.ndarray, drafts: NativeRows, draft_rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """sum over tokens of max(0, weight p - q), of so many rows p of these and q of `drafts`: float64 of their shape."""
+    def residual_sums(
+        self, rows: np.ndarray, drafts: NativeRows, draft_rows: np.ndarray, weights: np.ndarray
+    ) -> np.ndarray:
+        """sum over tokens of max(0, weight p - q), of so many rows p of these and q of `drafts`: float64 of
+        their shape."""
         pairs, _arrays = self._pairs(rows, drafts, draft_rows, weights)
         found = np.empty(rows.shape)
         self._library.sum_residuals(ctypes.byref(pairs), _at(found))
@@ -127,8 +148,8 @@ class NativeRows:
         weights: np.ndarray,
         uniforms: np.ndarray,
     ) -> np.ndarray:
-        """A token of each residual max(0, weight p - q), int64 [P]; of p itself where `draft_rows` is -1, and where nothing is
-        left, which only rounding brings about."""
+        """A token of each residual max(0, weight p - q), int64 [P]; of p itself where `draft_rows` is -1, and
+        where nothing is left, which only rounding brings about."""
         pairs, _arrays = self._pairs(rows, drafts, draft_rows, weights)
         uniforms, tokens = np.ascontiguousarray(uniforms, np.float64), np.empty(len(rows), np.int64)
         self._library.draw_residuals(ctypes.byref(pairs), _at(uniforms), _at(tokens))

@@ -1,7 +1,8 @@
-"""The C++ functions of a training step (`cpp/training.cpp`) behind Python: for float32 on a CPU with a compiler.
+"""The C++ functions of a training step (`cpp/training.cpp`) behind Python: for float32 on a CPU with a
+compiler.
 
-PyTorch operations do the same where these do not fit; at the sizes of a small drafter they spend most of their time on
-starting, and on numbers that leave the processor's cache in between.
+PyTorch operations do the same where these do not fit; at the sizes of a small drafter they spend most of
+their time on starting, and on numbers that leave the processor's cache in between.
 
 Shapes: those of `ops/attention.py` and `draft/losses.py`.
 """
@@ -34,7 +35,8 @@ _Distillation = structure(
 
 @cache
 def training_library() -> ctypes.CDLL | None:
-    """The compiled functions, built now where they are not yet (seconds); None where nothing can be compiled."""
+    """The compiled functions, built now where they are not yet (seconds); None where nothing can be
+    compiled."""
     try:
         return load_library("training")
     except NoNative:
@@ -49,7 +51,8 @@ def native_fits(size: int, *tensors: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Ranges:
-    """Which keys each block sees, int64 [X] twice, and the first block of each document, int64 [documents + 1]."""
+    """Which keys each block sees, int64 [X] twice, and the first block of each document, int64 [documents +
+    1]."""
 
     start: Tensor
     stop: Tensor
@@ -88,7 +91,10 @@ class NativeBlockAttention(torch.autograd.Function):
         gradients = [torch.zeros_like(t) for t in inputs]
         names = ("by_q", "by_own_k", "by_own_v", "by_seen_k", "by_seen_v")
         places = dict(zip(names, gradients, strict=True))
-        _call("push_back_blocks", _blocks(inputs, ctx.ranges, ctx.scale, out=out, log_sum=log_sum, by_out=by_out, **places))
+        _call(
+            "push_back_blocks",
+            _blocks(inputs, ctx.ranges, ctx.scale, out=out, log_sum=log_sum, by_out=by_out, **places),
+        )
         return *gradients, None, None
 
 
@@ -98,20 +104,28 @@ def _blocks(inputs: list[Tensor], ranges: Ranges, scale: float, **more: Tensor) 
     names = ("q", "own_k", "own_v", "seen_k", "seen_v")
     tensors = dict(zip(names, inputs, strict=True)) | more
     tensors |= {"first": ranges.first, "start": ranges.start, "stop": ranges.stop}
-    return _Blocks(*sizes, torch.get_num_threads(), scale, **{name: t.data_ptr() for name, t in tensors.items()})
+    return _Blocks(
+        *sizes, torch.get_num_threads(), scale, **{name: t.data_ptr() for name, t in tensors.items()}
+    )
 
 
 class RowDistances:
-    """CE, TV = |q - p|_1 and KL of rows, and sum_v q sign(q - p) as `inner`, all float32 [n]; then the gradient by the logits.
+    """CE, TV = |q - p|_1 and KL of rows, and sum_v q sign(q - p) as `inner`, all float32 [n]; then the
+    gradient by the logits.
 
-    Draft logits [n, V] and target logits [u, V], contiguous float32 on the CPU; each row's place among the latter and the
-    token that follows, int64 [n] both.
+    Draft logits [n, V] and target logits [u, V], contiguous float32 on the CPU; each row's place among the
+    latter and the token that follows, int64 [n] both.
     """
 
     def __init__(self, draft_nV: Tensor, target_uV: Tensor, state_n: Tensor, token_n: Tensor) -> None:
         count, self.draft_nV = len(draft_nV), draft_nV
         self.ce, self.tv, self.kl, self.inner, draft_sum = draft_nV.new_empty(5, count).unbind()
-        kept = {"draft": draft_nV, "target": target_uV, "state": state_n.contiguous(), "token": token_n.contiguous()}
+        kept = {
+            "draft": draft_nV,
+            "target": target_uV,
+            "state": state_n.contiguous(),
+            "token": token_n.contiguous(),
+        }
         kept |= {"draft_sum": draft_sum, "target_sum": draft_nV.new_empty(len(target_uV))}
         self._kept = kept | {"ce": self.ce, "tv": self.tv, "kl": self.kl, "inner": self.inner}
         _call("measure_rows", self._structure())

@@ -6,14 +6,16 @@ Capital arguments are known when a kernel is compiled.
 import triton
 import triton.language as tl
 
-# One compiled kernel for all passes: no variant for a number that is 1 or a multiple of 16, none for how indices are aligned.
+# One compiled kernel for all passes: no variant for a number that is 1 or a multiple of 16, none for how
+# indices are aligned.
 INDICES = ("first", "count", "row", "seen", "origins", "tables", "width", "positions", "slots")
 
 
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def store_kernel(
     qkv, qk_norm, rotary, positions, slots, memory, queries, eps,
-    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, VALUE_NORM: tl.constexpr, HEADS: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
+    VALUE_NORM: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one token."""
     token = tl.program_id(0).to(tl.int64)
@@ -52,8 +54,10 @@ def store_kernel(
 
 @triton.jit(do_not_specialize=("tokens",), do_not_specialize_on_alignment=INDICES)
 def attend_kernel(
-    queries, memory, first, count, row, seen, origins, tables, width, parts, weights, tokens, scale, cap, window,
-    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, FOLD: tl.constexpr, FOLD_2: tl.constexpr, ROWS: tl.constexpr,
+    queries, memory, first, count, row, seen, origins, tables, width, parts, weights,
+    tokens, scale, cap, window,
+    N: tl.constexpr, M: tl.constexpr, D: tl.constexpr, FOLD: tl.constexpr,
+    FOLD_2: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """One tile, one key/value head, one split of the keys: a running softmax over KEYS keys at a time."""

@@ -1,12 +1,12 @@
 """From logits to the distribution that is sampled, and from a uniform number to a token.
 
-The order is that of vLLM and Transformers: temperature, top-k, top-p, min-p, each on what the one before left. All
-of them keep the largest logits, so a row's distribution is a softmax above a cut. Of logits equal to the cut top-k
-and min-p keep all, top-p the first ones that it needs. A logit that is no number counts as -infinity, and a row
-without a finite largest logit has all its mass on the first largest one.
+The order is that of vLLM and Transformers: temperature, top-k, top-p, min-p, each on what the one before
+left. All of them keep the largest logits, so a row's distribution is a softmax above a cut. Of logits equal
+to the cut top-k and min-p keep all, top-p the first ones that it needs. A logit that is no number counts as
+-infinity, and a row without a finite largest logit has all its mass on the first largest one.
 
-On a CPU rows of float32 are described by a few numbers each and looked at where needed (`NativeRows`); elsewhere,
-and without a compiler, they are made with PyTorch operations (`DenseRows`).
+On a CPU rows of float32 are described by a few numbers each and looked at where needed (`NativeRows`);
+elsewhere, and without a compiler, they are made with PyTorch operations (`DenseRows`).
 
 Shapes: N rows, V vocabulary; [...] is any number of leading dimensions.
 """
@@ -70,7 +70,9 @@ class DenseRows:
 
     def draw(self, uniforms_N: np.ndarray) -> Tensor:
         """One token of each row, int64 [N]; uniforms in [0, 1)."""
-        return sample(self.probs_NV, torch.from_numpy(np.ascontiguousarray(uniforms_N)).to(self.probs_NV.device))
+        return sample(
+            self.probs_NV, torch.from_numpy(np.ascontiguousarray(uniforms_N)).to(self.probs_NV.device)
+        )
 
 
 Distributions = DenseRows | NativeRows
@@ -82,8 +84,8 @@ def row_settings(settings_N: Sequence[SamplingLike]) -> np.ndarray:
 
 
 def distributions(logits_NV: Tensor, settings_N: np.ndarray) -> Distributions:
-    """The distribution of each row under its own settings, see `row_settings`. It may look at the logits later, so they must
-    stay as they are."""
+    """The distribution of each row under its own settings, see `row_settings`. It may look at the logits
+    later, so they must stay as they are."""
     return native_rows(logits_NV, settings_N) or DenseRows(_processed(logits_NV, settings_N))
 
 
@@ -94,7 +96,8 @@ def processed_probs(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def largest_prob(logits: Tensor) -> Tensor:
-    """The largest probability of softmax(logits) [..., V], at temperature 1 and uncut: [...], float32 (or float64)."""
+    """The largest probability of softmax(logits) [..., V], at temperature 1 and uncut: [...], float32 (or
+    float64)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return torch.exp(logits.amax(-1) - torch.logsumexp(logits, -1))
 
@@ -102,7 +105,8 @@ def largest_prob(logits: Tensor) -> Tensor:
 def sample(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     """Token ids [N] int64 by inverse CDF; a row's token depends on that row and its uniform in [0, 1) alone.
 
-    The running sum is float64 and the first sum above the uniform is taken: a token of probability zero never comes.
+    The running sum is float64 and the first sum above the uniform is taken: a token of probability zero never
+    comes.
     """
     sums_NV = probs_NV.double().cumsum(-1)
     wanted_N1 = uniforms_N[:, None].to(sums_NV) * sums_NV[:, -1:]
@@ -157,13 +161,15 @@ def _cut_top_p(scaled_MV: Tensor, heat_M1: Tensor, settings_M: np.ndarray) -> Te
     ordered, order = scaled_MV.sort(dim=-1, descending=True, stable=True)
     probs = torch.softmax(ordered / heat_M1, -1)
     before = probs.cumsum(-1) - probs  # mass of the more likely tokens
-    top_p_M1 = _column(settings_M["top_p"], probs).clamp_min(torch.finfo(probs.dtype).tiny)  # the most likely token stays
+    # the most likely token stays
+    top_p_M1 = _column(settings_M["top_p"], probs).clamp_min(torch.finfo(probs.dtype).tiny)
     kept_MV = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, before < top_p_M1)
     return scaled_MV.where(kept_MV, float("-inf"))
 
 
 def _cut_min_p(scaled_MV: Tensor, heat_M1: Tensor, settings_M: np.ndarray) -> Tensor:
-    least_M1 = (_column(np.log(settings_M["min_p"]), scaled_MV) * heat_M1).clamp_max(0)  # the most likely token stays
+    # the most likely token stays
+    least_M1 = (_column(np.log(settings_M["min_p"]), scaled_MV) * heat_M1).clamp_max(0)
     return scaled_MV.where(scaled_MV >= least_M1, float("-inf"))
 
 

@@ -1,13 +1,14 @@
 """Exact verification of proposals: which drafted tokens to keep, and which token the target adds.
 
-A rule looks at three things of a proposal: p(x) / q(x) of each drafted token, sums of residual rows
-max(0, w p - q), and the one residual row of the place where the proposal ends, which the next token is drawn from.
-Whole distributions are never needed. `verify` draws; the exhaustive proof of exactness sums over the same functions.
-Temperature 0 is a one-hot target row, a greedy draft a one-hot draft row, and plain decoding a proposal of length 0.
+A rule looks at three things of a proposal: p(x) / q(x) of each drafted token, sums of residual rows max(0, w
+p - q), and the one residual row of the place where the proposal ends, which the next token is drawn from.
+Whole distributions are never needed. `verify` draws; the exhaustive proof of exactness sums over the same
+functions. Temperature 0 is a one-hot target row, a greedy draft a one-hot draft row, and plain decoding a
+proposal of length 0.
 
-Shapes: R requests, G = gamma drafted positions, V vocabulary. `lengths_R` is how many drafted tokens of each request are
-verified (0..G); what lies behind it is ignored. p is [R, G + 1, V] (target, after the sampling settings), q is [R, G, V]
-(drafter, the very distribution that was sampled from).
+Shapes: R requests, G = gamma drafted positions, V vocabulary. `lengths_R` is how many drafted tokens of each
+request are verified (0..G); what lies behind it is ignored. p is [R, G + 1, V] (target, after the sampling
+settings), q is [R, G, V] (drafter, the very distribution that was sampled from).
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class Proposals(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """A verification rule. `weights(ratios) -> [R, G + 1]` are what p counts in the residual of each position;
-    `length_distribution(ratios, weights, surplus, lengths) -> [R, G + 1]` is the distribution of the number of
-    accepted tokens, zero past the lengths, where `surplus()` gives the sums of residuals for a rule that asks."""
+    """A verification rule. `weights(ratios) -> [R, G + 1]` are what p counts in the residual of each
+    position; `length_distribution(ratios, weights, surplus, lengths) -> [R, G + 1]` is the distribution of
+    the number of accepted tokens, zero past the lengths, where `surplus()` gives the sums of residuals for a
+    rule that asks."""
 
     name: str
     weights: Callable[[Tensor], Tensor]
@@ -74,7 +76,8 @@ def verify(rule: Rule, proposals: Proposals, uniforms_R2: Tensor) -> Verdict:
 
 
 def length_distribution(rule: Rule, proposals: Proposals) -> tuple[Tensor, Tensor]:
-    """The distribution of the number of accepted tokens, and the weights of each position's residual, both [R, G + 1]."""
+    """The distribution of the number of accepted tokens, and the weights of each position's residual, both
+    [R, G + 1]."""
     ratios_RG = proposals.ratios()
     weights_RG = rule.weights(ratios_RG)
     counted_RG = rule.length_distribution(
@@ -85,7 +88,8 @@ def length_distribution(rule: Rule, proposals: Proposals) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class DenseProposals:
-    """Proposals with all distributions made: drafted tokens [R, G], p [R, G + 1, V], q [R, G, V], lengths [R]."""
+    """Proposals with all distributions made: drafted tokens [R, G], p [R, G + 1, V], q [R, G, V], lengths
+    [R]."""
 
     tokens_RG: Tensor
     p_RGV: Tensor
@@ -121,9 +125,9 @@ class DenseProposals:
 
 @dataclass(frozen=True)
 class NativeProposals:
-    """Proposals over described rows, on the CPU: row `first_R[r]` + k of p follows k drafted tokens of request r,
-    row `draft_first_R[r]` + k of q is what the k-th was drawn from; tokens int64 [R, G] and q of each, float64
-    [R, G]."""
+    """Proposals over described rows, on the CPU: row `first_R[r]` + k of p follows k drafted tokens of
+    request r, row `draft_first_R[r]` + k of q is what the k-th was drawn from; tokens int64 [R, G] and q of
+    each, float64 [R, G]."""
 
     tokens_RG: np.ndarray
     q_RG: np.ndarray
@@ -139,7 +143,9 @@ class NativeProposals:
         rows_RG = self.first_R[:, None] + np.arange(self.tokens_RG.shape[1])
         found_RG = np.zeros(self.tokens_RG.shape)
         found_RG[verified_RG] = self.p.chances(rows_RG[verified_RG], self.tokens_RG[verified_RG])
-        return torch.from_numpy(np.divide(found_RG, self.q_RG, out=np.zeros_like(found_RG), where=self.q_RG > 0))
+        return torch.from_numpy(
+            np.divide(found_RG, self.q_RG, out=np.zeros_like(found_RG), where=self.q_RG > 0)
+        )
 
     def surplus(self, weights_RG: Tensor) -> Tensor:
         """See `Proposals`; 0 at positions that are not verified."""
@@ -167,9 +173,12 @@ class NativeProposals:
 
 
 def _normalise(residual_RV: Tensor, fallback_RV: Tensor) -> Tensor:
-    """Rows scaled to sum 1; an all-zero row can only come from rounding (p = q) and becomes the target's own row."""
+    """Rows scaled to sum 1; an all-zero row can only come from rounding (p = q) and becomes the target's own
+    row."""
     total_R1 = residual_RV.sum(-1, keepdim=True)
-    return torch.where(total_R1 > 0, residual_RV / total_R1.clamp_min(torch.finfo(total_R1.dtype).tiny), fallback_RV)
+    return torch.where(
+        total_R1 > 0, residual_RV / total_R1.clamp_min(torch.finfo(total_R1.dtype).tiny), fallback_RV
+    )
 
 
 def _with_one(values_RG: Tensor) -> Tensor:
@@ -177,7 +186,7 @@ def _with_one(values_RG: Tensor) -> Tensor:
     return torch.cat([values_RG.new_ones(len(values_RG), 1), values_RG], -1)
 
 
-# --- token-wise rejection sampling: accept x_k with probability min(1, p(x_k) / q(x_k)), stop at the first rejection
+# --- token-wise rejection sampling: accept x_k with probability min(1, p(x_k) / q(x_k)), stop at a rejection
 
 
 def _token_weights(ratios_RG: Tensor) -> Tensor:
@@ -208,8 +217,8 @@ def _block_length_distribution(
 ) -> Tensor:
     surplus_RG = surplus()
     room_RG = surplus_RG + 1.0 - weights_RG[:, :-1]
-    # h_i: keep at least i tokens, decided from the longest prefix down. 0 / 0 means p = q behind a fully accepted
-    # prefix: then a longer prefix is always kept, so the value does not matter.
+    # h_i: keep at least i tokens, decided from the longest prefix down. 0 / 0 means p = q behind a fully
+    # accepted prefix: then a longer prefix is always kept, so the value does not matter.
     inner_RG = torch.where(room_RG > 0, surplus_RG / room_RG.clamp_min(torch.finfo(room_RG.dtype).tiny), 0.0)
     keep = torch.cat([inner_RG, torch.zeros_like(weights_RG[:, :1])], -1)
     position = torch.arange(keep.shape[1], device=lengths_R.device)

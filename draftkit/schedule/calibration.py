@@ -1,7 +1,8 @@
 """Calibrated confidence: Sequential Temperature Scaling, and the measures that say whether it helped.
 
-One temperature T_k per drafted position, from left to right: sigmoid(logit(c_k) / T_k), chosen on a grid so that the
-expected calibration error of the running product up to k is smallest while the temperatures before stay as they are.
+One temperature T_k per drafted position, from left to right: sigmoid(logit(c_k) / T_k), chosen on a grid so
+that the expected calibration error of the running product up to k is smallest while the temperatures before
+stay as they are.
 
 Shapes: N proposals, G = gamma drafted positions.
 """
@@ -30,7 +31,8 @@ EDGE = 1e-7  # confidences are kept this far from 0 and 1, so that their logits 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One temperature per drafted position, and what they belong to. Raises ScheduleError unless all are above 0."""
+    """One temperature per drafted position, and what they belong to. Raises ScheduleError unless all are
+    above 0."""
 
     temperatures: tuple[float, ...]
     drafter_fingerprint: str = ""
@@ -41,33 +43,40 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if not self.temperatures or not all(np.isfinite(t) and t > 0 for t in self.temperatures):
-            raise ScheduleError(f"calibration: temperatures {list(self.temperatures)}; give one above 0 per position")
+            raise ScheduleError(
+                f"calibration: temperatures {list(self.temperatures)}; give one above 0 per position"
+            )
 
     def check_gamma(self, gamma: int) -> None:
         """Raise ScheduleError when the drafter has another number of positions."""
         if len(self.temperatures) != gamma:
             raise ScheduleError(
-                f"calibration of {len(self.temperatures)} positions, the drafter has {gamma}; calibrate this drafter"
+                f"calibration of {len(self.temperatures)} positions, the drafter has {gamma}; calibrate "
+                f"this drafter"
             )
 
     def check_drafter(self, fingerprint: str) -> None:
         """Raise ScheduleError when it was made for another drafter; one that names none passes."""
         if self.drafter_fingerprint and self.drafter_fingerprint != fingerprint:
             raise ScheduleError(
-                f"calibration of another drafter (made for {self.drafter_fingerprint[:12]}, given {fingerprint[:12]}); "
+                f"calibration of another drafter (made for {self.drafter_fingerprint[:12]}, given "
+                f"{fingerprint[:12]}); "
                 "calibrate this one"
             )
 
     def apply(self, confidence_RG: Floats) -> Floats:
-        """Calibrated confidences [R, G]; NaN stays NaN. Raises ScheduleError for another number of positions."""
+        """Calibrated confidences [R, G]; NaN stays NaN. Raises ScheduleError for another number of
+        positions."""
         self.check_gamma(np.shape(confidence_RG)[-1])
         return _sigmoid(_logit(confidence_RG) / np.array(self.temperatures))
 
 
 def fit_calibration(confidence_NG: Floats, kept_NG: Floats, usable_NG: Bools) -> Calibration:
-    """Sequential Temperature Scaling on outcomes: `kept_NG` is 1 where the whole prefix up to a position was kept.
+    """Sequential Temperature Scaling on outcomes: `kept_NG` is 1 where the whole prefix up to a position was
+    kept.
 
-    Only `usable_NG` counts. NaN confidences count as zero. Raises ScheduleError when a position has no outcome.
+    Only `usable_NG` counts. NaN confidences count as zero. Raises ScheduleError when a position has no
+    outcome.
     """
     count_G = usable_NG.sum(0)
     if (count_G == 0).any():
@@ -95,17 +104,21 @@ def _mildest(errors: list[float]) -> float:
 
 
 def save_calibration(calibration: Calibration, path: Path) -> None:
-    """Write JSON that SGLang's `--speculative-dspark-confidence-sts-path` reads: {"temperatures": [...], ...}."""
+    """Write JSON that SGLang's `--speculative-dspark-confidence-sts-path` reads: {"temperatures": [...],
+    ...}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(sealed(vars(calibration)), indent=1) + "\n")
 
 
 def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibration:
-    """Read the calibration of a drafter of gamma positions. Raises ScheduleError for another one, and for no calibration."""
+    """Read the calibration of a drafter of gamma positions. Raises ScheduleError for another one, and for no
+    calibration."""
     try:
         content = read_json(path, ScheduleError, "is no calibration")
         if DIGEST in content and not is_intact(content):
-            raise ScheduleError("is damaged (another digest than its own); make it again with draftkit calibrate")
+            raise ScheduleError(
+                "is damaged (another digest than its own); make it again with draftkit calibrate"
+            )
         fields = {k: v for k, v in content.items() if k in Calibration.__annotations__}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         calibration = Calibration(**known)
@@ -114,7 +127,9 @@ def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibr
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ScheduleError(f"{path}: is no calibration ({reason(error)}); make one with draftkit calibrate") from None
+        raise ScheduleError(
+            f"{path}: is no calibration ({reason(error)}); make one with draftkit calibrate"
+        ) from None
     return calibration
 
 
@@ -132,7 +147,8 @@ def expected_error(predicted_N: Floats, kept_N: Floats) -> float:
 
 
 def error_by_chance(predicted_N: Floats, draws: int = 20) -> float:
-    """The ECE that so many outcomes show on average when every prediction is exactly right: no estimate gets below."""
+    """The ECE that so many outcomes show on average when every prediction is exactly right: no estimate gets
+    below."""
     rng = np.random.default_rng(0)
     kept = [(rng.uniform(size=len(predicted_N)) < predicted_N).astype(np.float64) for _ in range(draws)]
     return float(np.mean([expected_error(predicted_N, k) for k in kept]))
@@ -144,7 +160,8 @@ def brier(predicted_N: Floats, kept_N: Floats) -> float:
 
 
 def auc(predicted_N: Floats, kept_N: Floats) -> float:
-    """Area under the ROC curve: the chance that a kept one is predicted higher than one that was not, ties as half."""
+    """Area under the ROC curve: the chance that a kept one is predicted higher than one that was not, ties as
+    half."""
     kept = kept_N > 0.5
     positives, negatives = int(kept.sum()), int((~kept).sum())
     if not positives or not negatives:

@@ -1,10 +1,12 @@
 """Confidence for drafters without a confidence head: a logistic regression that learns while serving.
 
-    c_k = sigmoid(w logit(m_k) + b_k),  m_k = the largest probability of the drafter's distribution at position k
+    c_k = sigmoid(w logit(m_k) + b_k),  m_k = the largest probability of the drafter's distribution at
+    position k
 
 with one slope and one intercept per position. m_k is known before x_k is drawn, so a plan by c_k is lossless.
-Only positions whose verdict is known are learned from: those before the first rejection, and the rejected one, as far as
-they were verified. Whether a position is verified depends on m_1..m_k only, which are in the regression or before it.
+Only positions whose verdict is known are learned from: those before the first rejection, and the rejected
+one, as far as they were verified. Whether a position is verified depends on m_1..m_k only, which are in the
+regression or before it.
 
 Shapes: R requests, G = gamma drafted positions, M remembered observations.
 """
@@ -31,7 +33,8 @@ class AcceptanceEstimator:
         self.seen, self._next_refit = 0, min(refit_every, 200)
 
     def confidence(self, draft_max_RG: Floats) -> Floats:
-        """Estimated probability that each drafted token is accepted given those before, [R, G]; NaN counts as zero."""
+        """Estimated probability that each drafted token is accepted given those before, [R, G]; NaN counts as
+        zero."""
         return _sigmoid(self.weights[0] * _logit(draft_max_RG) + self.weights[1:])
 
     def observe(self, draft_max_RG: Floats, accepted_R: Ints, verified_R: Ints) -> None:
@@ -58,7 +61,9 @@ class AcceptanceEstimator:
         for _ in range(NEWTON_STEPS):
             chance = _sigmoid(design @ self.weights)
             slope = design.T @ (self._kept_M[:count] - chance) - PRIOR_WEIGHT * (self.weights - prior)
-            curvature = (design * (chance * (1 - chance))[:, None]).T @ design + PRIOR_WEIGHT * np.eye(1 + self.gamma)
+            curvature = (design * (chance * (1 - chance))[:, None]).T @ design + PRIOR_WEIGHT * np.eye(
+                1 + self.gamma
+            )
             self.weights = self.weights + np.linalg.solve(curvature, slope)
 
 

@@ -1,15 +1,19 @@
-"""Whether to draft at a load: two running means of measured tokens per second, with the drafter and without it.
+"""Whether to draft at a load: two running means of measured tokens per second, with the drafter and without
+it.
 
-The better one is used. The other is tried again (a probe) after a pause, which doubles while its probes lose. A probe goes on
-until it has lost half a percent of the pause before it; where its first steps lose more, the next pause is as much longer. A
-prediction alone does not do: confidences may promise too much, and a step may cost more than the step rate says.
+The better one is used. The other is tried again (a probe) after a pause, which doubles while its probes lose.
+A probe goes on until it has lost half a percent of the pause before it; where its first steps lose more, the
+next pause is as much longer. A prediction alone does not do: confidences may promise too much, and a step may
+cost more than the step rate says.
 
-The gate looks at earlier steps only, so the target distribution is kept (`evaluate/exactness.py` enumerates it).
+The gate looks at earlier steps only, so the target distribution is kept (`evaluate/exactness.py` enumerates
+it).
 """
 
 from __future__ import annotations
 
-SHORTEST, EVIDENCE = 3, 8  # steps of a probe at least (the first find cold caches), and further ones of each request
+# steps of a probe at least (the first find cold caches), and further ones of each request
+SHORTEST, EVIDENCE = 3, 8
 MEMORY = 256.0  # steps that count in a running mean
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps; what a probe lost may ask for a longer one
 MOST_LOST = 0.005  # of a pause, by a probe
@@ -39,13 +43,15 @@ class _Mean:
 
 
 class _Load:
-    """One magnitude of decoding requests; `drafting` says how it begins. The first probe comes as soon as that is known."""
+    """One magnitude of decoding requests; `drafting` says how it begins. The first probe comes as soon as
+    that is known."""
 
     def __init__(self, requests: int, drafting: bool) -> None:
         self.drafting = drafting
         self._least = SHORTEST + EVIDENCE // requests
         self._means = {True: _Mean(), False: _Mean()}
-        self._steps, self._lost = 0, 0.0  # since the way that is used was taken; since it was last the better one
+        # since the way that is used was taken; since it was last the better one
+        self._steps, self._lost = 0, 0.0
         self._wait, self._may_lose = 0.0, 0.0  # so many steps until the other one is tried; steps
 
     def record(self, tokens: float, seconds: float) -> None:
@@ -54,7 +60,8 @@ class _Load:
         used.add(tokens, seconds)
         self._steps += 1
         if other.tokens:
-            self._lost += (seconds * other.rate - tokens) * other.steps / other.tokens  # in steps of the other
+            # in steps of the other
+            self._lost += (seconds * other.rate - tokens) * other.steps / other.tokens
         if self._steps < self._least:
             return
         if used.rate >= other.rate:
@@ -74,8 +81,8 @@ class _Load:
 
 
 class Gate:
-    """Asked before each step, told after it. Loads are numbers of decoding requests of the same power of two; one that is new
-    begins as the nearest that is known, the first without drafting."""
+    """Asked before each step, told after it. Loads are numbers of decoding requests of the same power of two;
+    one that is new begins as the nearest that is known, the first without drafting."""
 
     def __init__(self) -> None:
         self._loads: dict[int, _Load] = {}
@@ -87,8 +94,8 @@ class Gate:
         return nearest is not None and self._loads[nearest].drafting
 
     def record(self, requests: int, tokens: float, seconds: float) -> None:
-        """A step is over that did as the gate said and nothing else (no prompt was read): what it brought and how long it
-        took."""
+        """A step is over that did as the gate said and nothing else (no prompt was read): what it brought and
+        how long it took."""
         size = requests.bit_length()
         if size not in self._loads:
             self._loads[size] = _Load(requests, self.drafts(requests))

@@ -1,7 +1,8 @@
-"""Recording traces of answers: every token but the last is an anchor, and every proposal after it is verified in full.
+"""Recording traces of answers: every token but the last is an anchor, and every proposal after it is verified
+in full.
 
-Many answers are read at once, padded on the right. The anchors are then visited from the back: cache and context are
-cropped to an absolute position, and all answers draft and verify there in one pass.
+Many answers are read at once, padded on the right. The anchors are then visited from the back: cache and
+context are cropped to an absolute position, and all answers draft and verify there in one pass.
 
 Shapes: B answers, T tokens, S longest answer with its prompt, G = gamma drafted tokens.
 """
@@ -36,7 +37,8 @@ class TraceItem:
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """How proposals are drawn and verified: the sampling that the answers were made with, and the randomness."""
+    """How proposals are drawn and verified: the sampling that the answers were made with, and the
+    randomness."""
 
     sampling: Sampling
     seed: int = 0
@@ -51,9 +53,11 @@ def record_traces(
     drafter_fingerprint: str,
     tick: Callable[[int], None] = lambda answers: None,
 ) -> Traces:
-    """Traces of all answers of two tokens or more, in the order of `items`; `tick` is called as batches finish.
+    """Traces of all answers of two tokens or more, in the order of `items`; `tick` is called as batches
+    finish.
 
-    Answers are cut where a proposal after them would no longer fit the target's context. There may be none to trace.
+    Answers are cut where a proposal after them would no longer fit the target's context. There may be none to
+    trace.
     """
     room = target.info.max_length - drafter.gamma
     cut = [replace(item, answer=item.answer[: max(0, room - len(item.prompt))]) for item in items]
@@ -65,10 +69,7 @@ def record_traces(
         found.update(zip((i for i, _ in batch), _record_batch(target, drafter, batch, settings), strict=True))
         tick(len(batch))
     origin = Origin(
-        target.info.name,
-        target.info.fingerprint,
-        drafter_fingerprint,
-        settings.sampling.temperature,
+        target.info.name, target.info.fingerprint, drafter_fingerprint, settings.sampling.temperature
     )
     prompts, offset = [], 0
     for index, item in chosen:
@@ -107,7 +108,10 @@ def _record_batch(
     tokens_BS = torch.tensor([[*t, *[0] * (longest - len(t))] for t in texts], device=target.device)
     anchors = [range(len(item.prompt), len(item.prompt) + len(item.answer) - 1) for _, item in batch]
     uniforms_BSG = torch.stack(
-        [torch.rand(longest, gamma + 2, generator=request_generator(settings.seed, i), dtype=torch.float64) for i, _ in batch]
+        [
+            torch.rand(longest, gamma + 2, generator=request_generator(settings.seed, i), dtype=torch.float64)
+            for i, _ in batch
+        ]
     )
     cache, context = target.new_cache(), drafter.new_context(len(batch))
     read = target.forward(tokens_BS[:, :-1], cache, layers)
@@ -124,10 +128,14 @@ def _record_batch(
         lengths_B = torch.full((len(batch),), gamma, device=target.device)
         proposals = DenseProposals(proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B)
         token_B, block_B = (
-            verify(rule, proposals, uniforms_BG[:, gamma:]).accepted_R.cpu() for rule in (TOKEN_RULE, BLOCK_RULE)
+            verify(rule, proposals, uniforms_BG[:, gamma:]).accepted_R.cpu()
+            for rule in (TOKEN_RULE, BLOCK_RULE)
         )
         tokens_BG = proposal.tokens_BG.cpu()
-        confidence_BG, draft_max_BG = _said(proposal.confidence_BG, tokens_BG), _said(proposal.largest_BG, tokens_BG)
+        confidence_BG, draft_max_BG = (
+            _said(proposal.confidence_BG, tokens_BG),
+            _said(proposal.largest_BG, tokens_BG),
+        )
         for b, own in enumerate(anchors):
             if position in own:
                 usable = _until_stop(tokens_BG[b].tolist(), stops)
@@ -141,7 +149,11 @@ def _record_batch(
 
 def _said(values_BG: Tensor | None, tokens_BG: Tensor) -> np.ndarray:
     """What a drafter said of its tokens, float32; NaN where it said nothing."""
-    return torch.full(tokens_BG.shape, float("nan")).numpy() if values_BG is None else values_BG.float().cpu().numpy()
+    return (
+        torch.full(tokens_BG.shape, float("nan")).numpy()
+        if values_BG is None
+        else values_BG.float().cpu().numpy()
+    )
 
 
 def _until_stop(tokens: Sequence[int], stop_token_ids: Sequence[int]) -> int:

@@ -1,8 +1,9 @@
-"""A serving simulator: recorded traces, a step-rate table, a load, and an arm that decides how much to verify.
+"""A serving simulator: recorded traces, a step-rate table, a load, and an arm that decides how much to
+verify.
 
-One step is what the engine does: all running requests draft, one target pass verifies what the arm chose, every request
-advances by its accepted tokens + 1. Time comes from the step rate; a proposal yields what the trace says. Prefill,
-transport and memory limits are left out, for all arms alike.
+One step is what the engine does: all running requests draft, one target pass verifies what the arm chose,
+every request advances by its accepted tokens + 1. Time comes from the step rate; a proposal yields what the
+trace says. Prefill, transport and memory limits are left out, for all arms alike.
 
 Shapes: R running requests, S slots, N trace rows, G = gamma drafted positions.
 """
@@ -27,8 +28,8 @@ from draftkit.schedule.traces import Traces
 
 @dataclass(frozen=True)
 class Load:
-    """`requests` answers in all; at most `concurrency` run at once. Without a rate they wait from the beginning (a
-    closed loop), with one they arrive at random, `rate` per second on average (Poisson)."""
+    """`requests` answers in all; at most `concurrency` run at once. Without a rate they wait from the
+    beginning (a closed loop), with one they arrive at random, `rate` per second on average (Poisson)."""
 
     requests: int
     concurrency: int
@@ -46,8 +47,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated load measured. Speeds are tokens per second; `verified_mean` drafted tokens verified per request
-    and step; `user_speed` the median over requests of tokens per second between start and end; `running_mean` requests."""
+    """What a simulated load measured. Speeds are tokens per second; `verified_mean` drafted tokens verified
+    per request and step; `user_speed` the median over requests of tokens per second between start and end;
+    `running_mean` requests."""
 
     arm: str
     concurrency: int
@@ -86,8 +88,8 @@ Arm = Callable[[Batch, Gate, BudgetPlanner], Decision]
 
 
 def fixed_arm(length: int) -> Arm:
-    """The first `length` drafted tokens of every request; 0 is no speculation, 1 resembles a one-token MTP module (at
-    the cost of this drafter)."""
+    """The first `length` drafted tokens of every request; 0 is no speculation, 1 resembles a one-token MTP
+    module (at the cost of this drafter)."""
 
     def decide(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decision:
         return Decision(np.minimum(batch.usable_R, length), length > 0)
@@ -103,8 +105,8 @@ def algorithm_1_arm(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decisio
 
 
 def budget_arm(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decision:
-    """The production variant, as the engine runs it: the budget from the survivals of the step before, ranked by this
-    step's."""
+    """The production variant, as the engine runs it: the budget from the survivals of the step before, ranked
+    by this step's."""
     if not gate.drafts(len(batch.slots_R)):
         return _plain(batch)
     return Decision(planner.lengths(batch.slots_R, batch.survival_RG), True)
@@ -135,8 +137,9 @@ def simulate(
     arm: Arm,
     calibration: Calibration | None = None,
 ) -> Outcome:
-    """Run a load to its end. Confidences are calibrated if a calibration is given; a drafter without a confidence head
-    gets the online estimator. Every request replays a traced prompt, drawn with the load's seed."""
+    """Run a load to its end. Confidences are calibrated if a calibration is given; a drafter without a
+    confidence head gets the online estimator. Every request replays a traced prompt, drawn with the load's
+    seed."""
     run = _Run(traces, table, load, arm, calibration)
     while run.waiting or len(run.slots):
         run.admit_arrived()
@@ -256,10 +259,13 @@ def _plain(batch: Batch) -> Decision:
     return Decision(np.zeros(len(batch.slots_R), np.int64), False)
 
 
-def parametric_table(free_tokens: int, tile: int, gamma_cost: float = 0.1, seconds: float = 0.01) -> StepRateTable:
-    """A step rate from two numbers of a machine: a pass takes `seconds` until arithmetic takes as long as reading the
-    weights, at `free_tokens` tokens, and grows in proportion from there; passes are padded to multiples of `tile`, which
-    makes the jagged steps of real curves. Drafting takes `gamma_cost` of a pass of one token per request."""
+def parametric_table(
+    free_tokens: int, tile: int, gamma_cost: float = 0.1, seconds: float = 0.01
+) -> StepRateTable:
+    """A step rate from two numbers of a machine: a pass takes `seconds` until arithmetic takes as long as
+    reading the weights, at `free_tokens` tokens, and grows in proportion from there; passes are padded to
+    multiples of `tile`, which makes the jagged steps of real curves. Drafting takes `gamma_cost` of a pass of
+    one token per request."""
     sizes = tuple(range(1, tile)) if tile <= 4 else ()
     sizes = tuple(sorted({*sizes, *range(tile, max(8 * free_tokens, 4096) + tile, tile)}))
     passes = tuple(seconds * max(1.0, n / free_tokens) for n in sizes)

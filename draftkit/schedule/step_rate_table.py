@@ -1,10 +1,12 @@
-"""The step-rate file: what `draftkit profile` writes, what planners, the engine and the simulator read, and SGLang too.
+"""The step-rate file: what `draftkit profile` writes, what planners, the engine and the simulator read, and
+SGLang too.
 
-One JSON object. Its top level is SGLang's additive cost table (`--speculative-dspark-sps-table-path`, version 0.5.23,
-`speculative/dspark_components/dspark_sps.py`): seconds of a step = bias_seconds + alpha_seconds(requests) +
-theta_seconds(tokens in the pass), piecewise linear. Ours is the key "draftkit", which SGLang ignores: the same
-measurements per context length, and what they were measured on. Files of SGLang's own profiler, additive or plain
-(`sample_batch_tokens`, `sample_steps_per_sec`), are read as well; they name no target and no context.
+One JSON object. Its top level is SGLang's additive cost table (`--speculative-dspark-sps-table-path`, version
+0.5.23, `speculative/dspark_components/dspark_sps.py`): seconds of a step = bias_seconds +
+alpha_seconds(requests) + theta_seconds(tokens in the pass), piecewise linear. Ours is the key "draftkit",
+which SGLang ignores: the same measurements per context length, and what they were measured on. Files of
+SGLang's own profiler, additive or plain (`sample_batch_tokens`, `sample_steps_per_sec`), are read as well;
+they name no target and no context.
 """
 
 from __future__ import annotations
@@ -42,9 +44,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepRateTable:
-    """Seconds of a target pass by context length (tokens a request has before the pass) and tokens in the pass.
+    """Seconds of a target pass by context length (tokens a request has before the pass) and tokens in the
+    pass.
 
-    `pass_seconds[c][i]` belongs to `contexts[c]` and `tokens[i]`; both ascending. Raises ScheduleError like `StepRate`.
+    `pass_seconds[c][i]` belongs to `contexts[c]` and `tokens[i]`; both ascending. Raises ScheduleError like
+    `StepRate`.
     """
 
     contexts: tuple[int, ...]
@@ -58,14 +62,17 @@ class StepRateTable:
     def __post_init__(self) -> None:
         if not self.contexts or len(self.contexts) != len(self.pass_seconds):
             rows = len(self.pass_seconds)
-            raise ScheduleError(f"step rate: {len(self.contexts)} contexts and {rows} rows; give one row for each context")
+            raise ScheduleError(
+                f"step rate: {len(self.contexts)} contexts and {rows} rows; give one row for each context"
+            )
         if list(self.contexts) != sorted(set(self.contexts)):
             raise ScheduleError(f"step rate: contexts {list(self.contexts)} must be ascending and distinct")
         for row in self.pass_seconds:
             self._curve(row)
 
     def at(self, context: float) -> StepRate:
-        """The curve for requests that have so many tokens, linear between the measured contexts, constant outside."""
+        """The curve for requests that have so many tokens, linear between the measured contexts, constant
+        outside."""
         rows = np.array(self.pass_seconds)
         return self._curve(tuple(float(np.interp(context, self.contexts, column)) for column in rows.T))
 
@@ -74,22 +81,28 @@ class StepRateTable:
         return self.at(self.contexts[len(self.contexts) // 2])
 
     def check_target(self, fingerprint: str) -> None:
-        """Raise ScheduleError when the table was measured on another target; a table that names none passes."""
+        """Raise ScheduleError when the table was measured on another target; a table that names none
+        passes."""
         found = self.measured.target_fingerprint
         if found and found != fingerprint:
             raise ScheduleError(
-                f"step rate of another target ({self.measured.target}, {found[:12]}; given {fingerprint[:12]}); "
+                f"step rate of another target ({self.measured.target}, {found[:12]}; given "
+                f"{fingerprint[:12]}); "
                 "measure this one with draftkit profile"
             )
 
     def check_drafter(self, fingerprint: str) -> None:
-        """Raise ScheduleError when the drafter's time was not measured, or another drafter's; one that names none passes."""
+        """Raise ScheduleError when the drafter's time was not measured, or another drafter's; one that names
+        none passes."""
         found = self.measured.drafter_fingerprint
         if not any(self.draft_seconds):
-            raise ScheduleError("step rate without a drafter's time; measure it with draftkit profile -d DRAFTER")
+            raise ScheduleError(
+                "step rate without a drafter's time; measure it with draftkit profile -d DRAFTER"
+            )
         if found and found != fingerprint:
             raise ScheduleError(
-                f"step rate of another drafter ({found[:12]}, given {fingerprint[:12]}); measure this one with draftkit profile"
+                f"step rate of another drafter ({found[:12]}, given {fingerprint[:12]}); measure this one "
+                f"with draftkit profile"
             )
 
     def assumptions(self, most_tokens: int, longest_context: float) -> list[str]:
@@ -129,7 +142,9 @@ def load_step_rate(path: Path) -> StepRateTable:
     try:
         content = read_json(path, ScheduleError, "is no step-rate table")
         if DIGEST in content and not is_intact(content):
-            raise ScheduleError("is damaged (another digest than its own); measure again with draftkit profile")
+            raise ScheduleError(
+                "is damaged (another digest than its own); measure again with draftkit profile"
+            )
         if "draftkit" in content:
             return _ours(content["draftkit"])
         if "bias_seconds" in content:
@@ -148,7 +163,9 @@ def load_step_rate(path: Path) -> StepRateTable:
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ScheduleError(f"{path}: is no step-rate table ({reason(error)}); make one with draftkit profile") from None
+        raise ScheduleError(
+            f"{path}: is no step-rate table ({reason(error)}); make one with draftkit profile"
+        ) from None
 
 
 def _ours(content: dict[str, Any]) -> StepRateTable:

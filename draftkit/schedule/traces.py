@@ -1,10 +1,10 @@
 """Acceptance traces: what a drafter's proposal would have yielded after EVERY token of an answer.
 
-A round of decoding skips the tokens that it accepts, so recorded rounds say nothing about another plan. A trace has one
-row per token of the answer (anchor): the confidences of the proposal after it, and how many of its tokens the rule keeps
-when all are verified. A plan that verifies l of them keeps min(accepted, l), and its next round is the row of the
-token where it ends. Under sampling that row belongs to the recorded continuation, not to the accepted tokens: right in
-distribution, not token by token.
+A round of decoding skips the tokens that it accepts, so recorded rounds say nothing about another plan. A
+trace has one row per token of the answer (anchor): the confidences of the proposal after it, and how many of
+its tokens the rule keeps when all are verified. A plan that verifies l of them keeps min(accepted, l), and
+its next round is the row of the token where it ends. Under sampling that row belongs to the recorded
+continuation, not to the accepted tokens: right in distribution, not token by token.
 
 Shapes: N rows (anchors of all prompts), G = gamma drafted positions, P prompts.
 """
@@ -55,7 +55,8 @@ class Origin:
 
 @dataclass(frozen=True)
 class TracedPrompt:
-    """Rows first..first + rows of the trace belong to this prompt, one per token of its answer but the last."""
+    """Rows first..first + rows of the trace belong to this prompt, one per token of its answer but the
+    last."""
 
     prompt_id: str
     domain: str
@@ -66,10 +67,11 @@ class TracedPrompt:
 
 @dataclass(frozen=True)
 class Traces:
-    """Rows of all prompts. `confidence_NG` in [0, 1], NaN for a drafter without a confidence head; `draft_max_NG` is the
-    largest probability of the drafter's softmax at temperature 1, known before the token is drawn; `usable_N` counts the
-    drafted positions up to the first stop token, `accepted_N` <= usable_N those that are kept when all are verified token
-    by token, `block_accepted_N` those that block verification keeps of the same proposal, drawn with the same uniform."""
+    """Rows of all prompts. `confidence_NG` in [0, 1], NaN for a drafter without a confidence head;
+    `draft_max_NG` is the largest probability of the drafter's softmax at temperature 1, known before the
+    token is drawn; `usable_N` counts the drafted positions up to the first stop token, `accepted_N` <=
+    usable_N those that are kept when all are verified token by token, `block_accepted_N` those that block
+    verification keeps of the same proposal, drawn with the same uniform."""
 
     origin: Origin
     prompts: tuple[TracedPrompt, ...]
@@ -95,7 +97,8 @@ class Traces:
         return np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
 
     def labels(self) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Whether the whole prefix up to a position is kept (1.0 or 0.0), and whether the position counts: both [N, G]."""
+        """Whether the whole prefix up to a position is kept (1.0 or 0.0), and whether the position counts:
+        both [N, G]."""
         position = np.arange(self.gamma)
         return (position < self.accepted_N[:, None]).astype(np.float64), position < self.usable_N[:, None]
 
@@ -107,7 +110,8 @@ class Traces:
 
 
 def save_traces(traces: Traces, path: Path) -> None:
-    """Write one safetensors file, replaced in one rename. Raises OSError that names it when the disk does not take it."""
+    """Write one safetensors file, replaced in one rename. Raises OSError that names it when the disk does not
+    take it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     tensors: dict[str, npt.NDArray[Any]] = {
@@ -135,32 +139,46 @@ def _digest(metadata: dict[str, str], tensors: dict[str, npt.NDArray[Any]]) -> s
 
 
 def load_traces(path: Path) -> Traces:
-    """Read a file of `save_traces`. Raises ScheduleError for anything else, and for one that is damaged: it holds a sha256
-    of its content (the embedded pair's is older and has none)."""
+    """Read a file of `save_traces`. Raises ScheduleError for anything else, and for one that is damaged: it
+    holds a sha256 of its content (the embedded pair's is older and has none)."""
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
-                raise ScheduleError(f"{path}: is no trace file ({FORMAT}); record one with draftkit calibrate")
+                raise ScheduleError(
+                    f"{path}: is no trace file ({FORMAT}); record one with draftkit calibrate"
+                )
             tensors = {name: file.get_tensor(name) for name in TENSORS}
         if metadata.get("sha256", wanted := _digest(metadata, tensors)) != wanted:
-            raise ScheduleError(f"{path}: is damaged (another sha256); remove it and record them again with draftkit calibrate")
+            raise ScheduleError(
+                f"{path}: is damaged (another sha256); remove it and record them again with draftkit "
+                f"calibrate"
+            )
         prompts = tuple(TracedPrompt(**p) for p in json.loads(metadata["prompts"]))
         origin = Origin(**json.loads(metadata["origin"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         hint = "remove it and record them again" if path.is_file() else "record them"
-        raise ScheduleError(f"{path}: cannot be read as traces ({error}); {hint} with draftkit calibrate") from None
+        raise ScheduleError(
+            f"{path}: cannot be read as traces ({error}); {hint} with draftkit calibrate"
+        ) from None
     confidence_NG, draft_max_NG, *counts = tensors.values()
-    traces = Traces(origin, prompts, confidence_NG, draft_max_NG.astype(np.float32), *(c.astype(np.int64) for c in counts))
+    traces = Traces(
+        origin, prompts, confidence_NG, draft_max_NG.astype(np.float32), *(c.astype(np.int64) for c in counts)
+    )
     if sum(p.rows for p in prompts) != len(traces.accepted_N) or traces.confidence_NG.ndim != 2:
-        raise ScheduleError(f"{path}: rows of prompts and of tensors differ; the file is damaged, record it again")
+        raise ScheduleError(
+            f"{path}: rows of prompts and of tensors differ; the file is damaged, record it again"
+        )
     return traces
 
 
 def join_traces(parts: Sequence[Traces]) -> Traces:
-    """Traces of one pair, one after the other. Raises ScheduleError when there are none or the pairs differ."""
+    """Traces of one pair, one after the other. Raises ScheduleError when there are none or the pairs
+    differ."""
     if not parts or any(p.origin != parts[0].origin or p.gamma != parts[0].gamma for p in parts):
-        raise ScheduleError(f"traces of {len({p.origin for p in parts})} pairs; give traces of one, at least one")
+        raise ScheduleError(
+            f"traces of {len({p.origin for p in parts})} pairs; give traces of one, at least one"
+        )
     prompts, offset = [], 0
     for part in parts:
         prompts += [replace(p, first=p.first + offset) for p in part.prompts]

@@ -56,7 +56,9 @@ def create_app(worker: Worker, metrics: ServerMetrics, settings: ServeSettings) 
     app = FastAPI(title="draftkit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Envelope, api_keys=settings.api_keys, most=settings.max_connections)
     if settings.allow_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allow_origins, allow_methods=["*"], allow_headers=["*"]
+        )
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     _add_generation(app, worker, settings)
@@ -96,7 +98,9 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
         served = worker.ready()
         check_model(body.model, served)
         check_ids(body.tokens, served, "tokens")
-        return JSONResponse({"prompt": await unless_long(body_size(request), served.texts.decode, body.tokens, False)})
+        return JSONResponse(
+            {"prompt": await unless_long(body_size(request), served.texts.decode, body.tokens, False)}
+        )
 
 
 def _tokenized(body: TokenizeBody, served: Served) -> dict[str, Any]:
@@ -211,7 +215,9 @@ def _described(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = FastAPI.openapi(app)
         kinds = list(dict.fromkeys(_BODIES.values()))
-        refs, defs = models_json_schema([(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}")
+        refs, defs = models_json_schema(
+            [(kind, "validation") for kind in kinds], ref_template="#/components/schemas/{model}"
+        )
         schema.setdefault("components", {}).setdefault("schemas", {}).update(defs.get("$defs", {}))
         for path, kind in _BODIES.items():
             schema["paths"][path]["post"]["requestBody"] = {

@@ -1,4 +1,5 @@
-"""`draftkit bench`: speed of OpenAI-compatible servers under load, one alone or two in one run with ratios."""
+"""`draftkit bench`: speed of OpenAI-compatible servers under load, one alone or two in one run with
+ratios."""
 
 from __future__ import annotations
 
@@ -27,9 +28,10 @@ PERCENTILES = (50, 90, 99)
 
 
 def summarise(records: Sequence[Record], seconds: float, counters: dict[str, float]) -> dict[str, Any]:
-    """Numbers of one run. Latencies in seconds; `tokens_per_s` overall, `tokens_per_s_per_user` is the median over
-    requests of output tokens / e2e time; accepted length counts the bonus token, 1 + accepted / rounds.
-    `tokens_counted_by` is "chunks" where the server left out the usage of an answer: a chunk may hold several tokens.
+    """Numbers of one run. Latencies in seconds; `tokens_per_s` overall, `tokens_per_s_per_user` is the median
+    over requests of output tokens / e2e time; accepted length counts the bonus token, 1 + accepted / rounds.
+    `tokens_counted_by` is "chunks" where the server left out the usage of an answer: a chunk may hold several
+    tokens.
     """
     good = [r for r in records if r.error is None and r.first is not None and r.done is not None]
     first = [r.first - r.sent for r in good if r.first is not None]
@@ -40,7 +42,10 @@ def summarise(records: Sequence[Record], seconds: float, counters: dict[str, flo
     def spread(values: Sequence[float]) -> dict[str, float | None]:
         if not values:
             return dict.fromkeys(["mean", *(f"p{p}" for p in PERCENTILES)])
-        return {"mean": float(np.mean(values)), **{f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}}
+        return {
+            "mean": float(np.mean(values)),
+            **{f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES},
+        }
 
     return {
         "requests": len(records),
@@ -52,7 +57,9 @@ def summarise(records: Sequence[Record], seconds: float, counters: dict[str, flo
         "prompt_tokens": sum(r.prompt_tokens for r in good),
         "requests_per_s": len(good) / seconds,
         "tokens_per_s": tokens / seconds,
-        "tokens_per_s_per_user": median([r.output_tokens / w for r, w in zip(good, whole, strict=True)]) if good else None,
+        "tokens_per_s_per_user": median([r.output_tokens / w for r, w in zip(good, whole, strict=True)])
+        if good
+        else None,
         "ttft": spread(first),
         "inter_token": spread(gaps),
         "e2e": spread(whole),
@@ -61,7 +68,8 @@ def summarise(records: Sequence[Record], seconds: float, counters: dict[str, flo
 
 
 def _speculation(good: Sequence[Record], counters: dict[str, float]) -> dict[str, Any]:
-    """Accepted length from the answers' own statistics (ours, vLLM's), else from the growth of /metrics counters."""
+    """Accepted length from the answers' own statistics (ours, vLLM's), else from the growth of /metrics
+    counters."""
     told = [r.speculation for r in good if r.speculation]
     source: str | None = None
     rounds = drafted = accepted = 0.0
@@ -117,12 +125,14 @@ async def bench_async(
     runs: list[dict[str, Any]],
     save: Callable[[], None],
 ) -> None:
-    """Every server at every concurrency, the servers in turn at each level so that both meet the same machine. Each
-    measurement is added to `runs` and saved at once. Raises ServeError when a server does not answer.
+    """Every server at every concurrency, the servers in turn at each level so that both meet the same
+    machine. Each measurement is added to `runs` and saved at once. Raises ServeError when a server does not
+    answer.
     """
     keys = [*api_keys, *[None] * len(urls)]
     for level in levels:
-        least = 2 * level if settings.rate is None else 1  # users need work; arrivals are as many as were asked for
+        # users need work; arrivals are as many as were asked for
+        least = 2 * level if settings.rate is None else 1
         here = replace(settings, concurrency=level, requests=max(settings.requests, least))
         run: dict[str, Any] = {"concurrency": level, "rate": settings.rate, "servers": []}
         for url, key in zip(urls, keys, strict=False):
@@ -142,9 +152,9 @@ def run_bench(
     api_keys: Sequence[str | None] = (),
     show: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
-    """Measure; write `bench.json` and `bench.png` into `out` after each measurement, and `show` what there is at the end,
-    however it ends. Raises ServeError when a server does not answer or a measured request fails, ConfigError when `out`
-    cannot be a folder.
+    """Measure; write `bench.json` and `bench.png` into `out` after each measurement, and `show` what there is
+    at the end, however it ends. Raises ServeError when a server does not answer or a measured request fails,
+    ConfigError when `out` cannot be a folder.
     """
     if not 1 <= len(urls) <= 2:
         raise ServeError(f"{len(urls)} servers are given; bench takes one, or two to compare")
@@ -154,7 +164,9 @@ def run_bench(
     if out is not None:
         make_folder(out)
     try:
-        asyncio.run(bench_async(urls, levels, settings, api_keys, results["runs"], lambda: _save(results, out)))
+        asyncio.run(
+            bench_async(urls, levels, settings, api_keys, results["runs"], lambda: _save(results, out))
+        )
     finally:
         if results["runs"]:
             show(results)
@@ -163,7 +175,8 @@ def run_bench(
 
 
 def _check_answered(results: dict[str, Any]) -> None:
-    """Raises ServeError when a measured request failed: numbers of the others alone must not pass for the server's."""
+    """Raises ServeError when a measured request failed: numbers of the others alone must not pass for the
+    server's."""
     bad = [(run["concurrency"], s) for run in results["runs"] for s in run["servers"] if s["failed"]]
     if bad:
         users, server = bad[0]
@@ -171,7 +184,9 @@ def _check_answered(results: dict[str, Any]) -> None:
         count = "every request" if failed == asked else f"{failed} of {asked} requests"
         more = f" (and requests of {len(bad) - 1} more measurements)" if len(bad) > 1 else ""
         error = shorten(str(server["first_error"]), 500)
-        raise ServeError(f"{server['url']} at concurrency {users}: {count} failed{more}; the first one with {error}")
+        raise ServeError(
+            f"{server['url']} at concurrency {users}: {count} failed{more}; the first one with {error}"
+        )
 
 
 def _no_results(settings: LoadSettings) -> dict[str, Any]:
@@ -182,7 +197,8 @@ def _no_results(settings: LoadSettings) -> dict[str, Any]:
         "version": __version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": {"python": sys.version.split()[0], "system": platform.system(), "cpu": platform.machine()},
-        "settings": {name: value for name, value in told.items() if name != "concurrency"},  # each run has its own
+        # each run has its own
+        "settings": {name: value for name, value in told.items() if name != "concurrency"},
         "runs": [],
     }
 
@@ -201,8 +217,14 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text("utf-8").split("\n")  # splitlines() would end lines inside texts, too
     except (OSError, ValueError) as error:
-        raise ServeError(f"{path}: needs JSONL rows with messages, turns or prompt: {reason(error)}") from error
-    return tuple(_first_question(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip())
+        raise ServeError(
+            f"{path}: needs JSONL rows with messages, turns or prompt: {reason(error)}"
+        ) from error
+    return tuple(
+        _first_question(line, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    )
 
 
 def _first_question(line: str, place: str) -> str:
@@ -214,21 +236,39 @@ def _first_question(line: str, place: str) -> str:
         else:
             text = row["turns"][0] if "turns" in row else row["prompt"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ServeError(f"{place}: needs JSONL rows with messages, turns or prompt: {reason(error)}") from error
+        raise ServeError(
+            f"{place}: needs JSONL rows with messages, turns or prompt: {reason(error)}"
+        ) from error
     if not isinstance(text, str):
-        raise ServeError(f"{place}: needs JSONL rows with messages, turns or prompt: the user's first message is no text")
+        raise ServeError(
+            f"{place}: needs JSONL rows with messages, turns or prompt: the user's first message is no text"
+        )
     return text
 
 
 def print_bench(results: dict[str, Any]) -> None:
-    """A table: one row per server and level, ratios below, and a note where tokens are not what was counted."""
+    """A table: one row per server and level, ratios below, and a note where tokens are not what was
+    counted."""
     from rich.console import Console
     from rich.table import Table
 
     rate = results["settings"]["rate"]
     arrivals = "" if rate is None else f"; {rate:g} arrivals per second"
-    table = Table(title=f"{results['settings']['max_tokens']} new tokens per request{arrivals}; latencies in ms")
-    for column in ("users", "server", "tok/s", "tok/s/user", "TTFT p50", "p99", "per token", "e2e p50", "accepted", "failed"):
+    table = Table(
+        title=f"{results['settings']['max_tokens']} new tokens per request{arrivals}; latencies in ms"
+    )
+    for column in (
+        "users",
+        "server",
+        "tok/s",
+        "tok/s/user",
+        "TTFT p50",
+        "p99",
+        "per token",
+        "e2e p50",
+        "accepted",
+        "failed",
+    ):
         table.add_column(column, justify="left" if column == "server" else "right")
 
     def shown(value: float | None, scale: float = 1, digits: int = 1) -> str:
@@ -250,8 +290,12 @@ def print_bench(results: dict[str, Any]) -> None:
             )
         if "ratios" in run:
             first = shown(run["ratios"]["tokens_per_s"], 1, 2)
-            table.add_row("", "first / second", first + " x", shown(run["ratios"]["tokens_per_s_per_user"], 1, 2) + " x")
-    guessed = {s["url"]: 0 for run in results["runs"] for s in run["servers"] if s["tokens_counted_by"] == "chunks"}
+            table.add_row(
+                "", "first / second", first + " x", shown(run["ratios"]["tokens_per_s_per_user"], 1, 2) + " x"
+            )
+    guessed = {
+        s["url"]: 0 for run in results["runs"] for s in run["servers"] if s["tokens_counted_by"] == "chunks"
+    }
     if guessed:
         table.caption = f"no usage from {' and '.join(guessed)}: chunks are counted as tokens"
     console = Console()
@@ -269,10 +313,14 @@ def plot_bench(results: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for place in range(len(results["runs"][0]["servers"])):
         rows = [(r["concurrency"], r["servers"][place]) for r in results["runs"] if place < len(r["servers"])]
-        points = [(s["tokens_per_s_per_user"], s["tokens_per_s"], c) for c, s in rows if s["tokens_per_s_per_user"]]
+        points = [
+            (s["tokens_per_s_per_user"], s["tokens_per_s"], c) for c, s in rows if s["tokens_per_s_per_user"]
+        ]
         axes.plot([p[0] for p in points], [p[1] for p in points], "o-", label=rows[0][1]["url"])
         for per_user, overall, users in points:
-            axes.annotate(str(users), (per_user, overall), textcoords="offset points", xytext=(4, 4), fontsize=8)
+            axes.annotate(
+                str(users), (per_user, overall), textcoords="offset points", xytext=(4, 4), fontsize=8
+            )
     axes.set(xlabel="tokens/s per user", ylabel="tokens/s overall", title="label: concurrent users")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

@@ -24,7 +24,8 @@ class Delta:
 
 @dataclass
 class Choice:
-    """Folds the engine's outputs for one answer into text; with `only_prompt` the engine's one token is not part of it."""
+    """Folds the engine's outputs for one answer into text; with `only_prompt` the engine's one token is not
+    part of it."""
 
     texts: TokenTexts
     params: SamplingParams
@@ -82,7 +83,8 @@ class Choice:
 
 
 def spec_stats(stats: RequestStats, gamma: int) -> dict[str, Any]:
-    """vLLM's `metrics.speculative_decoding`, and what ours knows beyond it (verified, per position, times)."""
+    """vLLM's `metrics.speculative_decoding`, and what ours knows beyond it (verified, per position,
+    times)."""
     return {
         "mean_acceptance_length": 1 + stats.accepted / stats.rounds if stats.rounds else None,
         "draft_acceptance_rate": stats.accepted / stats.drafted if stats.drafted else None,

@@ -1,6 +1,7 @@
 """Connections: how long a client may take to say what it wants, and who has to go when there are too many.
 
-Uvicorn limits the time between requests only: a client that never sends one, or half of one, would stay for ever.
+Uvicorn limits the time between requests only: a client that never sends one, or half of one, would stay for
+ever.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SPARE = 64  # connections beyond the most, while none of them can be closed: the
 class LimitedProtocol(H11Protocol):
     """Uvicorn's HTTP/1.1 with a time limit for headers and a cap on connections, which is given as `most`.
 
-    Where there are more, the one that has been idle for longest makes room; one that is being answered is never closed.
+    Where there are more, the one that has been idle for longest makes room; one that is being answered is
+    never closed.
     """
 
     most = 4096
@@ -31,7 +33,11 @@ class LimitedProtocol(H11Protocol):
         self._since = time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
         self._wait_for_head()
-        if len(self.connections) > self.most and not self._make_room() and len(self.connections) > self.most + SPARE:
+        if (
+            len(self.connections) > self.most
+            and not self._make_room()
+            and len(self.connections) > self.most + SPARE
+        ):
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -72,12 +78,16 @@ class LimitedProtocol(H11Protocol):
     def _too_slow(self) -> None:
         self._timer = None
         if not self.transport.is_closing():
-            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+            self.transport.write(
+                b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+            )
             self.transport.close()
 
     def _make_room(self) -> bool:
         """Close the connection that has been idle for longest, if there is one besides this."""
-        others: list[Any] = [c for c in self.connections if c is not self and isinstance(c, LimitedProtocol) and c.idle]
+        others: list[Any] = [
+            c for c in self.connections if c is not self and isinstance(c, LimitedProtocol) and c.idle
+        ]
         if not others:
             return False
         oldest = min(others, key=lambda c: c._since)

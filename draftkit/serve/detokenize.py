@@ -20,8 +20,9 @@ _FLOOR = -9999.0  # JSON has no -inf; vLLM's stand-in
 class TokenTexts:
     """What each token of a tokenizer contributes to a text.
 
-    Tokenizers with a byte-level decoder (GPT-2's, so Qwen's and Llama 3's) give bytes per token: text is decoded byte by
-    byte, in constant time per token. Others (SentencePiece styles) are decoded with the tokens before them as context.
+    Tokenizers with a byte-level decoder (GPT-2's, so Qwen's and Llama 3's) give bytes per token: text is
+    decoded byte by byte, in constant time per token. Others (SentencePiece styles) are decoded with the
+    tokens before them as context.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -53,9 +54,11 @@ class TokenTexts:
         return str(name).encode()
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        """Token ids of a text. Safe in several threads at once, unlike the Transformers wrapper's own call."""
+        """Token ids of a text. Safe in several threads at once, unlike the Transformers wrapper's own
+        call."""
         backend = self.tokenizer.backend_tokenizer
-        return tuple(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)  # frees the GIL
+        # frees the GIL
+        return tuple(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def spell(self, text: str) -> tuple[int, ...]:
         """Token ids of a text in which special tokens' names are text."""
@@ -69,13 +72,14 @@ class TokenTexts:
         return again
 
     def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Token ids of words, inside a text and behind a space. (vLLM leaves the second out where it has another length, and
-        so says " stamps", one token, in spite of the bad word "stamps", two.)"""
+        """Token ids of words, inside a text and behind a space. (vLLM leaves the second out where it has
+        another length, and so says " stamps", one token, in spite of the bad word "stamps", two.)"""
         both = [self.encode(space + word.lstrip(), False) for word in words for space in ("", " ")]
         return tuple(dict.fromkeys(ids for ids in both if ids))
 
     def decode(self, tokens: Sequence[int], skip_special: bool) -> str:
-        """All tokens at once, without the cleaning of spaces that some tokenizers do: it is not incremental."""
+        """All tokens at once, without the cleaning of spaces that some tokenizers do: it is not
+        incremental."""
         return str(self.tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=skip_special))
 
 
@@ -92,8 +96,9 @@ def finite(logprob: float | None) -> float | None:
 class Detokenizer:
     """Turns one answer's tokens into text piece by piece.
 
-    Not by `tokenizers.DecodeStream`: it has no end of the text, and for decoders with byte fallback it raises "Invalid
-    prefix" or gives another text than a full decode (version 0.23.3, random tokens of the SentencePiece style).
+    Not by `tokenizers.DecodeStream`: it has no end of the text, and for decoders with byte fallback it raises
+    "Invalid prefix" or gives another text than a full decode (version 0.23.3, random tokens of the
+    SentencePiece style).
     """
 
     def __init__(self, texts: TokenTexts, skip_special: bool = True) -> None:
@@ -131,7 +136,8 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Finds the first stop string in a text that comes in pieces, and holds back what may turn out to begin one."""
+    """Finds the first stop string in a text that comes in pieces, and holds back what may turn out to begin
+    one."""
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = tuple(stops)
@@ -140,7 +146,8 @@ class StopStrings:
         self.found: str | None = None
 
     def add(self, piece: str, may_stop: bool = True) -> str:
-        """Text that may be shown after `piece`. `found` is set when a stop string was met; the rest is dropped.
+        """Text that may be shown after `piece`. `found` is set when a stop string was met; the rest is
+        dropped.
 
         `may_stop` False (min_tokens is not reached): the piece passes and cannot be part of a stop string.
         """
@@ -170,7 +177,8 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes, backwards: printable bytes stand for themselves, the rest for U+0100 on."""
+    """GPT-2's printable stand-ins for bytes, backwards: printable bytes stand for themselves, the rest for
+    U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -1,4 +1,5 @@
-"""Forms that an answer must have: OpenAI's `response_format` and forced tool calls, and vLLM's `structured_outputs`."""
+"""Forms that an answer must have: OpenAI's `response_format` and forced tool calls, and vLLM's
+`structured_outputs`."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class JsonSchema(BaseModel):
     """The schema of a structured answer."""
 
     name: str = "schema"
-    schema_: dict[str, Any] | None = Field(default=None, validation_alias=AliasChoices("schema", "json_schema"))
+    schema_: dict[str, Any] | None = Field(
+        default=None, validation_alias=AliasChoices("schema", "json_schema")
+    )
     strict: bool | None = None
 
 
@@ -55,15 +58,17 @@ class ResponseFormat(BaseModel):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's `structured_outputs`: one of a JSON schema (as an object or as text), any JSON object, a regular expression, a
-    list of texts to choose from, and a grammar in GBNF or Lark."""
+    """vLLM's `structured_outputs`: one of a JSON schema (as an object or as text), any JSON object, a regular
+    expression, a list of texts to choose from, and a grammar in GBNF or Lark."""
 
     json_: Annotated[dict[str, Any] | str | None, one_of("a JSON schema, as an object or as text")] = Field(
         default=None, validation_alias="json"
     )
     json_object: bool | None = None
     regex: Annotated[str, Field(min_length=1)] | None = None
-    choice: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)] | None = None
+    choice: (
+        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, fail_fast=True)] | None
+    ) = None
     grammar: Annotated[str, Field(min_length=1)] | None = None
 
     @model_validator(mode="before")
@@ -79,20 +84,22 @@ class StructuredOutputs(BaseModel):
     @model_validator(mode="after")
     def _one_form(self) -> StructuredOutputs:
         values = {name: getattr(self, "json_" if name == "json" else name) for name in _FORMS}
-        given = [name for name, value in values.items() if value is not None and value is not False]  # {} is a schema
+        # {} is a schema
+        given = [name for name, value in values.items() if value is not None and value is not False]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(sorted(_FORMS))}")
         return self
 
 
 _FORMS = {"json", "json_object", "regex", "choice", "grammar"}
-_HARMLESS = {"disable_fallback", "disable_any_whitespace"}  # there is one backend, and it writes JSON on one line
+# there is one backend, and it writes JSON on one line
+_HARMLESS = {"disable_fallback", "disable_any_whitespace"}
 
 
 @dataclass(frozen=True)
 class ForcedCalls:
-    """`tool_choice` "required", or one function by name: the answer is a call of one of these functions (each with `name` and
-    the JSON schema `parameters`), with `many` one call or more."""
+    """`tool_choice` "required", or one function by name: the answer is a call of one of these functions (each
+    with `name` and the JSON schema `parameters`), with `many` one call or more."""
 
     functions: tuple[dict[str, Any], ...]
     many: bool

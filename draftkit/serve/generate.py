@@ -25,13 +25,23 @@ from draftkit.serve.prompt_scores import Echo, as_vllm, echo_of
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.reply import ChatReply, CompletionReply, origins, speculation, usage
 from draftkit.serve.settings import ServeSettings
-from draftkit.serve.stream import EventStream, body_size, dump, event, joined, read_body, unless_client_leaves, unless_long
+from draftkit.serve.stream import (
+    EventStream,
+    body_size,
+    dump,
+    event,
+    joined,
+    read_body,
+    unless_client_leaves,
+    unless_long,
+)
 from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint_of
 from draftkit.serve.tools import template_writes_tool_calls
 from draftkit.serve.worker import Served, Ticket, Worker
 
 _TAKEN = 64  # outputs that are made into text before others get their turn
-_COMPILING = ThreadPoolExecutor(2 * MAX_WAITING, "draftkit-grammar")  # who waits here takes no thread from other requests
+# who waits here takes no thread from other requests
+_COMPILING = ThreadPoolExecutor(2 * MAX_WAITING, "draftkit-grammar")
 
 
 @dataclass
@@ -60,8 +70,8 @@ class Call:
         return self.choices[index - index % self.body.n].prompt
 
     def prompt_ids(self, kind: type[ChatReply] | type[CompletionReply], index: int = 0) -> list[int] | None:
-        """The prompt's ids where they are asked for and belong, as in vLLM: a chat has one prompt, and they stand beside
-        its choices; completions have one for each choice, and they stand in it."""
+        """The prompt's ids where they are asked for and belong, as in vLLM: a chat has one prompt, and they
+        stand beside its choices; completions have one for each choice, and they stand in it."""
         asked = self.body.return_token_ids and isinstance(self.reply, kind)
         return list(self.prompt_of(index)) if asked else None
 
@@ -74,7 +84,8 @@ class Call:
 
     @property
     def running_usage(self) -> dict[str, Any]:
-        """`usage` so far, for each chunk of a stream that asks for it; as in vLLM, `include_usage` must be asked for too."""
+        """`usage` so far, for each chunk of a stream that asks for it; as in vLLM, `include_usage` must be
+        asked for too."""
         options = self.body.stream_options
         asked = options is not None and options.include_usage and options.continuous_usage_stats
         return {"usage": usage(self.choices, self.prompt_tokens, self.body.n)} if asked else {}
@@ -84,7 +95,9 @@ class Call:
         """The echo can only be told when the prompt has been read."""
         return isinstance(self.body, CompletionBody) and self.body.echo and self.body.logprobs is not None
 
-    def prompt_logprobs(self, kind: type[ChatReply] | type[CompletionReply], index: int = 0) -> dict[str, Any]:
+    def prompt_logprobs(
+        self, kind: type[ChatReply] | type[CompletionReply], index: int = 0
+    ) -> dict[str, Any]:
         """vLLM's field where it is asked for and belongs, see `prompt_ids`."""
         scores = self.scores(index)
         if self.body.prompt_logprobs is None or scores is None or not isinstance(self.reply, kind):
@@ -108,7 +121,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a body asks of the engine: token ids of each prompt, and the parameters of its `n` answers in order."""
+    """What a body asks of the engine: token ids of each prompt, and the parameters of its `n` answers in
+    order."""
 
     prompts: list[tuple[int, ...]]
     params: list[SamplingParams]
@@ -120,7 +134,8 @@ async def completions(request: Request, worker: Worker, settings: ServeSettings)
     served = worker.ready()
     from_body.check_model(body.model, served)
     reply = CompletionReply(served.texts, body.return_tokens_as_token_ids)
-    limit = 16 if body.max_tokens is None else max(body.max_tokens, 1)  # one is made, and not shown where none is wanted
+    # one is made, and not shown where none is wanted
+    limit = 16 if body.max_tokens is None else max(body.max_tokens, 1)
     asked = len(body.prompt) if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else 1
     prepare = partial(_prepared, body, served, from_body.completion_prompts, limit, body.logprobs)
     return await _answer(request, worker, settings, served, body, reply, asked, prepare)
@@ -134,7 +149,10 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     wants_tools = bool(body.tools) and body.tool_choice != "none"
     parses = template_writes_tool_calls(served.tokenizer)
     if body.forced_calls is not None and not parses:
-        raise bad_request("tool_choice: the target's chat template has no form for calls; give 'auto' or 'none'", "tool_choice")
+        raise bad_request(
+            "tool_choice: the target's chat template has no form for calls; give 'auto' or 'none'",
+            "tool_choice",
+        )
     reply = ChatReply(
         served.texts,
         body.return_tokens_as_token_ids,
@@ -160,14 +178,20 @@ def _prepared(
     longest = served.engine.info.max_length
     shared = from_body.sampling_params(body, served, logprobs)
     prompts = [from_body.truncated(p, body, longest, limit) for p in prompts_of(body, served)]
-    lengths = [from_body.answer_length(body, served, p, _own_limit(body, limit, longest - len(p))) for p in prompts]
+    lengths = [
+        from_body.answer_length(body, served, p, _own_limit(body, limit, longest - len(p))) for p in prompts
+    ]
     scored = from_body.prompt_logprobs(body)
     told = sum(map(len, prompts)) * (1 + scored) if scored is not None else 0
     for count, most in ((told, MAX_SCORES), (told * body.n, MAX_TOLD_SCORES)):
         if count > most:
-            raise bad_request(f"prompt_logprobs: {count} log probabilities are more than {most}; ask for fewer at a time")
+            raise bad_request(
+                f"prompt_logprobs: {count} log probabilities are more than {most}; ask for fewer at a time"
+            )
     own = partial(_guarded, constraint, served)
-    return Prepared(prompts, [shared.of_answer(i, length, own()) for length in lengths for i in range(body.n)])
+    return Prepared(
+        prompts, [shared.of_answer(i, length, own()) for length in lengths for i in range(body.n)]
+    )
 
 
 def _guarded(constraint: GrammarConstraint | None, served: Served) -> Guarded | None:
@@ -194,7 +218,8 @@ async def _answer(
     """The response to a body that asks for `n` answers to each of `asked` prompts."""
     if asked * body.n > settings.max_choices:
         raise bad_request(
-            f"{asked} prompts times n={body.n} is more than the {settings.max_choices} answers that this server "
+            f"{asked} prompts times n={body.n} is more than the {settings.max_choices} answers that this "
+            f"server "
             "makes per request",
             "n" if body.n > 1 else "prompt",
         )
@@ -204,7 +229,9 @@ async def _answer(
         request.state.request_id = body.request_id
     constraint = None
     if body.form is not None:
-        constraint = await asyncio.get_running_loop().run_in_executor(_COMPILING, constraint_of, body.form, served)
+        constraint = await asyncio.get_running_loop().run_in_executor(
+            _COMPILING, constraint_of, body.form, served
+        )
     work = await unless_long(body_size(request), prepare, constraint)
     choices = [
         Choice(served.texts, params, len(work.prompts[i // body.n]), only_prompt=body.max_tokens == 0)
@@ -212,7 +239,9 @@ async def _answer(
     ]
     call = Call(request.state.request_id, int(time.time()), served, body, reply, work.prompts, choices)
     asks = [(call.prompt_of(i), params) for i, params in enumerate(work.params)]
-    ticket = await unless_client_leaves(request.receive, worker.submit(call.request_id, asks, whole=not body.stream))
+    ticket = await unless_client_leaves(
+        request.receive, worker.submit(call.request_id, asks, whole=not body.stream)
+    )
     if body.stream:
         return EventStream(_stream(call, worker, ticket, request), on_close=lambda: worker.cancel(ticket))
     try:
@@ -261,7 +290,8 @@ def _values(call: Call) -> int:
 
 
 def _whole(call: Call, pieces: list[list[str]]) -> bytes:
-    """The body, written choice by choice: to write JSON keeps all threads waiting, and so does clearing up after it."""
+    """The body, written choice by choice: to write JSON keeps all threads waiting, and so does clearing up
+    after it."""
     told: list[bytes] = []
     for index, choice in enumerate(call.choices):
         if index % call.body.n == 0:  # the prompt's, for all its choices
@@ -280,11 +310,15 @@ def _whole(call: Call, pieces: list[list[str]]) -> bytes:
     return body.replace(b'"choices":[]', b'"choices":[' + b",".join(told) + b"]", 1)
 
 
-async def _stream(call: Call, worker: Worker, ticket: Ticket, request: Request) -> AsyncGenerator[bytes, None]:
-    """Server-sent events of a response. An error in the middle is an event, and a word in the log: the status is sent."""
+async def _stream(
+    call: Call, worker: Worker, ticket: Ticket, request: Request
+) -> AsyncGenerator[bytes, None]:
+    """Server-sent events of a response. An error in the middle is an event, and a word in the log: the status
+    is sent."""
     try:
         unopened = set(range(len(call.choices)))
-        held: list[tuple[int, Delta]] = []  # of answers whose prompt is to be told first, and is not scored yet
+        # of answers whose prompt is to be told first, and is not scored yet
+        held: list[tuple[int, Delta]] = []
         if not call.echoes_scores:
             yield b"".join(_opening(call, index, unopened) for index in range(len(call.choices)))
         while any(c.finish_reason is None for c in call.choices):
@@ -292,7 +326,9 @@ async def _stream(call: Call, worker: Worker, ticket: Ticket, request: Request) 
             held += await _next(worker, ticket, call.choices)
             ready = [(i, delta) for i, delta in held if not call.echoes_scores or call.scores(i) is not None]
             held = [(i, delta) for i, delta in held if call.echoes_scores and call.scores(i) is None]
-            yield b"".join(_opening(call, index, unopened) + _chunk(call, index, delta) for index, delta in ready)
+            yield b"".join(
+                _opening(call, index, unopened) + _chunk(call, index, delta) for index, delta in ready
+            )
         options = call.body.stream_options
         wants_usage = options is not None and options.include_usage
         if wants_usage or call.body.return_spec_stats:
@@ -327,7 +363,9 @@ def _chunk(call: Call, index: int, delta: Delta) -> bytes:
             return b""
         empty = Delta("", (), (), (), None, None)
         shown = call.reply.chunk(index, call.choices[index], empty) or {"index": index, "finish_reason": None}
-        shown["delta" if isinstance(call.reply, ChatReply) else "text"] = {} if isinstance(call.reply, ChatReply) else ""
+        shown["delta" if isinstance(call.reply, ChatReply) else "text"] = (
+            {} if isinstance(call.reply, ChatReply) else ""
+        )
     if body.return_token_ids:
         shown["token_ids"] = [e.token_id for e in delta.events]
     chunk = call.envelope(call.reply.chunk_object, [shown])

@@ -1,10 +1,11 @@
-"""A process that finds out whether a grammar can be compiled and walked within bounds, so that the server need not.
+"""A process that finds out whether a grammar can be compiled and walked within bounds, so that the server
+need not.
 
-llguidance is native code that recurses: a chain of some thousand references overflows the stack, and no exception tells of
-it. So each grammar is tried in a fork of this process first, on a stack that is smaller than the server's threads have, with
-limits on processor time and memory. A fork that dies is an answer, too. The server starts this as
-`python -m draftkit.serve.grammar_check` and speaks to it in lines of JSON: first the tokenizer, then one line for each source,
-which is answered by one line.
+llguidance is native code that recurses: a chain of some thousand references overflows the stack, and no
+exception tells of it. So each grammar is tried in a fork of this process first, on a stack that is smaller
+than the server's threads have, with limits on processor time and memory. A fork that dies is an answer, too.
+The server starts this as `python -m draftkit.serve.grammar_check` and speaks to it in lines of JSON: first
+the tokenizer, then one line for each source, which is answered by one line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from llguidance import LLMatcher, LLTokenizer
 from draftkit.serve.grammar_source import GrammarSource, grammar_of
 from draftkit.serve.token_table import token_table
 
-MAX_GRAMMAR = 512 * 2**10  # characters of the compiler's own form, which schemas reach with half of it at most
+# characters of the compiler's own form, which schemas reach with half of it at most
+MAX_GRAMMAR = 512 * 2**10
 COMPILE_SECONDS = 2.0  # of processor time
 STEP_SECONDS = 0.1  # of processor time, for one mask or one token
 _WALK_TOKENS, _WALK_SECONDS = 48, 0.5
@@ -74,7 +76,9 @@ def _in_a_fork(line: str, table: LLTokenizer) -> dict[str, Any]:
     os.close(reading)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        return {"error": _DEATHS.get(os.WTERMSIG(status), f"the compiler ended with signal {os.WTERMSIG(status)}")}
+        return {
+            "error": _DEATHS.get(os.WTERMSIG(status), f"the compiler ended with signal {os.WTERMSIG(status)}")
+        }
     return json.loads(answer) if answer else {"error": "the compiler gave no answer"}
 
 
@@ -108,7 +112,10 @@ def check(source: GrammarSource, table: LLTokenizer) -> dict[str, Any]:
     began = time.process_time()
     grammar = grammar_of(source)
     if len(grammar) > MAX_GRAMMAR:
-        return {"error": f"it has {len(grammar)} characters when compiled, more than {MAX_GRAMMAR}; make it smaller"}
+        return {
+            "error": f"it has {len(grammar)} characters when compiled, more than {MAX_GRAMMAR}; make it "
+            f"smaller"
+        }
     matcher = LLMatcher(table, grammar, log_level=0)
     compiled = time.process_time() - began
     if matcher.is_error():
@@ -119,19 +126,24 @@ def check(source: GrammarSource, table: LLTokenizer) -> dict[str, Any]:
     if matcher.is_error():
         return {"error": f"answers cannot be walked through: {matcher.get_error()}"}
     if slowest > STEP_SECONDS:
-        return {"error": f"one token takes {slowest:.2f} s of it, more than {STEP_SECONDS:g} s; make it smaller"}
+        return {
+            "error": f"one token takes {slowest:.2f} s of it, more than {STEP_SECONDS:g} s; make it smaller"
+        }
     return {"grammar": grammar, "compile_seconds": compiled, "step_seconds": slowest}
 
 
 def walk(matcher: LLMatcher, table: LLTokenizer) -> float:
-    """Take tokens at random, always the same, until the answer ends or it is enough: seconds of the slowest step."""
+    """Take tokens at random, always the same, until the answer ends or it is enough: seconds of the slowest
+    step."""
     chance, slowest, began = random.Random(0), 0.0, time.process_time()
     ends = set(table.eos_tokens)
     for _ in range(_WALK_TOKENS):
         before = time.process_time()
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         slowest = max(slowest, time.process_time() - before)
-        allowed = [int(i) for i in np.flatnonzero(np.unpackbits(mask, bitorder="little")) if int(i) not in ends]
+        allowed = [
+            int(i) for i in np.flatnonzero(np.unpackbits(mask, bitorder="little")) if int(i) not in ends
+        ]
         if not allowed or matcher.is_error() or before - began > _WALK_SECONDS:
             break
         before = time.process_time()

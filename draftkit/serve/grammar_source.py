@@ -1,5 +1,6 @@
-"""Grammars as llguidance reads them, made of what a request says an answer must look like. No torch, no engine: a process of
-its own does this (see grammar_check.py), because what a client wrote may crash whoever reads it."""
+"""Grammars as llguidance reads them, made of what a request says an answer must look like. No torch, no
+engine: a process of its own does this (see grammar_check.py), because what a client wrote may crash whoever
+reads it."""
 
 from __future__ import annotations
 
@@ -15,20 +16,22 @@ from draftkit.serve.tools import CLOSE, OPEN
 
 # Between the parts of JSON: a space or nothing. Without a bound small models never stop.
 _SPACES: Any = {"whitespace_pattern": " ?"}
-_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri".split())  # that llguidance knows
+# that llguidance knows
+_FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri".split())
 _VALUES = frozenset({"const", "enum", "default", "examples"})  # keywords whose values are no schemas
 
 
 @dataclass(frozen=True)
 class GrammarSource:
-    """What the client gave: a JSON schema (an object, or text that holds one), a regular expression, a list of texts, a
-    grammar in Lark or GBNF, or functions with whether several may be called."""
+    """What the client gave: a JSON schema (an object, or text that holds one), a regular expression, a list
+    of texts, a grammar in Lark or GBNF, or functions with whether several may be called."""
 
     kind: Literal["schema", "regex", "choice", "grammar", "calls"]
     value: Any
 
     def dump(self) -> str:
-        """As JSON on one line; two sources that mean the same have the same. Raises RecursionError, ValueError."""
+        """As JSON on one line; two sources that mean the same have the same. Raises RecursionError,
+        ValueError."""
         return json.dumps(asdict(self), ensure_ascii=True, sort_keys=False)
 
 
@@ -49,7 +52,8 @@ def source_of(wanted: Form) -> GrammarSource:
 
 
 def grammar_of(source: GrammarSource) -> str:
-    """The grammar, which may still turn out not to compile. Raises what json's and llguidance's readers do."""
+    """The grammar, which may still turn out not to compile. Raises what json's and llguidance's readers
+    do."""
     value = source.value
     if source.kind == "regex":
         return LLMatcher.grammar_from_regex(value)
@@ -64,8 +68,8 @@ def grammar_of(source: GrammarSource) -> str:
 
 
 def _known_formats(schema: Any) -> Any:
-    """The schema without formats that llguidance does not know: JSON Schema calls `format` an annotation, and a "path" or a
-    "binary" is any text."""
+    """The schema without formats that llguidance does not know: JSON Schema calls `format` an annotation, and
+    a "path" or a "binary" is any text."""
     if isinstance(schema, list):
         return [_known_formats(one) for one in schema]
     if not isinstance(schema, dict):
@@ -75,7 +79,8 @@ def _known_formats(schema: Any) -> Any:
 
 
 def _choice(texts: list[str]) -> str:
-    """One of these texts: each as a regular expression of itself, since texts in Lark cannot hold every character."""
+    """One of these texts: each as a regular expression of itself, since texts in Lark cannot hold every
+    character."""
     return LLMatcher.grammar_from_regex("|".join(f"(?:{_escaped(text)})" for text in texts))
 
 
@@ -85,14 +90,18 @@ def _escaped(text: str) -> str:
 
 
 def _calls(functions: list[dict[str, Any]], many: bool) -> str:
-    """Tool calls as chat templates write them (see tools.py). Each function's parameters are a schema by themselves, whose
-    references begin at its own root; a function without parameters takes none."""
-    rules = [f"call: /{_escaped(OPEN)}/ \"\\n\" one \"\\n\" /{_escaped(CLOSE)}/"]
+    """Tool calls as chat templates write them (see tools.py). Each function's parameters are a schema by
+    themselves, whose references begin at its own root; a function without parameters takes none."""
+    rules = [f'call: /{_escaped(OPEN)}/ "\\n" one "\\n" /{_escaped(CLOSE)}/']
     rules.insert(0, 'start: call ("\\n" call)*' if many else "start: call")
     rules.append("one: " + " | ".join(f"function{i}" for i in range(len(functions))))
     for i, function in enumerate(functions):
         head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "arguments": '
-        schema = function.get("parameters") or {"type": "object", "properties": {}, "additionalProperties": False}
+        schema = function.get("parameters") or {
+            "type": "object",
+            "properties": {},
+            "additionalProperties": False,
+        }
         rules.append(f'function{i}: /{_escaped(head)}/ arguments{i} "}}"')
         rules.append(f"arguments{i}: %json {json.dumps({**_known_formats(schema), 'x-guidance': _SPACES})}")
     return LLMatcher.grammar_from_lark("\n".join(rules))

@@ -1,4 +1,5 @@
-"""A constraint of a caller's own, behind which its errors stay its own: other requests are in the same step."""
+"""A constraint of a caller's own, behind which its errors stay its own: other requests are in the same
+step."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ T = TypeVar("T")
 
 
 class Guarded:
-    """The constraint, until it raises; from then on it is finished, which ends its answer, and `error` says why."""
+    """The constraint, until it raises; from then on it is finished, which ends its answer, and `error` says
+    why."""
 
     def __init__(self, constraint: Constraint, vocab_size: int) -> None:
         self._constraint, self._vocab_size = constraint, vocab_size

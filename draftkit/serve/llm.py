@@ -1,9 +1,8 @@
 """The engine for Python programs: prompts in, texts out, whole or streamed.
 
-    from draftkit import LLM, SamplingParams
-    llm = LLM("tiny")
-    [answer] = llm.chat([{"role": "user", "content": "What is 17 + 25?"}], SamplingParams(max_tokens=64, temperature=0))
-    print(answer.outputs[0].text)
+from draftkit import LLM, SamplingParams llm = LLM("tiny") [answer] = llm.chat([{"role": "user",
+"content": "What is 17 + 25?"}], SamplingParams(max_tokens=64, temperature=0))
+print(answer.outputs[0].text)
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer; `events` say where each token came from, and hold log probabilities where they were asked for."""
+    """One answer; `events` say where each token came from, and hold log probabilities where they were asked
+    for."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -56,7 +56,8 @@ class Completion:
 
 @dataclass(frozen=True)
 class Generation:
-    """The `n` answers to one prompt; `prompt_logprobs`, where they were asked for, are of its tokens from the second on."""
+    """The `n` answers to one prompt; `prompt_logprobs`, where they were asked for, are of its tokens from the
+    second on."""
 
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[Completion, ...]
@@ -74,7 +75,8 @@ class Piece:
 
 @dataclass(eq=False)
 class _Call:
-    """The answers that one call waits for, by the engine's names, and what there is of them that nobody has taken yet."""
+    """The answers that one call waits for, by the engine's names, and what there is of them that nobody has
+    taken yet."""
 
     choices: dict[str, Choice] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
@@ -94,17 +96,19 @@ class _Call:
 
 
 class LLM:
-    """A target with a drafter, ready to answer. Several threads or tasks may ask at the same time; they share batches.
+    """A target with a drafter, ready to answer. Several threads or tasks may ask at the same time; they share
+    batches.
 
-    The engine lives in a thread of its own, which takes one thing after the other from all who ask: a signal, which interrupts
-    whoever waits, never interrupts a step. Of a process that forks it stays behind, so a child needs an `LLM` of its own.
+    The engine lives in a thread of its own, which takes one thing after the other from all who ask: a signal,
+    which interrupts whoever waits, never interrupts a step. Of a process that forks it stays behind, so a
+    child needs an `LLM` of its own.
 
-    `target` is "tiny", "smollm2", a folder, a GGUF file or a hub id; `drafter` a folder, "none", or None (the one packaged for
-    "tiny" or "smollm2"); `step_rate` and `calibration` are files of `draftkit profile` and `draftkit calibrate`;
-    `template_switches` are variables of the chat template, as {"enable_thinking": False}. Calls without parameters sample as
-    the target's generation_config.json says, where it says something. Raises TargetError, CheckpointError, ServeError for
-    settings that do not fit, ConfigError for switches that the template does not know, or ScheduleError for files of another
-    pair.
+    `target` is "tiny", "smollm2", a folder, a GGUF file or a hub id; `drafter` a folder, "none", or None (the
+    one packaged for "tiny" or "smollm2"); `step_rate` and `calibration` are files of `draftkit profile` and
+    `draftkit calibrate`; `template_switches` are variables of the chat template, as {"enable_thinking":
+    False}. Calls without parameters sample as the target's generation_config.json says, where it says
+    something. Raises TargetError, CheckpointError, ServeError for settings that do not fit, ConfigError for
+    switches that the template does not know, or ScheduleError for files of another pair.
     """
 
     def __init__(
@@ -130,9 +134,12 @@ class LLM:
         self._serial = itertools.count()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Generation]:
-        """Answer prompts (texts or token ids), each `n` times, with the same parameters or one set per prompt.
+        """Answer prompts (texts or token ids), each `n` times, with the same parameters or one set per
+        prompt.
 
         Raises DataError for requests that cannot be served; nothing is then generated.
         """
@@ -198,13 +205,14 @@ class LLM:
         each = [params or self._defaults] * len(prompts) if not isinstance(params, Sequence) else list(params)
         _check_params(each)
         if len(each) != len(prompts):
-            raise DataError(f"{len(each)} sampling parameters for {len(prompts)} prompts; give one for all or one for each")
+            raise DataError(
+                f"{len(each)} sampling parameters for {len(prompts)} prompts; give one for all or one for "
+                f"each"
+            )
         if any(p.constraint is not None for p in each) and sum(p.n for p in each) > 1:
             raise DataError("a constraint belongs to one answer; ask for one at a time")
         work = [
-            (tokens, _of_choice(p, i))
-            for tokens, p in zip(prompts, each, strict=True)
-            for i in range(p.n)
+            (tokens, _of_choice(p, i)) for tokens, p in zip(prompts, each, strict=True) for i in range(p.n)
         ]
         call = _Call()
         try:
@@ -234,9 +242,12 @@ class LLM:
         call.raise_errors()
 
     def _do(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Something for the engine's thread, behind what others have asked for. Raises DataError in a forked child."""
+        """Something for the engine's thread, behind what others have asked for. Raises DataError in a forked
+        child."""
         if os.getpid() != self._process:
-            raise DataError("this LLM stayed in the process that was forked; make one here, or start processes with spawn")
+            raise DataError(
+                "this LLM stayed in the process that was forked; make one here, or start processes with spawn"
+            )
         return self._thread.submit(function, *args)
 
     # ---- the engine's thread ----
@@ -246,7 +257,9 @@ class LLM:
         self._asking.add(call)
         for tokens, params in work:
             if params.bad_words:
-                params = replace(params, bad_token_ids=params.bad_token_ids + self._texts.spellings(params.bad_words))
+                params = replace(
+                    params, bad_token_ids=params.bad_token_ids + self._texts.spellings(params.bad_words)
+                )
             if params.constraint is not None:
                 guard = Guarded(params.constraint, self.engine.info.vocab_size)
                 call.guards.append(guard)
@@ -256,8 +269,8 @@ class LLM:
             self.engine.add_request(name, tokens, params)
 
     def _step(self, call: _Call, seconds: float = 0.0) -> list[Piece]:
-        """What there is of a stream; steps the engine, for everybody, while there is nothing, and for so long at least as
-        nobody else asks. Raises what a constraint of this call raised."""
+        """What there is of a stream; steps the engine, for everybody, while there is nothing, and for so long
+        at least as nobody else asks. Raises what a constraint of this call raised."""
         until = time.monotonic() + seconds
         while not call.complete and (not call.pieces or time.monotonic() < until):
             for output in self.engine.step():
@@ -308,15 +321,21 @@ def _is_list(given: object) -> bool:
 
 
 def _utf8(text: str) -> str:
-    """The text itself. Raises DataError for half a surrogate pair, of which the tokenizer does not say what is wrong."""
+    """The text itself. Raises DataError for half a surrogate pair, of which the tokenizer does not say what
+    is wrong."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"a prompt holds half a character ({error.reason} at {error.start}); give whole ones") from error
+        raise DataError(
+            f"a prompt holds half a character ({error.reason} at {error.start}); give whole ones"
+        ) from error
     return text
 
 
 def _check_params(each: Sequence[object]) -> None:
     for params in each:
         if not isinstance(params, SamplingParams):
-            raise DataError(f"sampling parameters are {params!r}; give SamplingParams(...), one for all or one for each prompt")
+            raise DataError(
+                f"sampling parameters are {params!r}; give SamplingParams(...), one for all or one for "
+                f"each prompt"
+            )

@@ -1,7 +1,7 @@
 """One load test of one OpenAI-compatible server: requests, when they go out, and what is measured about each.
 
-Times are seconds on one monotonic clock. Tokens are counted by the server's own usage where it tells, so that chunks
-that hold several tokens (speculative decoding) count rightly.
+Times are seconds on one monotonic clock. Tokens are counted by the server's own usage where it tells, so that
+chunks that hold several tokens (speculative decoding) count rightly.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from draftkit.serve.settings import LoadSettings
 class Record:
     """One request. `gaps` holds one value per token after the first: a chunk's gap is shared by its tokens.
 
-    `ended`: the server said that the answer is complete. `usage_told`: `output_tokens` is the server's count, not chunks.
-    `guessed`: a chunk came without a usage and counted as one token, until a later usage counts it rightly.
+    `ended`: the server said that the answer is complete. `usage_told`: `output_tokens` is the server's count,
+    not chunks. `guessed`: a chunk came without a usage and counted as one token, until a later usage counts
+    it rightly.
     """
 
     sent: float
@@ -52,7 +53,10 @@ def _checked(url: str) -> str:
     except (httpx.InvalidURL, UnicodeError):  # a name that cannot be written in ASCII
         good = False
     if not good:
-        raise ServeError(f"--url {url!r} is no address of a server; give one like http://127.0.0.1:8000 (ports end at 65535)")
+        raise ServeError(
+            f"--url {url!r} is no address of a server; give one like http://127.0.0.1:8000 (ports end at "
+            f"65535)"
+        )
     return url
 
 
@@ -62,10 +66,14 @@ class Endpoint:
     def __init__(self, url: str, api_key: str | None, settings: LoadSettings) -> None:
         self.url = _checked(url).rstrip("/").removesuffix("/v1")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
-            raise ServeError(f"--api-key for {self.url} has characters that no HTTP header may have; give printable ASCII")
+            raise ServeError(
+                f"--api-key for {self.url} has characters that no HTTP header may have; give printable ASCII"
+            )
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency)
-        self._http = httpx.AsyncClient(headers=headers, timeout=settings.timeout, limits=limits, trust_env=False)
+        self._http = httpx.AsyncClient(
+            headers=headers, timeout=settings.timeout, limits=limits, trust_env=False
+        )
         self._settings = settings
         self.model = ""
 
@@ -76,11 +84,13 @@ class Endpoint:
             response.raise_for_status()
             self.model = response.json()["data"][0]["id"]
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-            raise ServeError(f"{self.url}: /v1/models does not answer: {error}; is the server up, the key right?") from error
+            raise ServeError(
+                f"{self.url}: /v1/models does not answer: {error}; is the server up, the key right?"
+            ) from error
 
     async def counters(self) -> dict[str, float]:
-        """Counters of speculation from /metrics (draftkit, vLLM, llama-server names); empty where there are none that can
-        be read."""
+        """Counters of speculation from /metrics (draftkit, vLLM, llama-server names); empty where there are
+        none that can be read."""
         try:
             return _speculation_counters((await self._http.get(self.url + "/metrics")).text)
         except (httpx.HTTPError, ValueError, LookupError):  # the last two: no Prometheus text
@@ -108,7 +118,9 @@ class Endpoint:
         try:
             async with self._http.stream("POST", self.url + "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
-                    record.error = f"{response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
+                    record.error = (
+                        f"{response.status_code}: {(await response.aread())[:200].decode(errors='replace')}"
+                    )
                     return record
                 last = record.sent
                 async for line in _lines(response):
@@ -122,7 +134,8 @@ class Endpoint:
                 record.error = record.error or "the stream ended early"
             elif record.first is None:
                 record.error = record.error or "the answer had no tokens"
-        except (httpx.HTTPError, ValueError, AttributeError, LookupError, TypeError) as error:  # chunks may be anything
+        # chunks may be anything
+        except (httpx.HTTPError, ValueError, AttributeError, LookupError, TypeError) as error:
             record.error = f"{type(error).__name__}: {error}"
         return record
 
@@ -140,14 +153,21 @@ class Endpoint:
         choices = chunk.get("choices") or []
         delta = choices[0].get("delta") or {} if choices else {}
         record.ended = record.ended or bool(choices and choices[0].get("finish_reason"))
-        text = delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or delta.get("tool_calls")
+        text = (
+            delta.get("content")
+            or delta.get("reasoning_content")
+            or delta.get("reasoning")
+            or delta.get("tool_calls")
+        )
         before = record.output_tokens
         total = before + (1 if text else 0) if told is None else told
         if text or told is not None:
-            record.usage_told = told is not None  # the last one decides: a usage counts all tokens before it too
+            # the last one decides: a usage counts all tokens before it too
+            record.usage_told = told is not None
         record.guessed = record.guessed or (bool(text) and told is None)
         record.output_tokens = max(before, total)
-        # A usage behind chunks without one counts their tokens too: how many came with this chunk, nobody has told.
+        # A usage behind chunks without one counts their tokens too: how many came with this chunk, nobody has
+        # told.
         came = int(bool(text)) if record.guessed else total - before
         if not choices or came <= 0:
             return last
@@ -168,8 +188,11 @@ def _count(usage: Any, name: str) -> int | None:
 
 
 def _speculation_counters(text: str) -> dict[str, float]:
-    """Totals of speculation in Prometheus text, summed over labels. Raises ValueError or LookupError for other text."""
-    ours = "\n".join(line for line in text.split("\n") if "spec_decode_num_" in line and not line.startswith("#"))
+    """Totals of speculation in Prometheus text, summed over labels. Raises ValueError or LookupError for
+    other text."""
+    ours = "\n".join(
+        line for line in text.split("\n") if "spec_decode_num_" in line and not line.startswith("#")
+    )
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(ours):
         for sample in family.samples:
@@ -180,8 +203,9 @@ def _speculation_counters(text: str) -> dict[str, float]:
 
 
 async def _lines(response: httpx.Response) -> AsyncIterator[str]:
-    """The lines of server-sent events, which end in CR, LF or both. httpx's own lines end at U+2028, U+0085 and others too,
-    which may stand inside an event. Between CR and LF there is an empty line, which says nothing here.
+    """The lines of server-sent events, which end in CR, LF or both. httpx's own lines end at U+2028, U+0085
+    and others too, which may stand inside an event. Between CR and LF there is an empty line, which says
+    nothing here.
     """
     rest = b""
     async for piece in response.aiter_bytes():
@@ -208,7 +232,9 @@ async def run_load(
     order = random.Random(settings.seed)
     prompts = [order.choice(settings.prompts) for _ in range(settings.requests)]
     warm = asyncio.Semaphore(settings.concurrency)
-    await asyncio.gather(*(_within(warm, endpoint.ask(order.choice(settings.prompts))) for _ in range(settings.warmup)))
+    await asyncio.gather(
+        *(_within(warm, endpoint.ask(order.choice(settings.prompts))) for _ in range(settings.warmup))
+    )
     before = await endpoint.counters()
     began = time.perf_counter()
     if settings.rate is None:
@@ -225,7 +251,9 @@ async def _within(limit: asyncio.Semaphore, work: Awaitable[Record]) -> Record:
         return await work
 
 
-async def _closed_loop(endpoint: Endpoint, prompts: Sequence[str], users: int, tick: Callable[[], None]) -> list[Record]:
+async def _closed_loop(
+    endpoint: Endpoint, prompts: Sequence[str], users: int, tick: Callable[[], None]
+) -> list[Record]:
     left = iter(prompts)
     records: list[Record] = []
 
@@ -239,7 +267,11 @@ async def _closed_loop(endpoint: Endpoint, prompts: Sequence[str], users: int, t
 
 
 async def _poisson(
-    endpoint: Endpoint, prompts: Sequence[str], settings: LoadSettings, order: random.Random, tick: Callable[[], None]
+    endpoint: Endpoint,
+    prompts: Sequence[str],
+    settings: LoadSettings,
+    order: random.Random,
+    tick: Callable[[], None],
 ) -> list[Record]:
     limit = asyncio.Semaphore(settings.concurrency)
     began = time.perf_counter()

@@ -1,5 +1,5 @@
-"""What a chat is made of: messages with their parts, tools and the choice among them. Fields that are not listed are ignored,
-but for a message's, which go to the chat template."""
+"""What a chat is made of: messages with their parts, tools and the choice among them. Fields that are not
+listed are ignored, but for a message's, which go to the chat template."""
 
 from __future__ import annotations
 

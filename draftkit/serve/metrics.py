@@ -1,6 +1,7 @@
 """Prometheus metrics: vLLM's names under `draftkit:`, and what speculation costs and earns.
 
-Counters and gauges are read from the engine's snapshot when somebody scrapes; histograms are fed as things happen.
+Counters and gauges are read from the engine's snapshot when somebody scrapes; histograms are fed as things
+happen.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ _FROM_ENGINE = (
     ("num_preemptions", "counter", "preemptions", "Requests that were put back because memory ran out"),
     ("prefix_cache_queries", "counter", "prefix_queries", "Prompt tokens looked up in the prefix cache"),
     ("prefix_cache_hits", "counter", "prefix_hits", "Prompt tokens found in the prefix cache"),
-    ("spec_decode_num_drafts", "counter", "rounds", "Rounds, counted per request, also those in which nothing was drafted"),
+    (
+        "spec_decode_num_drafts",
+        "counter",
+        "rounds",
+        "Rounds, counted per request, also those in which nothing was drafted",
+    ),
     ("spec_decode_num_draft_tokens", "counter", "drafted", "Tokens that the drafter offered"),
-    ("spec_decode_num_verified_tokens", "counter", "verified", "Drafted tokens that the target verified (the budget)"),
+    (
+        "spec_decode_num_verified_tokens",
+        "counter",
+        "verified",
+        "Drafted tokens that the target verified (the budget)",
+    ),
     ("spec_decode_num_accepted_tokens", "counter", "accepted", "Drafted tokens that were accepted"),
     ("spec_decode_num_wasted_tokens", "counter", "wasted", "Verified tokens that were not accepted"),
     ("draft_seconds", "counter", "draft_seconds", "Time in the drafter's passes"),
@@ -36,13 +47,15 @@ _FROM_ENGINE = (
 
 
 class ServerMetrics:
-    """All metrics of one server, in a registry of its own, labelled with the model's name once that is known (`watch`)."""
+    """All metrics of one server, in a registry of its own, labelled with the model's name once that is known
+    (`watch`)."""
 
     def __init__(self) -> None:
         self._begin("")
 
     def watch(self, engine: Any, name: str) -> None:
-        """The model is loaded, and nothing was counted before: from now on the scrape has its name and the engine's numbers."""
+        """The model is loaded, and nothing was counted before: from now on the scrape has its name and the
+        engine's numbers."""
         self._begin(name)
         self._registry.register(_EngineCollector(engine, name))
 
@@ -50,7 +63,9 @@ class ServerMetrics:
         self._model, self._registry = model, CollectorRegistry()
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            family = Histogram(f"draftkit:{name}", text, ["model_name"], buckets=buckets, registry=self._registry)
+            family = Histogram(
+                f"draftkit:{name}", text, ["model_name"], buckets=buckets, registry=self._registry
+            )
             return family.labels(model)
 
         def counter(name: str, text: str) -> Counter:
@@ -65,13 +80,21 @@ class ServerMetrics:
         self._queue = histogram("request_queue_time_seconds", "Time before the first prefill step", _LATENCY)
         self._prefill = histogram("request_prefill_time_seconds", "Time in prefill", _LATENCY)
         self._decode = histogram("request_decode_time_seconds", "Time in decode", _LATENCY)
-        self._length = histogram("spec_decode_accepted_length", "Tokens per round of a request, bonus included", _LENGTH)
-        self._verified = histogram("step_verified_tokens", "Verification budget: drafted tokens verified in a step", _TOKENS)
+        self._length = histogram(
+            "spec_decode_accepted_length", "Tokens per round of a request, bonus included", _LENGTH
+        )
+        self._verified = histogram(
+            "step_verified_tokens", "Verification budget: drafted tokens verified in a step", _TOKENS
+        )
         self._drafted = histogram("step_drafted_tokens", "Tokens drafted in a step", _TOKENS)
-        self._prompt = counter("prompt_tokens", "Prompt tokens of requests that finished, or were aborted while they answered")
+        self._prompt = counter(
+            "prompt_tokens", "Prompt tokens of requests that finished, or were aborted while they answered"
+        )
         self._cached = counter("prompt_tokens_cached", "Of these, found in the prefix cache")
         self._generated = counter("generation_tokens", "Tokens made")
-        self._finished = counters("request_success", "Finished requests; abort: the client left", "finished_reason")
+        self._finished = counters(
+            "request_success", "Finished requests; abort: the client left", "finished_reason"
+        )
         self._rejections = counters("admission_rejections", "Requests that were turned away", "reason")
 
     def on_rejection(self, reason: str) -> None:
@@ -107,8 +130,8 @@ class ServerMetrics:
             self._length.observe(1 + stats.accepted / stats.rounds)
 
     def on_abort(self, stats: Any) -> None:
-        """Nobody waits for an answer any more; `stats` is its RequestStats, None when it had not begun. It is in no
-        histogram of whole answers."""
+        """Nobody waits for an answer any more; `stats` is its RequestStats, None when it had not begun. It is
+        in no histogram of whole answers."""
         self._count("abort", stats)
 
     def _count(self, reason: str, stats: Any) -> None:
@@ -143,7 +166,9 @@ class _EngineCollector(Collector):
         yield self._family("gauge", "kv_blocks_used", "KV blocks in use", float(now.kv_used))
         yield self._family("gauge", "kv_blocks_total", "KV blocks there are", float(now.kv_total))
         mean = 1 + now.accepted / now.rounds if now.rounds else 1.0
-        yield self._family("gauge", "spec_decode_mean_accepted_length", "Tokens per round since the start", mean)
+        yield self._family(
+            "gauge", "spec_decode_mean_accepted_length", "Tokens per round since the start", mean
+        )
         positions = CounterMetricFamily(
             "draftkit:spec_decode_num_accepted_tokens_per_pos",
             "Accepted tokens by place in the proposal",

@@ -1,4 +1,5 @@
-"""What happens around every request: its id, its line in the log, who may ask for what, errors that nobody expected."""
+"""What happens around every request: its id, its line in the log, who may ask for what, errors that nobody
+expected."""
 
 from __future__ import annotations
 
@@ -19,14 +20,17 @@ from draftkit.serve.stream import ClientLeft
 
 log = logging.getLogger("draftkit.serve")
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_QUIET = ("/health", "/ready", "/metrics")  # for monitors: answered without a key, and when there is room for nothing else
-_OPEN = (*_QUIET, "/", "/chat.css", "/chat.js", "/version", "/openapi.json")  # without a key; everything else needs one
+# for monitors: answered without a key, and when there is room for nothing else
+_QUIET = ("/health", "/ready", "/metrics")
+# without a key; everything else needs one
+_OPEN = (*_QUIET, "/", "/chat.css", "/chat.js", "/version", "/openapi.json")
 
 
 class Envelope:
-    """ASGI middleware: gives the request an id (the client's X-Request-Id when it is a plain word), guards all but the open
-    routes with the API keys, answers HEAD as GET, and logs one line when the response is complete, with what was wrong
-    (`state["problem"]`). When `most` requests are being answered, only monitors get in.
+    """ASGI middleware: gives the request an id (the client's X-Request-Id when it is a plain word), guards
+    all but the open routes with the API keys, answers HEAD as GET, and logs one line when the response is
+    complete, with what was wrong (`state["problem"]`). When `most` requests are being answered, only monitors
+    get in.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], most: int) -> None:
@@ -42,7 +46,8 @@ class Envelope:
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         state = scope.setdefault("state", {})
-        state["request_id"] = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex  # a body may give another
+        # a body may give another
+        state["request_id"] = given if _GIVEN_ID.fullmatch(given) else uuid.uuid4().hex
         began = time.monotonic()
         status = 0
 
@@ -58,12 +63,15 @@ class Envelope:
         try:
             if (refused := self._refused(scope["path"], headers)) is None:
                 # Uvicorn, which keeps the scope with HEAD in it, leaves the body out.
-                await self._app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, tag)
+                await self._app(
+                    {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, tag
+                )
             else:
                 await _send_json(tag, *refused)
         except ClientLeft:
             end = "client left"
-        except asyncio.CancelledError:  # the server ends, and the client has not read its answer; nobody waits for this task
+        # the server ends, and the client has not read its answer; nobody waits for this task
+        except asyncio.CancelledError:
             end = "cut off"
         except Exception:
             log.exception("request %s failed", state["request_id"])
@@ -86,7 +94,8 @@ class Envelope:
 
     def _refused(self, path: str, headers: Headers) -> tuple[int, str] | None:
         """Status and reason for a request that gets no further."""
-        if "content-length" in headers and "transfer-encoding" in headers:  # proxies disagree about where such a body ends
+        # proxies disagree about where such a body ends
+        if "content-length" in headers and "transfer-encoding" in headers:
             return 400, "the request has both Content-Length and Transfer-Encoding; send one of them"
         if self._active > self._most and path not in _QUIET:
             return 503, f"the server answers {self._most} requests at the same time already; try again soon"

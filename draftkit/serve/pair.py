@@ -21,6 +21,7 @@ from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
 
 log = logging.getLogger("draftkit.serve")
 
+
 @dataclass(frozen=True)
 class PackagedDrafter:
     """A drafter that comes with draftkit, and the calibration of its confidences."""
@@ -47,16 +48,20 @@ class PlanFiles:
 def open_pair(
     target: str, drafter: str | None, settings: EngineSettings, files: PlanFiles | None = None
 ) -> tuple[Engine, Any]:
-    """Load both (slow). `drafter` is a folder, "none", or None: a target of `PACKAGED` then takes its own, with its own
-    calibration. Raises DraftkitError, also for files that belong to another pair."""
+    """Load both (slow). `drafter` is a folder, "none", or None: a target of `PACKAGED` then takes its own,
+    with its own calibration. Raises DraftkitError, also for files that belong to another pair."""
     files = files or PlanFiles()
     tokenizer = load_tokenizer(target)
     folder = find_drafter(target, drafter)
     if folder is None and (given := files.step_rate or files.calibration):
-        raise ScheduleError(f"{given}: there is no drafter, so nothing to plan; give --drafter or leave the file out")
+        raise ScheduleError(
+            f"{given}: there is no drafter, so nothing to plan; give --drafter or leave the file out"
+        )
     loaded = load_for_engine(target, settings)
     if (settings.max_length or 0) > loaded.info.max_length:
-        raise ServeError(f"max_length is {settings.max_length}; {target} allows {loaded.info.max_length} at most")
+        raise ServeError(
+            f"max_length is {settings.max_length}; {target} allows {loaded.info.max_length} at most"
+        )
     opened = open_drafter(folder, loaded) if folder else None
     if folder and opened:
         own = fingerprint(folder)
@@ -73,13 +78,19 @@ def open_pair(
         settings = replace(settings, calibration=calibration)
     engine = Engine(loaded, opened, settings)
     info = engine.info
-    log.info("drafter %s (%s), forward %s, %d KV blocks", folder or "none", info.algorithm, info.forward, info.kv_blocks_total)
+    log.info(
+        "drafter %s (%s), forward %s, %d KV blocks",
+        folder or "none",
+        info.algorithm,
+        info.forward,
+        info.kv_blocks_total,
+    )
     return engine, tokenizer
 
 
 def find_drafter(target: str, drafter: str | None) -> Path | None:
-    """The folder of the drafter: the one that was named, none for "none"; where none was named, the one that is packaged
-    for this target, if there is one."""
+    """The folder of the drafter: the one that was named, none for "none"; where none was named, the one that
+    is packaged for this target, if there is one."""
     if drafter is not None:
         return None if drafter == "none" else Path(drafter)
     return PACKAGED[target].folder if target in PACKAGED else None
@@ -90,7 +101,9 @@ def _read_calibration(path: Path | None, drafter: Drafter, own: str) -> Calibrat
         return None
     calibration = load_calibration(path, drafter.gamma, own)
     if not drafter.has_confidence:
-        raise ScheduleError(f"{path}: this drafter has no confidence head, so there is nothing to calibrate; leave it out")
+        raise ScheduleError(
+            f"{path}: this drafter has no confidence head, so there is nothing to calibrate; leave it out"
+        )
     return calibration
 
 

@@ -1,4 +1,5 @@
-"""From a request body to prompts and the engine's sampling parameters; everything that can be wrong is a 400 here."""
+"""From a request body to prompts and the engine's sampling parameters; everything that can be wrong is a 400
+here."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ _PLAIN = (
 def check_model(name: str | None, served: Served) -> None:
     """404 for another model's name; no name means the one that is served."""
     if name and name != served.name:
-        raise ApiError(404, f"The model `{shorten(name)}` does not exist; this server has `{served.name}`.", "model")
+        raise ApiError(
+            404, f"The model `{shorten(name)}` does not exist; this server has `{served.name}`.", "model"
+        )
 
 
 def completion_prompts(body: CompletionBody, served: Served) -> list[tuple[int, ...]]:
@@ -69,14 +72,20 @@ def chat_prompt(
     add_special_tokens: bool = False,
     most_tokens: int,
 ) -> tuple[int, ...]:
-    """Token ids of a conversation through the target's chat template. Raises ApiError 400 when the template refuses, or when
-    there surely are more than `most_tokens`."""
+    """Token ids of a conversation through the target's chat template. Raises ApiError 400 when the template
+    refuses, or when there surely are more than `most_tokens`."""
     extra = dict(template_kwargs or {})
-    own = {"self", "messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {"kwargs"}
+    own = {"self", "messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {
+        "kwargs"
+    }
     if taken := sorted(own & extra.keys()):
-        raise bad_request(f"{_KWARGS}.{taken[0]}: the server sets this; give variables of the template's own", _KWARGS)
+        raise bad_request(
+            f"{_KWARGS}.{taken[0]}: the server sets this; give variables of the template's own", _KWARGS
+        )
     if tools and not served.prompt_format.mentions("tools"):
-        raise bad_request('tools: the target\'s chat template has none; leave them out, or give tool_choice "none"', "tools")
+        raise bad_request(
+            'tools: the target\'s chat template has none; leave them out, or give tool_choice "none"', "tools"
+        )
     check_roles([m.role for m in messages], str(served.tokenizer.chat_template))
     plain = PlainText(served.texts)
     mark = (lambda value: value) if served.honour_special_tokens else plain.mark
@@ -115,9 +124,12 @@ def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
     return [prompt]
 
 
-def truncated(prompt: tuple[int, ...], body: SamplingBody, max_length: int, max_tokens: int | None) -> tuple[int, ...]:
-    """The tokens of a prompt that `truncate_prompt_tokens` leaves: the last ones, or with `truncation_side` "right" the
-    first. -1 leaves as many as the context holds beside the answer (`max_tokens`, at least one token)."""
+def truncated(
+    prompt: tuple[int, ...], body: SamplingBody, max_length: int, max_tokens: int | None
+) -> tuple[int, ...]:
+    """The tokens of a prompt that `truncate_prompt_tokens` leaves: the last ones, or with `truncation_side`
+    "right" the first. -1 leaves as many as the context holds beside the answer (`max_tokens`, at least one
+    token)."""
     keep = body.truncate_prompt_tokens
     if keep is None:
         return prompt
@@ -129,7 +141,8 @@ def truncated(prompt: tuple[int, ...], body: SamplingBody, max_length: int, max_
 
 
 def answer_length(body: SamplingBody, served: Served, prompt: Sequence[int], max_tokens: int | None) -> int:
-    """Tokens that an answer to this prompt may have; `max_tokens` None: all the room that is left. Raises ApiError 400."""
+    """Tokens that an answer to this prompt may have; `max_tokens` None: all the room that is left. Raises
+    ApiError 400."""
     info = served.engine.info
     room: int = info.max_length - len(prompt)
     if not prompt:
@@ -138,22 +151,28 @@ def answer_length(body: SamplingBody, served: Served, prompt: Sequence[int], max
         raise too_long(info.max_length, len(prompt))
     if max_tokens is not None and max_tokens > room:
         raise bad_request(
-            f"'max_tokens' or 'max_completion_tokens' is too large: {max_tokens}. This model's maximum context length "
+            f"'max_tokens' or 'max_completion_tokens' is too large: {max_tokens}. This model's maximum "
+            f"context length "
             f"is {info.max_length} tokens and your request has {len(prompt)} input tokens.",
             "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens",
         )
     limit = room if max_tokens is None else max_tokens
     if body.min_tokens > limit:
-        raise bad_request(f"min_tokens is {body.min_tokens}; it must not exceed max_tokens={limit}", "min_tokens")
+        raise bad_request(
+            f"min_tokens is {body.min_tokens}; it must not exceed max_tokens={limit}", "min_tokens"
+        )
     return limit
 
 
 def sampling_params(body: SamplingBody, served: Served, logprobs: int | None) -> SamplingParams:
-    """What all answers of a request have in common: no length and no constraint, which `SamplingParams.of_answer` adds.
-    Raises ApiError 400."""
+    """What all answers of a request have in common: no length and no constraint, which
+    `SamplingParams.of_answer` adds. Raises ApiError 400."""
     check_ids(body.stop_token_ids, served, "stop_token_ids")
     check_ids(body.allowed_token_ids or (), served, "allowed_token_ids")
-    given = {**served.defaults, **{name: value for name in _PLAIN if (value := getattr(body, name)) is not None}}
+    given = {
+        **served.defaults,
+        **{name: value for name in _PLAIN if (value := getattr(body, name)) is not None},
+    }
     if given.get("top_k") == -1:
         given["top_k"] = 0
     given["top_k"] = min(given.get("top_k", 0), served.engine.info.vocab_size)

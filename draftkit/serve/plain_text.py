@@ -1,9 +1,10 @@
-"""What a client wrote is text: a special token's name in it is spelled with ordinary tokens, so that nobody ends a turn, or
-begins another role's, from inside a message.
+"""What a client wrote is text: a special token's name in it is spelled with ordinary tokens, so that nobody
+ends a turn, or begins another role's, from inside a message.
 
-Names are marked before the chat template runs, and the marks are found again in what it has written: the template's own
-special tokens are honoured, those of contents, tools and documents are not. Tokens that the tokenizer adds without calling
-them special (`<think>` and `<tool_call>` in many) stay what they are: templates look for them in contents.
+Names are marked before the chat template runs, and the marks are found again in what it has written: the
+template's own special tokens are honoured, those of contents, tools and documents are not. Tokens that the
+tokenizer adds without calling them special (`<think>` and `<tool_call>` in many) stay what they are:
+templates look for them in contents.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ class PlainText:
         self._texts = texts
         backend = texts.tokenizer.backend_tokenizer
         self._names = [name for token in sorted(texts.special) if (name := backend.id_to_token(token))]
-        self._pattern = re.compile("|".join(re.escape(name) for name in sorted(self._names, key=len, reverse=True)) or "(?!)")
+        self._pattern = re.compile(
+            "|".join(re.escape(name) for name in sorted(self._names, key=len, reverse=True)) or "(?!)"
+        )
         self._mark = f"\ue000{secrets.token_hex(8)}:"  # private use, and nobody can know it beforehand
         self._marked: set[str] = set()
 
     def mark(self, value: Any) -> Any:
-        """The value with marks where a special token's name was, in texts at any depth, names of fields included."""
+        """The value with marks where a special token's name was, in texts at any depth, names of fields
+        included."""
         if isinstance(value, str):
             return self._pattern.sub(self._replaced, value)
         if isinstance(value, dict):
@@ -60,8 +64,8 @@ class PlainText:
 
 
 def check_roles(roles: Sequence[str], template: str) -> None:
-    """Raises ApiError 400 for a role that is neither OpenAI's nor written in the chat template: templates that print whatever
-    role they are given let a client put words into any mouth."""
+    """Raises ApiError 400 for a role that is neither OpenAI's nor written in the chat template: templates
+    that print whatever role they are given let a client put words into any mouth."""
     for role in roles:
         if role not in ROLES and role not in _quoted(template):
             given, known = printable(shorten(role, 64)), ", ".join(sorted(ROLES))
@@ -70,4 +74,9 @@ def check_roles(roles: Sequence[str], template: str) -> None:
 
 def _quoted(template: str) -> set[str]:
     """Texts in quotes of a template, which are roles where they are roles."""
-    return {found for pair in re.findall(r"'([\w-]{1,64})'|\"([\w-]{1,64})\"", template) for found in pair if found}
+    return {
+        found
+        for pair in re.findall(r"'([\w-]{1,64})'|\"([\w-]{1,64})\"", template)
+        for found in pair
+        if found
+    }

@@ -34,7 +34,9 @@ class Refusal(ValueError):
 class ApiError(ServeError):
     """A request ends with `status` and a body that names the wrong field (`param`), when there is one."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
@@ -79,4 +81,6 @@ def shorten(text: str, limit: int = 200) -> str:
 
 def printable(text: str) -> str:
     """A text for a log: line ends, colours and what turns the direction of writing show as their escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text
+    )

@@ -12,8 +12,8 @@ from draftkit.serve.detokenize import Detokenizer, TokenTexts, finite, token_nam
 
 @dataclass(frozen=True)
 class Echo:
-    """A prompt as the beginning of an answer: its text; its tokens, with the text that each completes, where the answer's
-    log probabilities begin with the prompt's."""
+    """A prompt as the beginning of an answer: its text; its tokens, with the text that each completes, where
+    the answer's log probabilities begin with the prompt's."""
 
     text: str = ""
     events: tuple[TokenEvent, ...] = ()
@@ -21,9 +21,14 @@ class Echo:
 
 
 def echo_of(
-    texts: TokenTexts, prompt: Sequence[int], skip_special: bool, scores: Sequence[PromptToken] | None, top: int | None
+    texts: TokenTexts,
+    prompt: Sequence[int],
+    skip_special: bool,
+    scores: Sequence[PromptToken] | None,
+    top: int | None,
 ) -> Echo:
-    """The echo of a prompt (token ids); `scores` are of its tokens from the second on, of whose likeliest `top` are shown."""
+    """The echo of a prompt (token ids); `scores` are of its tokens from the second on, of whose likeliest
+    `top` are shown."""
     if scores is None or top is None:
         return Echo(texts.decode(prompt, skip_special))
     detokenizer = Detokenizer(texts, skip_special)
@@ -35,15 +40,19 @@ def echo_of(
 
 
 def as_vllm(texts: TokenTexts, scores: Sequence[PromptToken], as_ids: bool) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: null for the first token; for each other one, by token id, its log probability, its rank
-    and its text, and those of the likeliest tokens."""
+    """vLLM's `prompt_logprobs`: null for the first token; for each other one, by token id, its log
+    probability, its rank and its text, and those of the likeliest tokens."""
     told: list[dict[str, Any] | None] = [None]
     for score in scores:
         own = (score.token_id, score.logprob, score.rank)
         best = [(token, logprob, place) for place, (token, logprob) in enumerate(score.top_logprobs, 1)]
         told.append(
             {
-                str(token): {"logprob": finite(logprob), "rank": rank, "decoded_token": token_name(texts, token, as_ids)}
+                str(token): {
+                    "logprob": finite(logprob),
+                    "rank": rank,
+                    "decoded_token": token_name(texts, token, as_ids),
+                }
                 for token, logprob, rank in [own, *(b for b in best if b[0] != score.token_id)]
             }
         )

@@ -1,5 +1,5 @@
-"""Request bodies: OpenAI's fields and vLLM's extra ones. Fields that are not listed are ignored, as vLLM does, but for those
-of `unsupported.py`.
+"""Request bodies: OpenAI's fields and vLLM's extra ones. Fields that are not listed are ignored, as vLLM
+does, but for those of `unsupported.py`.
 
 Types are strict enough that a wrong value is a 400 here and never an exception further in.
 """
@@ -31,7 +31,8 @@ from draftkit.serve.unsupported import refuse_unsupported
 INT64 = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=INT64, strict=True)]
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]  # a body may have millions: the first mistake is enough
+# a body may have millions: the first mistake is enough
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Word = Annotated[str, Field(min_length=1, max_length=MAX_WORD)]
 Name = Annotated[str, Field(max_length=MAX_NAME)]
@@ -98,7 +99,9 @@ class SamplingBody(RequestBody):
     logit_bias: Annotated[dict[str, Bias], _at_most(MAX_BIASES)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_ALLOWED_IDS)] | None = None
     seed: int | None = Field(default=None, ge=-INT64 - 1, le=INT64)
-    stop: Annotated[list[Word], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] = Field(default_factory=list)
+    stop: Annotated[list[Word], Field(max_length=MAX_STOPS), BeforeValidator(_listed)] = Field(
+        default_factory=list
+    )
     bad_words: Annotated[list[Word], Field(max_length=MAX_BAD_WORDS)] = Field(default_factory=list)
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_IDS)] = Field(default_factory=list)
     ignore_eos: bool = False
@@ -117,7 +120,8 @@ class SamplingBody(RequestBody):
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
     user: Name | None = None
     # Ours. `return_spec_stats`: statistics of speculation in the response (SGLang's name is understood too).
-    # `draft`: false = no speculation for this request. `return_token_origins`: stream which tokens came from where.
+    # `draft`: false = no speculation for this request. `return_token_origins`: stream which tokens came from
+    # where.
     return_spec_stats: bool = Field(
         default=False, validation_alias=AliasChoices("return_spec_stats", "return_spec_tokens_details")
     )
@@ -134,32 +138,49 @@ class SamplingBody(RequestBody):
         if self.prompt_logprobs is not None and self.stream:
             raise Refusal("prompt_logprobs", "prompt_logprobs is not available in a stream; leave stream out")
         if self.truncate_prompt_tokens == 0:
-            raise Refusal("truncate_prompt_tokens", "truncate_prompt_tokens must be 1 or more, or -1 for as many as fit")
+            raise Refusal(
+                "truncate_prompt_tokens", "truncate_prompt_tokens must be 1 or more, or -1 for as many as fit"
+            )
         form = "response_format" if self.response_format is not None and self.response_format.binds else None
         if self.structured_outputs is not None:
             if form is not None:
-                raise Refusal("structured_outputs", f"structured_outputs cannot be combined with {form}; use one of them")
+                raise Refusal(
+                    "structured_outputs",
+                    f"structured_outputs cannot be combined with {form}; use one of them",
+                )
             form = "structured_outputs"
         if self.allowed_token_ids and form is not None:
-            raise Refusal("allowed_token_ids", f"allowed_token_ids cannot be combined with {form}; use one of them")
+            raise Refusal(
+                "allowed_token_ids", f"allowed_token_ids cannot be combined with {form}; use one of them"
+            )
         return self
 
     @property
     def form(self) -> Form | None:
         """The form that the answer must have; None: any text will do."""
-        asked = self.response_format if self.response_format is not None and self.response_format.binds else None
+        asked = (
+            self.response_format if self.response_format is not None and self.response_format.binds else None
+        )
         return self.structured_outputs or asked
 
 
 def _not_too_many(prompts: Any) -> Any:
     """Before anything is read: a body has room for millions of prompts."""
-    if isinstance(prompts, list) and prompts and isinstance(prompts[0], (str, list)) and len(prompts) > MAX_PROMPTS:
+    if (
+        isinstance(prompts, list)
+        and prompts
+        and isinstance(prompts[0], (str, list))
+        and len(prompts) > MAX_PROMPTS
+    ):
         raise ValueError(f"{len(prompts)} prompts are more than the {MAX_PROMPTS} that a request may have")
     return prompts
 
 
 Prompt = Annotated[
-    str | TokenIds | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TokenIds], Field(fail_fast=True)],
+    str
+    | TokenIds
+    | Annotated[list[str], Field(fail_fast=True)]
+    | Annotated[list[TokenIds], Field(fail_fast=True)],
     one_of("a text, a list of texts, a list of token ids (whole numbers from 0), or a list of such lists"),
     BeforeValidator(_not_too_many),
 ]
@@ -177,7 +198,9 @@ class CompletionBody(SamplingBody):
     @model_validator(mode="after")
     def _completion_served(self) -> CompletionBody:
         if self.max_tokens == 0 and not self.echo:
-            raise Refusal("max_tokens", "max_tokens must be 1 or more; 0 goes with echo, for the prompt alone")
+            raise Refusal(
+                "max_tokens", "max_tokens must be 1 or more; 0 goes with echo, for the prompt alone"
+            )
         if isinstance(self.prompt, list) and not self.prompt:
             raise Refusal("prompt", "prompt is empty; give at least one string or token id")
         return self
@@ -200,7 +223,9 @@ class ChatBody(SamplingBody):
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    documents: Annotated[list[Annotated[dict[str, str], _at_most(MAX_ENTRIES)]], Field(fail_fast=True)] | None = None
+    documents: (
+        Annotated[list[Annotated[dict[str, str], _at_most(MAX_ENTRIES)]], Field(fail_fast=True)] | None
+    ) = None
     reasoning_effort: Name | None = None
     echo: bool = False
 
@@ -208,9 +233,14 @@ class ChatBody(SamplingBody):
     def _chat_served(self) -> ChatBody:
         if self.top_logprobs and not self.logprobs:
             raise Refusal("top_logprobs", "top_logprobs needs logprobs: true")
-        if self.continue_final_message and self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in self.model_fields_set
+        ):
             raise Refusal(
-                "continue_final_message", "continue_final_message and add_generation_prompt cannot both be true"
+                "continue_final_message",
+                "continue_final_message and add_generation_prompt cannot both be true",
             )
         if self.echo:
             raise Refusal("echo", "echo is not supported for chat; use /v1/completions")
@@ -225,9 +255,15 @@ class ChatBody(SamplingBody):
             name = shorten(self.tool_choice.function.name)
             raise Refusal("tool_choice", f"tool_choice names the function {name!r}, which is not among tools")
         if not isinstance(self.form, ForcedCalls):
-            raise Refusal("tool_choice", "a forced tool_choice cannot be combined with another form of the answer; use 'auto'")
+            raise Refusal(
+                "tool_choice",
+                "a forced tool_choice cannot be combined with another form of the answer; use 'auto'",
+            )
         if self.allowed_token_ids:
-            raise Refusal("tool_choice", "a forced tool_choice cannot be combined with allowed_token_ids; use one of them")
+            raise Refusal(
+                "tool_choice",
+                "a forced tool_choice cannot be combined with allowed_token_ids; use one of them",
+            )
 
     @property
     def form(self) -> Form | None:

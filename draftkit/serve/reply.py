@@ -27,7 +27,8 @@ class CompletionReply:
     offsets: dict[int, int] = field(default_factory=dict)
 
     def opening(self, index: int, echo: Echo, prompt: Sequence[int] | None) -> dict[str, Any] | None:
-        """The first chunk of an answer: the prompt, as text where it is to be echoed and as ids where they are given."""
+        """The first chunk of an answer: the prompt, as text where it is to be echoed and as ids where they
+        are given."""
         self.offsets[index] = len(echo.text)
         logprobs = self._logprobs(echo.events, echo.pieces, 0) if echo.events else None
         opening = {"index": index, "text": echo.text, "logprobs": logprobs, "finish_reason": None}
@@ -78,7 +79,8 @@ class CompletionReply:
         }
 
     def _top(self, event: TokenEvent) -> dict[str, float | None]:
-        """The likeliest tokens and the one that was drawn, which may be another: OpenAI gives up to logprobs + 1."""
+        """The likeliest tokens and the one that was drawn, which may be another: OpenAI gives up to logprobs
+        + 1."""
         drawn = {token_name(self.texts, event.token_id, self.as_ids): finite(event.logprob)}
         likely = {token_name(self.texts, t, self.as_ids): finite(p) for t, p in event.top_logprobs}
         return drawn | likely | drawn  # it comes first, and no other token of the same text takes its place
@@ -86,8 +88,9 @@ class CompletionReply:
 
 @dataclass
 class ChatReply:
-    """Bodies of /v1/chat/completions. `tools`: parse tool calls out of the text; `one_call`: give the first one only; `named`:
-    the request named the function, and then an answer that is a call has stopped like any other, as at OpenAI and vLLM."""
+    """Bodies of /v1/chat/completions. `tools`: parse tool calls out of the text; `one_call`: give the first
+    one only; `named`: the request named the function, and then an answer that is a call has stopped like any
+    other, as at OpenAI and vLLM."""
 
     texts: TokenTexts
     as_ids: bool
@@ -100,7 +103,8 @@ class ChatReply:
     parsers: dict[int, ToolCalls] = field(default_factory=dict)
 
     def opening(self, index: int, echo: Echo, prompt: Sequence[int] | None) -> dict[str, Any] | None:
-        """The first chunk of an answer: who speaks. The prompt's ids belong to the chunk, not to the choice."""
+        """The first chunk of an answer: who speaks. The prompt's ids belong to the chunk, not to the
+        choice."""
         return {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -146,7 +150,11 @@ class ChatReply:
             content, _ = parser.add(choice.text)
             content += parser.finish()[0]
             if parser.calls:
-                message = {"role": "assistant", "content": content.strip() or None, "tool_calls": parser.calls}
+                message = {
+                    "role": "assistant",
+                    "content": content.strip() or None,
+                    "tool_calls": parser.calls,
+                }
                 reason = "tool_calls" if reason == "stop" and not self.named else reason
         return {
             "index": index,
@@ -169,11 +177,16 @@ class ChatReply:
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         raw = self.texts.token_bytes(token)
-        return {"token": token_name(self.texts, token, self.as_ids), "logprob": finite(logprob), "bytes": list(raw)}
+        return {
+            "token": token_name(self.texts, token, self.as_ids),
+            "logprob": finite(logprob),
+            "bytes": list(raw),
+        }
 
 
 def origins(texts: TokenTexts, delta: Delta) -> dict[str, Any]:
-    """Where each token of a step came from: [text, 'accepted' | 'target'], and the drafts that were thrown away."""
+    """Where each token of a step came from: [text, 'accepted' | 'target'], and the drafts that were thrown
+    away."""
     return {
         "tokens": [[piece, e.origin] for piece, e in zip(delta.pieces, delta.events, strict=True)],
         "rejected": [token_name(texts, token) for token in delta.rejected],
@@ -181,10 +194,14 @@ def origins(texts: TokenTexts, delta: Delta) -> dict[str, Any]:
 
 
 def usage(choices: Sequence[Choice], prompt_tokens: int, n: int) -> dict[str, Any]:
-    """OpenAI's `usage` over all answers of a request, `n` for each prompt. Each prompt counts once, and so does what was
-    known of it: by its first answer, since the others find what that one has read."""
+    """OpenAI's `usage` over all answers of a request, `n` for each prompt. Each prompt counts once, and so
+    does what was known of it: by its first answer, since the others find what that one has read."""
     made = sum(len(choice.events) for choice in choices)
-    firsts = [(choice.stats.cached_tokens, choice.prompt_tokens) for choice in choices[::n] if choice.stats is not None]
+    firsts = [
+        (choice.stats.cached_tokens, choice.prompt_tokens)
+        for choice in choices[::n]
+        if choice.stats is not None
+    ]
     cached = sum(min(found, length) for found, length in firsts)
     return {
         "prompt_tokens": prompt_tokens,
@@ -195,11 +212,14 @@ def usage(choices: Sequence[Choice], prompt_tokens: int, n: int) -> dict[str, An
 
 
 def speculation(choices: Sequence[Choice], gamma: int) -> dict[str, Any]:
-    """The `metrics` of a response: statistics of speculation summed over its answers, times of the slowest one."""
+    """The `metrics` of a response: statistics of speculation summed over its answers, times of the slowest
+    one."""
     known = [c.stats for c in choices if c.stats is not None]
     if not known:
         return {"speculative_decoding": None}
-    positions = [sum(column) for column in zip(*_padded([s.accepted_per_position for s in known]), strict=True)]
+    positions = [
+        sum(column) for column in zip(*_padded([s.accepted_per_position for s in known]), strict=True)
+    ]
     total = RequestStats(
         prompt_tokens=sum(s.prompt_tokens for s in known),
         cached_tokens=sum(s.cached_tokens for s in known),

@@ -1,4 +1,5 @@
-"""How a target wants to be sampled: the fields of its generation_config.json, for requests that leave them out."""
+"""How a target wants to be sampled: the fields of its generation_config.json, for requests that leave them
+out."""
 
 from __future__ import annotations
 
@@ -19,17 +20,20 @@ _FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # th
 
 
 def sampling_defaults(target: str) -> dict[str, Any]:
-    """What the file sets, and nothing that it leaves out; nothing at all where it says `do_sample: false`, or is not there.
+    """What the file sets, and nothing that it leaves out; nothing at all where it says `do_sample: false`, or
+    is not there.
 
-    The file itself is read, because Transformers' object also has defaults of its own. Raises TargetError for values that
-    cannot work.
+    The file itself is read, because Transformers' object also has defaults of its own. Raises TargetError for
+    values that cannot work.
     """
     try:
         told = json.loads(Path(str(cached_file(resolve_target(target), _FILE))).read_text("utf-8"))
     except OSError:
         return {}
     except ValueError as error:
-        raise TargetError(f"{target}: {_FILE} is not JSON: {error}; mend it or give --generation-config none") from error
+        raise TargetError(
+            f"{target}: {_FILE} is not JSON: {error}; mend it or give --generation-config none"
+        ) from error
     if not isinstance(told, dict) or told.get("do_sample") is False:
         return {}
     found = {name: told[name] for name in _FIELDS if told.get(name) is not None}
@@ -38,5 +42,9 @@ def sampling_defaults(target: str) -> dict[str, Any]:
     except (DataError, TypeError) as error:
         raise TargetError(f"{target}: {_FILE}: {error}; mend it or give --generation-config none") from error
     if found:
-        log.info("sampling of requests that leave it out, by %s: %s", _FILE, ", ".join(f"{k} {v:g}" for k, v in found.items()))
+        log.info(
+            "sampling of requests that leave it out, by %s: %s",
+            _FILE,
+            ", ".join(f"{k} {v:g}" for k, v in found.items()),
+        )
     return found

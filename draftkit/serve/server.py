@@ -30,7 +30,8 @@ from draftkit.serve.worker import Served, Worker
 
 log = logging.getLogger("draftkit.serve")
 _FLUSH_SECONDS = 10  # at most, for responses that are made but not yet sent when the last answer is complete
-SWITCH_SECONDS = 0.002  # threads that tokenise and check bodies give way to the event loop sooner than Python's 0.005
+# threads that tokenise and check bodies give way to the event loop sooner than Python's 0.005
+SWITCH_SECONDS = 0.002
 KEPT_FILES = 128  # for everything but connections
 _FILES = 65_536  # connections that may be open at the same time, where the system lets us have so many
 
@@ -58,20 +59,25 @@ def load_served(
         with option_names():
             engine, tokenizer = open_pair(target, drafter, settings, PlanFiles(step_rate, calibration))
     except MemoryError as error:
-        told = f"{error}; give a --max-running below {settings.max_running}, or a smaller --max-length or target"
+        told = (
+            f"{error}; give a --max-running below {settings.max_running}, or a smaller --max-length or target"
+        )
         raise ServeError(f"memory does not hold this server: {told}") from error
     defaults = sampling_defaults(target) if generation_config == "auto" else {}
     texts = TokenTexts(tokenizer)
     served = Served(engine, tokenizer, texts, name or engine.info.name, defaults, honour_special_tokens)
     gc.collect()
-    gc.freeze()  # to go over all that is loaded takes Python a quarter of a second, in which nobody would get a token
+    # to go over all that is loaded takes Python a quarter of a second, in which nobody would get a token
+    gc.freeze()
     return served
 
 
 def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
-    """Serve until SIGTERM or SIGINT; returns after a drain. Raises DraftkitError when it cannot bind, load or go on.
+    """Serve until SIGTERM or SIGINT; returns after a drain. Raises DraftkitError when it cannot bind, load or
+    go on.
 
-    The first signal lets running requests finish (new ones get 503) for at most `drain_seconds`; a second one ends all.
+    The first signal lets running requests finish (new ones get 503) for at most `drain_seconds`; a second one
+    ends all.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
@@ -97,14 +103,17 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
         asyncio.run(server.serve(sockets=[bound]))
     finally:
         bound.close()
-    if worker.alive:  # in the middle of loading, which nothing can interrupt: the interpreter's own end would abort there
+    # in the middle of loading, which nothing can interrupt: the interpreter's own end would abort there
+    if worker.alive:
         log.warning("ending before the model was loaded")
         logging.shutdown()
         os._exit(0)
     if worker.failure is not None:
         if isinstance(worker.failure, DraftkitError):
             raise worker.failure
-        raise ServeError(f"the engine stopped: {worker.failure!r}; the log above says where") from worker.failure
+        raise ServeError(
+            f"the engine stopped: {worker.failure!r}; the log above says where"
+        ) from worker.failure
 
 
 def _raise_file_limit() -> int:
@@ -121,7 +130,8 @@ def _raise_file_limit() -> int:
 
 
 class _OutOfFiles(logging.Filter):
-    """One line in ten seconds about connections that cannot be taken; asyncio writes thousands of tracebacks."""
+    """One line in ten seconds about connections that cannot be taken; asyncio writes thousands of
+    tracebacks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +152,9 @@ class _OutOfFiles(logging.Filter):
 def _bind(host: str, port: int) -> socket.socket:
     """A bound TCP socket. Raises ServeError when the address is taken or not ours."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
@@ -155,7 +167,8 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn, but a signal drains instead of closing the door on running requests, and the exit code is 0."""
+    """Uvicorn, but a signal drains instead of closing the door on running requests, and the exit code is
+    0."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float) -> None:
         super().__init__(config)
@@ -183,14 +196,17 @@ class _Server(uvicorn.Server):
         if left <= 0 or self._signals > 1:
             if worker.in_flight:
                 log.warning("ending with %d unfinished answers", worker.in_flight)
-            worker.end_all(ApiError(503, "the server ends before this answer is complete; send the request elsewhere"))
+            worker.end_all(
+                ApiError(503, "the server ends before this answer is complete; send the request elsewhere")
+            )
             self._end(1)
         elif worker.state == "failed" or (self._deadline is not None and not worker.in_flight):
             self._end(min(left, _FLUSH_SECONDS))
         return await super().on_tick(counter)
 
     def _end(self, flush_seconds: float) -> None:
-        """Close, once what is made is sent or so many seconds have passed; who has not read it by then is cut off."""
+        """Close, once what is made is sent or so many seconds have passed; who has not read it by then is cut
+        off."""
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # our log has a line for each of these
         self.config.timeout_graceful_shutdown = math.ceil(flush_seconds)
         self.should_exit = True

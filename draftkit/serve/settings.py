@@ -1,4 +1,5 @@
-"""What the operator of a server decides, and who loads one: the defaults of `draftkit serve` and `draftkit bench`."""
+"""What the operator of a server decides, and who loads one: the defaults of `draftkit serve` and `draftkit
+bench`."""
 
 from __future__ import annotations
 
@@ -22,14 +23,12 @@ class ServeSettings:
     """Address, access and limits. Raises ServeError on values that cannot work.
 
     Attributes:
-        host: address to bind; loopback unless told otherwise.
-        port: TCP port; 0 lets the system choose one (it is in the log).
-        api_keys: any of these opens all routes but those of monitors and the page (docs/security.md); empty = open.
-        max_body_bytes: larger bodies get 413.
-        max_waiting: answers beyond those that the engine makes at the same time; more get 429 with Retry-After.
-        max_choices: prompts times n in one request; more get 400.
-        max_connections: where there are more, the one that has been idle for longest is closed.
-        drain_seconds: how long running requests may take to finish after SIGTERM.
+        host: address to bind; loopback unless told otherwise. port: TCP port; 0 lets the system choose one
+        (it is in the log). api_keys: any of these opens all routes but those of monitors and the page
+        (docs/security.md); empty = open. max_body_bytes: larger bodies get 413. max_waiting: answers beyond
+        those that the engine makes at the same time; more get 429 with Retry-After. max_choices: prompts
+        times n in one request; more get 400. max_connections: where there are more, the one that has been
+        idle for longest is closed. drain_seconds: how long running requests may take to finish after SIGTERM.
         generation_config: "auto" = sampling fields that a request leaves out come from the target's
             generation_config.json; "none" = from the API's defaults.
         allow_origins: web pages of these origins ("https://example.com", or "*" for all) may ask, by CORS.
@@ -62,9 +61,10 @@ class ServeSettings:
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """What is sent, and how. `rate` None: closed loop, each of `concurrency` users sends its next request when its last
-    is answered; else arrivals are a Poisson process of `rate` requests per second, `concurrency` at most in flight.
-    Raises ServeError on values that cannot work; it names them as the options of `draftkit bench`.
+    """What is sent, and how. `rate` None: closed loop, each of `concurrency` users sends its next request
+    when its last is answered; else arrivals are a Poisson process of `rate` requests per second,
+    `concurrency` at most in flight. Raises ServeError on values that cannot work; it names them as the
+    options of `draftkit bench`.
     """
 
     prompts: tuple[str, ...]
@@ -84,7 +84,9 @@ class LoadSettings:
             raise ServeError("there are no prompts to send; give a file with at least one conversation")
         for name, least in (("requests", 1), ("concurrency", 1), ("max_tokens", 1), ("warmup", 0)):
             if getattr(self, name) < least:
-                raise ServeError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more")
+                raise ServeError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more"
+                )
         if self.rate is not None and not 0 < self.rate < math.inf:
             raise ServeError(f"--rate is {self.rate:g}; it must be a number of requests per second above 0")
         if not 0 <= self.temperature < math.inf:

@@ -1,4 +1,5 @@
-"""Bodies in, events out, and clients that leave: what FastAPI's defaults do not do the way a token stream needs."""
+"""Bodies in, events out, and clients that leave: what FastAPI's defaults do not do the way a token stream
+needs."""
 
 from __future__ import annotations
 
@@ -40,7 +41,11 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
         raise ApiError(415, f"Content-Type is {media or 'missing'}; send application/json")
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", "gzip"):
-        raise ApiError(415, f"Content-Encoding is {shorten(encoding)}; send gzip, or the body as it is", "content-encoding")
+        raise ApiError(
+            415,
+            f"Content-Encoding is {shorten(encoding)}; send gzip, or the body as it is",
+            "content-encoding",
+        )
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
@@ -56,7 +61,9 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
     except ClientDisconnect:
         raise ClientLeft from None
     except TimeoutError:
-        slow = f"{len(raw)} bytes of the body came within {BODY_SECONDS:g} s; send {SLOWEST} in a second or more"
+        slow = (
+            f"{len(raw)} bytes of the body came within {BODY_SECONDS:g} s; send {SLOWEST} in a second or more"
+        )
         raise ApiError(408, slow, headers={"Connection": "close"}) from None
     if encoding == "gzip":
         raw = await asyncio.to_thread(_unzipped, raw, limit)
@@ -121,8 +128,8 @@ async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, Resul
 
 
 class EventStream(Response):
-    """Server-sent events. `on_close` is called at once however the response ends, even when it never began (a generator
-    that was not started runs no `finally`).
+    """Server-sent events. `on_close` is called at once however the response ends, even when it never began (a
+    generator that was not started runs no `finally`).
     """
 
     media_type = "text/event-stream"

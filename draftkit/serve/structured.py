@@ -1,8 +1,9 @@
 """Answers that must have a form: a grammar (llguidance) tells, token by token, what may follow.
 
-llguidance reads JSON Schema and refuses keywords that it cannot enforce, so an answer that ends by itself validates; it reads
-regular expressions and grammars as well. It is a wheel of 3 MB that needs nothing else; xgrammar, the other common choice,
-brings 1 GB of Triton to Linux. A grammar is compiled here only after another process has tried it (grammar_check.py).
+llguidance reads JSON Schema and refuses keywords that it cannot enforce, so an answer that ends by itself
+validates; it reads regular expressions and grammars as well. It is a wheel of 3 MB that needs nothing else;
+xgrammar, the other common choice, brings 1 GB of Triton to Linux. A grammar is compiled here only after
+another process has tried it (grammar_check.py).
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from draftkit.serve.token_table import token_table
 from draftkit.serve.worker import Served
 
 log = logging.getLogger("draftkit.serve")
-MAX_FORM = 256 * 2**10  # characters of a schema, expression, grammar, list of choices or of functions, as JSON
-STEP_SECONDS = 0.25  # of processor time for one token of one answer; what is tried before has less (grammar_check.py)
+# characters of a schema, expression, grammar, list of choices or of functions, as JSON
+MAX_FORM = 256 * 2**10
+# of processor time for one token of one answer; what is tried before has less (grammar_check.py)
+STEP_SECONDS = 0.25
 _KNOWN = 64  # compiled grammars that are kept
 MAX_WAITING = 16  # grammars that wait to be tried
 _NAMES: dict[type[Any], tuple[str, str]] = {  # the field, and what it gives
@@ -42,9 +45,10 @@ _NAMES: dict[type[Any], tuple[str, str]] = {  # the field, and what it gives
 
 
 def constraint_of(wanted: Form | None, served: Served) -> GrammarConstraint | None:
-    """The constraint of an answer that has not begun, or None where any text will do. A grammar that is not known yet takes
-    milliseconds to seconds, and waits for its turn; call it in a thread. Raises ApiError: 400 when the schema, expression or
-    grammar is not one, has something in it that cannot be enforced, or is too large; 503 when too many wait."""
+    """The constraint of an answer that has not begun, or None where any text will do. A grammar that is not
+    known yet takes milliseconds to seconds, and waits for its turn; call it in a thread. Raises ApiError: 400
+    when the schema, expression or grammar is not one, has something in it that cannot be enforced, or is too
+    large; 503 when too many wait."""
     if wanted is None or (isinstance(wanted, ResponseFormat) and not wanted.binds):
         return None
     param, what = _NAMES[type(wanted)]
@@ -79,14 +83,19 @@ class Grammars:
         self.compile_seconds = 0.0  # of processor time, for the grammar that was tried last
 
     def matcher(self, source: GrammarSource) -> LLMatcher:
-        """A matcher at its beginning. Raises ValueError saying why there is none, RecursionError, or ApiError 503."""
+        """A matcher at its beginning. Raises ValueError saying why there is none, RecursionError, or ApiError
+        503."""
         key = source.dump()
         if len(key) > MAX_FORM:
-            raise ValueError(f"it has {len(key)} characters as JSON, and {MAX_FORM} are allowed; make it smaller")
+            raise ValueError(
+                f"it has {len(key)} characters as JSON, and {MAX_FORM} are allowed; make it smaller"
+            )
         if (known := self._known.get(key)) is not None:
             return known.deep_copy()
         if not self._waiting.acquire(blocking=False):
-            raise ApiError(503, "too many new grammars wait to be compiled; try again soon", headers={"Retry-After": "2"})
+            raise ApiError(
+                503, "too many new grammars wait to be compiled; try again soon", headers={"Retry-After": "2"}
+            )
         try:
             with self._turn:
                 return (self._known.get(key) or self._compiled(key)).deep_copy()
@@ -148,9 +157,9 @@ class GrammarError(Exception):
 class GrammarConstraint:
     """What may follow in one answer; the state is the tokens accepted so far.
 
-    An engine asks `allowed()` before each token, calls `accept` for drafts as it walks through a proposal, and
-    `rollback` for those that were rejected. Raises GrammarError where the grammar outgrows llguidance's limits or takes too
-    long: whoever hands this to an engine wraps it in `Guarded`, which ends the answer.
+    An engine asks `allowed()` before each token, calls `accept` for drafts as it walks through a proposal,
+    and `rollback` for those that were rejected. Raises GrammarError where the grammar outgrows llguidance's
+    limits or takes too long: whoever hands this to an engine wraps it in `Guarded`, which ends the answer.
     """
 
     def __init__(self, matcher: LLMatcher, ends: list[int], vocab_size: int) -> None:
@@ -167,7 +176,9 @@ class GrammarConstraint:
         if self.finished:
             return torch.zeros(self._vocab_size, dtype=torch.bool)
         began = time.thread_time()
-        self._mask = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        self._mask = np.unpackbits(
+            np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little"
+        )
         self._check(began)
         return torch.from_numpy(self._mask[: self._vocab_size].astype(np.bool_))
 
@@ -199,4 +210,6 @@ class GrammarConstraint:
         if self._matcher.is_error():
             raise GrammarError(" ".join(self._matcher.get_error().split())[:200])
         if (took := time.thread_time() - began) > STEP_SECONDS:
-            raise GrammarError(f"one token took {took:.2f} s, more than {STEP_SECONDS:g} s; make the grammar smaller")
+            raise GrammarError(
+                f"one token took {took:.2f} s, more than {STEP_SECONDS:g} s; make the grammar smaller"
+            )

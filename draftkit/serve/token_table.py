@@ -11,8 +11,9 @@ from draftkit.serve.detokenize import TokenTexts
 
 
 class _Spelling(TokenizerWrapper):
-    """What llguidance asks of a tokenizer. By itself it takes every added token that looks like <this> for a special one,
-    which no text can contain; here only those count that the tokenizer calls special, and text is text."""
+    """What llguidance asks of a tokenizer. By itself it takes every added token that looks like <this> for a
+    special one, which no text can contain; here only those count that the tokenizer calls special, and text
+    is text."""
 
     def __init__(self, texts: TokenTexts, vocab_size: int, eos: int) -> None:
         self.is_tokenizer_wrapper = True  # its own __init__ asks for another tokenizer inside
@@ -27,7 +28,8 @@ class _Spelling(TokenizerWrapper):
 
 
 def token_table(written: str, vocab_size: int, eos: int) -> LLTokenizer:
-    """The table of a tokenizer (`tokenizer.json` as text) for `vocab_size` ids, of which `eos` ends an answer."""
+    """The table of a tokenizer (`tokenizer.json` as text) for `vocab_size` ids, of which `eos` ends an
+    answer."""
     texts = TokenTexts(SimpleNamespace(backend_tokenizer=Tokenizer.from_str(written)))
     if not texts.byte_level:  # llguidance knows how these write bytes and spaces
         return LLTokenizer(written, n_vocab=vocab_size, eos_token=eos)

@@ -1,4 +1,5 @@
-"""Tool calls written as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen), back into OpenAI's."""
+"""Tool calls written as `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` (Hermes, Qwen), back into
+OpenAI's."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ def template_writes_tool_calls(tokenizer: Any) -> bool:
 
 
 class ToolCalls:
-    """Splits an answer's text, piece by piece, into content and tool calls. A call is given when it is complete; with
-    `only_one` those after the first are dropped."""
+    """Splits an answer's text, piece by piece, into content and tool calls. A call is given when it is
+    complete; with `only_one` those after the first are dropped."""
 
     def __init__(self, only_one: bool = False) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -28,7 +29,8 @@ class ToolCalls:
         self._inside = False
 
     def add(self, piece: str) -> tuple[str, list[dict[str, Any]]]:
-        """Content and calls that this piece completes. Text that is not a valid call comes back as content."""
+        """Content and calls that this piece completes. Text that is not a valid call comes back as
+        content."""
         shown, calls = "", []
         rest = piece
         while rest:
@@ -54,7 +56,8 @@ class ToolCalls:
         return shown, calls
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """What is left when the answer ends: a call whose end the stop token cut off counts if it is valid."""
+        """What is left when the answer ends: a call whose end the stop token cut off counts if it is
+        valid."""
         if not self._inside:
             return self._content.flush(), []
         call = self._parse(self._call)
@@ -76,4 +79,8 @@ class ToolCalls:
         if not isinstance(name, str):
             return None
         written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": name, "arguments": written}}
+        return {
+            "id": f"call_{uuid.uuid4().hex[:24]}",
+            "type": "function",
+            "function": {"name": name, "arguments": written},
+        }

@@ -1,7 +1,7 @@
 """Request fields that would change the answer and that this server does not have.
 
-Unknown fields are ignored, so these must be known in order to refuse them: an answer that looks right and is another one
-than was asked for is worse than a 400.
+Unknown fields are ignored, so these must be known in order to refuse them: an answer that looks right and is
+another one than was asked for is worse than a 400.
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ _REFUSED = {
 
 
 def refuse_unsupported(body: dict[str, Any]) -> None:
-    """Raises Refusal for the first field of a request that would have to be ignored. Values that ask for nothing pass:
-    false, "", [], {}."""
+    """Raises Refusal for the first field of a request that would have to be ignored. Values that ask for
+    nothing pass: false, "", [], {}."""
     for name, advice in _REFUSED.items():
         if name in body and _asks(name, body[name]):
             raise Refusal(name, f"{name} is not supported by this server{advice or '; leave it out'}")
     if body.get("modalities") not in (None, [], ["text"]):
-        raise Refusal("modalities", 'modalities: this server answers with text only; give ["text"] or leave it out')
+        raise Refusal(
+            "modalities", 'modalities: this server answers with text only; give ["text"] or leave it out'
+        )
 
 
 def _asks(name: str, value: Any) -> bool:

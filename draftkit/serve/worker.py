@@ -1,8 +1,9 @@
 """The engine's thread and what ties it to the event loop.
 
-One thread owns the engine: it takes commands (add, abort) from a queue, calls `engine.step()`, and hands each step's
-outputs to the event loop in one call. Outputs that nobody waits for, because the answer is wanted whole, are held back for a
-while: waking the event loop takes the processors from the engine's passes. All other state here belongs to the event loop.
+One thread owns the engine: it takes commands (add, abort) from a queue, calls `engine.step()`, and hands each
+step's outputs to the event loop in one call. Outputs that nobody waits for, because the answer is wanted
+whole, are held back for a while: waking the event loop takes the processors from the engine's passes. All
+other state here belongs to the event loop.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ log = logging.getLogger("draftkit.serve")
 
 @dataclass(frozen=True)
 class Served:
-    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name, the sampling
-    fields of requests that leave them out, where those are not the API's, and whether special tokens in a client's text
-    count."""
+    """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name,
+    the sampling fields of requests that leave them out, where those are not the API's, and whether special
+    tokens in a client's text count."""
 
     engine: Any
     tokenizer: Any
@@ -64,15 +65,18 @@ class Ticket:
 
 
 class Worker:
-    """Runs `load()` and then the engine in a thread of its own; `state` is loading, ready, draining, failed, stopped."""
+    """Runs `load()` and then the engine in a thread of its own; `state` is loading, ready, draining, failed,
+    stopped."""
 
     def __init__(self, load: Callable[[], Served], metrics: ServerMetrics, max_waiting: int) -> None:
         self._load = load
         self._metrics = metrics
         self._max_waiting = max_waiting
         self._commands: queue.SimpleQueue[Callable[[Any], None] | None] = queue.SimpleQueue()
-        self._patient: set[str] = set()  # of the engine's thread: answers that have begun and are wanted whole
-        self._held: list[tuple[float, Sequence[StepOutput]]] = []  # of the engine's thread: with the time of each step
+        # of the engine's thread: answers that have begun and are wanted whole
+        self._patient: set[str] = set()
+        # of the engine's thread: with the time of each step
+        self._held: list[tuple[float, Sequence[StepOutput]]] = []
         self._tickets: dict[str, tuple[Ticket, int]] = {}
         self._serial = 0
         self._thread = threading.Thread(target=self._run, name="draftkit-engine", daemon=True)
@@ -101,7 +105,9 @@ class Worker:
         if self.state == "ready" and self._served is not None:
             return self._served
         if self.state == "draining":
-            raise ApiError(503, "the server is shutting down; send the request elsewhere", headers={"Retry-After": "5"})
+            raise ApiError(
+                503, "the server is shutting down; send the request elsewhere", headers={"Retry-After": "5"}
+            )
         if self.state == "loading":
             raise ApiError(503, "the model is still loading; try again soon", headers={"Retry-After": "2"})
         raise ApiError(503, "the engine has stopped; the server's log says why")
@@ -111,17 +117,21 @@ class Worker:
         room = self.ready().engine.info.max_running + self._max_waiting - self.in_flight
         if self.in_flight and count > room:
             self._metrics.on_rejection("queue_full")
-            what = f"there is room for {max(room, 0)} more answers now, and {count} are asked for; try again soon"
+            what = (
+                f"there is room for {max(room, 0)} more answers now, and {count} are asked for; try "
+                f"again soon"
+            )
             raise ApiError(429, what, headers={"Retry-After": "1"})
 
     async def submit(
         self, name: str, work: Sequence[tuple[Sequence[int], SamplingParams]], whole: bool = False
     ) -> Ticket:
-        """Hand answers to the engine; returns when it has taken them all. Outputs of answers that are wanted `whole` may come
-        late, but for the first and the last one, and but for answers that a stop string may end.
+        """Hand answers to the engine; returns when it has taken them all. Outputs of answers that are wanted
+        `whole` may come late, but for the first and the last one, and but for answers that a stop string may
+        end.
 
-        Raises ApiError: 503 when not ready, 429 when more would wait than may, 400 when the engine refuses. An idle server
-        takes any request.
+        Raises ApiError: 503 when not ready, 429 when more would wait than may, 400 when the engine refuses.
+        An idle server takes any request.
         """
         self.check_room(len(work))
         self._serial += 1
@@ -280,7 +290,9 @@ class Worker:
         if output.events:
             ticket.stats[index] = output.stats
             last = ticket.last_output.get(index)
-            self._metrics.on_tokens(now - (ticket.arrived if last is None else last), len(output.events), last is None)
+            self._metrics.on_tokens(
+                now - (ticket.arrived if last is None else last), len(output.events), last is None
+            )
             ticket.last_output[index] = now
         if output.finish_reason is not None:
             self._metrics.on_finish(now - ticket.arrived, output.finish_reason, output.stats)

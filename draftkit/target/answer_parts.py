@@ -1,4 +1,5 @@
-"""An answer's text taken apart: reasoning, content and tool calls, in the ways that chat templates write them."""
+"""An answer's text taken apart: reasoning, content and tool calls, in the ways that chat templates write
+them."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ _TOOLS = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
-_CHANNEL = re.compile(r"(?:<\|start\|>assistant)?(?P<head>[^<]*)<\|channel\|>(?P<name>\w+)(?P<to>.*?)<\|message\|>", re.DOTALL)
+_CHANNEL = re.compile(
+    r"(?:<\|start\|>assistant)?(?P<head>[^<]*)<\|channel\|>(?P<name>\w+)(?P<to>.*?)<\|message\|>", re.DOTALL
+)
 _END = re.compile(r"<\|(?:end|return|call)\|>")
 _TO = re.compile(r"to=functions\.([\w.-]+)")
 _GEMMA = re.compile(r"<\|channel>(?:thought\n)?(.*?)<channel\|>", re.DOTALL)
@@ -59,8 +62,8 @@ class AnswerStyle:
         return cls("think", bare_calls='"parameters": ' in source and "<tool_call>" not in source)
 
     def parse(self, text: str, special: Sequence[str] = ()) -> AnswerParts:
-        """Parts of an answer's text, special tokens in it; those that are left in the content are taken out. A call that
-        is not well formed stays content."""
+        """Parts of an answer's text, special tokens in it; those that are left in the content are taken out.
+        A call that is not well formed stays content."""
         if self.channels == "harmony":
             parts = _harmony(text)
         else:
@@ -85,7 +88,11 @@ class AnswerStyle:
             return ""
 
         left = _TOOLS.sub(taken, text)
-        if not calls and self.bare_calls and (found := _call_in_json(re.sub(r"<\|\w+\|>", "", text).strip(), "parameters")):
+        if (
+            not calls
+            and self.bare_calls
+            and (found := _call_in_json(re.sub(r"<\|\w+\|>", "", text).strip(), "parameters"))
+        ):
             return "", (_call(0, *found),)
         return left, tuple(calls)
 
@@ -96,7 +103,8 @@ def _call(number: int, name: str, arguments: Any) -> dict[str, Any]:
 
 
 def _reasoning(text: str, channels: Channels) -> tuple[str | None, str]:
-    """The thinking of an answer and what follows it. A prompt may have opened the thinking; a cut one is never closed."""
+    """The thinking of an answer and what follows it. A prompt may have opened the thinking; a cut one is
+    never closed."""
     if channels == "gemma":
         thoughts = [t.strip() for t in _GEMMA.findall(text) if t.strip()]
         return "\n".join(thoughts) or None, _GEMMA.sub("", text)
@@ -112,10 +120,12 @@ def _reasoning(text: str, channels: Channels) -> tuple[str | None, str]:
 
 
 def _call_in_tags(body: str) -> tuple[str, Any] | None:
-    """Name and arguments of what stands between <tool_call> and </tool_call>: JSON (Hermes, Qwen3), XML (Qwen3-Coder), or
-    a name with <arg_key> pairs (GLM)."""
+    """Name and arguments of what stands between <tool_call> and </tool_call>: JSON (Hermes, Qwen3), XML
+    (Qwen3-Coder), or a name with <arg_key> pairs (GLM)."""
     if function := _FUNCTION.search(body):
-        return function[1].strip(), {key.strip(): _value(value) for key, value in _PARAMETER.findall(function[2])}
+        return function[1].strip(), {
+            key.strip(): _value(value) for key, value in _PARAMETER.findall(function[2])
+        }
     if "<arg_key>" in body:
         pairs = {key.strip(): _value(value) for key, value in _ARGUMENT.findall(body)}
         return body.split("<arg_key>")[0].strip(), pairs
@@ -165,13 +175,16 @@ def _channel_bodies(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _mistral_calls(text: str) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """[TOOL_CALLS] with a JSON list (older tokenizers), or once for each call as name[ARGS]{...} (newer ones)."""
+    """[TOOL_CALLS] with a JSON list (older tokenizers), or once for each call as name[ARGS]{...} (newer
+    ones)."""
     content, *written = text.split("[TOOL_CALLS]")
     calls: list[dict[str, Any]] = []
     for part in (w.replace("</s>", "").strip() for w in written):
         named = _MISTRAL_CALL.fullmatch(part)
         try:
-            listed = [(named[1], named[2])] if named else [(c["name"], c["arguments"]) for c in json.loads(part)]
+            listed = (
+                [(named[1], named[2])] if named else [(c["name"], c["arguments"]) for c in json.loads(part)]
+            )
         except (ValueError, KeyError, TypeError):
             return text, ()
         calls += [_call(len(calls) + i, *one) for i, one in enumerate(listed)]

@@ -15,12 +15,14 @@ WINDOWS, WINDOW_BYTES = 256, 4096
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over `config.json`, `tokenizer.json` and every `*.safetensors` of a folder, in the order of their names.
+    """sha256 over `config.json`, `tokenizer.json` and every `*.safetensors` of a folder, in the order of
+    their names.
 
-    Files up to 64 MiB count whole. Of larger ones count the name, the size, the safetensors header (names, shapes and types
-    of all tensors) and 256 evenly spread windows of 4 KiB: a checkpoint of 100 GB takes less than a second, and a
-    fine-tune of the same shape differs, because it moves nearly every weight. A folder that was unpacked from another file says
-    that file's fingerprint in `SOURCE`: how libraries write configurations differs from version to version.
+    Files up to 64 MiB count whole. Of larger ones count the name, the size, the safetensors header (names,
+    shapes and types of all tensors) and 256 evenly spread windows of 4 KiB: a checkpoint of 100 GB takes less
+    than a second, and a fine-tune of the same shape differs, because it moves nearly every weight. A folder
+    that was unpacked from another file says that file's fingerprint in `SOURCE`: how libraries write
+    configurations differs from version to version.
     """
     if (folder / SOURCE).exists():
         return (folder / SOURCE).read_text("ascii").strip()

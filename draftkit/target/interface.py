@@ -1,8 +1,9 @@
 """The seam behind which a target lives: what the rest of draftkit may ask of a frozen large model.
 
-Shapes: B batch, T new tokens, S cached + new tokens, H hidden size, V vocabulary, F = K * H features of K layers.
-Layer ids are OUTPUT indices: layer i means the residual stream after decoder layer i (0-based), which Transformers
-calls hidden_states[i + 1]. The last layer is not allowed: engines disagree on what its output is.
+Shapes: B batch, T new tokens, S cached + new tokens, H hidden size, V vocabulary, F = K * H features of K
+layers. Layer ids are OUTPUT indices: layer i means the residual stream after decoder layer i (0-based), which
+Transformers calls hidden_states[i + 1]. The last layer is not allowed: engines disagree on what its output
+is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class TargetInfo:
 
 @dataclass(frozen=True)
 class TargetOutput:
-    """`last_hidden_BTH` is taken after the final norm: what `logits` expects. Features are None when none were asked."""
+    """`last_hidden_BTH` is taken after the final norm: what `logits` expects. Features are None when none
+    were asked."""
 
     last_hidden_BTH: Tensor
     features_BTF: Tensor | None
@@ -60,7 +62,8 @@ class HasWeights(Protocol):
 
 
 class TargetWeights(Protocol):
-    """What a drafter is built from and checked against: a loaded target, or its files (`target/weights.py`)."""
+    """What a drafter is built from and checked against: a loaded target, or its files
+    (`target/weights.py`)."""
 
     @property
     def info(self) -> TargetInfo:
@@ -130,7 +133,7 @@ class Target(Protocol):
     ) -> TargetOutput:
         """Read `tokens_BT` behind what the cache holds and add them to it.
 
-        `mask_BS` is 1 for real tokens and 0 for padding, over cached and new tokens; `positions_BT` are absolute.
-        Features are concatenated in ascending order of layer id.
+        `mask_BS` is 1 for real tokens and 0 for padding, over cached and new tokens; `positions_BT` are
+        absolute. Features are concatenated in ascending order of layer id.
         """
         ...

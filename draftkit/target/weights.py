@@ -1,7 +1,7 @@
 """What a target's files say, without loading the model: sizes, single tensors by name, the fingerprint.
 
-Training from a feature store, export and hand-over need no more than this. The names come from the model's skeleton, which
-has no weights.
+Training from a feature store, export and hand-over need no more than this. The names come from the model's
+skeleton, which has no weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from draftkit.errors import TargetError
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetInfo
-from draftkit.target.transformers import DTYPES, TransformersTarget, longest_context, resolve_target, stop_tokens
+from draftkit.target.transformers import (
+    DTYPES,
+    TransformersTarget,
+    longest_context,
+    resolve_target,
+    stop_tokens,
+)
 
 
 class StoredModule:
@@ -35,13 +41,14 @@ class StoredModule:
 
 
 class TargetFiles:
-    """A target's files. It answers what `TransformersTarget` answers about sizes and weights; the tensors are on the CPU, in
-    `dtype`, and each is read when it is asked for."""
+    """A target's files. It answers what `TransformersTarget` answers about sizes and weights; the tensors are
+    on the CPU, in `dtype`, and each is read when it is asked for."""
 
     device = torch.device("cpu")
 
     def __init__(self, path: str, revision: str | None = None, dtype: str = "float32") -> None:
-        """Raises TargetError when there is no configuration, no safetensors, or a family that has no skeleton."""
+        """Raises TargetError when there is no configuration, no safetensors, or a family that has no
+        skeleton."""
         self._name, self._dtype = path, DTYPES[dtype]
         source = resolve_target(path)
         try:
@@ -52,7 +59,15 @@ class TargetFiles:
             folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
             if (folder / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            RuntimeError,
+            AttributeError,
+            SafetensorError,
+        ) as error:
             raise TargetError(f"{path}: its files cannot be read: {error}") from error
         self.text_config = config.get_text_config()
         self.info = TargetInfo(
@@ -87,7 +102,8 @@ class TargetFiles:
         return self._stored(self._skeleton.final_norm())
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor by its name in the model. Raises TargetError when the files lack it or hold it quantised."""
+        """A tensor by its name in the model. Raises TargetError when the files lack it or hold it
+        quantised."""
         return self._read_tensor(name)
 
     def _stored(self, module: nn.Module) -> StoredModule:
@@ -105,7 +121,9 @@ class TargetFiles:
         except (OSError, SafetensorError) as error:
             raise TargetError(f"{path}: is damaged ({error}); copy it again") from error
         if not found.is_floating_point() or found.element_size() == 1:
-            raise TargetError(f"{self._name}: {written} is quantised; give a checkpoint whose embedding and head are not")
+            raise TargetError(
+                f"{self._name}: {written} is quantised; give a checkpoint whose embedding and head are not"
+            )
         return found.to(self._dtype)
 
     def _other_name(self, name: str) -> str:
@@ -120,7 +138,9 @@ class TargetFiles:
 
 def _places(source: str, revision: str | None) -> dict[str, str]:
     """The file of each tensor. Shards of a hub checkpoint are fetched where they are missing."""
-    single = cached_file(source, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    single = cached_file(
+        source, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
     if single is not None:
         with safe_open(single, framework="pt") as file:
             return dict.fromkeys(file.keys(), str(single))

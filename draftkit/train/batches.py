@@ -1,8 +1,8 @@
 """What a step trains on: its conversations, packed into rows, with random anchors.
 
-Which conversations a step takes and which anchors they get depends on the seed and the step alone: neither on the number
-of processes, nor on rows and micro-batches. So the objective is the same however it is cut, and a run can go on with
-another number of processes.
+Which conversations a step takes and which anchors they get depends on the seed and the step alone: neither on
+the number of processes, nor on rows and micro-batches. So the objective is the same however it is cut, and a
+run can go on with another number of processes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Split:
 
 
 def split_store(store: FeatureStore, share: float, seed: int) -> Split:
-    """Set aside about `share` of every domain's conversations, at least one each, for validation, with all their samples."""
+    """Set aside about `share` of every domain's conversations, at least one each, for validation, with all
+    their samples."""
     names = store.conversations()
     by_domain: dict[str, dict[str, None]] = {}
     for name, domain in zip(names, store.domains(), strict=True):
@@ -50,8 +51,8 @@ def split_store(store: FeatureStore, share: float, seed: int) -> Split:
 
 @dataclass(frozen=True)
 class Cut:
-    """How conversations become micro-batches: tokens per row (null: the longest conversation), rows per forward pass
-    (null: all), and this process's share of the rows."""
+    """How conversations become micro-batches: tokens per row (null: the longest conversation), rows per
+    forward pass (null: all), and this process's share of the rows."""
 
     row_tokens: int | None = None
     micro_batch_size: int | None = None
@@ -62,8 +63,17 @@ class Cut:
 class BatchMaker:
     """Makes the micro-batches of a step, or of the validation, from a store."""
 
-    def __init__(self, store: FeatureStore, indices: Sequence[int], size: int, anchors: int, seed: int, cut: Cut) -> None:
-        self.store, self.indices, self.size, self.anchors, self.seed, self.cut = store, indices, size, anchors, seed, cut
+    def __init__(
+        self, store: FeatureStore, indices: Sequence[int], size: int, anchors: int, seed: int, cut: Cut
+    ) -> None:
+        self.store, self.indices, self.size, self.anchors, self.seed, self.cut = (
+            store,
+            indices,
+            size,
+            anchors,
+            seed,
+            cut,
+        )
         self.lengths = store.lengths()
         self.domains = tuple(sorted(set(store.domains())))
 
@@ -80,7 +90,8 @@ class BatchMaker:
         return order[place * self.size : (place + 1) * self.size]
 
     def batches(self, step: int) -> list[TrainBatch]:
-        """This process's micro-batches of a step: the same number in every process, empty ones where rows run out."""
+        """This process's micro-batches of a step: the same number in every process, empty ones where rows run
+        out."""
         return self._made(self.conversations(step), self.seed * 1_000_003 + step)
 
     def validation(self) -> Iterator[TrainBatch]:
@@ -102,7 +113,10 @@ class BatchMaker:
             return empty_batch(self.store[self.indices[0]], self.domains)
         samples = [[self.store[i] for i in row] for row in rows]
         anchors = [
-            [choose_anchors(s.loss_mask_T, self.anchors, seed * 2_097_143 + i) for i, s in zip(*row, strict=True)]
+            [
+                choose_anchors(s.loss_mask_T, self.anchors, seed * 2_097_143 + i)
+                for i, s in zip(*row, strict=True)
+            ]
             for row in zip(rows, samples, strict=True)
         ]
         return collate(samples, anchors, self.domains)
@@ -128,8 +142,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def choose_anchors(loss_mask_T: Tensor, count: int, seed: int) -> Tensor:
-    """Up to `count` random places, int64 [A], ascending: tokens the assistant wrote that are followed by another one,
-    which is what the drafter starts from in use."""
+    """Up to `count` random places, int64 [A], ascending: tokens the assistant wrote that are followed by
+    another one, which is what the drafter starts from in use."""
     places = (loss_mask_T[:-1] & loss_mask_T[1:]).nonzero().squeeze(-1)
     generator = torch.Generator().manual_seed(seed % 2**63)
     return places[torch.randperm(len(places), generator=generator)[:count]].sort().values
@@ -138,11 +152,14 @@ def choose_anchors(loss_mask_T: Tensor, count: int, seed: int) -> Tensor:
 def collate(
     rows: Sequence[Sequence[FeatureSample]], anchors: Sequence[Sequence[Tensor]], domains: tuple[str, ...]
 ) -> TrainBatch:
-    """Lay the conversations of every row end to end and pad rows on the right; anchors [A] are places in a conversation."""
+    """Lay the conversations of every row end to end and pad rows on the right; anchors [A] are places in a
+    conversation."""
     lengths = [[len(s.tokens_T) for s in row] for row in rows]
     starts = [[sum(row[:i]) for i in range(len(row))] for row in lengths]
     longest = max(sum(row) for row in lengths)
-    placed = [torch.cat([a + s for a, s in zip(*row, strict=True)]) for row in zip(anchors, starts, strict=True)]
+    placed = [
+        torch.cat([a + s for a, s in zip(*row, strict=True)]) for row in zip(anchors, starts, strict=True)
+    ]
     most = max(1, *(len(a) for a in placed))
     owner = [
         torch.cat([torch.full_like(a, domains.index(s.domain)) for a, s in zip(*row, strict=True)])
@@ -165,7 +182,8 @@ def collate(
 
 
 def empty_batch(like: FeatureSample, domains: tuple[str, ...]) -> TrainBatch:
-    """A batch without an anchor: no loss, no gradient, but a forward pass that keeps step with other processes."""
+    """A batch without an anchor: no loss, no gradient, but a forward pass that keeps step with other
+    processes."""
     first = replace(
         like,
         tokens_T=like.tokens_T[:1],
@@ -178,15 +196,19 @@ def empty_batch(like: FeatureSample, domains: tuple[str, ...]) -> TrainBatch:
 
 def to_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
     """The batch on a device."""
-    tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
+    }
     return replace(batch, **tensors)
 
 
 def steps_from(maker: BatchMaker, first: int, device: torch.device) -> Generator[list[TrainBatch]]:
-    """The micro-batches of step `first` and all that follow: for a GPU they are made ahead, while it computes.
+    """The micro-batches of step `first` and all that follow: for a GPU they are made ahead, while it
+    computes.
 
-    On a CPU that would cost more than it saves: a second thread's operations start a second team of OpenMP threads, and
-    with more of these than cores none of them spins any more while it waits (a fourth of a small step's time).
+    On a CPU that would cost more than it saves: a second thread's operations start a second team of OpenMP
+    threads, and with more of these than cores none of them spins any more while it waits (a fourth of a small
+    step's time).
     """
     if device.type != "cpu":
         yield from prefetched(maker, first)
@@ -195,7 +217,8 @@ def steps_from(maker: BatchMaker, first: int, device: torch.device) -> Generator
 
 
 def prefetched(maker: BatchMaker, first: int) -> Generator[list[TrainBatch]]:
-    """The micro-batches of step `first` and all that follow, read and packed in a thread while the last step computes."""
+    """The micro-batches of step `first` and all that follow, read and packed in a thread while the last step
+    computes."""
     ready: Queue[list[TrainBatch] | BaseException] = Queue(PREFETCH)
     ended = Event()
 

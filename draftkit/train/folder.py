@@ -1,6 +1,7 @@
 """A state folder: tensors and a note about them, replaced as a whole; safetensors and JSON only.
 
-A kill at any moment leaves the old state or the new one; the note holds the tensors' sha256 and its own digest.
+A kill at any moment leaves the old state or the new one; the note holds the tensors' sha256 and its own
+digest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ TENSORS, NOTE = "state.safetensors", "position.json"
 
 
 def write_folder(folder: Path, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
-    """Write beside the old state, then swap. Raises OSError that names the file when the disk does not take it."""
+    """Write beside the old state, then swap. Raises OSError that names the file when the disk does not take
+    it."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -32,19 +34,23 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], note: dict[str, Any])
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest state's tensors and note; None when there is none. Raises CheckpointError when it is damaged."""
+    """The newest state's tensors and note; None when there is none. Raises CheckpointError when it is
+    damaged."""
     source = newest_folder(folder)
     if source is None:
         return None
     try:
         note = read_json(source / NOTE, CheckpointError)
         if not is_intact(note):
-            raise CheckpointError(f"{source / NOTE}: is damaged (another digest than its own); remove {source} to start anew")
+            raise CheckpointError(
+                f"{source / NOTE}: is damaged (another digest than its own); remove {source} to start anew"
+            )
         del note[DIGEST]
         wanted = note.pop("sha256")
         if sha256_of(source / TENSORS) != wanted:
             raise CheckpointError(
-                f"{source / TENSORS}: is damaged (another sha256 than in {NOTE}); remove {source} to start anew"
+                f"{source / TENSORS}: is damaged (another sha256 than in {NOTE}); remove {source} to "
+                f"start anew"
             )
         return load_file(source / TENSORS), note
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:

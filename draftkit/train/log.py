@@ -1,4 +1,5 @@
-"""Where a run's numbers go: `log.jsonl` always, TensorBoard and Weights & Biases when the recipe asks for them."""
+"""Where a run's numbers go: `log.jsonl` always, TensorBoard and Weights & Biases when the recipe asks for
+them."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ class TrainLog:
     Only the first process writes. Raises ConfigError when a tracker is asked for that is not installed.
     """
 
-    def __init__(self, folder: Path, step: int, trackers: tuple[str, ...], run: dict[str, Any], writes: bool) -> None:
+    def __init__(
+        self, folder: Path, step: int, trackers: tuple[str, ...], run: dict[str, Any], writes: bool
+    ) -> None:
         self._modules = {name: _import(name) for name in trackers}
         self._file = self._board = self._wandb = None
         if not writes:
@@ -29,10 +32,17 @@ class TrainLog:
         _keep_until(self._path, step)
         self._file = self._path.open("a", encoding="utf-8")
         if "tensorboard" in trackers:
-            self._board = self._modules["tensorboard"].SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+            self._board = self._modules["tensorboard"].SummaryWriter(
+                folder / "tensorboard", purge_step=step + 1
+            )
         if "wandb" in trackers:
             self._wandb = self._modules["wandb"].init(
-                project="draftkit", name=folder.name, dir=str(folder), config=run, id=_run_id(folder), resume="allow"
+                project="draftkit",
+                name=folder.name,
+                dir=str(folder),
+                config=run,
+                id=_run_id(folder),
+                resume="allow",
             )
 
     def write(self, step: int, line: dict[str, Any]) -> None:
@@ -52,7 +62,9 @@ class TrainLog:
     def __enter__(self) -> TrainLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for sink, close in ((self._file, "close"), (self._board, "close"), (self._wandb, "finish")):
             if sink is not None:
                 getattr(sink, close)()
@@ -94,5 +106,9 @@ def _run_id(folder: Path) -> str:
 def _flattened(line: dict[str, Any], before: str = "") -> list[tuple[str, float]]:
     found: list[tuple[str, float]] = []
     for name, value in line.items():
-        found += _flattened(value, f"{before}{name}/") if isinstance(value, dict) else [(before + name, float(value))]
+        found += (
+            _flattened(value, f"{before}{name}/")
+            if isinstance(value, dict)
+            else [(before + name, float(value))]
+        )
     return found

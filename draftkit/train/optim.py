@@ -1,4 +1,5 @@
-"""One optimizer step: learning rate, token-correct gradients, clipping, and a guard against what is not finite."""
+"""One optimizer step: learning rate, token-correct gradients, clipping, and a guard against what is not
+finite."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ BETAS = (0.9, 0.95)
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, over all processes. `finite` is false when it was skipped; `stop` when some process wants to end.
+    """What a step did, over all processes. `finite` is false when it was skipped; `stop` when some process
+    wants to end.
 
     `loss` and `terms` are per unit of weight; `rows` counts the supervised drafted tokens.
     """
@@ -33,11 +35,14 @@ class StepResult:
 
 def new_optimizer(parallel: ParallelDrafter, lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over what is trained."""
-    return torch.optim.AdamW(parallel.trained.values(), lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(
+        parallel.trained.values(), lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True
+    )
 
 
 def lr_scale(share: float, warmup: float, cooldown: float) -> float:
-    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `cooldown` (1: behind the warm-up)."""
+    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `cooldown` (1: behind
+    the warm-up)."""
     if share < warmup:
         return max(share / warmup, 0.01)
     start = max(warmup, 1 - cooldown)
@@ -54,9 +59,9 @@ def take_step(
 ) -> StepResult:
     """One step over the micro-batches of this process, which belongs to one step of all processes.
 
-    The gradient is that of (sum of losses) / (sum of weights) over all tokens of all micro-batches and processes. Where
-    it is not finite the step is skipped. The host waits for the device once. Every process must give the same number of
-    micro-batches (at least one), and `stop` on any of them is seen by all.
+    The gradient is that of (sum of losses) / (sum of weights) over all tokens of all micro-batches and
+    processes. Where it is not finite the step is skipped. The host waits for the device once. Every process
+    must give the same number of micro-batches (at least one), and `stop` on any of them is seen by all.
     """
     device = parallel.world.device
     sums: dict[str, Tensor] = {}

@@ -1,9 +1,10 @@
 """All of torch.distributed: which processes train together, how a drafter lies in them, and what they add up.
 
-One process in float32 needs none of it. Otherwise the drafter is wrapped by FSDP2 (`fully_shard`): with `shard` every
-process holds a part of each parameter, gradient and moment; without, a whole copy, and gradients are added up. Parameters
-stay float32; with a `compute` dtype of bfloat16 the passes see rounded copies, and gradients are added up in float32.
-Gradients are sums here, never means: the trainer divides by the number of tokens of all processes.
+One process in float32 needs none of it. Otherwise the drafter is wrapped by FSDP2 (`fully_shard`): with
+`shard` every process holds a part of each parameter, gradient and moment; without, a whole copy, and
+gradients are added up. Parameters stay float32; with a `compute` dtype of bfloat16 the passes see rounded
+copies, and gradients are added up in float32. Gradients are sums here, never means: the trainer divides by
+the number of tokens of all processes.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ class World:
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """The processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or this one alone; NCCL on GPUs, else gloo."""
+    """The processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or this one alone; NCCL on GPUs,
+    else gloo."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(best_device())
     if device.type == "cuda":
@@ -104,7 +106,8 @@ class ParallelDrafter:
         return {n: p for n, p in self.drafter.named_parameters() if p.requires_grad}
 
     def loss(self, batch: TrainBatch, settings: LossSettings, last: bool = True) -> LossReport:
-        """The drafter's loss; gradients are added up over processes when the `last` micro-batch of a step goes back."""
+        """The drafter's loss; gradients are added up over processes when the `last` micro-batch of a step
+        goes back."""
         if not isinstance(self._objective, FSDPModule):
             return LossReport(**self._objective(batch, settings))
         self._objective.set_requires_gradient_sync(last)
@@ -114,7 +117,8 @@ class ParallelDrafter:
         return report
 
     def whole(self) -> Drafter:
-        """The complete drafter with its present weights, in float32; all processes call it, the first may use it."""
+        """The complete drafter with its present weights, in float32; all processes call it, the first may use
+        it."""
         if self._whole is not self.drafter:
             kept = self._whole.state_dict()
             for name, value in self.drafter.state_dict().items():

@@ -24,7 +24,8 @@ MOMENT = "adam."
 class Position:
     """Where a run is. `fingerprint` ties the state to its recipe and data.
 
-    `best` is the best validation's accepted length so far, `stale` the validations since, `skipped` all skipped steps.
+    `best` is the best validation's accepted length so far, `stale` the validations since, `skipped` all
+    skipped steps.
     """
 
     step: int
@@ -35,8 +36,11 @@ class Position:
     fingerprint: str
 
 
-def save_state(folder: Path, parallel: ParallelDrafter, optimizer: torch.optim.Optimizer, position: Position) -> None:
-    """Replace the state; all processes call it, the first one writes. Raises OSError when the disk does not take it."""
+def save_state(
+    folder: Path, parallel: ParallelDrafter, optimizer: torch.optim.Optimizer, position: Position
+) -> None:
+    """Replace the state; all processes call it, the first one writes. Raises OSError when the disk does not
+    take it."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parallel.trained.items():
         tensors[WEIGHT + name] = to_whole(parameter.detach())
@@ -62,7 +66,9 @@ def load_state(
     except TypeError as error:
         raise CheckpointError(f"{folder}: is damaged ({error}); remove it to start anew") from error
     if position.fingerprint != fingerprint:
-        raise CheckpointError(f"{folder}: belongs to another recipe or other features; remove it or choose another folder")
+        raise CheckpointError(
+            f"{folder}: belongs to another recipe or other features; remove it or choose another folder"
+        )
     trained = parallel.trained
     weights = {k.removeprefix(WEIGHT): v for k, v in tensors.items() if k.startswith(WEIGHT)}
     check_tensors(str(folder), {n: p.shape for n, p in trained.items()}, weights)

@@ -1,7 +1,7 @@
 """The training loop, top to bottom: batches, step, validation, checkpoints, log.
 
-What is left to the other files: `batches` what a step sees, `optim` the step, `validation` what a drafter is worth,
-`state` how a run goes on, `parallel` more than one process, `log` where numbers go.
+What is left to the other files: `batches` what a step sees, `optim` the step, `validation` what a drafter is
+worth, `state` how a run goes on, `parallel` more than one process, `log` where numbers go.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from draftkit.train.state import Position, load_state, save_state
 from draftkit.train.validation import decoded_length, validate
 
 SIGTERM_CODE = 143
-SAVED_DTYPE = torch.bfloat16  # of finished drafters, as servers load them: half as long to read; states stay float32
+# of finished drafters, as servers load them: half as long to read; states stay float32
+SAVED_DTYPE = torch.bfloat16
 # A run may go on with another value of these: they change how long it is, how it is cut, or what is told.
 FREE = {"epochs", "steps", "minutes", "row_tokens", "micro_batch_size", "shard", "max_skipped"}
 FREE |= {"validate_every", "decode_prompts", "patience", "keep_checkpoints", "track"}
@@ -42,7 +43,8 @@ FREE |= {"validate_every", "decode_prompts", "patience", "keep_checkpoints", "tr
 
 @dataclass(frozen=True)
 class TrainReport:
-    """How a run ended: steps, seconds, skipped steps, and the best and the last validation's accepted length."""
+    """How a run ended: steps, seconds, skipped steps, and the best and the last validation's accepted
+    length."""
 
     steps: int
     seconds: float
@@ -76,19 +78,23 @@ def train(
     start: str = "",
     continued: bool = False,
 ) -> TrainReport:
-    """Train `drafter` on `store` into `out/best`, `out/last` and `out/checkpoints`; a run that was interrupted goes on
-    from `out/state`, also with another number of processes. `accepted` is called once in the first process, when nothing
-    that lies in `out` is against this run. `target` loads the model that answers `decode_prompts`, in a run of one process.
-    `start` says how the weights of step 0 were made, which a state must agree with; a drafter that is `continued` is validated
-    before the first step, so that `best` is never worse than it was.
+    """Train `drafter` on `store` into `out/best`, `out/last` and `out/checkpoints`; a run that was
+    interrupted goes on from `out/state`, also with another number of processes. `accepted` is called once in
+    the first process, when nothing that lies in `out` is against this run. `target` loads the model that
+    answers `decode_prompts`, in a run of one process. `start` says how the weights of step 0 were made, which
+    a state must agree with; a drafter that is `continued` is validated before the first step, so that `best`
+    is never worse than it was.
 
-    Raises DataError when the store is too small or when losses stop being finite, CheckpointError when `out/state`
-    belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and SIGTERM end the run behind a
-    step, in all processes, with the state saved; one that comes behind the last step, when everything is saved.
+    Raises DataError when the store is too small or when losses stop being finite, CheckpointError when
+    `out/state` belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and
+    SIGTERM end the run behind a step, in all processes, with the state saved; one that comes behind the last
+    step, when everything is saved.
     """
     split = split_store(store, settings.validation_share, settings.seed)
     if not split.train:
-        raise DataError(f"{store.folder}: {len(store)} conversations leave nothing to train on; generate more")
+        raise DataError(
+            f"{store.folder}: {len(store)} conversations leave nothing to train on; generate more"
+        )
     cut = Cut(settings.row_tokens, settings.micro_batch_size, world.rank, world.size)
     maker = BatchMaker(store, split.train, settings.batch_size, settings.anchors, settings.seed, cut)
     held_out = BatchMaker(store, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
@@ -96,7 +102,9 @@ def train(
     parallel = ParallelDrafter(drafter, world, settings.shard, getattr(torch, settings.dtype))
     optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay)
     out.mkdir(parents=True, exist_ok=True)
-    at = load_state(out / "state", parallel, optimizer, fingerprint) or Position(0, 0.0, 0.0, 0, 0, fingerprint)
+    at = load_state(out / "state", parallel, optimizer, fingerprint) or Position(
+        0, 0.0, 0.0, 0, 0, fingerprint
+    )
     if world.first:
         accepted()
     model = functools.cache(target)
@@ -105,8 +113,8 @@ def train(
     drafter.train()
 
     def check(step: Position) -> tuple[Position, dict[str, Any]]:
-        """Validate, and keep the drafter where it is worth it. The state is saved once the log has the step: a kill between
-        the two loses no line."""
+        """Validate, and keep the drafter where it is worth it. The state is saved once the log has the step:
+        a kill between the two loses no line."""
         lengths: dict[str, Any] = validate(parallel, held_out, settings.loss)
         whole = parallel.whole()
         better = lengths["macro"] > step.best
@@ -118,7 +126,9 @@ def train(
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:
                 save_drafter(whole, out / "best", note, SAVED_DTYPE)
-        return replace(step, best=max(step.best, lengths["macro"]), stale=0 if better else step.stale + 1), lengths
+        return replace(
+            step, best=max(step.best, lengths["macro"]), stale=0 if better else step.stale + 1
+        ), lengths
 
     with (
         TrainLog(out, at.step, settings.track, provenance, world.first) as log,
@@ -136,13 +146,25 @@ def train(
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * lr_scale(share, settings.warmup, settings.cooldown)
                 batches = [to_device(b, world.device) for b in next(steps)]
-                done = take_step(parallel, optimizer, batches, settings.loss, settings.grad_clip, signalled() > 0)
+                done = take_step(
+                    parallel, optimizer, batches, settings.loss, settings.grad_clip, signalled() > 0
+                )
                 in_a_row = 0 if done.finite else in_a_row + 1
                 if in_a_row > settings.max_skipped:
-                    raise DataError(f"{in_a_row} steps in a row without a finite loss: lower train.lr or check the features")
+                    raise DataError(
+                        f"{in_a_row} steps in a row without a finite loss: lower train.lr or check the "
+                        f"features"
+                    )
                 seconds = time.perf_counter() - began
-                at = replace(at, step=at.step + 1, seconds=at.seconds + seconds, skipped=at.skipped + (not done.finite))
-                line = {"loss": done.loss, **done.terms, "grad_norm": done.grad_norm, "lr": optimizer.param_groups[0]["lr"]}
+                at = replace(
+                    at, step=at.step + 1, seconds=at.seconds + seconds, skipped=at.skipped + (not done.finite)
+                )
+                line = {
+                    "loss": done.loss,
+                    **done.terms,
+                    "grad_norm": done.grad_norm,
+                    "lr": optimizer.param_groups[0]["lr"],
+                }
                 line |= {"tokens_per_s": done.rows / seconds, "skipped": at.skipped}
                 lengths = None
                 if at.step % settings.validate_every == 0:
@@ -152,7 +174,9 @@ def train(
                 if lengths is not None:
                     save_state(out / "state", parallel, optimizer, at)
                 if world.first:
-                    report(Progress(at.step, share, at.seconds, done.loss, lengths["macro"] if lengths else None))
+                    report(
+                        Progress(at.step, share, at.seconds, done.loss, lengths["macro"] if lengths else None)
+                    )
                 if done.stop:
                     raise Interrupted(signalled() or SIGTERM_CODE)
         except Interrupted:
@@ -192,5 +216,7 @@ def _keep_numbered(drafter: Drafter, folder: Path, note: dict[str, Any], keep: i
 def _fingerprint(store: FeatureStore, drafter: Drafter, settings: TrainSettings, start: str) -> str:
     """Changes when the data, the drafter or anything that decides the steps changes."""
     about = {k: v for k, v in asdict(settings).items() if k not in FREE}
-    text = json.dumps([store.manifest.made_from(), asdict(drafter.config), about, start], sort_keys=True, default=list)
+    text = json.dumps(
+        [store.manifest.made_from(), asdict(drafter.config), about, start], sort_keys=True, default=list
+    )
     return hashlib.sha256(text.encode()).hexdigest()

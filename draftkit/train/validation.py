@@ -1,4 +1,5 @@
-"""What a drafter is worth while it trains: simulated accepted length on held-out conversations, and real decoding."""
+"""What a drafter is worth while it trains: simulated accepted length on held-out conversations, and real
+decoding."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ DECODED_TOKENS = 64  # per prompt
 def validate(parallel: ParallelDrafter, maker: BatchMaker, settings: LossSettings) -> dict[str, float]:
     """Simulated accepted length by domain, their mean as "macro", and the loss, over all processes.
 
-    The expected number of tokens of a round whose block follows the conversation: 1 + sum_k prod_{i <= k} (1 - TV_i / 2),
-    TV = |q - p|_1, averaged over the anchors whose whole block lies in the answer.
+    The expected number of tokens of a round whose block follows the conversation: 1 + sum_k prod_{i <= k} (1
+    - TV_i / 2), TV = |q - p|_1, averaged over the anchors whose whole block lies in the answer.
     """
     device, domains = parallel.world.device, maker.domains
     lengths_D2 = torch.zeros(len(domains), 2, dtype=torch.float64, device=device)  # sums and counts
@@ -46,7 +47,8 @@ def validate(parallel: ParallelDrafter, maker: BatchMaker, settings: LossSetting
 
 
 def expected_lengths(report: LossReport, batch: TrainBatch, gamma: int) -> tuple[Tensor, Tensor]:
-    """Expected accepted length of every anchor with a whole block, float [n], and its domain's number, int64 [n]."""
+    """Expected accepted length of every anchor with a whole block, float [n], and its domain's number, int64
+    [n]."""
     grid = report.accept_N.new_full((batch.anchors_BA.numel() * gamma,), float("nan"))
     grid = grid.index_copy(0, report.rows_N, report.accept_N).view(-1, gamma)
     whole = ~grid.isnan().any(-1)
@@ -56,12 +58,15 @@ def expected_lengths(report: LossReport, batch: TrainBatch, gamma: int) -> tuple
 def decoded_length(
     drafter: Drafter, target: Target, store: FeatureStore, indices: Sequence[int], count: int, seed: int
 ) -> float:
-    """Tokens per round when `count` of the conversations' first prompts are answered at temperature 1 by `decode`.
+    """Tokens per round when `count` of the conversations' first prompts are answered at temperature 1 by
+    `decode`.
 
     The last round of an answer is left out: the limit may have cut it. NaN when no answer had two rounds.
     """
-    frozen = {id(p): p for p in drafter.parameters() if not p.requires_grad}  # the target's own stay one tensor
-    drafter = copy.deepcopy(drafter, frozen).to(target.device).eval()  # drafting joins weights, which training must not see
+    # the target's own stay one tensor
+    frozen = {id(p): p for p in drafter.parameters() if not p.requires_grad}
+    # drafting joins weights, which training must not see
+    drafter = copy.deepcopy(drafter, frozen).to(target.device).eval()
     emitted = rounds = 0
     for index in indices[:: max(1, len(indices) // count)][:count]:
         sample = store[index]

@@ -1,4 +1,5 @@
-"""A drafter of a kind that draftkit does not know: the mean of the projected features so far, and nothing else.
+"""A drafter of a kind that draftkit does not know: the mean of the projected features so far, and nothing
+else.
 
 One file and one row of the table (`ROW`) are all that adds it; see `tests/test_algorithms.py`.
 """
@@ -64,7 +65,9 @@ class AverageDrafter(Drafter):
         context.rows += list(self.fc(features_BTF.to(self.fc.weight.dtype))[0])
 
     @torch.inference_mode()
-    def propose(self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor) -> Proposal:
+    def propose(
+        self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor
+    ) -> Proposal:
         assert isinstance(context, AverageContext)
         state_H = torch.stack(context.rows).mean(0) + self.embed_tokens(anchor_B)[0]
         probs_GV = processed_probs(self.lm_head(state_H + self.steps), sampling)
@@ -83,7 +86,9 @@ class AverageDrafter(Drafter):
             hidden_NH=(state_XH[:, None] + self.steps).flatten(0, 1)[row_N],
             head=head,
             markov=None,
-            target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[before_XG.flatten()[row_N]].to(self.fc.weight.dtype),
+            target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[before_XG.flatten()[row_N]].to(
+                self.fc.weight.dtype
+            ),
             place_N=before_XG.flatten()[row_N],
             target_head=head,
             tokens_N=batch.tokens_BT.flatten()[layout.drafted_XG.flatten()[row_N]],
@@ -101,7 +106,9 @@ def _shape(section: DrafterSettings, sizes: Mapping[str, Any], mask_token_id: in
 
 
 def _read(fields: Fields, sizes: dict[str, Any]) -> AverageShape:
-    return AverageShape(**sizes, feature_layers=fields.wanted_ids("layers"), block_size=fields.get("block_size", int))
+    return AverageShape(
+        **sizes, feature_layers=fields.wanted_ids("layers"), block_size=fields.get("block_size", int)
+    )
 
 
 def _write(config: AverageShape) -> dict[str, Any]:
@@ -109,4 +116,6 @@ def _write(config: AverageShape) -> dict[str, Any]:
     return write_sizes(config, "AverageModel", "qwen3") | more
 
 
-ROW = Algorithm(AverageDrafter, _shape, (Form(("portable",), {"AverageModel": "qwen3"}, _read, _write),), layers=1)
+ROW = Algorithm(
+    AverageDrafter, _shape, (Form(("portable",), {"AverageModel": "qwen3"}, _read, _write),), layers=1
+)

@@ -13,8 +13,11 @@ from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.target.transformers import TransformersTarget
 
 
-def make_drafter(target: TransformersTarget, head: str = "markov", layout: str = "anchor", block: int = 4) -> BlockDrafter:
-    """A random drafter whose proposals are not all wrong: its Markov head is random, its base is the target's head."""
+def make_drafter(
+    target: TransformersTarget, head: str = "markov", layout: str = "anchor", block: int = 4
+) -> BlockDrafter:
+    """A random drafter whose proposals are not all wrong: its Markov head is random, its base is the target's
+    head."""
     torch.manual_seed(1)
     config = DrafterConfig(
         hidden_size=32,
@@ -99,5 +102,6 @@ def eagle_for(target: TransformersTarget, **changes: object) -> EagleDrafter:
     ids = torch.arange(0, vocab, 2)[: config.draft_vocab_size] if config.draft_vocab_size else None
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids)
     assert isinstance(drafter, EagleDrafter)
-    torch.nn.init.eye_(drafter.fc.weight[:, -32:])  # says again what the target just said: right where it repeats itself
+    # says again what the target just said: right where it repeats itself
+    torch.nn.init.eye_(drafter.fc.weight[:, -32:])
     return drafter.double().eval()

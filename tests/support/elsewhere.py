@@ -1,5 +1,6 @@
-"""A device that is not there, for machines without a GPU: its tensors lie in the CPU's memory, but where a GPU would refuse
-to compute with one of the CPU's, so does it. What runs here asks nothing of the host that a GPU would not answer."""
+"""A device that is not there, for machines without a GPU: its tensors lie in the CPU's memory, but where a
+GPU would refuse to compute with one of the CPU's, so does it. What runs here asks nothing of the host that a
+GPU would not answer."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ class _Factories(TorchDispatchMode):
 class _Literals(TorchFunctionMode):
     """`torch.tensor` and lists as indices become tensors of the device where no dispatch mode sees it."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = dict(kwargs or {})
         device = kwargs.pop("device", None) if func is torch.tensor else None
         if func in (Tensor.__getitem__, Tensor.__setitem__):

@@ -25,5 +25,12 @@ def tokens_of(outputs: list[StepOutput]) -> list[int]:
 
 
 def small(**changes: object) -> EngineSettings:
-    given = {"plan": "fixed", "dtype": "float64", "device": "cpu", "kv_bytes": 2**22, "block_size": 4, "step_tokens": 16}
+    given = {
+        "plan": "fixed",
+        "dtype": "float64",
+        "device": "cpu",
+        "kv_bytes": 2**22,
+        "block_size": 4,
+        "step_tokens": 16,
+    }
     return EngineSettings(**given | changes)  # type: ignore[arg-type]

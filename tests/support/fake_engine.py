@@ -160,14 +160,20 @@ class FakeEngine:
         if first and params.prompt_logprobs is not None:
             best = tuple((k, -0.5 - k) for k in range(params.prompt_logprobs))
             prompt = tuple(seam.PromptToken(t, -1.5, 9, best) for t in running.prompt[1:])
-        return seam.StepOutput(name, events, (7,) if drafting else (), reason, why, running.stats, prompt, reason == "stop")
+        return seam.StepOutput(
+            name, events, (7,) if drafting else (), reason, why, running.stats, prompt, reason == "stop"
+        )
 
 
 TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3
 
 
 def fake_served(
-    step_seconds: float = 0.0, text: str = TEXT, max_running: int = 64, name: str = "fake", special: bool = False
+    step_seconds: float = 0.0,
+    text: str = TEXT,
+    max_running: int = 64,
+    name: str = "fake",
+    special: bool = False,
 ) -> Any:
     """A `Served` over the embedded target's tokenizer."""
     from transformers import AutoTokenizer
@@ -176,7 +182,9 @@ def fake_served(
     from draftkit.serve.worker import Served
 
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
-    engine = FakeEngine(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds)
+    engine = FakeEngine(
+        tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds
+    )
     engine.info = replace(engine.info, vocab_size=len(tokenizer), max_running=max_running)
     return Served(engine, tokenizer, TokenTexts(tokenizer), name, honour_special_tokens=special)
 
@@ -211,7 +219,9 @@ def main() -> None:
     )
 
     def served() -> Any:
-        return fake_served(given.step_seconds, given.text, given.max_running, given.name, given.honour_special_tokens)
+        return fake_served(
+            given.step_seconds, given.text, given.max_running, given.name, given.honour_special_tokens
+        )
 
     try:
         run_server(served, settings)

@@ -1,4 +1,5 @@
-"""A small Llama as a GGUF file, written as llama.cpp's converter writes it, and the Transformers model that it holds."""
+"""A small Llama as a GGUF file, written as llama.cpp's converter writes it, and the Transformers model that
+it holds."""
 
 from __future__ import annotations
 
@@ -29,7 +30,12 @@ NAMES = {
 def small_llama(vocab_size: int) -> LlamaForCausalLM:
     """Random weights, four layers, tied embedding and head."""
     torch.manual_seed(3)
-    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "head_dim": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "head_dim": 16,
+    }
     heads: dict[str, Any] = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
     rest: dict[str, Any] = {"max_position_embeddings": 256, "tie_word_embeddings": True, "eos_token_id": 2}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **sizes, **heads, **rest)).eval()
@@ -69,7 +75,8 @@ def write_gguf(
 
 
 def quantised(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model with every matrix but the embedding rounded to Q8_0 and back, which is what the file holds."""
+    """The model with every matrix but the embedding rounded to Q8_0 and back, which is what the file
+    holds."""
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and "embed" not in name:
             packed = gguf.quants.quantize(weight.detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
@@ -79,7 +86,10 @@ def quantised(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 def _tensors(model: LlamaForCausalLM) -> list[tuple[str, np.ndarray]]:
     weights = {name: weight.detach().numpy() for name, weight in model.model.named_parameters()}
-    named = [("token_embd.weight", weights["embed_tokens.weight"]), ("output_norm.weight", weights["norm.weight"])]
+    named = [
+        ("token_embd.weight", weights["embed_tokens.weight"]),
+        ("output_norm.weight", weights["norm.weight"]),
+    ]
     for layer in range(model.config.num_hidden_layers):
         for theirs, ours in NAMES.items():
             array = weights[f"layers.{layer}.{theirs}.weight"]

@@ -36,7 +36,9 @@ def build(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[BlockDraf
     return drafter, PagedBlockDrafter(drafter, slots=24 * PAGE, max_length=40)
 
 
-def one_pass(tokens: list[list[int]], starts: list[int], dtype: torch.dtype, rows: list[int], block: bool = False) -> Pass:
+def one_pass(
+    tokens: list[list[int]], starts: list[int], dtype: torch.dtype, rows: list[int], block: bool = False
+) -> Pass:
     width = max(map(len, TABLES))
     return Pass(
         np.concatenate([np.array(t) for t in tokens]),
@@ -71,9 +73,14 @@ def alone(step: Pass, row: int) -> Pass:
 
 
 def propose_together(
-    fast: PagedBlockDrafter, features: list[Tensor], anchors: list[int], sampling: Sampling, uniforms_RG: Tensor
+    fast: PagedBlockDrafter,
+    features: list[Tensor],
+    anchors: list[int],
+    sampling: Sampling,
+    uniforms_RG: Tensor,
 ) -> Proposal:
-    """All requests at once; the contexts come in two passes, the second with rejected tokens behind the committed."""
+    """All requests at once; the contexts come in two passes, the second with rejected tokens behind the
+    committed."""
     dtype = fast.norm.dtype
     cuts = [5, 0, 2]
     for first, last in ((0, 1), (1, 2)):

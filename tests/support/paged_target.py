@@ -37,14 +37,22 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 LAYERS = ["sliding_attention", "full_attention", "full_attention"]
 FAMILIES = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)),
     "qwen3-wide": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=96)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "llama3": lambda: LlamaForCausalLM(
-        LlamaConfig(**SIZES, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}, attention_bias=True)
+        LlamaConfig(
+            **SIZES, rope_parameters=LLAMA3 | {"original_max_position_embeddings": 32}, attention_bias=True
+        )
     ),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen2-window": lambda: Qwen2ForCausalLM(
@@ -83,7 +91,9 @@ FAMILIES = {
 
 def wrap(model: PreTrainedModel) -> TransformersTarget:
     config = model.config
-    info = TargetInfo("t", None, "f", config.vocab_size, config.hidden_size, config.num_hidden_layers, (), 128, "t")
+    info = TargetInfo(
+        "t", None, "f", config.vocab_size, config.hidden_size, config.num_hidden_layers, (), 128, "t"
+    )
     return TransformersTarget(model, info)
 
 
@@ -116,5 +126,7 @@ def one_pass(pieces: list[tuple[list[int], int, list[int]]], dtype: torch.dtype 
     )
 
 
-TEXTS = [torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (50, 9, 23)]
+TEXTS = [
+    torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (50, 9, 23)
+]
 TABLES = [[5, 30, 2, 17, 9, 33, 0, 21, 12, 3, 7, 26, 14], [1, 4, 6], [8, 10, 11, 13, 15, 16]]

@@ -1,5 +1,6 @@
-"""A second implementation of the block drafter and its losses, from the paper's equations: one block at a time, python
-loops, whole softmaxes, autograd. Slow, and meant to share no line with the package but its parameters."""
+"""A second implementation of the block drafter and its losses, from the paper's equations: one block at a
+time, python loops, whole softmaxes, autograd. Slow, and meant to share no line with the package but its
+parameters."""
 
 from __future__ import annotations
 
@@ -44,9 +45,11 @@ def turn(x: Tensor, position: int, theta: float, share: float) -> Tensor:
     return torch.stack(out)
 
 
-def block_hidden(drafter: BlockDrafter, features: Tensor, start: int, anchor_token: int, position: int) -> Tensor:
-    """Hidden states of the drafting positions [G, H] of a block whose anchor is at `position`, from the features
-    [position - start, F] of the context it sees."""
+def block_hidden(
+    drafter: BlockDrafter, features: Tensor, start: int, anchor_token: int, position: int
+) -> Tensor:
+    """Hidden states of the drafting positions [G, H] of a block whose anchor is at `position`, from the
+    features [position - start, F] of the context it sees."""
     c, w = drafter.config, {**dict(drafter.named_parameters()), **dict(drafter.named_buffers())}
     gemma, size = c.style == "gemma4", c.head_dim
     context = rms(features @ w["fc.weight"].T, w["hidden_norm.weight"], c.rms_eps)
@@ -63,12 +66,16 @@ def block_hidden(drafter: BlockDrafter, features: Tensor, start: int, anchor_tok
                 out = rms(out, w[f"{p}self_attn.{norm}.weight"], c.rms_eps)
             if first is None:
                 return out
-            rows = [[turn(v, first + t, c.rope_theta, c.rotary_share) for v in row] for t, row in enumerate(out)]
+            rows = [
+                [turn(v, first + t, c.rope_theta, c.rotary_share) for v in row] for t, row in enumerate(out)
+            ]
             return torch.stack([torch.stack(row) for row in rows]) if rows else out
 
         value = "k_proj" if c.shared_key_value else "v_proj"
         q = per_head(normed, "q_proj", "q_norm", position)
-        keys = torch.cat([per_head(context, "k_proj", "k_norm", start), per_head(normed, "k_proj", "k_norm", position)])
+        keys = torch.cat(
+            [per_head(context, "k_proj", "k_norm", start), per_head(normed, "k_proj", "k_norm", position)]
+        )
         values = torch.cat([per_head(context, value, None, None), per_head(normed, value, None, None)])
         if gemma:
             values = rms(values, None, c.rms_eps)
@@ -81,7 +88,11 @@ def block_hidden(drafter: BlockDrafter, features: Tensor, start: int, anchor_tok
         if gemma:
             attended = rms(attended, w[p + "post_attention_layernorm.weight"], c.rms_eps)
         x = x + attended
-        normed = rms(x, w[p + ("pre_feedforward_layernorm" if gemma else "post_attention_layernorm") + ".weight"], c.rms_eps)
+        normed = rms(
+            x,
+            w[p + ("pre_feedforward_layernorm" if gemma else "post_attention_layernorm") + ".weight"],
+            c.rms_eps,
+        )
         gate = normed @ w[p + "mlp.gate_proj.weight"].T
         if gemma:
             gate = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
@@ -89,7 +100,9 @@ def block_hidden(drafter: BlockDrafter, features: Tensor, start: int, anchor_tok
             gate = gate * torch.sigmoid(gate)
         update = (gate * (normed @ w[p + "mlp.up_proj.weight"].T)) @ w[p + "mlp.down_proj.weight"].T
         if gemma:
-            x = (x + rms(update, w[p + "post_feedforward_layernorm.weight"], c.rms_eps)) * w[p + "layer_scalar"]
+            x = (x + rms(update, w[p + "post_feedforward_layernorm.weight"], c.rms_eps)) * w[
+                p + "layer_scalar"
+            ]
         else:
             x = x + update
     return rms(x, w["norm.weight"], c.rms_eps)[c.block_size - drafter.gamma :]
@@ -102,7 +115,8 @@ def head_logits(drafter: BlockDrafter, hidden: Tensor) -> Tensor:
 
 
 def head_rows(drafter: BlockDrafter, hidden: Tensor, tokens: list[int]) -> list[tuple[Tensor, Tensor | None]]:
-    """Draft logits [V] and confidence of each position, given the tokens x_0, x_1, ... that stand before it."""
+    """Draft logits [V] and confidence of each position, given the tokens x_0, x_1, ... that stand before
+    it."""
     c, w, out, state = drafter.config, dict(drafter.named_parameters()), [], None
     for k, h in enumerate(hidden):
         logits, seen = head_logits(drafter, h), [h]
@@ -111,10 +125,15 @@ def head_rows(drafter: BlockDrafter, hidden: Tensor, tokens: list[int]) -> list[
             m = before
             if c.head == "gated":
                 joined = torch.cat([h, before])
-                m = before * torch.sigmoid(w["markov_head.gate_proj.weight"] @ joined + w["markov_head.gate_proj.bias"])
+                m = before * torch.sigmoid(
+                    w["markov_head.gate_proj.weight"] @ joined + w["markov_head.gate_proj.bias"]
+                )
             if c.head == "rnn":
                 state = torch.zeros_like(before) if state is None else state
-                z = w["markov_head.joint_proj.weight"] @ torch.cat([state, before, h]) + w["markov_head.joint_proj.bias"]
+                z = (
+                    w["markov_head.joint_proj.weight"] @ torch.cat([state, before, h])
+                    + w["markov_head.joint_proj.bias"]
+                )
                 keep, candidate, output = z.view(3, -1)
                 keep = torch.sigmoid(keep)
                 m, state = torch.tanh(output), keep * state + (1 - keep) * torch.tanh(candidate)
@@ -124,7 +143,9 @@ def head_rows(drafter: BlockDrafter, hidden: Tensor, tokens: list[int]) -> list[
         if c.confidence:
             joined = torch.cat(seen)
             joined = joined.detach() if c.confidence_stop_gradient else joined
-            guess = torch.sigmoid(w["confidence_head.proj.weight"][0] @ joined + w["confidence_head.proj.bias"][0])
+            guess = torch.sigmoid(
+                w["confidence_head.proj.weight"][0] @ joined + w["confidence_head.proj.bias"][0]
+            )
         out.append((logits, guess))
     return out
 
@@ -152,7 +173,11 @@ def plain_rows(drafter: BlockDrafter, batch: TrainBatch) -> list[PlainRow]:
                 if t >= len(documents) or documents[t] != documents[place] or not batch.loss_mask_BT[b, t]:
                     break
                 target = head_logits(drafter, batch.last_hidden_BTH[b, t - 1])
-                out.append(PlainRow((b * anchors + a) * gamma + k, logits[k][0], target, logits[k][1], k, tokens[k + 1]))
+                out.append(
+                    PlainRow(
+                        (b * anchors + a) * gamma + k, logits[k][0], target, logits[k][1], k, tokens[k + 1]
+                    )
+                )
     return out
 
 

@@ -14,7 +14,9 @@ WORDS = ["list", "value", "holds", "step", "return", "what", "add", "number"]
 def prompts(count: int = 14) -> list[Conversation]:
     """So many prompts of one to seven words and a number, in two domains."""
     return [
-        Conversation(f"p{i}", ["code", "chat"][i % 2], (Message("user", " ".join(WORDS[: 1 + i % 7]) + f" {i}"),))
+        Conversation(
+            f"p{i}", ["code", "chat"][i % 2], (Message("user", " ".join(WORDS[: 1 + i % 7]) + f" {i}"),)
+        )
         for i in range(count)
     ]
 

@@ -1,4 +1,5 @@
-"""An OpenAI-compatible server that answers what the prompt's ids say, or misbehaves on demand. Real HTTP, no model."""
+"""An OpenAI-compatible server that answers what the prompt's ids say, or misbehaves on demand. Real HTTP, no
+model."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def answer_to(prompt: Sequence[int]) -> list[int]:
 
 
 class StubServer(ThreadingHTTPServer):
-    """`trouble` is what it answers in place of an answer: "429", "html", "500", "other model", "partial" or nothing."""
+    """`trouble` is what it answers in place of an answer: "429", "html", "500", "other model", "partial" or
+    nothing."""
 
     daemon_threads = True
 
@@ -49,9 +51,15 @@ class _Handler(BaseHTTPRequestHandler):
                 choice["token_ids"] = answer_to(body["prompt"])
             self.server.answered += [] if probing else [tuple(body["prompt"])]
         else:
-            choice["message"] = {"role": "assistant", "content": "an answer", "reasoning_content": "a thought"}
+            choice["message"] = {
+                "role": "assistant",
+                "content": "an answer",
+                "reasoning_content": "a thought",
+            }
             self.server.answered += [] if probing else [json.dumps(body["messages"])]
-        self._say(200, {"model": MODEL, "choices": [choice], "usage": {"prompt_tokens": self.server.prompt_tokens}})
+        self._say(
+            200, {"model": MODEL, "choices": [choice], "usage": {"prompt_tokens": self.server.prompt_tokens}}
+        )
 
     def _misbehave(self, trouble: str) -> None:
         if trouble == "429":

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
@@ -21,11 +28,16 @@ SIZES = {
     "head_dim": 8,
     "max_position_embeddings": 256,
 }
-TEXTS = ["def add(a, b):\n    return a + b\n", "What is a list? A list holds values.", "Step 1: 3 + 4 = 7."] * 3
+TEXTS = [
+    "def add(a, b):\n    return a + b\n",
+    "What is a list? A list holds values.",
+    "Step 1: 3 + 4 = 7.",
+] * 3
 
 
 def make_target_folder(folder: Path, family: str = "qwen3", seed: int = 0) -> Path:
-    """A random target of a few thousand parameters with tokenizer and template, as `save_pretrained` writes it."""
+    """A random target of a few thousand parameters with tokenizer and template, as `save_pretrained` writes
+    it."""
     tokenizer = train_tokenizer(TEXTS)
     torch.manual_seed(seed)
     sizes = SIZES | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
@@ -43,7 +55,12 @@ def make_target_folder(folder: Path, family: str = "qwen3", seed: int = 0) -> Pa
 
 # What each family does differently: windows, soft caps, scaled logits, experts, recurrent layers.
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LINEAR = {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "llama": {},
@@ -62,7 +79,9 @@ def make_family(family: str, **changes: Any) -> TransformersTarget:
     """A random model of the family, in float64 where torch has the kernels (experts have none)."""
     torch.manual_seed(0)
     sizes = SIZES | {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | FAMILIES[family] | changes)))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **(sizes | FAMILIES[family] | changes))
+    )
     if "num_experts" not in FAMILIES[family]:
         model = model.double()
     return TransformersTarget(model, TargetInfo("random", None, "f", 300, 32, 4, (2,), 256, family))

@@ -1,4 +1,6 @@
-"""Chat templates of the families, written anew in a few lines from their documented formats, and conversations to show."""
+# ruff: noqa: E501  (templates are kept as they are written)
+"""Chat templates of the families, written anew in a few lines from their documented formats, and
+conversations to show."""
 
 from __future__ import annotations
 
@@ -9,9 +11,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MARKS = (
-    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>"),
-    *("<end_of_turn>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|start|>", "<|end|>", "<|message|>"),
-    *("<|channel|>", "<|return|>", "<|call|>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "</s>"),
+    *(
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<start_of_turn>",
+    ),
+    *(
+        "<end_of_turn>",
+        "<|turn>",
+        "<turn|>",
+        "<|channel>",
+        "<channel|>",
+        "<|start|>",
+        "<|end|>",
+        "<|message|>",
+    ),
+    *(
+        "<|channel|>",
+        "<|return|>",
+        "<|call|>",
+        "[INST]",
+        "[/INST]",
+        "[TOOL_CALLS]",
+        "[AVAILABLE_TOOLS]",
+        "</s>",
+    ),
     *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
 )
 
@@ -35,8 +62,10 @@ class Family:
             if "reasoning_content" in plain:
                 plain[self.reasoning_name] = plain.pop("reasoning_content")
             if "tool_calls" in plain:
-                calls = [c | {"function": c["function"] | {"arguments": json.loads(c["function"]["arguments"])}}
-                         for c in plain["tool_calls"]]
+                calls = [
+                    c | {"function": c["function"] | {"arguments": json.loads(c["function"]["arguments"])}}
+                    for c in plain["tool_calls"]
+                ]
                 plain["tool_calls"] = calls
             found.append(plain)
         return found
@@ -123,7 +152,10 @@ FAMILIES = {
 }
 TOOL = {
     "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
 }
 _WORDS = "list value holds step return what add number".split()
 
@@ -131,7 +163,8 @@ _WORDS = "list value holds step return what add number".split()
 def conversations(
     count: int, with_tools: bool, with_reasoning: bool
 ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """(messages, tools): one to three user turns, some with (parallel) tool calls before the answer, some with thoughts."""
+    """(messages, tools): one to three user turns, some with (parallel) tool calls before the answer, some
+    with thoughts."""
     random.seed(0)
 
     def text() -> str:
@@ -146,8 +179,12 @@ def conversations(
         for _ in range(1 + number % 3):
             messages.append({"role": "user", "content": text()})
             if with_tools and number % 4 < 3:
-                functions = [{"name": "weather", "arguments": f'{{"city": "{text()}"}}'} for _ in range(1 + number % 2)]
-                calls = [{"id": f"call_{i}", "type": "function", "function": f} for i, f in enumerate(functions)]
+                functions = [
+                    {"name": "weather", "arguments": f'{{"city": "{text()}"}}'} for _ in range(1 + number % 2)
+                ]
+                calls = [
+                    {"id": f"call_{i}", "type": "function", "function": f} for i, f in enumerate(functions)
+                ]
                 messages.append(said(content=None, tool_calls=calls))
                 messages += [{"role": "tool", "tool_call_id": c["id"], "content": text()} for c in calls]
             messages.append(said(content=text()))

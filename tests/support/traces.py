@@ -7,7 +7,9 @@ import numpy as np
 from draftkit.schedule.traces import Origin, TracedPrompt, Traces
 
 
-def made_traces(gamma: int = 4, prompts: int = 40, rows: int = 30, head: bool = True, seed: int = 0) -> Traces:
+def made_traces(
+    gamma: int = 4, prompts: int = 40, rows: int = 30, head: bool = True, seed: int = 0
+) -> Traces:
     """Easy and hard prompts; the confidences are the true chances."""
     rng = np.random.default_rng(seed)
     ease = np.repeat(rng.uniform(0.3, 0.95, prompts), rows)

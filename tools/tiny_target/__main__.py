@@ -1,6 +1,6 @@
 """Train the embedded target again from this Python's library; continues where it was interrupted.
 
-    python -m tools.tiny_target --out runs/tiny --steps 1300 --publish draftkit/assets/tiny
+python -m tools.tiny_target --out runs/tiny --steps 1300 --publish draftkit/assets/tiny
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ def main() -> None:
     """The command. A mistake is one line and exit code 2, a signal 130 or 143."""
     defaults = TinySettings()
     parser = argparse.ArgumentParser(
-        prog="python -m tools.tiny_target", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.tiny_target",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"))
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--rows", type=int, default=defaults.rows, help="rows of 512 tokens in a step (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, help="optimizer steps (default %(default)s)"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=defaults.rows, help="rows of 512 tokens in a step (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")

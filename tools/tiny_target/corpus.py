@@ -1,4 +1,5 @@
-"""The corpus of the embedded target: three domains, split by content into training and held-out conversations."""
+"""The corpus of the embedded target: three domains, split by content into training and held-out
+conversations."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Corpus:
 
 
 def build_corpus() -> Corpus:
-    """Make the corpus. It depends on the version of Python only: the split is by a hash of the answer's text."""
+    """Make the corpus. It depends on the version of Python only: the split is by a hash of the answer's
+    text."""
     problems = math_problems(_MATH_SEED)
     math: dict[str, Example] = {}
     while len(math) < MATH_EXAMPLES:
@@ -50,7 +52,8 @@ def _bucket(example: Example) -> int:
 
 
 def write_prompts(corpus: Corpus, folder: Path) -> None:
-    """Write `heldout.jsonl` (with reference answers) and `prompts.jsonl` (training prompts) as OpenAI messages."""
+    """Write `heldout.jsonl` (with reference answers) and `prompts.jsonl` (training prompts) as OpenAI
+    messages."""
     rng = random.Random(_SPLIT_SEED)
     chosen = []
     for domain in DOMAINS:

@@ -6,11 +6,13 @@ import random
 from collections.abc import Callable, Iterator
 
 NAMES = (
-    "Ada Ben Chloe Dan Ella Finn Grace Hugo Iris Jack Kira Leo Mia Noah Olga Paul Quinn Rosa Sam Tara Uma Victor Wendy "
+    "Ada Ben Chloe Dan Ella Finn Grace Hugo Iris Jack Kira Leo Mia Noah Olga Paul Quinn Rosa Sam Tara Uma "
+    "Victor Wendy "
     "Xavier Yara Zoe Amir Bella Carlos Diana Erik Fatima"
 ).split()
 THINGS = (
-    "apples books pencils marbles stickers coins cards shells stamps buttons cookies oranges tickets stones flowers "
+    "apples books pencils marbles stickers coins cards shells stamps buttons cookies oranges tickets "
+    "stones flowers "
     "cups toys bottles candles ribbons"
 ).split()
 PLACES = "shop library school farm market bakery museum garden factory kitchen".split()
@@ -44,7 +46,8 @@ def _give_away(rng: random.Random) -> Problem:
     start, found, given = rng.randint(20, 90), rng.randint(5, 60), rng.randint(3, 20)
     total = start + found
     question = (
-        f"{first} has {start} {thing}. {first} finds {found} more and then gives {given} of them to {second}. "
+        f"{first} has {start} {thing}. {first} finds {found} more and then gives {given} of them to "
+        f"{second}. "
         f"How many {thing} does {first} have now?"
     )
     steps = [
@@ -60,7 +63,8 @@ def _sharing(rng: random.Random) -> Problem:
     total = boxes * each
     share, rest = divmod(total, friends)
     question = (
-        f"{name} has {boxes} boxes with {each} {thing} in each box and shares them equally among {friends} friends. "
+        f"{name} has {boxes} boxes with {each} {thing} in each box and shares them equally among "
+        f"{friends} friends. "
         f"How many {thing} does each friend get, and how many are left over?"
     )
     steps = [
@@ -82,7 +86,8 @@ def _travel(rng: random.Random) -> Problem:
     )
     part_1, part_2 = speed_1 * hours_1, speed_2 * hours_2
     question = (
-        f"{name} travels by {vehicle} for {hours_1} hours at {speed_1} km per hour and then for {hours_2} hours at "
+        f"{name} travels by {vehicle} for {hours_1} hours at {speed_1} km per hour and then for {hours_2} "
+        f"hours at "
         f"{speed_2} km per hour. How far does {name} travel?"
     )
     steps = [
@@ -122,11 +127,15 @@ def _equation(rng: random.Random) -> Problem:
 
 
 def _percent(rng: random.Random) -> Problem:
-    name, thing = rng.choice(NAMES), rng.choice(["coat", "lamp", "bag", "phone", "chair", "bicycle", "jacket", "desk"])
+    name, thing = (
+        rng.choice(NAMES),
+        rng.choice(["coat", "lamp", "bag", "phone", "chair", "bicycle", "jacket", "desk"]),
+    )
     price, percent = rng.randint(2, 30) * 10, rng.choice([10, 20, 30, 40, 50])
     off = price * percent // 100
     question = (
-        f"A {thing} costs {price} dollars. {name} gets a discount of {percent} percent. How much does {name} pay?"
+        f"A {thing} costs {price} dollars. {name} gets a discount of {percent} percent. How much "
+        f"does {name} pay?"
     )
     steps = [
         f"The discount is {price} * {percent} / 100 = {off} dollars.",
@@ -141,7 +150,8 @@ def _work_week(rng: random.Random) -> Problem:
     total = hours * days
     earned = total * wage
     question = (
-        f"{name} works at the {place} for {hours} hours a day on {days} days and earns {wage} dollars per hour. "
+        f"{name} works at the {place} for {hours} hours a day on {days} days and earns {wage} dollars per "
+        f"hour. "
         f"{name} then spends {spent} dollars. How much money is left?"
     )
     steps = [
@@ -185,7 +195,8 @@ def _compare(rng: random.Random) -> Problem:
     base, factor, more = rng.randint(3, 25), rng.randint(2, 6), rng.randint(2, 20)
     b, c = base * factor, base * factor + more
     question = (
-        f"{first} has {base} {thing}. {second} has {factor} times as many as {first}, and {third} has {more} more than "
+        f"{first} has {base} {thing}. {second} has {factor} times as many as {first}, and {third} has "
+        f"{more} more than "
         f"{second}. How many {thing} do they have together?"
     )
     steps = [

@@ -1,4 +1,5 @@
-"""Code and chat text from the Python that runs this: functions of the standard library, docstrings, `pydoc_data`."""
+"""Code and chat text from the Python that runs this: functions of the standard library, docstrings,
+`pydoc_data`."""
 
 from __future__ import annotations
 
@@ -11,8 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "lib2to3", "idlelib", "turtledemo", "pydoc_data", "__pycache__"}
-MIN_ANSWER, MAX_ANSWER = 60, 1400  # characters: long enough to be worth drafting, short enough for one training row
+SKIPPED_FOLDERS = {
+    "site-packages",
+    "test",
+    "tests",
+    "lib2to3",
+    "idlelib",
+    "turtledemo",
+    "pydoc_data",
+    "__pycache__",
+}
+# characters: long enough to be worth drafting, short enough for one training row
+MIN_ANSWER, MAX_ANSWER = 60, 1400
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,10 @@ def _function_examples(
     if node.end_lineno is None or node.end_lineno - node.lineno < 2:
         return
     source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
-    head = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1])).strip() or source.split("\n")[0]
+    head = (
+        textwrap.dedent("\n".join(lines[node.lineno - 1 : node.body[0].lineno - 1])).strip()
+        or source.split("\n")[0]
+    )
     answer = f"```python\n{source}\n```"
     summary = doc.strip().split("\n")[0] if doc else ""
     kind = len(source) % 3
@@ -125,13 +139,17 @@ def _argument_question(
     arguments = [a for a in node.args.args if a.arg not in ("self", "cls")]
     if len(arguments) < 2 or len(where) % 2:
         return
-    defaults = dict(zip(reversed([a.arg for a in node.args.args]), reversed(node.args.defaults), strict=False))
+    defaults = dict(
+        zip(reversed([a.arg for a in node.args.args]), reversed(node.args.defaults), strict=False)
+    )
     signature = ast.unparse(node.args)
     listed = []
     for argument in arguments:
         default = defaults.get(argument.arg)
         text = f"- `{argument.arg}`"
-        listed.append(text + (f", which defaults to `{ast.unparse(default)}`" if default else ", which must be given"))
+        listed.append(
+            text + (f", which defaults to `{ast.unparse(default)}`" if default else ", which must be given")
+        )
     answer = f"`{node.name}` takes {len(arguments)} arguments:\n" + "\n".join(listed)
     yield Example("chat", f"Which arguments does `{where}({signature})` of `{module}` take?", answer)
 
@@ -139,7 +157,11 @@ def _argument_question(
 def _class_question(module: str, where: str, node: ast.ClassDef) -> Iterator[Example]:
     methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")]
     if 2 <= len(methods) <= 12:
-        answer = f"The class `{where}` has {len(methods)} public methods: " + ", ".join(f"`{m}`" for m in methods) + "."
+        answer = (
+            f"The class `{where}` has {len(methods)} public methods: "
+            + ", ".join(f"`{m}`" for m in methods)
+            + "."
+        )
         yield Example("chat", f"Which methods does the class `{where}` of `{module}` have?", answer)
 
 

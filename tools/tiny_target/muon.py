@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) with its matrix iteration in float32.
 
-`torch.optim.Muon` iterates in bfloat16, which a CPU without instructions for it emulates a hundred times slower than it
-multiplies float32 numbers. Update and state are otherwise the same.
+`torch.optim.Muon` iterates in bfloat16, which a CPU without instructions for it emulates a hundred times
+slower than it multiplies float32 numbers. Update and state are otherwise the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ RMS = 0.2  # root mean square of AdamW's usual update, which ours is scaled to (
 
 
 class Muon(torch.optim.Optimizer):
-    """W <- (1 - lr * decay) W - lr * 0.2 sqrt(max(rows, columns)) * orthogonal(g + momentum * (m - g)), for matrices W."""
+    """W <- (1 - lr * decay) W - lr * 0.2 sqrt(max(rows, columns)) * orthogonal(g + momentum * (m - g)), for
+    matrices W."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
@@ -41,7 +42,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of the matrix U S V^T: singular values come out between 0.7 and 1.2. float32 [rows, columns]."""
+    """About U V^T of the matrix U S V^T: singular values come out between 0.7 and 1.2. float32 [rows,
+    columns]."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

@@ -25,33 +25,37 @@ library_name: transformers
 ---
 # The embedded target of draftkit
 
-A deep and narrow `Qwen3ForCausalLM` ({layers} layers, hidden size {hidden}, {parameters:,} parameters, bfloat16) with
-its own byte-level BPE tokenizer ({vocab} entries) and a ChatML template. It exists so that every stage of draftkit
-runs on two CPU cores in minutes. It writes text that looks like Python, Python documentation and worked sums; it
-knows nothing, and its sums are often wrong. Do not use it for anything else.
+A deep and narrow `Qwen3ForCausalLM` ({layers} layers, hidden size {hidden}, {parameters:,} parameters,
+bfloat16) with its own byte-level BPE tokenizer ({vocab} entries) and a ChatML template. It exists so that
+every stage of draftkit runs on two CPU cores in minutes. It writes text that looks like Python, Python
+documentation and worked sums; it knows nothing, and its sums are often wrong. Do not use it for anything
+else.
 
 - **Made by** `python -m tools.tiny_target {arguments}` with Python {python}, then `--publish`.
 - **Data**: functions of the Python standard library with an instruction in front (code), docstrings and the
-  `pydoc_data` topics as questions and answers (chat): Python Software Foundation License 2; multi-step word problems
-  with worked answers that draftkit's own code makes (math): MIT. Mixture by tokens: {mixture}.
-- **Tokens seen**: {tokens:,} in {steps:,} steps of {rows} rows of {row_length} tokens. Rows are {row_length} tokens
-  long, so answers beyond that length are extrapolation.
+  `pydoc_data` topics as questions and answers (chat): Python Software Foundation License 2; multi-step word
+  problems with worked answers that draftkit's own code makes (math): MIT. Mixture by tokens: {mixture}.
+- **Tokens seen**: {tokens:,} in {steps:,} steps of {rows} rows of {row_length} tokens. Rows are
+  {row_length} tokens long, so answers beyond that length are extrapolation.
 - **Held-out loss**, nats per assistant token: {losses}.
-- **Prompts**: `heldout.jsonl` ({held_out} per domain, with reference answers, never trained on), `prompts.jsonl`
-  ({prompts} per domain, from the training side, for drafters).
+- **Prompts**: `heldout.jsonl` ({held_out} per domain, with reference answers, never trained on),
+  `prompts.jsonl` ({prompts} per domain, from the training side, for drafters).
 - **Mask token**: `<|mask|>` is never seen in training.
 - **sha256** of `model.safetensors`: `{sha256}`
 """
 
 
 def publish(run: Path, corpus: Corpus, folder: Path) -> None:
-    """Write the asset folder from a finished run. Raises CheckpointError when it is not finished, or its state is damaged."""
+    """Write the asset folder from a finished run. Raises CheckpointError when it is not finished, or its
+    state is damaged."""
     from tools.tiny_target.corpus import HELD_OUT_PER_DOMAIN, PROMPTS_PER_DOMAIN
     from tools.tiny_target.rows import MIXTURE, ROW_LENGTH
 
     state = read_folder(run / "state")
     if state is None or not (run / "result.json").exists():
-        raise CheckpointError(f"{run}: training has not finished; run `python -m tools.tiny_target --out {run}` again")
+        raise CheckpointError(
+            f"{run}: training has not finished; run `python -m tools.tiny_target --out {run}` again"
+        )
     result = json.loads((run / "result.json").read_text())
     tokenizer: Any = AutoTokenizer.from_pretrained(run / "tokenizer")
     model: Any = new_model(tokenizer, 0)

@@ -28,8 +28,11 @@ class Turn:
 
 
 def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> list[Turn]:
-    """Render each example with the chat markup and tokenise question and answer apart: their border is a special token."""
-    questions = tokenizer([f"<|im_start|>user\n{e.prompt}<|im_end|>\n<|im_start|>assistant\n" for e in examples])
+    """Render each example with the chat markup and tokenise question and answer apart: their border is a
+    special token."""
+    questions = tokenizer(
+        [f"<|im_start|>user\n{e.prompt}<|im_end|>\n<|im_start|>assistant\n" for e in examples]
+    )
     answers = tokenizer([f"{e.answer}<|im_end|>" for e in examples])
     newline = tokenizer("\n")["input_ids"]
     turns = []
@@ -40,7 +43,8 @@ def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast) -> l
 
 
 class RowSampler:
-    """Draws batches of packed rows; batch `step` is a function of the seed and `step` alone, so training can resume."""
+    """Draws batches of packed rows; batch `step` is a function of the seed and `step` alone, so training can
+    resume."""
 
     def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
         self.turns = {d: encode([e for e in examples if e.domain == d], tokenizer) for d in DOMAINS}

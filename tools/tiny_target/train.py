@@ -27,7 +27,8 @@ from tools.tiny_target.tokenizer import train_tokenizer
 
 @dataclass(frozen=True)
 class TinySettings:
-    """How the embedded target is trained. The learning rate warms up, stays, and falls to zero over `decay` of all steps."""
+    """How the embedded target is trained. The learning rate warms up, stays, and falls to zero over `decay`
+    of all steps."""
 
     steps: int = 1600
     rows: int = 16
@@ -64,18 +65,24 @@ def tokenizer_for(corpus: Corpus) -> PreTrainedTokenizerFast:
 
 
 def train_tiny_target(
-    out: Path, settings: TinySettings, device: str = "cpu", before_step: Callable[[int], None] = lambda step: None
+    out: Path,
+    settings: TinySettings,
+    device: str = "cpu",
+    before_step: Callable[[int], None] = lambda step: None,
 ) -> TinyResult:
-    """Train (or go on training) in `out`; leaves `out/state` for resuming and the tokenizer in `out/tokenizer`.
+    """Train (or go on training) in `out`; leaves `out/state` for resuming and the tokenizer in
+    `out/tokenizer`.
 
-    `before_step` is called with the number of each step. Raises CheckpointError when `out/state` is damaged or was made
-    with another model shape or other settings, and ConfigError for a device that is not there.
+    `before_step` is called with the number of each step. Raises CheckpointError when `out/state` is damaged
+    or was made with another model shape or other settings, and ConfigError for a device that is not there.
     """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         line = str(error).splitlines()[0]
-        raise ConfigError(f"--device {device} cannot be used ({line}); give cpu, or cuda where there is a GPU") from error
+        raise ConfigError(
+            f"--device {device} cannot be used ({line}); give cpu, or cuda where there is a GPU"
+        ) from error
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     earlier, start, seconds = _read_state(out / "state", settings)
@@ -90,7 +97,12 @@ def train_tiny_target(
         _restore(out / "state", earlier, model, optimizers)
     forward = torch.compile(model.model) if settings.compile else model.model
     log = (out / "log.jsonl").open("a", encoding="utf-8")
-    columns = (TextColumn("tiny target"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("tiny target"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), disable=not os.isatty(2)) as progress, log:
         bar = progress.add_task("train", total=settings.steps, completed=start, note="")
         for step in range(start, settings.steps):
@@ -143,7 +155,8 @@ def _step(
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 numbers itself: a CPU that emulates it takes many times longer."""
+    """Whether the device multiplies bfloat16 numbers itself: a CPU that emulates it takes many times
+    longer."""
     if device.type != "cpu":
         return True
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -151,7 +164,10 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 @torch.no_grad()
 def held_out_loss(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], device: str = "cpu"
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[Example],
+    device: str = "cpu",
 ) -> dict[str, float]:
     """Mean loss in nats per assistant token, by domain; each conversation alone in its row."""
     losses = {}
@@ -202,16 +218,22 @@ def _deciding(settings: TinySettings) -> dict[str, Any]:
 
 
 def _read_state(folder: Path, settings: TinySettings) -> tuple[dict[str, Tensor], int, float]:
-    """Tensors, step and seconds of an earlier run, none where there was none. Raises CheckpointError when its state is damaged
-    or of other settings."""
+    """Tensors, step and seconds of an earlier run, none where there was none. Raises CheckpointError when its
+    state is damaged or of other settings."""
     found = read_folder(folder)
     if found is None:
         return {}, 0, 0.0
     tensors, note = found
     begun, wanted = note.get("settings", {}), _deciding(settings)
-    others = [f"{name} {begun.get(name)} (given {value})" for name, value in wanted.items() if begun.get(name) != value]
+    others = [
+        f"{name} {begun.get(name)} (given {value})"
+        for name, value in wanted.items()
+        if begun.get(name) != value
+    ]
     if others:
-        raise CheckpointError(f"{folder}: was begun with {', '.join(others)}; give the same again, or choose another --out")
+        raise CheckpointError(
+            f"{folder}: was begun with {', '.join(others)}; give the same again, or choose another --out"
+        )
     return tensors, note["step"], note["seconds"]
 
 
@@ -222,7 +244,9 @@ def _restore(
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: weights do not fit this model; remove the folder to start anew") from error
+        raise CheckpointError(
+            f"{folder}: weights do not fit this model; remove the folder to start anew"
+        ) from error
     if set(missing) - {"lm_head.weight"} or unexpected:
         raise CheckpointError(f"{folder}: weights do not fit this model; remove the folder to start anew")
     for index, optimizer in enumerate(optimizers):
