@@ -25,7 +25,7 @@ from draftkit.errors import FeatureStoreError
 from draftkit.settings import CaptureSettings
 from draftkit.target.prompt_format import PromptFormat
 from draftkit.target.tokenizer import tokenizer_hash
-from draftkit.target.transformers import DTYPES, TransformersTarget, check_feature_layers
+from draftkit.target.transformers import DTYPES, TransformersTarget, check_taps
 
 SHARD_SAMPLES = 256
 MADE_FROM = {  # fields of a manifest in words, where their names are not
@@ -73,7 +73,7 @@ def capture(
     DataError when the chat template refuses a conversation.
     """
     layers = tuple(sorted(feature_layers))
-    check_feature_layers(layers, target.info.num_layers)
+    check_taps(target, layers)
     out.mkdir(parents=True, exist_ok=True)
     counts = SampleCounts()
     samples = samples_of(conversations, prompt_format, target.info.vocab_size, counts, settings.cut_answers)

@@ -23,8 +23,9 @@ from draftkit.target.transformers import TransformersTarget
 
 def answerer(target: TransformersTarget, running: int) -> Answers:
     """What answers prompts fastest, at most `running` of them at the same time: the engine, or padded batches
-    through the Transformers module for a family without a lean forward."""
-    return PaddedAnswers(target, running) if unsupported(target) else EngineAnswers(target, running)
+    through the Transformers module for a family without a lean forward that can be padded on the left."""
+    padded = unsupported(target) and target.pads_left
+    return PaddedAnswers(target, running) if padded else EngineAnswers(target, running)
 
 
 class EngineAnswers(Answers):

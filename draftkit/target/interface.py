@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, S cached + new tokens, H hidden size, V vocabulary, F = K * H features of K
 layers. Layer ids are OUTPUT indices: layer i means the residual stream after decoder layer i (0-based), which
 Transformers calls hidden_states[i + 1]. The last layer is not allowed: engines disagree on what its output
-is.
+is, but for DeepSeek-V4, whose own drafters read it. Of several residual streams a tap gives the mean.
 """
 
 from __future__ import annotations

@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from draftkit.errors import TargetError
+from draftkit.target import deepseek_v4
 from draftkit.target.cache import DynamicTargetCache, ReplayTargetCache, needs_replay
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.gguf import gguf_in, smollm2_file, unpacked
@@ -29,6 +30,8 @@ from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 EMBEDDED_PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with it and the drafter in it, on one CPU thread
+# families whose layers give several residual streams [B, T, N, H], of which drafters read the mean
+STREAM_MEANS = frozenset({"deepseek_v4"})
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _SCALE = re.compile(
     r"scale|qweight|qzeros|scales$|g_idx|absmax|weight_packed|_blocks$|zero_point|quant_state"
@@ -64,6 +67,18 @@ class TransformersTarget:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._head.weight.device
+
+    @property
+    def pads_left(self) -> bool:
+        """Whether rows of a batch may be padded on the left, and padding be kept in a cache: not where
+        neighbouring tokens are compressed into one entry."""
+        return self.info.family not in STREAM_MEANS
+
+    @property
+    def last_tap(self) -> int:
+        """The last layer that can be tapped: engines disagree on what the last one's output is, but for
+        DeepSeek-V4."""
+        return self.info.num_layers - (1 if self.info.family in STREAM_MEANS else 2)
 
     @property
     def text_config(self) -> Any:
@@ -121,9 +136,15 @@ class TransformersTarget:
 
         Attention is causal also for several new tokens behind a cache. With a mask and no positions,
         positions count the real tokens, so that batches padded on the left or on the right read what each row
-        would read alone.
+        would read alone. Raises TargetError for padding that the family cannot leave out (`pads_left`), and
+        for layers whose output is not one stream of hidden states.
         """
         self._hook(feature_layers)
+        if mask_BS is not None and not self.pads_left and not _is_right_padding(mask_BS, cache):
+            raise TargetError(
+                f"{self.info.name}: family {self.info.family} reads padding with the tokens after it; "
+                "pad on the right, without a cache"
+            )
         if mask_BS is not None and positions_BT is None:
             positions_BT = (mask_BS.cumsum(-1) - 1).clamp_min(0)[:, -tokens_BT.shape[1] :]
         if isinstance(cache, ReplayTargetCache):
@@ -149,15 +170,26 @@ class TransformersTarget:
     def _hook(self, layers: tuple[int, ...]) -> None:
         if layers == self._hooked:
             return
-        check_feature_layers(layers, self.info.num_layers)
+        check_feature_layers(layers, self.last_tap)
         for handle in self._handles:
             handle.remove()
         self._handles = [self.layers[i].register_forward_hook(self._capture(i)) for i in layers]
         self._hooked = layers
 
+    def _tap(self, output: Tensor, layer: int) -> Tensor:
+        """What a tap gives, [B, T, H]: a layer's output, or the mean over its residual streams."""
+        if self.info.family in STREAM_MEANS and output.ndim == 4:
+            return output.mean(2)
+        if output.ndim != 3 or output.shape[-1] != self.info.hidden_size:
+            raise TargetError(
+                f"{self.info.name}: layer {layer} of family {self.info.family} gives {list(output.shape)}, "
+                f"no hidden states [batch, tokens, {self.info.hidden_size}]; no drafter can be made for it"
+            )
+        return output
+
     def _capture(self, layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._captured[layer] = output[0] if isinstance(output, tuple) else output
+            self._captured[layer] = self._tap(output[0] if isinstance(output, tuple) else output, layer)
 
         return hook
 
@@ -182,6 +214,10 @@ def check_target(target: TransformersTarget) -> None:
         cache.crop(2)
         pieces_BTV = target.logits(target.forward(tokens_BT[:, 2:], cache).last_hidden_BTH)
         held = cache.length
+        cache.crop(3)
+        again_BTV = target.logits(target.forward(tokens_BT[:, 3:], cache).last_hidden_BTH)
+        mask_BS = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=target.device)
+        padded_BTV = target.logits(target.forward(tokens_BT.repeat(2, 1), None, (), mask_BS).last_hidden_BTH)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise TargetError(
             f"{name}: this family does not run behind draftkit's target interface: {_line(error)}"
@@ -197,18 +233,34 @@ def check_target(target: TransformersTarget) -> None:
         )
     # Pieces of other shapes round differently, and experts may then be chosen differently: a coarse bound in
     # half precision.
-    if held != 4 or not float((pieces_BTV - wanted_BTV[:, 2:]).abs().max()) <= (10 * single) * scale:
+    pieces_BTV = torch.cat([pieces_BTV, again_BTV], 1)
+    if held != 4 or not float((pieces_BTV - wanted_BTV[:, [2, 3, 3]]).abs().max()) <= (10 * single) * scale:
         raise TargetError(
             f"{name}: reading in pieces differs from reading at once; its cache does not work behind draftkit"
         )
-
-
-def check_feature_layers(layers: tuple[int, ...], num_layers: int) -> None:
-    """Raise TargetError unless the ids are distinct and within 0..num_layers - 2 (layer OUTPUT indices)."""
-    if len(set(layers)) != len(layers) or any(not 0 <= i <= num_layers - 2 for i in layers):
+    rows_BTV = torch.cat([padded_BTV[0], padded_BTV[1, :2]])
+    if not float((rows_BTV - wanted_BTV[0, [0, 1, 2, 3, 0, 1]]).abs().max()) <= (10 * single) * scale:
         raise TargetError(
-            f"feature layers {list(layers)}: choose distinct ids between 0 and {num_layers - 2}"
+            f"{name}: rows that are padded on the right are not read as alone; choose another target"
         )
+
+
+def check_feature_layers(layers: tuple[int, ...], last: int) -> None:
+    """Raise TargetError unless the ids are distinct and within 0..last (layer OUTPUT indices)."""
+    if len(set(layers)) != len(layers) or any(not 0 <= i <= last for i in layers):
+        raise TargetError(f"feature layers {list(layers)}: choose distinct ids between 0 and {last}")
+
+
+def check_taps(target: TransformersTarget, layers: tuple[int, ...]) -> None:
+    """Raise TargetError unless these layers can be tapped, each with one stream of hidden states."""
+    check_feature_layers(layers, target.last_tap)
+    target.forward(torch.zeros(1, 1, dtype=torch.int64, device=target.device), None, layers)
+
+
+def _is_right_padding(mask_BS: Tensor, cache: TargetCache | None) -> bool:
+    if cache is not None:
+        return bool(mask_BS.all())
+    return bool((mask_BS[:, 1:] <= mask_BS[:, :-1]).all() and mask_BS[:, 0].all())
 
 
 def spread_feature_layers(count: int, num_layers: int) -> tuple[int, ...]:
@@ -239,19 +291,22 @@ def load_target(
     if dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
     source = resolve_target(path)
+    refuse_by_name(path, source, revision)
     if not sys.stderr.isatty():
         disable_progress_bar()  # Transformers draws its bar into log files too
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_quantisation(config, path)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            revision=revision,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        loaded: Any = None
+        if config.model_type != deepseek_v4.FAMILY:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                source,
+                revision=revision,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
         folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
     except (
         OSError,
@@ -264,6 +319,8 @@ def load_target(
         SafetensorError,
     ) as error:
         raise TargetError(f"{path}: cannot load a target: {_line(error)}") from error
+    if loaded is None:
+        loaded = deepseek_v4.load_model(path, source, revision, config, DTYPES[dtype]), NOTHING_LEFT_OUT
     model, loading = loaded
     if loading["missing_keys"]:  # Transformers would go on with random numbers in their place
         missing = sorted(loading["missing_keys"])
@@ -290,6 +347,23 @@ def load_target(
         raise TargetError(f"{path}: cannot use device {device!r}: {_line(error)}") from error
     check_target(target)
     return target
+
+
+NOTHING_LEFT_OUT: dict[str, Any] = {"missing_keys": (), "unexpected_keys": ()}
+# families that look like one that draftkit runs and are another
+OTHER_FAMILIES = {"deepseek_v41": "DeepSeek-V4.1, another architecture than DeepSeek-V4"}
+
+
+def refuse_by_name(path: str, source: str, revision: str | None = None) -> None:
+    """Raise TargetError for a family that would be taken for another one."""
+    try:
+        kind = PretrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
+    except (OSError, ValueError):
+        return  # whoever reads the configuration says what is wrong with it
+    if kind in OTHER_FAMILIES:
+        raise TargetError(
+            f"{path}: is {OTHER_FAMILIES[kind]}, which draftkit does not run; give another target"
+        )
 
 
 LONGROPE_SPARE = 64  # positions that a proposal may reach beyond the last token of an answer

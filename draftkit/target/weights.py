@@ -14,19 +14,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file
 
 from draftkit.errors import TargetError
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetInfo
+from draftkit.target.shards import tensor_places
 from draftkit.target.transformers import (
     DTYPES,
     TransformersTarget,
     longest_context,
+    refuse_by_name,
     resolve_target,
     stop_tokens,
 )
+
+DEEPSEEK_NAMES = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+}
 
 
 class StoredModule:
@@ -51,11 +58,12 @@ class TargetFiles:
         skeleton."""
         self._name, self._dtype = path, DTYPES[dtype]
         source = resolve_target(path)
+        refuse_by_name(path, source, revision)
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             with torch.device("meta"):
                 model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            self._place_of = _places(source, revision)
+            self._place_of = tensor_places(source, revision)
             folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
             if (folder / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -127,24 +135,13 @@ class TargetFiles:
         return found.to(self._dtype)
 
     def _other_name(self, name: str) -> str:
-        """The one name in the files that has the same end: some families are saved under another prefix."""
+        """The one name in the files that has the same end: some families are saved under another prefix.
+        DeepSeek names embedding, norm and head in its own way."""
+        if (theirs := DEEPSEEK_NAMES.get(name)) in self._place_of:
+            return str(theirs)
         ends = [name.split(".", cut)[-1] for cut in range(1, name.count("."))]
         for end in ends:
             found = [known for known in self._place_of if known == end or known.endswith("." + end)]
             if len(found) == 1:
                 return found[0]
         raise TargetError(f"{self._name}: has no tensor {name}; give the complete checkpoint")
-
-
-def _places(source: str, revision: str | None) -> dict[str, str]:
-    """The file of each tensor. Shards of a hub checkpoint are fetched where they are missing."""
-    single = cached_file(
-        source, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False
-    )
-    if single is not None:
-        with safe_open(single, framework="pt") as file:
-            return dict.fromkeys(file.keys(), str(single))
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
-    paths, about = get_checkpoint_shard_files(source, str(index), revision=revision)
-    by_name = {Path(path).name: str(path) for path in paths}
-    return {tensor: by_name[file] for tensor, file in about["weight_map"].items()}
