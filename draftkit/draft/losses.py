@@ -173,7 +173,7 @@ def _one_chunk(
     draft, derivative = _draft_logits(rows, chunk)
     first_u, state_n = _shared_states(rows, chunk)
     target = rows.target_head.logits(rows.target_hidden_NH[chunk][first_u])
-    if rows.draft_ids_W is None and native_fits(draft.shape[1], draft, target):
+    if native_fits(draft.shape[1], draft, target):
         values_4N[:, chunk] = _native_chunk(rows, chunk, draft, target, state_n, weights_G, settings, wanted)
     else:
         for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
@@ -236,12 +236,16 @@ def _native_chunk(
 ) -> Tensor:
     """`_slice` of a whole chunk by C++ functions: the values, and the gradient in place of the draft
     logits."""
-    found = RowDistances(draft_nV, target_uV, state_n, rows.tokens_N[chunk])
-    shares = _shares(found.ce, found.tv, rows.grid_N[chunk], weights_G, settings)
+    token_n, reduced = rows.tokens_N[chunk], rows.draft_ids_W is not None
+    inside_uV = target_uV[:, rows.draft_ids_W] if reduced else target_uV
+    found = RowDistances(draft_nV, inside_uV, state_n, token_n, target_uV if reduced else None)
+    by_ce, by_tv, by_kl = _shares(found.ce, found.tv, rows.grid_N[chunk], weights_G, settings)
+    known_n = token_n >= 0
+    shares = by_ce * known_n, by_tv, by_kl
     if wanted:
         found.overwrite_with_gradient(*shares)
     kl = found.kl if settings.kl > 0 or settings.lk > 0 else torch.zeros_like(found.kl)
-    return _values(shares, found.ce, found.tv, kl)
+    return _values(shares, found.ce.where(known_n, 0.0), found.tv, kl)
 
 
 def _slice(
