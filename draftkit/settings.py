@@ -81,9 +81,9 @@ class CaptureSettings(Section):
 class DrafterSettings(Section):
     """The drafter's shape; sizes that are null are the target's."""
 
-    algorithm: Annotated[str, Field(description="a name of draft/algorithms.py: dspark, dflash, eagle3")] = (
-        "dspark"
-    )
+    algorithm: Annotated[
+        str, Field(description="a name of draft/algorithms.py: dspark, dflash, eagle3, dspark_v4")
+    ] = "dspark"
     num_layers: Annotated[int | None, Field(ge=1, description="null: the algorithm's own, 5; eagle3: 1")] = (
         None
     )

@@ -67,7 +67,6 @@ from draftkit.target.transformers import (
     TransformersTarget,
     best_device,
     load_target,
-    spread_feature_layers,
 )
 from draftkit.target.weights import TargetFiles
 from draftkit.train import trainer
@@ -176,7 +175,9 @@ def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
     return (
         tuple(chosen)
         if chosen
-        else spread_feature_layers(recipe.drafter.num_features, target.info.num_layers)
+        else algorithm_named(recipe.drafter.algorithm).taps(
+            recipe.drafter.num_features, target.info.num_layers
+        )
     )
 
 
@@ -227,6 +228,7 @@ def drafter_config(
         "num_target_layers": target.info.num_layers,
         "block_size": section.block_size,
         "max_length": target.info.max_length,
+        **algorithm.target_sizes(text),
     }
     if section.intermediate_size:
         sizes["intermediate_size"] = section.intermediate_size

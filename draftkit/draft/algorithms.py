@@ -12,15 +12,27 @@ from typing import Any
 
 from torch import Tensor
 
+from draftkit.draft import deepseek_v4
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint_fields import Fields, read_sizes
-from draftkit.draft.checkpoint_forms import DEEPSPEC_EAGLE, DFLASH, DSPARK, EAGLE, FORMS, OTHER_NAMES, Form
+from draftkit.draft.checkpoint_fields import Fields
+from draftkit.draft.checkpoint_forms import (
+    DEEPSEEK_V4,
+    DEEPSPEC_EAGLE,
+    DFLASH,
+    DSPARK,
+    EAGLE,
+    FORMS,
+    OTHER_NAMES,
+    Form,
+)
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.draft.families import EAGLE_STYLE
 from draftkit.draft.warm_start import start_from_target
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.settings import DrafterSettings
+from draftkit.target.transformers import OTHER_FAMILIES, spread_feature_layers
 
 Sizes = Mapping[str, Any]  # the fields of `DrafterShape`, from target and recipe
 
@@ -38,6 +50,8 @@ class Algorithm:
         masks: it drafts from mask tokens, so its shape needs one.
         style: its block where the recipe says auto; None: the one for the target's family.
         layers: how many it has where the recipe does not say.
+        target_sizes: what else of the target's configuration its shape needs, by field.
+        taps: the target layers that it reads, from their number and the target's depth.
     """
 
     module: Callable[[Any], Drafter]
@@ -48,6 +62,8 @@ class Algorithm:
     masks: bool = False
     style: str | None = None
     layers: int = 5
+    target_sizes: Callable[[Any], dict[str, Any]] = lambda text: {}
+    taps: Callable[[int, int], tuple[int, ...]] = spread_feature_layers
 
 
 def _block_shape(section: DrafterSettings, sizes: Sizes, mask_token_id: int) -> DrafterConfig:
@@ -83,6 +99,16 @@ ALGORITHMS: dict[str, Algorithm] = {
         style=EAGLE_STYLE,
         layers=1,
     ),
+    "dspark_v4": Algorithm(
+        DeepseekV4Drafter,
+        deepseek_v4.shape_of,
+        (DEEPSEEK_V4,),
+        masks=True,
+        style="deepseek_v4",
+        layers=deepseek_v4.STAGES,
+        target_sizes=deepseek_v4.target_sizes,
+        taps=deepseek_v4.last_layers,
+    ),
 }
 
 
@@ -109,13 +135,17 @@ def read_shape(fields: Fields, num_target_layers: int | None) -> tuple[DrafterSh
         raise CheckpointError(
             f"{fields.where}: the speculators form is not known; known are {', '.join(forms)}"
         )
+    if (kind := fields.raw.get("model_type")) in OTHER_FAMILIES:
+        raise CheckpointError(
+            f"{fields.where}: is {OTHER_FAMILIES[kind]}, whose drafter draftkit does not run"
+        )
     architecture = OTHER_NAMES.get(fields.architecture, fields.architecture)
     if architecture not in forms:
         raise CheckpointError(
             f"{fields.where}: architecture {architecture} is not known; known are {', '.join(forms)}"
         )
     form = forms[architecture]
-    return form.read(fields, read_sizes(fields, form.styles[architecture], num_target_layers)), form
+    return form.read(fields, form.sizes(fields, form.styles[architecture], num_target_layers)), form
 
 
 def form_for(config: DrafterShape, name: str) -> Form:
@@ -131,8 +161,10 @@ def form_for(config: DrafterShape, name: str) -> Form:
     )
 
 
-def tensors_to_form(tensors: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
+def tensors_to_form(tensors: dict[str, Tensor], form: Form, config: DrafterShape) -> dict[str, Tensor]:
     """Our tensor names to the form's, without those that it leaves to the target."""
+    if form.to_names is not None:
+        return form.to_names(tensors, config)
     if not form.with_target_weights:
         tensors = {n: t for n, t in tensors.items() if n not in ("embed_tokens.weight", "lm_head.weight")}
     if form.renamed is None:
@@ -141,9 +173,16 @@ def tensors_to_form(tensors: dict[str, Tensor], form: Form) -> dict[str, Tensor]
     return {name.replace(ours, theirs, 1): value for name, value in tensors.items()}
 
 
+def held_by(config: DrafterShape) -> Callable[[str], bool]:
+    """Which tensors of a drafter's folder are its own, by name."""
+    return algorithm_named(config.algorithm).forms[0].holds
+
+
 def tensors_from_form(tensors: dict[str, Tensor], config: DrafterShape) -> dict[str, Tensor]:
     """Tensor names of any form of the drafter's algorithm to ours."""
     for form in algorithm_named(config.algorithm).forms:
+        if form.from_names is not None:
+            return form.from_names(tensors, config)
         if form.renamed is not None:
             theirs, ours = form.renamed
             tensors = {name.replace(theirs, ours, 1): value for name, value in tensors.items()}

@@ -7,22 +7,18 @@ that count.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
-from draftkit.draft.drafter import DraftContext, DrafterConfig, LossReport, Proposal, TrainBatch
+from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, rope_table
+from draftkit.draft.block_heads import BlockHeads
+from draftkit.draft.drafter import DraftContext, DrafterConfig, TrainBatch
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
-from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
-from draftkit.draft.vocabulary import ReducedHead
+from draftkit.draft.layout import TrainLayout
 from draftkit.ops.attention import plan_blocks
-from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
-from draftkit.settings import LossSettings
 
 CONTEXT_GROWTH = 256  # positions by which a context's memory grows
 
@@ -55,7 +51,7 @@ class BlockContext:
         self._length = end
 
 
-class BlockDrafter(ReducedHead):
+class BlockDrafter(BlockHeads):
     """Backbone, optional sequential head, optional confidence head; embedding and head (or its chosen rows)
     are frozen copies."""
 
@@ -82,15 +78,6 @@ class BlockDrafter(ReducedHead):
                 if module is not w2:  # that one starts at zero
                     nn.init.normal_(module.weight, std=0.02)
 
-    def head(self) -> Head:
-        """The target's output head, or its rows of the draft vocabulary, with the family's factor and soft
-        cap."""
-        return Head(self.lm_head.weight, self.config.logit_scale, self.config.soft_cap)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [...] to embeddings [..., H]."""
-        return embed(self.embed_tokens, tokens, self.config)
-
     # --- drafting
 
     def new_context(self, batch: int = 1) -> BlockContext:
@@ -109,37 +96,9 @@ class BlockDrafter(ReducedHead):
         keys, values = (torch.stack(parts).transpose(2, 3) for parts in zip(*read, strict=True))
         block.append(keys, values)
 
-    @torch.inference_mode()
-    def propose(
-        self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor
-    ) -> Proposal:
-        """One pass of the backbone over the block, then the head from left to right."""
-        hidden_BGH = self._block_hidden(_own(context), anchor_B)
-        base_BGV = self.head().logits(hidden_BGH)
-        previous_B, state = anchor_B, None
-        tokens, probs, largest, embedded = [], [], [], []
-        for k in range(self.gamma):
-            logits_BV = base_BGV[:, k]
-            if self.markov_head is not None:
-                markov_Br = self.markov_head.previous(previous_B)
-                row_Br, state = self.markov_head.step(hidden_BGH[:, k], markov_Br, state)
-                logits_BV = logits_BV + self.markov_head.markov_w2(row_Br)
-                embedded.append(markov_Br)
-            logits_BV = self.over_target(logits_BV)
-            q_BV = processed_probs(logits_BV, sampling)
-            previous_B = q_BV.argmax(-1) if sampling.temperature == 0 else sample(q_BV, uniforms_BG[:, k])
-            tokens.append(previous_B)
-            probs.append(q_BV)
-            largest.append(largest_prob(logits_BV))
-        confidence = None
-        if self.confidence_head is not None:
-            markov = torch.stack(embedded, 1) if embedded else None
-            confidence = torch.sigmoid(self.confidence_head(hidden_BGH, markov).float())
-        return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1), confidence, torch.stack(largest, 1))
-
-    def _block_hidden(self, context: BlockContext, anchor_B: Tensor) -> Tensor:
+    def _block_hidden(self, context: DraftContext, anchor_B: Tensor) -> Tensor:
         """Normed hidden states of the G drafting positions, [B, G, H]."""
-        config = self.config
+        config, context = self.config, _own(context)
         tokens_BP = torch.full(
             (len(anchor_B), config.block_size), config.mask_token_id, device=anchor_B.device
         )
@@ -177,40 +136,6 @@ class BlockDrafter(ReducedHead):
 
     # --- training
 
-    def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
-        """All terms over all drafted positions that count; nothing is reduced over processes."""
-        layout = lay_out(batch, self.gamma, self.config.window)
-        row_N, before_XG = layout.row_N, layout.drafted_XG - 1
-        hidden_NH = self._train_hidden(batch, layout).flatten(0, 1)[row_N]
-        previous_N = batch.tokens_BT.flatten()[before_XG].flatten()[row_N]
-        embedded_Nr, markov_Nr = self._train_markov(hidden_NH, previous_N, layout)
-        rows = Rows(
-            hidden_NH=hidden_NH,
-            head=self.head(),
-            markov=(markov_Nr, self.markov_head.markov_w2.weight)
-            if self.markov_head and markov_Nr is not None
-            else None,
-            target_hidden_NH=batch.last_hidden_BTH.flatten(0, 1)[before_XG.flatten()[row_N]].to(
-                hidden_NH.dtype
-            ),
-            place_N=before_XG.flatten()[row_N],
-            target_head=replace(self.head(), weight_VH=self.whole_head()),
-            tokens_N=self.draft_tokens(batch.tokens_BT.flatten()[layout.drafted_XG.flatten()[row_N]]),
-            grid_N=row_N,
-            gamma=self.gamma,
-            draft_ids_W=self.draft_ids_W,
-        )
-        losses = distillation_loss(rows, settings)
-        weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
-        sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
-        loss = losses.loss
-        if self.confidence_head is not None:
-            logits_N = self.confidence_head(hidden_NH, embedded_Nr).to(losses.ce_N)
-            bce_N = F.binary_cross_entropy_with_logits(logits_N, losses.accept_N, reduction="none")
-            sums["confidence"] = (weights_N @ bce_N).detach()
-            loss = loss + settings.confidence * (weights_N @ bce_N)
-        return LossReport(loss, weights_N.sum(), sums, losses.accept_N, layout.grid_N)
-
     def _train_hidden(self, batch: TrainBatch, layout: TrainLayout) -> Tensor:
         """Normed hidden states of all drafting positions, [X, G, H]."""
         size, config = self.config.block_size, self.config
@@ -231,22 +156,6 @@ class BlockDrafter(ReducedHead):
             x_QH = layer(x_QH, context_CH, block_rope, context_rope, plan)
         hidden: Tensor = self.norm(x_QH.unflatten(0, (-1, size))[:, size - self.gamma :])
         return hidden
-
-    def _train_markov(
-        self, hidden_NH: Tensor, previous_N: Tensor, layout: TrainLayout
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """W_1[x_{k-1}] and m_k of the rows that count, with the conversation's own tokens as x_{k-1}."""
-        if self.markov_head is None:
-            return None, None
-        embedded_Nr = self.markov_head.previous(previous_N)
-        if self.markov_head.kind != "rnn":
-            return embedded_Nr, self.markov_head.step(hidden_NH, embedded_Nr, None)[0]
-        cells = layout.drafted_XG.numel()
-        grids = [
-            t.new_zeros(cells, t.shape[1]).index_copy(0, layout.row_N, t) for t in (hidden_NH, embedded_Nr)
-        ]
-        unrolled = self.markov_head.unroll(*(g.unflatten(0, (-1, self.gamma)) for g in grids))
-        return embedded_Nr, unrolled.flatten(0, 1)[layout.row_N].to(hidden_NH.dtype)
 
 
 def _own(context: DraftContext) -> BlockContext:

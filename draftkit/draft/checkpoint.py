@@ -9,17 +9,18 @@ out: it is then loaded together with its target. Nothing is unpickled.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from draftkit import __version__
 from draftkit.artefact import DIGEST, is_intact, is_plain_name, read_json, sealed
-from draftkit.draft.algorithms import build, form_for, read_shape, tensors_from_form, tensors_to_form
+from draftkit.draft.algorithms import build, form_for, held_by, read_shape, tensors_from_form, tensors_to_form
 from draftkit.draft.bounds import check_bounds
 from draftkit.draft.checkpoint_fields import Fields
 from draftkit.draft.drafter import Drafter, DrafterShape
@@ -86,7 +87,7 @@ def save_drafter(
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, json.dumps(fields, indent=1) + "\n")
     partial = folder / (WEIGHTS + ".partial")
-    write_tensors(partial, tensors_to_form(tensors, chosen), save_file, {"format": "pt"})
+    write_tensors(partial, tensors_to_form(tensors, chosen, drafter.config), save_file, {"format": "pt"})
     note = {"draftkit": __version__, "algorithm": drafter.config.algorithm} | provenance
     note |= {"sha256": sha256_of(partial), "config_sha256": sha256_of(folder / CONFIG)}
     write_text(folder / PROVENANCE, as_json(sealed(json.loads(as_json(note))), indent=1) + "\n")
@@ -107,7 +108,7 @@ def load_drafter(
         raise CheckpointError(
             f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores"
         )
-    tensors = tensors_from_form(read_tensors(folder), config)
+    tensors = tensors_from_form(read_tensors(folder, held_by(config)), config)
     ids_W = _take_draft_ids(str(folder), config, tensors)
     for name in (EMBEDDING, HEAD):
         if name not in tensors:
@@ -157,15 +158,15 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterSh
         ) from error
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+def read_tensors(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The wanted tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
     Raises CheckpointError when a file is missing or damaged (a folder of draftkit's holds the sha256 of its
     weights), or lacks what the index says.
     """
     if (folder / WEIGHTS).exists():
         _check_digest(folder)
-        return _read_file(folder / WEIGHTS)
+        return _read_file(folder / WEIGHTS, wanted)
     if not (folder / INDEX).exists():
         pickled = any(folder.glob("*.bin"))
         reason = (
@@ -175,13 +176,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         )
         raise CheckpointError(f"{folder}: has no {WEIGHTS}; {reason}")
     places = Fields(_read_json(folder / INDEX), str(folder / INDEX)).section("weight_map").raw
+    places = {tensor: file for tensor, file in places.items() if wanted(tensor)}
     shards = {}
     for name in sorted(set(map(str, places.values()))):
         if not is_plain_name(name) or not (folder / name).is_file():
             raise CheckpointError(
                 f"{folder}: the index names {name}, which is not in the folder; copy it again"
             )
-        shards[name] = _read_file(folder / name)
+        shards[name] = _read_file(folder / name, wanted)
     lost = sorted(tensor for tensor, file in places.items() if tensor not in shards[str(file)])
     if lost:
         raise CheckpointError(f"{folder}: the shards lack {', '.join(lost[:4])}, which the index names")
@@ -215,9 +217,10 @@ def _read_json(path: Path) -> Any:
     return read_json(path, CheckpointError)
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            tensors: dict[str, Tensor] = {n: file.get_tensor(n) for n in file.keys() if wanted(n)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: is damaged ({error}); train or copy it again") from error
     wrong = next((n for n, t in tensors.items() if t.dtype in _FLOATS and not bool(t.isfinite().all())), None)

@@ -19,7 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from draftkit.draft.checkpoint_fields import Fields, write_sizes
+from torch import Tensor
+
+from draftkit.draft import deepseek_v4_checkpoint as deepseek_v4
+from draftkit.draft.checkpoint_fields import Fields, read_sizes, write_sizes
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.errors import CheckpointError
@@ -35,15 +38,14 @@ class Form:
     """One way in which drafters of one kind are written.
 
     Attributes:
-        names: under which of FORMS a person asks for it.
-        styles: the architectures that `config.json` may name, and the block style of each.
-        read: the drafter's shape from the fields and the sizes that all forms share.
-        write: the fields of `config.json`.
-        refuses: why a shape does not fit this form under one of its names; None: it fits.
-        renamed: beginnings of tensor names, (the form's, ours); in reading those of other forms are known,
-          too.
-        with_target_weights: embedding and head are in the folder, unless they are left out on purpose.
-    """
+        names: under which of FORMS a person asks for it. styles: the architectures that `config.json` may
+        name, and the block style of each. read: the drafter's shape from the fields and the sizes that all
+        forms share. write: the fields of `config.json`. refuses: why a shape does not fit this form under one
+        of its names; None: it fits. renamed: beginnings of tensor names, (the form's, ours); in reading those
+        of other forms are known, too. with_target_weights: embedding and head are in the folder, unless they
+        are left out on purpose. sizes: the fields that all forms share, from this form's file. to_names,
+        from_names: what `renamed` cannot say, from tensors and shape. holds: which tensors of the folder are
+        the drafter's, by name."""
 
     names: tuple[str, ...]
     styles: dict[str, str]
@@ -52,6 +54,10 @@ class Form:
     refuses: Callable[[Any, str], str | None] = lambda config, name: None
     renamed: tuple[str, str] | None = None
     with_target_weights: bool = True
+    sizes: Callable[[Fields, str, int | None], dict[str, Any]] = read_sizes
+    to_names: Callable[[Any, Any], dict[str, Tensor]] | None = None
+    from_names: Callable[[Any, Any], dict[str, Tensor]] | None = None
+    holds: Callable[[str], bool] = lambda name: True
 
 
 def _read_dspark(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
@@ -245,4 +251,15 @@ DFLASH = Form(
 EAGLE = Form(("portable",), _EAGLES, _read_eagle, _write_eagle, _not_eagle)
 DEEPSPEC_EAGLE = Form(
     FORMS, _DEEPSPEC_EAGLES, _read_deepspec_eagle, _write_deepspec_eagle, _not_deepspec_eagle, _LAYER
+)
+DEEPSEEK_V4 = Form(
+    ("portable",),
+    deepseek_v4.STYLES,
+    deepseek_v4.read_shape,
+    deepseek_v4.write_fields,
+    with_target_weights=False,
+    sizes=deepseek_v4.read_sizes,
+    to_names=deepseek_v4.to_checkpoint,
+    from_names=deepseek_v4.from_checkpoint,
+    holds=deepseek_v4.is_draft,
 )

@@ -7,7 +7,7 @@ of K target layers, A anchors, L draft layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -47,6 +47,8 @@ class DrafterShape:
     shared_key_value: bool = False
     rotary_share: float = 1.0
     draft_vocab_size: int | None = None
+    # engines disagree on what the target's last layer gives, but for families whose own drafters read it
+    reads_last_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -60,7 +62,8 @@ class DrafterShape:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"drafter.{name}: {getattr(self, name)} must be 1 or more")
-        layers, last = list(self.feature_layers), self.num_target_layers - 2  # as a target gives them
+        layers = list(self.feature_layers)
+        last = self.num_target_layers - (1 if self.reads_last_layer else 2)  # as a target gives them
         if layers != sorted(set(layers)) or any(not 0 <= i <= last for i in layers):
             raise ConfigError(
                 f"drafter.feature_layers: {layers} must be ascending and distinct, from 0 to {last}"

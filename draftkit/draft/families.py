@@ -37,6 +37,7 @@ STYLES = {
         scaled_embedding=True,
         activation="gelu_pytorch_tanh",
     ),
+    "deepseek_v4": Style(),  # its blocks are Transformers' own (`draft/deepseek_v4.py`)
 }
 STYLE_OF_FAMILY = dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), "gemma4")
 PLAIN_STYLE = "qwen3"

@@ -60,11 +60,12 @@ class MarkovHead(nn.Module):
 class ConfidenceHead(nn.Module):
     """c_k = sigmoid(w [h_k ; W_1[x_{k-1}]]), without the second part when the configuration says so."""
 
-    def __init__(self, config: DrafterConfig) -> None:
+    def __init__(self, config: DrafterConfig, bias: bool = True) -> None:
         super().__init__()
         self.with_markov = config.confidence_with_markov and config.head != "none"
         self.stop_gradient = config.confidence_stop_gradient
-        self.proj = nn.Linear(config.hidden_size + (config.markov_rank if self.with_markov else 0), 1)
+        width = config.hidden_size + (config.markov_rank if self.with_markov else 0)
+        self.proj = nn.Linear(width, 1, bias=bias)
         nn.init.zeros_(self.proj.weight)
 
     def forward(self, hidden: Tensor, previous: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ names."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from draftkit.draft.checkpoint import new_drafter
+from draftkit.draft.checkpoint_fields import Fields
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter, DeepseekV4Shape
+from draftkit.draft.deepseek_v4_checkpoint import read_shape, read_sizes
 from draftkit.target.deepseek_v4 import place_of
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
 from draftkit.target.fp8_fp4 import quantise_fp4, quantise_fp8
@@ -174,3 +179,21 @@ def write_checkpoint(
     more = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     (folder / "config.json").write_text(json.dumps(raw | (more if quantised else {})))
     return folder
+
+
+def tiny_shape(**changes: Any) -> DeepseekV4Shape:
+    """The shape of the tiny target's draft module."""
+    fields = Fields(TINY, "tiny")
+    shape = read_shape(fields, read_sizes(fields, "deepseek_v4", None))
+    return replace(shape, **changes)
+
+
+def tiny_drafter(target: TransformersTarget, spread: float = 0.15, **changes: Any) -> DeepseekV4Drafter:
+    """A random draft module whose proposals differ from place to place."""
+    torch.manual_seed(1)
+    drafter = new_drafter(tiny_shape(**changes), target.embedding_weight(), target.head_weight())
+    assert isinstance(drafter, DeepseekV4Drafter)
+    for name, parameter in drafter.named_parameters():
+        if parameter.requires_grad and (parameter.ndim > 1 or name.endswith("sinks")):
+            torch.nn.init.normal_(parameter, std=spread)
+    return drafter.eval()
