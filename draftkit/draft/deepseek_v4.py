@@ -145,7 +145,9 @@ class Seen:
 class Stage(DeepseekV4DecoderLayer):  # type: ignore[misc]
     """One V4 block without a compressor, over blocks of positions and what they see."""
 
-    def forward(self, streams_XGNH: Tensor, rope: Rope, seen: Seen) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, streams_XGNH: Tensor, rope: Rope, seen: Seen
+    ) -> Tensor:
         """A training batch's blocks: [X, G, N, H] to [X, G, N, H]."""
         keys_CD = self.context_keys(seen.main_CH, seen.rope)
         return self.read(streams_XGNH, rope, keys_CD[seen.places_XW], seen.real_XW)
@@ -333,7 +335,7 @@ def _mixed(streams: Tensor, update: Tensor, post: Tensor, comb: Tensor) -> Tenso
 
 def _block_config(config: DeepseekV4Shape) -> DeepseekV4Config:
     """What Transformers' modules are made from: layers without compressors and without tables of experts."""
-    return DeepseekV4Config(
+    blocks = DeepseekV4Config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         moe_intermediate_size=config.intermediate_size,
@@ -355,8 +357,9 @@ def _block_config(config: DeepseekV4Shape) -> DeepseekV4Config:
         hc_sinkhorn_iters=config.sinkhorn_iters,
         hc_eps=config.hc_eps,
         rms_norm_eps=config.rms_eps,
-        experts_implementation="eager",
     )
+    blocks._experts_implementation = "eager"
+    return blocks
 
 
 @torch.no_grad()

@@ -176,7 +176,7 @@ class TemplateFormat:
         found: list[Turn] = []
         known_text, known_ids = "", self.encode("")  # a prompt that goes on from here is tokenised from here
         for place, message in enumerate(messages):
-            if not _is_answer(messages, place) or (
+            if not is_answer(messages, place) or (
                 message.get("tool_calls") and not self.mentions("tool_calls")
             ):
                 continue
@@ -354,7 +354,7 @@ def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": function}
 
 
-def _is_answer(messages: Sequence[Message], place: int) -> bool:
+def is_answer(messages: Sequence[Message], place: int) -> bool:
     """Whether the assistant answers somebody here, says something, and is to be learnt from."""
     message = messages[place]
     if message["role"] != "assistant" or message.get("weight") == 0:

@@ -1,0 +1,114 @@
+"""A DeepSeek-V4 answer taken apart as it comes: reasoning, content and tool calls, by DeepSeek's own parser.
+
+The parser reads text. A special token's name that the model spelled with ordinary tokens is no special token:
+it gets a mark before the parser sees it, which is taken out of what the parser gives."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from draftkit.target.answer_parts import AnswerParts
+
+_MARK = "\ue000"  # private use
+_ENDS = ("<｜end▁of▁sentence｜>", "<｜User｜>")
+
+
+class AnswerStream:
+    """Takes an answer's tokens in any pieces. Each piece gives OpenAI's deltas; `finish` gives the whole."""
+
+    def __init__(self, recipe: Any, tokenizer: Any, names: Mapping[int, str], thinking: bool) -> None:
+        request = recipe.ConversationRequest(
+            recipe.Conversation([recipe.UserMessage("")]), recipe.ModelVersion.DeepseekV4Pro
+        )
+        stage = recipe.ThinkingInitialStage.ReasoningStart if thinking else None
+        self._recipe, self._tokenizer, self._names = recipe, tokenizer, names
+        self._processor = recipe.StreamProcessor(
+            recipe.ChatCompletionRequest.chunk_generator(request, "answer", "model"),
+            recipe.ParsingOptions(thinking_initial_stage=stage),
+        )
+        self._whole = recipe.ChatCompletionResponse("answer", "model", 0, 0, 0)
+        self._spelled = re.compile(
+            "|".join(re.escape(n) for n in sorted(names.values(), key=len, reverse=True))
+        )
+        self._waiting: list[int] = []  # ordinary tokens that may not be whole characters yet, or whole names
+        self._ended = False
+
+    def add(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+        """The next tokens; what they complete, as deltas of OpenAI's chunks."""
+        found: list[dict[str, Any]] = []
+        for token in ids:
+            name = self._names.get(token)
+            if name is None:
+                self._waiting.append(token)
+                continue
+            found += self._flush(whole=True)
+            self._ended |= name in _ENDS
+            found += self._push(name)
+        return found + self._flush(whole=False)
+
+    def finish(self) -> AnswerParts:
+        """The whole answer, when there are no more tokens; calls numbered from call_0."""
+        self.close()
+        message = json.loads(self._whole.to_json())["choices"][0]["message"]
+        calls = tuple(
+            {
+                "id": f"call_{number}",
+                "type": "function",
+                "function": {name: _unmarked(call["function"][name]) for name in ("name", "arguments")},
+            }
+            for number, call in enumerate(message.get("tool_calls") or ())
+        )
+        return AnswerParts(
+            _unmarked(message.get("content") or ""),
+            _unmarked(message.get("reasoning_content")) or None,
+            calls,
+        )
+
+    def close(self) -> list[dict[str, Any]]:
+        """The last deltas, when there are no more tokens."""
+        found = self._flush(whole=True)
+        if self._processor.finished:
+            return found
+        stop = self._recipe.InferenceChunk.finish(self._recipe.InferenceFinishReason.Stop)
+        return found + self._taken(self._processor.push(stop)) + self._taken(self._processor.finish())
+
+    def _flush(self, whole: bool) -> list[dict[str, Any]]:
+        """Push what waits: all of it, or what can no longer become another character or a spelled name."""
+        text = self._tokenizer.decode(self._waiting, skip_special_tokens=False) if self._waiting else ""
+        if not whole and (text.endswith("\ufffd") or self._begins_name(text)):
+            return []
+        self._waiting = []
+        marked = self._spelled.sub(lambda m: m[0][0] + _MARK + m[0][1:], text)
+        return self._push(marked) if marked else []
+
+    def _begins_name(self, text: str) -> bool:
+        tail = text[-32:]
+        starts = (tail[i:] for i in range(len(tail)))
+        return any(name.startswith(start) for start in starts for name in self._names.values())
+
+    def _push(self, text: str) -> list[dict[str, Any]]:
+        if self._ended:
+            return []
+        return self._taken(self._processor.push(self._recipe.InferenceChunk.text(text, 1)))
+
+    def _taken(self, chunks: Sequence[Any]) -> list[dict[str, Any]]:
+        deltas = [json.loads(chunk.to_json())["choices"][0]["delta"] for chunk in chunks]
+        for chunk in chunks:
+            self._whole.accumulate(chunk)
+        return [_clean(delta) for delta in deltas]
+
+
+def _clean(delta: Any) -> Any:
+    """A delta without marks, at any depth."""
+    if isinstance(delta, dict):
+        return {name: _clean(value) for name, value in delta.items() if value is not None}
+    if isinstance(delta, list):
+        return [_clean(value) for value in delta]
+    return _unmarked(delta) if isinstance(delta, str) else delta
+
+
+def _unmarked(text: str | None) -> str:
+    return (text or "").replace(_MARK, "")

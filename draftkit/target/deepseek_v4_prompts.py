@@ -1,0 +1,359 @@
+"""DeepSeek-V4's prompt format: DeepSeek's own encoder and parser (PyPI `deepseek-recipe`), not a Jinja
+template.
+
+What the encoder writes of its own are special tokens; what people and tools wrote is text, also where it
+spells a special token's name, and is tokenised without the added vocabulary. There are two generations of the
+encoder: the preview checkpoints (DeepSeek-V4-Flash, -Pro, *-DSpark) do not know the effort "low" and begin
+"max" as the official ones begin "high"."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib import import_module
+from typing import Any
+
+from draftkit.errors import ConfigError, TargetError
+from draftkit.target.answer_parts import AnswerParts
+from draftkit.target.deepseek_v4_answers import AnswerStream
+from draftkit.target.prompt_format import Message, TemplateError, Tools, Turn, is_answer
+
+DSML, EOS, OPEN, CLOSE = "｜DSML｜", "<｜end▁of▁sentence｜>", "<think>", "</think>"
+ASSISTANT, REMINDER = "<｜Assistant｜>", "<｜latest_reminder｜>"
+NEEDED = ("<｜begin▁of▁sentence｜>", EOS, "<｜User｜>", ASSISTANT, OPEN, CLOSE, DSML)
+INSTALL = "pip install 'draftkit[deepseek]'"
+EFFORTS = ("low", "high", "max")
+SAME = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}  # as DeepSeek's API takes them
+ENCODERS = ("official", "preview")
+TASKS = ("action", "query", "authority", "domain", "read_url", "title")
+_PREVIEW = re.compile(r"DeepSeek-V4-(?:Flash|Pro)(?:-DSpark)?")
+_SWITCHES = ("thinking", "enable_thinking", "reasoning_effort", "drop_thinking", "encoder")
+_PROBE = (
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "U"},
+    {"role": "assistant", "content": "A", "reasoning_content": "R"},
+    {"role": "user", "content": "V"},
+)
+_PROBE_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+Piece = tuple[str, bool]  # text, and whether it is one special token
+
+
+def speaks_deepseek_v4(tokenizer: Any) -> bool:
+    """Whether this is the tokenizer of a V4 model: no template, and DeepSeek's markup as a token."""
+    return not tokenizer.chat_template and DSML in tokenizer.get_vocab()
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How the model is asked to think."""
+
+    thinking: bool
+    effort: str | None  # the recipe's; None: without thinking
+    drop: bool
+
+
+class DeepseekFormat:
+    """Messages and tools to token ids and back. Switches: `thinking` (`enable_thinking`), `reasoning_effort`
+    (none, low, high, max and the API's other names), `drop_thinking`, `encoder` (official, preview; by the
+    checkpoint's name where it is not given).
+
+    Raises ConfigError for other switches or values, TargetError when `deepseek-recipe` is not installed or
+    the tokenizer lacks its tokens."""
+
+    def __init__(
+        self, tokenizer: Any, switches: Mapping[str, Any] | None = None, today: date | None = None
+    ) -> None:
+        self.tokenizer, self.switches, self.today = tokenizer, dict(switches or {}), today
+        self._recipe = load_recipe()
+        vocabulary = tokenizer.get_vocab()
+        lacking = [name for name in NEEDED if name not in vocabulary]
+        if lacking:
+            raise TargetError(
+                f"{tokenizer.name_or_path}: has no token {lacking[0]}; give DeepSeek-V4's own tokenizer"
+            )
+        self._ids = {name: vocabulary[name] for name in vocabulary if "｜" in name or name in (OPEN, CLOSE)}
+        self._names = {number: name for name, number in self._ids.items()}
+        self._plain = _without_added_tokens(tokenizer)
+        self.check_switches(self.switches)
+        self.mode = self._mode()
+
+    def with_switches(self, switches: Mapping[str, Any]) -> DeepseekFormat:
+        """The same format with other switches on top of its own. Raises ConfigError."""
+        return DeepseekFormat(self.tokenizer, {**self.switches, **switches}, self.today)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the encoder makes of a fixed conversation: it changes when the encoder does."""
+        return encoder_digest()
+
+    def mentions(self, name: str) -> bool:
+        """Whether the format has a place for this: a switch, or a field of messages."""
+        return name in (*_SWITCHES, "tools", "tool_calls", "reasoning_content")
+
+    def check_switches(self, switches: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a switch that DeepSeek-V4 does not have, or a value that it does not take."""
+        for name, value in switches.items():
+            if name not in _SWITCHES:
+                raise ConfigError(
+                    f"template switch {name}: DeepSeek-V4 has {', '.join(_SWITCHES)}; remove or rename it"
+                )
+            if name == "encoder" and value not in ENCODERS:
+                raise ConfigError(
+                    f"template switch encoder: {value!r} is not known, choose {' or '.join(ENCODERS)}"
+                )
+            if name.endswith("thinking") and type(value) is not bool:
+                raise ConfigError(f"template switch {name}: {value!r} must be true or false")
+        effort = switches.get("reasoning_effort", "high")
+        if SAME.get(effort, effort) not in (*EFFORTS, "none"):
+            raise ConfigError(
+                f"template switch reasoning_effort: {effort!r} is not known, choose none, "
+                + ", ".join(EFFORTS)
+            )
+        if effort == "none" and switches.get("thinking", switches.get("enable_thinking")):
+            raise ConfigError(
+                "template switch reasoning_effort: none, but thinking is on; give one of the two"
+            )
+
+    @property
+    def encoder(self) -> str:
+        """The generation of the encoder: the switch, or what the checkpoint's name says."""
+        name = str(self.tokenizer.name_or_path).rstrip("/").split("/")[-1]
+        return self.switches.get("encoder") or ("preview" if _PREVIEW.fullmatch(name) else "official")
+
+    def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[int, ...]:
+        """Token ids up to where the assistant begins to write. Raises TemplateError."""
+        return self._encoded(self._prompt_pieces(messages, tools))
+
+    def text(self, messages: Sequence[Message], tools: Tools | None = None) -> str:
+        """The prompt as text, special tokens by their names."""
+        return "".join(text for text, _ in self._prompt_pieces(messages, tools))
+
+    def turns(self, messages: Sequence[Message], tools: Tools | None = None, cut: bool = False) -> list[Turn]:
+        """Every answer of a conversation in its own context, in order."""
+        found = []
+        for place, message in enumerate(messages):
+            if is_answer(messages, place):
+                ended = not (cut and place == len(messages) - 1)
+                written = self._written(message, ended)
+                prompt = self.prompt(messages[:place], tools)
+                found.append(Turn(prompt, self._encoded(written)))
+        return found
+
+    def parse(self, answer_ids: Sequence[int]) -> AnswerParts:
+        """An answer's reasoning, content and tool calls."""
+        stream = self.stream()
+        stream.add(answer_ids)
+        return stream.finish()
+
+    def stream(self) -> AnswerStream:
+        """A parser that takes an answer's tokens as they come."""
+        return AnswerStream(self._recipe, self.tokenizer, self._names, self.mode.thinking)
+
+    def unshown(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, ...]:
+        """What of a conversation the model is not shown."""
+        return ("name",) if any(m.get("name") for m in messages) else ()
+
+    # --- writing
+
+    def _mode(self) -> Mode:
+        asked = self.switches.get("reasoning_effort", "high")
+        asked = SAME.get(asked, asked)
+        on = self.switches.get("thinking", self.switches.get("enable_thinking", True)) and asked != "none"
+        drop = self.switches.get("drop_thinking", True)
+        if not on:
+            return Mode(False, None, drop)
+        if self.encoder == "preview":
+            if asked == "low":
+                raise ConfigError(
+                    "template switch reasoning_effort: the preview encoder has no low; choose high or max"
+                )
+            asked = {"high": "low", "max": "high"}[asked]  # what the official one calls the same text
+        return Mode(True, asked, drop)
+
+    def _prompt_pieces(self, messages: Sequence[Message], tools: Tools | None) -> list[Piece]:
+        task = messages[-1].get("task") if messages else None
+        self._check_tasks(messages, task)
+        mode = self.mode if task in (None, "action") else Mode(False, None, self.mode.drop)
+        pieces = self._rendered(messages, tools, mode)
+        if mode.thinking and not mode.drop:
+            pieces = _with_thoughts(pieces, messages)
+        if task == "action":
+            return [*pieces, ("<｜action｜>", True)]
+        return [*pieces[:-2], (f"<｜{task}｜>", True)] if task else pieces
+
+    def _check_tasks(self, messages: Sequence[Message], task: Any) -> None:
+        if any(m.get("task") for m in messages[:-1]):
+            raise TemplateError("only the last message may have a task")
+        if task is None:
+            return
+        if task not in TASKS:
+            raise TemplateError(f"task {task!r} is not known, choose one of {', '.join(TASKS)}")
+        if (task == "title") != (messages[-1]["role"] == "assistant"):
+            raise TemplateError(
+                f"task {task!r} belongs to {'an assistant' if task == 'title' else 'a user'} message"
+            )
+        if f"<｜{task}｜>" not in self._ids:
+            raise TemplateError(f"the tokenizer has no token for the task {task!r}")
+        if task != "action" and self.switches.get("thinking", self.switches.get("enable_thinking")):
+            raise TemplateError(f"task {task!r} is answered without thinking; leave thinking out")
+
+    def _rendered(self, messages: Sequence[Message], tools: Tools | None, mode: Mode) -> list[Piece]:
+        recipe = self._recipe
+        schema = next((_schema(m) for m in messages if m.get("response_format")), None)
+        try:
+            conversation = recipe.Conversation(
+                [self._message(m) for m in messages],
+                thinking_mode=mode.thinking,
+                tools=[_tool(recipe, t) for t in tools] if tools else None,
+                reasoning_effort=mode.effort,
+                response_schema=schema,
+            )
+            rendered = recipe.DeepseekV4Encoding().render_conversation(conversation)
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise TemplateError(" ".join(str(error).split()) or type(error).__name__) from error
+        return list(_pieces(rendered.prompt, rendered.special_ranges))
+
+    def _message(self, message: Message) -> Any:
+        recipe, role = self._recipe, message["role"]
+        if role in ("system", "developer"):
+            return recipe.SystemMessage(_text(message.get("content")))
+        if role == "user":
+            return recipe.UserMessage(_text(message.get("content")))
+        if role == "tool":
+            return recipe.ToolMessage(
+                _text(message.get("content"), of_tool=True), message.get("tool_call_id")
+            )
+        if role == "latest_reminder":
+            return recipe.LatestReminderMessage(_text(message.get("content")))
+        if role != "assistant":
+            raise ValueError(
+                f"role {role!r}: DeepSeek-V4 has system, user, assistant, tool and latest_reminder"
+            )
+        calls = [_call(recipe, c) for c in message.get("tool_calls") or ()]
+        return recipe.AssistantMessage(_text(message.get("content")), _reasoning(message), calls or None)
+
+    def _written(self, message: Message, ended: bool) -> list[Piece]:
+        """What the assistant wrote, its end included where it wrote one."""
+        bare = {k: v for k, v in message.items() if k not in ("reasoning_content", "reasoning", "task")}
+        quiet = Mode(False, None, True)
+        pieces = self._rendered([{"role": "user", "content": ""}, bare], None, quiet)
+        first = next(i for i, piece in enumerate(pieces) if piece == (CLOSE, True)) + 1
+        last = max(i for i, piece in enumerate(pieces) if piece == (EOS, True))
+        thought = [(_reasoning(message) or "", False), (CLOSE, True)] if self.mode.thinking else []
+        return [*thought, *pieces[first : last + ended]]
+
+    def _encoded(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
+        ids: list[int] = []
+        for text, special in pieces:
+            ids += [self._ids[text]] if special else self._plain.encode(text, add_special_tokens=False).ids
+        return tuple(ids)
+
+
+def load_recipe() -> Any:
+    """DeepSeek's package. Raises TargetError that says what to install."""
+    try:
+        return import_module("deepseek_recipe")
+    except ImportError as error:
+        raise TargetError(
+            f"DeepSeek-V4 is spoken to through deepseek-recipe, which is missing: {INSTALL}"
+        ) from error
+
+
+def encoder_digest() -> str:
+    """sha256 of what the installed encoder makes of a fixed conversation, in each mode."""
+    recipe, told = load_recipe(), []
+    for thinking, effort in ((False, None), (True, "low"), (True, "high"), (True, "max")):
+        messages = [
+            recipe.AssistantMessage(m["content"], m.get("reasoning_content"))
+            if m["role"] == "assistant"
+            else (recipe.SystemMessage if m["role"] == "system" else recipe.UserMessage)(m["content"])
+            for m in _PROBE
+        ]
+        conversation = recipe.Conversation(
+            messages, thinking_mode=thinking, reasoning_effort=effort, tools=[_tool(recipe, _PROBE_TOOL)]
+        )
+        told.append(recipe.DeepseekV4Encoding().render_conversation(conversation).prompt)
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()
+
+
+def _without_added_tokens(tokenizer: Any) -> Any:
+    """The tokenizer for plain text: it knows no special token by its name."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    bare = backend | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    return import_module("tokenizers").Tokenizer.from_str(json.dumps(bare))
+
+
+def _pieces(text: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Piece]:
+    at = 0
+    for start, end in ranges:
+        if at < start:
+            yield text[at:start], False
+        yield text[start:end], True
+        at = end
+    if at < len(text):
+        yield text[at:], False
+
+
+def _with_thoughts(pieces: Sequence[Piece], messages: Sequence[Message]) -> list[Piece]:
+    """What the encoder dropped of earlier thinking, put back: it writes an answer's beginning with </think>
+    then."""
+    answers = [m for m in messages if m["role"] == "assistant"]
+    found: list[Piece] = []
+    number = 0  # of answers that have ended
+    for piece in pieces:
+        if piece == (CLOSE, True) and found[-1:] == [(ASSISTANT, True)] and number < len(answers):
+            found += [(OPEN, True), (_reasoning(answers[number]) or "", False)]
+        number += piece == (EOS, True)
+        found.append(piece)
+    return found
+
+
+def _text(content: Any, of_tool: bool = False) -> str:
+    """A message's content; text parts are joined by an empty line. Raises ValueError for other parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if isinstance(text, str):
+            texts.append(text)
+        elif of_tool:
+            texts.append(f"[Unsupported {kind}]")
+        else:
+            raise ValueError(f"content part of type {kind!r}: text parts only can be shown")
+    return "\n\n".join(texts)
+
+
+def _reasoning(message: Message) -> str | None:
+    return message.get("reasoning_content") or message.get("reasoning")
+
+
+def _schema(message: Message) -> Any:
+    asked = message["response_format"]
+    return asked["json_schema"].get("schema", {}) if asked.get("type") == "json_schema" else asked
+
+
+def _tool(recipe: Any, tool: Mapping[str, Any]) -> Any:
+    function = tool.get("function", tool)
+    return recipe.ToolDefinition(
+        function["name"], function.get("description"), function.get("parameters"), function.get("strict")
+    )
+
+
+def _call(recipe: Any, call: Mapping[str, Any]) -> Any:
+    """A call of the history. Raises ValueError when its arguments are no JSON object."""
+    function = call.get("function") or {}
+    arguments = function.get("arguments") or "{}"
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    try:
+        fits = isinstance(json.loads(written), dict)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"tool_calls.function.arguments of {function.get('name')!r} is not a JSON object")
+    return recipe.ToolCall(str(call.get("id") or ""), function["name"], written)
