@@ -308,7 +308,12 @@ def evaluate(
 def export(
     out: OutOption,
     drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder, in any known form")],
-    form: Annotated[str, typer.Option(help="portable or deepspec, see docs/checkpoints.md")] = "portable",
+    form: Annotated[
+        str,
+        typer.Option(
+            help="portable or deepspec, see docs/checkpoints.md; of dspark_v4 into OUT: bundled, dspark"
+        ),
+    ] = "portable",
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
     target: Annotated[
         str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")

@@ -39,6 +39,7 @@ from draftkit.data.records import check_rendered_as, made_with, read_manifest
 from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
 from draftkit.data.traces import domain_of
+from draftkit.draft import deepseek_v4_handover
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import (
     WEIGHTS,
@@ -48,6 +49,8 @@ from draftkit.draft.checkpoint import (
     read_provenance,
     save_drafter,
 )
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
+from draftkit.draft.deepseek_v4_handover import HandedOver
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.draft.families import block_shape, style_of
 from draftkit.draft.warm_start import CapturedText
@@ -58,8 +61,9 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate,
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, one_writer, write_text
 from draftkit.target.fingerprint import fingerprint
+from draftkit.target.formats import format_of
 from draftkit.target.interface import Target, TargetWeights
-from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, TemplateFormat
+from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
     DTYPES,
@@ -96,13 +100,13 @@ def open_target(recipe: Recipe, device: str | None = None) -> tuple[Transformers
     return target, load_tokenizer(section.path, section.revision)
 
 
-def prompt_format(recipe: Recipe, tokenizer: Any, today: str | None = None) -> TemplateFormat:
+def prompt_format(recipe: Recipe, tokenizer: Any, today: str | None = None) -> PromptFormat:
     """How the recipe's target is shown conversations, all on one day: `today`, that of an earlier part of the
     run, or the clock's.
 
     Raises ConfigError for template switches that the chat template does not know.
     """
-    return TemplateFormat(
+    return format_of(
         tokenizer, recipe.target.template_switches, date.fromisoformat(today) if today else date.today()
     )
 
@@ -378,6 +382,8 @@ def run_export(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: is not known, choose one of {', '.join(DTYPES)}")
+    if form in (deepseek_v4_handover.BUNDLED, deepseek_v4_handover.SUBFOLDER):
+        return _hand_over_deepseek(folder, out, form).bytes
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
     if (borrow or rows) and target_path is None:
@@ -389,6 +395,29 @@ def run_export(
     note = {k: v for k, v in read_provenance(folder).items() if k not in own}
     save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow or rows else None, rows)
     return (out / WEIGHTS).stat().st_size
+
+
+def _hand_over_deepseek(folder: Path, out: Path, form: str) -> HandedOver:
+    """Write a DeepSeek-V4 module into the checkpoint in `out`, or beside it."""
+    if not out.is_dir():
+        raise ConfigError(
+            f"--out {out}: no such folder; give the target's checkpoint, which takes the module"
+        )
+    drafter = open_drafter(folder, TargetFiles(str(out)), DTYPES["float32"])
+    if not isinstance(drafter, DeepseekV4Drafter):
+        raise ConfigError(f"--form {form}: is for dspark_v4 drafters; {folder} is {drafter.config.algorithm}")
+    write = deepseek_v4_handover.write_bundled
+    made = (write if form == deepseek_v4_handover.BUNDLED else deepseek_v4_handover.write_subfolder)(
+        drafter, out
+    )
+    lines = [
+        f"{name}: {line}" for name, line in deepseek_v4_handover.commands(str(out), drafter.config).items()
+    ]
+    print(
+        "\n".join([*lines, *(f"note: {n}" for n in deepseek_v4_handover.notes(drafter.config))]),
+        file=sys.stderr,
+    )
+    return made
 
 
 def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:

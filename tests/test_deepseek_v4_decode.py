@@ -28,8 +28,9 @@ from draftkit.ops.sampling import Sampling
 from draftkit.ops.verify import RULES
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
-from support.deepseek_v4 import tiny_drafter, tiny_model, tiny_target
+from support.deepseek_v4 import tiny_drafter, tiny_target
 from support.engine import finish, small, tokens_of
+from tools.tiny_v4 import tiny_model
 
 NOISE = 2e-3  # of a logit: what float32 makes of passes of other shapes
 RANDOM = torch.Generator().manual_seed(11)

@@ -20,7 +20,8 @@ from draftkit.ops.sampling import Sampling
 from draftkit.settings import LossSettings
 from draftkit.target.deepseek_v4_tensors import draft_tensors
 from draftkit.target.transformers import TransformersTarget, load_target
-from support.deepseek_v4 import TINY, tiny_drafter, tiny_model, tiny_shape, tiny_target, write_checkpoint
+from support.deepseek_v4 import tiny_drafter, tiny_shape, tiny_target
+from tools.tiny_v4 import TINY, tiny_model, write_checkpoint
 
 G, WINDOW, READ = 5, 8, 20
 FEATURES = torch.randn(1, READ, 3 * 64, generator=torch.Generator().manual_seed(3))

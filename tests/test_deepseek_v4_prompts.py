@@ -14,7 +14,8 @@ import pytest
 from draftkit.errors import ConfigError, TargetError
 from draftkit.target.deepseek_v4_prompts import CLOSE, DeepseekFormat, speaks_deepseek_v4
 from draftkit.target.prompt_format import TemplateError
-from support.deepseek_v4_tokenizer import MARKUP, SPECIAL, v4_tokenizer
+from support.targets import TEXTS
+from tools.tiny_v4 import MARKUP, SPECIAL, v4_tokenizer
 
 BOS, EOS, U, A = SPECIAL[:4]
 TOOL = {
@@ -25,7 +26,7 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
-TOKENIZER = v4_tokenizer()
+TOKENIZER = v4_tokenizer(TEXTS)
 LOW = {"reasoning_effort": "low"}
 CHAT = {"thinking": False}
 
@@ -134,7 +135,7 @@ def test_the_generations_of_the_encoder_differ_in_what_efforts_are_called() -> N
         ("/models/DeepSeek-V4-Pro-DSpark/", "preview"),
         ("deepseek-ai/DeepSeek-V4-Pro-0813", "official"),
     ):
-        assert DeepseekFormat(v4_tokenizer(name)).encoder == encoder
+        assert DeepseekFormat(v4_tokenizer(TEXTS, name)).encoder == encoder
 
 
 def test_ids_are_those_of_deepseeks_own_encoder_and_text_smuggles_no_special_token() -> None:

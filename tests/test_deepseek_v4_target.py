@@ -22,7 +22,8 @@ from draftkit.target.interface import TargetInfo
 from draftkit.target.shards import tensor_places
 from draftkit.target.transformers import TransformersTarget, check_taps, check_target, load_target
 from draftkit.target.weights import TargetFiles
-from support.deepseek_v4 import FLASH, PRO, TINY, tiny_model, tiny_target, write_checkpoint
+from support.deepseek_v4 import PRO, tiny_target
+from tools.tiny_v4 import FLASH, TINY, tiny_model, write_checkpoint
 
 TOKENS = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(5))
 LAST = (2, 3, 4)

@@ -142,7 +142,7 @@ class Seen:
     real_XW: Tensor
 
 
-class Stage(DeepseekV4DecoderLayer):  # type: ignore[misc]
+class Stage(DeepseekV4DecoderLayer):
     """One V4 block without a compressor, over blocks of positions and what they see."""
 
     def forward(  # type: ignore[override]

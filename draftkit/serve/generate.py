@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from draftkit.engine.outputs import PromptToken
 from draftkit.engine.sampling_params import SamplingParams
+from draftkit.serve import deepseek_v4
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice, Delta
 from draftkit.serve.guard import Guarded
@@ -38,6 +39,7 @@ from draftkit.serve.stream import (
 from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint_of
 from draftkit.serve.tools import template_writes_tool_calls
 from draftkit.serve.worker import Served, Ticket, Worker
+from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 
 _TAKEN = 64  # outputs that are made into text before others get their turn
 # who waits here takes no thread from other requests
@@ -160,6 +162,11 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
         one_call=not body.parallel_tool_calls,
         named=isinstance(body.tool_choice, NamedTool),
     )
+    shown = served.prompt_format
+    if isinstance(shown, DeepseekFormat):
+        answers = deepseek_v4.format_for(shown, from_body.template_switches(body)).stream
+        reply = deepseek_v4.DeepseekReply(served.texts, body.return_tokens_as_token_ids, answers=answers)
+        body = body.model_copy(update={"skip_special_tokens": False})  # the parser looks for them
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None
     prepare = partial(_prepared, body, served, from_body.chat_prompts, limit, logprobs)

@@ -33,7 +33,9 @@ from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.guard import Guarded
 from draftkit.serve.pair import PlanFiles, open_pair
 from draftkit.serve.sampling_defaults import sampling_defaults
-from draftkit.target.prompt_format import TemplateError, TemplateFormat
+from draftkit.target.deepseek_v4_prompts import DeepseekFormat
+from draftkit.target.formats import format_of
+from draftkit.target.prompt_format import TemplateError
 
 _SHOW_AFTER = 2.0  # seconds until a progress bar appears
 _AT_ONCE = 0.05  # seconds of steps without coming back to a caller who wants whole answers
@@ -127,7 +129,7 @@ class LLM:
         files = PlanFiles(*(Path(file) if file else None for file in (step_rate, calibration)))
         self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings(), files)
         self._texts = TokenTexts(self.tokenizer)
-        self._format = TemplateFormat(self.tokenizer, template_switches)
+        self._format = format_of(self.tokenizer, template_switches)
         self._defaults = SamplingParams(**sampling_defaults(target))
         self._thread = ThreadPoolExecutor(1, "draftkit-engine")
         self._process = os.getpid()
@@ -196,6 +198,8 @@ class LLM:
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
         try:
+            if isinstance(self._format, DeepseekFormat):
+                return self._format.prompt(messages)
             return self._texts.encode(_utf8(self._format.text(messages)), False)
         except DataError as error:
             reason = error.reason if isinstance(error, TemplateError) else error

@@ -9,12 +9,14 @@ from typing import Any
 
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError
+from draftkit.serve import deepseek_v4
 from draftkit.serve.limits import MAX_COUNTED, check_fits, too_long
 from draftkit.serve.messages import Message
 from draftkit.serve.plain_text import PlainText, check_roles
 from draftkit.serve.problem import ApiError, bad_request, shorten
 from draftkit.serve.protocol import ChatBody, CompletionBody, SamplingBody
 from draftkit.serve.worker import Served
+from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.prompt_format import TemplateError
 
 _KWARGS = "chat_template_kwargs"
@@ -75,6 +77,15 @@ def chat_prompt(
     """Token ids of a conversation through the target's chat template. Raises ApiError 400 when the template
     refuses, or when there surely are more than `most_tokens`."""
     extra = dict(template_kwargs or {})
+    shown = served.prompt_format
+    if isinstance(shown, DeepseekFormat):
+        if documents or continue_final_message or not add_generation_prompt:
+            raise bad_request(
+                "DeepSeek-V4's encoder has no documents and always begins an answer; leave documents, "
+                "continue_final_message and add_generation_prompt out"
+            )
+        mode = deepseek_v4.format_for(shown, extra)
+        return deepseek_v4.encoded(mode, [m.as_dict() for m in messages], tools, served.texts, most_tokens)
     own = {"self", "messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {
         "kwargs"
     }
@@ -82,7 +93,7 @@ def chat_prompt(
         raise bad_request(
             f"{_KWARGS}.{taken[0]}: the server sets this; give variables of the template's own", _KWARGS
         )
-    if tools and not served.prompt_format.mentions("tools"):
+    if tools and not shown.mentions("tools"):
         raise bad_request(
             'tools: the target\'s chat template has none; leave them out, or give tool_choice "none"', "tools"
         )
@@ -90,7 +101,7 @@ def chat_prompt(
     plain = PlainText(served.texts)
     mark = (lambda value: value) if served.honour_special_tokens else plain.mark
     try:
-        text = served.prompt_format.text(
+        text = shown.text(
             [mark(m.as_dict()) for m in messages],
             mark(tools),
             generation_prompt=add_generation_prompt and not continue_final_message,
@@ -105,11 +116,17 @@ def chat_prompt(
     return plain.encode(text, add_special_tokens)
 
 
-def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
-    """Token ids of a chat request's prompt, as a list of one."""
+def template_switches(body: ChatBody) -> dict[str, Any]:
+    """The template's variables that a request gives."""
     kwargs = dict(body.chat_template_kwargs)
     if body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+    return kwargs
+
+
+def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
+    """Token ids of a chat request's prompt, as a list of one."""
+    kwargs = template_switches(body)
     prompt = chat_prompt(
         body.messages,
         served,

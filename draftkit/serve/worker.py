@@ -24,6 +24,8 @@ from draftkit.errors import DraftkitError
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.problem import ApiError
+from draftkit.target.deepseek_v4_prompts import DeepseekFormat
+from draftkit.target.formats import format_of
 from draftkit.target.prompt_format import TemplateFormat
 
 log = logging.getLogger("draftkit.serve")
@@ -43,9 +45,9 @@ class Served:
     honour_special_tokens: bool = False
 
     @cached_property
-    def prompt_format(self) -> TemplateFormat:
+    def prompt_format(self) -> TemplateFormat | DeepseekFormat:
         """How the target is shown messages."""
-        return TemplateFormat(self.tokenizer)
+        return format_of(self.tokenizer)
 
 
 Item = tuple[int, StepOutput] | ApiError

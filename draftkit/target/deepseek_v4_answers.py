@@ -35,6 +35,7 @@ class AnswerStream:
         )
         self._waiting: list[int] = []  # ordinary tokens that may not be whole characters yet, or whole names
         self._ended = False
+        self._calls = 0
 
     def add(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """The next tokens; what they complete, as deltas of OpenAI's chunks."""
@@ -48,6 +49,15 @@ class AnswerStream:
             self._ended |= name in _ENDS
             found += self._push(name)
         return found + self._flush(whole=False)
+
+    def add_text(self, text: str) -> list[dict[str, Any]]:
+        """The next piece of the answer's text, where special tokens are among it by their names."""
+        return self._push(text) if text else []
+
+    @property
+    def calls(self) -> int:
+        """Tool calls so far."""
+        return self._calls
 
     def finish(self) -> AnswerParts:
         """The whole answer, when there are no more tokens; calls numbered from call_0."""
@@ -98,6 +108,8 @@ class AnswerStream:
         deltas = [json.loads(chunk.to_json())["choices"][0]["delta"] for chunk in chunks]
         for chunk in chunks:
             self._whole.accumulate(chunk)
+        begun = [call for delta in deltas for call in delta.get("tool_calls") or () if call.get("id")]
+        self._calls += len(begun)
         return [_clean(delta) for delta in deltas]
 
 

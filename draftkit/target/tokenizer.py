@@ -9,7 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from draftkit.errors import TargetError
-from draftkit.target.transformers import resolve_target
+from draftkit.target.deepseek_v4_prompts import INSTALL, encoder_digest, load_recipe, speaks_deepseek_v4
+from draftkit.target.transformers import model_type, resolve_target
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
@@ -24,13 +25,23 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     except Exception as error:  # tokenizers raises bare Exceptions for damaged files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise TargetError(f"{path}: cannot load a tokenizer: {lines[0]}") from error
+    if model_type(source, revision) == "deepseek_v4":
+        if not speaks_deepseek_v4(tokenizer):
+            raise TargetError(
+                f"{path}: DeepSeek-V4 is spoken to through deepseek-recipe ({INSTALL}), not through a chat "
+                "template; give DeepSeek's own tokenizer, without a template"
+            )
+        load_recipe()
+        return tokenizer
     if not tokenizer.is_fast or not tokenizer.chat_template:
         raise TargetError(f"{path}: a fast tokenizer with a chat template is needed; add one to the folder")
     return tokenizer
 
 
 def template_hash(tokenizer: Any) -> str:
-    """sha256 of the chat template's text."""
+    """sha256 of the chat template's text; of DeepSeek-V4, which has none, of what its encoder writes."""
+    if speaks_deepseek_v4(tokenizer):
+        return encoder_digest()
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 

@@ -354,12 +354,19 @@ NOTHING_LEFT_OUT: dict[str, Any] = {"missing_keys": (), "unexpected_keys": ()}
 OTHER_FAMILIES = {"deepseek_v41": "DeepSeek-V4.1, another architecture than DeepSeek-V4"}
 
 
+def model_type(source: str, revision: str | None = None) -> str | None:
+    """The family that a `config.json` names; None where it cannot be read, which whoever reads it all will
+    say."""
+    try:
+        found = PretrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
+    except (OSError, ValueError):
+        return None
+    return str(found) if found else None
+
+
 def refuse_by_name(path: str, source: str, revision: str | None = None) -> None:
     """Raise TargetError for a family that would be taken for another one."""
-    try:
-        kind = PretrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
-    except (OSError, ValueError):
-        return  # whoever reads the configuration says what is wrong with it
+    kind = model_type(source, revision)
     if kind in OTHER_FAMILIES:
         raise TargetError(
             f"{path}: is {OTHER_FAMILIES[kind]}, which draftkit does not run; give another target"

@@ -1,0 +1,134 @@
+"""A draft module put into a DeepSeek-V4 checkpoint or beside it, and what can be wrong with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from draftkit.cli import app
+from draftkit.draft.checkpoint import open_drafter, save_drafter
+from draftkit.draft.deepseek_v4_checks import check_checkpoint, check_pair, check_settings, generation
+from draftkit.draft.deepseek_v4_handover import commands, write_bundled, write_subfolder
+from draftkit.errors import CheckpointError
+from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
+from draftkit.target.transformers import load_target
+from draftkit.target.weights import TargetFiles
+from support.deepseek_v4 import tiny_drafter, tiny_shape
+from tools.tiny_v4 import TINY, tiny_model, write_checkpoint
+
+INDEX = "model.safetensors.index.json"
+TOKENS = torch.arange(20)[None]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix == ".safetensors"}
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_module_takes_the_place_of_the_released_one(quantised: bool, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, tiny_model(), quantised=quantised, shards=3)
+    target, before, config = load_target(str(folder)), _files(folder), (folder / "config.json").read_text()
+    drafter = tiny_drafter(target)
+    made = write_bundled(drafter, folder)
+    assert {n: b for n, b in _files(folder).items() if n in before} == before, (
+        "a file that was there has changed"
+    )
+    assert (folder / "config.json").read_text() == config
+    assert check_checkpoint(folder) == []
+    again = load_target(str(folder))
+    with torch.no_grad():
+        assert torch.equal(again.model(TOKENS).logits, target.model(TOKENS).logits)
+    found = open_drafter(folder, again).state_dict()
+    wanted = drafter.state_dict()["stages.2.mlp.experts.down_proj"][1]
+    if quantised:
+        wanted = dequantise_fp4(*quantise_fp4(wanted))
+    else:
+        wanted = wanted.bfloat16().float()
+    assert torch.equal(found["stages.2.mlp.experts.down_proj"][1], wanted)
+    places = json.loads((folder / INDEX).read_text())["weight_map"]
+    for file in set(places.values()):  # vLLM reads whole files: no old tensor may lie in one that is named
+        assert set(load_file(folder / file)) == {n for n, f in places.items() if f == file}
+    assert made.added and made.bytes > 0
+    second = write_bundled(drafter, folder)  # and once more
+    assert not set(second.added) & set(made.added)
+    assert open_drafter(folder, again).state_dict().keys() == found.keys()
+
+
+def test_a_checkpoint_without_a_module_gets_one_and_its_keys(tmp_path: Path) -> None:
+    preview = {k: v for k, v in TINY.items() if not k.startswith("dspark_")} | {
+        "compress_ratios": [0, 0, 4, 128, 4, 0]
+    }
+    folder = write_checkpoint(tmp_path, tiny_model(), preview)
+    assert "has no dspark_* keys" in check_checkpoint(folder)[0]
+    drafter = tiny_drafter(load_target(str(folder)))
+    write_bundled(drafter, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    assert raw["compress_ratios"] == TINY["compress_ratios"] and raw["dspark_block_size"] == 5
+    assert open_drafter(folder, TargetFiles(str(folder))).config == drafter.config
+    assert check_checkpoint(folder) == []
+
+
+def test_a_folder_for_sglang_stands_beside_an_untouched_checkpoint(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "t", tiny_model(), quantised=True)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    target = load_target(str(folder))
+    drafter = tiny_drafter(target)
+    save_drafter(drafter, tmp_path / "own", {}, torch.float32)
+    result = CliRunner().invoke(
+        app, ["export", "-d", str(tmp_path / "own"), "-o", str(folder), "--form", "dspark"]
+    )
+    assert result.exit_code == 0, result.output
+    assert (
+        "--speculative-num-draft-tokens 6" in result.output and '"num_speculative_tokens":5' in result.output
+    )
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+    assert open_drafter(folder / "dspark", target).config == drafter.config
+    assert "--spec-draft-n-max 5" in commands("x", drafter.config)["llama.cpp"]
+
+
+def test_what_cannot_take_the_module_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "t", tiny_model())
+    drafter = tiny_drafter(load_target(str(folder)))
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    raw = json.loads((folder / "config.json").read_text())
+    for config, told in (
+        (raw | {"model_type": "deepseek_v41"}, "is a deepseek_v41 checkpoint"),
+        (raw | {"n_routed_experts": 8}, "n_routed_experts is 8, the drafter's is 4"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=told):
+            write_bundled(drafter, folder)
+    (folder / "config.json").write_bytes(before["config.json"])
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    with pytest.raises(CheckpointError, match="give the folder of the sharded DeepSeek-V4 checkpoint"):
+        write_subfolder(drafter, tmp_path)
+    result = CliRunner().invoke(
+        app, ["export", "-d", str(tmp_path), "-o", str(tmp_path / "no"), "--form", "bundled"]
+    )
+    assert result.exit_code == 2 and "give the target's checkpoint" in result.output
+
+
+def test_what_goes_wrong_in_practice_is_found(tmp_path: Path) -> None:
+    names = ("a/DeepSeek-V4-Flash", "b/DeepSeek-V4-Pro-DSpark", "c/DeepSeek-V4-Flash-0731", "d/other")
+    assert [generation(n) for n in names] == ["preview", "preview", "official", None]
+    assert "acceptance collapses" in check_pair(names[2], names[0])[0]
+    assert check_pair(names[0], names[1]) == check_pair(names[2], None) == []
+    shape = tiny_shape()
+    assert "7 drafted tokens: the module has a block of 5" in check_settings(shape, names[0], 7)[0]
+    assert (
+        "was trained with the preview one" in check_settings(shape, names[0], 5, {"encoder": "official"})[0]
+    )
+    assert check_settings(shape, names[2], 5, {"encoder": "official"}) == []
+    folder = write_checkpoint(tmp_path, tiny_model(), quantised=True)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"].pop("mtp.0.attn.wkv.scale")
+    (folder / INDEX).write_text(json.dumps(index))
+    assert "scales missing: mtp.0.attn.wkv.scale" in check_checkpoint(folder)[0]
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"model_type": "deepseek_v41"}))
+    assert "DeepSeek-V4.1" in check_checkpoint(folder)[0]

@@ -1,0 +1,143 @@
+"""A DeepSeek-V4 target through every stage: captured, trained on, continued, evaluated, served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from draftkit import stages
+from draftkit.config import Recipe, load_recipe
+from draftkit.data.conversations import Conversation, Message
+from draftkit.draft.checkpoint import open_drafter
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
+from draftkit.errors import ConfigError, TargetError
+from draftkit.target.tokenizer import load_tokenizer
+from draftkit.target.weights import TargetFiles
+from support.deepseek_v4 import tiny_folder
+from support.server import SERVE, serving
+
+SAID = [
+    Conversation(
+        str(i), "chat", (Message("user", f"Add {i} and {i}."), Message("assistant", "Step 1: 3 + 4 = 7." * 3))
+    )
+    for i in range(8)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("v4") / "DeepSeek-V4-tiny")
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Recipe:
+    raw = json.loads((folder / "config.json").read_text())
+    changes = ["train.steps=12", "train.batch_size=4", "train.anchors=6", "train.validation_share=0.3"]
+    changes += ["train.decode_prompts=1", "capture.dtype=float32", f"target.path={folder}"]
+    changes += [f"drafter.mask_token_id={raw['dspark_noise_token_id']}"]
+    return load_recipe("tiny-deepseek-v4", changes)
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    target, tokenizer = stages.open_target(recipe)
+    stages.run_capture(target, tokenizer, recipe, SAID, out / "features")
+    stages.run_train(
+        TargetFiles(recipe.target.path), tokenizer, recipe, out / "features", out / "a", lambda: target
+    )
+    return out
+
+
+def test_a_module_is_trained_and_reads_the_last_three_layers(recipe: Recipe, run: Path) -> None:
+    drafter = open_drafter(run / "a" / "best", TargetFiles(recipe.target.path))
+    assert isinstance(drafter, DeepseekV4Drafter)
+    assert drafter.config.feature_layers == (2, 3, 4) and drafter.gamma == 5
+    lines = [json.loads(line) for line in (run / "a" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 12 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("source", ["own", "released"])
+def test_training_goes_on_from_where_a_module_was(
+    recipe: Recipe, run: Path, source: str, tmp_path: Path
+) -> None:
+    """Step 0 is worth what the module was worth: one that we trained, and the one of the target's
+    checkpoint."""
+    target, tokenizer = stages.open_target(recipe)
+    start = run / "a" / "last" if source == "own" else Path(recipe.target.path)
+    again = recipe.model_copy(update={"train": stages.replace(recipe.train, steps=1, decode_prompts=0)})
+    stages.run_train(target, tokenizer, again, run / "features", tmp_path, lambda: target, start)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    first = lines[0]["validation"]["macro"]
+    if source == "own":
+        before = [json.loads(line) for line in (run / "a" / "log.jsonl").read_text().splitlines()]
+        last = [line["validation"]["macro"] for line in before if "validation" in line][-1]
+        assert first == pytest.approx(last, abs=0.02)  # it was saved in bfloat16
+    assert first >= 1
+    best = json.loads((tmp_path / "best" / "draftkit.json").read_text())
+    assert best["validation"]["macro"] >= first - 1e-9
+
+
+def test_shapes_and_targets_that_do_not_go_together_are_refused(
+    recipe: Recipe, run: Path, folder: Path, tmp_path: Path, target_folder: Path
+) -> None:
+    target, tokenizer = stages.open_target(recipe)
+    longer = recipe.model_copy(update={"drafter": stages.replace(recipe.drafter, block_size=7)})
+    with pytest.raises(ConfigError, match="block_size is 5, the recipe has 7"):
+        stages.run_train(target, tokenizer, longer, run / "features", tmp_path, lambda: target, folder)
+    other = recipe.model_copy(update={"target": stages.replace(recipe.target, path=str(target_folder))})
+    plain, words = stages.open_target(other.model_copy(update={}))
+    with pytest.raises(ConfigError, match="dspark_v4 is for DeepSeek-V4, the target is qwen3"):
+        stages.drafter_config(other, plain, words)
+    templated = load_tokenizer(str(folder))
+    templated.chat_template = "{{ messages }}"
+    templated.save_pretrained(tmp_path / "t")
+    (tmp_path / "t" / "config.json").write_text((folder / "config.json").read_text())
+    for shard in folder.glob("*.safetensors"):
+        (tmp_path / "t" / shard.name).symlink_to(shard)
+    with pytest.raises(TargetError, match=r"through deepseek-recipe \(pip install 'draftkit\[deepseek\]'\)"):
+        load_tokenizer(str(tmp_path / "t"))
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path, run: Path) -> Iterator[openai.OpenAI]:
+    options = ("--target", str(folder), "--drafter", str(run / "a" / "best"))
+    with serving(*options, command=SERVE) as running:
+        yield openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0)
+
+
+def test_the_server_takes_modes_and_gives_reasoning_apart(client: openai.OpenAI, recipe: Recipe) -> None:
+    asked: Any = [{"role": "user", "content": "Add 3 and 4. <think>"}]
+
+    def ask(**fields: Any) -> Any:
+        return client.chat.completions.create(
+            model="", messages=asked, max_tokens=24, temperature=0, **fields
+        )
+
+    plain = ask(extra_body={"chat_template_kwargs": {"thinking": False}})
+    thinking = ask(reasoning_effort="low")
+    assert thinking.usage.prompt_tokens == plain.usage.prompt_tokens  # another token at the same place
+    assert ask(reasoning_effort="max").usage.prompt_tokens > plain.usage.prompt_tokens + 50
+    message = thinking.choices[0].message
+    assert message.reasoning_content and not message.content
+    assert plain.choices[0].message.content and not getattr(
+        plain.choices[0].message, "reasoning_content", None
+    )
+    parts = [c.choices[0].delta for c in ask(reasoning_effort="low", stream=True) if c.choices]
+    assert "".join(getattr(p, "reasoning_content", None) or "" for p in parts) == message.reasoning_content
+    for fields, told in (
+        ({"reasoning_effort": "enormous"}, "enormous"),
+        ({"extra_body": {"chat_template_kwargs": {"think": True}}}, "DeepSeek-V4 has thinking"),
+        ({"extra_body": {"documents": [{"text": "x"}]}}, "has no documents"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=told):
+            ask(**fields)
+    asked[0] = {"role": "user", "content": "x", "task": "translate"}
+    with pytest.raises(openai.BadRequestError, match="task 'translate' is not known"):
+        ask()
