@@ -45,10 +45,7 @@ def test_a_module_takes_the_place_of_the_released_one(quantised: bool, tmp_path:
         assert torch.equal(again.model(TOKENS).logits, target.model(TOKENS).logits)
     found = open_drafter(folder, again).state_dict()
     wanted = drafter.state_dict()["stages.2.mlp.experts.down_proj"][1]
-    if quantised:
-        wanted = dequantise_fp4(*quantise_fp4(wanted))
-    else:
-        wanted = wanted.bfloat16().float()
+    wanted = dequantise_fp4(*quantise_fp4(wanted)) if quantised else wanted.bfloat16().float()
     assert torch.equal(found["stages.2.mlp.experts.down_proj"][1], wanted)
     places = json.loads((folder / INDEX).read_text())["weight_map"]
     for file in set(places.values()):  # vLLM reads whole files: no old tensor may lie in one that is named

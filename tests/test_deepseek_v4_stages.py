@@ -138,6 +138,7 @@ def test_the_server_takes_modes_and_gives_reasoning_apart(client: openai.OpenAI,
     ):
         with pytest.raises(openai.BadRequestError, match=told):
             ask(**fields)
+    assert client.models.list().data[0].thinking == ["low", "high", "max"]  # type: ignore[attr-defined]
     asked[0] = {"role": "user", "content": "x", "task": "translate"}
     with pytest.raises(openai.BadRequestError, match="task 'translate' is not known"):
         ask()

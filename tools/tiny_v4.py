@@ -170,7 +170,7 @@ def write_checkpoint(
             tensors[name] = value.contiguous()
     names = sorted(tensors)
     cut = -(-len(names) // shards)
-    places = {}
+    places: dict[str, str] = {}
     for number in range(shards):
         part = names[number * cut : (number + 1) * cut]
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"

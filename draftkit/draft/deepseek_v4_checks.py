@@ -42,8 +42,8 @@ def check_checkpoint(folder: Path) -> list[str]:
     found = []
     if not has_draft_module(raw):
         found.append(
-            f"{folder}: has no dspark_* keys: a preview checkpoint, whose mtp.* is a classic MTP layer; serve it "
-            "with method mtp, or take the checkpoint with DSpark"
+            f"{folder}: has no dspark_* keys: a preview checkpoint, whose mtp.* is a classic MTP layer; "
+            "serve it with method mtp, or take the checkpoint with DSpark"
         )
     try:
         shards = Shards(str(folder), tensor_places(str(folder)))
@@ -79,8 +79,8 @@ def check_settings(
     found = []
     if drafted is not None and drafted > config.gamma:
         found.append(
-            f"{drafted} drafted tokens: the module has a block of {config.gamma} and was never trained for more; draft "
-            f"{config.gamma}"
+            f"{drafted} drafted tokens: the module has a block of {config.gamma} and was never trained for "
+            f"more; draft {config.gamma}"
         )
     encoder, there = (switches or {}).get("encoder"), generation(target)
     if encoder and there and encoder != there:

@@ -28,6 +28,7 @@ from draftkit.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBo
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import body_size, read_body, unless_long
 from draftkit.serve.worker import Served, Worker
+from draftkit.target.deepseek_v4_prompts import EFFORTS, DeepseekFormat
 
 _STATIC = Path(__file__).parent / "static"
 _FILES = {"": "index.html", "chat.css": "chat.css", "chat.js": "chat.js"}
@@ -193,6 +194,7 @@ def _card(worker: Worker, started: int) -> dict[str, Any]:
         "parent": None,
         "max_model_len": info.max_length,
         "gamma": info.gamma,
+        **({"thinking": list(EFFORTS)} if isinstance(served.prompt_format, DeepseekFormat) else {}),
     }
 
 

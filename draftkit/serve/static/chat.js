@@ -66,7 +66,8 @@ async function ask(text) {
   at("send").textContent = "stop";
   at("talk").setAttribute("aria-busy", "true"); // an answer is read out when it is complete, not token by token
   const settings = { draft: drafting, temperature: Number(at("temperature").value), max_tokens: Number(at("max-tokens").value) };
-  const asked = JSON.stringify([text, settings.temperature, settings.max_tokens]);
+  if (!at("thinking-choice").hidden) settings.reasoning_effort = at("thinking").value;
+  const asked = JSON.stringify([text, settings.temperature, settings.max_tokens, settings.reasoning_effort]);
   if (!speeds.has(asked)) speeds.set(asked, {});
   let answer = "", count = 0, first = 0, speed = 0, keep = true;
   try {
@@ -132,11 +133,17 @@ function read(text) {
 
 const percent = (part, whole) => (whole > 0 ? (100 * part / whole).toFixed(0) + " %" : "–");
 
+async function offerThinking() { // the switch is there for models that say how they can be asked to think
+  const list = await (await fetch("/v1/models", { headers: headers() })).json();
+  at("thinking-choice").hidden = !list.data?.[0]?.thinking;
+}
+
 let last = null, served; // the last numbers; whose they were, null where nobody answered
 async function watch() {
   try {
     const now = read(await (await fetch("/metrics")).text());
     if (served !== undefined && now.model && served !== now.model) begin(); // another server has taken its place
+    if (now.model && served !== now.model) await offerThinking();
     served = now.model ?? null;
     const drafted = now.spec_decode_num_draft_tokens_total, verified = now.spec_decode_num_verified_tokens_total;
     const wasted = now.spec_decode_num_wasted_tokens_total, rounds = now.spec_decode_num_drafts_total;
