@@ -14,7 +14,7 @@ from draftkit.cli import app
 from draftkit.draft.checkpoint import open_drafter, save_drafter
 from draftkit.draft.deepseek_v4_checks import check_checkpoint, check_pair, check_settings, generation
 from draftkit.draft.deepseek_v4_handover import commands, write_bundled, write_subfolder
-from draftkit.errors import CheckpointError
+from draftkit.errors import CheckpointError, ConfigError
 from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
 from draftkit.target.transformers import load_target
 from draftkit.target.weights import TargetFiles
@@ -107,7 +107,9 @@ def test_what_cannot_take_the_module_is_refused(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app, ["export", "-d", str(tmp_path), "-o", str(tmp_path / "no"), "--form", "bundled"]
     )
-    assert result.exit_code == 2 and "give the target's checkpoint" in result.output
+    assert isinstance(result.exception, ConfigError) and "give the target's checkpoint" in str(
+        result.exception
+    )
 
 
 def test_what_goes_wrong_in_practice_is_found(tmp_path: Path) -> None:
