@@ -63,6 +63,19 @@ def test_a_module_is_trained_and_reads_the_last_three_layers(recipe: Recipe, run
     assert len(losses) == 12 and losses[-1] < losses[0]
 
 
+def test_passes_in_half_precision_learn_too(recipe: Recipe, run: Path, tmp_path: Path) -> None:
+    """They go through FSDP2, as several processes do."""
+    target, tokenizer = stages.open_target(recipe)
+    changed = stages.replace(recipe.train, steps=4, decode_prompts=0, dtype="bfloat16", shard=True)
+    half = recipe.model_copy(update={"train": changed})
+    stages.run_train(target, tokenizer, half, run / "features", tmp_path, lambda: target)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert (
+        len(losses) == 4 and all(0 < loss < 10 for loss in losses) and lines[-1]["validation"]["macro"] >= 1
+    )
+
+
 @pytest.mark.parametrize("source", ["own", "released"])
 def test_training_goes_on_from_where_a_module_was(
     recipe: Recipe, run: Path, source: str, tmp_path: Path
