@@ -98,7 +98,7 @@ TINY: dict[str, Any] = FLASH | {
     "index_n_heads": 4,
     "index_head_dim": 16,
     "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 256},
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 4096,
     "vocab_size": 96,
     "compress_ratios": [0, 0, 4, 128, 4, 0, 0, 0],
     "dspark_noise_token_id": 95,

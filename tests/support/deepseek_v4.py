@@ -65,7 +65,6 @@ def tiny_folder(folder: Path, **changes: Any) -> Path:
         "dspark_noise_token_id": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "max_position_embeddings": 2048,  # the text that asks for much thinking is long in such a tokenizer
         **changes,
     }
     write_checkpoint(folder, tiny_model(**raw), raw)
