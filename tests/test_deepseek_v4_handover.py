@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 
 from draftkit.cli import app
 from draftkit.draft.checkpoint import open_drafter, save_drafter
-from draftkit.draft.deepseek_v4_checks import check_checkpoint, check_pair, check_settings, generation
+from draftkit.draft.deepseek_v4_checks import check_checkpoint, check_pair, check_settings
 from draftkit.draft.deepseek_v4_handover import commands, write_bundled, write_subfolder
 from draftkit.errors import CheckpointError, ConfigError
+from draftkit.target.deepseek_v4_prompts import generation
 from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
 from draftkit.target.transformers import load_target
 from draftkit.target.weights import TargetFiles

@@ -12,6 +12,7 @@ import deepseek_recipe as recipe
 import pytest
 
 from draftkit.errors import ConfigError, TargetError
+from draftkit.target.deepseek_v4_messages import message_of
 from draftkit.target.deepseek_v4_prompts import CLOSE, DeepseekFormat, speaks_deepseek_v4
 from draftkit.target.prompt_format import TemplateError
 from support.targets import TEXTS
@@ -144,7 +145,7 @@ def test_ids_are_those_of_deepseeks_own_encoder_and_text_smuggles_no_special_tok
     own = recipe.DeepseekV4Encoding().with_tokenizer(
         recipe.Tokenizer.from_str(TOKENIZER.backend_tokenizer.to_str())
     )
-    conversation = recipe.Conversation([shown._message(m) for m in messages], thinking_mode=False)
+    conversation = recipe.Conversation([message_of(recipe, m) for m in messages], thinking_mode=False)
     ids = shown.prompt(messages)
     assert list(ids) == own.encode(conversation)
     special = [TOKENIZER.convert_ids_to_tokens(i) for i in ids if i in shown._names]

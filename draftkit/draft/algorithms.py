@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from draftkit.draft import deepseek_v4
+from draftkit.draft import deepseek_v4_shape as deepseek_v4
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint_fields import Fields
 from draftkit.draft.checkpoint_forms import (

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from draftkit.draft.checkpoint_fields import Fields
-from draftkit.draft.deepseek_v4 import DeepseekV4Drafter, DeepseekV4Shape
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
+from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.target.deepseek_v4 import Place, place_in_block
 from draftkit.target.deepseek_v4_tensors import Sizes, draft_tensors, has_draft_module

@@ -5,30 +5,19 @@ Each check says in one line what was found and what to do; nothing found is an e
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from draftkit.artefact import read_json
-from draftkit.draft.deepseek_v4 import DeepseekV4Shape
+from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.target.deepseek_v4 import Shards
 from draftkit.target.deepseek_v4_check import mismatches
+from draftkit.target.deepseek_v4_prompts import generation
 from draftkit.target.deepseek_v4_tensors import FAMILY, checkpoint_tensors, has_draft_module
 from draftkit.target.shards import tensor_places
 from draftkit.target.transformers import OTHER_FAMILIES
-
-_OFFICIAL = re.compile(r"DeepSeek-V4-(?:Flash|Pro)-\d{4}")
-_PREVIEW = re.compile(r"DeepSeek-V4-(?:Flash|Pro)(?:-DSpark|-Base)?")
-
-
-def generation(name: str) -> str | None:
-    """ "official" or "preview" by the last part of a checkpoint's name; None for another name."""
-    last = name.rstrip("/").split("/")[-1]
-    if _OFFICIAL.fullmatch(last):
-        return "official"
-    return "preview" if _PREVIEW.fullmatch(last) else None
 
 
 def check_checkpoint(folder: Path) -> list[str]:

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from draftkit.artefact import read_json
-from draftkit.draft.deepseek_v4 import DeepseekV4Drafter, DeepseekV4Shape
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_checkpoint import draft_fields, is_draft, place_of
+from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.errors import CheckpointError
 from draftkit.output import make_folder, write_tensors, write_text
 from draftkit.target.deepseek_v4_tensors import FAMILY, TensorSpec, draft_tensors

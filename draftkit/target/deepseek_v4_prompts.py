@@ -20,17 +20,24 @@ from typing import Any
 from draftkit.errors import ConfigError, TargetError
 from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.deepseek_v4_answers import AnswerStream
+from draftkit.target.deepseek_v4_messages import (
+    load_recipe,
+    message_of,
+    reasoning_of,
+    schema_of,
+    tool_of,
+)
 from draftkit.target.prompt_format import Message, TemplateError, Tools, Turn, is_answer
 
 DSML, EOS, OPEN, CLOSE = "｜DSML｜", "<｜end▁of▁sentence｜>", "<think>", "</think>"
 ASSISTANT, REMINDER = "<｜Assistant｜>", "<｜latest_reminder｜>"
 NEEDED = ("<｜begin▁of▁sentence｜>", EOS, "<｜User｜>", ASSISTANT, OPEN, CLOSE, DSML)
-INSTALL = "pip install 'draftkit[deepseek]'"
 EFFORTS = ("low", "high", "max")
 SAME = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}  # as DeepSeek's API takes them
 ENCODERS = ("official", "preview")
 TASKS = ("action", "query", "authority", "domain", "read_url", "title")
-_PREVIEW = re.compile(r"DeepSeek-V4-(?:Flash|Pro)(?:-DSpark)?")
+_OFFICIAL = re.compile(r"DeepSeek-V4-(?:Flash|Pro)-\d{4}")
+_PREVIEW = re.compile(r"DeepSeek-V4-(?:Flash|Pro)(?:-DSpark|-Base)?")
 _SWITCHES = ("thinking", "enable_thinking", "reasoning_effort", "drop_thinking", "encoder")
 _PROBE = (
     {"role": "system", "content": "S"},
@@ -40,6 +47,14 @@ _PROBE = (
 )
 _PROBE_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 Piece = tuple[str, bool]  # text, and whether it is one special token
+
+
+def generation(name: str) -> str | None:
+    """The generation, "official" or "preview", that a checkpoint's name says; None for another name."""
+    last = name.rstrip("/").split("/")[-1]
+    if _OFFICIAL.fullmatch(last):
+        return "official"
+    return "preview" if _PREVIEW.fullmatch(last) else None
 
 
 def speaks_deepseek_v4(tokenizer: Any) -> bool:
@@ -121,8 +136,7 @@ class DeepseekFormat:
     @property
     def encoder(self) -> str:
         """The generation of the encoder: the switch, or what the checkpoint's name says."""
-        name = str(self.tokenizer.name_or_path).rstrip("/").split("/")[-1]
-        return self.switches.get("encoder") or ("preview" if _PREVIEW.fullmatch(name) else "official")
+        return self.switches.get("encoder") or generation(str(self.tokenizer.name_or_path)) or "official"
 
     def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[int, ...]:
         """Token ids up to where the assistant begins to write. Raises TemplateError."""
@@ -203,12 +217,12 @@ class DeepseekFormat:
 
     def _rendered(self, messages: Sequence[Message], tools: Tools | None, mode: Mode) -> list[Piece]:
         recipe = self._recipe
-        schema = next((_schema(m) for m in messages if m.get("response_format")), None)
+        schema = next((schema_of(m) for m in messages if m.get("response_format")), None)
         try:
             conversation = recipe.Conversation(
-                [self._message(m) for m in messages],
+                [message_of(recipe, m) for m in messages],
                 thinking_mode=mode.thinking,
-                tools=[_tool(recipe, t) for t in tools] if tools else None,
+                tools=[tool_of(recipe, t) for t in tools] if tools else None,
                 reasoning_effort=mode.effort,
                 response_schema=schema,
             )
@@ -217,25 +231,6 @@ class DeepseekFormat:
             raise TemplateError(" ".join(str(error).split()) or type(error).__name__) from error
         return list(_pieces(rendered.prompt, rendered.special_ranges))
 
-    def _message(self, message: Message) -> Any:
-        recipe, role = self._recipe, message["role"]
-        if role in ("system", "developer"):
-            return recipe.SystemMessage(_text(message.get("content")))
-        if role == "user":
-            return recipe.UserMessage(_text(message.get("content")))
-        if role == "tool":
-            return recipe.ToolMessage(
-                _text(message.get("content"), of_tool=True), message.get("tool_call_id")
-            )
-        if role == "latest_reminder":
-            return recipe.LatestReminderMessage(_text(message.get("content")))
-        if role != "assistant":
-            raise ValueError(
-                f"role {role!r}: DeepSeek-V4 has system, user, assistant, tool and latest_reminder"
-            )
-        calls = [_call(recipe, c) for c in message.get("tool_calls") or ()]
-        return recipe.AssistantMessage(_text(message.get("content")), _reasoning(message), calls or None)
-
     def _written(self, message: Message, ended: bool) -> list[Piece]:
         """What the assistant wrote, its end included where it wrote one."""
         bare = {k: v for k, v in message.items() if k not in ("reasoning_content", "reasoning", "task")}
@@ -243,7 +238,7 @@ class DeepseekFormat:
         pieces = self._rendered([{"role": "user", "content": ""}, bare], None, quiet)
         first = next(i for i, piece in enumerate(pieces) if piece == (CLOSE, True)) + 1
         last = max(i for i, piece in enumerate(pieces) if piece == (EOS, True))
-        thought = [(_reasoning(message) or "", False), (CLOSE, True)] if self.mode.thinking else []
+        thought = [(reasoning_of(message) or "", False), (CLOSE, True)] if self.mode.thinking else []
         return [*thought, *pieces[first : last + ended]]
 
     def _encoded(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
@@ -251,16 +246,6 @@ class DeepseekFormat:
         for text, special in pieces:
             ids += [self._ids[text]] if special else self._plain.encode(text, add_special_tokens=False).ids
         return tuple(ids)
-
-
-def load_recipe() -> Any:
-    """DeepSeek's package. Raises TargetError that says what to install."""
-    try:
-        return import_module("deepseek_recipe")
-    except ImportError as error:
-        raise TargetError(
-            f"DeepSeek-V4 is spoken to through deepseek-recipe, which is missing: {INSTALL}"
-        ) from error
 
 
 def encoder_digest() -> str:
@@ -274,7 +259,7 @@ def encoder_digest() -> str:
             for m in _PROBE
         ]
         conversation = recipe.Conversation(
-            messages, thinking_mode=thinking, reasoning_effort=effort, tools=[_tool(recipe, _PROBE_TOOL)]
+            messages, thinking_mode=thinking, reasoning_effort=effort, tools=[tool_of(recipe, _PROBE_TOOL)]
         )
         told.append(recipe.DeepseekV4Encoding().render_conversation(conversation).prompt)
     return hashlib.sha256("\0".join(told).encode()).hexdigest()
@@ -306,54 +291,7 @@ def _with_thoughts(pieces: Sequence[Piece], messages: Sequence[Message]) -> list
     number = 0  # of answers that have ended
     for piece in pieces:
         if piece == (CLOSE, True) and found[-1:] == [(ASSISTANT, True)] and number < len(answers):
-            found += [(OPEN, True), (_reasoning(answers[number]) or "", False)]
+            found += [(OPEN, True), (reasoning_of(answers[number]) or "", False)]
         number += piece == (EOS, True)
         found.append(piece)
     return found
-
-
-def _text(content: Any, of_tool: bool = False) -> str:
-    """A message's content; text parts are joined by an empty line. Raises ValueError for other parts."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    texts = []
-    for part in content:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if isinstance(text, str):
-            texts.append(text)
-        elif of_tool:
-            texts.append(f"[Unsupported {kind}]")
-        else:
-            raise ValueError(f"content part of type {kind!r}: text parts only can be shown")
-    return "\n\n".join(texts)
-
-
-def _reasoning(message: Message) -> str | None:
-    return message.get("reasoning_content") or message.get("reasoning")
-
-
-def _schema(message: Message) -> Any:
-    asked = message["response_format"]
-    return asked["json_schema"].get("schema", {}) if asked.get("type") == "json_schema" else asked
-
-
-def _tool(recipe: Any, tool: Mapping[str, Any]) -> Any:
-    function = tool.get("function", tool)
-    return recipe.ToolDefinition(
-        function["name"], function.get("description"), function.get("parameters"), function.get("strict")
-    )
-
-
-def _call(recipe: Any, call: Mapping[str, Any]) -> Any:
-    """A call of the history. Raises ValueError when its arguments are no JSON object."""
-    function = call.get("function") or {}
-    arguments = function.get("arguments") or "{}"
-    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    try:
-        fits = isinstance(json.loads(written), dict)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"tool_calls.function.arguments of {function.get('name')!r} is not a JSON object")
-    return recipe.ToolCall(str(call.get("id") or ""), function["name"], written)

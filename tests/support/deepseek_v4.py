@@ -10,8 +10,9 @@ import torch
 
 from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.checkpoint_fields import Fields
-from draftkit.draft.deepseek_v4 import DeepseekV4Drafter, DeepseekV4Shape
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_checkpoint import read_shape, read_sizes
+from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
 from support.targets import TEXTS
