@@ -28,7 +28,7 @@ from draftkit.target.formats import format_of
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 
-SWITCHES, LIMIT, NOISE = {"thinking": False}, 64, 2e-3
+SWITCHES, PROMPT, LIMIT, NOISE = {"thinking": False}, 40, 64, 2e-3
 
 
 class NGram(Drafter):
@@ -91,11 +91,10 @@ def lossless(folder: str, drafter: str, first: int, count: int) -> dict[str, Any
     """Greedy answers of the reference loop and of the engine against those of the target alone; where they
     part, the distance of the two logits."""
     target, opened, prompts = open_pair(folder, drafter)
-    chosen = [
-        (prompts[i % len(prompts)] + [0] * (i // len(prompts)))[-200:] for i in range(first, first + count)
-    ]
+    texts = [p for p in prompts if len(p) >= PROMPT + 8]
+    chosen = [texts[i % len(texts)][i // len(texts) :][:PROMPT] for i in range(first, first + count)]
     greedy, gaps, began = Sampling(0.0), {"loop": [], "engine": []}, time.perf_counter()
-    alone = [decode(target, None, p, greedy, LIMIT).tokens for p in chosen]
+    alone = _greedy(target, torch.tensor(chosen))
     engine = Engine(
         target, opened, EngineSettings(plan="fixed", dtype="float32", device="cpu", max_running=8)
     )
@@ -114,6 +113,20 @@ def lossless(folder: str, drafter: str, first: int, count: int) -> dict[str, Any
         "allowed_gap": NOISE,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+@torch.inference_mode()
+def _greedy(target: TransformersTarget, prompts_BT: Tensor) -> list[tuple[int, ...]]:
+    """The target's own greedy answers to prompts of one length, side by side."""
+    cache, made = target.new_cache(), []
+    tokens_BT = prompts_BT
+    for _ in range(LIMIT):
+        read = target.forward(tokens_BT, cache)
+        tokens_BT = target.logits(read.last_hidden_BTH[:, -1]).argmax(-1)[:, None]
+        made.append(tokens_BT)
+    answers = torch.cat(made, 1).tolist()
+    stops = set(target.info.stop_token_ids)
+    return [tuple(a[: next((i + 1 for i, t in enumerate(a) if t in stops), LIMIT)]) for a in answers]
 
 
 def _gap(
