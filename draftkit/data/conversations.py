@@ -84,6 +84,21 @@ def iterate_conversations(
             raise DataError(f"{path}: holds no conversation; write one JSON object per line")
 
 
+def count_lines(path: Path) -> int:
+    """Line ends in a file, which is not held."""
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
+def count_rows(paths: Iterable[Path]) -> int | None:
+    """About how many conversations some files hold, for a remaining time; None where that would cost a
+    reading of its own (Parquet, JSON arrays)."""
+    files = list(paths)
+    if any(not path.is_file() or path.suffix in (".parquet", ".json") for path in files):
+        return None
+    return sum(count_lines(path) for path in files)
+
+
 def check_beginning(paths: Iterable[Path], skip_invalid: bool) -> None:
     """Read the first rows, so that a file of something else is told before anything heavy is loaded."""
     for path in paths:

@@ -16,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from draftkit.data.conversations import count_lines
 from draftkit.data.messages import Conversation
 from draftkit.data.records import Done, asked_hash, record_line, recover
 from draftkit.errors import DataError
@@ -70,8 +71,8 @@ class SharedWork:
 
     def count(self) -> int:
         """Finished records, joined or not."""
-        files = [f for f in (self._out, *self._folder.glob("*.jsonl")) if f.exists()]
-        return sum(f.read_bytes().count(b"\n") for f in files)
+        files = (f for f in (self._out, *self._folder.glob("*.jsonl")) if f.exists())
+        return sum(count_lines(f) for f in files)
 
     @property
     def reasons(self) -> Mapping[str, Done]:
