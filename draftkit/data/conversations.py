@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from draftkit.data.lines import check_line
 from draftkit.data.messages import Conversation, Message
 from draftkit.data.row_forms import conversation_of
 from draftkit.errors import DataError
@@ -127,6 +128,7 @@ def _rows(path: Path, skipped: SkippedRows | None) -> Iterator[tuple[str, Any]]:
                 continue
             try:
                 row = _parsed(raw, f"{path}:{number}")
+                check_line(raw, f"{path}:{number}")
             except DataError as error:
                 if skipped is None:
                     raise

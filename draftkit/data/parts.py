@@ -17,8 +17,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from draftkit.data.conversations import count_lines
+from draftkit.data.lines import record_line
 from draftkit.data.messages import Conversation
-from draftkit.data.records import Done, asked_hash, record_line, recover
+from draftkit.data.records import Done, asked_hash, recover
 from draftkit.errors import DataError
 from draftkit.output import naming
 
