@@ -553,12 +553,16 @@ def serve(
         bool,
         typer.Option(help="special tokens in contents count, as in most servers; default: they are text"),
     ] = False,
+    template_switch: Annotated[
+        list[str] | None,
+        typer.Option(help="variable of the chat template, e.g. enable_thinking=false; repeatable"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
     from draftkit.errors import ServeError
     from draftkit.serve.server import load_served, run_server
-    from draftkit.serve.settings import option_names
+    from draftkit.serve.settings import option_names, switches_of
 
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
@@ -599,6 +603,7 @@ def serve(
         calibration,
         generation_config,
         honour_special_tokens,
+        switches_of(template_switch or ()),
     )
     run_server(lambda: load_served(*pair), settings)
 

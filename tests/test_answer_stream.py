@@ -44,7 +44,7 @@ CASES: dict[str, tuple[AnswerStyle, str, tuple[str, str, list[Call]]]] = {
     "no call": (HERMES, "<tool_call>nothing</tool_call>", ("", "<tool_call>nothing</tool_call>", [])),
     "xml call": (
         HERMES,
-        "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx y\n</parameter>\n"
+        "<tool_call>\n<function=f>\n<parameter=a>1</parameter>\n<parameter=b>\nx y\n</parameter>\n"
         "</function>\n</tool_call>",
         ("", "", [("f", {"a": 1, "b": "x y"})]),
     ),
@@ -77,8 +77,8 @@ CASES: dict[str, tuple[AnswerStyle, str, tuple[str, str, list[Call]]]] = {
     "gemma, no thought": (GEMMA, "<|channel>thought\n<channel|>Four.<turn|>", ("", "Four.", [])),
     "gemma calls": (
         GEMMA,
-        'So:<|tool_call>call:f{a:<|"|>x, {y}<|"|>,b:-1.5,c:true,d:[1,<|"|>z<|"|>],e:{k:null},g:{}}<tool_call|>'
-        "<|tool_call>call:g{}<tool_call|><|tool_response>",
+        'So:<|tool_call>call:f{a:<|"|>x, {y}<|"|>,b:-1.5,c:true,d:[1,<|"|>z<|"|>],e:{k:null},g:{}}'
+        "<tool_call|><|tool_call>call:g{}<tool_call|><|tool_response>",
         (
             "",
             "So:<|tool_response>",

@@ -225,11 +225,21 @@ class TemplateFormat:
         there |= {"tools"} if tools else set()
         missing = {name for name in there if not self.mentions(name)}
         reasons = any(m.get("reasoning_content") for m in messages)
-        last = (messages[-1].get("reasoning_content") or "").strip() if messages else ""
         never = self._reasoning_names() == () and not self._thinks_in_content()
-        if (reasons and never) or (last and last not in self.text(messages, tools, generation_prompt=False)):
+        if reasons and (never or self._drops_last_thought(messages, tools)):
             missing.add("reasoning_content")
         return tuple(sorted(missing))
+
+    def _drops_last_thought(self, messages: Sequence[Message], tools: Tools | None) -> bool:
+        """Whether the last answer reads the same without its thoughts."""
+        if not messages[-1].get("reasoning_content"):
+            return False
+        silent = {k: v for k, v in messages[-1].items() if k != "reasoning_content"}
+        with_it, without = (
+            self.text([*messages[:-1], last], tools, generation_prompt=False)
+            for last in (messages[-1], silent)
+        )
+        return with_it == without
 
     def _dated(self, tools: Tools | None) -> dict[str, Any]:
         """Arguments that give the template this run's day in place of the clock's."""
