@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 QUIET = 2.0  # seconds; what takes less is not told
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -137,7 +137,7 @@ def _rich_bar(title: str, total: int | None, note: str) -> Iterator[Bar]:
             total: int | None = None,
             note: str | None = None,
         ) -> None:
-            given = {"completed": completed, "total": total, "note": note}
+            given: dict[str, Any] = {"completed": completed, "total": total, "note": note}
             self._progress.update(
                 self._task,
                 advance=advance if completed is None else None,
