@@ -79,6 +79,9 @@ def test_reasoning_and_calls_whole_and_streamed(name: str) -> None:
         assert "".join(d.content or "" for d in deltas) == (content or "")
         assert calls_of([call for d in deltas for call in d.tool_calls or []]) == calls
         assert chunks[-1].finish_reason == choice.finish_reason
+        [silent] = api.chat.completions.create(**asked, extra_body={"include_reasoning": False}).choices
+        assert getattr(silent.message, "reasoning_content", None) is None
+        assert (silent.message.content or None) == content
         if reasoning and content:
             first = next(i for i, d in enumerate(deltas) if d.content)
             assert any(getattr(d, "reasoning_content", None) for d in deltas[:first]), "it came first"

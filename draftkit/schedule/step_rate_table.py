@@ -161,7 +161,7 @@ def load_step_rate(path: Path) -> StepRateTable:
         if any(not 0 < r <= MOST_STEPS for r in rates):
             wrong = next(r for r in rates if not 0 < r <= MOST_STEPS)
             raise ScheduleError(
-                f"{path}: {wrong!r:.20} steps per second; every value must be positive, and {MOST_STEPS} at most"
+                f"{path}: {wrong!r:.20} steps per second; every value must be positive, at most {MOST_STEPS}"
             )
         return StepRateTable((0,), tuple(content["sample_batch_tokens"]), (tuple(1 / r for r in rates),))
     except ScheduleError as error:

@@ -157,6 +157,7 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
         body.return_tokens_as_token_ids,
         one_call=not body.parallel_tool_calls,
         named=isinstance(body.tool_choice, NamedTool),
+        reasons=body.include_reasoning,
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from draftkit.engine.outputs import RequestStats, TokenEvent
@@ -100,6 +100,7 @@ class ChatReply:
     reader: Callable[[], AnswerStream] | None = None
     one_call: bool = False
     named: bool = False
+    reasons: bool = True
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl-"
@@ -125,7 +126,7 @@ class ChatReply:
                 self.readers[index] = self.reader()
             reader = self.readers[index]
             parts = reader.add(delta.text)
-            parts += reader.finish() if reason is not None else AnswerDelta()
+            parts = self._shown(parts + (reader.finish() if reason is not None else AnswerDelta()))
         calls = self._own(parts.tool_calls, given)
         self.called[index] += len(calls)
         logprobs = self._logprobs(delta.events) if choice.params.logprobs is not None else None
@@ -151,7 +152,7 @@ class ChatReply:
         parts = AnswerDelta(content=choice.text)
         if self.reader is not None:
             reader = self.reader()
-            parts = reader.add(choice.text) + reader.finish()
+            parts = self._shown(reader.add(choice.text) + reader.finish())
         calls, reason = self._own(parts.tool_calls, 0), choice.finish_reason
         message: dict[str, Any] = {"role": "assistant", "content": parts.content}
         if parts.reasoning:
@@ -166,6 +167,9 @@ class ChatReply:
             "finish_reason": reason,
             "stop_reason": choice.stop_reason,
         }
+
+    def _shown(self, parts: AnswerDelta) -> AnswerDelta:
+        return parts if self.reasons else replace(parts, reasoning="")
 
     def _own(self, calls: Sequence[dict[str, Any]], given: int) -> list[dict[str, Any]]:
         """Calls under names that no other answer has; the first one only, where that is asked for."""
