@@ -91,9 +91,9 @@ class CompletionReply:
 @dataclass
 class ChatReply:
     """Bodies of /v1/chat/completions. `reader` makes what takes an answer apart into reasoning, content
-    and calls; without one the text is the content. `one_call`: give the first call only; `named`: the
-    request named the function, and then an answer that is a call has stopped like any other, as at OpenAI
-    and vLLM."""
+    and calls; without one the text is the content, and without `reasons` reasoning is left out.
+    `one_call`: give the first call only; `named`: the request named the function, and then an answer that
+    is a call has stopped like any other, as at OpenAI and vLLM."""
 
     texts: TokenTexts
     as_ids: bool
