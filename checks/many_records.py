@@ -92,7 +92,7 @@ def generate(work: Path, count: int, began: float) -> None:
     watch(note)
     shown = TemplateFormat(load_tokenizer(str(EMBEDDED)))
     about = made_with(shown, "a stub", (), SETTINGS)
-    prompts = lambda: iterate_conversations([work / "prompts.jsonl"])  # noqa: E731
+    prompts = lambda first: iterate_conversations([work / "prompts.jsonl"], first=first)  # noqa: E731
     report = generate_file(Stub(note, began), shown, prompts, work / "answers.jsonl", SETTINGS, about)
     told(note, peak=peak_bytes(), records=report.records)
 

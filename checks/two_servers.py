@@ -172,7 +172,12 @@ def answered(work: Path, trouble: str, prompts: int, good: str) -> dict[str, Any
         if trouble == "killed":
             threading.Thread(target=_kill_when_due, args=(proxy, process), daemon=True).start()
         run_generate_by_servers(
-            recipe, lambda: iterate_conversations([source]), out, [good, proxy.url], NAME, None
+            recipe,
+            lambda first: iterate_conversations([source], first=first),
+            out,
+            [good, proxy.url],
+            NAME,
+            None,
         )
         proxy.over.set()
         proxy.shutdown()

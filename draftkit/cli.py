@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,10 @@ from draftkit.progress import doing
 from draftkit.serve.settings import LoadSettings, ServeSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from draftkit.config import Recipe
+    from draftkit.data.messages import Conversation
 
 app = typer.Typer(
     help="Train, measure and serve drafters that make an unchanged large model answer faster.",
@@ -118,7 +122,12 @@ def generate(
     paths = prompts or [stages.TINY_PROMPTS]
     check_beginning(paths, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
-    read = lambda: iterate_conversations(paths, skipped.anew() if skipped else None)  # noqa: E731
+
+    def read(first: int) -> Iterator[Conversation]:
+        if skipped is None:
+            return iterate_conversations(paths, first=first)
+        return islice(iterate_conversations(paths, skipped.anew()), first, None)
+
     total = count_rows(paths)
     if servers:
         report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key, total)

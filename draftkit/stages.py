@@ -103,7 +103,7 @@ def run_generate(
     target: TransformersTarget,
     tokenizer: Any,
     recipe: Recipe,
-    prompts: Callable[[], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation]],
     out: Path,
     answers: Answers | None = None,
     total: int | None = None,
@@ -120,7 +120,7 @@ def run_generate(
 
 def run_generate_by_servers(
     recipe: Recipe,
-    prompts: Callable[[], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation]],
     out: Path,
     urls: Sequence[str],
     model: str | None,
@@ -140,7 +140,7 @@ def _generate(
     answers: Answers,
     shown: PromptFormat,
     recipe: Recipe,
-    prompts: Callable[[], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation]],
     out: Path,
     about: dict[str, Any],
     total: int | None,

@@ -44,7 +44,7 @@ def _short_rests(monkeypatch: pytest.MonkeyPatch) -> None:
 def generate(shown: TemplateFormat, out: Path, servers: list[StubServer], count: int = 30) -> dict[str, Any]:
     answers = ServerAnswers([s.url for s in servers], shown, 4)
     about = made_with(shown, "a server", (), SETTINGS)
-    generate_file(answers, shown, lambda: prompts(count), out, SETTINGS, about)
+    generate_file(answers, shown, lambda first: prompts(count)[first:], out, SETTINGS, about)
     return records(out)
 
 
@@ -107,7 +107,7 @@ def test_an_answer_that_comes_late_is_not_the_answer_to_the_next_turn(
     with stubs(StubServer(probe, trouble="slow"), StubServer(probe)) as servers:
         answers = ServerAnswers([s.url for s in servers], shown, 2)
         asked = [Conversation(f"c{i}", "chat", turns) for i in range(6)]
-        generate_file(answers, shown, lambda: asked, tmp_path / "a.jsonl", SETTINGS, about)
+        generate_file(answers, shown, lambda first: asked[first:], tmp_path / "a.jsonl", SETTINGS, about)
     for record in records(tmp_path / "a.jsonl").values():
         assert all(t["answer_ids"] == answer_to(t["prompt_ids"]) for t in record["answers"])
 

@@ -80,10 +80,15 @@ class SharedWork:
         """What is known of the records in `out`, by id."""
         return self._done
 
-    def claims(self, prompts: Iterator[Conversation]) -> Iterator[Part]:
-        """One walk over all prompts: the parts that have something to do and that nobody else holds. Raises
-        DataError when a record answers another prompt of the same id."""
-        self.busy, number = 0, 0
+    @property
+    def reached(self) -> int:
+        """Prompts before the last part that was begun: behind them a run that goes on finds work at once."""
+        return PART * max((int(f.stem) for f in self._folder.glob("*.jsonl")), default=0)
+
+    def claims(self, prompts: Iterator[Conversation], first: int = 0) -> Iterator[Part]:
+        """One walk over all prompts, or those from `first` on: the parts that have something to do and
+        that nobody else holds. Raises DataError when a record answers another prompt of the same id."""
+        self.busy, number = 0, first // PART
         self._read_out()
         while chunk := _first(prompts, PART):
             self._check_asked(chunk, self._done)

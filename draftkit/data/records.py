@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -47,7 +48,7 @@ def asked_hash(conversation: Conversation) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Done:
     """What is known of a record that is there already."""
 
@@ -72,8 +73,9 @@ def recover(path: Path) -> dict[str, Done]:
                 raise DataError(f"{path}:{number}: is not a record of answers; remove the file to start anew")
             check_line(line, f"{path}:{number}")
             name = json.loads(head[1])
-            twice[name] += name in done
-            done[name] = Done(head[2].decode(), head[3].decode())
+            if name in done:
+                twice[name] += 1
+            done[name] = Done(head[2].decode(), sys.intern(head[3].decode()))
             whole += len(line)
     if whole < path.stat().st_size:
         with path.open("r+b") as file:
