@@ -31,12 +31,12 @@ import httpx
 
 from draftkit.config import load_recipe
 from draftkit.data import servers
-from draftkit.data.conversations import iterate_conversations
 from draftkit.stages import run_generate_by_servers
 from draftkit.target.transformers import EMBEDDED
 
 NAME = "tiny"
-TROUBLES = ("killed", "429", "500", "html", "half", "other model", "hangs", "closes")
+# there is no more after that
+TROUBLES = ("429", "500", "html", "half", "other model", "hangs", "closes", "killed")
 OURS = [sys.executable, "-m", "draftkit.cli", "serve", "--drafter", "none", "--port", "0", "--name", NAME]
 
 
@@ -154,8 +154,10 @@ def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
     sys.exit(f"{url}: the server ended with {process.returncode}")
 
 
-def answered(work: Path, trouble: str, prompts: int, good: str) -> dict[str, Any]:
-    """Let both answer; what the file of records holds."""
+def answered(
+    work: Path, trouble: str, prompts: int, good: str, process: subprocess.Popen[str], url: str
+) -> dict[str, Any]:
+    """Let both answer, the good server and ours at `url` in trouble; what the file of records holds."""
     recipe = load_recipe(
         "tiny-dspark",
         ["generate.max_new_tokens=24", "generate.temperature=0", "generate.batch_size=4"],
@@ -172,8 +174,6 @@ def answered(work: Path, trouble: str, prompts: int, good: str) -> dict[str, Any
         if trouble == "killed":
             threading.Thread(target=_kill_when_due, args=(proxy, process), daemon=True).start()
         run_generate_by_servers(
-            recipe,
-            lambda first: iterate_conversations([source], first=first),
             out,
             [good, proxy.url],
             NAME,

@@ -6,14 +6,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import openai
 import pytest
+import uvicorn
 
-from support.server import serving
+from draftkit.serve.app import create_app
+from draftkit.serve.metrics import ServerMetrics
+from draftkit.serve.settings import ServeSettings
+from draftkit.serve.worker import Worker
+from support.fake_engine import fake_served
 from support.templates import FAMILIES, MARKS, TOOL
 
 MESSAGES: Any = [{"role": "user", "content": "What?"}]
@@ -51,11 +59,26 @@ ANSWERS: dict[str, tuple[str, str, tuple[str | None, str | None, list[Any]]]] = 
 
 
 @contextmanager
-def client(family: str, text: str, *options: str) -> Iterator[openai.OpenAI]:
-    marks = [option for mark in MARKS for option in ("--mark", mark)]
-    given = ("--template", FAMILIES[family].template, "--text", text, *marks, *options)
-    with serving(*given) as server:
-        yield openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+def client(family: str, text: str, **switches: Any) -> Iterator[openai.OpenAI]:
+    """The real application and HTTP in a thread of this process: a process for each family would take
+    minutes."""
+    template = FAMILIES[family].template
+    served = fake_served(text=text, template=template, marks=MARKS, switches=switches)
+    metrics = ServerMetrics()
+    app = create_app(Worker(lambda: served, metrics, 64), metrics, ServeSettings())
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        while httpx.get(f"{url}/ready", trust_env=False).status_code != 200:
+            time.sleep(0.01)
+        yield openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def calls_of(calls: Any) -> list[Any]:
@@ -97,13 +120,12 @@ def test_what_is_forced_or_asked_for_with_its_marks_is_left_whole() -> None:
 
 
 def test_template_variables_for_all_requests() -> None:
-    with client("qwen3", "Four.", "--template-switch", "enable_thinking=false") as api:
-        http = api._client
-        base = str(api.base_url).removesuffix("v1/")
+    with client("qwen3", "Four.", enable_thinking=False) as api:
+        http = httpx.Client(base_url=str(api.base_url).removesuffix("v1/"), trust_env=False)
 
         def ending(**more: Any) -> str:
-            ids = http.post(f"{base}tokenize", json={"messages": MESSAGES, **more}).json()["tokens"]
-            return str(http.post(f"{base}detokenize", json={"tokens": ids}).json()["prompt"])[-30:]
+            ids = http.post("tokenize", json={"messages": MESSAGES, **more}).json()["tokens"]
+            return str(http.post("detokenize", json={"tokens": ids}).json()["prompt"])[-30:]
 
         assert ending().endswith("<think>\n\n</think>\n\n")
         assert ending(chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n")

@@ -201,7 +201,7 @@ def fake_served(
 def main() -> None:
     from draftkit.errors import ServeError
     from draftkit.serve.server import run_server
-    from draftkit.serve.settings import ServeSettings, switches_of
+    from draftkit.serve.settings import ServeSettings
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
@@ -216,9 +216,6 @@ def main() -> None:
     parser.add_argument("--max-connections", type=int, default=4096)
     parser.add_argument("--allow-origin", action="append", default=[])
     parser.add_argument("--honour-special-tokens", action="store_true")
-    parser.add_argument("--template")
-    parser.add_argument("--mark", action="append", default=[])
-    parser.add_argument("--template-switch", action="append", default=[])
     given = parser.parse_args()
     settings = ServeSettings(
         port=given.port,
@@ -232,8 +229,7 @@ def main() -> None:
 
     def served() -> Any:
         return fake_served(
-            *(given.step_seconds, given.text, given.max_running, given.name, given.honour_special_tokens),
-            *(given.template, given.mark, switches_of(given.template_switch)),
+            given.step_seconds, given.text, given.max_running, given.name, given.honour_special_tokens
         )
 
     try:
