@@ -168,19 +168,14 @@ def answered(
     for old in (out, out.with_suffix(".manifest.json")):
         old.unlink(missing_ok=True)
     began = time.monotonic()
-    with ours() as (process, url):
-        proxy = FaultyProxy(url, trouble, prompts // 6)
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        if trouble == "killed":
-            threading.Thread(target=_kill_when_due, args=(proxy, process), daemon=True).start()
-        run_generate_by_servers(
-            out,
-            [good, proxy.url],
-            NAME,
-            None,
-        )
-        proxy.over.set()
-        proxy.shutdown()
+    proxy = FaultyProxy(url, trouble, prompts // 6)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    if trouble == "killed":
+        threading.Thread(target=_kill_when_due, args=(proxy, process), daemon=True).start()
+    read = lambda first: iterate_conversations([source], first=first)  # noqa: E731
+    run_generate_by_servers(recipe, read, out, [good, proxy.url], NAME, None)
+    proxy.over.set()
+    proxy.shutdown()
     asked = [json.loads(line)["id"] for line in lines]
     records = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
     written = {r["id"]: [t["answer_ids"] for t in r["answers"]] for r in records}
@@ -213,8 +208,10 @@ def main() -> None:
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     servers.OVERDUE = 5.0  # in place of a minute
-    with vllm(given.vllm, given.work) if given.vllm else _ours_alone() as good:
-        runs = [answered(given.work, t, given.prompts, good) for t in given.trouble or TROUBLES]
+    good_server = vllm(given.vllm, given.work) if given.vllm else _ours_alone()
+    with good_server as good, ours() as (process, url):
+        wanted = [trouble for trouble in TROUBLES if trouble in (given.trouble or TROUBLES)]
+        runs = [answered(given.work, t, given.prompts, good, process, url) for t in wanted]
     first = runs[0]["answers"]
     for run in runs:
         own = run.pop("answers")
