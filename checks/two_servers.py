@@ -31,6 +31,7 @@ import httpx
 
 from draftkit.config import load_recipe
 from draftkit.data import servers
+from draftkit.data.conversations import iterate_conversations
 from draftkit.stages import run_generate_by_servers
 from draftkit.target.transformers import EMBEDDED
 
