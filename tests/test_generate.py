@@ -196,7 +196,7 @@ def test_a_run_that_goes_on_begins_at_the_last_part_and_leaves_nothing_out(
     """Parts of 64 prompts: the first one is half done, the second one was begun."""
     out, many = tmp_path / "a.jsonl", prompts(150)
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, SETTINGS)
-    generate(target, shown, many, out, SETTINGS, answer_all)
+    assert generate(target, shown, many, out, SETTINGS, answer_all).records == len(many) == len(records(out))
     lines = out.read_bytes().splitlines(keepends=True)
     places = {json.loads(line)["id"]: line for line in lines}
     parts = tmp_path / "b.jsonl.parts"

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class SharedWork:
         that nobody else holds. Raises DataError when a record answers another prompt of the same id."""
         self.busy, number = 0, first // PART
         self._read_out()
-        while chunk := _first(prompts, PART):
+        while chunk := list(islice(prompts, PART)):
             self._check_asked(chunk, self._done)
             missing = [p for p in chunk if p.id not in self._done]
             if missing and (part := self._claim(self._folder / f"{number:06d}.jsonl", missing)):
@@ -147,10 +148,6 @@ class SharedWork:
         if size != self._size:
             self._done = recover(self._out)
             self._size = self._out.stat().st_size if self._out.exists() else 0
-
-
-def _first(prompts: Iterator[Conversation], count: int) -> list[Conversation]:
-    return [p for p, _ in zip(prompts, range(count), strict=False)]
 
 
 def _lock(path: Path) -> FileLock | None:
