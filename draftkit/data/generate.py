@@ -80,8 +80,8 @@ def generate_file(
     for done in work.reasons.values():
         report.reasons[done.reason] = report.reasons.get(done.reason, 0) + 1
     if count := report.reasons.get(TOO_LONG):
-        first = next(name for name, done in work.reasons.items() if done.reason == TOO_LONG)
-        line = f"{count} of {report.records} prompts leave no room for an answer, {first!r} first"
+        longest = next(name for name, done in work.reasons.items() if done.reason == TOO_LONG)
+        line = f"{count} of {report.records} prompts leave no room for an answer, {longest!r} first"
         print(f"{out}: {line}; their records say finish_reason {TOO_LONG!r}", file=sys.stderr)
     return report
 
