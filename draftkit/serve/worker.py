@@ -34,8 +34,8 @@ log = logging.getLogger("draftkit.serve")
 @dataclass(frozen=True)
 class Served:
     """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name,
-    the sampling fields of requests that leave them out, where those are not the API's, and whether special
-    tokens in a client's text count."""
+    the sampling fields of requests that leave them out, where those are not the API's, whether special tokens
+    in a client's text count, and variables of the chat template, which requests may set otherwise."""
 
     engine: Any
     tokenizer: Any
@@ -43,11 +43,12 @@ class Served:
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     honour_special_tokens: bool = False
+    template_switches: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def prompt_format(self) -> TemplateFormat | DeepseekFormat:
         """How the target is shown messages."""
-        return format_of(self.tokenizer)
+        return format_of(self.tokenizer, self.template_switches)
 
 
 Item = tuple[int, StepOutput] | ApiError

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftkit.target.answer_parts import AnswerParts
+from draftkit.target.answer_stream import AnswerDelta, AnswerStream
 
 _MARK = "\ue000"  # private use
 _ENDS = ("<｜end▁of▁sentence｜>", "<｜User｜>")
 
 
-class AnswerStream:
+class DeepseekAnswer:
     """Takes an answer's tokens in any pieces. Each piece gives OpenAI's deltas; `finish` gives the whole."""
 
     def __init__(self, recipe: Any, tokenizer: Any, names: Mapping[int, str], thinking: bool) -> None:
@@ -35,7 +36,6 @@ class AnswerStream:
         )
         self._waiting: list[int] = []  # ordinary tokens that may not be whole characters yet, or whole names
         self._ended = False
-        self._calls = 0
 
     def add(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """The next tokens; what they complete, as deltas of OpenAI's chunks."""
@@ -53,11 +53,6 @@ class AnswerStream:
     def add_text(self, text: str) -> list[dict[str, Any]]:
         """The next piece of the answer's text, where special tokens are among it by their names."""
         return self._push(text) if text else []
-
-    @property
-    def calls(self) -> int:
-        """Tool calls so far."""
-        return self._calls
 
     def finish(self) -> AnswerParts:
         """The whole answer, when there are no more tokens; calls numbered from call_0."""
@@ -108,9 +103,28 @@ class AnswerStream:
         deltas = [json.loads(chunk.to_json())["choices"][0]["delta"] for chunk in chunks]
         for chunk in chunks:
             self._whole.accumulate(chunk)
-        begun = [call for delta in deltas for call in delta.get("tool_calls") or () if call.get("id")]
-        self._calls += len(begun)
         return [_clean(delta) for delta in deltas]
+
+
+class DeepseekReader(AnswerStream):
+    """The same as `AnswerStream`, by DeepSeek's parser; tool calls are whole, so they come at the end."""
+
+    def __init__(self, answer: DeepseekAnswer) -> None:
+        self._answer = answer
+
+    def add(self, piece: str) -> AnswerDelta:
+        """What is certain after this piece."""
+        return _summed(self._answer.add_text(piece))
+
+    def finish(self) -> AnswerDelta:
+        """What is left when the answer ends, and its calls."""
+        return _summed(self._answer.close()) + AnswerDelta(tool_calls=self._answer.finish().tool_calls)
+
+
+def _summed(deltas: Sequence[dict[str, Any]]) -> AnswerDelta:
+    """Reasoning and content of some deltas."""
+    reasoning = "".join(delta.get("reasoning_content", "") for delta in deltas)
+    return AnswerDelta(reasoning, "".join(delta.get("content", "") for delta in deltas))
 
 
 def _clean(delta: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 
 from draftkit.errors import ConfigError, TargetError
 from draftkit.target.answer_parts import AnswerParts
-from draftkit.target.deepseek_v4_answers import AnswerStream
+from draftkit.target.deepseek_v4_answers import DeepseekAnswer, DeepseekReader
 from draftkit.target.deepseek_v4_messages import (
     load_recipe,
     message_of,
@@ -163,9 +163,15 @@ class DeepseekFormat:
         stream.add(answer_ids)
         return stream.finish()
 
-    def stream(self) -> AnswerStream:
+    def stream(self) -> DeepseekAnswer:
         """A parser that takes an answer's tokens as they come."""
-        return AnswerStream(self._recipe, self.tokenizer, self._names, self.mode.thinking)
+        return DeepseekAnswer(self._recipe, self.tokenizer, self._names, self.mode.thinking)
+
+    def reader(self, prompt_ids: Sequence[int] = (), with_calls: bool = True) -> DeepseekReader:
+        """A parser that takes an answer's text as it comes; its prompt says whether it begins with
+        thinking."""
+        opened = self._ids[OPEN] in prompt_ids[-2:] if prompt_ids else self.mode.thinking
+        return DeepseekReader(DeepseekAnswer(self._recipe, self.tokenizer, self._names, opened))
 
     def unshown(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, ...]:
         """What of a conversation the model is not shown."""
