@@ -147,7 +147,8 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     body = await read_body(request, ChatBody, settings.max_body_bytes)
     served = worker.ready()
     from_body.check_model(body.model, served)
-    if body.forced_calls is not None and not served.prompt_format.style.json_calls:
+    shown = served.prompt_format
+    if body.forced_calls is not None and (isinstance(shown, DeepseekFormat) or not shown.style.json_calls):
         raise bad_request(
             "tool_choice: the target's chat template has no form for calls that can be demanded (JSON in "
             "<tool_call>); give 'auto' or 'none'",
@@ -160,10 +161,6 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
         named=isinstance(body.tool_choice, NamedTool),
         reasons=body.include_reasoning,
     )
-    if body.forced_calls is not None and isinstance(served.prompt_format, DeepseekFormat):
-        raise bad_request(
-            "tool_choice: of DeepSeek-V4 no call can be demanded; give 'auto' or 'none'", "tool_choice"
-        )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None
     prepare = partial(_prepared, body, served, from_body.chat_prompts, limit, logprobs)
