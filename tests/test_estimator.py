@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from draftkit.schedule.calibration import auc, expected_error
 from draftkit.schedule.estimator import AcceptanceEstimator
+from draftkit.schedule.temperature_scaling import auc, expected_error
 
 SLOPE, INTERCEPTS = 0.6, np.array([1.0, 0.0, -1.0])
 

@@ -1,7 +1,6 @@
 // Attention of one layer over paged keys and values; the memory of a layer is [slots, M, 2 D], of numbers K: float or Half.
 #pragma once
-#include "attention_pairs.h"
-#include "query.h"
+#include "matrix.h"
 
 // A step, its numbers, and for each token its position, where its key and value go, how many positions it sees and where windows reach
 // back from; for each request its first token.
@@ -24,6 +23,43 @@ struct Placed : Step {
         }
     }
 };
+
+// A query of one head: where it is, what it may see, where its result goes.
+struct Query {
+    const float *q;
+    float *scores, *out;
+    int64_t oldest, seen;
+};
+
+// Keys and values of one head lie far apart from position to position, so that the processor does not guess the next ones.
+// `rows` has room for AHEAD positions more than there are; whatever stands there, asking for it does no harm.
+constexpr int64_t AHEAD = 8;
+template <typename K>
+inline void fetch(const K *row, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(K)) __builtin_prefetch(row + i);
+}
+
+// Softmax in place over what the query may see, 0 elsewhere, not yet divided by the sum that it returns.
+float softmax(const Layer &layer, const Query &query, int64_t first, int64_t end) {
+    float *scores = query.scores;
+    int64_t from = query.oldest - first, to = query.seen - first, count = end - first;
+    for (int64_t i = 0; i < from; i++) scores[i] = -INFINITY;
+    for (int64_t i = to; i < count || i % LANES; i++) scores[i] = -INFINITY;
+    if (layer.score_cap > 0)
+        for (int64_t i = from; i < to; i++) scores[i] = cap(scores[i], layer.score_cap);
+    Vec tops = broadcast(-INFINITY), sums = {};
+    for (int64_t i = 0; i < count; i += LANES) {
+        Vec x = load(scores + i);
+        tops = x > tops ? x : tops;
+    }
+    float top = hmax(tops);
+    for (int64_t i = 0; i < count; i += LANES) {
+        Vec x = load(scores + i) - top, e = x > broadcast(-87.f) ? exponential(x) : broadcast(0.f);
+        store(scores + i, e);
+        sums += e;
+    }
+    return hsum(sums);
+}
 
 // Norm (when there is one) and rotation of one head in pair order; `table` is (cos, sin) pairs of the position.
 void apply_rope(float *x, const float *norm, const float *table, int64_t size, float eps) {
@@ -82,10 +118,6 @@ void attend_queries(const Layer &layer, const Query *queries, const K *const *ro
     int64_t first = queries[0].oldest, end = queries[0].seen, D = layer.head_dim, at = 0;
     for (int n = 1; n < N; n++) first = std::min(first, queries[n].oldest), end = std::max(end, queries[n].seen);
     first -= first % LANES;  // sums are then grouped alike, whichever query is beside
-#ifdef __AVX512BF16__
-    if constexpr (sizeof(K) == sizeof(Half))
-        if (D % CHUNK == 0) return attend_queries_pairs<N>(layer, queries, rows, first, end);
-#endif
     score<N>(layer, queries, rows, first, end);
     float factors[N];
     for (int n = 0; n < N; n++) factors[n] = 1.f / softmax(layer, queries[n], first, end);

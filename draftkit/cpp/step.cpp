@@ -86,15 +86,6 @@ void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Ow
 
 }  // namespace
 
-// Whether this build multiplies pairs of bfloat16 numbers.
-extern "C" int64_t multiplies_pairs() {
-#ifdef __AVX512BF16__
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 // Reads the step's tokens into the layers' memories; fills features, normed hidden states, logits and largest logits of
 // the wanted rows.
 extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given) {

@@ -5,8 +5,7 @@
 #include "sampling.h"
 
 typedef uint16_t Half;  // the upper half of a float32, rounded: bfloat16
-typedef uint32_t Pair;  // two of them
-enum Kind { FLOATS, HALVES, PAIRS };
+enum Kind { FLOATS, HALVES };
 
 extern "C" {
 struct Matrix {

@@ -4,9 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
@@ -51,22 +48,6 @@ inline float hsum(Vec v) {
     Quad h = halves(v);
     return (h[0] + h[2]) + (h[1] + h[3]);
 }
-
-#ifdef __AVX512BF16__
-typedef float Wide __attribute__((vector_size(64)));
-inline Vec lower(__m512 v) { return __builtin_shufflevector((Wide)v, (Wide)v, 0, 1, 2, 3, 4, 5, 6, 7); }
-inline Vec upper(__m512 v) { return __builtin_shufflevector((Wide)v, (Wide)v, 8, 9, 10, 11, 12, 13, 14, 15); }
-inline void store_half(float *to, Vec v, int half) {
-    *(Quad *)to = half ? __builtin_shufflevector(v, v, 4, 5, 6, 7) : __builtin_shufflevector(v, v, 0, 1, 2, 3);
-}
-// `count` numbers to bfloat16, two in each of `to`, which has room for a multiple of 8.
-inline void round_pairs(const float *x, int64_t count, uint32_t *to) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        __mmask8 there = count - i < LANES ? (1 << (count - i)) - 1 : 0xff;
-        _mm_storeu_si128((__m128i *)(to + i / 2), (__m128i)_mm256_cvtneps_pbh(_mm256_maskz_loadu_ps(there, x + i)));
-    }
-}
-#endif
 
 // exp to 2 units in the last place for x <= 88; below -87 it gives 0 (nearly). Cody-Waite reduction, polynomial of Cephes.
 inline Vec exponential(Vec x) {
