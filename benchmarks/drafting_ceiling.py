@@ -1,8 +1,7 @@
-"""What drafting could reach with one user, if the engine did nothing but passes and knew what will be
-accepted.
+r"""What drafting could reach with one user, if the engine did nothing but passes and knew what is accepted.
 
-    python -m benchmarks.drafting_ceiling runs/quickstart/drafter/best --out
-    benchmarks/results/drafting_ceiling.json
+    python -m benchmarks.drafting_ceiling runs/quickstart/drafter/best --out \
+        benchmarks/results/drafting_ceiling.json
 
 Held-out prompts are answered greedily, the proposal behind every token is recorded, and passes are timed as
 the engine times them when it starts, several times. The simulator then replays the answers. Its time is that

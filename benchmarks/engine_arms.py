@@ -1,8 +1,8 @@
-"""The engine without a drafter, with proposals of fixed length, and with planned lengths, at several
+r"""The engine without a drafter, with proposals of fixed length, and with planned lengths, at several
 concurrencies.
 
-    python -m benchmarks.engine_arms --concurrency 1 2 4 8 16 32 64 --requests 198 --out
-    benchmarks/results/arms.json
+    python -m benchmarks.engine_arms --concurrency 1 2 4 8 16 32 64 --requests 198 --out \
+        benchmarks/results/arms.json
 
 All arms read with the same copy of the weights and write to the same memory: where they lie decides up to a
 tenth of the speed, and where the rest of an engine lies still some hundredths. So all are built anew several

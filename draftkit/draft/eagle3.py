@@ -3,7 +3,7 @@
 Row i of its sequence pairs feature f_i = W_c [H_i^(l1); ...; H_i^(lm)] with the embedding of token x_{i+1} at
 position i:
     u_i = [RMSNorm(E x_{i+1}) ; RMSNorm(f_i)],  s_i = layer(u_i, residual f_i),  q(x_{i+2}) = softmax(W
-    RMSNorm(s_i)).
+        RMSNorm(s_i)).
 From the anchor's row on there are no features: the state s takes the place of the next row's f. Training
 unrolls the same steps ("training-time test"), with the conversation's own tokens: step k of an anchor sees
 the context rows up to the anchor's and its own steps 1..k. One layer: keys and values of the context need no

@@ -4,9 +4,11 @@ A row n is one drafted position that counts. Its draft logits are z = head(h) + 
 head(t), with the target's frozen head(x) = cap * tanh(scale W x / cap), or scale W x where the family has no
 cap. With q = softmax(z), p the target's distribution and x* the token that follows, the terms and their
 gradients are
-    CE = -log q(x*)                d CE / dz = q - onehot(x*) TV = sum |q - p|               d TV / dz = q (s
-    - sum(q s)),  s = sign(q - p) KL = sum p log(p / q)          d KL / dz = q - p LK = l KL + (1 - l) TV / 2
-    l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant (arXiv 2602.23881)
+    CE = -log q(x*)                d CE / dz = q - onehot(x*)
+    TV = sum |q - p|               d TV / dz = q (s - sum(q s)),  s = sign(q - p)
+    KL = sum p log(p / q)          d KL / dz = q - p
+    LK = l KL + (1 - l) TV / 2     l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant (arXiv
+        2602.23881)
 so that each chunk leaves its gradients behind while its logits exist, and backward only scales what was kept.
 
 A drafter with a reduced vocabulary has q = 0 outside it: TV then includes the target's mass there, so that

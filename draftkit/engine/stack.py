@@ -218,11 +218,10 @@ class Stack:
 
 
 def _attend_request(shape: AttentionShape, pages: Tensor, q_tND: Tensor, step: Pass, request: int) -> Tensor:
-    """A request's queries against its gathered pages, [t, N D]; query heads of a key head are more queries."""
+    """A request's queries against its gathered pages, [t, N D]; query heads of a key head are queries."""
     fold = shape.heads // shape.kv_heads
-    q = (
-        q_tND.unflatten(1, (shape.kv_heads, fold)).permute(1, 2, 0, 3).flatten(1, 2)[None]
-    )  # [1, M, N/M * t, D]
+    folded = q_tND.unflatten(1, (shape.kv_heads, fold)).permute(1, 2, 0, 3)  # [M, N/M, t, D]
+    q = folded.flatten(1, 2)[None]
     k, v = pages[step.blocks(request)].flatten(0, 1).transpose(0, 1)[None].chunk(2, -1)  # [1, M, S, D] each
     mask = step.mask(request, shape.window).repeat(fold, 1)
     if shape.score_cap is None:

@@ -1,7 +1,7 @@
 """Confidence for drafters without a confidence head: a logistic regression that learns while serving.
 
     c_k = sigmoid(w logit(m_k) + b_k),  m_k = the largest probability of the drafter's distribution at
-    position k
+        position k
 
 with one slope and one intercept per position. m_k is known before x_k is drawn, so a plan by c_k is lossless.
 Only positions whose verdict is known are learned from: those before the first rejection, and the rejected

@@ -38,7 +38,7 @@ def plan_verification(survival_RG: Floats, step_rate: StepRate, others: int = 0)
     per second
 
         Theta(B) = (R + others + sum of admitted survivals) / (seconds of a pass of B tokens + seconds of
-        drafting)
+            drafting)
 
     rises, and stop at the first token that does not raise it. The early stop keeps it lossless. The drafter
     has run when this is asked, so its time is in every Theta, that of length zero too: the plan is never
