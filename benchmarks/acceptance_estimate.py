@@ -1,8 +1,8 @@
 r"""How well a drafter without a confidence head can be planned: acceptance so far by position, against the
 estimator.
 
-    python -m benchmarks.acceptance_estimate greedy.safetensors sampled.safetensors --out \
-        benchmarks/results/NAME.json
+    python -m benchmarks.acceptance_estimate greedy.safetensors sampled.safetensors \
+        --out benchmarks/results/NAME.json
 
 `draftkit calibrate -d DRAFTER` records the traces, before it says that there is no head to calibrate. Both
 estimates learn from every other prompt, verified in full. On the prompts between, AUC and expected
@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.result_file import print_result
+from draftkit.schedule.temperature_scaling import quality_of
 from draftkit.schedule.estimator import AcceptanceEstimator
 from draftkit.schedule.planner import admit, survival_of
 from draftkit.schedule.step_rate import Floats, Ints
-from draftkit.schedule.temperature_scaling import quality_of
 from draftkit.schedule.traces import TracedPrompt, Traces, load_traces
 
 TOGETHER = 32

@@ -1,19 +1,13 @@
 """The forms in which drafters circulate: what their `config.json` says, and how their tensors are called.
 
 | architecture                                   | drafter                  | embedding, head         | layer
-    ids           |
-| Qwen3DSparkModel, Gemma4DSparkModel (DeepSpec) | DSpark, DFlash           | own, or borrowed        |
-    target_layer_ids: i |
-| LlamaDSparkModel (ours, no engine knows it)    | the same, Llama's block  | own, or borrowed        |
-    target_layer_ids: i |
-| DFlashDraftModel (z-lab)                       | DFlash 1+N               | the target's            |
-    target_layer_ids: i |
-| LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM | EAGLE-3, the second with | own, or borrowed; a re- | top
-    level: i + 1,   |
-|                                                | q/k norms                | duced head is its own   |
-    eagle_config: i     |
-| Qwen3Eagle3Model, Gemma4Eagle3Model (DeepSpec) | EAGLE-3                  | own, or borrowed        |
-    target_layer_ids: i |
+ids           | | Qwen3DSparkModel, Gemma4DSparkModel (DeepSpec) | DSpark, DFlash           | own, or borrowed
+| target_layer_ids: i | | LlamaDSparkModel (ours, no engine knows it)    | the same, Llama's block  | own, or
+borrowed        | target_layer_ids: i | | DFlashDraftModel (z-lab)                       | DFlash 1+N
+| the target's            | target_layer_ids: i | | LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM | EAGLE-3,
+the second with | own, or borrowed; a re- | top level: i + 1,   | |
+| q/k norms                | duced head is its own   | eagle_config: i     | | Qwen3Eagle3Model,
+Gemma4Eagle3Model (DeepSpec) | EAGLE-3                  | own, or borrowed        | target_layer_ids: i |
 
 i is a layer OUTPUT index; i + 1 counts the embedding as 0, as Transformers' `hidden_states` does. vLLM and
 llama.cpp read the top-level ids of EAGLE-3, SGLang the nested ones.
@@ -47,7 +41,7 @@ class Form:
         write: the fields of `config.json`.
         refuses: why a shape does not fit this form under one of its names; None: it fits.
         renamed: beginnings of tensor names, (the form's, ours); in reading those of other forms are known,
-            too.
+          too.
         with_target_weights: embedding and head are in the folder, unless they are left out on purpose.
     """
 

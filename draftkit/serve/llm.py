@@ -2,8 +2,8 @@
 
 from draftkit import LLM, SamplingParams
 llm = LLM("tiny")
-params = SamplingParams(max_tokens=64, temperature=0)
-[answer] = llm.chat([{"role": "user", "content": "What is 17 + 25?"}], params)
+[answer] = llm.chat([{"role": "user", "content": "What is 17 + 25?"}], SamplingParams(max_tokens=64,
+  temperature=0))
 print(answer.outputs[0].text)
 """
 
