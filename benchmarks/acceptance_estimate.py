@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.result_file import print_result
-from draftkit.schedule.temperature_scaling import quality_of
 from draftkit.schedule.estimator import AcceptanceEstimator
 from draftkit.schedule.planner import admit, survival_of
 from draftkit.schedule.step_rate import Floats, Ints
+from draftkit.schedule.temperature_scaling import quality_of
 from draftkit.schedule.traces import TracedPrompt, Traces, load_traces
 
 TOGETHER = 32

@@ -166,7 +166,7 @@ def main() -> None:
             run_closed(engine, prompts, at_once, answers, 16)
         return engines
 
-    orders = list(permutations(ARMS))  # so that each comes as often behind each of the others
+    orders = list(permutations(ARMS))  # so that each comes as often after each of the others
     builds = 1 if large else BUILDS  # recording takes long, and no weights lie twice there
     engines = built(0)
     result: dict[str, Any] = {

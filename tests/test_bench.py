@@ -100,7 +100,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
 
 
 def test_a_usage_with_the_finish_reason_counts_the_chunks_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three chunks of four tokens each and an end that says so: 0.2 s for the tokens behind the first."""
+    """Three chunks of four tokens each and an end that says so: 0.2 s for the tokens after the first."""
     clocked(monkeypatch, 0.0, 1.0, 1.1, 1.2, 1.3, 1.3)
     text, end = {"delta": {"content": "abcd"}}, {"delta": {}, "finish_reason": "length"}
     usage = {"completion_tokens": 12}

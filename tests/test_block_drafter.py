@@ -190,7 +190,7 @@ def training_outputs(drafter: BlockDrafter, batch: TrainBatch) -> tuple[torch.Te
 
 
 def packed_batch(batch: TrainBatch, lengths: tuple[int, ...]) -> TrainBatch:
-    """The rows of `batch`, cut to `lengths`, as documents of one row with 3 places of padding behind them."""
+    """The rows of `batch`, cut to `lengths`, as documents of one row with 3 places of padding after them."""
     total, room = sum(lengths), sum(lengths) + 3
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
 
@@ -217,7 +217,7 @@ def test_documents_of_one_row_do_not_see_each_other() -> None:
     """Packed and apart: the same loss, the same gradients; blocks end with their document."""
     drafter, batch = drafter_with().train(), random_batch()
     assert bool(batch.loss_mask_BT[0, 17])  # the first document's last token counts,
-    lengths = (18, LENGTH)  # and the next document begins right behind it
+    lengths = (18, LENGTH)  # and the next document begins right after it
     apart = drafter.loss(batch, LossSettings())
     apart.loss_sum.backward()
     wanted = {n: p.grad.clone() for n, p in drafter.named_parameters() if p.grad is not None}

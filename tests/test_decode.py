@@ -1,4 +1,4 @@
-"""The reference loop: greedy answers are the target's own, sampled answers have its law, for any drafter."""
+"""The reference loop: greedy answers are the target's own, sampled answers have its distribution, for any drafter."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_greedy_answers_do_not_depend_on_the_plan(target: TransformersTarget, ru
 
 
 class Shrunk(TransformersTarget):
-    """The target with all but three tokens forbidden, so that its law can be enumerated."""
+    """The target with all but three tokens forbidden, so that its distribution can be enumerated."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = super().logits(hidden)
@@ -74,7 +74,7 @@ def cut_by_confidence(confidence: Sequence[float]) -> int:
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule: Rule, plan: Plan) -> None:
     """1,500 answers of three tokens from three: every count within five standard deviations of the target's
-    law."""
+    distribution."""
     drafter = make_drafter(target, block=3)
     assert drafter.confidence_head is not None
     torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.5)
@@ -103,8 +103,8 @@ def check_law(
     worst = 0.0
     for tokens in itertools.product(range(5, 8), repeat=3):
         read = small.forward(torch.tensor([[*prompt, *tokens]]), None)
-        law = processed_probs(small.logits(read.last_hidden_BTH[0]), sampling)
-        chance = float(torch.stack([law[len(prompt) - 1 + i, t] for i, t in enumerate(tokens)]).prod())
+        probs = processed_probs(small.logits(read.last_hidden_BTH[0]), sampling)
+        chance = float(torch.stack([probs[len(prompt) - 1 + i, t] for i, t in enumerate(tokens)]).prod())
         sigma = (chance * (1 - chance) / count) ** 0.5
         worst = max(worst, abs(found.get(tokens, 0) / count - chance) / max(sigma, 1e-9))
     assert worst < 5

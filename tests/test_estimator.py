@@ -51,4 +51,4 @@ def test_before_any_observation_the_confidence_is_the_drafters_own_probability()
 def test_positions_without_a_verdict_are_not_learned_from() -> None:
     estimator = AcceptanceEstimator(3)
     estimator.observe(np.full((3, 3), 0.5), np.array([0, 2, 1]), np.array([3, 2, 0]))
-    assert estimator.seen == 1 + 2 + 0  # a rejection at 1; two kept and none behind; nothing verified
+    assert estimator.seen == 1 + 2 + 0  # a rejection at 1; two kept and none after; nothing verified

@@ -384,7 +384,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run: Any, fast: TrainSettings, t
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize("steps", [12, 10], ids=["behind the last check", "before the last check"])
+@pytest.mark.parametrize("steps", [12, 10], ids=["after the last check", "before the last check"])
 def test_a_signal_behind_the_last_step_ends_the_run_too(
     steps: int, run: Any, fast: TrainSettings, tmp_path: Path
 ) -> None:
@@ -480,7 +480,7 @@ def test_a_state_is_whole_after_kills_at_any_two_moments_of_writing_it(
 def test_the_log_has_a_step_before_the_state_does(
     run: Any, fast: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a kill between the two would leave a hole: a run goes on behind the step of its state."""
+    """Else a kill between the two would leave a hole: a run goes on after the step of its state."""
     seen: list[tuple[int, int]] = []
     save = trainer.save_state
 

@@ -195,7 +195,7 @@ def _read(
         batch = part[start : start + size]
         longest = max(len(r.tokens) for r in batch)
         tokens_BT = torch.tensor([[*r.tokens, *[0] * (longest - len(r.tokens))] for r in batch])
-        # causal: padding behind changes nothing
+        # causal: padding after them changes nothing
         output = target.forward(tokens_BT.to(target.device), None, layers)
         if output.features_BTF is None:
             raise FeatureStoreError("the target returned no features")

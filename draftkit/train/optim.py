@@ -41,7 +41,7 @@ def new_optimizer(parallel: ParallelDrafter, lr: float, weight_decay: float) -> 
 
 
 def lr_scale(share: float, warmup: float, cooldown: float) -> float:
-    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `cooldown` (1: behind
+    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `cooldown` (1: after
     the warm-up)."""
     if share < warmup:
         return max(share / warmup, 0.01)
