@@ -1,4 +1,5 @@
-"""The reference loop: greedy answers are the target's own, sampled answers have its distribution, for any drafter."""
+"""The reference loop: greedy answers are the target's own, sampled ones have its distribution, for any
+drafter."""
 
 from __future__ import annotations
 
@@ -72,24 +73,26 @@ def cut_by_confidence(confidence: Sequence[float]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [verify_all, cut_by_confidence])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule: Rule, plan: Plan) -> None:
+def test_sampled_answers_follow_the_targets_distribution(
+    target: TransformersTarget, rule: Rule, plan: Plan
+) -> None:
     """1,500 answers of three tokens from three: every count within five standard deviations of the target's
     distribution."""
     drafter = make_drafter(target, block=3)
     assert drafter.confidence_head is not None
     torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.5)
-    rounds = check_law(target, drafter, rule, plan)
+    rounds = check_distribution(target, drafter, rule, plan)
     assert len({r.verified for r in rounds}) >= (1 if plan is verify_all else 3)
 
 
 @pytest.mark.slow
-def test_sampled_answers_of_eagle3_follow_the_targets_law(target: TransformersTarget) -> None:
+def test_sampled_answers_of_eagle3_follow_the_targets_distribution(target: TransformersTarget) -> None:
     """Its draft vocabulary knows two of the three tokens, and one that the target never says."""
-    rounds = check_law(target, make_eagle(target, (5, 7, 9)), TOKEN_RULE, verify_all, count=1000)
+    rounds = check_distribution(target, make_eagle(target, (5, 7, 9)), TOKEN_RULE, verify_all, count=1000)
     assert {r.accepted for r in rounds} >= {0, 1, 2}
 
 
-def check_law(
+def check_distribution(
     target: TransformersTarget, drafter: Drafter, rule: Rule, plan: Plan, count: int = 1500
 ) -> list[Round]:
     small = Shrunk(target.model, target.info)
