@@ -1,7 +1,7 @@
 """Stages killed with SIGKILL at random moments, at least half of them while a file is being written: the same
 command goes on from there, and ends with the same artefacts as a run that nobody killed.
 
-    python -m checks.kill_stages --work /tmp/kills --count 40 --seed 0
+    python -m checks.kill_stages --work kills --count 40 --seed 0
 
 A kill "while a file is being written" is one that left a `.partial`, `.new` or `.part` file, or a torn last
 line, after it. Prints one line of JSON; exit code 1 when a stage could not go on, or ended with other
