@@ -321,15 +321,17 @@ def main() -> None:
     result: dict[str, Any] = {"small": options.small, "left_out": []}
     wrong: list[str] = []
     for name in options.parts:
-        for what, found in PARTS[name](run):
-            after = time.perf_counter() - began
-            result.setdefault(name, {})[what] = found
-            wrong += [f"{name}: {what}"] if isinstance(found, dict) and found.get("wrong") else []
-            print(f"{after:6.1f} s  {name}: {what}: {found}", flush=True)
-            write_result(result, options.out)
-            if after > 60 * options.minutes:
-                result["left_out"].append(f"{name} after {what}")
+        part = PARTS[name](run)
+        while time.perf_counter() - began < 60 * options.minutes:
+            what, found = next(part, ("", None))
+            if not what:
                 break
+            result.setdefault(name, {})[what] = found
+            wrong += [f"{name}: {what}"] if found.get("wrong") else []
+            print(f"{time.perf_counter() - began:6.1f} s  {name}: {what}: {found}", flush=True)
+            write_result(result, options.out)
+        else:
+            result["left_out"].append(name)
     write_result(result, options.out)
     if result["left_out"]:
         print(f"no time for: {', '.join(result['left_out'])}")
