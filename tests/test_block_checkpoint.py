@@ -10,26 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import load_drafter, save_drafter
 from draftkit.draft.drafter import HEADS
 from draftkit.errors import CheckpointError, ConfigError
 from support.drafters import BLOCK_CONFIG as CONFIG
+from support.drafters import block_drafter
 
 LENGTH = 20
 
 
-def drafter_with(**changes: object) -> BlockDrafter:
-    torch.manual_seed(0)
-    drafter = BlockDrafter(replace(CONFIG, **changes))  # type: ignore[arg-type]
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return drafter
-
-
 @pytest.mark.parametrize("head", HEADS)
 def test_a_checkpoint_comes_back_as_it_was(head: str, tmp_path: Path) -> None:
-    drafter = drafter_with(head=head, markov_rank=6 if head != "none" else 0, confidence=head != "none")
+    drafter = block_drafter(head=head, markov_rank=6 if head != "none" else 0, confidence=head != "none")
     save_drafter(drafter, tmp_path, {"target": "x"}, torch.float32)
     again = load_drafter(tmp_path)
     assert {k: v.tolist() for k, v in again.state_dict().items()} == {
@@ -41,7 +33,7 @@ def test_a_checkpoint_comes_back_as_it_was(head: str, tmp_path: Path) -> None:
 
 def test_the_layout_is_the_portable_one(tmp_path: Path) -> None:
     """Names and fields that vLLM, SGLang and llama.cpp look for."""
-    save_drafter(drafter_with(), tmp_path, {}, torch.bfloat16)
+    save_drafter(block_drafter(), tmp_path, {}, torch.bfloat16)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["Qwen3DSparkModel"]
     assert config["target_layer_ids"] == [0, 2]
@@ -71,7 +63,7 @@ def test_the_layout_is_the_portable_one(tmp_path: Path) -> None:
     ],
 )
 def test_tensors_that_do_not_fit_are_named(change: object, message: str, tmp_path: Path) -> None:
-    save_drafter(drafter_with(), tmp_path, {}, torch.float32)
+    save_drafter(block_drafter(), tmp_path, {}, torch.float32)
     (tmp_path / "draftkit.json").unlink()  # as in folders of others, which say no sha256
     save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")  # type: ignore[operator]
     with pytest.raises(CheckpointError, match=message):
@@ -81,7 +73,7 @@ def test_tensors_that_do_not_fit_are_named(change: object, message: str, tmp_pat
 def test_broken_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_drafter(tmp_path)
-    save_drafter(drafter_with(), tmp_path, {}, torch.float32)
+    save_drafter(block_drafter(), tmp_path, {}, torch.float32)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="damaged"):

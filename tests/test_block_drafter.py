@@ -16,17 +16,10 @@ from draftkit.draft.layout import lay_out
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import LossSettings
 from support.drafters import BLOCK_CONFIG as CONFIG
+from support.drafters import block_drafter
 from support.plain_drafter import plain_loss, plain_rows
 
 LENGTH = 20
-
-
-def drafter_with(**changes: object) -> BlockDrafter:
-    torch.manual_seed(0)
-    drafter = BlockDrafter(replace(CONFIG, **changes))  # type: ignore[arg-type]
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return drafter
 
 
 def random_batch() -> TrainBatch:
@@ -56,7 +49,7 @@ def test_training_and_drafting_compute_the_same_hidden_states(
 ) -> None:
     """All anchors at once, against one anchor at a time with an incrementally grown context."""
     shape = {"shared_key_value": True, "rotary_share": 0.25} if style == "gemma4" else {}
-    drafter = drafter_with(
+    drafter = block_drafter(
         layout=layout, head="none", confidence=False, window=window, style=style, **shape
     ).eval()
     batch = random_batch()
@@ -80,7 +73,7 @@ def test_training_and_drafting_compute_the_same_hidden_states(
 @torch.inference_mode()
 @pytest.mark.parametrize("head", HEADS)
 def test_the_proposal_holds_the_very_distribution_that_was_sampled(head: str) -> None:
-    drafter, batch = drafter_with(head=head, confidence=head != "none").eval(), random_batch()
+    drafter, batch = block_drafter(head=head, confidence=head != "none").eval(), random_batch()
     context = drafter.new_context()
     drafter.extend(context, batch.features_BTF[:1, :8], batch.tokens_BT[:1, :8])
     anchor = batch.tokens_BT[:1, 8]
@@ -133,7 +126,7 @@ def test_logits_confidence_loss_and_gradients_equal_a_second_implementation(
     """One block at a time, from the paper's equations, with autograd through whole softmaxes; in packed
     rows."""
     settings = LossSettings(ce=0.3, tv=0.6, confidence=0.7, decay=3.0)
-    drafter = drafter_with(**changes).double().train()
+    drafter = block_drafter(**changes).double().train()
     batch = in_float64(packed_batch(random_batch(), (18, LENGTH)))
     report = drafter.loss(batch, settings)
     report.loss_sum.backward()
@@ -210,7 +203,7 @@ def packed_batch(batch: TrainBatch, lengths: tuple[int, ...]) -> TrainBatch:
 
 def test_documents_of_one_row_do_not_see_each_other() -> None:
     """Packed and apart: the same loss, the same gradients; blocks end with their document."""
-    drafter, batch = drafter_with().train(), random_batch()
+    drafter, batch = block_drafter().train(), random_batch()
     assert bool(batch.loss_mask_BT[0, 17])  # the first document's last token counts,
     lengths = (18, LENGTH)  # and the next document begins right after it
     apart = drafter.loss(batch, LossSettings())
@@ -252,7 +245,7 @@ def test_only_anchors_with_tokens_that_count_and_tokens_that_are_seen_are_kept()
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_batch_without_anything_to_learn_has_a_loss_of_zero(count: int) -> None:
     """A share of a larger batch may have no anchor at all; it must still reach backward."""
-    drafter, batch = drafter_with().train(), random_batch()
+    drafter, batch = block_drafter().train(), random_batch()
     nothing = replace(batch, anchor_mask_BA=torch.zeros_like(batch.anchor_mask_BA))
     if count:
         nothing = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
@@ -263,7 +256,7 @@ def test_a_batch_without_anything_to_learn_has_a_loss_of_zero(count: int) -> Non
 
 
 def test_bfloat16_changes_rounding_alone_and_leaves_the_rotary_table_in_float32() -> None:
-    exact, rounded, batch = drafter_with().train(), drafter_with().bfloat16().train(), random_batch()
+    exact, rounded, batch = block_drafter().train(), block_drafter().bfloat16().train(), random_batch()
     assert torch.equal(exact._rope(2000), rounded._rope(2000))
     losses, gradients = [], []
     for drafter in (exact, rounded):
@@ -287,7 +280,7 @@ LOSSES = {
 @pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
 def test_every_loss_teaches_the_drafter_what_the_target_says(settings: LossSettings) -> None:
     """Sixty steps on one batch whose target is nearly certain of the tokens that follow."""
-    drafter, batch = drafter_with().train(), random_batch()
+    drafter, batch = block_drafter().train(), random_batch()
     following = batch.tokens_BT.roll(-1, 1)
     sure = replace(
         batch, last_hidden_BTH=20 * torch.nn.functional.normalize(drafter.lm_head.weight, dim=-1)[following]
@@ -305,7 +298,7 @@ def test_every_loss_teaches_the_drafter_what_the_target_says(settings: LossSetti
 
 
 def test_the_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, batch = drafter_with().train(), random_batch()
+    drafter, batch = block_drafter().train(), random_batch()
     whole = float(drafter.loss(batch, LossSettings()).loss_sum.detach())
     monkeypatch.setattr("draftkit.draft.losses.CHUNK_ROWS", 3)
     monkeypatch.setattr("draftkit.draft.losses.SLICE_LOGITS", 80)
@@ -313,7 +306,7 @@ def test_the_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_embedding_and_head_are_frozen() -> None:
-    drafter = drafter_with()
+    drafter = block_drafter()
     drafter.embed_tokens.requires_grad_(False)
     drafter.lm_head.requires_grad_(False)
     drafter.loss(random_batch(), LossSettings()).loss_sum.backward()

@@ -26,7 +26,7 @@ def trained(cut: bool) -> AcceptanceEstimator:
     return estimator
 
 
-def test_the_law_of_the_data_is_learned_also_when_a_plan_cuts_proposals() -> None:
+def test_the_distribution_of_the_data_is_learned_also_when_a_plan_cuts_proposals() -> None:
     for cut in (False, True):
         weights = trained(cut).weights
         np.testing.assert_allclose(weights, [SLOPE, *INTERCEPTS], atol=0.25)
