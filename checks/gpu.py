@@ -231,7 +231,6 @@ def training(run: Run) -> Found:
     yield "step", found | {"wrong": not falls}
 
 
-@torch.inference_mode()
 def sampling(run: Run) -> Found:
     """The sampler's time over that of sampler and target pass, for one token and for seven drafted ones."""
     from draftkit.engine.measure import pass_job
@@ -256,6 +255,7 @@ def _sampler(logits: Tensor, users: int, drafted: int, sampled: Sampling) -> Cal
     uniforms = np.random.default_rng(0).uniform(size=(users, drafted + 2))
     lengths, everyone = np.full(users, drafted), list(range(users))
 
+    @torch.inference_mode()
     def job() -> object:
         drawing = Drawing(settings, uniforms[:, :drafted])
         rows = logits.unflatten(0, (users, drafted + 1))
