@@ -41,6 +41,7 @@ class Pass:
         self.tokens_T, self.starts_R, self.lengths_R = np.ascontiguousarray(tokens_T), starts_R, lengths_R
         last = int((starts_R + lengths_R).max())
         self.tables_RB = np.ascontiguousarray(tables_RB[:, : -(-last // block_size)])
+        self._blocks: dict[int, Tensor] = {}  # by request
         self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def __len__(self) -> int:
@@ -105,8 +106,10 @@ class Pass:
 
     def blocks(self, request: int) -> Tensor:
         """The blocks that hold what a request's tokens may see, int64 on the device."""
-        end = int(self.starts_R[request] + self.lengths_R[request])
-        return self._on_device(self.tables_RB[request, : -(-end // self.block_size)])
+        if request not in self._blocks:
+            end = int(self.starts_R[request] + self.lengths_R[request])
+            self._blocks[request] = self._on_device(self.tables_RB[request, : -(-end // self.block_size)])
+        return self._blocks[request]
 
     def mask(self, request: int, window: int | None) -> Tensor:
         """Which positions of its blocks each token of a request sees, bool [t, S] on the device; with a
