@@ -12,6 +12,7 @@ memory.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +105,7 @@ def rotary_table(positions: int, inverse_frequencies: Tensor, scaling: float, dt
 class Stack:
     """The layers, their part of the KV memory, and the forward pass in PyTorch operations."""
 
-    def __init__(self, shape: StackShape, layers: tuple[Layer, ...], slots: int) -> None:
+    def __init__(self, shape: StackShape, layers: Sequence[Layer], slots: int) -> None:
         # slot number `slots` takes what padding writes
         self.shape, self.layers, self.slots = shape, layers, slots
         # zeros, not empty: what no request has written is masked, and a mask does not hide a NaN
