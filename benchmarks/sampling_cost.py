@@ -47,7 +47,11 @@ def random_pair(name: str, vocab: int, dtype: str) -> MeasuredPair:
     config.vocab_size = vocab
     torch.manual_seed(0)
     model = type(real.model)(config).to(DTYPES[dtype])
-    facts = {"fingerprint": f"random {vocab}", "name": f"{real.info.name}, random", "vocab_size": vocab}
+    facts: dict[str, Any] = {
+        "fingerprint": f"random {vocab}",
+        "name": f"{real.info.name}, random",
+        "vocab_size": vocab,
+    }
     target = TransformersTarget(model, replace(real.info, **facts))
     layers = config.num_hidden_layers
     shape = DrafterConfig(

@@ -323,7 +323,7 @@ def main() -> None:
     for name in options.parts:
         part = PARTS[name](run)
         while time.perf_counter() - began < 60 * options.minutes:
-            what, found = next(part, ("", None))
+            what, found = next(part, ("", {}))
             if not what:
                 break
             result.setdefault(name, {})[what] = found

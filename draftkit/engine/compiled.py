@@ -153,7 +153,9 @@ class _Widened(Sequence[Layer]):
         if self._made[0] != index:
             layer = self._layers[index]
             parts = {f.name: getattr(layer, f.name) for f in fields(layer)}
-            wide = {k: v.float() for k, v in parts.items() if isinstance(v, Tensor) and v.is_floating_point()}
+            wide: dict[str, Any] = {
+                k: v.float() for k, v in parts.items() if isinstance(v, Tensor) and v.is_floating_point()
+            }
             self._made = index, replace(layer, **wide)
         return self._made[1]
 

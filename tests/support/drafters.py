@@ -83,6 +83,6 @@ def eagle_for(target: TransformersTarget, **changes: object) -> EagleDrafter:
 def _made(target: TransformersTarget, config: DrafterShape, ids: torch.Tensor | None = None) -> Drafter:
     """Of the target's width and vocabulary, in float64."""
     torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_length": 256}
-    shape = replace(config, vocab_size=target.info.vocab_size, **sizes)
+    vocab = target.info.vocab_size
+    shape = replace(config, hidden_size=32, intermediate_size=48, vocab_size=vocab, max_length=256)
     return new_drafter(shape, target.embedding_weight(), target.head_weight(), ids).double().eval()
