@@ -64,9 +64,12 @@ class CaptureSettings(Section):
     """What is kept of the target's thoughts."""
 
     max_length: Annotated[
-        int, Field(ge=8, description="tokens; longer conversations are left out and counted")
+        int, Field(ge=8, description="tokens; longer conversations are learnt in windows of this length")
     ] = 1024
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "fp8"],
+        Field(description="fp8: e4m3 with one scale per token and layer, half of bfloat16's bytes"),
+    ] = "bfloat16"
     batch_tokens: Annotated[int, Field(ge=1, description="tokens per forward pass")] = 8192
     cut_answers: Annotated[
         Literal["keep", "drop"],

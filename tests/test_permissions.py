@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftkit.data.features import write_shard
 from draftkit.draft.checkpoint import save_drafter
+from draftkit.features.manifest import begin_store
+from draftkit.features.writer import StoreWriter
 from draftkit.permissions import follow_umask
 from draftkit.schedule.traces import save_traces
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train.parallel import ParallelDrafter, World
 from draftkit.train.state import Position, save_state
 from support.drafters import make_drafter
+from support.stores import made_manifest, made_text
 from support.traces import made_traces
 
 
@@ -35,7 +37,9 @@ def write_everything(target: TransformersTarget, folder: Path) -> None:
     optimizer = torch.optim.AdamW(parallel.trained.values())
     save_state(folder / "state", parallel, optimizer, Position(1, 1.0, 1.0, 0, 0, "f"))
     save_drafter(drafter, folder / "drafter", {}, torch.float32)
-    write_shard(folder, "shard-00000.safetensors", {"tokens": torch.arange(3)}, ())
+    begin_store(folder / "features", made_manifest())
+    with StoreWriter(folder / "features") as writer:
+        writer.add([(made_text(), 0, b"x")])
     save_traces(made_traces(prompts=2, rows=3), folder / "traces.safetensors")
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message
-from draftkit.data.features import FeatureStore
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.warm_start import spread_start_layers
 from draftkit.errors import ConfigError
+from draftkit.features.store import FeatureStore
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 from support.targets import make_target_folder
@@ -97,7 +97,7 @@ def llama_started(
         Message("user", "What is a list?"),
         Message("assistant", "A list holds values. Step 1: 3 + 4 = 7."),
     ]
-    stages.run_capture(
+    feature_stages.run_capture(
         target, tokenizer, recipe, [Conversation("a", "chat", tuple(talk))], folder / "features"
     )
     store = FeatureStore(folder / "features")
