@@ -92,8 +92,10 @@ class IndexLines:
             raise FeatureStoreError(f"{self.files[file]}: is damaged at byte {at} ({error})") from error
 
 
-COLUMNS = ("conversation", "sample", "window", "part", "writer", "shard", "offset", "size", "tokens", "start")
-COLUMNS += ("text_crc",)
+COLUMNS = (
+    *("conversation", "sample", "window", "part", "writer", "shard", "offset", "size", "tokens", "start"),
+    "text_crc",
+)
 
 
 class Index:

@@ -200,17 +200,11 @@ def collate(
     )
 
 
-def empty_batch(like: FeatureSample, domains: tuple[str, ...]) -> TrainBatch:
+def empty_batch(empty: FeatureSample, domains: tuple[str, ...]) -> TrainBatch:
     """A batch without an anchor: no loss, no gradient, but a forward pass that keeps step with other
     processes."""
-    first = replace(
-        like,
-        tokens_T=like.tokens_T[:1],
-        loss_mask_T=like.loss_mask_T[:1],
-        features_TF=like.features_TF[:1],
-        last_hidden_TH=like.last_hidden_TH[:1],
-    )
-    return collate([[first]], [[torch.zeros(0, dtype=torch.int64)]], domains)
+    sample = replace(empty, domain=domains[0])
+    return collate([[sample]], [[torch.zeros(0, dtype=torch.int64)]], domains)
 
 
 def to_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
