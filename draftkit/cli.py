@@ -209,6 +209,34 @@ def train(
     )
 
 
+@app.command(epilog="Example: draftkit plan -r qwen3-4b-dspark --count 1000000 --tokens 4096")
+def plan(
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+    conversations: Annotated[
+        list[Path] | None, typer.Option("--conversations", "-c", help="JSONL with answers; some are rendered")
+    ] = None,
+    count: Annotated[int, typer.Option(help="without files: so many conversations", min=1)] = 100_000,
+    tokens: Annotated[int, typer.Option(help="without files: tokens of each", min=8)] = 2048,
+    answers: Annotated[float, typer.Option(help="without files: share of answers", min=0.01, max=1)] = 0.5,
+    out: OutOption = Path(),
+    json_output: JsonOption = False,
+) -> None:
+    """Bytes, hours and memory of each stage, and whether features are better live or stored. Nothing runs,
+    no weights are needed. Exit code 2 where the disk of --out cannot hold the store."""
+    settings = _recipe(recipe, overrides)
+    from draftkit import plan as planning
+
+    made = planning.plan(settings, conversations or [], (count, tokens, answers), out)
+    if json_output:
+        typer.echo(as_json(made.as_dict(), indent=1))
+    else:
+        for line in planning.lines(made):
+            typer.echo(line)
+    if not made.fits:
+        raise planning.refuse(made, settings.capture.dtype)
+
+
 @features_app.command("verify", epilog="Example: draftkit features verify features --repair")
 def features_verify(
     folder: Annotated[Path, typer.Argument(help="feature store")],

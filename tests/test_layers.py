@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"train", "engine"}),
     frozenset({"serve", "evaluate", "export"}),
     frozenset({"stages"}),
-    frozenset({"schedule_stages", "feature_stages"}),
+    frozenset({"schedule_stages", "feature_stages", "plan"}),
     frozenset({"quickstart", "specialise"}),
     frozenset({"cli", "__main__"}),
 )

@@ -111,8 +111,9 @@ def test_norms_that_the_target_lacks_are_the_least_squares_fit_to_its_text(tmp_p
         tmp_path, "drafter.start_layers=[0,2]", "drafter.feature_layers=[0,1]"
     )
     sample = store[0]
+    known = slice(0, sample.context)
     # the inputs of layers 0 and 2
-    streams = [drafter.embed_tokens(sample.tokens_T), sample.features_TF[:, 32:].float()]
+    streams = [drafter.embed_tokens(sample.tokens_T[known]), sample.features_TF[known, 32:].float()]
     for own, index, stream_TH in zip(drafter.draft_layers(), (0, 2), streams, strict=True):
         source = target.layers[index]
         assert torch.equal(own.self_attn.q_proj.weight, source.self_attn.q_proj.weight)
