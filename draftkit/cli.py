@@ -41,6 +41,12 @@ PromptsOption = Annotated[
     list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
 ]
 StartOption = Annotated[Path | None, typer.Option(help="folder of a drafter that goes on from where it is")]
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="vllm=URL: a vLLM server reads them (docs/features.md)")
+]
+ProbeOption = Annotated[
+    bool, typer.Option("--probe/--no-probe", help="compare the server's layers with the target's first")
+]
 LogFormatOption = Annotated[
     str | None, typer.Option("--format", help="bodies, vllm, otel, claude-code or codex; default: recognised")
 ]
@@ -59,6 +65,14 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
     if version:
         typer.echo(__version__)
         raise typer.Exit()
+
+
+def parse_from(text: str) -> str:
+    """The URL of "vllm=URL". Raises ConfigError for anything else."""
+    kind, _, url = text.partition("=")
+    if kind != "vllm" or not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--from {text}: give vllm=http://HOST:PORT")
+    return url
 
 
 def _recipe(name: str, overrides: list[str] | None) -> Recipe:
@@ -133,6 +147,8 @@ def capture(
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     skip_invalid: SkipOption = False,
+    source: FromOption = None,
+    probe: ProbeOption = True,
     append: Annotated[
         bool, typer.Option("--append", help="add other conversations to a finished store")
     ] = False,
@@ -146,9 +162,15 @@ def capture(
 
     check_beginning(conversations, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
-    target, tokenizer = stages.open_target(settings)
-    read = stages.answers_of(settings, tokenizer, conversations, skipped)
-    report = feature_stages.run_capture(target, tokenizer, settings, read, out, append)
+    if source:
+        files, tokenizer = stages.read_target(settings)
+        read = stages.answers_of(settings, tokenizer, conversations, skipped)
+        reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
+        report = feature_stages.capture_by(files, reader, tokenizer, settings, read, out, append)
+    else:
+        target, tokenizer = stages.open_target(settings)
+        read = stages.answers_of(settings, tokenizer, conversations, skipped)
+        report = feature_stages.run_capture(target, tokenizer, settings, read, out, append)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     if skipped:
@@ -180,27 +202,37 @@ def train(
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     start_from: StartOption = None,
+    source: FromOption = None,
+    probe: ProbeOption = True,
 ) -> None:
     """Train a drafter on a feature store, on live features of conversations, or on both: then the first epoch
     fills the store. Continues where it was interrupted."""
     settings = _recipe(recipe, overrides)
     if not features and not conversations:
         raise ConfigError("give --features (a store), --conversations (live), or both (live, and kept)")
+    if source and not conversations:
+        raise ConfigError("--from reads --conversations; give some, or leave --from out")
     if conversations and len(features or []) > 1:
         raise ConfigError("--conversations fill one store; give one --features, or none")
     make_folder(out)
     from draftkit import feature_stages, stages
 
-    if conversations:
+    keep = Path(features[0]) if features else None
+    if source and conversations:
+        files, tokenizer = stages.read_target(settings)
+        read = stages.answers_of(settings, tokenizer, conversations)
+        reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
+        live = feature_stages.live_features_by(files, reader, True, tokenizer, settings, read, out, keep)
+        report = stages.run_train(files, tokenizer, settings, live, out, start_from=start_from)
+    elif conversations:
         target, tokenizer = stages.open_target(settings)
         read = stages.answers_of(settings, tokenizer, conversations)
-        keep = Path(features[0]) if features else None
-        source = feature_stages.live_features(target, tokenizer, settings, read, out, keep)
-        report = stages.run_train(target, tokenizer, settings, source, out, lambda: target, start_from)
+        live = feature_stages.live_features(target, tokenizer, settings, read, out, keep)
+        report = stages.run_train(target, tokenizer, settings, live, out, lambda: target, start_from)
     else:
         files, tokenizer = stages.read_target(settings)
-        source = feature_stages.open_features(settings, files, tokenizer, features or [])
-        report = stages.run_train(files, tokenizer, settings, source, out, start_from=start_from)
+        stored = feature_stages.open_features(settings, files, tokenizer, features or [])
+        report = stages.run_train(files, tokenizer, settings, stored, out, start_from=start_from)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     typer.echo(

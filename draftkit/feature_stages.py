@@ -20,9 +20,11 @@ from draftkit.features.manifest import MANIFEST, read_manifest
 from draftkit.features.source import FeatureSource
 from draftkit.features.store import FeatureStore
 from draftkit.features.verify import Verified, verify
-from draftkit.stages import feature_layers, progress_bar, prompt_format
+from draftkit.features.vllm import VllmReader, Wanted
+from draftkit.stages import feature_layers, open_target, progress_bar, prompt_format
 from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.tokenizer import template_hash, tokenizer_hash
+from draftkit.target.weights import TargetFiles
 
 TEXTS = "texts"  # beside a drafter whose features are live
 
@@ -38,7 +40,7 @@ def run_capture(
     """Stage 2: the target reads the conversations into a feature store. Several processes may share the work;
     then `conversations` is walked more than once."""
     reader = TargetReader(target, feature_layers_of(recipe, target), recipe.capture.batch_tokens)
-    return _capture(target, reader, tokenizer, recipe, conversations, out, append)
+    return capture_by(target, reader, tokenizer, recipe, conversations, out, append)
 
 
 def open_features(
@@ -73,12 +75,36 @@ def live_features(
 ) -> FeatureSource:
     """The target's features while a drafter trains into `out`, where the texts are kept; with `keep` the
     features, too, in a store that fills in the first epoch."""
-    _capture(target, None, tokenizer, recipe, conversations, out / TEXTS)
-    texts = FeatureStore(out / TEXTS)
     reader = TargetReader(target, feature_layers_of(recipe, target), recipe.capture.batch_tokens)
+    return live_features_by(target, reader, False, tokenizer, recipe, conversations, out, keep)
+
+
+def live_features_by(
+    target: Target | TargetWeights,
+    reader: Reader,
+    ahead: bool,
+    tokenizer: Any,
+    recipe: Recipe,
+    conversations: Iterable[Conversation],
+    out: Path,
+    keep: Path | None = None,
+) -> FeatureSource:
+    """`live_features` by any reader; `ahead`: it may read while the device trains."""
+    capture_by(target, None, tokenizer, recipe, conversations, out / TEXTS)
+    texts = FeatureStore(out / TEXTS)
     if keep is not None:
         return FillingFeatures(texts, reader, recipe.capture.dtype, keep)
-    return LiveFeatures(texts, reader, recipe.capture.dtype, ahead=False)
+    return LiveFeatures(texts, reader, recipe.capture.dtype, ahead)
+
+
+def server_reader(recipe: Recipe, files: TargetFiles, url: str, probe: bool) -> VllmReader:
+    """A vLLM server that reads for the recipe's target, whose files are here; with `probe` the target is
+    loaded once and compared with it."""
+    wanted = Wanted(files.info, feature_layers_of(recipe, files), files.final_norm().loaded())
+    reader = VllmReader(url, wanted)
+    if probe:
+        reader.probe(open_target(recipe)[0])
+    return reader
 
 
 def run_verify(folder: Path, repair: bool) -> Verified:
@@ -92,8 +118,8 @@ def feature_layers_of(recipe: Recipe, target: Any) -> tuple[int, ...]:
     return tuple(sorted(feature_layers(recipe, target)))
 
 
-def _capture(
-    target: Target,
+def capture_by(
+    target: Target | TargetWeights,
     reader: Reader | None,
     tokenizer: Any,
     recipe: Recipe,
@@ -101,6 +127,7 @@ def _capture(
     out: Path,
     append: bool = False,
 ) -> CaptureReport:
+    """`run_capture` by any reader; without one the texts alone."""
     begun = read_manifest(out).today if (out / MANIFEST).exists() else None
     shown = prompt_format(recipe, tokenizer, begun)
     layers = feature_layers_of(recipe, target)

@@ -5,7 +5,7 @@ Shapes: B batch, E tokens read, T tokens of a window, F = K * H, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -34,20 +34,11 @@ class TargetReader:
 
     def read(self, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
         """See `Reader`; on the target's device."""
-        longest: dict[tuple[int, int], int] = {}  # the text of each sample that holds the others
-        for i, text in enumerate(texts):
-            there = longest.setdefault(text.key[:2], i)
-            if len(text.tokens_E) > len(texts[there].tokens_E):
-                longest[text.key[:2]] = i
+        longest = longest_of(texts)
         read: dict[int, tuple[Tensor, Tensor]] = {}
-        for batch in batches([(i, len(texts[i].tokens_E)) for i in longest.values()], self._batch_tokens):
+        for batch in batches([(i, len(texts[i].tokens_E)) for i in longest], self._batch_tokens):
             read |= zip(batch, self._forward([texts[i].tokens_E for i in batch]), strict=True)
-        found = []
-        for text in texts:
-            features_EF, hidden_EH = read[longest[text.key[:2]]]
-            window = slice(text.start, len(text.tokens_E))
-            found.append((features_EF[window], hidden_EH[window]))
-        return found
+        return cut_windows(texts, longest, read)
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -61,6 +52,29 @@ class TargetReader:
             raise FeatureStoreError("the target returned no features")
         for place, row in enumerate(rows):
             yield output.features_BTF[place, : len(row)], output.last_hidden_BTH[place, : len(row)]
+
+
+def longest_of(texts: Sequence[Text]) -> list[int]:
+    """Of each sample the text that holds its other windows' beginnings."""
+    longest: dict[tuple[int, int], int] = {}
+    for i, text in enumerate(texts):
+        there = longest.setdefault(text.key[:2], i)
+        if len(text.tokens_E) > len(texts[there].tokens_E):
+            longest[text.key[:2]] = i
+    return list(longest.values())
+
+
+def cut_windows(
+    texts: Sequence[Text], longest: Sequence[int], read: Mapping[int, tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Each text's window of what was read of its sample."""
+    whole = {texts[i].key[:2]: read[i] for i in longest}
+    found = []
+    for text in texts:
+        features_EF, hidden_EH = whole[text.key[:2]]
+        window = slice(text.start, len(text.tokens_E))
+        found.append((features_EF[window], hidden_EH[window]))
+    return found
 
 
 def batches(lengths: Sequence[tuple[int, int]], batch_tokens: int) -> list[list[int]]:
