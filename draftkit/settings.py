@@ -190,6 +190,10 @@ class TrainSettings(Section):
         float,
         Field(gt=0, le=1, description="share of the run over which lr falls; 1: all behind the warm-up"),
     ] = 1.0
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(strict=False, description="of AdamW's two running means"),
+    ] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     max_skipped: Annotated[
@@ -198,6 +202,10 @@ class TrainSettings(Section):
     dtype: Annotated[
         Literal["float32", "bfloat16"], Field(description="of the passes; parameters are float32")
     ] = "float32"
+    recompute: Annotated[
+        bool,
+        Field(description="block drafters keep no activations of a layer, but run it again on the way back"),
+    ] = False
     shard: Annotated[
         bool, Field(description="several processes: each holds a part (FSDP2) instead of a whole copy")
     ] = False

@@ -263,6 +263,37 @@ def test_accumulation_gives_the_same_step(
         torch.testing.assert_close(weight, steps[0][2], atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+def test_recomputed_activations_change_no_bit_and_are_not_kept(
+    algorithm: str, store: FeatureStore, target_folder: Path, target: TransformersTarget, tokenizer: Any
+) -> None:
+    recipe = recipe_for(target_folder, algorithm)
+    batch = next(BatchMaker(store, range(len(store)), 8, 6, 0, Cut()).batches(0))
+    found = []
+    for recompute in (False, True):
+        drafter = stages.new_drafter_for(recipe, target, tokenizer)
+        drafter.recompute = recompute
+        runs = []
+        layer = drafter.get_submodule("layers.0")
+        layer.register_forward_hook(lambda module, inputs, output, runs=runs: runs.append(1))
+        report = drafter.loss(batch, recipe.train.loss)
+        report.loss_sum.backward()
+        grads = [p.grad for p in drafter.parameters() if p.grad is not None]
+        found.append((report.loss_sum.detach(), grads, len(runs)))
+    assert [runs for *_, runs in found] == [1, 2]
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_betas_are_the_recipe_s(
+    store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any
+) -> None:
+    parallel = ParallelDrafter(stages.new_drafter_for(recipe, target, tokenizer), ALONE, False, torch.float32)
+    assert new_optimizer(parallel, 1e-3, 0.0).defaults["betas"] == (0.9, 0.95)
+    assert new_optimizer(parallel, 1e-3, 0.0, (0.9, 0.999)).defaults["betas"] == (0.9, 0.999)
+    assert load_recipe("qwen3-4b-dspark", []).train.betas == (0.9, 0.999)
+
+
 def test_gradients_are_clipped_to_the_norm(
     store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any, fast: TrainSettings
 ) -> None:

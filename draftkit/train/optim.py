@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from draftkit.draft.drafter import TrainBatch
-from draftkit.settings import LossSettings
+from draftkit.settings import LossSettings, TrainSettings
 from draftkit.train.batches import to_device
 from draftkit.train.parallel import ParallelDrafter, to_whole
-
-BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,15 @@ class StepResult:
     stop: bool
 
 
-def new_optimizer(parallel: ParallelDrafter, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def new_optimizer(
+    parallel: ParallelDrafter,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = TrainSettings.betas,
+) -> torch.optim.AdamW:
     """AdamW over what is trained."""
     return torch.optim.AdamW(
-        parallel.trained.values(), lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True
+        parallel.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
     )
 
 

@@ -37,7 +37,7 @@ SIGTERM_CODE = 143
 # of finished drafters, as servers load them: half as long to read; states stay float32
 SAVED_DTYPE = torch.bfloat16
 # A run may go on with another value of these: they change how long it is, how it is cut, or what is told.
-FREE = {"epochs", "steps", "minutes", "row_tokens", "micro_batch_size", "shard", "max_skipped"}
+FREE = {"epochs", "steps", "minutes", "row_tokens", "micro_batch_size", "shard", "recompute", "max_skipped"}
 FREE |= {"validate_every", "decode_prompts", "patience", "keep_checkpoints", "track"}
 
 
@@ -99,7 +99,8 @@ def train(
     fingerprint = _fingerprint(source, drafter, settings, start)
     compute = getattr(torch, settings.dtype)
     parallel = ParallelDrafter(drafter, world, settings.shard, compute)
-    optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay)
+    optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay, settings.betas)
+    drafter.recompute = settings.recompute
     out.mkdir(parents=True, exist_ok=True)
     at = load_state(out / "state", parallel, optimizer, fingerprint) or Position(
         0, 0.0, 0.0, 0, 0, fingerprint
