@@ -30,13 +30,11 @@ def hidden_states_server(
     def states(tokens: list[int]) -> torch.Tensor:
         before_norm: list[torch.Tensor] = []
         norm = target.final_norm()
-        hook = norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
         with lock, torch.inference_mode():
-            found = target.model(
-                torch.tensor([tokens]), output_hidden_states=True, use_cache=False
-            ).hidden_states
-        hook.remove()
-        streams = [*found[:-1], before_norm[0]]
+            hook = norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
+            output = target.model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
+            hook.remove()
+        streams = [*output.hidden_states[:-1], before_norm[0]]
         return torch.stack([streams[i][0] for i in ids], 1).contiguous()
 
     class Handler(BaseHTTPRequestHandler):
