@@ -136,9 +136,7 @@ def test_a_server_that_extracts_nothing_or_is_not_there_is_one_line(
 def test_another_version_of_the_connectors_is_refused(
     target_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hs_connectors
-
-    monkeypatch.setattr(hs_connectors, "__version__", "0.10.1")
+    monkeypatch.setattr("draftkit.features.vllm.version", lambda name: "0.10.1")
     recipe = recipe_of(target_folder)
     with pytest.raises(
         ConfigError, match=r"hs-connectors 0\.10\.1 is installed, this draftkit knows 0\.9\.x"

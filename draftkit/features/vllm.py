@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,9 @@ def _transfer() -> Any:
         import hs_connectors
     except ImportError as error:
         raise ConfigError("--from vllm: needs hs-connectors; pip install 'draftkit[vllm]'") from error
-    if not hs_connectors.__version__.startswith(CONNECTORS):
+    if not (found := version("hs-connectors")).startswith(CONNECTORS):
         raise ConfigError(
-            f"--from vllm: hs-connectors {hs_connectors.__version__} is installed, this draftkit knows "
-            f"{CONNECTORS}x"
+            f"--from vllm: hs-connectors {found} is installed, this draftkit knows {CONNECTORS}x"
         )
     return hs_connectors.FP8Transfer(Path())
 
