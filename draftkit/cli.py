@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,10 +16,14 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
 from draftkit.output import as_json, check_file, make_folder
+from draftkit.progress import doing
 from draftkit.serve.settings import LoadSettings, ServeSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from draftkit.config import Recipe
+    from draftkit.data.messages import Conversation
 
 app = typer.Typer(
     help="Train, measure and serve drafters that make an unchanged large model answer faster.",
@@ -55,6 +60,7 @@ SkipOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
+LIBRARIES = "loading PyTorch and Transformers"
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
 GOES_ON = {"quickstart", "specialise", "generate", "capture", "train", "evaluate", "calibrate"}
 
@@ -121,17 +127,30 @@ def generate(
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
     check_file(out)
-    from draftkit import stages
-    from draftkit.data.conversations import SkippedRows, check_beginning, iterate_conversations
+    with doing(LIBRARIES):
+        from draftkit import stages
+        from draftkit.data.conversations import (
+            SkippedRows,
+            check_beginning,
+            count_rows,
+            iterate_conversations,
+        )
 
     paths = prompts or [stages.TINY_PROMPTS]
     check_beginning(paths, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
-    read = lambda: iterate_conversations(paths, skipped.anew() if skipped else None)  # noqa: E731
+
+    def read(first: int) -> Iterator[Conversation]:
+        if skipped is None:
+            return iterate_conversations(paths, first=first)
+        return islice(iterate_conversations(paths, skipped.anew()), first, None)
+
+    total = count_rows(paths)
     if servers:
-        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key)
+        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key, total)
     else:
-        report = stages.run_generate(*stages.open_target(settings), settings, read, out)
+        opened = stages.open_target(settings)
+        report = stages.run_generate(*opened, settings, read, out, total=total)
     if skipped:
         skipped.report()
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
@@ -157,8 +176,9 @@ def capture(
     processes may share the work: start all of them, or torchrun, with the same command."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
-    from draftkit import feature_stages, stages
-    from draftkit.data.conversations import SkippedRows, check_beginning
+    with doing(LIBRARIES):
+        from draftkit import feature_stages, stages
+        from draftkit.data.conversations import SkippedRows, check_beginning
 
     check_beginning(conversations, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
@@ -215,7 +235,8 @@ def train(
     if conversations and len(features or []) > 1:
         raise ConfigError("--conversations fill one store; give one --features, or none")
     make_folder(out)
-    from draftkit import feature_stages, stages
+    with doing(LIBRARIES):
+        from draftkit import feature_stages, stages
 
     keep = Path(features[0]) if features else None
     if source and conversations:
@@ -416,9 +437,10 @@ def evaluate(
     """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
-    from draftkit import stages
-    from draftkit.evaluate.plots import plot_acceptance
-    from draftkit.evaluate.report import print_report
+    with doing(LIBRARIES):
+        from draftkit import stages
+        from draftkit.evaluate.plots import plot_acceptance
+        from draftkit.evaluate.report import print_report
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
     target, tokenizer = stages.open_target(settings)
@@ -666,12 +688,16 @@ def serve(
         bool,
         typer.Option(help="special tokens in contents count, as in most servers; default: they are text"),
     ] = False,
+    template_switch: Annotated[
+        list[str] | None,
+        typer.Option(help="variable of the chat template, e.g. enable_thinking=false; repeatable"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
     from draftkit.errors import ServeError
     from draftkit.serve.server import load_served, run_server
-    from draftkit.serve.settings import option_names
+    from draftkit.serve.settings import option_names, switches_of
 
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
@@ -712,6 +738,7 @@ def serve(
         calibration,
         generation_config,
         honour_special_tokens,
+        switches_of(template_switch or ()),
     )
     run_server(lambda: load_served(*pair), settings)
 

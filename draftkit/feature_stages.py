@@ -3,6 +3,7 @@ target while the drafter trains."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,8 @@ from draftkit.features.source import FeatureSource
 from draftkit.features.store import FeatureStore
 from draftkit.features.verify import Verified, verify
 from draftkit.features.vllm import VllmReader, Wanted
-from draftkit.stages import feature_layers, open_target, progress_bar, prompt_format
+from draftkit.progress import progress_bar
+from draftkit.stages import feature_layers, open_target, prompt_format
 from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.tokenizer import template_hash, tokenizer_hash
 from draftkit.target.weights import TargetFiles
@@ -109,8 +111,8 @@ def server_reader(recipe: Recipe, files: TargetFiles, url: str, probe: bool) -> 
 
 def run_verify(folder: Path, repair: bool) -> Verified:
     """Read a whole store, and with `repair` leave out what is damaged."""
-    with progress_bar("verify", None) as (bar, task):
-        return verify(folder, repair, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress_bar("verify", None) as bar:
+        return verify(folder, repair, lambda done, total: bar.update(completed=done, total=total))
 
 
 def feature_layers_of(recipe: Recipe, target: Any) -> tuple[int, ...]:
@@ -132,17 +134,18 @@ def capture_by(
     shown = prompt_format(recipe, tokenizer, begun)
     layers = feature_layers_of(recipe, target)
     read, started = 0, time.perf_counter()
-    with progress_bar("capture" if reader else "render", None) as (bar, task):
+    with progress_bar("capture" if reader else "render", None) as bar:
 
         def tick(conversations: int, tokens: int) -> None:
             nonlocal read
             read += tokens
             rate = read / (time.perf_counter() - started)
-            bar.update(task, advance=conversations, note=f"{rate:,.0f} tokens/s")
+            bar.update(advance=conversations, note=f"{rate:,.0f} tokens/s")
 
         settings = recipe.capture
         report = capture(target.info, reader, shown, conversations, out, layers, settings, tick, append)
-    if line := report.counts.unshown_line():
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+    if first and (line := report.counts.unshown_line()):
         print(line, file=sys.stderr)
     return report
 

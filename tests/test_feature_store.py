@@ -47,7 +47,7 @@ def answers(
 ) -> Path:
     out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, SETTINGS)
-    generate_file(EngineAnswers(target, 4), shown, prompts, out, SETTINGS, about)
+    generate_file(EngineAnswers(target, 4), shown, lambda first: prompts()[first:], out, SETTINGS, about)
     return out
 
 
