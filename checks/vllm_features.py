@@ -3,8 +3,8 @@
     python -m checks.vllm_features --vllm /path/to/venv/bin/python --target tiny --work /tmp/vllm
 
 Starts vLLM's server (`--vllm` is the Python of its environment) with `extract_hidden_states` and a connector
-that needs no GPU, lets `draftkit` probe it, captures the same conversations by both, and trains a few steps live on both. Prints the distance of features
-and last hidden states by layer, and the largest difference of losses.
+that needs no GPU, lets `draftkit` probe it, captures the same conversations by both, and trains a few steps
+on both. Prints the distance of features and last hidden states by layer, and the largest difference of losses.
 """
 
 from __future__ import annotations
