@@ -4,7 +4,8 @@
 
 Starts vLLM's server (`--vllm` is the Python of its environment) with `extract_hidden_states` and a connector
 that needs no GPU, lets `draftkit` probe it, captures the same conversations by both, and trains a few steps
-on both. Prints the distance of features and last hidden states by layer, and the largest difference of losses.
+on both. Prints the distance of features and last hidden states by layer, and the largest difference of
+losses.
 """
 
 from __future__ import annotations
