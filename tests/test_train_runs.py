@@ -17,10 +17,10 @@ import torch
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe
-from draftkit.data.features import FeatureStore
 from draftkit.draft.checkpoint import load_drafter, open_drafter
 from draftkit.draft.drafter import LossReport
 from draftkit.errors import CheckpointError, ConfigError, DataError, Interrupted
+from draftkit.features.store import FeatureStore
 from draftkit.settings import TrainSettings
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
@@ -51,7 +51,7 @@ def test_training_learns_and_writes_what_it_says(run: Any, fast: TrainSettings, 
 
 
 def test_simulated_length_is_one_plus_the_survivals(store: FeatureStore) -> None:
-    batch = BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0)[0]
+    batch = next(BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0))
     cells = batch.anchors_BA.numel() * 2
     rows = torch.tensor([0, 1, 2, 6, 7])  # blocks 0 and 3 are whole, block 1 is not
     accept = torch.tensor([0.5, 0.5, 0.9, 1.0, 0.25])
@@ -79,7 +79,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run: Any, fast: TrainSettings, t
 
 
 @pytest.mark.parametrize("steps", [12, 10], ids=["after the last check", "before the last check"])
-def test_a_signal_behind_the_last_step_ends_the_run_too(
+def test_a_signal_after_the_last_step_ends_the_run_too(
     steps: int, run: Any, fast: TrainSettings, tmp_path: Path
 ) -> None:
     """No step is left to ask about it; what would follow the training must not begin."""
@@ -193,7 +193,7 @@ def test_a_refused_training_leaves_the_recipe_of_the_drafter_that_is_there(
     def train(**changes: Any) -> str:
         sections = {"drafter": {"feature_layers": [0, 2]}, "train": {"steps": 1} | changes}
         chosen = recipe.model_copy(update={k: replace(getattr(recipe, k), **v) for k, v in sections.items()})
-        stages.run_train(target, tokenizer, chosen, store.folder, tmp_path)
+        stages.run_train(target, tokenizer, chosen, store, tmp_path)
         return dump_recipe(chosen)
 
     written = train()

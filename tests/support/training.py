@@ -13,10 +13,9 @@ import torch
 
 from draftkit import stages
 from draftkit.config import Recipe, load_recipe
-from draftkit.data.capture import capture
 from draftkit.data.conversations import Conversation, Message
-from draftkit.data.features import FeatureStore
 from draftkit.draft.drafter import TrainBatch
+from draftkit.features.store import FeatureStore
 from draftkit.settings import CaptureSettings, TrainSettings
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
@@ -24,6 +23,7 @@ from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
 from draftkit.train.parallel import World
 from draftkit.train.trainer import TrainReport
+from support.stores import capture_by
 
 WORDS = "list value holds step return what add number the a of is".split()
 ALONE = World(0, 1, torch.device("cpu"))
@@ -74,7 +74,7 @@ def store(
     target: TransformersTarget, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> FeatureStore:
     folder = tmp_path_factory.mktemp("store")
-    capture(
+    capture_by(
         target, TemplateFormat(tokenizer), conversations(), folder, (0, 2), CaptureSettings(dtype="float32")
     )
     return FeatureStore(folder)
