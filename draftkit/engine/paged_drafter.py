@@ -73,11 +73,9 @@ class PagedBlockDrafter:
         self.embedding, self.head = drafter.embed_tokens.weight, drafter.head()
         scale = torch.tensor(config.hidden_size**0.5, dtype=self.embedding.dtype)
         self.embedding_scale = float(scale) if style.scaled_embedding else 1.0
-        self.norm, self.fc, self.hidden_norm = (
-            drafter.norm.weight,
-            drafter.fc.weight,
-            drafter.hidden_norm.weight,
-        )
+        self.norm: Tensor = drafter.norm.weight
+        self.fc: Tensor = drafter.fc.weight
+        self.hidden_norm: Tensor = drafter.hidden_norm.weight
         self.markov, self.confidence = drafter.markov_head, drafter.confidence_head
         self.draft_ids_W, self._over_target = drafter.draft_ids_W, drafter.over_target
         rotary = rotary_of(config, max_length, self.norm)
