@@ -1,7 +1,7 @@
 """Single edits with valid values over all artefacts of a run: each must be found and named, or change
 nothing.
 
-    python -m checks.edit_artefacts --work /tmp/edits --count 200 --seed 0
+    python -m checks.edit_artefacts --work edits --count 200 --seed 0
 
 Makes a small run of the embedded target first (answers, features, a training state, a drafter, a calibration,
 a step rate), then changes one thing at a time, as a hand or a disk would: a number by one, a letter, a true
@@ -22,6 +22,8 @@ from pathlib import Path
 from checks.forked import finished
 from checks.small_run import readers, stages, told
 from draftkit.errors import DraftkitError
+
+PROMPTS = 16
 
 
 def edited(raw: bytes, name: str, chance: random.Random) -> tuple[bytes, str]:
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    for stage in stages(given.work):
+    for stage in stages(given.work, PROMPTS):
         code, said = finished(stage.command, given.work / "log")
         if code:
             sys.exit(f"{stage.name}: {said}")

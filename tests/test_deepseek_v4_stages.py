@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import open_drafter
@@ -43,14 +43,19 @@ def recipe(folder: Path) -> Recipe:
     return load_recipe("tiny-deepseek-v4", changes)
 
 
+def train(
+    target: Any, tokenizer: Any, recipe: Recipe, run: Path, out: Path, start: Path | None = None
+) -> None:
+    features = feature_stages.open_features(recipe, target, tokenizer, [run / "features"])
+    stages.run_train(target, tokenizer, recipe, features, out, lambda: stages.open_target(recipe)[0], start)
+
+
 @pytest.fixture(scope="module")
 def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
     target, tokenizer = stages.open_target(recipe)
-    stages.run_capture(target, tokenizer, recipe, SAID, out / "features")
-    stages.run_train(
-        TargetFiles(recipe.target.path), tokenizer, recipe, out / "features", out / "a", lambda: target
-    )
+    feature_stages.run_capture(target, tokenizer, recipe, SAID, out / "features")
+    train(TargetFiles(recipe.target.path), tokenizer, recipe, out, out / "a")
     return out
 
 
@@ -68,7 +73,7 @@ def test_passes_in_half_precision_learn_too(recipe: Recipe, run: Path, tmp_path:
     target, tokenizer = stages.open_target(recipe)
     changed = stages.replace(recipe.train, steps=4, decode_prompts=0, dtype="bfloat16", shard=True)
     half = recipe.model_copy(update={"train": changed})
-    stages.run_train(target, tokenizer, half, run / "features", tmp_path, lambda: target)
+    train(target, tokenizer, half, run, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert (
@@ -85,7 +90,7 @@ def test_training_goes_on_from_where_a_module_was(
     target, tokenizer = stages.open_target(recipe)
     start = run / "a" / "last" if source == "own" else Path(recipe.target.path)
     again = recipe.model_copy(update={"train": stages.replace(recipe.train, steps=1, decode_prompts=0)})
-    stages.run_train(target, tokenizer, again, run / "features", tmp_path, lambda: target, start)
+    train(target, tokenizer, again, run, tmp_path, start)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     first = lines[0]["validation"]["macro"]
     if source == "own":
@@ -103,7 +108,7 @@ def test_shapes_and_targets_that_do_not_go_together_are_refused(
     target, tokenizer = stages.open_target(recipe)
     longer = recipe.model_copy(update={"drafter": stages.replace(recipe.drafter, block_size=7)})
     with pytest.raises(ConfigError, match="block_size is 5, the recipe has 7"):
-        stages.run_train(target, tokenizer, longer, run / "features", tmp_path, lambda: target, folder)
+        train(target, tokenizer, longer, run, tmp_path, folder)
     other = recipe.model_copy(update={"target": stages.replace(recipe.target, path=str(target_folder))})
     plain, words = stages.open_target(other.model_copy(update={}))
     with pytest.raises(ConfigError, match="dspark_v4 is for DeepSeek-V4, the target is qwen3"):

@@ -76,9 +76,8 @@ class TransformersTarget:
 
     @property
     def last_tap(self) -> int:
-        """The last layer that can be tapped: engines disagree on what the last one's output is, but for
-        DeepSeek-V4."""
-        return self.info.num_layers - (1 if self.info.family in STREAM_MEANS else 2)
+        """The last layer that can be tapped."""
+        return last_tap(self.info)
 
     @property
     def text_config(self) -> Any:
@@ -86,7 +85,7 @@ class TransformersTarget:
         return self.model.config.get_text_config()
 
     def final_norm(self) -> nn.Module:
-        """The norm behind the last layer. Raises TargetError when the family has none where most have it."""
+        """The norm after the last layer. Raises TargetError when the family has none where most have it."""
         norm = getattr(self._layer_owner, "norm", None)
         if not isinstance(norm, nn.Module):
             raise TargetError(
@@ -132,9 +131,9 @@ class TransformersTarget:
         mask_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
     ) -> TargetOutput:
-        """Read `tokens_BT` behind what the cache holds (see `Target.forward`).
+        """Read `tokens_BT` after what the cache holds (see `Target.forward`).
 
-        Attention is causal also for several new tokens behind a cache. With a mask and no positions,
+        Attention is causal also for several new tokens after a cache. With a mask and no positions,
         positions count the real tokens, so that batches padded on the left or on the right read what each row
         would read alone. Raises TargetError for padding that the family cannot leave out (`pads_left`), and
         for layers whose output is not one stream of hidden states.
@@ -243,6 +242,12 @@ def check_target(target: TransformersTarget) -> None:
         raise TargetError(
             f"{name}: rows that are padded on the right are not read as alone; choose another target"
         )
+
+
+def last_tap(info: TargetInfo) -> int:
+    """The last layer that can be tapped: engines disagree on what the last one's output is, but for
+    DeepSeek-V4."""
+    return info.num_layers - (1 if info.family in STREAM_MEANS else 2)
 
 
 def check_feature_layers(layers: tuple[int, ...], last: int) -> None:
