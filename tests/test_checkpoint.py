@@ -17,14 +17,8 @@ from typer.testing import CliRunner
 from draftkit import cli
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import (
-    load_drafter,
-    new_drafter,
-    open_drafter,
-    read_config,
-    read_provenance,
-    save_drafter,
-)
+from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, read_config, save_drafter
+from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.errors import CheckpointError, ConfigError

@@ -19,10 +19,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"draft"}),
     frozenset({"data", "schedule", "decode"}),
     frozenset({"train", "engine"}),
-    frozenset({"serve", "evaluate", "export"}),
+    frozenset({"serve", "evaluate", "handover"}),
     frozenset({"stages"}),
-    frozenset({"schedule_stages"}),
+    frozenset({"schedule_stages", "suite_stages", "doctor"}),
     frozenset({"quickstart", "specialise"}),
+    frozenset({"commands"}),
     frozenset({"cli", "__main__"}),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -13,7 +13,7 @@ import pytest
 from draftkit import stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.features import FeatureStore
-from draftkit.draft.checkpoint import read_provenance
+from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.errors import CheckpointError, ConfigError, DataError
 from draftkit.specialise import recipe_for, run_specialise
 from draftkit.target.transformers import load_target
