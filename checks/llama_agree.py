@@ -1,16 +1,12 @@
 """A pair in llama.cpp's own server and here: greedy answers, drafted and accepted tokens on the same
-prompts, and
-the server's speed with the drafter over without.
+prompts, and the server's speed with the drafter over without.
 
-    python -m checks.llama_agree --server build/bin/llama-server --target TARGET.gguf --drafter FOLDER -o
-    out.json
+    python -m checks.llama_agree --server llama-server --target TARGET.gguf --drafter FOLDER -o out.json
 
 The drafter is handed over first (`draftkit export --for llama.cpp`). The server runs twice, with it and
-without;
-every prompt goes as token ids to /completion at temperature 0, one at a time. Ours is the reference loop in
-float32 on the weights of the same file. Where answers differ, the two decode another text from there on:
-these
-prompts are counted apart, since arithmetic settles near ties (see docs/handover.md).
+without; every prompt goes as token ids to /completion at temperature 0, one at a time. Ours is the
+reference loop in float32 on the weights of the same file. Where answers differ, the two decode another text
+from there on: these prompts are counted apart, since arithmetic settles near ties (see docs/handover.md).
 """
 
 from __future__ import annotations

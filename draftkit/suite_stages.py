@@ -35,12 +35,10 @@ def run_suite(
     limit: int | None = None,
 ) -> list[EvalResult]:
     """Answers to all sets of a folder, once per temperature, by all processes that torchrun started. The
-    first one
-    writes `evaluate-T*.json` and measures the speed; the others return nothing.
+    first one writes `evaluate-T*.json` and measures the speed; the others return nothing.
 
     Raises ConfigError when the template can think and the recipe does not say whether it shall, DataError
-    for a
-    folder without sets, or whose prompts all leave no room.
+    for a folder without sets, or whose prompts all leave no room.
     """
     check_drafter_switches(recipe, drafter)
     shown = prompt_format(recipe, tokenizer)
@@ -65,8 +63,7 @@ def run_suite(
 
 def check_thinking(shown: TemplateFormat) -> None:
     """Raise ConfigError when the template has a thinking switch that nobody set: the paper's protocol does
-    not
-    think, and acceptance depends on it."""
+    not think, and acceptance depends on it."""
     for name in ("enable_thinking", "thinking"):
         if shown.mentions(name) and name not in shown.switches:
             raise ConfigError(
@@ -126,7 +123,7 @@ def _made_from(
     recipe: Recipe,
     target: TransformersTarget,
     drafter: Path,
-    sets: dict[str, Sequence[AskedRow]],
+    sets: dict[str, list[AskedRow]],
     temperature: float,
 ) -> str:
     parts = [target.info.fingerprint, fingerprint(drafter), recipe.evaluate, recipe.target, temperature, sets]

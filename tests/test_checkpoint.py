@@ -298,7 +298,7 @@ def test_layer_names_of_both_kinds_and_shards_are_read(target: TransformersTarge
     [
         ({"hidden_act": "gelu"}, "field 'hidden_act' is 'gelu'; draftkit runs 'silu'"),
         ({"attention_bias": True}, "'attention_bias' is True"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "'rope_scaling'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is None"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: field 'rope_type' is 'llama3'"),
         ({"norm_before_fc": True}, "'norm_before_fc' is True; draftkit runs False"),
         ({"target_hidden_size": 64}, "'target_hidden_size' is 64"),

@@ -41,7 +41,7 @@ def command(
     chosen = _switches(switches or [])
     from draftkit.doctor.examine import DoctorSettings, examine, print_examination
 
-    settings = DoctorSettings(context=context, switches=chosen, **({"prompts": prompts} if prompts else {}))
+    settings = DoctorSettings(prompts or DoctorSettings.prompts, context=context, switches=chosen)
     found = examine(target, drafter, settings, engine, url, api_key)
     typer.echo(as_json(asdict(found), indent=1)) if json_output else print_examination(found)
     if found.findings:

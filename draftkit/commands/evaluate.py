@@ -38,8 +38,7 @@ def command(
     """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on.
 
     With --suite paper on the prompts of the paper's Table 1, drawn as its code draws them, and beside its
-    numbers;
-    torchrun shares the prompts among processes."""
+    numbers; torchrun shares the prompts among processes."""
     from draftkit.config import load_recipe
 
     settings = load_recipe(recipe, overrides or [])

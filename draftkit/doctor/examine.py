@@ -40,13 +40,12 @@ LEAST_LENGTH = 1.05  # below which a drafter brings nothing anywhere
 @dataclass(frozen=True)
 class DoctorSettings:
     """What is run. `per_domain` prompts of every domain are answered with `max_new_tokens` tokens; contexts
-    up
-    to `context` tokens are tried, as far as the target allows; `switches` are the template's variables as the
-    pair will be served."""
+    up to `context` tokens are tried, as far as the target allows; `switches` are the template's variables
+    as the pair will be served."""
 
     prompts: Path = EMBEDDED / "heldout.jsonl"
-    per_domain: int = 2
-    max_new_tokens: int = 48
+    per_domain: int = 4
+    max_new_tokens: int = 40
     context: int = 2048
     switches: dict[str, Any] = field(default_factory=dict)
 
@@ -59,10 +58,9 @@ def examine(
     url: str | None = None,
     api_key: str | None = None,
 ) -> Examination:
-    """Everything that can be said of a pair. Raises TargetError when the target is not there, CheckpointError
-    when the drafter's folder is none, ConfigError for an unknown engine, ServeError for a server that does
-    not
-    answer; what is wrong with the drafter is a finding."""
+    """Everything that can be said of a pair. Raises TargetError when the target is not there,
+    CheckpointError when the drafter's folder is none, ConfigError for an unknown engine, ServeError for a
+    server that does not answer; what is wrong with the drafter is a finding."""
     row = engine_named(engine) if engine else None
     files, tokenizer = TargetFiles(target), load_tokenizer(target)
     shown = TemplateFormat(tokenizer, settings.switches, date.today())
@@ -128,10 +126,10 @@ def _on(pair: Pair, target: TransformersTarget) -> Pair:
 
 def _merged(findings: Sequence[Finding], ran: Ran) -> list[Finding]:
     """Findings of the files, with the measured cost where running found the same; and why the drafter does
-    not
-    load, where no finding says it."""
+    not load, where no finding says it."""
     measured = {finding.check: finding for finding in ran.findings}
-    found = [measured.pop(finding.check, finding) for finding in findings] + list(measured.values())
+    named = {finding.check: measured.pop(finding.check, finding) for finding in findings}
+    found = [*named.values(), *measured.values()]
     if not ran.first and not found:
         found.append(_why_not(ran.mended_pair))
     return found

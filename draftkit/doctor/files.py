@@ -31,6 +31,7 @@ def check_files(pair: Pair) -> list[Finding]:
             _layers,
             _range,
             _copies,
+            _recipe,
         )
         for finding in check(pair)
     ]
@@ -245,6 +246,27 @@ def _copies(pair: Pair) -> Iterator[Finding]:
             "that does not",
             "train on this target's weights, or write it without its copies: draftkit export --borrow",
         )
+
+
+def _recipe(pair: Pair) -> Iterator[Finding]:
+    """Fields that must be those of the recipe that the folder's own note holds."""
+    trained = (pair.note.get("recipe") or {}).get("drafter") or {}
+    anchor = pair.raw.get("sample_from_anchor")
+    now = {
+        "feature_layers": pair.raw.get("target_layer_ids"),
+        "block_size": _number(pair.raw, "block_size"),
+        "layout": None if anchor is None else "anchor" if anchor else "one_plus_n",
+    }
+    checks = {"feature_layers": "layer ids", "block_size": "block size", "layout": "block layout"}
+    for name, found in now.items():
+        wanted = trained.get(name)
+        if wanted is not None and found is not None and wanted != found:
+            yield Finding(
+                checks[name],
+                f"{name} was {wanted} in the training, config.json says {found}",
+                "acceptance, without an error (vllm#42505, z-lab/dflash#118)",
+                f"write {wanted}",
+            )
 
 
 def _mask_of(raw: dict[str, Any]) -> int | None:

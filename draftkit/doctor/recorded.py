@@ -1,9 +1,8 @@
 """The target's own greedy answers to a few prompts, and what a drafter would have proposed along them.
 
 The target runs once. At temperature 0 its answer is the same with every drafter, so each drafter, however
-it is
-changed, can be tried on the recorded answers by drafting passes alone: rounds, accepted tokens and accepted
-length are those of the reference loop.
+it is changed, can be tried on the recorded answers by drafting passes alone: rounds, accepted tokens and
+accepted length are those of the reference loop.
 
 Shapes: B = 1, T tokens, F features of the drafter's layers, H hidden, G = gamma drafted tokens.
 """

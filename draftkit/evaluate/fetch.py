@@ -1,9 +1,8 @@
 """Fetching the paper's sets from the hub, once, at a commit that is written down.
 
 Each set has a function that makes turns of a row as DeepSpec's `eval_datasets` have them. The hub's newest
-commit
-is taken, unless the folder's manifest names one already: then that one is fetched again. Needs the extra
-`data`.
+commit is taken, unless the folder's manifest names one already: then that one is fetched again. Needs the
+extra `data`.
 """
 
 from __future__ import annotations
@@ -74,8 +73,7 @@ Load = Callable[[PromptSet, Origin, str | None], tuple[Iterable[Row], str]]  # r
 
 def fetch_suite(out: Path, load: Load | None = None) -> dict[str, int]:
     """Fetch what the folder lacks; rows by set. Raises DataError when the hub does not answer, or a set has
-    other
-    rows than the paper's."""
+    other rows than the paper's."""
     make_folder(out)
     known, counts = _known(out), {}
     origins: dict[str, dict[str, str]] = {name: _kept(about) for name, about in known.items()}

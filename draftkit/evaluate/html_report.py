@@ -1,6 +1,5 @@
 """`report.html`: one run on one page, in one file without links to anything, for screens light and dark and
-for
-paper."""
+for paper."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ ANSWERS, MOST_TOKENS, BINS = 10, 200, 10
 @dataclass(frozen=True)
 class Span:
     """Some tokens of an answer and who wrote them: "accepted", "target", or "rejected", whose text is how
-    many
-    drafted tokens were not kept there."""
+    many drafted tokens were not kept there."""
 
     kind: str
     text: str
@@ -67,8 +65,7 @@ def write_report(run: Path, out: Path) -> RunFiles:
 
 def spans(record: PromptRecord, words: Sequence[str], gamma: int) -> list[Span]:
     """An answer's tokens as its rounds brought them; `words` are their texts. What the last round brought,
-    if the
-    limit cut it, is the target's to the eye: nobody knows how far it would have been accepted."""
+    if the limit cut it, is the target's to the eye: nobody knows how far it would have been accepted."""
     found = [Span("target", words[0])] if words else []
     place = 1
     for accepted in record.accepted_per_round:
@@ -89,8 +86,7 @@ def spans(record: PromptRecord, words: Sequence[str], gamma: int) -> list[Span]:
 
 
 def reliability_of(traces: Traces) -> list[tuple[float, float]]:
-    """Confidence and share of accepted tokens, by bins of confidence, over all positions that were
-    reached."""
+    """Confidence and share of accepted tokens, by bins of confidence, over all positions reached."""
     reached = np.arange(traces.gamma) <= traces.accepted_N[:, None]
     reached &= np.arange(traces.gamma) < traces.usable_N[:, None]
     accepted = np.arange(traces.gamma) < traces.accepted_N[:, None]

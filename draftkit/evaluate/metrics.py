@@ -111,8 +111,8 @@ def lengths_by_place(
     records: Sequence[PromptRecord], ends: Sequence[int], context: bool = False
 ) -> dict[str, float]:
     """Accepted length of the rounds that began below each end, and from the one before on; counted in
-    tokens of
-    the answer, or, with `context`, of prompt and answer together. Places without rounds are left out."""
+    tokens of the answer, or, with `context`, of prompt and answer together. Places without rounds are left
+    out."""
     emitted, rounds = np.zeros(len(ends) + 1), np.zeros(len(ends) + 1)
     for record in records:
         place = record.prompt_tokens + 1 if context else 1  # the first token is the target's own

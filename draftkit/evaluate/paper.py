@@ -1,6 +1,5 @@
 """Table 1 of the paper (arXiv 2607.05147): accepted length at temperature 1, blocks of 7, non-thinking; and
-our own
-beside it."""
+our own beside it."""
 
 from __future__ import annotations
 

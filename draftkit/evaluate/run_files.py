@@ -18,8 +18,7 @@ PLACES = ("", "results", "drafter/best", "best", "bench", "calibration")
 @dataclass(frozen=True)
 class RunFiles:
     """`results` by temperature; `drafter` is the provenance of the drafter, `stages` seconds by stage,
-    `bench` what
-    `draftkit bench` wrote. `missing` names the parts that are not there, in words."""
+    `bench` what `draftkit bench` wrote. `missing` names the parts that are not there, in words."""
 
     folder: Path
     results: tuple[EvalResult, ...]

@@ -1,9 +1,8 @@
 """The answers to a suite, by one process or several that share the prompts.
 
 Every prompt has a place in its set and from it a seed, so an answer does not depend on who gives it. Where
-a row has
-several turns, each is asked after the answer to the one before. Prompts that leave no room for the answer are
-skipped and counted.
+a row has several turns, each is asked after the answer to the one before. Prompts that leave no room for
+the answer are skipped and counted.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from draftkit.target.transformers import TransformersTarget
 @dataclass(frozen=True)
 class SuiteRecord:
     """What one prompt contributes, and its place: set, row among those drawn, turn from 0. `record` is None
-    for
-    one that was skipped."""
+    for one that was skipped."""
 
     suite: str
     place: int
@@ -58,8 +56,7 @@ def answer_suite(
     tick: Callable[[], None] = lambda: None,
 ) -> list[SuiteRecord]:
     """The records of this process's rows: every `size`-th of each set, from `rank` on. Raises TargetError
-    for a
-    family that the engine does not run."""
+    for a family that the engine does not run."""
     if reason := unsupported(target):
         raise TargetError(
             f"{target.info.name}: --suite answers through the engine, which does not run it: {reason}"

@@ -1,14 +1,10 @@
 """Suites of benchmark prompts: the nine sets of the paper's Table 1 (arXiv 2607.05147), and which of their
-rows are
-asked.
+rows are asked.
 
 A suite is a folder of files such as gsm8k.jsonl with one {"turns": ["...", ...]} per line, and suite.json,
-which
-says where each came from. Rows are drawn as DeepSpec's evaluation draws them: a set that has more rows than
-are
-asked is shuffled by `random.Random(980406)`, and the first ones are taken; each prompt's seed is 980406
-plus its
-place among those drawn.
+which says where each came from. Rows are drawn as DeepSpec's evaluation draws them: a set that has more
+rows than are asked is shuffled by `random.Random(980406)`, and the first ones are taken; each prompt's seed
+is 980406 plus its place among those drawn.
 """
 
 from __future__ import annotations
@@ -31,8 +27,7 @@ Turns = tuple[str, ...]
 @dataclass(frozen=True)
 class PromptSet:
     """One set of a suite: `rows` it has, `drawn` of them are asked. `source` is its id on the hub,
-    `licence` what
-    its card there says."""
+    `licence` what its card there says."""
 
     name: str
     group: str
@@ -72,8 +67,7 @@ def suite_folder() -> Path:
 
 def read_set(path: Path, rows: int | None = None) -> list[Turns]:
     """The turns of a file. Raises DataError for a row without turns that are texts, and when there are not
-    `rows`
-    of them."""
+    `rows` of them."""
     try:
         lines = [line for line in path.read_text("utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:

@@ -1,6 +1,5 @@
 """The table of engines: the version that each row was checked against, what an engine refuses of a drafter,
-and
-what it takes and runs otherwise than draftkit.
+and what it takes and runs otherwise than draftkit.
 
 Read in the sources of the versions named here; `docs/handover.md` says what was run. A rule is a function of
 the drafter's shape and target that says what is wrong, or nothing.

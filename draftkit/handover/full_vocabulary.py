@@ -1,6 +1,5 @@
 """A block drafter with a reduced draft vocabulary, made one that drafts from the whole: for engines that
-take the
-target's head."""
+take the target's head."""
 
 from __future__ import annotations
 
