@@ -136,9 +136,9 @@ def test_a_wrong_or_missing_draft_vocabulary_is_named(
 @pytest.mark.parametrize(
     "checks",
     [
-        ("layer ids", "block layout"),
-        ("layer ids", "mask token"),
-        ("tensor names", "layer order", "chat template"),
+        ("layer order", "block layout"),
+        ("mask token", "layer order"),
+        ("layer order", "tensor names", "chat template"),
     ],
     ids="+".join,
 )
