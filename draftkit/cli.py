@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftkit import __version__
-from draftkit.commands import doctor, evaluate, export, report, suite
+from draftkit.commands import doctor, evaluate, export, push, report, suite
 from draftkit.commands.options import (
     JsonOption,
     LogFormatOption,
@@ -44,7 +44,14 @@ app = typer.Typer(
 GOES_ON = {"quickstart", "specialise", "generate", "capture", "train", "evaluate", "calibrate"}
 
 # Commands that have a file of their own, by name.
-TABLE = {"evaluate": evaluate, "suite": suite, "report": report, "export": export, "doctor": doctor}
+TABLE = {
+    "evaluate": evaluate,
+    "suite": suite,
+    "report": report,
+    "export": export,
+    "doctor": doctor,
+    "push": push,
+}
 
 
 @app.callback(invoke_without_command=True)

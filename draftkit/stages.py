@@ -335,7 +335,8 @@ def drafter_to_continue(
         raise ConfigError(
             f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe"
         )
-    free = {"max_length"} if recipe.drafter.mask_token_id is not None else {"max_length", "mask_token_id"}
+    free = {"max_length", "rope_scaling"}  # those of the drafter stay
+    free |= set() if recipe.drafter.mask_token_id is not None else {"mask_token_id"}
     wanted = asdict(shape)
     for name, value in asdict(drafter.config).items():
         if name not in free and wanted[name] != value:

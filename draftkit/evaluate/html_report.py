@@ -11,7 +11,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from draftkit.errors import DraftkitError
 from draftkit.evaluate.charts import interval_bars, lines
@@ -107,9 +106,9 @@ def _result(result: EvalResult, tokenizer: Any) -> dict[str, Any]:
     }
     return {
         "title": f"{result.settings['target']} at temperature {temperature:g}, {len(result.records)} answers",
-        "lengths": Markup(interval_bars(result.accepted_len, "accepted length by domain")),
+        "lengths": interval_bars(result.accepted_len, "accepted length by domain"),
         "table": [(name, asdict(one)) for name, one in result.accepted_len.items()],
-        "positions": Markup(lines(positions, "acceptance by position", "position in the block", "accepted")),
+        "positions": lines(positions, "acceptance by position", "position in the block", "accepted"),
         "places": result.by_place,
         "speed": speed_line(result.speed) if result.speed else "",
         "verdict": verdict(result),
@@ -188,11 +187,11 @@ def _trained(found: RunFiles) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in said.items() if value not in (None, "")]
 
 
-def _reliability(traces: Traces | None) -> Markup | None:
+def _reliability(traces: Traces | None) -> str | None:
     if traces is None or not traces.has_confidence:
         return None
     series = {"measured": reliability_of(traces), "exact": [(0.0, 0.0), (1.0, 1.0)]}
-    return Markup(lines(series, "reliability of confidences", "confidence", "accepted"))
+    return lines(series, "reliability of confidences", "confidence", "accepted")
 
 
 def _loads(bench: dict[str, Any] | None) -> list[dict[str, Any]]:
