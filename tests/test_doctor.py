@@ -93,6 +93,7 @@ FAULTS: dict[str, tuple[Fault, ...]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", FAULTS)
 def test_a_planted_fault_is_named(quickly: DoctorSettings, tmp_path: Path, check: str) -> None:
     found = examine("tiny", faulty(tmp_path / "drafter", *FAULTS[check]), quickly)
@@ -101,6 +102,7 @@ def test_a_planted_fault_is_named(quickly: DoctorSettings, tmp_path: Path, check
     assert "cost: " in line and "mend: " in line and "\n" not in line
 
 
+@pytest.mark.slow
 def test_layers_one_too_high_are_named_where_they_do_not_even_load(
     quickly: DoctorSettings, tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_layers_one_too_high_are_named_where_they_do_not_even_load(
     assert "[7, 12]" in finding.mend and "it does not load" in finding.cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factors", "check"), [((16.0, 1.0), "embedding"), ((1.0, 3.0), "head")], ids=["embedding", "head"]
 )
@@ -125,6 +128,7 @@ def test_a_copy_that_is_not_the_targets_is_named(
     assert [f.check for f in found.findings] == [check]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("absolute", "lost"), [(True, False), (False, True)])
 def test_a_wrong_or_missing_draft_vocabulary_is_named(
     quickly: DoctorSettings, tiny: TransformersTarget, tmp_path: Path, absolute: bool, lost: bool
@@ -133,6 +137,7 @@ def test_a_wrong_or_missing_draft_vocabulary_is_named(
     assert [f.check for f in found.findings] == ["draft vocabulary"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "checks",
     [
@@ -150,6 +155,7 @@ def test_faults_that_meet_are_named_each(
     assert {f.check for f in found.findings} == set(checks)
 
 
+@pytest.mark.slow
 def test_another_head_is_named_and_mended_by_the_targets(
     quickly: DoctorSettings, tiny: TransformersTarget, tmp_path: Path
 ) -> None:
@@ -159,6 +165,7 @@ def test_another_head_is_named_and_mended_by_the_targets(
     assert "% of the accepted length" in finding.cost  # by running, not by names alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["as packaged", "portable", "deepspec", "float32", "reduced"])
 def test_nothing_is_found_in_a_sound_pair(
     quickly: DoctorSettings, tiny: TransformersTarget, tmp_path: Path, form: str
@@ -216,6 +223,7 @@ def test_the_number_of_drafted_tokens_follows_from_step_rate_and_acceptance() ->
     assert "does not pay" in sentences(drafted_tokens(rate, [0.1, 0.1, 0.1], False))[1]
 
 
+@pytest.mark.slow
 def test_the_exit_code_says_whether_something_was_found(quickly: DoctorSettings, tmp_path: Path) -> None:
     bad = faulty(tmp_path / "drafter", fields(confidence_head_with_markov=None))
     for folder, code in ((DRAFTER, 0), (bad, 1)):
@@ -224,6 +232,7 @@ def test_the_exit_code_says_whether_something_was_found(quickly: DoctorSettings,
         assert len(json.loads(done.stdout)["findings"]) == code
 
 
+@pytest.mark.slow
 def test_what_an_engine_refuses_is_found(quickly: DoctorSettings, tmp_path: Path) -> None:
     folder = faulty(
         tmp_path / "dflash-like", fields(confidence_head_with_markov=False), without("confidence")
