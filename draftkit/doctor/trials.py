@@ -88,9 +88,8 @@ def _promising(
     pair: Pair, recorded: Sequence[Recorded], dtype: torch.dtype, before: Sequence[PromptRecord]
 ) -> tuple[PromptRecord, ...]:
     """Rounds along all answers, unless a third of them says that something is lost."""
-    """Every change that may mend a pair; those that make no drafter are passed over."""
-        i for i in range(len(recorded)) if i % 3 == i // 3 % 3
-    ]  # of each domain, however they take turns
+    # a third of each domain, however they take turns
+    third = [i for i in range(len(recorded)) if i % 3 == i // 3 % 3]
     first = _measured(pair, [recorded[i] for i in third], dtype)
     if not first or (before and gain([before[i] for i in third], first)[0] < 0):
         return ()
