@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ import typer
 from draftkit import __version__
 from draftkit.commands import doctor, evaluate, export, push, report, suite
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
     LogFormatOption,
     OutOption,
@@ -26,10 +28,14 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
 from draftkit.output import as_json, check_file, make_folder
+from draftkit.progress import doing
 from draftkit.serve.settings import LoadSettings, ServeSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from draftkit.config import Recipe
+    from draftkit.data.messages import Conversation
 
 app = typer.Typer(
     help="Train, measure and serve drafters that make an unchanged large model answer faster.",
@@ -108,17 +114,30 @@ def generate(
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
     check_file(out)
-    from draftkit import stages
-    from draftkit.data.conversations import SkippedRows, check_beginning, iterate_conversations
+    with doing(LIBRARIES):
+        from draftkit import stages
+        from draftkit.data.conversations import (
+            SkippedRows,
+            check_beginning,
+            count_rows,
+            iterate_conversations,
+        )
 
     paths = prompts or [stages.TINY_PROMPTS]
     check_beginning(paths, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
-    read = lambda: iterate_conversations(paths, skipped.anew() if skipped else None)  # noqa: E731
+
+    def read(first: int) -> Iterator[Conversation]:
+        if skipped is None:
+            return iterate_conversations(paths, first=first)
+        return islice(iterate_conversations(paths, skipped.anew()), first, None)
+
+    total = count_rows(paths)
     if servers:
-        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key)
+        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key, total)
     else:
-        report = stages.run_generate(*stages.open_target(settings), settings, read, out)
+        opened = stages.open_target(settings)
+        report = stages.run_generate(*opened, settings, read, out, total=total)
     if skipped:
         skipped.report()
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
@@ -138,8 +157,9 @@ def capture(
     """The target reads conversations into a feature store."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
-    from draftkit import stages
-    from draftkit.data.conversations import SkippedRows, check_beginning
+    with doing(LIBRARIES):
+        from draftkit import stages
+        from draftkit.data.conversations import SkippedRows, check_beginning
 
     check_beginning(conversations, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
@@ -165,7 +185,8 @@ def train(
     """Train a drafter on a feature store; continues where it was interrupted."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
-    from draftkit import stages
+    with doing(LIBRARIES):
+        from draftkit import stages
 
     report = stages.run_train(*stages.read_target(settings), settings, features, out, start_from=start_from)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
@@ -490,12 +511,16 @@ def serve(
         bool,
         typer.Option(help="special tokens in contents count, as in most servers; default: they are text"),
     ] = False,
+    template_switch: Annotated[
+        list[str] | None,
+        typer.Option(help="variable of the chat template, e.g. enable_thinking=false; repeatable"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
     from draftkit.errors import ServeError
     from draftkit.serve.server import load_served, run_server
-    from draftkit.serve.settings import option_names
+    from draftkit.serve.settings import option_names, switches_of
 
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
@@ -536,6 +561,7 @@ def serve(
         calibration,
         generation_config,
         honour_special_tokens,
+        switches_of(template_switch or ()),
     )
     run_server(lambda: load_served(*pair), settings)
 

@@ -18,7 +18,8 @@ from draftkit.evaluate.speed import measure_speed
 from draftkit.evaluate.suite_run import SuiteRecord, answer_suite, in_order, skipped_by_set
 from draftkit.evaluate.suites import AskedRow, read_suite
 from draftkit.ops.sampling import Sampling
-from draftkit.stages import check_drafter_switches, kept_result, progress_bar, prompt_format
+from draftkit.progress import progress_bar
+from draftkit.stages import check_drafter_switches, kept_result, prompt_format
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.prompt_format import PromptFormat, TemplateFormat
 from draftkit.target.transformers import TransformersTarget
@@ -84,8 +85,8 @@ def _answered(
 ) -> EvalResult:
     section = recipe.evaluate
     mine = sum(len(row.turns) for rows in sets.values() for row in rows[world.rank :: world.size])
-    with progress_bar(f"suite T={sampling.temperature:g}", mine) as (bar, task):
-        tick = lambda: bar.update(task, advance=1)  # noqa: E731
+    with progress_bar(f"suite T={sampling.temperature:g}", mine) as bar:
+        tick = lambda: bar.update(advance=1)  # noqa: E731
         own = answer_suite(target, drafter, shown, sets, section, sampling, world.rank, world.size, tick)
     records: list[SuiteRecord] = in_order(world.collect(own), list(sets))
     answered = [one.record for one in records if one.record is not None]

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from draftkit.commands.options import JsonOption
+from draftkit.commands.options import LIBRARIES, JsonOption
 from draftkit.errors import ConfigError
 from draftkit.output import as_json
+from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit doctor --target Qwen/Qwen3-4B --drafter drafter/best --engine vllm"
 
@@ -39,7 +40,8 @@ def command(
     Each finding is one line with what it costs and the mend; then facts: accepted length, break-even on this
     machine, how many tokens to draft. Exit code 1 when something was found."""
     chosen = _switches(switches or [])
-    from draftkit.doctor.examine import DoctorSettings, examine, print_examination
+    with doing(LIBRARIES):
+        from draftkit.doctor.examine import DoctorSettings, examine, print_examination
 
     settings = DoctorSettings(prompts or DoctorSettings.prompts, context=context, switches=chosen)
     found = examine(target, drafter, settings, engine, url, api_key)

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftkit.commands.options import JsonOption, OutOption, PromptsOption, RecipeOption, SetOption
+from draftkit.commands.options import (
+    LIBRARIES,
+    JsonOption,
+    OutOption,
+    PromptsOption,
+    RecipeOption,
+    SetOption,
+)
 from draftkit.errors import ConfigError
 from draftkit.output import make_folder
+from draftkit.progress import doing
 
 if TYPE_CHECKING:
     from draftkit.config import Recipe
@@ -47,9 +55,10 @@ def command(
     if suite and prompts:
         raise ConfigError("--suite has its own prompts; leave out --prompts")
     make_folder(out)
-    from draftkit import stages
-    from draftkit.evaluate.plots import plot_acceptance
-    from draftkit.evaluate.report import print_report
+    with doing(LIBRARIES):
+        from draftkit import stages
+        from draftkit.evaluate.plots import plot_acceptance
+        from draftkit.evaluate.report import print_report
 
     if threads:
         import torch

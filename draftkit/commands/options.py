@@ -23,3 +23,5 @@ SkipOption = Annotated[
     bool, typer.Option("--skip-invalid", help="leave out rows that are wrong, and count them")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
+
+LIBRARIES = "loading PyTorch and Transformers"  # what a command is doing before it says anything

@@ -27,7 +27,8 @@ from draftkit.draft.drafter import Drafter
 from draftkit.errors import CheckpointError, DraftkitError, ServeError, TargetError
 from draftkit.evaluate.metrics import accepted_length
 from draftkit.handover.engines import engine_named
-from draftkit.stages import first_turns, progress_bar, read_prompts
+from draftkit.progress import progress_bar
+from draftkit.stages import first_turns, read_prompts
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import EMBEDDED, TransformersTarget, best_device, load_target
@@ -78,8 +79,8 @@ def examine(
     asked = {c.id: c.first_turn().as_dicts() for c in conversations}
     loaded = _load(target, facts)
     if loaded is not None:
-        with progress_bar("doctor", None) as (bar, task):
-            tick = lambda: bar.update(task, advance=1)  # noqa: E731
+        with progress_bar("doctor", None) as bar:
+            tick = lambda: bar.update(advance=1)  # noqa: E731
             recorded = record(loaded, prompts, settings.max_new_tokens, tick=tick)
             ran = run_trials(_on(pair, loaded), recorded, loaded.head_weight().dtype, tick)
             findings = _merged(findings, ran)
