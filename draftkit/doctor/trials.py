@@ -87,11 +87,11 @@ def _measured(pair: Pair, recorded: Sequence[Recorded], dtype: torch.dtype) -> t
 def _promising(
     pair: Pair, recorded: Sequence[Recorded], dtype: torch.dtype, before: Sequence[PromptRecord]
 ) -> tuple[PromptRecord, ...]:
-    """Rounds along all answers, unless a third of them says that something is lost."""
+    """Rounds along all answers, unless a third of them says that nothing is gained."""
     # a third of each domain, however they take turns
     third = [i for i in range(len(recorded)) if i % 3 == i // 3 % 3]
     first = _measured(pair, [recorded[i] for i in third], dtype)
-    if not first or (before and gain([before[i] for i in third], first)[0] < 0):
+    if not first or (before and gain([before[i] for i in third], first)[0] <= 0):
         return ()
     return _measured(pair, recorded, dtype)
 
