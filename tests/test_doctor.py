@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from typer.testing import CliRunner
 
 from draftkit import cli
 from draftkit.doctor import examine as doctor
+from draftkit.doctor.changes import trials
 from draftkit.doctor.context import fallen
 from draftkit.doctor.cost import drafted_tokens, sentences
 from draftkit.doctor.examine import DoctorSettings, examine
 from draftkit.doctor.pair import open_pair
 from draftkit.doctor.recorded import GREEDY, Recorded, record, rounds_along
-from draftkit.doctor.trials import trials
 from draftkit.draft.checkpoint import open_drafter, save_drafter
 from draftkit.engine.answers import sampling_params
 from draftkit.engine.engine import Engine
@@ -176,7 +177,10 @@ def test_a_trial_makes_the_sound_drafter_of_the_faulty_one(
     sound = open_drafter(DRAFTER, tiny)
     pair = open_pair(faulty(tmp_path / "drafter", fault), tiny, load_tokenizer("tiny"))
     weights = sound.state_dict()
-    made = [trial.pair.drafter(torch.float32) for trial in trials(pair) if trial.check == check]
+    made = []
+    for trial in trials(pair):
+        with suppress(CheckpointError):  # the opposite of the change may be no drafter
+            made += [trial.pair.drafter(torch.float32)] if trial.check == check else []
     assert any(
         one.config == sound.config
         and all(torch.equal(weights[name], tensor) for name, tensor in one.state_dict().items())
