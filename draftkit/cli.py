@@ -578,8 +578,8 @@ def verify_lossless(
     tables: Annotated[int, typer.Option(help="random (target, drafter, confidence) tables", min=1)] = 6,
     json_output: JsonOption = False,
 ) -> None:
-    """Prove by enumeration that each rule behind each planner keeps the target's law; exit code 1 if one does
-    not."""
+    """Prove by enumeration that each rule with each planner keeps the target's distribution; exit code 1
+    if one does not."""
     from draftkit.evaluate.lossless import print_lossless, run_lossless
 
     findings = run_lossless(vocab, gamma or [2, 3], tables)

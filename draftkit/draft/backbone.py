@@ -123,7 +123,7 @@ class MLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """Pre-norm attention and MLP with residuals; Gemma's has norms behind both too, and scales what it gives
+    """Pre-norm attention and MLP with residuals; Gemma's has norms after both too, and scales what it gives
     on."""
 
     def __init__(self, config: DrafterShape, attention_width: int | None = None) -> None:
@@ -150,7 +150,7 @@ class DraftLayer(nn.Module):
         return self.finish(x_QH, block_attention(q, own, seen, plan, attention.scale).flatten(1))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer behind its attention: residual stream [..., H] and attended values [..., N * D] to [...,
+        """The layer after its attention: residual stream [..., H] and attended values [..., N * D] to [...,
         H]."""
         update = self.self_attn.o_proj(attended)
         if not self.output_norms:

@@ -270,14 +270,14 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def extend(self, context: DraftContext, features_BTF: Tensor, next_tokens_BT: Tensor) -> None:
-        """Add T committed positions; `next_tokens_BT[t]` is the token behind position t (EAGLE-3 pairs
+        """Add T committed positions; `next_tokens_BT[t]` is the token after position t (EAGLE-3 pairs
         them)."""
         raise NotImplementedError
 
     def propose(
         self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor
     ) -> Proposal:
-        """Draft G tokens behind the anchor, which sits at position `context.length`; uniforms are in [0,
+        """Draft G tokens after the anchor, which sits at position `context.length`; uniforms are in [0,
         1)."""
         raise NotImplementedError
 

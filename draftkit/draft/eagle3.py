@@ -118,7 +118,7 @@ class EagleContext:
         self._length = end
 
     def make_room(self, rows: int) -> None:
-        """Grow so that `rows` rows fit; what lies behind `length` is scratch."""
+        """Grow so that `rows` rows fit; what lies after `length` is scratch."""
         missing = rows - self.keys.shape[2]
         if missing > 0:
             room = -(-missing // CONTEXT_GROWTH) * CONTEXT_GROWTH

@@ -22,7 +22,7 @@ class Style:
     query_key_norm: bool = True  # RMSNorm with weights over the head size, before the rotary embedding
     value_norm: bool = False  # RMSNorm without weights over the head size
     scores_by_size: bool = True  # attention scores are divided by sqrt(head size)
-    # RMSNorms behind attention and MLP too, and a scalar buffer on the layer's output
+    # RMSNorms after attention and MLP too, and a scalar buffer on the layer's output
     output_norms: bool = False
     scaled_embedding: bool = False  # times sqrt(hidden size)
     activation: str = "silu"

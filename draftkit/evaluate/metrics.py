@@ -53,7 +53,7 @@ def record_of(decoded: Decoded, prompt_id: str, domain: str, gamma: int) -> Prom
     tried, accepted = np.zeros(gamma, int), np.zeros(gamma, int)
     full = [r for i, r in enumerate(decoded.rounds) if not _cut_by_limit(decoded, i)]
     for r in full:
-        known = min(r.accepted, r.emitted)  # accepted tokens behind a stop token are not part of the answer
+        known = min(r.accepted, r.emitted)  # accepted tokens after a stop token are not part of the answer
         accepted[:known] += 1
         # position `known` was rejected, if it exists
         reached = known + 1 if r.emitted > r.accepted else known

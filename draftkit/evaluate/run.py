@@ -174,7 +174,7 @@ def _answers(
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions and hardware that stand behind a result; `device`: where it was computed, None = on the
+    """Versions and hardware that a result was made with; `device`: where it was computed, None = on the
     CPU."""
     return {
         "draftkit": __version__,
