@@ -12,6 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from draftkit import __version__
+from draftkit.commands import doctor, evaluate, export, push, report, suite
+from draftkit.commands.options import (
+    LIBRARIES,
+    JsonOption,
+    LogFormatOption,
+    OutOption,
+    PromptsOption,
+    RecipeOption,
+    SetOption,
+    SkipOption,
+    StartOption,
+)
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
@@ -37,32 +49,25 @@ app = typer.Typer(
 features_app = typer.Typer(help="Look after feature stores.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(features_app, name="features")
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file or packaged recipe")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")
-]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
-PromptsOption = Annotated[
-    list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
-]
-StartOption = Annotated[Path | None, typer.Option(help="folder of a drafter that goes on from where it is")]
 FromOption = Annotated[
     str | None, typer.Option("--from", help="vllm=URL: a vLLM server reads them (docs/features.md)")
 ]
 ProbeOption = Annotated[
     bool, typer.Option("--probe/--no-probe", help="compare the server's layers with the target's first")
 ]
-LogFormatOption = Annotated[
-    str | None, typer.Option("--format", help="bodies, vllm, otel, claude-code or codex; default: recognised")
-]
-SkipOption = Annotated[
-    bool, typer.Option("--skip-invalid", help="leave out rows that are wrong, and count them")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
-LIBRARIES = "loading PyTorch and Transformers"
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
 GOES_ON = {"quickstart", "specialise", "generate", "capture", "train", "evaluate", "calibrate"}
+
+# Commands that have a file of their own, by name.
+TABLE = {
+    "evaluate": evaluate,
+    "suite": suite,
+    "report": report,
+    "export": export,
+    "doctor": doctor,
+    "push": push,
+}
 
 
 @app.callback(invoke_without_command=True)
@@ -436,66 +441,6 @@ def specialise(
     typer.echo(f"next: draftkit serve --target {settings.target.path} --drafter {out / 'drafter' / 'best'}")
 
 
-@app.command(epilog="Example: draftkit evaluate -d drafter/best -o results --set evaluate.temperatures=[1.0]")
-def evaluate(
-    out: OutOption,
-    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder")],
-    prompts: PromptsOption = None,
-    recipe: RecipeOption = "tiny-dspark",
-    overrides: SetOption = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on."""
-    settings = _recipe(recipe, overrides)
-    make_folder(out)
-    with doing(LIBRARIES):
-        from draftkit import stages
-        from draftkit.evaluate.plots import plot_acceptance
-        from draftkit.evaluate.report import print_report
-
-    read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
-    target, tokenizer = stages.open_target(settings)
-    results = stages.run_evaluate(target, tokenizer, settings, drafter, read, out, threads)
-    plot_acceptance(results, out / "acceptance.png")
-    typer.echo(stages.summary(results)) if json_output else print_report(results)
-
-
-@app.command(
-    epilog="Example: draftkit export -d drafter/best -o packaged --target Qwen/Qwen3-4B --borrow --dtype "
-    "bfloat16"
-)
-def export(
-    out: OutOption,
-    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder, in any known form")],
-    form: Annotated[
-        str,
-        typer.Option(
-            help="portable or deepspec, see docs/checkpoints.md; of dspark_v4 into OUT: bundled, dspark"
-        ),
-    ] = "portable",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
-    target: Annotated[
-        str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")
-    ] = None,
-    borrow: Annotated[
-        bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")
-    ] = False,
-    borrow_rows: Annotated[
-        bool,
-        typer.Option(
-            "--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again"
-        ),
-    ] = False,
-) -> None:
-    """Write a drafter in another form, for another engine, or without the weights that its target has
-    anyway."""
-    from draftkit import stages
-
-    count = stages.run_export(drafter, out, form, dtype, target, borrow, borrow_rows)
-    typer.echo(f"{count / 1e6:.1f} MB in {out}")
-
-
 @app.command(epilog="Example: draftkit calibrate -d drafter/best -o calibration")
 def calibrate(
     out: OutOption,
@@ -804,6 +749,10 @@ def bench(
 
     # By default nothing but the server holds arrivals up.
     run_bench(urls, concurrency or [1 if rate is None else 256], settings, out, api_key or (), show)
+
+
+for _name, _module in TABLE.items():
+    app.command(_name, epilog=_module.EXAMPLE)(_module.command)
 
 
 @app.command("compile", epilog="Example: draftkit compile")

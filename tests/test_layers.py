@@ -20,10 +20,12 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"data", "schedule", "decode"}),
     frozenset({"features"}),
     frozenset({"train", "engine"}),
-    frozenset({"serve", "evaluate", "export"}),
+    frozenset({"serve", "evaluate", "handover"}),
     frozenset({"stages"}),
     frozenset({"schedule_stages", "feature_stages", "plan"}),
+    frozenset({"suite_stages", "doctor"}),
     frozenset({"quickstart", "specialise"}),
+    frozenset({"commands"}),
     frozenset({"cli", "__main__"}),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

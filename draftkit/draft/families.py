@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from draftkit.draft.rotary import SCALED, scaling_of
 from draftkit.errors import ConfigError
 
 
@@ -59,6 +60,7 @@ class BlockShape:
     rotary_share: float
     logit_scale: float
     soft_cap: float | None
+    rope_scaling: dict[str, Any] | None = None
 
 
 def style_of(family: str) -> str:
@@ -89,7 +91,13 @@ def block_shape(text: Any, style: str) -> BlockShape:
         rotary_share=float(rope.get("partial_rotary_factor", 1.0)) if style == "gemma4" else 1.0,
         logit_scale=float(_first(text, "logit_scale") or 1 / (_first(text, "logits_scaling") or 1)),
         soft_cap=_first(text, "final_logit_softcapping"),
+        rope_scaling=_scaling(rope) if style != "gemma4" else None,
     )
+
+
+def _scaling(rope: Any) -> dict[str, Any] | None:
+    """The target's own scaling, where a drafter can have it: angles that change with the length it cannot."""
+    return scaling_of(rope) if rope.get("rope_type") in SCALED else None
 
 
 def _widest_layer(text: Any) -> Any:

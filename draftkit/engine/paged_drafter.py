@@ -25,6 +25,7 @@ from draftkit.draft.backbone import DraftLayer
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
+from draftkit.draft.rotary import rotary_frequencies
 from draftkit.engine.drawing import Drafts, Drawing
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
@@ -258,11 +259,8 @@ class NativeDrafter:
 def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:
     """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted
     after."""
-    frequencies = config.rope_theta ** (
-        -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    )
-    frequencies[int(config.rotary_share * config.head_dim // 2) :] = 0
-    return rotary_table(max_length + config.block_size, frequencies, 1.0, like.dtype).to(like.device)
+    frequencies, factor = rotary_frequencies(config)
+    return rotary_table(max_length + config.block_size, frequencies, factor, like.dtype).to(like.device)
 
 
 def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: int | None) -> Layer:
