@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftkit import __version__
+from draftkit.commands.chat import chat
+from draftkit.commands.early import check_given, check_inputs, check_pair, check_serving, check_simulation
+from draftkit.commands.recipes import complete_recipe, recipes
+from draftkit.commands.user_defaults import user_defaults
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
@@ -26,10 +30,15 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file or packaged recipe")]
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", help="a file, or one of `draftkit recipes`", autocompletion=complete_recipe
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")
 ]
@@ -73,8 +82,9 @@ def quickstart(
     overrides: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """The whole path on the embedded target: generate, capture, train, evaluate."""
+    """All stages on the embedded target, in a few minutes."""
     settings = _recipe(recipe, overrides)
+    check_inputs(settings)
     # The machine is this command's alone: cores that wait for the next operation stay awake a few ms longer
     # (libgomp reads this when torch is imported), which makes small training steps 5 to 10 % faster.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000000")
@@ -98,17 +108,19 @@ def generate(
     model: Annotated[str | None, typer.Option(help="its name at the servers; default: their first")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="of the servers")] = None,
 ) -> None:
-    """The target answers prompts; continues where it was interrupted. Several processes may share the work:
-    give all of them the same command."""
+    """Let the target answer prompts. The same command goes on where it was interrupted, and several processes
+    that are given the same command share the work."""
     settings = _recipe(recipe, overrides)
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
     check_file(out)
-    from draftkit import stages
     from draftkit.data.conversations import SkippedRows, check_beginning, iterate_conversations
 
+    check_beginning(prompts or [], skip_invalid)
+    check_inputs(settings)
+    from draftkit import stages
+
     paths = prompts or [stages.TINY_PROMPTS]
-    check_beginning(paths, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
     read = lambda: iterate_conversations(paths, skipped.anew() if skipped else None)  # noqa: E731
     if servers:
@@ -131,13 +143,15 @@ def capture(
     overrides: SetOption = None,
     skip_invalid: SkipOption = False,
 ) -> None:
-    """The target reads conversations into a feature store."""
+    """Let the target read conversations into a feature store."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
-    from draftkit import stages
     from draftkit.data.conversations import SkippedRows, check_beginning
 
     check_beginning(conversations, skip_invalid)
+    check_inputs(settings)
+    from draftkit import stages
+
     skipped = SkippedRows() if skip_invalid else None
     target, tokenizer = stages.open_target(settings)
     read = stages.answers_of(settings, tokenizer, conversations, skipped)
@@ -158,9 +172,11 @@ def train(
     overrides: SetOption = None,
     start_from: StartOption = None,
 ) -> None:
-    """Train a drafter on a feature store; continues where it was interrupted."""
+    """Train a drafter on a feature store. The same command goes on where it was interrupted."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
+    check_given("--features", features)
+    check_inputs(settings, start_from)
     from draftkit import stages
 
     report = stages.run_train(*stages.read_target(settings), settings, features, out, start_from=start_from)
@@ -184,7 +200,9 @@ def traces(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Make conversations of logs: train.jsonl, validation.jsonl and heldout.jsonl.
+    """Make conversations of the logs of your traffic.
+
+    They are split by conversation into train.jsonl, validation.jsonl and heldout.jsonl.
 
     Formats: bodies (requests and responses of the chat API, LiteLLM's log, conversations), vllm (its log with
     --enable-log-requests), otel (OpenTelemetry GenAI spans), claude-code and codex (their session files)."""
@@ -214,7 +232,7 @@ def mix(
     skip_invalid: SkipOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Mix data sets into one file of conversations, each question once.
+    """Mix data sets into one file, each question once.
 
     Presets: open-perfectblend, sharegpt, ultrachat, magpie, nemotron-chat, nemotron-code, nemotron-math,
     toolace and hermes-tools; they and hub ids are read through `datasets` (extra `data`)."""
@@ -262,8 +280,11 @@ def specialise(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """A drafter for your own traffic: traces, capture, train, and a table of before and after on held-out
-    conversations."""
+    """Make a drafter for your own traffic. Runs traces, capture and train, and prints a table of before and
+    after on held-out conversations."""
+    for log in logs:
+        check_given("--traces", log)
+    check_pair(target or "tiny", None, start_from if target else None)
     from draftkit.specialise import print_specialised, recipe_for, run_specialise
 
     changed = [*(overrides or []), *([f"target.path={target}"] if target else [])]
@@ -287,9 +308,10 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on."""
+    """Measure accepted length and speed on held-out prompts. By domain, and against plain decoding."""
     settings = _recipe(recipe, overrides)
     make_folder(out)
+    check_inputs(settings, drafter, prompts or [])
     from draftkit import stages
     from draftkit.evaluate.plots import plot_acceptance
     from draftkit.evaluate.report import print_report
@@ -323,8 +345,13 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Write a drafter in another form, for another engine, or without the weights that its target has
+    """Write a drafter in another form or for another engine. It may leave out the weights that its target has
     anyway."""
+    from draftkit.draft.place import check_drafter
+
+    check_drafter(drafter)
+    if target:
+        check_pair(target)
     from draftkit import stages
 
     count = stages.run_export(drafter, out, form, dtype, target, borrow, borrow_rows)
@@ -341,12 +368,13 @@ def calibrate(
     temperature: Annotated[float, typer.Option(help="of the target's sampling", min=0)] = 1.0,
     json_output: JsonOption = False,
 ) -> None:
-    """Record proposals along held-out answers and fit the confidences to their fate; SGLang reads the
-    result."""
+    """Fit a drafter's confidences to what is accepted. Proposals are recorded along held-out answers; SGLang
+    reads the result."""
     from dataclasses import asdict
 
     settings = _recipe(recipe, overrides)
     make_folder(out)
+    check_inputs(settings, drafter, prompts or [])
     from draftkit import schedule_stages, stages
     from draftkit.draft.checkpoint import open_drafter
     from draftkit.evaluate.schedule_report import print_calibration
@@ -391,13 +419,14 @@ def profile(
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Measure what a step costs on this machine by tokens, context and requests; SGLang reads the result."""
+    """Measure what a step costs on this machine. By tokens, context and requests; SGLang reads the result."""
     settings = _recipe(recipe, overrides)
     if out.suffix == ".png":
         raise ConfigError(
             f"--out {out} is the name of the plot, which lies beside the result; give one that ends in .json"
         )
     check_file(out)
+    check_inputs(settings, drafter)
     import torch
 
     from draftkit import schedule_stages, stages
@@ -438,16 +467,17 @@ def simulate(
     seed: int = 0,
     json_output: JsonOption = False,
 ) -> None:
-    """Ask what speculation would bring at a load: replay recorded proposals on a step-rate table, arm by
+    """Ask what drafting would bring at a load. Recorded proposals are replayed on a step-rate table, arm by
     arm."""
+    if out is not None:
+        make_folder(out)
+    check_simulation(traces, step_rate, calibration)
     from dataclasses import asdict
 
     from draftkit import schedule_stages
     from draftkit.evaluate.schedule_report import print_simulation
     from draftkit.schedule.simulate import Load
 
-    if out is not None:
-        make_folder(out)
     source = schedule_stages.open_simulation(traces, step_rate, calibration)
     levels = concurrency or ([256] if rate else [1, 4, 16, 64])
     arrivals: list[float | None] = [*rate] if rate else [None]
@@ -468,8 +498,8 @@ def verify_lossless(
     tables: Annotated[int, typer.Option(help="random (target, drafter, confidence) tables", min=1)] = 6,
     json_output: JsonOption = False,
 ) -> None:
-    """Prove by enumeration that each rule behind each planner keeps the target's law; exit code 1 if one does
-    not."""
+    """Prove that drafting leaves the distribution unchanged. By enumeration, for each rule and planner; exit
+    code 1 if it does not."""
     from draftkit.evaluate.lossless import print_lossless, run_lossless
 
     findings = run_lossless(vocab, gamma or [2, 3], tables)
@@ -542,9 +572,8 @@ def serve(
     ] = False,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
-    """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
+    """Serve a target and its drafter through the OpenAI API. A chat page is at /."""
     from draftkit.errors import ServeError
-    from draftkit.serve.server import load_served, run_server
     from draftkit.serve.settings import option_names
 
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
@@ -576,6 +605,11 @@ def serve(
             max_length=max_length,
             kv_bytes=max(1, int(kv_gib * 2**30)) if kv_gib is not None else None,
         )
+    check_given("--step-rate", step_rate)
+    check_given("--calibration", calibration)
+    check_serving(target, drafter, engine)
+    from draftkit.serve.server import load_served, run_server
+
     pair = (
         target,
         drafter,
@@ -588,6 +622,9 @@ def serve(
         honour_special_tokens,
     )
     run_server(lambda: load_served(*pair), settings)
+
+
+app.command(epilog='Example: draftkit chat --target smollm2, or: draftkit chat "What is a list?"')(chat)
 
 
 @app.command(
@@ -618,7 +655,9 @@ def bench(
     seed: int = LoadSettings.seed,
     json_output: JsonOption = False,
 ) -> None:
-    """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length.
+    """Measure latency and speed of a server under load.
+
+    One OpenAI-compatible server, or two to compare them.
 
     Exit code 2 when a request fails; what was measured is printed and written all the same."""
     from typing import Any
@@ -637,9 +676,12 @@ def bench(
     run_bench(urls, concurrency or [1 if rate is None else 256], settings, out, api_key or (), show)
 
 
+app.command(epilog="Example: draftkit recipes dspark-plus")(recipes)
+
+
 @app.command("compile", epilog="Example: draftkit compile")
 def compile_now() -> None:
-    """Build the C++ functions of engine and trainer now, not when they are first needed."""
+    """Build the C++ functions now, before they are needed."""
     import time
 
     from draftkit.ops.native_build import NoNative, library_names, load_library
@@ -658,7 +700,7 @@ def main() -> None:
     143."""
     raise_on_signals()
     try:
-        app()
+        app(default_map=user_defaults(app))
     except (DraftkitError, Interrupted, OSError) as error:
         goes_on = isinstance(error, Interrupted) and GOES_ON.intersection(sys.argv[1:2])
         hint = "; run the same command again to go on" if goes_on else ""

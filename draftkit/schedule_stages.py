@@ -25,6 +25,7 @@ from draftkit.schedule.calibration import (
     quality_of,
     save_calibration,
 )
+from draftkit.schedule.machines import MACHINES
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, Outcome, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, save_step_rate
@@ -35,8 +36,6 @@ from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED_PAIR, TransformersTarget
 
 TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"
-# free tokens, padding
-MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}
 
 
 @one_writer(file=True)

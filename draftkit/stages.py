@@ -59,11 +59,11 @@ from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, one_writer, write_text
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import Target, TargetWeights
+from draftkit.target.place import EMBEDDED
 from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import (
     DTYPES,
-    EMBEDDED,
     TransformersTarget,
     best_device,
     load_target,

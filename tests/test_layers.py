@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "draftkit"
 # From the bottom up. Folders on one line never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"artefact", "permissions"}),
+    frozenset({"artefact", "permissions", "suggest"}),
     frozenset({"settings"}),
     frozenset({"config", "interrupt", "output"}),
     frozenset({"ops"}),
@@ -23,7 +23,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"stages"}),
     frozenset({"schedule_stages"}),
     frozenset({"quickstart", "specialise"}),
-    frozenset({"cli", "__main__"}),
+    frozenset({"commands"}),
+    frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
