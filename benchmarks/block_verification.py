@@ -1,11 +1,12 @@
-"""Block verification against the token-wise rule on the same answers and the same proposals.
+r"""Block verification against the token-wise rule on the same answers and the same proposals.
 
-    python -m benchmarks.block_verification calibration/traces.safetensors --out
-    benchmarks/results/block_verification.json
+    python -m benchmarks.block_verification calibration/traces.safetensors \
+        --out benchmarks/results/block_verification.json
 
 Both rules verified the proposal behind every token of the target's own answers
-(`draftkit/schedule/record.py`), with the same uniforms. The accepted length (bonus included) is taken along
-the rounds that each rule would walk. The interval is a bootstrap over prompts of the ratio of the two.
+(`draftkit/schedule/record.py`), with the same uniforms. The accepted length (bonus included) is taken
+along the rounds that each rule would walk. The interval is a bootstrap over prompts of the ratio of the
+two.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What drafting could reach with one user, if the engine did nothing but passes and knew what will be
+r"""What drafting could reach with one user, if the engine did nothing but passes and knew what will be
 accepted.
 
-    python -m benchmarks.drafting_ceiling runs/quickstart/drafter/best --out
-    benchmarks/results/drafting_ceiling.json
+    python -m benchmarks.drafting_ceiling runs/quickstart/drafter/best \
+        --out benchmarks/results/drafting_ceiling.json
 
-Held-out prompts are answered greedily, the proposal behind every token is recorded, and passes are timed as
-the engine times them when it starts, several times. The simulator then replays the answers. Its time is that
-of passes alone, without any of Python, so every ratio to no speculation is an upper bound of what the engine
-can show here with this drafter. `oracle` knows which drafted tokens will be accepted, drafts just where that
-pays and verifies nothing else. `all accepted` is a drafter that is never wrong, with rounds of its full
-length.
+Held-out prompts are answered greedily, the proposal behind every token is recorded, and passes are timed
+as the engine times them when it starts, several times. The simulator then replays the answers. Its time is
+that of passes alone, without any of Python, so every ratio to no speculation is an upper bound of what the
+engine can show here with this drafter. `oracle` knows which drafted tokens will be accepted, drafts just
+where that pays and verifies nothing else. `all accepted` is a drafter that is never wrong, with rounds of
+its full length.
 """
 
 from __future__ import annotations

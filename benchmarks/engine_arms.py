@@ -1,18 +1,18 @@
-"""The engine without a drafter, with proposals of fixed length, and with planned lengths, at several
+r"""The engine without a drafter, with proposals of fixed length, and with planned lengths, at several
 concurrencies.
 
-    python -m benchmarks.engine_arms --concurrency 1 2 4 8 16 32 64 --requests 198 --out
-    benchmarks/results/arms.json
+    python -m benchmarks.engine_arms --concurrency 1 2 4 8 16 32 64 --requests 198 \
+        --out benchmarks/results/arms.json
 
-All arms read with the same copy of the weights and write to the same memory: where they lie decides up to a
-tenth of the speed, and where the rest of an engine lies still some hundredths. So all are built anew several
-times for each concurrency, in another order each time; the planner goes on with what it has learned. Users
-ask the held-out prompts, and answers end where the target ends them. Arms take turns every few answers,
-because other users of a machine change its speed within seconds. A ratio is that of all tokens over all
-seconds, with the 95 % interval of a bootstrap over turns. On a GPU `--grown` makes the shape of Qwen3-8B of
-target and drafter (see `grown.py`); there weights are fused once for all engines, and each has a memory of
-its own. With `--eager` passes are PyTorch operations: slow, and of nearly the same cost whatever they hold,
-so that drafting pays.
+All arms read with the same copy of the weights and write to the same memory: where they lie decides up to
+a tenth of the speed, and where the rest of an engine lies still some hundredths. So all are built anew
+several times for each concurrency, in another order each time; the planner goes on with what it has
+learned. Users ask the held-out prompts, and answers end where the target ends them. Arms take turns every
+few answers, because other users of a machine change its speed within seconds. A ratio is that of all
+tokens over all seconds, with the 95 % interval of a bootstrap over turns. On a GPU `--grown` makes the
+shape of Qwen3-8B of target and drafter (see `grown.py`); there weights are fused once for all engines, and
+each has a memory of its own. With `--eager` passes are PyTorch operations: slow, and of nearly the same
+cost whatever they hold, so that drafting pays.
 """
 
 from __future__ import annotations

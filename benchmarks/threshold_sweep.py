@@ -1,8 +1,8 @@
-"""Static confidence threshold 0 to 0.8: accepted share of verified tokens and tokens per step, by domain
+r"""Static confidence threshold 0 to 0.8: accepted share of verified tokens and tokens per step, by domain
 (Figure 5).
 
-    python -m benchmarks.threshold_sweep calibration/traces.safetensors --out
-    benchmarks/results/threshold_sweep.json
+    python -m benchmarks.threshold_sweep calibration/traces.safetensors \
+        --out benchmarks/results/threshold_sweep.json
 
 Walks every traced prompt once per threshold, on the raw confidences as the paper does.
 """

@@ -1,8 +1,11 @@
-"""The same drafter folder in vLLM and here: greedy answers and accepted length on the same held-out prompts.
+r"""The same drafter folder in vLLM and here: greedy answers and accepted length on the same held-out
+prompts.
 
-    python -m checks.engines_agree vllm DRAFTER --method eagle3 --tokens 5 -o vllm.json      # where vLLM is
-    installed python -m checks.engines_agree draftkit DRAFTER --tokens 5 -o ours.json                  # where
-    draftkit is python -m checks.engines_agree compare vllm.json ours.json
+    python -m checks.engines_agree vllm DRAFTER --method eagle3 \
+        --tokens 5 -o vllm.json      # where vLLM is installed
+    python -m checks.engines_agree draftkit DRAFTER \
+        --tokens 5 -o ours.json                  # where draftkit is
+    python -m checks.engines_agree compare vllm.json ours.json
 
 float32, greedy, one JSON per engine. For a 1+N DFlash folder `--tokens` is block_size - 1. Each engine can
 live in an environment of its own: neither is imported before it is asked for.

@@ -1,12 +1,13 @@
-"""How many files and lines a served request and a training step run through: the size of what must be read to
-follow one.
+"""How many files and lines a served request and a training step run through: the size of what must be read
+to follow one.
 
-    python tools/walk.py request      # one streamed chat answer of the embedded pair, from the socket to the
-    last token python tools/walk.py training     # one step of a drafter of the embedded target
+    python tools/walk.py request      # one streamed chat answer of the embedded pair, from the socket to
+      the last token
+    python tools/walk.py training     # one step of a drafter of the embedded target
 
-A file counts, with all its lines, when one of its functions is entered; C++ sources count when the compiled
-library is used, with the headers that they include. Prints one line per file and the sums, or one JSON object
-with `--json`.
+A file counts, with all its lines, when one of its functions is entered; C++ sources count when the
+compiled library is used, with the headers that they include. Prints one line per file and the sums, or one
+JSON object with `--json`.
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ struct Blocks {  // native_training.py has the same structures, field by field
     float *by_q, *by_own_k, *by_own_v, *by_seen_k, *by_seen_v;
 };
 struct Distillation {
-    int64_t rows, states, vocab, threads;
+    int64_t rows, states, vocab, whole_vocab, threads;
     float *draft;                // logits [n, V]; the gradient by them when done
-    const float *target;         // logits [u, V]
-    const int64_t *state, *token;  // [n]: each row's place in `target`, and the token that follows
+    const float *target;         // logits [u, V] of the draft vocabulary
+    const float *whole;          // logits [u, whole_vocab] of the target's; null where the two vocabularies are one
+    const int64_t *state, *token;  // [n]: each row's place in `target`, and the token that follows (-1: outside)
     float *draft_sum, *target_sum;  // log sum exp of each row [n], [u]
+    float *mass;                  // [u]: the target's probability of the whole draft vocabulary
     float *ce, *tv, *kl, *inner;  // [n]: the losses, and sum_v q s with s = sign(q - p)
     const float *by_ce, *by_tv, *by_kl;  // [n]: weights of the losses in the whole
 };
@@ -200,22 +202,26 @@ void measure_rows(const Distillation *all) {
 #pragma omp parallel num_threads(all->threads)
     {
 #pragma omp for
-        for (int64_t u = 0; u < all->states; u++) all->target_sum[u] = log_sum_exp(all->target + u * V, V, 1);
+        for (int64_t u = 0; u < all->states; u++) {
+            float inside = all->target_sum[u] = log_sum_exp(all->target + u * V, V, 1);
+            int64_t W = all->whole_vocab;
+            all->mass[u] = all->whole ? std::min(1.f, std::exp(inside - log_sum_exp(all->whole + u * W, W, 1))) : 1;
+        }
 #pragma omp for
         for (int64_t n = 0; n < all->rows; n++) {
             const float *z = all->draft + n * V, *t = all->target + all->state[n] * V;
-            float z_sum = log_sum_exp(z, V, 1), t_sum = all->target_sum[all->state[n]];
+            float z_sum = log_sum_exp(z, V, 1), t_sum = all->target_sum[all->state[n]], mass = all->mass[all->state[n]];
             Vec tv = {}, kl = {}, inner = {}, none = {};
             for (int64_t i = 0; i < V; i += LANES) {
                 Vec log_q = load(z + i) - z_sum, log_p = load(t + i) - t_sum;
-                Vec q = exponential(log_q), p = exponential(log_p);
+                Vec q = exponential(log_q), inside = exponential(log_p), p = inside * mass;
                 tv += q > p ? q - p : p - q;
-                kl += p * (log_p - log_q);
+                kl += inside * (log_p - log_q);
                 inner += (q > p ? q : none) - (q < p ? q : none);
             }
             all->draft_sum[n] = z_sum;
-            all->ce[n] = z_sum - z[all->token[n]];
-            all->tv[n] = hsum(tv), all->kl[n] = hsum(kl), all->inner[n] = hsum(inner);
+            all->ce[n] = all->token[n] < 0 ? INFINITY : z_sum - z[all->token[n]];
+            all->tv[n] = hsum(tv) + (1 - mass), all->kl[n] = hsum(kl), all->inner[n] = hsum(inner);
         }
     }
 }
@@ -226,14 +232,14 @@ void push_back_rows(const Distillation *all) {
     for (int64_t n = 0; n < all->rows; n++) {
         float *z = all->draft + n * V, z_sum = all->draft_sum[n], t_sum = all->target_sum[all->state[n]];
         const float *t = all->target + all->state[n] * V;
-        float by_tv = all->by_tv[n], by_kl = all->by_kl[n], by_q = all->by_ce[n] + by_kl - by_tv * all->inner[n];
+        float mass = all->mass[all->state[n]], by_tv = all->by_tv[n], by_kl = all->by_kl[n], by_q = all->by_ce[n] + by_kl - by_tv * all->inner[n];
         Vec none = {};
         for (int64_t i = 0; i < V; i += LANES) {
-            Vec q = exponential(load(z + i) - z_sum), p = exponential(load(t + i) - t_sum);
+            Vec q = exponential(load(z + i) - z_sum), inside = exponential(load(t + i) - t_sum), p = inside * mass;
             Vec turned = (q > p ? q : none) - (q < p ? q : none);
-            store(z + i, turned * by_tv + q * by_q - p * by_kl);
+            store(z + i, turned * by_tv + q * by_q - inside * by_kl);
         }
-        z[all->token[n]] -= all->by_ce[n];
+        if (all->token[n] >= 0) z[all->token[n]] -= all->by_ce[n];
     }
 }
 }

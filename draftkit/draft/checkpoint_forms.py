@@ -35,12 +35,14 @@ class Form:
     """One way in which drafters of one kind are written.
 
     Attributes:
-        names: under which of FORMS a person asks for it. styles: the architectures that `config.json` may
-        name, and the block style of each. read: the drafter's shape from the fields and the sizes that all
-        forms share. write: the fields of `config.json`. refuses: why a shape does not fit this form under one
-        of its names; None: it fits. renamed: beginnings of tensor names, (the form's, ours); in reading those
-        of other forms are known, too. with_target_weights: embedding and head are in the folder, unless they
-        are left out on purpose.
+        names: under which of FORMS a person asks for it.
+        styles: the architectures that `config.json` may name, and the block style of each.
+        read: the drafter's shape from the fields and the sizes that all forms share.
+        write: the fields of `config.json`.
+        refuses: why a shape does not fit this form under one of its names; None: it fits.
+        renamed: beginnings of tensor names, (the form's, ours); in reading those of other forms are known,
+          too.
+        with_target_weights: embedding and head are in the folder, unless they are left out on purpose.
     """
 
     names: tuple[str, ...]

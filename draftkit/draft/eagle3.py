@@ -1,19 +1,20 @@
-"""EAGLE-3: a drafter of one layer that drafts token by token and feeds its own state back (arXiv 2503.01840).
+"""EAGLE-3: a drafter of one layer that drafts token by token and feeds its own state back (arXiv
+2503.01840).
 
-Row i of its sequence pairs feature f_i = W_c [H_i^(l1); ...; H_i^(lm)] with the embedding of token x_{i+1} at
-position i:
+Row i of its sequence pairs feature f_i = W_c [H_i^(l1); ...; H_i^(lm)] with the embedding of token x_{i+1}
+at position i:
     u_i = [RMSNorm(E x_{i+1}) ; RMSNorm(f_i)],  s_i = layer(u_i, residual f_i),  q(x_{i+2}) = softmax(W
-    RMSNorm(s_i)).
+      RMSNorm(s_i)).
 From the anchor's row on there are no features: the state s takes the place of the next row's f. Training
 unrolls the same steps ("training-time test"), with the conversation's own tokens: step k of an anchor sees
-the context rows up to the anchor's and its own steps 1..k. One layer: keys and values of the context need no
-attention.
+the context rows up to the anchor's and its own steps 1..k. One layer: keys and values of the context need
+no attention.
 
 A reduced draft vocabulary is a choice of target ids; q is zero outside it.
 
-Shapes: B batch, T new tokens, G = gamma drafted tokens, V vocabulary, W draft vocabulary, H hidden, F = K * H
-features, Q query heads, M key/value heads, D head size, U = 2 * H; in training X blocks, C context rows, N
-rows that count.
+Shapes: B batch, T new tokens, G = gamma drafted tokens, V vocabulary, W draft vocabulary, H hidden, F = K
+* H features, Q query heads, M key/value heads, D head size, U = 2 * H; in training X blocks, C context
+rows, N rows that count.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
 """The distillation losses, computed in chunks of rows: no [rows, vocabulary] tensor is ever whole.
 
 A row n is one drafted position that counts. Its draft logits are z = head(h) + W_2 m, the target's are
-head(t), with the target's frozen head(x) = cap * tanh(scale W x / cap), or scale W x where the family has no
-cap. With q = softmax(z), p the target's distribution and x* the token that follows, the terms and their
+head(t), with the target's frozen head(x) = cap * tanh(scale W x / cap), or scale W x where the family has
+no cap. With q = softmax(z), p the target's distribution and x* the token that follows, the terms and their
 gradients are
-    CE = -log q(x*)                d CE / dz = q - onehot(x*) TV = sum |q - p|               d TV / dz = q (s
-    - sum(q s)),  s = sign(q - p) KL = sum p log(p / q)          d KL / dz = q - p LK = l KL + (1 - l) TV / 2
-    l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant (arXiv 2602.23881)
-so that each chunk leaves its gradients behind while its logits exist, and backward only scales what was kept.
+    CE = -log q(x*)                d CE / dz = q - onehot(x*)
+    TV = sum |q - p|               d TV / dz = q (s - sum(q s)),  s = sign(q - p)
+    KL = sum p log(p / q)          d KL / dz = q - p
+    LK = l KL + (1 - l) TV / 2     l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant
+      (arXiv 2602.23881)
+so that each chunk leaves its gradients behind while its logits exist, and backward only scales what was
+kept.
 
 A drafter with a reduced vocabulary has q = 0 outside it: TV then includes the target's mass there, so that
-acceptance rates stay exact; KL is taken to p renormalised inside, and rows whose x* lies outside have no CE.
+acceptance rates stay exact; KL is taken to p renormalised inside, and rows whose x* lies outside have no
+CE.
 
 A row's weight is w_k = exp(-(k - 1) / decay) of its position, or D-PACE's (arXiv 2605.18810, eq. 7 and 8):
-with the drafter's own smoothed confidence c_i = (1 - alpha) q_i(x*_i) + alpha, w_k = sum_{m >= k} prod_{i <=
-m} c_i, a constant. D-PACE's credit must not cancel: the denominator of the mean stays that of the fixed
+with the drafter's own smoothed confidence c_i = (1 - alpha) q_i(x*_i) + alpha, w_k = sum_{m >= k} prod_{i
+<= m} c_i, a constant. D-PACE's credit must not cancel: the denominator of the mean stays that of the fixed
 weights.
 
 Shapes: N rows, H hidden, r Markov rank, V vocabulary, G block positions.
@@ -169,7 +173,7 @@ def _one_chunk(
     draft, derivative = _draft_logits(rows, chunk)
     first_u, state_n = _shared_states(rows, chunk)
     target = rows.target_head.logits(rows.target_hidden_NH[chunk][first_u])
-    if rows.draft_ids_W is None and native_fits(draft.shape[1], draft, target):
+    if native_fits(draft.shape[1], draft, target):
         values_4N[:, chunk] = _native_chunk(rows, chunk, draft, target, state_n, weights_G, settings, wanted)
     else:
         for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
@@ -232,12 +236,16 @@ def _native_chunk(
 ) -> Tensor:
     """`_slice` of a whole chunk by C++ functions: the values, and the gradient in place of the draft
     logits."""
-    found = RowDistances(draft_nV, target_uV, state_n, rows.tokens_N[chunk])
-    shares = _shares(found.ce, found.tv, rows.grid_N[chunk], weights_G, settings)
+    token_n, reduced = rows.tokens_N[chunk], rows.draft_ids_W is not None
+    inside_uV = target_uV[:, rows.draft_ids_W] if reduced else target_uV
+    found = RowDistances(draft_nV, inside_uV, state_n, token_n, target_uV if reduced else None)
+    by_ce, by_tv, by_kl = _shares(found.ce, found.tv, rows.grid_N[chunk], weights_G, settings)
+    known_n = token_n >= 0
+    shares = by_ce * known_n, by_tv, by_kl
     if wanted:
         found.overwrite_with_gradient(*shares)
     kl = found.kl if settings.kl > 0 or settings.lk > 0 else torch.zeros_like(found.kl)
-    return _values(shares, found.ce, found.tv, kl)
+    return _values(shares, found.ce.where(known_n, 0.0), found.tv, kl)
 
 
 def _slice(

@@ -23,19 +23,22 @@ class EngineSettings:
 
     Attributes:
         plan: how many drafted tokens are verified: "planned" by confidence and load, "fixed" all of them.
-        step_rate: what a step costs, for "planned"; None = a short measurement at the start. calibration:
-        temperatures of the drafter's confidences; None = they are taken as they are. dtype: float32, bfloat16
-        or float64 for both models; None = float32 on a CPU, bfloat16 on a GPU. device: a torch device; None =
-        a GPU where there is one. max_running: requests that are worked on at the same time; more wait.
+        step_rate: what a step costs, for "planned"; None = a short measurement at the start.
+        calibration: temperatures of the drafter's confidences; None = they are taken as they are.
+        dtype: float32, bfloat16 or float64 for both models; None = float32 on a CPU, bfloat16 on a GPU.
+        device: a torch device; None = a GPU where there is one.
+        max_running: requests that are worked on at the same time; more wait.
         max_length: tokens of one request, prompt and answer; None = all that the target allows (and the
-        memory holds, where
+          memory holds, where
             that is not given either).
         step_tokens: tokens that one step reads at most while prompts are waiting to be read (they are cut
-        into chunks). kv_bytes: memory for keys and values of target and drafter together; None = most of what
-        a GPU has free, on a CPU one
+          into chunks).
+        kv_bytes: memory for keys and values of target and drafter together; None = most of what a GPU has
+          free, on a CPU one
             GiB, or what one request needs.
-        block_size: positions per block of that memory. compile: before the first request, build the C++ pass
-        where it can run (float32 or bfloat16 on a CPU with a compiler),
+        block_size: positions per block of that memory.
+        compile: before the first request, build the C++ pass where it can run (float32 or bfloat16 on a
+          CPU with a compiler),
             or record CUDA graphs on a GPU; elsewhere PyTorch operations do the same.
         prefix_reuse: let requests share the memory of equal beginnings.
     """

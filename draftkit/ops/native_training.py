@@ -28,8 +28,8 @@ _Blocks = structure(
     ("by_q by_own_k by_own_v by_seen_k by_seen_v", _pointer),
 )
 _Distillation = structure(
-    ("rows states vocab threads", _int),
-    ("draft target state token draft_sum target_sum ce tv kl inner by_ce by_tv by_kl", _pointer),
+    ("rows states vocab whole_vocab threads", _int),
+    ("draft target whole state token draft_sum target_sum mass ce tv kl inner by_ce by_tv by_kl", _pointer),
 )
 
 
@@ -114,19 +114,31 @@ class RowDistances:
     gradient by the logits.
 
     Draft logits [n, V] and target logits [u, V], contiguous float32 on the CPU; each row's place among the
-    latter and the token that follows, int64 [n] both.
+    latter and the token that follows, int64 [n] both. Where the draft vocabulary is a part of the target's,
+    `whole_uW` are the logits of all of it: TV counts what lies outside, KL is taken inside (draft/losses.py),
+    and a token -1 lies outside (its CE is infinite).
     """
 
-    def __init__(self, draft_nV: Tensor, target_uV: Tensor, state_n: Tensor, token_n: Tensor) -> None:
+    def __init__(
+        self,
+        draft_nV: Tensor,
+        target_uV: Tensor,
+        state_n: Tensor,
+        token_n: Tensor,
+        whole_uW: Tensor | None = None,
+    ) -> None:
         count, self.draft_nV = len(draft_nV), draft_nV
         self.ce, self.tv, self.kl, self.inner, draft_sum = draft_nV.new_empty(5, count).unbind()
+        target_sum, mass = draft_nV.new_empty(2, len(target_uV)).unbind()
         kept = {
             "draft": draft_nV,
             "target": target_uV,
             "state": state_n.contiguous(),
             "token": token_n.contiguous(),
         }
-        kept |= {"draft_sum": draft_sum, "target_sum": draft_nV.new_empty(len(target_uV))}
+        if whole_uW is not None:
+            kept["whole"] = whole_uW
+        kept |= {"draft_sum": draft_sum, "target_sum": target_sum, "mass": mass}
         self._kept = kept | {"ce": self.ce, "tv": self.tv, "kl": self.kl, "inner": self.inner}
         _call("measure_rows", self._structure())
 
@@ -137,8 +149,10 @@ class RowDistances:
 
     def _structure(self) -> ctypes.Structure:
         places = {name: tensor.data_ptr() for name, tensor in self._kept.items()}
-        sizes = (*self.draft_nV.shape, torch.get_num_threads())
-        return _Distillation(sizes[0], len(self._kept["target"]), *sizes[1:], **places)
+        rows, vocab = self.draft_nV.shape
+        whole = self._kept["whole"].shape[1] if "whole" in self._kept else vocab
+        states, threads = len(self._kept["target"]), torch.get_num_threads()
+        return _Distillation(rows, states, vocab, whole, threads, **places)
 
 
 def _call(name: str, structure: ctypes.Structure) -> None:

@@ -1,12 +1,12 @@
 """Confidence for drafters without a confidence head: a logistic regression that learns while serving.
 
     c_k = sigmoid(w logit(m_k) + b_k),  m_k = the largest probability of the drafter's distribution at
-    position k
+      position k
 
-with one slope and one intercept per position. m_k is known before x_k is drawn, so a plan by c_k is lossless.
-Only positions whose verdict is known are learned from: those before the first rejection, and the rejected
-one, as far as they were verified. Whether a position is verified depends on m_1..m_k only, which are in the
-regression or before it.
+with one slope and one intercept per position. m_k is known before x_k is drawn, so a plan by c_k is
+lossless. Only positions whose verdict is known are learned from: those before the first rejection, and the
+rejected one, as far as they were verified. Whether a position is verified depends on m_1..m_k only, which
+are in the regression or before it.
 
 Shapes: R requests, G = gamma drafted positions, M remembered observations.
 """

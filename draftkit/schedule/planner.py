@@ -37,15 +37,15 @@ def survival_of(confidence_RG: Floats) -> tuple[Floats, int]:
 
 
 def plan_verification(survival_RG: Floats, step_rate: StepRate, others: int = 0) -> Ints:
-    """Lengths [R] by Algorithm 1 of the DSpark paper: admit by falling survival while the estimate of tokens
-    per second
+    """Lengths [R] by Algorithm 1 of the DSpark paper: admit by falling survival while the estimate of
+    tokens per second
 
         Theta(B) = (R + others + sum of admitted survivals) / (seconds of a pass of B tokens + seconds of
-        drafting)
+          drafting)
 
-    rises, and stop at the first token that does not raise it. The early stop keeps it lossless. The drafter
-    has run when this is asked, so its time is in every Theta, that of length zero too: the plan is never
-    worse than verifying nothing. Whether to draft at all is decided before (`gate.py`).
+    rises, and stop at the first token that does not raise it. The early stop keeps it lossless. The
+    drafter has run when this is asked, so its time is in every Theta, that of length zero too: the plan is
+    never worse than verifying nothing. Whether to draft at all is decided before (`gate.py`).
     """
     order_N, gain_N = _by_survival(survival_RG)
     theta = _rate(gain_N, len(survival_RG), others, step_rate)

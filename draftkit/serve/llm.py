@@ -1,7 +1,9 @@
 """The engine for Python programs: prompts in, texts out, whole or streamed.
 
-from draftkit import LLM, SamplingParams llm = LLM("tiny") [answer] = llm.chat([{"role": "user",
-"content": "What is 17 + 25?"}], SamplingParams(max_tokens=64, temperature=0))
+from draftkit import LLM, SamplingParams
+llm = LLM("tiny")
+[answer] = llm.chat([{"role": "user", "content": "What is 17 + 25?"}], SamplingParams(max_tokens=64,
+  temperature=0))
 print(answer.outputs[0].text)
 """
 

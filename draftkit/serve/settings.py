@@ -23,12 +23,16 @@ class ServeSettings:
     """Address, access and limits. Raises ServeError on values that cannot work.
 
     Attributes:
-        host: address to bind; loopback unless told otherwise. port: TCP port; 0 lets the system choose one
-        (it is in the log). api_keys: any of these opens all routes but those of monitors and the page
-        (docs/security.md); empty = open. max_body_bytes: larger bodies get 413. max_waiting: answers beyond
-        those that the engine makes at the same time; more get 429 with Retry-After. max_choices: prompts
-        times n in one request; more get 400. max_connections: where there are more, the one that has been
-        idle for longest is closed. drain_seconds: how long running requests may take to finish after SIGTERM.
+        host: address to bind; loopback unless told otherwise.
+        port: TCP port; 0 lets the system choose one (it is in the log).
+        api_keys: any of these opens all routes but those of monitors and the page (docs/security.md);
+          empty = open.
+        max_body_bytes: larger bodies get 413.
+        max_waiting: answers beyond those that the engine makes at the same time; more get 429 with
+          Retry-After.
+        max_choices: prompts times n in one request; more get 400.
+        max_connections: where there are more, the one that has been idle for longest is closed.
+        drain_seconds: how long running requests may take to finish after SIGTERM.
         generation_config: "auto" = sampling fields that a request leaves out come from the target's
             generation_config.json; "none" = from the API's defaults.
         allow_origins: web pages of these origins ("https://example.com", or "*" for all) may ask, by CORS.

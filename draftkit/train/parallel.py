@@ -77,6 +77,19 @@ def join_world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
+@contextmanager
+def products_in(compute: torch.dtype, device: torch.device) -> Iterator[None]:
+    """bfloat16 passes on a CPU are float32 tensors: matrix products alone round what they multiply, where the
+    processor has instructions for it (AMX, AVX-512 BF16), and add up in float32."""
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cpu" and compute == torch.bfloat16:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Objective(nn.Module):
     """A drafter's loss as a forward pass, which is what FSDP2 wraps."""
 
@@ -95,6 +108,8 @@ class ParallelDrafter:
     def __init__(self, drafter: Drafter, world: World, shard: bool, compute: torch.dtype) -> None:
         self.drafter, self.world = drafter, world
         self._whole = drafter
+        if world.device.type == "cpu":
+            compute = torch.float32  # `products_in` rounds what is multiplied
         self._objective = Objective(drafter.to(world.device))
         if world.size > 1 or compute != torch.float32:
             self._whole = copy.deepcopy(drafter).cpu()

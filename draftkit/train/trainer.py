@@ -29,7 +29,7 @@ from draftkit.target.interface import Target
 from draftkit.train.batches import BatchMaker, Cut, split_store, steps_from, to_device
 from draftkit.train.log import TrainLog
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
-from draftkit.train.parallel import ParallelDrafter, World
+from draftkit.train.parallel import ParallelDrafter, World, products_in
 from draftkit.train.state import Position, load_state, save_state
 from draftkit.train.validation import decoded_length, validate
 
@@ -99,7 +99,8 @@ def train(
     maker = BatchMaker(store, split.train, settings.batch_size, settings.anchors, settings.seed, cut)
     held_out = BatchMaker(store, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
     fingerprint = _fingerprint(store, drafter, settings, start)
-    parallel = ParallelDrafter(drafter, world, settings.shard, getattr(torch, settings.dtype))
+    compute = getattr(torch, settings.dtype)
+    parallel = ParallelDrafter(drafter, world, settings.shard, compute)
     optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay)
     out.mkdir(parents=True, exist_ok=True)
     at = load_state(out / "state", parallel, optimizer, fingerprint) or Position(
@@ -131,6 +132,7 @@ def train(
         ), lengths
 
     with (
+        products_in(compute, world.device),
         TrainLog(out, at.step, settings.track, provenance, world.first) as log,
         noted_signals() as signalled,
         closing(steps_from(maker, at.step, world.device)) as steps,
