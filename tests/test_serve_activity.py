@@ -33,8 +33,8 @@ def test_a_line_is_about_the_last_ten_seconds_and_an_idle_server_is_silent(
     activity.look(PERIOD, 5250, after)
     activity.look(2 * PERIOD, 5250, after)
     assert lines(caplog) == [
-        "last 10 s: 25.0 tokens/s, 3 running, 1 waiting, accepted length 2.20, drafted in 50 % of rounds, 75 % of "
-        "verified drafts accepted"
+        "last 10 s: 25.0 tokens/s, 3 running, 1 waiting, accepted length 2.20, drafted in 50 % of rounds, "
+        "75 % of verified drafts accepted"
     ]
 
 
