@@ -19,7 +19,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from checks.small_run import readers, run, stages, told
+from checks.forked import finished
+from checks.small_run import readers, stages, told
 from draftkit.errors import DraftkitError
 
 
@@ -52,10 +53,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
     for stage in stages(given.work):
-        done = run(stage)
-        if done.returncode:
-            sys.exit(f"{stage.name}: {done.stderr}")
+        code, said = finished(stage.command, given.work / "log")
+        if code:
+            sys.exit(f"{stage.name}: {said}")
     files, chance = readers(given.work), random.Random(given.seed)
     right = {path: told(read()) for path, read in files.items()}
     outcomes: Counter[str] = Counter()

@@ -1,13 +1,14 @@
-"""Thousands of generated schemas and grammars against the compiler: none may crash the server's process, and
-none may be slow.
+"""Thousands of generated schemas and grammars against the compiler: none may crash the server's process,
+and none may be slow.
 
-    python -m checks.fuzz_grammars --count 5000 --seed 0
+    python -m checks.fuzz_grammars --shapes 0 4000 --count 5000 --seed 0
 
-Schemas are of every keyword of JSON Schema's drafts 4 to 2020-12, nested and combined at random; grammars in
-Lark and GBNF, expressions and lists of choices are random, too; one in ten is blown up (chained, nested,
-repeated, wide). What is accepted is compiled and walked with random tokens in this process, as an engine
-would. Prints one line of JSON; exit code 1 when a grammar that was accepted fails or a step takes longer than
-the server allows.
+Schemas are of every keyword of JSON Schema's drafts 4 to 2020-12, nested and combined at random; grammars
+in Lark and GBNF, expressions and lists of choices are random, too; one in ten is blown up (chained,
+nested, repeated, wide). `--shapes` puts before them every keyword in the shapes of the public JSON Schema
+test suite (checks/schema_shapes.py). What is accepted is compiled and walked with random tokens in this
+process, as an engine would. Prints one line of JSON; exit code 1 when a grammar that was accepted fails or
+a step takes longer than the server allows.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import random
 import sys
 import time
 from collections import Counter
+from itertools import chain, islice
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from checks.schema_shapes import shapes
 from draftkit.serve.grammar_check import COMPILE_SECONDS
 from draftkit.serve.grammar_source import GrammarSource
 from draftkit.serve.structured import STEP_SECONDS, GrammarConstraint, GrammarError, Grammars
@@ -268,6 +271,9 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shapes", type=int, nargs=2, default=(0, 0), metavar=("FROM", "TO"), help="which first"
+    )
     parser.add_argument("--tokenizer", default=str(EMBEDDED))
     given = parser.parse_args()
     chance = random.Random(given.seed)
@@ -275,8 +281,8 @@ def main() -> None:
     grammars = Grammars(tokenizer, len(tokenizer))
     outcomes: Counter[str] = Counter()
     slowest_answer = slowest_compile = slowest_step = 0.0
-    for _ in range(given.count):
-        asked = source(chance)
+    sources = [GrammarSource("schema", schema) for _, schema in islice(shapes(), *given.shapes)]
+    for asked in chain(sources, (source(chance) for _ in range(given.count))):
         began = time.perf_counter()
         try:
             matcher = grammars.matcher(asked)
@@ -300,7 +306,7 @@ def main() -> None:
         except GrammarError:
             outcomes["accepted, and ended with an error later"] += 1
     told = {
-        "grammars": given.count,
+        "grammars": given.count + len(sources),
         "outcomes": dict(outcomes),
         "crashes": 0,  # this line would not be written
         "slowest_answer_seconds": round(slowest_answer, 3),

@@ -1,11 +1,13 @@
-"""Stages killed with SIGKILL at random moments, at least half of them while a file is being written: the same
-command goes on from there, and ends with the same artefacts as a run that nobody killed.
+"""Stages ended from outside at random moments, half of them in the middle of a write: the same command
+goes on from there, and ends with the same files as a run that nobody ended.
 
     python -m checks.kill_stages --work /tmp/kills --count 40 --seed 0
 
-A kill "while a file is being written" is one that left a `.partial`, `.new` or `.part` file, or a torn last
-line, behind. Prints one line of JSON; exit code 1 when a stage could not go on, or ended with other
-artefacts.
+Half of the kills are SIGKILLs after a random time. The other half come in the middle of a write: the
+system ends the process at a random byte of the file that it writes (RLIMIT_FSIZE with SIGXFSZ, which runs
+no more of the process than SIGKILL does), so that a torn file or line is left. `--work` may hold the
+finished run of an earlier call. Prints one line of JSON; exit code 1 when a stage could not go on, or
+ended with other files.
 """
 
 from __future__ import annotations
@@ -14,41 +16,47 @@ import argparse
 import json
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-from checks.small_run import DRAFTKIT, Stage, readers, run, stages, told
+from checks.forked import Disk, finished, start
+from checks.small_run import Stage, stages
 
-# the same in every run; `calibrate` and `profile` write one file at the end
-STAGES = ("generate", "capture", "train")
-HALF_WRITTEN = ("*.partial", "*.new", "*.part")
-
-
-def being_written(work: Path, stage: Stage) -> bool:
-    """Whether something of the stage's is half there at this moment."""
-    if any(next(work.rglob(pattern), None) for pattern in HALF_WRITTEN):
-        return True
-    return stage.out.is_file() and stage.out.stat().st_size > 0 and not stage.out.read_bytes().endswith(b"\n")
+STAGES = ("generate", "capture", "train")  # whose files are the same in every run
+SAME = ("answers.jsonl", "features/*.safetensors", "drafter/best/model.safetensors")
+KILLS = 3  # of each stage in a run
+PROMPTS = 24
 
 
-def kill_once(work: Path, stage: Stage, chance: random.Random, wait_for_write: bool, longest: float) -> str:
-    """Start the stage, kill it, and say when that was."""
-    process = subprocess.Popen(
-        [*DRAFTKIT, *stage.command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    until = time.monotonic() + chance.uniform(0.2, 1) * longest
-    while process.poll() is None and time.monotonic() < (until + longest if wait_for_write else until):
-        if wait_for_write and time.monotonic() > until - longest and being_written(work, stage):
-            break
-        time.sleep(0 if wait_for_write else 0.01)
-    if process.poll() is not None:
+def killed_after(stage: Stage, seconds: float, log: Path) -> str:
+    """Kill the stage after a while; what became of it."""
+    process = start(stage.command, log)
+    process.join(seconds)
+    if process.exitcode is not None:
         return "ended before"
     process.kill()
-    process.wait()
-    return "while writing" if being_written(work, stage) else "between writes"
+    process.join()
+    return "between writes"
+
+
+def killed_in_a_write(stage: Stage, most_bytes: int, log: Path) -> str:
+    """Let the system end the stage where a file would grow beyond so many bytes; what became of it."""
+    code, _ = finished(stage.command, log, Disk(most_bytes, deadly=True))
+    return "while writing" if code == -signal.SIGXFSZ else "ended before"
+
+
+def largest(*places: Path) -> int:
+    """Bytes of the largest file in some folders."""
+    files = [f for place in places for f in (place.rglob("*") if place.is_dir() else [place]) if f.is_file()]
+    return max((f.stat().st_size for f in files), default=0)
+
+
+def result(work: Path) -> dict[str, bytes]:
+    """The files that must be the same."""
+    return {str(f.relative_to(work)): f.read_bytes() for name in SAME for f in sorted(work.glob(name))}
 
 
 def main() -> None:
@@ -56,38 +64,55 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, required=True, help="an empty folder")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="an empty folder, or that of an earlier call"
+    )
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=STAGES, help="kill this stage alone")
     given = parser.parse_args()
     chance, seconds = random.Random(given.seed), {}
-    right_work, work = given.work / "right", given.work / "killed"
-    for stage in stages(right_work):
+    right_work, work, log = given.work / "right", given.work / "killed", given.work / "log"
+    wanted = STAGES[: STAGES.index(given.only) + 1] if given.only else STAGES
+    sizes: dict[str, int] = {}
+    for stage in stages(right_work, PROMPTS)[: len(wanted)]:
         began = time.monotonic()
-        done = run(stage)
-        seconds[stage.name] = time.monotonic() - began
-        if done.returncode:
-            sys.exit(f"{stage.name}: {done.stderr}")
-    right = {path.relative_to(right_work): told(read()) for path, read in readers(right_work).items()}
+        code, told = finished(stage.command, log)
+        if code:
+            sys.exit(f"{stage.name}: {told}")
+        noted = given.work / f"{stage.name}.seconds"  # an earlier call's: a finished stage takes no time
+        if not noted.exists():
+            noted.write_text(str(time.monotonic() - began), "ascii")
+        seconds[stage.name], sizes[stage.name] = float(noted.read_text("ascii")), largest(stage.out)
+    right = result(right_work)
     outcomes: Counter[str] = Counter()
+    by_stage: Counter[str] = Counter()
     wrong: list[str] = []
     while outcomes["while writing"] + outcomes["between writes"] < given.count and not wrong:
         shutil.rmtree(work, ignore_errors=True)
-        for stage in stages(work):
-            for _ in range(3 * (stage.name in STAGES)):
-                kills = outcomes["while writing"] + outcomes["between writes"]
-                writing = outcomes["while writing"] * 2 <= kills
-                outcomes[kill_once(work, stage, chance, writing, seconds[stage.name])] += 1
-            done = run(stage)
-            if done.returncode:
-                wrong.append(f"{stage.name}: {done.stderr[-300:]}")
+        for stage in stages(work, PROMPTS)[: len(wanted)]:
+            for _ in range(KILLS if given.only in (None, stage.name) else 0):
+                parts = stage.out.with_name(stage.out.name + ".parts")
+                if outcomes["while writing"] <= outcomes["between writes"]:
+                    now = largest(parts if parts.exists() else stage.out)
+                    most = now + chance.randrange(1, max(2, sizes[stage.name] - now))
+                    outcome = killed_in_a_write(stage, most, log)
+                else:
+                    outcome = killed_after(stage, chance.uniform(0.1, 1) * seconds[stage.name], log)
+                outcomes[outcome] += 1
+                by_stage[stage.name] += outcome != "ended before"
+            code, told = finished(stage.command, log)
+            if code:
+                wrong.append(f"{stage.name}: {told[-300:]}")
                 break
         if not wrong:
-            found = {path.relative_to(work): told(read()) for path, read in readers(work).items()}
-            # seconds are in states, and speeds in what was measured
-            same = ("answers.jsonl", "manifest.json")
-            wrong += [str(p) for p in right if p.name in same and found.get(p) != right[p]]
-    print(json.dumps({"kills": dict(outcomes), "wrong": wrong}))
+            found = result(work)
+            wrong += sorted(
+                name for name in right.keys() | found.keys() if found.get(name) != right.get(name)
+            )
+    print(
+        json.dumps({"kills": dict(outcomes), "stages": dict(by_stage), "files": len(right), "wrong": wrong})
+    )
     sys.exit(bool(wrong))
 
 

@@ -4,8 +4,6 @@ is read."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 
 from draftkit.data.conversations import read_conversations
 from draftkit.data.features import FeatureStore
+from draftkit.data.records import read_manifest
 from draftkit.draft.checkpoint import load_drafter, read_provenance
 from draftkit.schedule.calibration import load_calibration
 from draftkit.schedule.step_rate_table import load_step_rate
@@ -23,7 +22,6 @@ from draftkit.target.place import EMBEDDED
 from draftkit.target.transformers import load_target
 from draftkit.train.folder import read_folder
 
-DRAFTKIT = (sys.executable, "-m", "draftkit.cli")
 SMALL = ["-r", "tiny-quickstart", "--set", "generate.max_new_tokens=24", "--set", "generate.batch_size=8"]
 QUICK = ["--tokens", "1", "--tokens", "8", "--repeats", "1"]
 STEPS = ["--set", "train.steps=60", "--set", "train.validate_every=10"]
@@ -63,11 +61,6 @@ def stages(work: Path, prompts: int = 48) -> list[Stage]:
     ]
 
 
-def run(stage: Stage) -> subprocess.CompletedProcess[str]:
-    """The stage as its own process, to its end."""
-    return subprocess.run([*DRAFTKIT, *stage.command], capture_output=True, text=True, check=False)
-
-
 def readers(work: Path) -> dict[Path, Callable[[], Any]]:
     """How the stages read each file of a finished run: something to compare, or a DraftkitError."""
     features, drafter, best = work / "features", work / "drafter", work / "drafter" / "best"
@@ -83,6 +76,7 @@ def readers(work: Path) -> dict[Path, Callable[[], Any]]:
 
     found: dict[Path, Callable[[], Any]] = {
         work / "answers.jsonl": lambda: [vars(c) for c in read_conversations([work / "answers.jsonl"])],
+        work / "answers.manifest.json": lambda: read_manifest(work / "answers.jsonl"),
         features / "manifest.json": store,
         work / "calibration" / "calibration.json": lambda: load_calibration(
             work / "calibration/calibration.json", gamma, own

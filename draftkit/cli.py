@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,10 +20,14 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
 from draftkit.output import as_json, check_file, make_folder
+from draftkit.progress import doing
 from draftkit.serve.settings import LoadSettings, ServeSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from draftkit.config import Recipe
+    from draftkit.data.messages import Conversation
 
 app = typer.Typer(
     help="Train, measure and serve drafters that make an unchanged large model answer faster.",
@@ -55,6 +60,7 @@ SkipOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
+LIBRARIES = "loading PyTorch and Transformers"
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
 GOES_ON = {"quickstart", "specialise", "generate", "capture", "train", "evaluate", "calibrate"}
 
@@ -114,19 +120,32 @@ def generate(
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
     check_file(out)
-    from draftkit.data.conversations import SkippedRows, check_beginning, iterate_conversations
+    from draftkit.data.conversations import (
+        SkippedRows,
+        check_beginning,
+        count_rows,
+        iterate_conversations,
+    )
 
     check_beginning(prompts or [], skip_invalid)
     check_inputs(settings)
-    from draftkit import stages
+    with doing(LIBRARIES):
+        from draftkit import stages
 
     paths = prompts or [stages.TINY_PROMPTS]
     skipped = SkippedRows() if skip_invalid else None
-    read = lambda: iterate_conversations(paths, skipped.anew() if skipped else None)  # noqa: E731
+
+    def read(first: int) -> Iterator[Conversation]:
+        if skipped is None:
+            return iterate_conversations(paths, first=first)
+        return islice(iterate_conversations(paths, skipped.anew()), first, None)
+
+    total = count_rows(paths)
     if servers:
-        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key)
+        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key, total)
     else:
-        report = stages.run_generate(*stages.open_target(settings), settings, read, out)
+        opened = stages.open_target(settings)
+        report = stages.run_generate(*opened, settings, read, out, total=total)
     if skipped:
         skipped.report()
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
@@ -150,7 +169,8 @@ def capture(
 
     check_beginning(conversations, skip_invalid)
     check_inputs(settings)
-    from draftkit import stages
+    with doing(LIBRARIES):
+        from draftkit import stages
 
     skipped = SkippedRows() if skip_invalid else None
     target, tokenizer = stages.open_target(settings)
@@ -177,7 +197,8 @@ def train(
     make_folder(out)
     check_given("--features", features)
     check_inputs(settings, start_from)
-    from draftkit import stages
+    with doing(LIBRARIES):
+        from draftkit import stages
 
     report = stages.run_train(*stages.read_target(settings), settings, features, out, start_from=start_from)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
@@ -312,9 +333,10 @@ def evaluate(
     settings = _recipe(recipe, overrides)
     make_folder(out)
     check_inputs(settings, drafter, prompts or [])
-    from draftkit import stages
-    from draftkit.evaluate.plots import plot_acceptance
-    from draftkit.evaluate.report import print_report
+    with doing(LIBRARIES):
+        from draftkit import stages
+        from draftkit.evaluate.plots import plot_acceptance
+        from draftkit.evaluate.report import print_report
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
     target, tokenizer = stages.open_target(settings)
@@ -570,11 +592,15 @@ def serve(
         bool,
         typer.Option(help="special tokens in contents count, as in most servers; default: they are text"),
     ] = False,
+    template_switch: Annotated[
+        list[str] | None,
+        typer.Option(help="variable of the chat template, e.g. enable_thinking=false; repeatable"),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
     """Serve a target and its drafter through the OpenAI API. A chat page is at /."""
     from draftkit.errors import ServeError
-    from draftkit.serve.settings import option_names
+    from draftkit.serve.settings import option_names, switches_of
 
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
         raise ServeError(f"--kv-gib is {kv_gib:g}; give the GiB of memory for keys and values, above 0")
@@ -620,6 +646,7 @@ def serve(
         calibration,
         generation_config,
         honour_special_tokens,
+        switches_of(template_switch or ()),
     )
     run_server(lambda: load_served(*pair), settings)
 

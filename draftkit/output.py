@@ -77,6 +77,14 @@ def write_tensors(
         follow_umask(path)
 
 
+def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
+    """Write a figure of matplotlib's as PNG, in one rename. Raises OSError that names the file."""
+    partial = path.with_name(path.name + ".partial")
+    with naming(path):
+        figure.savefig(partial, dpi=dpi, format="png")
+        partial.replace(path)
+
+
 @contextmanager
 def only_writer(path: Path) -> Iterator[None]:
     """Keep other runs from `path`, a file or a folder that is there, for as long as this one writes it; a

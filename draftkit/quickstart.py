@@ -241,7 +241,13 @@ def _generate(
 
     def first(count: float) -> int:
         return stages.run_generate(
-            target, tokenizer, recipe, lambda: prompts[: int(count)], answers, answers_of
+            target,
+            tokenizer,
+            recipe,
+            lambda start: prompts[start : int(count)],
+            answers,
+            answers_of,
+            int(count),
         ).records
 
     def affordable() -> float:

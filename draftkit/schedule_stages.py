@@ -17,6 +17,7 @@ from draftkit.evaluate.run import EvalPrompt
 from draftkit.evaluate.schedule_plots import plot_reliability, plot_simulation
 from draftkit.ops.sampling import Sampling
 from draftkit.output import one_writer
+from draftkit.progress import progress_bar
 from draftkit.schedule.calibration import (
     Calibration,
     Quality,
@@ -31,7 +32,6 @@ from draftkit.schedule.simulate import Load, Outcome, arms_for, parametric_table
 from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, save_step_rate
 from draftkit.schedule.traces import Origin, Traces, join_traces, load_traces, save_traces
 from draftkit.settings import GenerateSettings
-from draftkit.stages import progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED_PAIR, TransformersTarget
 
@@ -68,7 +68,7 @@ def run_record(
         [],
     )
     answer_all = answerer(target, settings.batch_size)
-    with progress_bar("record", len(prompts)) as (bar, task):
+    with progress_bar("record", len(prompts)) as bar:
         for first in range(0, len(prompts), settings.batch_size):
             batch = prompts[first : first + settings.batch_size]
             name = hashlib.sha256(repr((origin, first)).encode()).hexdigest()[:16]
@@ -81,7 +81,7 @@ def run_record(
                 traces = record_traces(target, drafter, items, TraceSettings(sampling, seed + 1 + first), own)
                 save_traces(replace(traces, origin=origin), part)
             parts.append(part)
-            bar.update(task, advance=len(batch))
+            bar.update(advance=len(batch))
     traces = join_traces([_read_own(p, origin) for p in parts])
     if traces.prompts:
         save_traces(traces, out)
@@ -164,9 +164,9 @@ def run_profile(
     points = len(settings.tokens) * len(settings.contexts) + (
         len(settings.requests) if drafter is not None else 0
     )
-    with progress_bar("profile", points * settings.repeats) as (bar, task):
+    with progress_bar("profile", points * settings.repeats) as bar:
         own = fingerprint(folder) if folder else ""
-        table = profile(target, drafter, own, settings, lambda: bar.update(task, advance=1))
+        table = profile(target, drafter, own, settings, lambda: bar.update(advance=1))
     save_step_rate(table, out)
     plot_step_rate(table, out.with_suffix(".png"))
     return table
@@ -220,11 +220,11 @@ def run_simulate(
     gamma, longest = source.traces.gamma, max(p.prompt_tokens + p.rows for p in source.traces.prompts)
     most = max(load.concurrency for load in loads) * (gamma + 1)
     arms, outcomes = arms_for(gamma), []
-    with progress_bar("simulate", len(arms) * len(loads)) as (bar, task):
+    with progress_bar("simulate", len(arms) * len(loads)) as bar:
         for load in loads:
             for name, arm in arms.items():
                 outcomes.append(simulate(source.traces, source.table, load, name, arm, source.calibration))
-                bar.update(task, advance=1)
+                bar.update(advance=1)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         plot_simulation(outcomes, out / "simulation.png")

@@ -92,7 +92,9 @@ def run_specialise(
     learnt = [traces / "train.jsonl", *([traces / "validation.jsonl"] if report.kept["validation"] else [])]
     if regenerate:
         answers = out / "answers.jsonl"
-        stages.run_generate(target, tokenizer, recipe, lambda: iterate_conversations(learnt), answers)
+        stages.run_generate(
+            target, tokenizer, recipe, lambda first: iterate_conversations(learnt, first=first), answers
+        )
         learnt = [answers]
     read = stages.answers_of(recipe, tokenizer, learnt)
     captured = stages.run_capture(target, tokenizer, recipe, read, out / "features")

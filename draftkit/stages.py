@@ -7,22 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.answers import Answers
@@ -35,6 +25,7 @@ from draftkit.data.features import read_manifest as read_manifest_of_store
 from draftkit.data.generate import GenerateReport, generate_file
 from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.messages import Conversation
+from draftkit.data.parts import SharedWork
 from draftkit.data.records import check_rendered_as, made_with, read_manifest
 from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
@@ -57,6 +48,7 @@ from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, speed_prompts
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, one_writer, write_text
+from draftkit.progress import clock, doing, progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.place import EMBEDDED
@@ -78,23 +70,13 @@ START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
-@contextmanager
-def progress_bar(title: str, total: float | None) -> Iterator[tuple[Progress, Any]]:
-    """A bar with rate and remaining time on standard error; on a pipe it stays silent."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    console = Console(stderr=True)
-    with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not sys.stderr.isatty()
-    ) as bar:
-        yield bar, bar.add_task(title, total=total, note="")
-
-
 def open_target(recipe: Recipe, device: str | None = None) -> tuple[TransformersTarget, Any]:
     """The recipe's target and its tokenizer; without a device, on a GPU where there is one."""
     section = recipe.target
     algorithm_named(recipe.drafter.algorithm)  # a mistake shows before the target is loaded
-    target = load_target(section.path, section.revision, section.dtype, device or best_device())
-    return target, load_tokenizer(section.path, section.revision)
+    with doing(f"loading the target {section.path}"):
+        target = load_target(section.path, section.revision, section.dtype, device or best_device())
+        return target, load_tokenizer(section.path, section.revision)
 
 
 def prompt_format(recipe: Recipe, tokenizer: Any, today: str | None = None) -> TemplateFormat:
@@ -121,51 +103,64 @@ def run_generate(
     target: TransformersTarget,
     tokenizer: Any,
     recipe: Recipe,
-    prompts: Callable[[], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation]],
     out: Path,
     answers: Answers | None = None,
+    total: int | None = None,
 ) -> GenerateReport:
-    """Stage 1: the target answers the prompts, by `answers` where they are at hand."""
+    """Stage 1: the target answers the prompts, `total` of them where that is known, by `answers` where
+    they are at hand."""
     shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, recipe.generate)
-    return _generate(
-        answers or answerer(target, recipe.generate.batch_size), shown, recipe, prompts, out, about
-    )
+    if answers is None:
+        with doing("compiling the target's passes and reserving memory"):
+            answers = answerer(target, recipe.generate.batch_size)
+    return _generate(answers, shown, recipe, prompts, out, about, total)
 
 
 def run_generate_by_servers(
     recipe: Recipe,
-    prompts: Callable[[], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation]],
     out: Path,
     urls: Sequence[str],
     model: str | None,
     api_key: str | None,
+    total: int | None = None,
 ) -> GenerateReport:
     """Stage 1 where servers answer: of the target only the tokenizer is loaded."""
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
     shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
-    answers = ServerAnswers(urls, shown, recipe.generate.batch_size, model, api_key)
+    with doing(f"looking at {', '.join(urls)}"):
+        answers = ServerAnswers(urls, shown, recipe.generate.batch_size, model, api_key)
     about = made_with(shown, f"{answers.model} at a server", (), recipe.generate)
-    return _generate(answers, shown, recipe, prompts, out, about)
+    return _generate(answers, shown, recipe, prompts, out, about, total)
 
 
 def _generate(
     answers: Answers,
     shown: PromptFormat,
     recipe: Recipe,
-    prompts: Callable[[], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation]],
     out: Path,
     about: dict[str, Any],
+    total: int | None,
 ) -> GenerateReport:
-    made, began = 0, time.perf_counter()
-    with progress_bar("generate", None) as (bar, task):
+    """Generate, and tell the progress; of `total` conversations those that are there already count as
+    done."""
+    before = SharedWork(out).count()
+    made, done, began = 0, 0, time.perf_counter()
+    with progress_bar("generate", total) as bar:
+        bar.update(completed=before)
 
         def tick(conversations: int, tokens: int) -> None:
-            nonlocal made
-            made += tokens
-            bar.update(
-                task, advance=conversations, note=f"{made / (time.perf_counter() - began):,.0f} tokens/s"
-            )
+            nonlocal made, done
+            made, done = made + tokens, done + conversations
+            rate = made / (time.perf_counter() - began)
+            note = f"{made:,} tokens, {rate:,.0f} tokens/s"
+            if total and not done and rate:  # nobody knows yet how long answers are
+                most = (total - before) * recipe.generate.max_new_tokens - made
+                note += f", at most {clock(most / rate)} left"
+            bar.update(advance=conversations, note=note)
 
         return generate_file(answers, shown, prompts, out, recipe.generate, about, tick)
 
@@ -203,8 +198,8 @@ def run_capture(
     layers = feature_layers(recipe, target)
     begun = read_manifest_of_store(out).today if (out / STORE_MANIFEST).exists() else None
     shown = prompt_format(recipe, tokenizer, begun)
-    with progress_bar("capture", None) as (bar, task):
-        tick = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+    with progress_bar("capture", None) as bar:
+        tick = lambda done, total: bar.update(completed=done, total=total)  # noqa: E731
         report = capture(target, shown, conversations, out, layers, recipe.capture, tick)
     if line := report.counts.unshown_line():
         print(line, file=sys.stderr)
@@ -275,12 +270,12 @@ def run_train(
         "recipe": recipe.model_dump(),
         **({"started_from": fingerprint(start_from)} if start_from else {}),
     }
-    with progress_bar("train", 100) as (bar, task), join_world() as world:
+    with progress_bar("train", 100) as bar, join_world() as world:
 
         def show(p: trainer.Progress) -> None:
             note = f"% step {p.step}  {p.step / max(p.seconds, 1e-9):.1f} steps/s  loss {p.loss:.3f}"
             note += f"  accepted length {p.accepted_len:.2f}" if p.accepted_len else ""
-            bar.update(task, completed=int(100 * p.share), note=note)
+            bar.update(completed=int(100 * p.share), note=note)
 
         def note_recipe() -> None:
             write_text(out / "recipe.yaml", dump_recipe(recipe))
@@ -474,8 +469,8 @@ def evaluate_prompts(
         result = _kept_result(path, made_from)
         if result is None:
             timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
-            with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as (bar, task):
-                tick = lambda: bar.update(task, advance=1)  # noqa: E731
+            with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as bar:
+                tick = lambda: bar.update(advance=1)  # noqa: E731
                 result = evaluate(target, opened, chosen, section, sampling, tick)
             result = replace(result, settings=result.settings | {"made_from": made_from})
             result.save(path)

@@ -325,7 +325,7 @@ def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Pa
     recipe = load_recipe("tiny-eagle3", [f"target.path={target_folder}", *sizes, "train.batch_size=4"])
     target, tokenizer = stages.open_target(recipe)
     prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
-    stages.run_generate(target, tokenizer, recipe, lambda: prompts, tmp_path / "answers.jsonl")
+    stages.run_generate(target, tokenizer, recipe, lambda first: prompts[first:], tmp_path / "answers.jsonl")
     stages.run_capture(
         target, tokenizer, recipe, read_conversations([tmp_path / "answers.jsonl"]), tmp_path / "features"
     )

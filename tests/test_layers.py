@@ -13,7 +13,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"artefact", "permissions", "suggest"}),
     frozenset({"settings"}),
-    frozenset({"config", "interrupt", "output"}),
+    frozenset({"config", "interrupt", "output", "progress"}),
     frozenset({"ops"}),
     frozenset({"target"}),
     frozenset({"draft"}),

@@ -124,7 +124,7 @@ def test_only_training_needs_one_and_it_stays_in_the_checkpoint(
     everything = recipe("generate.max_new_tokens=4")
     assert (
         stages.run_generate(
-            target, tokenizer, everything, lambda: [talk.prompt()], tmp_path / "a.jsonl"
+            target, tokenizer, everything, lambda first: [talk.prompt()][first:], tmp_path / "a.jsonl"
         ).records
         == 1
     )

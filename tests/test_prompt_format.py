@@ -52,7 +52,7 @@ def test_fifty_conversations_are_rendered_as_the_template_does_and_the_answers_f
     known = FAMILIES[family]
     told = shown(folder, known.template, **known.switches)
     apply = told.tokenizer.apply_chat_template
-    for messages, tools in conversations(50, known.has_tools, known.has_reasoning):
+    for messages, tools in conversations(50, known.has_tools, known.has_reasoning, known.calls_at_once):
         plain = known.as_transformers_takes_it(messages)
         given = {"tools": tools or None, "tokenize": False} | known.switches
         assert told.text(messages, tools) == apply(plain, add_generation_prompt=True, **given)
@@ -63,6 +63,7 @@ def test_fifty_conversations_are_rendered_as_the_template_does_and_the_answers_f
             prompt = apply(plain[:place], add_generation_prompt=True, **given)
             whole = apply(plain[: place + 1], add_generation_prompt=False, **given)
             assert turn.prompt_ids == told.encode(prompt)
+            prompt = prompt.removesuffix(known.prompt_only)
             answer = told.tokenizer.decode(turn.answer_ids)
             assert whole.startswith(prompt), "these families write answers as their prompts begin them"
             assert whole[len(prompt) :].rstrip("\n") == answer
@@ -73,11 +74,13 @@ def test_fifty_conversations_are_rendered_as_the_template_does_and_the_answers_f
 def test_an_answer_is_taken_apart_into_what_was_said(family: str, folder: Path) -> None:
     known = FAMILIES[family]
     told = shown(folder, known.template, **known.switches)
-    for messages, tools in conversations(50, known.has_tools, known.has_reasoning):
+    for messages, tools in conversations(50, known.has_tools, known.has_reasoning, known.calls_at_once):
         last = messages[-1]
         parts = told.parse(told.turns(messages, tools)[-1].answer_ids)
         assert parts.content.strip() == (last["content"] or "")
-        assert parts.reasoning == last.get("reasoning_content")
+        thought = None if known.thinks_with_calls else last.get("reasoning_content")
+        assert parts.reasoning == thought
+        assert ("reasoning_content" in told.unshown(messages, tools)) == known.thinks_with_calls
         calls = [c["function"] for m in messages for c in m.get("tool_calls", ())]
         found = [
             c["function"] for t in told.turns(messages, tools) for c in told.parse(t.answer_ids).tool_calls

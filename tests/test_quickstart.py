@@ -134,9 +134,11 @@ def test_a_run_that_was_stopped_while_it_measured_its_rate_counts_new_answers_al
     answers, now = tmp_path / "answers.jsonl", 0.0
     answers.write_text("{}\n" * 150, encoding="utf-8")
 
-    def generate(target: Any, tokenizer: Any, recipe: Any, prompts: Any, out: Path, answer: Any) -> Any:
+    def generate(
+        target: Any, tokenizer: Any, recipe: Any, prompts: Any, out: Path, answer: Any, total: int
+    ) -> Any:
         nonlocal now
-        there, wanted = len(out.read_text("utf-8").splitlines()), len(prompts())
+        there, wanted = len(out.read_text("utf-8").splitlines()), len(prompts(0))
         now += (wanted - there) / 100
         out.write_text("{}\n" * wanted, encoding="utf-8")
         return SimpleNamespace(records=wanted)

@@ -95,7 +95,7 @@ def test_the_recipe_trains_one_and_it_comes_back(target_folder: Path, tmp_path: 
     recipe = load_recipe("tiny-dspark", [f"target.path={target_folder}", *sizes, "train.batch_size=4"])
     target, tokenizer = stages.open_target(recipe)
     prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
-    stages.run_generate(target, tokenizer, recipe, lambda: prompts, tmp_path / "answers.jsonl")
+    stages.run_generate(target, tokenizer, recipe, lambda first: prompts[first:], tmp_path / "answers.jsonl")
     answers = read_conversations([tmp_path / "answers.jsonl"])
     stages.run_capture(target, tokenizer, recipe, answers, tmp_path / "features")
     report = stages.run_train(target, tokenizer, recipe, tmp_path / "features", tmp_path / "drafter")

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from draftkit.serve.problem import ApiError, from_validation, shorten
 from draftkit.serve.prompt_scores import Echo
 from draftkit.serve.protocol import ChatBody, CompletionBody, TokenizeBody
 from draftkit.serve.reply import ChatReply, CompletionReply
+from draftkit.target.answer_parts import AnswerStyle
+from draftkit.target.answer_stream import AnswerStream
 from draftkit.target.prompt_format import content_text
 from support.fake_engine import fake_served, seam
 from support.server import CHAT, Server, serving
@@ -233,13 +236,14 @@ def choice_that_says(text: str) -> Choice:
 def test_without_parallel_calls_the_first_one_is_given_alone() -> None:
     call = '<tool_call>{"name": "%s", "arguments": {}}</tool_call>'
     text = call % "first" + call % "second" + "<tool_call>" + '{"name": "third"}'
+    hermes = partial(AnswerStream, AnswerStyle())
     for one_call, names in ((False, ["first", "second", "third"]), (True, ["first"])):
-        message = ChatReply(SERVED.texts, False, True, one_call).whole(0, choice_that_says(text), [], Echo())[
-            "message"
-        ]
+        message = ChatReply(SERVED.texts, False, hermes, one_call).whole(
+            0, choice_that_says(text), [], Echo()
+        )["message"]
         assert [c["function"]["name"] for c in message["tool_calls"]] == names and message["content"] is None
         reply, choice = (
-            ChatReply(SERVED.texts, False, True, one_call),
+            ChatReply(SERVED.texts, False, hermes, one_call),
             Choice(SERVED.texts, SamplingParams(), 1),
         )
         streamed: list[Any] = []

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ from support.server import Server, serving
 
 BODY = 2**23
 LATEST = 0.5  # seconds
+MOST_MEMORY = 100 * 2**20  # bytes that a body of 8 MiB may take over what there was
 WORD = "stumbling block " * (limits.MAX_WORD // 16)
 LONG_TEXT = "The quick brown fox jumps over the lazy dog. " * (BODY // 46)
 MESSAGE = {"role": "user", "content": "a"}
@@ -79,6 +81,21 @@ CASES = [
 ]
 
 
+class PeakMemory:
+    """The most memory that a process has had since now, in bytes; 0 where the system does not tell."""
+
+    def __init__(self, pid: int) -> None:
+        self._process = Path(f"/proc/{pid}")
+        if self._process.exists():
+            (self._process / "clear_refs").write_text("5")
+
+    def above(self, before: int) -> int:
+        if not self._process.exists():
+            return 0
+        lines = (self._process / "status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024 - before
+
+
 class Asking:
     """Asks /health without a pause; `slowest` in seconds."""
 
@@ -129,15 +146,18 @@ def test_health_answers_while_a_field_is_full(
     raw = json.dumps(body, separators=(",", ":")).encode()[: BODY + 1]
     # others use this machine, too: a pause of theirs does not come twice in the same place
     for _ in range(3):
-        before = psutil.Process(server.process.pid).memory_info().rss
+        before, peak = psutil.Process(server.process.pid).memory_info().rss, PeakMemory(server.process.pid)
         with Asking(server.url).during() as asking:
             answer = server.http.post(
                 path, content=raw, headers={"Content-Type": "application/json"}, timeout=60
             )
         grown = psutil.Process(server.process.pid).memory_info().rss - before
         assert answer.status_code in (200, 400, 413) and len(answer.content) < 2**27
+        most = peak.above(before)
         told = f"/health {asking.slowest:.3f} s of {asking.count}, memory {grown / 2**20:+.0f} MiB"
+        told += f", at its peak {most / 2**20:+.0f} MiB"
         print(f"{name}: {answer.status_code}, {told}")
+        assert most <= MOST_MEMORY or len(raw) < BODY // 2
         if asking.slowest < LATEST:
             break
     assert asking.count and asking.slowest < LATEST

@@ -25,8 +25,9 @@ from draftkit.serve.protocol import ChatBody, CompletionBody
 from draftkit.serve.reply import ChatReply, CompletionReply, usage
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import ClientLeft, EventStream
-from draftkit.serve.tools import ToolCalls
 from draftkit.serve.worker import Worker
+from draftkit.target.answer_parts import AnswerStyle
+from draftkit.target.answer_stream import AnswerDelta, AnswerStream
 from support.fake_engine import FakeEngine, fake_served, seam
 
 SERVED = fake_served()
@@ -88,22 +89,20 @@ def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:
 @given(cuts=st.lists(st.integers(1, 12), max_size=30))
 def test_tool_calls_are_found_wherever_pieces_break(cuts: list[int]) -> None:
     text = f"Let me look. {CALL}\n{CALL} and <tool_call>not json</tool_call> <tool_cal"
-    parser, content, calls = ToolCalls(), "", []
+    reader, found = AnswerStream(AnswerStyle()), AnswerDelta()
     for cut in [*cuts, len(text)]:
         piece, text = text[:cut], text[cut:]
-        more, found = parser.add(piece)
-        content, calls = content + more, calls + found
-    content += parser.finish()[0]
-    assert content == "Let me look. \n and <tool_call>not json</tool_call> <tool_cal"
-    assert [c["function"]["name"] for c in calls] == ["weather", "weather"] and calls == parser.calls
-    assert (
-        json.loads(calls[0]["function"]["arguments"]) == {"city": "Köln"} and calls[0]["id"] != calls[1]["id"]
-    )
+        found += reader.add(piece)
+    found += reader.finish()
+    assert found.content == "Let me look. \n and <tool_call>not json</tool_call> <tool_cal"
+    assert [c["function"]["name"] for c in found.tool_calls] == ["weather", "weather"]
+    first, second = found.tool_calls
+    assert json.loads(first["function"]["arguments"]) == {"city": "Köln"} and first["id"] != second["id"]
 
 
 def test_a_tool_call_reaches_the_client_whole_and_streamed() -> None:
     choice = Choice(SERVED.texts, SamplingParams(), 1)
-    reply = ChatReply(SERVED.texts, False, tools=True)
+    reply = ChatReply(SERVED.texts, False, lambda: AnswerStream(AnswerStyle()))
     chunks = [reply.chunk(0, choice, choice.add(output([t]))) for t in ids(CALL)]
     chunks.append(reply.chunk(0, choice, choice.add(output([SERVED.engine.eos], "stop"))))
     shown = [c for c in chunks if c is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from draftkit.data import servers as servers_module
 from draftkit.data.generate import generate_file
+from draftkit.data.messages import Conversation, Message
 from draftkit.data.records import made_with
 from draftkit.data.servers import ServerAnswers
 from draftkit.errors import ServeError
@@ -36,12 +38,13 @@ def probe(shown: TemplateFormat) -> int:
 def _short_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers_module, "FIRST_REST", 0.02)
     monkeypatch.setattr(servers_module, "LONGEST_REST", 0.1)
+    monkeypatch.setattr(servers_module, "_LOOK", 0.05)
 
 
 def generate(shown: TemplateFormat, out: Path, servers: list[StubServer], count: int = 30) -> dict[str, Any]:
     answers = ServerAnswers([s.url for s in servers], shown, 4)
     about = made_with(shown, "a server", (), SETTINGS)
-    generate_file(answers, shown, lambda: prompts(count), out, SETTINGS, about)
+    generate_file(answers, shown, lambda first: prompts(count)[first:], out, SETTINGS, about)
     return records(out)
 
 
@@ -79,6 +82,34 @@ def test_a_server_in_trouble_does_not_hold_the_rest_and_no_prompt_is_answered_tw
     """It fails after three answers, and stays in trouble."""
     with stubs(StubServer(probe, trouble=trouble, well_for=3), StubServer(probe)) as servers:
         check_ids(generate(shown, tmp_path / "a.jsonl", servers), shown)
+
+
+def test_a_server_that_hangs_holds_nothing_up(
+    shown: TemplateFormat, probe: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an answer and without an end; what it was asked is asked elsewhere, and answered once."""
+    monkeypatch.setattr(servers_module, "OVERDUE", 0.3)
+    began = time.monotonic()
+    with stubs(StubServer(probe, trouble="hangs", well_for=3), StubServer(probe)) as servers:
+        check_ids(generate(shown, tmp_path / "a.jsonl", servers), shown)
+        answered = [ids for server in servers for ids in server.answered]
+        assert len(servers[0].asked) > 3 and len(answered) == len(set(answered)) == 30
+    assert time.monotonic() - began < servers_module.TIMEOUT.read / 10
+
+
+def test_an_answer_that_comes_late_is_not_the_answer_to_the_next_turn(
+    shown: TemplateFormat, probe: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversation's turns have one key; both servers answer, one of them slowly."""
+    monkeypatch.setattr(servers_module, "OVERDUE", 0.1)
+    turns = tuple(Message("user", word) for word in ("one", "two", "three", "four"))
+    about = made_with(shown, "a server", (), SETTINGS)
+    with stubs(StubServer(probe, trouble="slow"), StubServer(probe)) as servers:
+        answers = ServerAnswers([s.url for s in servers], shown, 2)
+        asked = [Conversation(f"c{i}", "chat", turns) for i in range(6)]
+        generate_file(answers, shown, lambda first: asked[first:], tmp_path / "a.jsonl", SETTINGS, about)
+    for record in records(tmp_path / "a.jsonl").values():
+        assert all(t["answer_ids"] == answer_to(t["prompt_ids"]) for t in record["answers"])
 
 
 def test_servers_that_all_fail_end_the_run_and_it_goes_on_later(

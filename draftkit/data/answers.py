@@ -4,7 +4,7 @@ finished."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,10 @@ NO_ROOM = Answer((), "length")
 
 
 class Answers(ABC):
-    """Answers questions, many at the same time. Not for several threads."""
+    """Answers questions, many at the same time. Not for several threads. `on_tokens` is told how many
+    tokens were written, of unfinished answers too where these are seen."""
+
+    on_tokens: Callable[[int], None] = staticmethod(lambda count: None)
 
     @property
     @abstractmethod

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from draftkit.data.lines import check_line
 from draftkit.data.messages import Conversation, Message
 from draftkit.data.row_forms import conversation_of
 from draftkit.errors import DataError
@@ -55,20 +56,24 @@ def read_conversations(paths: Iterable[Path]) -> list[Conversation]:
 
 
 def iterate_conversations(
-    paths: Iterable[Path], skipped: SkippedRows | None = None
+    paths: Iterable[Path], skipped: SkippedRows | None = None, first: int = 0
 ) -> Iterator[Conversation]:
     """Conversations one after the other, in the order of the files; of what was read only the ids are
-    remembered.
+    remembered. The `first` rows are passed over without being read.
 
     Rows that are wrong are left out into `skipped`, where it is given. Raises DataError that names the file,
     the line and what is wrong otherwise, and for files that hold none.
     """
     seen: set[bytes] = set()
+    number = 0
     for path in paths:
         held = False
-        for where, row in _rows(path, skipped):
-            held = True
+        for where, found in _rows(path):
+            held, number = True, number + 1
+            if number <= first:
+                continue
             try:
+                row = _checked(found, where) if isinstance(found, bytes) else found
                 conversation = conversation_of(row, where, path.stem)
                 digest = blake2b(conversation.id.encode(), digest_size=8).digest()
                 if digest in seen:
@@ -84,6 +89,21 @@ def iterate_conversations(
             raise DataError(f"{path}: holds no conversation; write one JSON object per line")
 
 
+def count_lines(path: Path) -> int:
+    """Line ends in a file, which is not held."""
+    with path.open("rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
+def count_rows(paths: Iterable[Path]) -> int | None:
+    """About how many conversations some files hold, for a remaining time; None where that would cost a
+    reading of its own (Parquet, JSON arrays)."""
+    files = list(paths)
+    if any(not path.is_file() or path.suffix in (".parquet", ".json") for path in files):
+        return None
+    return sum(count_lines(path) for path in files)
+
+
 def check_beginning(paths: Iterable[Path], skip_invalid: bool) -> None:
     """Read the first rows, so that a file of something else is told before anything heavy is loaded."""
     for path in paths:
@@ -93,8 +113,8 @@ def check_beginning(paths: Iterable[Path], skip_invalid: bool) -> None:
             pass
 
 
-def _rows(path: Path, skipped: SkippedRows | None) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a file. Raises DataError, or adds to `skipped`, where a line is not JSON."""
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, row) of a file; rows of JSONL as they stand there, in bytes."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; give a JSONL file of conversations")
     if path.suffix == ".parquet":
@@ -108,16 +128,15 @@ def _rows(path: Path, skipped: SkippedRows | None) -> Iterator[tuple[str, Any]]:
             yield from ((f"{path}:{i}", row) for i, row in enumerate(rows, 1))
             return
         for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = _parsed(raw, f"{path}:{number}")
-            except DataError as error:
-                if skipped is None:
-                    raise
-                skipped.add(str(error))
-                continue
-            yield f"{path}:{number}", row
+            if raw.strip():
+                yield f"{path}:{number}", raw
+
+
+def _checked(raw: bytes, where: str) -> Any:
+    """A row of JSONL that says what its digest vouches for. Raises DataError."""
+    row = _parsed(raw, where)
+    check_line(raw, where)
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -43,7 +43,7 @@ class GenerateReport:
 def generate_file(
     answers: Answers,
     prompt_format: PromptFormat,
-    prompts: Callable[[], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation]],
     out: Path,
     settings: GenerateSettings,
     made_with: dict[str, Any],
@@ -51,30 +51,37 @@ def generate_file(
 ) -> GenerateReport:
     """Answer all prompts into `out`, together with other processes that do the same.
 
-    `prompts` gives them anew each time it is called; they are not held in memory. `made_with` goes into the
-    manifest. The reason "length" marks an answer that a limit cut, or a conversation that filled the context
-    before its last turn, "too_long" a prompt that leaves no room for an answer; a line on standard error
-    counts these. `tick(conversations, tokens)` is called as they finish. Raises DataError when `out` was
-    begun with something else, holds answers to other prompts of the same ids, and when the chat template
-    refuses a prompt.
+    `prompts(n)` gives those after the first n, anew each time it is called; they are not held in memory. A
+    run that goes on begins where the last one was, and looks at all of them before it ends. `made_with`
+    goes into the manifest. The reason "length" marks an answer that a limit cut, or a conversation that
+    filled the context before its last turn, "too_long" a prompt that leaves no room for an answer; a line
+    on standard error counts these. `tick(conversations, tokens)` is called for tokens as they are written,
+    and for conversations as they finish. Raises DataError when `out` was begun with something else, holds
+    answers to other prompts of the same ids, and when the chat template refuses a prompt.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work = SharedWork(out)
     check_manifest(out, made_with, prompt_format.today, work.begun)
     report = GenerateReport()
+    answers.on_tokens = lambda count: tick(0, count)
+    first = work.reached
     while True:
-        for record in _answer(answers, prompt_format, work.claims(iter(prompts())), settings):
+        claims = work.claims(iter(prompts(first)), first)
+        for record in _answer(answers, prompt_format, claims, settings):
             report.answered_here += 1
             report.tokens_here += record["completion_tokens"]
-            tick(1, record["completion_tokens"])
+            tick(1, 0)
+        if first:
+            first = 0
+            continue
         if not work.busy and work.join():
             break
         time.sleep(WAIT_SECONDS)
     for done in work.reasons.values():
         report.reasons[done.reason] = report.reasons.get(done.reason, 0) + 1
     if count := report.reasons.get(TOO_LONG):
-        first = next(name for name, done in work.reasons.items() if done.reason == TOO_LONG)
-        line = f"{count} of {report.records} prompts leave no room for an answer, {first!r} first"
+        longest = next(name for name, done in work.reasons.items() if done.reason == TOO_LONG)
+        line = f"{count} of {report.records} prompts leave no room for an answer, {longest!r} first"
         print(f"{out}: {line}; their records say finish_reason {TOO_LONG!r}", file=sys.stderr)
     return report
 

@@ -3,7 +3,7 @@ not know."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -40,9 +40,8 @@ class PaddedAnswers(Answers):
         found = {q.key: NO_ROOM for q, _ in waiting}
         if fitting:
             questions = [q for q, _ in fitting]
-            made = answer_batch(
-                self._target, [q.prompt_ids for q in questions], [q.seed for q in questions], fitting[0][1]
-            )
+            prompts, seeds = [q.prompt_ids for q in questions], [q.seed for q in questions]
+            made = answer_batch(self._target, prompts, seeds, fitting[0][1], self.on_tokens)
             found |= {q.key: answer for q, answer in zip(questions, made, strict=True)}
         return list(found.items())
 
@@ -53,9 +52,10 @@ def answer_batch(
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[tuple[int, int]],
     settings: GenerateSettings,
+    on_tokens: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
     """Answer prompts (token ids) that leave room together, padded on the left; finished rows are dropped as
-    it goes."""
+    it goes. `on_tokens` is told the tokens of every step."""
     longest = max(map(len, prompts))
     limits = torch.tensor([answer_limit(target.info.max_length, len(p), settings) for p in prompts])
     limit = int(limits.max())
@@ -81,6 +81,7 @@ def answer_batch(
         for row, prompt, token in zip(range(len(rows)), rows.tolist(), drawn_B.tolist(), strict=True):
             if not finished[row]:
                 answers[prompt].append(token)
+        on_tokens(int((~finished).sum()))
         finished |= torch.isin(drawn_B, stops) | (limits[rows] == step + 1).to(device)
         if finished.all():
             break

@@ -11,13 +11,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from draftkit.data.conversations import count_lines
+from draftkit.data.lines import record_line
 from draftkit.data.messages import Conversation
-from draftkit.data.records import Done, asked_hash, record_line, recover
+from draftkit.data.records import Done, asked_hash, recover
 from draftkit.errors import DataError
 from draftkit.output import naming
 
@@ -70,20 +73,25 @@ class SharedWork:
 
     def count(self) -> int:
         """Finished records, joined or not."""
-        files = [f for f in (self._out, *self._folder.glob("*.jsonl")) if f.exists()]
-        return sum(f.read_bytes().count(b"\n") for f in files)
+        files = (f for f in (self._out, *self._folder.glob("*.jsonl")) if f.exists())
+        return sum(count_lines(f) for f in files)
 
     @property
     def reasons(self) -> Mapping[str, Done]:
         """What is known of the records in `out`, by id."""
         return self._done
 
-    def claims(self, prompts: Iterator[Conversation]) -> Iterator[Part]:
-        """One walk over all prompts: the parts that have something to do and that nobody else holds. Raises
-        DataError when a record answers another prompt of the same id."""
-        self.busy, number = 0, 0
+    @property
+    def reached(self) -> int:
+        """Prompts before the last part that was begun: behind them a run that goes on finds work at once."""
+        return PART * max((int(f.stem) for f in self._folder.glob("*.jsonl")), default=0)
+
+    def claims(self, prompts: Iterator[Conversation], first: int = 0) -> Iterator[Part]:
+        """One walk over all prompts, or those from `first` on: the parts that have something to do and
+        that nobody else holds. Raises DataError when a record answers another prompt of the same id."""
+        self.busy, number = 0, first // PART
         self._read_out()
-        while chunk := _first(prompts, PART):
+        while chunk := list(islice(prompts, PART)):
             self._check_asked(chunk, self._done)
             missing = [p for p in chunk if p.id not in self._done]
             if missing and (part := self._claim(self._folder / f"{number:06d}.jsonl", missing)):
@@ -140,10 +148,6 @@ class SharedWork:
         if size != self._size:
             self._done = recover(self._out)
             self._size = self._out.stat().st_size if self._out.exists() else 0
-
-
-def _first(prompts: Iterator[Conversation], count: int) -> list[Conversation]:
-    return [p for p, _ in zip(prompts, range(count), strict=False)]
 
 
 def _lock(path: Path) -> FileLock | None:

@@ -2,7 +2,8 @@
 were made.
 
 A line begins with what resuming needs (`id`, `asked`, `finish_reason`), so that a file of any size is looked
-through without reading all of its JSON. `answers` hold the token ids that training learns from.
+through without reading all of its JSON. `answers` hold the token ids that training learns from. Lines and
+manifest hold digests of what they say.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +19,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from draftkit.artefact import DIGEST, is_intact, read_json, sealed
+from draftkit.data.lines import check_line
 from draftkit.data.messages import Conversation
 from draftkit.errors import DataError
 from draftkit.output import write_text
@@ -44,17 +48,12 @@ def asked_hash(conversation: Conversation) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Done:
     """What is known of a record that is there already."""
 
     asked: str
     reason: str
-
-
-def record_line(record: Mapping[str, Any]) -> bytes:
-    """A record as its line of a file. Its first keys must be id, asked and finish_reason."""
-    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
 def recover(path: Path) -> dict[str, Done]:
@@ -72,9 +71,11 @@ def recover(path: Path) -> dict[str, Done]:
             head = _HEAD.fullmatch(line)
             if head is None:
                 raise DataError(f"{path}:{number}: is not a record of answers; remove the file to start anew")
+            check_line(line, f"{path}:{number}")
             name = json.loads(head[1])
-            twice[name] += name in done
-            done[name] = Done(head[2].decode(), head[3].decode())
+            if name in done:
+                twice[name] += 1
+            done[name] = Done(head[2].decode(), sys.intern(head[3].decode()))
             whole += len(line)
     if whole < path.stat().st_size:
         with path.open("r+b") as file:
@@ -116,10 +117,10 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
     path = manifest_path(out)
     if not path.exists():
         return None
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: is damaged ({error}); choose another file or remove both") from error
+    found = read_json(path, DataError, "is damaged, choose another file or remove both")
+    if not isinstance(found, dict) or (DIGEST in found and not is_intact(found)):
+        raise DataError(f"{path}: is damaged (it was changed); choose another file or remove both")
+    return found
 
 
 def check_manifest(out: Path, wanted: Mapping[str, Any], today: date | None, begun: bool) -> None:
@@ -132,9 +133,8 @@ def check_manifest(out: Path, wanted: Mapping[str, Any], today: date | None, beg
             f"{out}: is there, and no {name} that says what it was made from; choose another file"
         )
     if not begun or found is None:
-        write_text(
-            manifest_path(out), json.dumps({**wanted, "today": today and today.isoformat()}, indent=1) + "\n"
-        )
+        said = sealed({**wanted, "today": today and today.isoformat()})
+        write_text(manifest_path(out), json.dumps(said, indent=1) + "\n")
         return
     for name, value in wanted.items():
         if found.get(name) != value:

@@ -1,9 +1,11 @@
 """Answers from OpenAI-compatible servers (vLLM, SGLang, llama-server, ours), several at once.
 
 Each server pulls the next question when it has room, so that a slow one takes fewer. One that fails rests,
-longer each time, and its questions go back to the others; an answer is taken once. Where a server gives token
-ids, prompts go to /v1/completions as the very ids of the prompt format and the ids of the answer come back;
-elsewhere messages go to /v1/chat/completions and come back as text.
+longer each time, and its questions go back to the others. Where nothing is left to ask, what has been open
+for OVERDUE seconds at one server is asked at another, too, so that a server that hangs holds nothing up;
+an answer is taken once. Where a server gives token ids, prompts go to /v1/completions as the very ids of
+the prompt format and the ids of the answer come back; elsewhere messages go to /v1/chat/completions and
+come back as text.
 """
 
 from __future__ import annotations
@@ -26,8 +28,10 @@ from draftkit.settings import GenerateSettings
 from draftkit.target.prompt_format import PromptFormat
 
 FIRST_REST, LONGEST_REST = 0.5, 60.0  # seconds after a failure, doubled each time
+OVERDUE = 60.0  # seconds after which an idle server may be asked what another was asked
 GIVE_UP = 900.0  # seconds without an answer after which a failing server is left alone
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+_LOOK = 1.0  # seconds between looks of an idle place
 _PROBE = [{"role": "user", "content": "Hello"}]
 _UNKNOWN_LENGTH = 2**30
 
@@ -56,6 +60,15 @@ class _Server:
     trouble: str = ""
 
 
+@dataclass
+class _Asked:
+    """A question that is open, and where it is being answered since when."""
+
+    question: Question
+    settings: GenerateSettings
+    at: dict[str, float] = field(default_factory=dict)
+
+
 class ServerAnswers(Answers):
     """Answers through servers, at most `per_server` questions at the same time at each.
 
@@ -81,7 +94,8 @@ class ServerAnswers(Answers):
         self._open: set[str] = set()
         self._found: queue.SimpleQueue[tuple[str, Answer] | Exception] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
-        self._waiting: asyncio.Queue[tuple[Question, GenerateSettings]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[_Asked] = asyncio.Queue()
+        self._working: dict[str, _Asked] = {}  # by key; of the servers' thread
         threading.Thread(target=self._run, daemon=True, name="draftkit-servers").start()
 
     @property
@@ -92,7 +106,7 @@ class ServerAnswers(Answers):
     def ask(self, question: Question, settings: GenerateSettings) -> None:
         """Begin to answer."""
         self._open.add(question.key)
-        self._loop.call_soon_threadsafe(self._waiting.put_nowait, (question, settings))
+        self._loop.call_soon_threadsafe(self._waiting.put_nowait, _Asked(question, settings))
 
     def finished(self) -> list[tuple[str, Answer]]:
         """Wait for answers. Raises ServeError when no server is left, or one refuses a question for good."""
@@ -131,20 +145,42 @@ class ServerAnswers(Answers):
             if (left := server.until - time.monotonic()) > 0:
                 await asyncio.sleep(min(left, 1.0))
                 continue
-            question, settings = await self._waiting.get()
+            if (asked := await self._next(server)) is None:
+                continue
+            key = asked.question.key
+            self._working[key] = asked
+            asked.at[server.url] = time.monotonic()
             try:
-                answer = await _answer(client, server, question, settings, self._format)
+                answer = await _answer(client, server, asked.question, asked.settings, self._format)
             except _TryElsewhere as error:
-                self._waiting.put_nowait((question, settings))
+                self._give_back(asked, server)
                 _rest(server, str(error), error.rest)
             except _WrongServer as error:
-                self._waiting.put_nowait((question, settings))
+                self._give_back(asked, server)
                 server.trouble, server.until = str(error), float("inf")
             except Exception as error:  # a bug, or a question that is refused: told where answers are awaited
                 self._found.put(error)
             else:
                 server.rest, server.well = FIRST_REST, time.monotonic()
-                self._found.put((question.key, answer))
+                if self._working.get(key) is asked:  # else another server was faster
+                    del self._working[key]
+                    self._found.put((key, answer))
+
+    async def _next(self, server: _Server) -> _Asked | None:
+        """What a free place asks next: a question that waits, else one that is overdue elsewhere; None: look
+        again."""
+        with suppress(TimeoutError):
+            return await asyncio.wait_for(self._waiting.get(), _LOOK)
+        overdue = time.monotonic() - OVERDUE
+        late = (a for a in self._working.values() if server.url not in a.at and max(a.at.values()) < overdue)
+        return next(late, None)
+
+    def _give_back(self, asked: _Asked, server: _Server) -> None:
+        """The server could not answer: others can, unless one of them is at it, or has done it."""
+        asked.at.pop(server.url, None)
+        if self._working.get(asked.question.key) is asked and not asked.at:
+            del self._working[asked.question.key]
+            self._waiting.put_nowait(asked)
 
 
 def _rest(server: _Server, trouble: str, asked: float | None) -> None:

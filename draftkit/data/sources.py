@@ -22,8 +22,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from draftkit.data.conversations import SkippedRows, iterate_conversations
+from draftkit.data.lines import json_line
 from draftkit.data.messages import Conversation
-from draftkit.data.records import record_line
 from draftkit.data.row_forms import conversation_of
 from draftkit.errors import ConfigError, DataError
 from draftkit.output import naming
@@ -127,7 +127,7 @@ def mix(
     with naming(out), out.open("wb") as file:
         for name, conversation in _interleaved(mixture.sources, seen, report, skipped):
             row = {"id": conversation.id, "domain": conversation.domain, "messages": conversation.as_dicts()}
-            file.write(record_line(row | ({"tools": list(conversation.tools)} if conversation.tools else {})))
+            file.write(json_line(row | ({"tools": list(conversation.tools)} if conversation.tools else {})))
             report.conversations[name] = report.conversations.get(name, 0) + 1
             report.tokens[name] = report.tokens.get(name, 0) + _tokens(conversation)
             if limit and sum(report.conversations.values()) >= limit:

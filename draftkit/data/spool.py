@@ -13,6 +13,7 @@ from types import TracebackType
 import numpy as np
 
 from draftkit.data.samples import Sample
+from draftkit.output import naming
 
 
 class SampleSpool:
@@ -35,12 +36,14 @@ class SampleSpool:
                 self.too_long += 1
                 continue
             packed = (np.asarray(sample.tokens, np.uint32) << 1) | np.asarray(sample.loss_mask, np.uint32)
-            self._file.write(packed.tobytes())
+            with naming(folder):
+                self._file.write(packed.tobytes())
             self._ids.append(sample.id)
             self._conversations.append(sample.conversation)
             self._domains.append(self._names.setdefault(sample.domain, sample.domain))
             self._ends.append(self._ends[-1] + len(packed))
-        self._file.flush()
+        with naming(folder):
+            self._file.flush()
         ends = np.frombuffer(self._ends, np.int64)
         lengths = np.diff(ends)
         # By length, so that batches waste little on padding; of equals by id: the order of the files does not

@@ -57,7 +57,9 @@ class EngineAnswers(Answers):
         found = [(key, NO_ROOM) for key in self._no_room]
         self._no_room = []
         while not found and self._written:
-            for output in self._engine.step():
+            outputs = self._engine.step()
+            self.on_tokens(sum(len(output.events) for output in outputs))
+            for output in outputs:
                 tokens = self._written[output.request_id]
                 tokens += [e.token_id for e in output.events]
                 if output.finish_reason is not None:

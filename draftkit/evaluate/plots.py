@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draftkit.evaluate.run import EvalResult
+from draftkit.output import save_figure
 
 
 def plot_acceptance(results: Sequence[EvalResult], path: Path) -> None:
@@ -24,4 +25,4 @@ def plot_acceptance(results: Sequence[EvalResult], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accepted, given those before")
     axes[-1].legend(loc="lower left")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -24,6 +24,7 @@ from draftkit.engine.paged_model import unsupported
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import environment
+from draftkit.output import save_figure
 from draftkit.schedule.step_rate_table import Measured, StepRateTable
 from draftkit.target.transformers import TransformersTarget
 
@@ -170,4 +171,4 @@ def plot_step_rate(table: StepRateTable, path: Path) -> None:
     left.set_title(
         f"{table.measured.target} on {table.measured.device}, {table.measured.threads} threads", fontsize=9
     )
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from draftkit.output import save_figure
 from draftkit.schedule.calibration import BINS, Bools
 from draftkit.schedule.simulate import Outcome
 from draftkit.schedule.step_rate import Floats
@@ -38,7 +39,7 @@ def plot_reliability(
         if k == 0:
             axis.set_ylabel("kept")
             axis.legend()
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)
 
 
 def plot_simulation(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -69,7 +70,7 @@ def plot_simulation(outcomes: Sequence[Outcome], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def plot_thresholds(
@@ -89,4 +90,4 @@ def plot_thresholds(
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

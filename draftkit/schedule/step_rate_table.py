@@ -23,6 +23,7 @@ from draftkit.errors import ScheduleError, reason
 from draftkit.output import write_text
 from draftkit.schedule.step_rate import Interpolation, StepRate
 
+MOST_STEPS = 10**9  # in a second: nothing is faster
 FORMAT = "draftkit-step-rate-1"
 
 
@@ -157,8 +158,11 @@ def load_step_rate(path: Path) -> StepRateTable:
                 tuple(content["alpha_seconds"]),
             )
         rates = content["sample_steps_per_sec"]
-        if any(r <= 0 for r in rates):
-            raise ScheduleError(f"{path}: {min(rates)} steps per second; every value must be positive")
+        if any(not 0 < r <= MOST_STEPS for r in rates):
+            wrong = next(r for r in rates if not 0 < r <= MOST_STEPS)
+            raise ScheduleError(
+                f"{path}: {wrong!r:.20} steps per second; every value must be positive, at most {MOST_STEPS}"
+            )
         return StepRateTable((0,), tuple(content["sample_batch_tokens"]), (tuple(1 / r for r in rates),))
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None

@@ -19,7 +19,7 @@ import numpy as np
 
 from draftkit import __version__
 from draftkit.errors import ServeError, reason
-from draftkit.output import as_json, make_folder, write_text
+from draftkit.output import as_json, make_folder, save_figure, write_text
 from draftkit.serve.load import Endpoint, Record, run_load
 from draftkit.serve.problem import shorten
 from draftkit.serve.settings import LoadSettings
@@ -325,5 +325,5 @@ def plot_bench(results: dict[str, Any], path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
     pyplot.close(figure)

@@ -25,12 +25,13 @@ class Delta:
 @dataclass
 class Choice:
     """Folds the engine's outputs for one answer into text; with `only_prompt` the engine's one token is not
-    part of it."""
+    part of it, with `marked` special tokens are, which stand between the parts of the answer."""
 
     texts: TokenTexts
     params: SamplingParams
     prompt_tokens: int
     only_prompt: bool = False
+    marked: bool = False
     prompt: tuple[PromptToken, ...] | None = None
     events: list[TokenEvent] = field(default_factory=list)
     stats: RequestStats | None = None
@@ -39,7 +40,7 @@ class Choice:
     text: str = ""
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.texts, self.params.skip_special_tokens)
+        self._detokenizer = Detokenizer(self.texts, self.params.skip_special_tokens and not self.marked)
         self._stops = StopStrings(self.params.stop, self.params.include_stop_str_in_output)
 
     @property

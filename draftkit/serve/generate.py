@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,8 +36,8 @@ from draftkit.serve.stream import (
     unless_long,
 )
 from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint_of
-from draftkit.serve.tools import template_writes_tool_calls
 from draftkit.serve.worker import Served, Ticket, Worker
+from draftkit.target.answer_stream import AnswerStream
 
 _TAKEN = 64  # outputs that are made into text before others get their turn
 # who waits here takes no thread from other requests
@@ -146,19 +146,18 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     body = await read_body(request, ChatBody, settings.max_body_bytes)
     served = worker.ready()
     from_body.check_model(body.model, served)
-    wants_tools = bool(body.tools) and body.tool_choice != "none"
-    parses = template_writes_tool_calls(served.tokenizer)
-    if body.forced_calls is not None and not parses:
+    if body.forced_calls is not None and not served.prompt_format.style.json_calls:
         raise bad_request(
-            "tool_choice: the target's chat template has no form for calls; give 'auto' or 'none'",
+            "tool_choice: the target's chat template has no form for calls that can be demanded (JSON in "
+            "<tool_call>); give 'auto' or 'none'",
             "tool_choice",
         )
     reply = ChatReply(
         served.texts,
         body.return_tokens_as_token_ids,
-        wants_tools and parses,
         one_call=not body.parallel_tool_calls,
         named=isinstance(body.tool_choice, NamedTool),
+        reasons=body.include_reasoning,
     )
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None
@@ -199,6 +198,20 @@ def _guarded(constraint: GrammarConstraint | None, served: Served) -> Guarded | 
     return Guarded(constraint.copy(), served.engine.info.vocab_size) if constraint is not None else None
 
 
+def _reader(
+    body: ChatBody, served: Served, prompt: Sequence[int]
+) -> tuple[Callable[[], AnswerStream] | None, bool]:
+    """What takes an answer apart, and whether it needs the special tokens in the text; none for a text
+    that has one part only, in a form that the request gave, or with special tokens that were asked for."""
+    shown, forced = served.prompt_format, body.forced_calls is not None
+    calls = forced or (bool(body.tools) and body.tool_choice != "none" and shown.style.calls)
+    if (body.form is not None and not forced) or not (calls or shown.style.thinks):
+        return None, False
+    if shown.marks_are_special and not body.skip_special_tokens:
+        return None, False
+    return partial(shown.reader, () if forced else tuple(prompt), calls), shown.marks_are_special
+
+
 def _own_limit(body: SamplingBody, limit: int | None, room: int) -> int | None:
     """An unset max_tokens of /v1/completions is 16, or less where the context ends sooner."""
     unset = isinstance(body, CompletionBody) and body.max_tokens is None
@@ -233,8 +246,11 @@ async def _answer(
             _COMPILING, constraint_of, body.form, served
         )
     work = await unless_long(body_size(request), prepare, constraint)
+    marked = False
+    if isinstance(reply, ChatReply) and isinstance(body, ChatBody):
+        reply.reader, marked = _reader(body, served, work.prompts[0])
     choices = [
-        Choice(served.texts, params, len(work.prompts[i // body.n]), only_prompt=body.max_tokens == 0)
+        Choice(served.texts, params, len(work.prompts[i // body.n]), body.max_tokens == 0, marked)
         for i, params in enumerate(work.params)
     ]
     call = Call(request.state.request_id, int(time.time()), served, body, reply, work.prompts, choices)

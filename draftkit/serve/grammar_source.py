@@ -12,8 +12,8 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat
-from draftkit.serve.tools import CLOSE, OPEN
 
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
 # Between the parts of JSON: a space or nothing. Without a bound small models never stop.
 _SPACES: Any = {"whitespace_pattern": " ?"}
 # that llguidance knows
@@ -90,7 +90,7 @@ def _escaped(text: str) -> str:
 
 
 def _calls(functions: list[dict[str, Any]], many: bool) -> str:
-    """Tool calls as chat templates write them (see tools.py). Each function's parameters are a schema by
+    """Tool calls as chat templates write them (Hermes, Qwen). Each function's parameters are a schema by
     themselves, whose references begin at its own root; a function without parameters takes none."""
     rules = [f'call: /{_escaped(OPEN)}/ "\\n" one "\\n" /{_escaped(CLOSE)}/']
     rules.insert(0, 'start: call ("\\n" call)*' if many else "start: call")

@@ -32,6 +32,7 @@ from draftkit.serve.choice import Choice
 from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.guard import Guarded
 from draftkit.serve.pair import PlanFiles, open_pair
+from draftkit.serve.plain_text import PlainText
 from draftkit.serve.sampling_defaults import sampling_defaults
 from draftkit.target.prompt_format import TemplateError, TemplateFormat
 
@@ -98,19 +99,21 @@ class _Call:
 
 
 class LLM:
-    """A target with a drafter, ready to answer. Several threads or tasks may ask at the same time; they share
-    batches.
+    """A target with a drafter, ready to answer. Several threads or tasks may ask at the same time; they
+    share batches.
 
-    The engine lives in a thread of its own, which takes one thing after the other from all who ask: a signal,
-    which interrupts whoever waits, never interrupts a step. Of a process that forks it stays behind, so a
-    child needs an `LLM` of its own.
+    The engine lives in a thread of its own, which takes one thing after the other from all who ask: a
+    signal, which interrupts whoever waits, never interrupts a step. Of a process that forks it stays
+    behind, so a child needs an `LLM` of its own.
 
-    `target` is "tiny", "smollm2", a folder, a GGUF file or a hub id; `drafter` a folder, "none", or None (the
-    one packaged for "tiny" or "smollm2"); `step_rate` and `calibration` are files of `draftkit profile` and
-    `draftkit calibrate`; `template_switches` are variables of the chat template, as {"enable_thinking":
-    False}. Calls without parameters sample as the target's generation_config.json says, where it says
-    something. Raises TargetError, CheckpointError, ServeError for settings that do not fit, ConfigError for
-    switches that the template does not know, or ScheduleError for files of another pair.
+    `target` is "tiny", "smollm2", a folder, a GGUF file or a hub id; `drafter` a folder, "none", or None
+    (the one packaged for "tiny" or "smollm2"); `step_rate` and `calibration` are files of `draftkit
+    profile` and `draftkit calibrate`; `template_switches` are variables of the chat template, as
+    {"enable_thinking": False}. Special tokens' names in messages are text, as in `draftkit serve`, unless
+    `honour_special_tokens`; a prompt that is one text is written by the caller alone, and they count in
+    it. Calls without parameters sample as the target's generation_config.json says, where it says
+    something. Raises TargetError, CheckpointError, ServeError for settings that do not fit, ConfigError
+    for switches that the template does not know, or ScheduleError for files of another pair.
     """
 
     def __init__(
@@ -121,6 +124,7 @@ class LLM:
         step_rate: str | Path | None = None,
         calibration: str | Path | None = None,
         template_switches: dict[str, Any] | None = None,
+        honour_special_tokens: bool = False,
     ) -> None:
         if settings is not None and not isinstance(settings, EngineSettings):
             raise ServeError(f"settings are {settings!r}; give EngineSettings(...)")
@@ -128,6 +132,7 @@ class LLM:
         self.engine, self.tokenizer = open_pair(target, drafter, settings or EngineSettings(), files)
         self._texts = TokenTexts(self.tokenizer)
         self._format = TemplateFormat(self.tokenizer, template_switches)
+        self._honours = honour_special_tokens
         self._defaults = SamplingParams(**sampling_defaults(target))
         self._thread = ThreadPoolExecutor(1, "draftkit-engine")
         self._process = os.getpid()
@@ -195,10 +200,12 @@ class LLM:
         return tuple(given)
 
     def _render(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        plain = PlainText(self._texts)
+        shown = list(messages) if self._honours else [plain.mark(m) for m in messages]
         try:
-            return self._texts.encode(_utf8(self._format.text(messages)), False)
+            return plain.encode(_utf8(self._format.text(shown)), False)
         except DataError as error:
-            reason = error.reason if isinstance(error, TemplateError) else error
+            reason = plain.unmarked(error.reason) if isinstance(error, TemplateError) else error
             raise DataError(f"the chat template cannot render these messages: {reason}") from error
 
     def _run(

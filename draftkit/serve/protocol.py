@@ -227,6 +227,7 @@ class ChatBody(SamplingBody):
         Annotated[list[Annotated[dict[str, str], _at_most(MAX_ENTRIES)]], Field(fail_fast=True)] | None
     ) = None
     reasoning_effort: Name | None = None
+    include_reasoning: bool = True
     echo: bool = False
 
     @model_validator(mode="after")

@@ -5,15 +5,17 @@ Plain dicts: a chunk is built per round of every request, and nothing here needs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from draftkit.engine.outputs import RequestStats, TokenEvent
 from draftkit.serve.choice import Choice, Delta, spec_stats, timings
 from draftkit.serve.detokenize import TokenTexts, finite, token_name
 from draftkit.serve.prompt_scores import Echo
-from draftkit.serve.tools import ToolCalls
+from draftkit.target.answer_stream import AnswerDelta, AnswerStream
 
 
 @dataclass
@@ -88,19 +90,22 @@ class CompletionReply:
 
 @dataclass
 class ChatReply:
-    """Bodies of /v1/chat/completions. `tools`: parse tool calls out of the text; `one_call`: give the first
-    one only; `named`: the request named the function, and then an answer that is a call has stopped like any
-    other, as at OpenAI and vLLM."""
+    """Bodies of /v1/chat/completions. `reader` makes what takes an answer apart into reasoning, content
+    and calls; without one the text is the content, and without `reasons` reasoning is left out.
+    `one_call`: give the first call only; `named`: the request named the function, and then an answer that
+    is a call has stopped like any other, as at OpenAI and vLLM."""
 
     texts: TokenTexts
     as_ids: bool
-    tools: bool = False
+    reader: Callable[[], AnswerStream] | None = None
     one_call: bool = False
     named: bool = False
+    reasons: bool = True
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
     prefix = "chatcmpl-"
-    parsers: dict[int, ToolCalls] = field(default_factory=dict)
+    readers: dict[int, AnswerStream] = field(default_factory=dict)
+    called: Counter[int] = field(default_factory=Counter)  # calls that were given, by choice
 
     def opening(self, index: int, echo: Echo, prompt: Sequence[int] | None) -> dict[str, Any] | None:
         """The first chunk of an answer: who speaks. The prompt's ids belong to the chunk, not to the
@@ -114,25 +119,26 @@ class ChatReply:
 
     def chunk(self, index: int, choice: Choice, delta: Delta) -> dict[str, Any] | None:
         """What one step adds; None when there is nothing to show."""
-        content, reason, given = delta.text, delta.finish_reason, 0
-        calls: list[dict[str, Any]] = []
-        if self.tools:
-            parser = self.parsers.setdefault(index, ToolCalls(self.one_call))
-            given = len(parser.calls)
-            content, calls = parser.add(delta.text)
-            if reason is not None:
-                rest, last = parser.finish()
-                content, calls = content + rest, calls + last
-                if reason == "stop" and parser.calls and not self.named:
-                    reason = "tool_calls"
-            if parser.calls and not content.strip():  # what templates write between calls
-                content = ""
+        reason, given = delta.finish_reason, self.called[index]
+        parts = AnswerDelta(content=delta.text)
+        if self.reader is not None:
+            if index not in self.readers:
+                self.readers[index] = self.reader()
+            reader = self.readers[index]
+            parts = reader.add(delta.text)
+            parts = self._shown(parts + (reader.finish() if reason is not None else AnswerDelta()))
+        calls = self._own(parts.tool_calls, given)
+        self.called[index] += len(calls)
         logprobs = self._logprobs(delta.events) if choice.params.logprobs is not None else None
-        if not (content or calls or reason or (logprobs and delta.events)):
+        if not (parts.content or parts.reasoning or calls or reason or (logprobs and delta.events)):
             return None
-        said: dict[str, Any] = {"content": content} if content or not calls else {}
+        said: dict[str, Any] = {"reasoning_content": parts.reasoning} if parts.reasoning else {}
+        if parts.content or not (calls or said):
+            said["content"] = parts.content
         if calls:
             said["tool_calls"] = [{"index": given + i, **call} for i, call in enumerate(calls)]
+        if reason == "stop" and self.called[index] and not self.named:
+            reason = "tool_calls"
         return {
             "index": index,
             "delta": said,
@@ -143,19 +149,17 @@ class ChatReply:
 
     def whole(self, index: int, choice: Choice, pieces: Sequence[str], echo: Echo) -> dict[str, Any]:
         """A complete answer."""
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
-        reason = choice.finish_reason
-        if self.tools:
-            parser = ToolCalls(self.one_call)
-            content, _ = parser.add(choice.text)
-            content += parser.finish()[0]
-            if parser.calls:
-                message = {
-                    "role": "assistant",
-                    "content": content.strip() or None,
-                    "tool_calls": parser.calls,
-                }
-                reason = "tool_calls" if reason == "stop" and not self.named else reason
+        parts = AnswerDelta(content=choice.text)
+        if self.reader is not None:
+            reader = self.reader()
+            parts = self._shown(reader.add(choice.text) + reader.finish())
+        calls, reason = self._own(parts.tool_calls, 0), choice.finish_reason
+        message: dict[str, Any] = {"role": "assistant", "content": parts.content}
+        if parts.reasoning:
+            message["reasoning_content"] = parts.reasoning
+        if calls:
+            message |= {"content": parts.content or None, "tool_calls": calls}
+            reason = "tool_calls" if reason == "stop" and not self.named else reason
         return {
             "index": index,
             "message": message,
@@ -163,6 +167,14 @@ class ChatReply:
             "finish_reason": reason,
             "stop_reason": choice.stop_reason,
         }
+
+    def _shown(self, parts: AnswerDelta) -> AnswerDelta:
+        return parts if self.reasons else replace(parts, reasoning="")
+
+    def _own(self, calls: Sequence[dict[str, Any]], given: int) -> list[dict[str, Any]]:
+        """Calls under names that no other answer has; the first one only, where that is asked for."""
+        most = max(1 - given, 0) if self.one_call else len(calls)
+        return [{**call, "id": f"call_{uuid.uuid4().hex[:24]}"} for call in calls[:most]]
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any]:
         return {

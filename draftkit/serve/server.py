@@ -11,10 +11,11 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -47,8 +48,10 @@ def load_served(
     calibration: Path | None = None,
     generation_config: str = "auto",
     honour_special_tokens: bool = False,
+    template_switches: Mapping[str, Any] | None = None,
 ) -> Served:
-    """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError."""
+    """The engine and tokenizer of a target; slow, runs in the engine's thread. Raises DraftkitError, also for
+    template switches that the chat template does not know."""
     import torch
 
     from draftkit.serve.pair import PlanFiles, open_pair
@@ -66,7 +69,9 @@ def load_served(
         raise ServeError(f"memory does not hold this server: {told}") from error
     defaults = sampling_defaults(target) if generation_config == "auto" else {}
     texts = TokenTexts(tokenizer)
-    served = Served(engine, tokenizer, texts, name or engine.info.name, defaults, honour_special_tokens)
+    known = name or engine.info.name
+    served = Served(engine, tokenizer, texts, known, defaults, honour_special_tokens, template_switches or {})
+    served.prompt_format.check_switches(served.template_switches)
     gc.collect()
     # to go over all that is loaded takes Python a quarter of a second, in which nobody would get a token
     gc.freeze()

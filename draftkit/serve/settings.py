@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,6 +95,23 @@ class LoadSettings:
             raise ServeError(f"--rate is {self.rate:g}; it must be a number of requests per second above 0")
         if not 0 <= self.temperature < math.inf:
             raise ServeError(f"--temperature is {self.temperature:g}; it must be a number, 0 or more")
+
+
+def switches_of(given: Iterable[str]) -> dict[str, Any]:
+    """Variables of a chat template from NAME=VALUE, values as in YAML (`false` is no text). Raises
+    ServeError."""
+    import yaml  # the command line's help does without it
+
+    found: dict[str, Any] = {}
+    for one in given:
+        name, separator, value = one.partition("=")
+        try:
+            found[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            separator = ""
+        if not separator or not name.strip():
+            raise ServeError(f"--template-switch {one}: give NAME=VALUE, as in enable_thinking=false")
+    return found
 
 
 @contextmanager

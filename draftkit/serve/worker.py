@@ -32,8 +32,8 @@ log = logging.getLogger("draftkit.serve")
 @dataclass(frozen=True)
 class Served:
     """What is loaded: the engine (see the seam in engine/engine.py), the tokenizer, the model's public name,
-    the sampling fields of requests that leave them out, where those are not the API's, and whether special
-    tokens in a client's text count."""
+    the sampling fields of requests that leave them out, where those are not the API's, whether special tokens
+    in a client's text count, and variables of the chat template, which requests may set otherwise."""
 
     engine: Any
     tokenizer: Any
@@ -41,11 +41,12 @@ class Served:
     name: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     honour_special_tokens: bool = False
+    template_switches: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def prompt_format(self) -> TemplateFormat:
         """How the target is shown messages."""
-        return TemplateFormat(self.tokenizer)
+        return TemplateFormat(self.tokenizer, self.template_switches)
 
 
 Item = tuple[int, StepOutput] | ApiError

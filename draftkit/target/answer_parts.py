@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -29,18 +28,12 @@ class AnswerParts:
 
 
 Channels = Literal["think", "harmony", "gemma", "mistral"]
-_TOOLS = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
 _FUNCTION = re.compile(r"<function=([^>\n]+)>(.*?)(?:</function>|\Z)", re.DOTALL)
 _PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 _ARGUMENT = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
-_CHANNEL = re.compile(
-    r"(?:<\|start\|>assistant)?(?P<head>[^<]*)<\|channel\|>(?P<name>\w+)(?P<to>.*?)<\|message\|>", re.DOTALL
-)
-_END = re.compile(r"<\|(?:end|return|call)\|>")
-_TO = re.compile(r"to=functions\.([\w.-]+)")
-_GEMMA = re.compile(r"<\|channel>(?:thought\n)?(.*?)<channel\|>", re.DOTALL)
-_MISTRAL_THOUGHT = re.compile(r"\[THINK\](.*?)(?:\[/THINK\]|\Z)", re.DOTALL)
 _MISTRAL_CALL = re.compile(r"([\w.-]+)(?:\[CALL_ID\][\w-]*)?\[ARGS\](.*)", re.DOTALL)
+_GEMMA_CALL = re.compile(r"call:([\w.-]+)(\{.*\})", re.DOTALL)
+_GEMMA_TEXT = '<|"|>'
 
 
 @dataclass(frozen=True)
@@ -48,75 +41,48 @@ class AnswerStyle:
     """How a template's family marks the parts of an answer."""
 
     channels: Channels = "think"
+    thinks: bool = False  # the template knows thoughts
+    calls: bool = False  # and a form of calls
+    json_calls: bool = False  # which is <tool_call> with JSON (Hermes, Qwen): what a grammar can demand
     bare_calls: bool = field(default=False)  # Llama 3: the whole answer is the JSON of a call
 
     @classmethod
     def of_template(cls, source: str) -> AnswerStyle:
         """The style that a template's text shows."""
         if "<|channel|>" in source and "<|message|>" in source:
-            return cls("harmony")
+            return cls("harmony", thinks=True, calls="functions." in source)
         if "<|channel>" in source and "<channel|>" in source:
-            return cls("gemma")
+            return cls("gemma", thinks=True, calls="<|tool_call>" in source)
         if "[TOOL_CALLS]" in source or "[THINK]" in source:
-            return cls("mistral")
-        return cls("think", bare_calls='"parameters": ' in source and "<tool_call>" not in source)
+            return cls("mistral", thinks="[THINK]" in source, calls="[TOOL_CALLS]" in source)
+        tags = "<tool_call>" in source
+        bare = '"parameters": ' in source and not tags
+        other = "<function=" in source or "<arg_key>" in source
+        return cls("think", "</think>" in source, tags or bare, tags and not other, bare)
 
-    def parse(self, text: str, special: Sequence[str] = ()) -> AnswerParts:
-        """Parts of an answer's text, special tokens in it; those that are left in the content are taken out.
-        A call that is not well formed stays content."""
-        if self.channels == "harmony":
-            parts = _harmony(text)
-        else:
-            reasoning, rest = _reasoning(text, self.channels)
-            content, calls = self._calls(rest)
-            parts = AnswerParts(content, reasoning, calls)
-        content = parts.content
-        for token in special:
-            content = content.replace(token, "")
-        return replace(parts, content=content.strip() if parts.tool_calls or parts.reasoning else content)
-
-    def _calls(self, text: str) -> tuple[str, tuple[dict[str, Any], ...]]:
-        if self.channels == "mistral":
-            return _mistral_calls(text)
-        calls: list[dict[str, Any]] = []
-
-        def taken(match: re.Match[str]) -> str:
-            found = _call_in_tags(match[1])
-            if found is None:
-                return match[0]
-            calls.append(_call(len(calls), *found))
-            return ""
-
-        left = _TOOLS.sub(taken, text)
-        if (
-            not calls
-            and self.bare_calls
-            and (found := _call_in_json(re.sub(r"<\|\w+\|>", "", text).strip(), "parameters"))
-        ):
-            return "", (_call(0, *found),)
-        return left, tuple(calls)
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What stands between the parts; some tokenizers have special tokens for it."""
+        return {
+            "think": ("<think>", "</think>", "<tool_call>", "</tool_call>"),
+            "gemma": ("<|channel>", "<channel|>", "<|tool_call>"),
+            "harmony": ("<|channel|>", "<|message|>"),
+            "mistral": ("[TOOL_CALLS]", "[THINK]"),
+        }[self.channels]
 
 
-def _call(number: int, name: str, arguments: Any) -> dict[str, Any]:
+def numbered(number: int, name: str, arguments: Any) -> dict[str, Any]:
+    """A call in OpenAI's form, by its number in the answer."""
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {"id": f"call_{number}", "type": "function", "function": {"name": name, "arguments": written}}
 
 
-def _reasoning(text: str, channels: Channels) -> tuple[str | None, str]:
-    """The thinking of an answer and what follows it. A prompt may have opened the thinking; a cut one is
-    never closed."""
-    if channels == "gemma":
-        thoughts = [t.strip() for t in _GEMMA.findall(text) if t.strip()]
-        return "\n".join(thoughts) or None, _GEMMA.sub("", text)
+def calls_in(body: str, channels: Channels) -> list[tuple[str, Any]] | None:
+    """(name, arguments) of the calls that stand between their marks; None when they are not well formed."""
     if channels == "mistral":
-        thoughts = [t.strip() for t in _MISTRAL_THOUGHT.findall(text)]
-        return "\n".join(thoughts) or None, _MISTRAL_THOUGHT.sub("", text)
-    before, closed, after = text.partition("</think>")
-    if closed:
-        return before.split("<think>", 1)[-1].strip() or None, after.lstrip("\n")
-    if before.lstrip().startswith("<think>"):
-        return before.split("<think>", 1)[1].strip() or None, ""
-    return None, text
+        return _mistral_calls(body)
+    one = _gemma_call(body) if channels == "gemma" else _call_in_tags(body.strip())
+    return [one] if one else None
 
 
 def _call_in_tags(body: str) -> tuple[str, Any] | None:
@@ -129,10 +95,11 @@ def _call_in_tags(body: str) -> tuple[str, Any] | None:
     if "<arg_key>" in body:
         pairs = {key.strip(): _value(value) for key, value in _ARGUMENT.findall(body)}
         return body.split("<arg_key>")[0].strip(), pairs
-    return _call_in_json(body, "arguments")
+    return call_in_json(body, "arguments")
 
 
-def _call_in_json(body: str, arguments: str) -> tuple[str, Any] | None:
+def call_in_json(body: str, arguments: str) -> tuple[str, Any] | None:
+    """Name and arguments of {"name": ..., `arguments`: ...}; None for anything else."""
     try:
         found = json.loads(body)
         name = found["name"]
@@ -145,47 +112,56 @@ def _value(text: str) -> Any:
     """A parameter written as text: a number, a list, ... where it is JSON, else the text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _harmony(text: str) -> AnswerParts:
-    """gpt-oss: analysis is reasoning, final is content, commentary to a function is a call."""
-    thoughts: list[str] = []
-    said: list[str] = []
-    calls: list[dict[str, Any]] = []
-    for name, to, body in _channel_bodies(text):
-        if function := _TO.search(to):
-            calls.append(_call(len(calls), function[1], body.strip()))
-        elif name == "analysis":
-            thoughts.append(body)
+def _mistral_calls(body: str) -> list[tuple[str, Any]] | None:
+    """What follows [TOOL_CALLS]: a JSON list (older tokenizers), or name[ARGS]{...} (newer ones)."""
+    if named := _MISTRAL_CALL.fullmatch(body := body.strip()):
+        return [(named[1], named[2])]
+    try:
+        return [(call["name"], call["arguments"]) for call in json.loads(body)]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _gemma_call(body: str) -> tuple[str, Any] | None:
+    """Gemma 4: call:name{key:<|"|>text<|"|>,other:5}, objects and lists within."""
+    found = _GEMMA_CALL.fullmatch(body.strip())
+    if found is None:
+        return None
+    try:
+        arguments, rest = _gemma_value(found[2])
+    except (ValueError, RecursionError):
+        return None
+    return (found[1], arguments) if not rest.strip() else None
+
+
+def _gemma_value(text: str) -> tuple[Any, str]:
+    """A value at the beginning of a text, and what follows it. Raises ValueError."""
+    if text.startswith(_GEMMA_TEXT):
+        said, end, rest = text[len(_GEMMA_TEXT) :].partition(_GEMMA_TEXT)
+        if not end:
+            raise ValueError("a text without its end")
+        return said, rest
+    if text[:1] not in ("{", "["):
+        word = re.match(r"[^,\]}]*", text)
+        said = word[0] if word else ""
+        return _value(said.strip()), text[len(said) :]
+    pairs: dict[str, Any] = {}
+    items: list[Any] = []
+    close, rest = {"{": "}", "[": "]"}[text[0]], text[1:]
+    while not rest.startswith(close):
+        if close == "}":
+            key, colon, rest = rest.partition(":")
+            if not colon:
+                raise ValueError("a name without its value")
+            pairs[key.strip().removeprefix(_GEMMA_TEXT).removesuffix(_GEMMA_TEXT)], rest = _gemma_value(rest)
         else:
-            said.append(body)
-    if not (thoughts or said or calls):
-        said = [_END.sub("", text)]
-    return AnswerParts("".join(said), "\n".join(thoughts) or None, tuple(calls))
-
-
-def _channel_bodies(text: str) -> Iterator[tuple[str, str, str]]:
-    """(channel, recipient, body) of every message of an answer."""
-    heads = list(_CHANNEL.finditer(text))
-    for head, following in zip(heads, [*heads[1:], None], strict=True):
-        body = text[head.end() : following.start() if following else len(text)]
-        yield head["name"], head["head"] + head["to"], _END.split(body)[0]
-
-
-def _mistral_calls(text: str) -> tuple[str, tuple[dict[str, Any], ...]]:
-    """[TOOL_CALLS] with a JSON list (older tokenizers), or once for each call as name[ARGS]{...} (newer
-    ones)."""
-    content, *written = text.split("[TOOL_CALLS]")
-    calls: list[dict[str, Any]] = []
-    for part in (w.replace("</s>", "").strip() for w in written):
-        named = _MISTRAL_CALL.fullmatch(part)
-        try:
-            listed = (
-                [(named[1], named[2])] if named else [(c["name"], c["arguments"]) for c in json.loads(part)]
-            )
-        except (ValueError, KeyError, TypeError):
-            return text, ()
-        calls += [_call(len(calls) + i, *one) for i, one in enumerate(listed)]
-    return content, tuple(calls)
+            item, rest = _gemma_value(rest)
+            items.append(item)
+        if not rest.startswith((",", close)):
+            raise ValueError("neither the next one nor the end")
+        rest = rest.removeprefix(",")
+    return (pairs if close == "}" else items), rest[1:]

@@ -17,11 +17,13 @@ from typing import Any, Protocol
 
 from draftkit.errors import ConfigError, DataError
 from draftkit.target.answer_parts import AnswerParts, AnswerStyle
+from draftkit.target.answer_stream import AnswerStream, parse_answer
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
 
 _PROBE = "\ue000"  # a private-use character: no template and no prompt holds it
+_OPENING = 8  # tokens at a prompt's end that may open the thinking
 _TODAY = "{% macro strftime_now(form) %}{{ draftkit_days[form] }}{% endmacro %}"
 _THOUGHT = re.compile(r"<think>|</think>")
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
@@ -85,6 +87,10 @@ class PromptFormat(Protocol):
 
     def parse(self, answer_ids: Sequence[int]) -> AnswerParts:
         """An answer's reasoning, content and tool calls."""
+        ...
+
+    def reader(self, prompt_ids: Sequence[int] = (), with_calls: bool = True) -> AnswerStream:
+        """What takes the text of the answer to a prompt apart as it comes."""
         ...
 
     def unshown(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, ...]:
@@ -196,17 +202,44 @@ class TemplateFormat:
     def parse(self, answer_ids: Sequence[int]) -> AnswerParts:
         """An answer's reasoning, content and tool calls."""
         text = self.tokenizer.decode(answer_ids, skip_special_tokens=False)
-        return self.style.parse(text, tuple(self._special.values()))
+        return parse_answer(self.style, text, tuple(self._special.values()))
+
+    def reader(self, prompt_ids: Sequence[int] = (), with_calls: bool = True) -> AnswerStream:
+        """What takes the text of the answer to a prompt apart as it comes, special tokens in it where
+        `marks_are_special`."""
+        ending = self.tokenizer.decode(list(prompt_ids[-_OPENING:]), skip_special_tokens=False)
+        opened = self.style.channels == "think" and ending.rstrip().endswith("<think>")
+        special = tuple(self._special.values()) if self.marks_are_special else ()
+        return AnswerStream(self.style, special, opened, with_calls)
+
+    @property
+    def marks_are_special(self) -> bool:
+        """Whether special tokens stand between an answer's parts: a text without them cannot be taken
+        apart."""
+        return not set(self._special.values()).isdisjoint(self.style.marks)
 
     def unshown(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, ...]:
-        """What of a conversation the template never mentions."""
+        """What of a conversation the template never mentions, and thoughts of its last answer that it leaves
+        out."""
         there = {name for m in messages for name in ("tool_calls", "name") if m.get(name)}
         there |= {"tools"} if tools else set()
         missing = {name for name in there if not self.mentions(name)}
         reasons = any(m.get("reasoning_content") for m in messages)
-        if reasons and self._reasoning_names() == () and not self._thinks_in_content():
+        never = self._reasoning_names() == () and not self._thinks_in_content()
+        if reasons and (never or self._drops_last_thought(messages, tools)):
             missing.add("reasoning_content")
         return tuple(sorted(missing))
+
+    def _drops_last_thought(self, messages: Sequence[Message], tools: Tools | None) -> bool:
+        """Whether the last answer reads the same without its thoughts."""
+        if not messages[-1].get("reasoning_content"):
+            return False
+        silent = {k: v for k, v in messages[-1].items() if k != "reasoning_content"}
+        with_it, without = (
+            self.text([*messages[:-1], last], tools, generation_prompt=False)
+            for last in (messages[-1], silent)
+        )
+        return with_it == without
 
     def _dated(self, tools: Tools | None) -> dict[str, Any]:
         """Arguments that give the template this run's day in place of the clock's."""

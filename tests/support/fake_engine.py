@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -175,19 +176,27 @@ def fake_served(
     max_running: int = 64,
     name: str = "fake",
     special: bool = False,
+    template: str | None = None,
+    marks: Sequence[str] = (),
+    switches: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A `Served` over the embedded target's tokenizer."""
+    """A `Served` over the embedded target's tokenizer, with another template and further special tokens."""
     from transformers import AutoTokenizer
 
     from draftkit.serve.detokenize import TokenTexts
     from draftkit.serve.worker import Served
 
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    tokenizer.chat_template = template or tokenizer.chat_template
     engine = FakeEngine(
         tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds
     )
     engine.info = replace(engine.info, vocab_size=len(tokenizer), max_running=max_running)
-    return Served(engine, tokenizer, TokenTexts(tokenizer), name, honour_special_tokens=special)
+    texts = TokenTexts(tokenizer)
+    return Served(
+        engine, tokenizer, texts, name, honour_special_tokens=special, template_switches=switches or {}
+    )
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ def answer_to(prompt: Sequence[int]) -> list[int]:
 
 
 class StubServer(ThreadingHTTPServer):
-    """`trouble` is what it answers in place of an answer: "429", "html", "500", "other model", "partial" or
-    nothing."""
+    """`trouble` is what it answers in place of an answer: "429", "html", "500", "other model", "partial",
+    "dead", "hangs", or "slow", which answers late."""
 
     daemon_threads = True
 
@@ -29,6 +29,7 @@ class StubServer(ThreadingHTTPServer):
         self.prompt_tokens, self.ids, self.trouble, self.well_for = prompt_tokens, ids, trouble, well_for
         self.answered: list[Any] = []
         self.asked: list[dict[str, Any]] = []
+        self.over = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -43,7 +44,9 @@ class _Handler(BaseHTTPRequestHandler):
         probing = body["max_tokens"] == 1
         if not probing:
             self.server.asked.append(body)
-            if len(self.server.answered) >= self.server.well_for and self.server.trouble:
+            if self.server.trouble == "slow":
+                self.server.over.wait(0.5)
+            elif len(self.server.answered) >= self.server.well_for and self.server.trouble:
                 return self._misbehave(self.server.trouble)
         choice: dict[str, Any] = {"finish_reason": "stop"}
         if self.path == "/v1/completions":
@@ -76,6 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(200, {"model": "another", "choices": [{"token_ids": [1], "finish_reason": "stop"}]})
         elif trouble == "dead":
             self.connection.close()
+        elif trouble == "hangs":
+            self.server.over.wait()
 
     def _say(self, code: int, body: Any, headers: dict[str, str] | None = None) -> None:
         self._raw(code, json.dumps(body).encode(), headers)
@@ -100,5 +105,6 @@ def stubs(*servers: StubServer) -> Iterator[list[StubServer]]:
         yield list(servers)
     finally:
         for server in servers:
+            server.over.set()
             server.shutdown()
             server.server_close()

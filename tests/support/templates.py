@@ -39,7 +39,9 @@ MARKS = (
         "[AVAILABLE_TOOLS]",
         "</s>",
     ),
-    *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+    *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[THINK]", "[/THINK]"),
+    *("<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", "<|tool>", "<tool|>", '<|"|>'),
+    *("<|think|>", "<|constrain|>"),
 )
 
 
@@ -53,6 +55,9 @@ class Family:
     has_reasoning: bool = False
     reasoning_name: str = "reasoning_content"
     switches: dict[str, Any] = field(default_factory=dict)
+    calls_at_once: int = 2
+    prompt_only: str = ""  # what the prompt alone ends with: history does not keep it
+    thinks_with_calls: bool = False  # thoughts of other answers are not shown
 
     def as_transformers_takes_it(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """OpenAI's messages as the documentation of `apply_chat_template` wants them."""
@@ -123,9 +128,35 @@ _MISTRAL = """{%- set asked = messages | selectattr('role', 'equalto', 'user') |
 _GEMMA3 = """{%- for m in messages %}
 {{- '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\n' + m.content | trim + '<end_of_turn>\n' }}
 {%- endfor %}{%- if add_generation_prompt %}{{- '<start_of_turn>model\n' }}{%- endif %}"""
-_GEMMA4 = """{%- for m in messages %}{{- '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}
-{%- if m.reasoning and loop.last %}{{- '<|channel>thought\n' + m.reasoning + '\n<channel|>' }}{%- endif %}
-{{- m.content | trim + '<turn|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|turn>model\n' }}{%- endif %}"""
+# Calls and their results stand in one turn; thoughts are shown with calls alone, and after the last question.
+_GEMMA4 = """{%- macro written(value) -%}
+{%- if value is string %}{{- '<|"|>' + value + '<|"|>' }}
+{%- elif value is mapping %}{{- '{' }}{%- for k, v in value | dictsort %}{{- k + ':' + written(v) }}
+{{- '' if loop.last else ',' }}{%- endfor %}{{- '}' }}{%- else %}{{- value | tojson }}{%- endif %}{%- endmacro -%}
+{%- set ns = namespace(last=-1, before='') -%}
+{%- for m in messages if m.role == 'user' -%}{%- set ns.last = messages.index(m) -%}{%- endfor -%}
+{%- if enable_thinking or tools or messages[0].role == 'system' %}{{- '<|turn>system\n' }}
+{{- '<|think|>\n' if enable_thinking else '' }}
+{{- messages[0].content | trim if messages[0].role == 'system' else '' }}
+{%- for tool in tools or [] %}{{- '<|tool>declaration:' + tool.function.name + written(tool.function.parameters) }}
+{{- '<tool|>' }}{%- endfor %}{{- '<turn|>\n' }}{%- endif %}
+{%- for m in messages if m.role not in ('system', 'tool') %}
+{%- if not (m.role == 'assistant' and ns.before == 'assistant') %}
+{{- '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}{%- endif %}{%- set ns.before = m.role %}
+{%- if m.reasoning and m.tool_calls and messages.index(m) > ns.last %}
+{{- '<|channel>thought\n' + m.reasoning + '\n<channel|>' }}{%- endif %}
+{%- for call in m.tool_calls or [] %}
+{{- '<|tool_call>call:' + call.function.name + written(call.function.arguments) + '<tool_call|>' }}{%- endfor %}
+{%- set results = namespace(open=true, found=false) %}
+{%- for r in messages[messages.index(m) + 1:] %}{%- if r.role != 'tool' %}{%- set results.open = false %}{%- endif %}
+{%- if m.tool_calls and results.open %}{%- set results.found = true %}
+{{- '<|tool_response>response:' + m.tool_calls[0].function.name + '{value:' + written(r.content) + '}' }}
+{{- '<tool_response|>' }}{%- endif %}{%- endfor %}
+{{- m.content | trim }}
+{%- if m.tool_calls and not results.found %}{{- '<|tool_response>' }}
+{%- elif not (results.found and not m.content) %}{{- '<turn|>\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{- '<|turn>model\n' }}
+{{- '' if enable_thinking else '<|channel>thought\n<channel|>' }}{%- endif %}"""
 _GPT_OSS = """{%- if tools %}{{- '<|start|>developer<|message|>' + tools | tojson + '<|end|>' }}{%- endif %}
 {%- for m in messages %}{%- if m.role == 'assistant' %}
 {%- if m.thinking and loop.last %}
@@ -144,16 +175,23 @@ FAMILIES = {
         _QWEN3_HEAD + _QWEN3_PROMPT, ("<|im_end|>",), True, switches={"enable_thinking": False}
     ),
     "qwen3 thinking only": Family(_QWEN3_HEAD + _QWEN3_ALWAYS, ("<|im_end|>",), True, True),
-    "llama3": Family(_LLAMA3, ("<|eot_id|>",)),
+    "llama3": Family(_LLAMA3, ("<|eot_id|>",), True, calls_at_once=1),
     "mistral": Family(_MISTRAL, ("</s>",), True),
     "gemma3": Family(_GEMMA3, ("<end_of_turn>",)),
-    "gemma4": Family(_GEMMA4, ("<turn|>",), False, True, "reasoning"),
-    "gpt-oss": Family(_GPT_OSS, ("<|return|>", "<|call|>"), False, True, "thinking"),
+    "gemma4": Family(
+        _GEMMA4, ("<turn|>", "<|tool_response>"), True, prompt_only="<|channel>thought\n<channel|>"
+    ),
+    "gemma4 thinking": Family(
+        *(_GEMMA4, ("<turn|>", "<|tool_response>"), True, True, "reasoning", {"enable_thinking": True}),
+        thinks_with_calls=True,
+    ),
+    "gpt-oss": Family(_GPT_OSS, ("<|return|>", "<|call|>"), True, True, "thinking", calls_at_once=1),
 }
 TOOL = {
     "type": "function",
     "function": {
         "name": "weather",
+        "description": "What it is like outside.",
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
@@ -161,7 +199,7 @@ _WORDS = "list value holds step return what add number".split()
 
 
 def conversations(
-    count: int, with_tools: bool, with_reasoning: bool
+    count: int, with_tools: bool, with_reasoning: bool, calls_at_once: int = 2
 ) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
     """(messages, tools): one to three user turns, some with (parallel) tool calls before the answer, some
     with thoughts."""
@@ -180,7 +218,8 @@ def conversations(
             messages.append({"role": "user", "content": text()})
             if with_tools and number % 4 < 3:
                 functions = [
-                    {"name": "weather", "arguments": f'{{"city": "{text()}"}}'} for _ in range(1 + number % 2)
+                    {"name": "weather", "arguments": f'{{"city": "{text()}"}}'}
+                    for _ in range(1 + number % 2 * (calls_at_once - 1))
                 ]
                 calls = [
                     {"id": f"call_{i}", "type": "function", "function": f} for i, f in enumerate(functions)

@@ -1,0 +1,38 @@
+"""Two processes on one file of records, one of which is killed: the other one takes over what it left."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from checks.forked import finished, start
+from support.records import prompts, records
+
+pytestmark = pytest.mark.slow
+
+
+def test_what_a_killed_process_left_is_taken_over_and_nothing_is_there_twice(
+    target_folder: Path, tmp_path: Path
+) -> None:
+    source, shared, alone = tmp_path / "prompts.jsonl", tmp_path / "shared.jsonl", tmp_path / "alone.jsonl"
+    rows = [{"id": p.id, "domain": p.domain, "messages": p.as_dicts()} for p in prompts(260)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"target.path={target_folder}", "target.dtype=float64", "generate.max_new_tokens=12"]
+    command = ["generate", "-p", str(source), *[x for s in settings for x in ("--set", s)], "-o"]
+    parts = shared.with_name("shared.jsonl.parts")
+
+    first, second = (start([*command, str(shared)], tmp_path / f"log{i}") for i in range(2))
+    until = time.monotonic() + 120
+    while time.monotonic() < until and sum(f.stat().st_size > 0 for f in parts.glob("*.jsonl")) < 2:
+        time.sleep(0.005)
+    first.kill()
+    first.join()
+    second.join(240)
+    assert second.exitcode == 0, (tmp_path / "log1").read_text()
+    code, told = finished([*command, str(alone)], tmp_path / "log")
+    assert code == 0, told
+    assert records(shared) == records(alone) and len(records(shared)) == 260
+    assert not parts.exists()
