@@ -14,6 +14,7 @@ import typer
 from draftkit import __version__
 from draftkit.commands.chat import chat
 from draftkit.commands.early import check_given, check_inputs, check_pair, check_serving, check_simulation
+from draftkit.commands.numbers import whole_numbers
 from draftkit.commands.recipes import complete_recipe, recipes
 from draftkit.commands.user_defaults import user_defaults
 from draftkit.engine.settings import EngineSettings
@@ -470,9 +471,7 @@ def profile(
         typer.echo(f"written to {out}; next: draftkit simulate --step-rate {out}")
 
 
-@app.command(
-    epilog="Example: draftkit simulate --step-rate balanced --concurrency 1 --concurrency 64 -o simulation"
-)
+@app.command(epilog="Example: draftkit simulate --step-rate balanced --concurrency 1,64 -o simulation")
 def simulate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for simulation.png")] = None,
     traces: Annotated[
@@ -483,7 +482,7 @@ def simulate(
         typer.Option(help="file, memory-bound, balanced or compute-bound; none = the embedded pair's"),
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="of draftkit calibrate")] = None,
-    concurrency: Annotated[list[int] | None, typer.Option(help="requests at once; repeatable")] = None,
+    concurrency: Annotated[list[str] | None, typer.Option(help="requests at once, as 1,8,64")] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Poisson arrivals per second; repeatable")] = None,
     requests: Annotated[int, typer.Option(help="per load", min=1)] = 1000,
     seed: int = 0,
@@ -501,7 +500,7 @@ def simulate(
     from draftkit.schedule.simulate import Load
 
     source = schedule_stages.open_simulation(traces, step_rate, calibration)
-    levels = concurrency or ([256] if rate else [1, 4, 16, 64])
+    levels = whole_numbers("--concurrency", concurrency) or ([256] if rate else [1, 4, 16, 64])
     arrivals: list[float | None] = [*rate] if rate else [None]
     loads = [Load(requests, level, one, seed) for level in levels for one in arrivals]
     outcomes, assumptions = schedule_stages.run_simulate(source, loads, out)
@@ -654,14 +653,15 @@ def serve(
 app.command(epilog='Example: draftkit chat --target smollm2, or: draftkit chat "What is a list?"')(chat)
 
 
-@app.command(
-    epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8"
-)
+@app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --compare-drafts --concurrency 1,8")
 def bench(
     urls: Annotated[list[str], typer.Option("--url", help="server; give two to compare them")],
+    compare_drafts: Annotated[
+        bool, typer.Option("--compare-drafts", help="one draftkit server, with its drafts and without")
+    ] = False,
     concurrency: Annotated[
-        list[int] | None,
-        typer.Option(help="users at once; repeatable; default: 1, with --rate 256, the most at once"),
+        list[str] | None,
+        typer.Option(help="users at once, as 1,8; default: 1, with --rate 256, the most at once"),
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Poisson arrivals per second instead of waiting users")
@@ -672,6 +672,10 @@ def bench(
     warmup: int = LoadSettings.warmup,
     max_tokens: int = LoadSettings.max_tokens,
     temperature: float = LoadSettings.temperature,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(help="answers go on to --max-tokens, so that all servers make as many tokens"),
+    ] = LoadSettings.ignore_eos,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
     ] = None,
@@ -689,18 +693,20 @@ def bench(
     Exit code 2 when a request fails; what was measured is printed and written all the same."""
     from typing import Any
 
-    from draftkit.serve.bench import print_bench, read_prompts, run_bench
+    from draftkit.serve.bench import read_prompts, run_bench
+    from draftkit.serve.bench_report import print_bench
 
     source = prompts or Path(__file__).parent / "assets" / "tiny" / "heldout.jsonl"
     settings = LoadSettings(
-        read_prompts(source), requests, warmup, 1, rate, max_tokens, temperature, ignore_eos=True, seed=seed
+        read_prompts(source), requests, warmup, 1, rate, max_tokens, temperature, ignore_eos, seed=seed
     )
 
     def show(results: dict[str, Any]) -> None:
         typer.echo(as_json(results)) if json_output else print_bench(results)
 
     # By default nothing but the server holds arrivals up.
-    run_bench(urls, concurrency or [1 if rate is None else 256], settings, out, api_key or (), show)
+    levels = whole_numbers("--concurrency", concurrency) or [1 if rate is None else 256]
+    run_bench(urls, levels, settings, out, api_key or (), show, compare_drafts)
 
 
 app.command(epilog="Example: draftkit recipes dspark-plus")(recipes)
