@@ -14,6 +14,7 @@ import typer
 from draftkit import __version__
 from draftkit.commands.chat import chat
 from draftkit.commands.early import check_given, check_inputs, check_pair, check_serving, check_simulation
+from draftkit.commands.following import following
 from draftkit.commands.numbers import whole_numbers
 from draftkit.commands.recipes import complete_recipe, recipes
 from draftkit.commands.user_defaults import user_defaults
@@ -151,7 +152,8 @@ def generate(
         skipped.report()
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
     typer.echo(
-        f"{report.records} conversations ({ends}) in {out}; next: draftkit capture -c {out} -o features"
+        f"{report.records} conversations ({ends}) in {out}; next: "
+        f"{following(f'capture -c {out} -o features', recipe, overrides)}"
     )
 
 
@@ -181,7 +183,7 @@ def capture(
         skipped.report()
     typer.echo(
         f"{report.samples} samples, {report.tokens} tokens in {out} ({report.left_out()}); "
-        f"next: draftkit train -f {out} -o drafter"
+        f"next: {following(f'train -f {out} -o drafter', recipe, overrides)}"
     )
 
 
@@ -204,9 +206,10 @@ def train(
     report = stages.run_train(*stages.read_target(settings), settings, features, out, start_from=start_from)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
+    best = out / "best"
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
-        f"next: draftkit evaluate -d {out / 'best'} -o results"
+        f"next: {following(f'evaluate -d {best} -o results', recipe, overrides)}"
     )
 
 
@@ -239,9 +242,7 @@ def traces(
         return
     for line in report.lines():
         typer.echo(line)
-    typer.echo(
-        f"next: draftkit capture -c {out / 'train.jsonl'} -o features, or draftkit specialise --traces LOG"
-    )
+    typer.echo(f"next: {following(f'capture -c {out}/train.jsonl -o features')}, or draftkit specialise")
 
 
 @app.command(epilog="Example: draftkit mix mixture.yaml -o prompts.jsonl --limit 50000")
@@ -276,7 +277,8 @@ def mix(
     for name, count in report.conversations.items():
         typer.echo(f"{name}: {count} conversations, about {report.tokens[name]:,} tokens")
     typer.echo(
-        f"{report.repeated} left out as there before; next: draftkit generate -p {out} -o answers.jsonl"
+        f"{report.repeated} left out as there before; next: "
+        f"{following(f'generate -p {out} -o answers.jsonl')}"
     )
 
 
@@ -317,7 +319,7 @@ def specialise(
         typer.echo(as_json(found.rows(), indent=1))
         return
     print_specialised(found)
-    typer.echo(f"next: draftkit serve --target {settings.target.path} --drafter {out / 'drafter' / 'best'}")
+    typer.echo(f"next: {following(f'serve --target {settings.target.path} --drafter {out}/drafter/best')}")
 
 
 @app.command(epilog="Example: draftkit evaluate -d drafter/best -o results --set evaluate.temperatures=[1.0]")
@@ -400,7 +402,7 @@ def calibrate(
     check_inputs(settings, drafter, prompts or [])
     from draftkit import schedule_stages, stages
     from draftkit.draft.checkpoint import open_drafter
-    from draftkit.evaluate.schedule_report import print_calibration
+    from draftkit.evaluate.schedule_report import calibration_notes, print_calibration
     from draftkit.ops.sampling import Sampling
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
@@ -420,9 +422,13 @@ def calibrate(
         print_calibration(
             found.calibration.temperatures, found.before, found.after, found.held_out_rows, found.missing
         )
+        for note in calibration_notes(found.before, found.after, found.prompts, found.refused):
+            typer.echo(note)
         typer.echo(
-            f"written to {out / schedule_stages.CALIBRATION}; next: draftkit profile -d {drafter} -o "
-            f"step_rate.json"
+            f"written to {out / schedule_stages.CALIBRATION}; next: "
+            f"{following(f'profile -d {drafter} -o step_rate.json', recipe, overrides)}, then "
+            f"{following(f'simulate --traces {file} --calibration {out / schedule_stages.CALIBRATION}')} "
+            "--step-rate step_rate.json"
         )
 
 
@@ -468,7 +474,9 @@ def profile(
         typer.echo(out.read_text("utf-8"))
     else:
         print_step_rate(table)
-        typer.echo(f"written to {out}; next: draftkit simulate --step-rate {out}")
+        serving = f"serve --target {settings.target.path}"
+        known = f" --drafter {drafter} --step-rate {out}" if drafter else ""
+        typer.echo(f"written to {out}; next: {following(serving + known)}")
 
 
 @app.command(epilog="Example: draftkit simulate --step-rate balanced --concurrency 1,64 -o simulation")

@@ -30,9 +30,9 @@ PERCENTILES = (50, 90, 99)
 
 def summarise(records: Sequence[Record], seconds: float, counters: dict[str, float]) -> dict[str, Any]:
     """Numbers of one run. Latencies in seconds; `tokens_per_s` overall, `tokens_per_s_per_user` is the median
-    over requests of output tokens / e2e time (`request_speeds`), with its 95 % interval; accepted length counts the bonus token, 1 + accepted / rounds.
-    `tokens_counted_by` is "chunks" where the server left out the usage of an answer: a chunk may hold several
-    tokens.
+    over requests of output tokens / e2e time (`request_speeds`), with its 95 % interval; accepted length
+    counts the bonus token, 1 + accepted / rounds. `tokens_counted_by` is "chunks" where the server left out
+    the usage of an answer: a chunk may hold several tokens.
     """
     good = [r for r in records if r.error is None and r.first is not None and r.done is not None]
     first = [r.first - r.sent for r in good if r.first is not None]
