@@ -49,6 +49,9 @@ RecipeOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")
 ]
+TargetOption = Annotated[
+    str | None, typer.Option("--target", help="folder, GGUF file or hub id; default: the recipe's")
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
 PromptsOption = Annotated[
     list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
@@ -82,6 +85,11 @@ def _recipe(name: str, overrides: list[str] | None) -> Recipe:
     return load_recipe(name, overrides or [])
 
 
+def _with_target(overrides: list[str] | None, target: str | None) -> list[str]:
+    """The overrides, `--target` among them."""
+    return [*(overrides or []), *([f"target.path={target}"] if target else [])]
+
+
 @app.command(epilog="Example: draftkit quickstart --out runs/quickstart --minutes 6")
 def quickstart(
     out: OutOption = Path("runs/quickstart"),
@@ -107,6 +115,7 @@ def quickstart(
 def generate(
     out: OutOption,
     prompts: PromptsOption = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     skip_invalid: SkipOption = False,
@@ -118,6 +127,7 @@ def generate(
 ) -> None:
     """Let the target answer prompts. The same command goes on where it was interrupted, and several processes
     that are given the same command share the work."""
+    overrides = _with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
@@ -161,11 +171,13 @@ def generate(
 def capture(
     out: OutOption,
     conversations: Annotated[list[Path], typer.Option("--conversations", "-c", help="JSONL with answers")],
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     skip_invalid: SkipOption = False,
 ) -> None:
     """Let the target read conversations into a feature store."""
+    overrides = _with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
     from draftkit.data.conversations import SkippedRows, check_beginning
@@ -176,9 +188,9 @@ def capture(
         from draftkit import stages
 
     skipped = SkippedRows() if skip_invalid else None
-    target, tokenizer = stages.open_target(settings)
+    model, tokenizer = stages.open_target(settings)
     read = stages.answers_of(settings, tokenizer, conversations, skipped)
-    report = stages.run_capture(target, tokenizer, settings, read, out)
+    report = stages.run_capture(model, tokenizer, settings, read, out)
     if skipped:
         skipped.report()
     typer.echo(
@@ -191,11 +203,13 @@ def capture(
 def train(
     out: OutOption,
     features: Annotated[Path, typer.Option("--features", "-f", help="feature store")],
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     start_from: StartOption = None,
 ) -> None:
     """Train a drafter on a feature store. The same command goes on where it was interrupted."""
+    overrides = _with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
     check_given("--features", features)
@@ -311,8 +325,7 @@ def specialise(
     check_pair(target or "tiny", None, start_from if target else None)
     from draftkit.specialise import print_specialised, recipe_for, run_specialise
 
-    changed = [*(overrides or []), *([f"target.path={target}"] if target else [])]
-    settings = recipe_for(recipe, changed, start_from, out)
+    settings = recipe_for(recipe, _with_target(overrides, target), start_from, out)
     say = lambda line: typer.echo(line, err=json_output)  # noqa: E731
     found = run_specialise(settings, logs, out, start_from, regenerate, form, keep_secrets, say)
     if json_output:
@@ -327,12 +340,14 @@ def evaluate(
     out: OutOption,
     drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder")],
     prompts: PromptsOption = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Measure accepted length and speed on held-out prompts. By domain, and against plain decoding."""
+    overrides = _with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
     check_inputs(settings, drafter, prompts or [])
@@ -342,8 +357,8 @@ def evaluate(
         from draftkit.evaluate.report import print_report
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
-    target, tokenizer = stages.open_target(settings)
-    results = stages.run_evaluate(target, tokenizer, settings, drafter, read, out, threads)
+    model, tokenizer = stages.open_target(settings)
+    results = stages.run_evaluate(model, tokenizer, settings, drafter, read, out, threads)
     plot_acceptance(results, out / "acceptance.png")
     typer.echo(stages.summary(results)) if json_output else print_report(results)
 
@@ -388,6 +403,7 @@ def calibrate(
     out: OutOption,
     drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder")],
     prompts: PromptsOption = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     temperature: Annotated[float, typer.Option(help="of the target's sampling", min=0)] = 1.0,
@@ -397,6 +413,7 @@ def calibrate(
     reads the result."""
     from dataclasses import asdict
 
+    overrides = _with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
     check_inputs(settings, drafter, prompts or [])
@@ -406,14 +423,14 @@ def calibrate(
     from draftkit.ops.sampling import Sampling
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
-    target, tokenizer = stages.open_target(settings)
+    model, tokenizer = stages.open_target(settings)
     stages.check_drafter_switches(settings, drafter)
     shown = stages.prompt_format(settings, tokenizer)
     chosen = stages.first_turns(shown, read, settings.evaluate.prompts_per_domain)
     limit, seed = settings.evaluate.max_new_tokens, settings.evaluate.seed
-    opened, file = open_drafter(drafter, target), out / schedule_stages.TRACES
+    opened, file = open_drafter(drafter, model), out / schedule_stages.TRACES
     traces = schedule_stages.run_record(
-        target, opened, drafter, chosen, Sampling(temperature), limit, seed, file
+        model, opened, drafter, chosen, Sampling(temperature), limit, seed, file
     )
     found = schedule_stages.run_calibrate(traces, out)
     if json_output:
@@ -438,6 +455,7 @@ def profile(
     drafter: Annotated[
         Path | None, typer.Option("--drafter", "-d", help="drafter folder; none = the target only")
     ] = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     tokens: Annotated[list[int] | None, typer.Option(help="tokens per pass, at least 1; repeatable")] = None,
@@ -449,6 +467,7 @@ def profile(
     json_output: JsonOption = False,
 ) -> None:
     """Measure what a step costs on this machine. By tokens, context and requests; SGLang reads the result."""
+    overrides = _with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     if out.suffix == ".png":
         raise ConfigError(
@@ -465,10 +484,10 @@ def profile(
 
     if threads:
         torch.set_num_threads(threads)
-    target, _ = stages.open_target(settings)
-    opened = open_drafter(drafter, target) if drafter else None
+    model, _ = stages.open_target(settings)
+    opened = open_drafter(drafter, model) if drafter else None
     table = schedule_stages.run_profile(
-        target, opened, drafter, profile_settings(tokens, context, repeats), out
+        model, opened, drafter, profile_settings(tokens, context, repeats), out
     )
     if json_output:
         typer.echo(out.read_text("utf-8"))

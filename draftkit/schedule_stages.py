@@ -122,8 +122,8 @@ def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
     `out`.
 
     Where the fitted temperatures make the error on the held-out half larger, they are not taken: the file
-    then holds temperatures of 1. Raises ScheduleError for a drafter without a confidence head and for traces of
-    fewer than two prompts.
+    then holds temperatures of 1. Raises ScheduleError for a drafter without a confidence head and for traces
+    of fewer than two prompts.
     """
     if len(traces.prompts) < 2:
         raise ScheduleError(

@@ -18,8 +18,9 @@ from draftkit.data.padded_answers import answer_batch
 from draftkit.decode import decode
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import EvalPrompt
+from draftkit.evaluate.schedule_report import calibration_notes
 from draftkit.ops.sampling import Sampling
-from draftkit.schedule.calibration import Calibration, save_calibration
+from draftkit.schedule.calibration import Calibration, load_calibration, save_calibration
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, save_step_rate
@@ -340,7 +341,7 @@ def test_calibration_is_fitted_and_measured_on_different_prompts(tmp_path: Path)
 def test_a_calibration_that_makes_held_out_prompts_worse_is_not_taken_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Right confidences, and temperatures of 5 fitted to them: the file leaves the confidences as they are."""
+    """Right confidences, and temperatures of 5 fitted to them: the file leaves them as they are."""
     monkeypatch.setattr(
         "draftkit.schedule_stages.fit_calibration", lambda c, *_: Calibration((5.0,) * c.shape[1])
     )
