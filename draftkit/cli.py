@@ -14,7 +14,6 @@ import typer
 from draftkit import __version__
 from draftkit.commands.chat import chat
 from draftkit.commands.early import check_given, check_inputs, check_pair, check_serving, check_simulation
-from draftkit.commands.following import following
 from draftkit.commands.numbers import whole_numbers
 from draftkit.commands.recipes import complete_recipe, recipes
 from draftkit.commands.user_defaults import user_defaults
@@ -24,6 +23,7 @@ from draftkit.interrupt import raise_on_signals
 from draftkit.output import as_json, check_file, make_folder
 from draftkit.progress import doing
 from draftkit.serve.settings import LoadSettings, ServeSettings
+from draftkit.suggest import following
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

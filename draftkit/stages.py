@@ -501,6 +501,8 @@ def summary(results: Sequence[EvalResult]) -> str:
         {
             "temperature": r.settings["sampling"]["temperature"],
             "accepted_len": {k: v.value for k, v in r.accepted_len.items()},
+            "accepted_len_95": {k: (v.low, v.high) for k, v in r.accepted_len.items()},
+            "acceptance_by_position": r.acceptance,
             "speed": {k: asdict(v) for k, v in r.speed.items()},
             "prompts": len(r.records),
             "domains": domains_of(r.records),

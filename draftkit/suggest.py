@@ -1,9 +1,12 @@
-"""What was probably meant: the nearest name, and the nearest folder that is there."""
+"""What to type: the name or the folder that was probably meant, and the command that comes next."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -32,3 +35,19 @@ def looks_like_path(name: str) -> bool:
     first, slash, _ = name.partition("/")
     is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
     return is_path or bool(slash and Path(first).exists())
+
+
+def program() -> str:
+    """How draftkit is called from this shell, where its virtual environment may not be active."""
+    if shutil.which("draftkit"):
+        return "draftkit"
+    beside = Path(sys.executable).with_name("draftkit")
+    return shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m draftkit"
+
+
+def following(command: str, recipe: str = "", overrides: Sequence[str] | None = None) -> str:
+    """`draftkit COMMAND`, with the recipe and the overrides that this command was given."""
+    chosen = ["-r", recipe] if recipe and recipe != "tiny-dspark" else []
+    for override in overrides or ():
+        chosen += ["--set", override]
+    return " ".join([program(), command, *map(shlex.quote, chosen)])
