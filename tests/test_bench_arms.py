@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,11 @@ import pytest
 from draftkit.commands.numbers import whole_numbers
 from draftkit.serve.bench_report import notes
 from support.server import Server, serving
-from test_bench import bench
+
+
+def bench(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "draftkit", "bench", "--warmup", "0", *options]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from support.browser import Page, browsing, needs_browser
 from support.server import TEXT, Server, serving
-from test_serve_page import DONE, IDLE, Page, browsing, needs_browser
 
+DONE = "document.querySelectorAll('.assistant[data-done]').length"
+IDLE = "document.getElementById('send').textContent === 'send'"
 READY = "document.getElementById('model')?.textContent.includes('fake')"
 
 
