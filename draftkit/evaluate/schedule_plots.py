@@ -30,13 +30,18 @@ def plot_reliability(
             axes.set_visible(False)
             continue
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8, label="right predictions")
-        for label, confidence_NG in (("as they are", before_NG), ("calibrated", after_NG)):
+        for label, style, confidence_NG in (
+            ("as they are", "o-", before_NG),
+            ("calibrated", "D--", after_NG),
+        ):
             predicted_B, observed_B, count_B = _reliability(confidence_NG, kept_NG, usable_NG, k)
             half_B = 1.96 * np.sqrt(observed_B * (1 - observed_B) / count_B)
             axes.errorbar(
-                predicted_B, observed_B, half_B, marker="o", markersize=4, elinewidth=0.8, label=label
+                predicted_B, observed_B, half_B, fmt=style, mfc="none", ms=5, elinewidth=0.8, label=label
             )
-        axes.set(title=f"first {k + 1} ({int(usable_NG[:, k].sum()):,} proposals)", xlim=(0, 1), ylim=(0, 1))
+        tokens = "first token" if k == 0 else f"first {k + 1} tokens"
+        axes.set(title=f"{tokens} ({int(usable_NG[:, k].sum()):,} proposals)", xlim=(0, 1), ylim=(0, 1))
+        axes.tick_params(labelbottom=k + columns >= gamma)
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
     figure.supxlabel("predicted chance that all of them are kept", fontsize=10)

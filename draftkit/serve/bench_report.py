@@ -46,7 +46,7 @@ def print_bench(results: dict[str, Any]) -> None:
                 _range(run["ratio_per_user_95"], 2),
             )
     console = Console(highlight=False)
-    console.width = max(console.width, 130)  # a pipe is 80 wide, which cuts numbers
+    console.width = max(console.width, 140)  # a pipe is 80 wide, which cuts numbers
     console.print(table)
     for note in notes(results):
         console.print(note)
@@ -88,14 +88,19 @@ def notes(results: dict[str, Any]) -> list[str]:
         share = s["drafted_share"]
         if share is not None and share < 0.5 and s["label"] != "drafts off":
             found.append(
-                f"{s['label']}, {users} users: drafted in {100 * share:.0f} % of rounds. In the others the "
+                f"{s['label']}, {_users(users)}: drafted in {100 * share:.0f} % of rounds. In the others the "
                 "drafter rested, because the server measured the target alone to be faster at this load."
             )
     for run in results["runs"]:
         interval = run.get("ratio_per_user_95")
         if interval and interval[0] <= 1 <= interval[1]:
-            found.append(f"{run['concurrency']} users: no difference can be told (the interval holds 1).")
+            told = "no difference can be told (the interval holds 1)."
+            found.append(f"{_users(run['concurrency'])}: {told}")
     return found
+
+
+def _users(count: int) -> str:
+    return "1 user" if count == 1 else f"{count} users"
 
 
 def _shown(value: float | None, scale: float = 1, digits: int = 1) -> str:
@@ -122,7 +127,8 @@ def plot_bench(results: dict[str, Any], path: Path) -> None:
         ]
         if not rows:
             continue
-        at, medians = [i for i, _ in rows], [s["tokens_per_s_per_user"] for _, s in rows]
+        # beside one another, so that none covers another
+        at, medians = [i + 0.06 * place for i, _ in rows], [s["tokens_per_s_per_user"] for _, s in rows]
         intervals = [s["tokens_per_s_per_user_95"] or (m, m) for m, (_, s) in zip(medians, rows, strict=True)]
         off = [
             [max(0.0, m - low) for m, (low, _) in zip(medians, intervals, strict=True)],
@@ -137,7 +143,7 @@ def plot_bench(results: dict[str, Any], path: Path) -> None:
     for axes in (left, right):
         axes.set_xticks(range(len(levels)), [str(level) for level in levels])
         axes.set_xlim(-0.5, len(levels) - 0.5)
-        axes.set_ylim(0, None)
+        axes.set_ylim(0, 1.08 * max(axes.dataLim.y1, 1e-9))
         axes.grid(alpha=0.3)
     handles, labels = left.get_legend_handles_labels()
     if handles:
