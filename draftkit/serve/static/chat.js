@@ -49,7 +49,7 @@ async function* events(response) {
 
 function showStats(metrics, speed, drafting, measured) {
   const length = metrics.speculative_decoding?.mean_acceptance_length;
-  at("accepted-len").textContent = drafting && length ? length.toFixed(2) : "–";
+  if (drafting) at("accepted-len").textContent = length ? length.toFixed(2) : "–";
   if (speed) measured[drafting ? "on" : "off"] = speed;
   at("speed-on").textContent = measured.on?.toFixed(0) ?? "–";
   at("speed-off").textContent = measured.off?.toFixed(0) ?? "–";
@@ -240,7 +240,7 @@ function draw() {
   for (const value of [0, top / 2, top]) {
     pen.fillStyle = style.getPropertyValue("--axis");
     pen.fillRect(left, y(value), canvas.width, 0.5);
-    pen.fillText(String(value), 1, Math.min(y(value), canvas.height - 5));
+    pen.fillText(String(value), 1, Math.min(Math.max(y(value), 6), canvas.height - 6));
   }
   history.forEach(([drafted, verified], i) => {
     const x = left + i * (canvas.width - left) / 120;
