@@ -322,7 +322,8 @@ def specialise(
     after on held-out conversations."""
     for log in logs:
         check_given("--traces", log)
-    check_pair(target or "tiny", None, start_from if target else None)
+    if target:
+        check_pair(target, None, start_from)
     from draftkit.specialise import print_specialised, recipe_for, run_specialise
 
     settings = recipe_for(recipe, _with_target(overrides, target), start_from, out)
@@ -389,6 +390,7 @@ def export(
     anyway."""
     from draftkit.draft.place import check_drafter
 
+    make_folder(out)
     check_drafter(drafter)
     if target:
         check_pair(target)
