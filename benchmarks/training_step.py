@@ -28,20 +28,20 @@ from torch import Tensor, nn
 from benchmarks.result_file import print_result
 from draftkit import stages
 from draftkit.config import load_recipe
-from draftkit.data.features import FeatureStore
 from draftkit.draft.backbone import rope_table, rotate
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import TrainBatch
+from draftkit.features.store import FeatureStore
 from draftkit.settings import LossSettings
 from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate
-from draftkit.train.optim import BETAS, new_optimizer, take_step
+from draftkit.train.optim import new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
 
 
 def plain_batch(maker: BatchMaker, step: int) -> TrainBatch:
     """The step's conversations, each in a row of its own, with the anchors that our step gives them."""
-    chosen = maker.conversations(step)
-    samples = [maker.store[i] for i in chosen]
+    chosen = maker.samples(step)
+    samples = maker.source.read(chosen)
     seed = maker.seed * 1_000_003 + step
     anchors = [
         [choose_anchors(s.loss_mask_T, maker.anchors, seed * 2_097_143 + i)]
@@ -131,7 +131,9 @@ def main() -> None:
     parallel = ParallelDrafter(drafter, World(0, 1, torch.device("cpu")), False, torch.float32)
     optimizer = new_optimizer(parallel, settings.lr, 0.0)
     trained = [p for p in plain.parameters() if p.requires_grad]
-    plain_optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=BETAS, weight_decay=0.0, fused=True)
+    plain_optimizer = torch.optim.AdamW(
+        trained, lr=settings.lr, betas=settings.betas, weight_decay=0.0, fused=True
+    )
 
     def our_step(step: int) -> tuple[float, int]:
         done = take_step(parallel, optimizer, maker.batches(step), settings.loss, settings.grad_clip)

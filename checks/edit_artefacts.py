@@ -23,6 +23,8 @@ from checks.forked import finished
 from checks.small_run import readers, stages, told
 from draftkit.errors import DraftkitError
 
+PROMPTS = 16
+
 
 def edited(raw: bytes, name: str, chance: random.Random) -> tuple[bytes, str]:
     """The file with one edit, and what was edited."""
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    for stage in stages(given.work):
+    for stage in stages(given.work, PROMPTS):
         code, said = finished(stage.command, given.work / "log")
         if code:
             sys.exit(f"{stage.name}: {said}")

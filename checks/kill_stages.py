@@ -26,7 +26,7 @@ from checks.forked import Disk, finished, start
 from checks.small_run import Stage, stages
 
 STAGES = ("generate", "capture", "train")  # whose files are the same in every run
-SAME = ("answers.jsonl", "features/*.safetensors", "drafter/best/model.safetensors")
+SAME = ("answers.jsonl", "features/shard-*.bin", "drafter/best/model.safetensors")
 KILLS = 3  # of each stage in a run
 PROMPTS = 24
 

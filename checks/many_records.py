@@ -27,9 +27,9 @@ from draftkit.data.answers import Answer, Answers, Question
 from draftkit.data.conversations import iterate_conversations
 from draftkit.data.generate import generate_file
 from draftkit.data.records import made_with
-from draftkit.data.samples import SampleCounts, samples_of
-from draftkit.data.spool import SampleSpool
-from draftkit.settings import GenerateSettings
+from draftkit.features.texts import chunks, rendered
+from draftkit.settings import CaptureSettings, GenerateSettings
+from draftkit.target.interface import TargetInfo
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import EMBEDDED
@@ -98,13 +98,13 @@ def generate(work: Path, count: int, began: float) -> None:
 
 
 def capture(work: Path) -> None:
-    """Read all records into samples, as capture does before the target reads the first one."""
-    shown, counts, began = TemplateFormat(load_tokenizer(str(EMBEDDED))), SampleCounts(), time.monotonic()
-    read = iterate_conversations([work / "answers.jsonl"])
-    with SampleSpool(samples_of(read, shown, len(shown.tokenizer), counts), work, 4096) as spool:
-        spool.digest()
-        seconds = time.monotonic() - began
-        told(work / "notes.jsonl", capture_peak=peak_bytes(), capture_seconds=seconds, samples=len(spool))
+    """Read all records into texts, as capture does before the target reads them."""
+    shown, began, samples = TemplateFormat(load_tokenizer(str(EMBEDDED))), time.monotonic(), 0
+    info = TargetInfo("stub", None, "stub", len(shown.tokenizer), 8, 4, (), 4096, "none")
+    for chunk in chunks(iterate_conversations([work / "answers.jsonl"]), 0, 0):
+        samples += len(rendered(chunk, shown, info, CaptureSettings()).texts)
+    seconds = time.monotonic() - began
+    told(work / "notes.jsonl", capture_peak=peak_bytes(), capture_seconds=seconds, samples=samples)
 
 
 def write_prompts(path: Path, count: int) -> None:

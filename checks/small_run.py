@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from draftkit.data.conversations import read_conversations
-from draftkit.data.features import FeatureStore
 from draftkit.data.records import read_manifest
 from draftkit.draft.checkpoint import load_drafter, read_provenance
+from draftkit.features.store import FeatureStore
 from draftkit.schedule.calibration import load_calibration
 from draftkit.schedule.step_rate_table import load_step_rate
 from draftkit.target.fingerprint import fingerprint
@@ -78,6 +78,7 @@ def readers(work: Path) -> dict[Path, Callable[[], Any]]:
         work / "answers.jsonl": lambda: [vars(c) for c in read_conversations([work / "answers.jsonl"])],
         work / "answers.manifest.json": lambda: read_manifest(work / "answers.jsonl"),
         features / "manifest.json": store,
+        features / "index-000.jsonl": store,
         work / "calibration" / "calibration.json": lambda: load_calibration(
             work / "calibration/calibration.json", gamma, own
         ),
@@ -86,7 +87,7 @@ def readers(work: Path) -> dict[Path, Callable[[], Any]]:
         best / "draftkit.json": weights,
         best / "model.safetensors": weights,
     }
-    found |= dict.fromkeys(features.glob("*.safetensors"), store)
+    found |= dict.fromkeys(features.glob("shard-*.bin"), store)
     states = [path.parent for path in drafter.rglob("position.json")]
     for state in states:
         found |= dict.fromkeys(

@@ -40,6 +40,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+features_app = typer.Typer(help="Look after feature stores.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(features_app, name="features")
+
 RecipeOption = Annotated[
     str,
     typer.Option(
@@ -57,6 +60,12 @@ PromptsOption = Annotated[
     list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
 ]
 StartOption = Annotated[Path | None, typer.Option(help="folder of a drafter that goes on from where it is")]
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="vllm=URL: a vLLM server reads them (docs/features.md)")
+]
+ProbeOption = Annotated[
+    bool, typer.Option("--probe/--no-probe", help="compare the server's layers with the target's first")
+]
 LogFormatOption = Annotated[
     str | None, typer.Option("--format", help="bodies, vllm, otel, claude-code or codex; default: recognised")
 ]
@@ -76,6 +85,14 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
     if version:
         typer.echo(__version__)
         raise typer.Exit()
+
+
+def parse_from(text: str) -> str:
+    """The URL of "vllm=URL". Raises ConfigError for anything else."""
+    kind, _, url = text.partition("=")
+    if kind != "vllm" or not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--from {text}: give vllm=http://HOST:PORT")
+    return url
 
 
 def _recipe(name: str, overrides: list[str] | None) -> Recipe:
@@ -175,8 +192,15 @@ def capture(
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     skip_invalid: SkipOption = False,
+    source: FromOption = None,
+    probe: ProbeOption = True,
+    append: Annotated[
+        bool, typer.Option("--append", help="add other conversations to a finished store")
+    ] = False,
 ) -> None:
-    """Let the target read conversations into a feature store."""
+    """Let the target read conversations into a feature store. The same command goes on where it was
+    interrupted. Several processes may share the work: start all of them, or torchrun, with the same
+    command."""
     overrides = _with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
@@ -185,12 +209,20 @@ def capture(
     check_beginning(conversations, skip_invalid)
     check_inputs(settings)
     with doing(LIBRARIES):
-        from draftkit import stages
+        from draftkit import feature_stages, stages
 
     skipped = SkippedRows() if skip_invalid else None
-    model, tokenizer = stages.open_target(settings)
-    read = stages.answers_of(settings, tokenizer, conversations, skipped)
-    report = stages.run_capture(model, tokenizer, settings, read, out)
+    if source:
+        files, tokenizer = stages.read_target(settings)
+        read = stages.answers_of(settings, tokenizer, conversations, skipped)
+        reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
+        report = feature_stages.capture_by(files, reader, tokenizer, settings, read, out, append)
+    else:
+        model, tokenizer = stages.open_target(settings)
+        read = stages.answers_of(settings, tokenizer, conversations, skipped)
+        report = feature_stages.run_capture(model, tokenizer, settings, read, out, append)
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
+        return
     if skipped:
         skipped.report()
     typer.echo(
@@ -199,25 +231,65 @@ def capture(
     )
 
 
-@app.command(epilog="Example: draftkit train -f features -o drafter --set train.epochs=4")
+@app.command(
+    epilog="Examples: draftkit train -f features -o drafter --set train.epochs=4; draftkit train -c "
+    "answers.jsonl -o drafter"
+)
 def train(
     out: OutOption,
-    features: Annotated[Path, typer.Option("--features", "-f", help="feature store")],
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--features", "-f", help="feature store; repeatable, FOLDER=0.5 takes a half in an epoch"
+        ),
+    ] = None,
+    conversations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--conversations", "-c", help="JSONL with answers: the target reads them while the drafter trains"
+        ),
+    ] = None,
     target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     start_from: StartOption = None,
+    source: FromOption = None,
+    probe: ProbeOption = True,
 ) -> None:
-    """Train a drafter on a feature store. The same command goes on where it was interrupted."""
+    """Train a drafter. On a feature store, on live features of conversations, or on both: then the first
+    epoch fills the store. The same command goes on where it was interrupted."""
     overrides = _with_target(overrides, target)
     settings = _recipe(recipe, overrides)
+    if not features and not conversations:
+        raise ConfigError("give --features (a store), --conversations (live), or both (live, and kept)")
+    if source and not conversations:
+        raise ConfigError("--from reads --conversations; give some, or leave --from out")
+    if conversations and len(features or []) > 1:
+        raise ConfigError("--conversations fill one store; give one --features, or none")
     make_folder(out)
-    check_given("--features", features)
-    check_inputs(settings, start_from)
+    for store in features or []:
+        if not conversations:  # which would fill it
+            check_given("--features", Path(store if Path(store).exists() else store.partition("=")[0]))
+    check_inputs(settings, start_from, conversations or [])
     with doing(LIBRARIES):
-        from draftkit import stages
+        from draftkit import feature_stages, stages
 
-    report = stages.run_train(*stages.read_target(settings), settings, features, out, start_from=start_from)
+    keep = Path(features[0]) if features else None
+    if source and conversations:
+        files, tokenizer = stages.read_target(settings)
+        read = stages.answers_of(settings, tokenizer, conversations)
+        reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
+        live = feature_stages.live_features_by(files, reader, True, tokenizer, settings, read, out, keep)
+        report = stages.run_train(files, tokenizer, settings, live, out, start_from=start_from)
+    elif conversations:
+        model, tokenizer = stages.open_target(settings)
+        read = stages.answers_of(settings, tokenizer, conversations)
+        live = feature_stages.live_features(model, tokenizer, settings, read, out, keep)
+        report = stages.run_train(model, tokenizer, settings, live, out, lambda: model, start_from)
+    else:
+        files, tokenizer = stages.read_target(settings)
+        stored = feature_stages.open_features(settings, files, tokenizer, features or [])
+        report = stages.run_train(files, tokenizer, settings, stored, out, start_from=start_from)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     best = out / "best"
@@ -225,6 +297,65 @@ def train(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
         f"next: {following(f'evaluate -d {best} -o results', recipe, overrides)}"
     )
+
+
+@app.command(epilog="Example: draftkit plan -r qwen3-4b-dspark --count 1000000 --tokens 4096")
+def plan(
+    target: TargetOption = None,
+    recipe: RecipeOption = "tiny-dspark",
+    overrides: SetOption = None,
+    conversations: Annotated[
+        list[Path] | None, typer.Option("--conversations", "-c", help="JSONL with answers; some are rendered")
+    ] = None,
+    count: Annotated[int, typer.Option(help="without files: so many conversations", min=1)] = 100_000,
+    tokens: Annotated[int, typer.Option(help="without files: tokens of each", min=8)] = 2048,
+    answers: Annotated[float, typer.Option(help="without files: share of answers", min=0.01, max=1)] = 0.5,
+    out: OutOption = Path(),
+    json_output: JsonOption = False,
+) -> None:
+    """Bytes, hours and memory of each stage, before it runs. And whether features are better live or stored;
+    no weights are needed. Exit code 2 where the disk of --out cannot hold the store."""
+    overrides = _with_target(overrides, target)
+    settings = _recipe(recipe, overrides)
+    from draftkit import plan as planning
+
+    made = planning.plan(settings, conversations or [], (count, tokens, answers), out)
+    if json_output:
+        typer.echo(as_json(made.as_dict(), indent=1))
+    else:
+        for line in planning.lines(made):
+            typer.echo(line)
+    if not made.fits:
+        raise planning.refuse(made, settings.capture.dtype)
+
+
+@features_app.command("verify", epilog="Example: draftkit features verify features --repair")
+def features_verify(
+    folder: Annotated[Path, typer.Argument(help="feature store")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="leave out what is damaged, so that capture writes it again")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Read a whole feature store and name each record that is damaged; exit code 1 where one is."""
+    from dataclasses import asdict
+
+    from draftkit.feature_stages import run_verify
+
+    found = run_verify(folder, repair)
+    if json_output:
+        typer.echo(as_json(asdict(found)))
+    else:
+        for line in found.damaged:
+            typer.echo(line)
+        said = (
+            "left out; run the same `draftkit capture` again" if repair else "give --repair to leave them out"
+        )
+        typer.echo(
+            f"{found.records} records, {found.bytes / 1e6:,.1f} MB, {len(found.damaged)} faults"
+            + (f": {said}" if found.damaged else "")
+        )
+    raise typer.Exit(1 if found.damaged and not repair else 0)
 
 
 @app.command(epilog="Example: draftkit traces requests.jsonl ~/.codex/sessions/rollout.jsonl -o traces")

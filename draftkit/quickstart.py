@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import SharedWork
@@ -86,7 +86,8 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     with stage("generate") as notes:
         notes.append(f"{_generate(target, tokenizer, recipe, answers, minutes)} answers of the target itself")
     with stage("capture") as notes:
-        report = stages.run_capture(target, tokenizer, recipe, stages.read_prompts([answers]), features)
+        read = stages.read_prompts([answers])
+        report = feature_stages.run_capture(target, tokenizer, recipe, read, features)
         notes.append(f"features of {report.tokens:,} tokens")
     with stage("train") as notes:
         left = minutes * (1 - EVALUATE_SHARE) - sum(t.seconds for t in times) / 60
@@ -96,7 +97,8 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
         if _was_trained(run, recipe):
             notes.append(f"a drafter from this recipe is already there: {run / 'best'}")
         else:
-            trained = stages.run_train(target, tokenizer, recipe, features, run, lambda: target)
+            source = feature_stages.open_features(recipe, target, tokenizer, [features])
+            trained = stages.run_train(target, tokenizer, recipe, source, run, lambda: target)
             write_text(
                 run / "done.json", as_json(asdict(trained) | {"recipe": dump_recipe(recipe)}, indent=1)
             )

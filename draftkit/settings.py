@@ -64,9 +64,12 @@ class CaptureSettings(Section):
     """What is kept of the target's thoughts."""
 
     max_length: Annotated[
-        int, Field(ge=8, description="tokens; longer conversations are left out and counted")
+        int, Field(ge=8, description="tokens; longer conversations are learnt in windows of this length")
     ] = 1024
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "fp8"],
+        Field(description="fp8: e4m3 with one scale per token and layer, half of bfloat16's bytes"),
+    ] = "bfloat16"
     batch_tokens: Annotated[int, Field(ge=1, description="tokens per forward pass")] = 8192
     cut_answers: Annotated[
         Literal["keep", "drop"],
@@ -187,6 +190,10 @@ class TrainSettings(Section):
         float,
         Field(gt=0, le=1, description="share of the run over which lr falls; 1: all behind the warm-up"),
     ] = 1.0
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        Field(strict=False, description="of AdamW's two running means"),
+    ] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     max_skipped: Annotated[
@@ -195,6 +202,10 @@ class TrainSettings(Section):
     dtype: Annotated[
         Literal["float32", "bfloat16"], Field(description="of the passes; parameters are float32")
     ] = "float32"
+    recompute: Annotated[
+        bool,
+        Field(description="block drafters keep no activations of a layer, but run it again on the way back"),
+    ] = False
     shard: Annotated[
         bool, Field(description="several processes: each holds a part (FSDP2) instead of a whole copy")
     ] = False

@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
 from draftkit.data.conversations import iterate_conversations
 from draftkit.data.traces import make_traces
@@ -97,7 +97,7 @@ def run_specialise(
         )
         learnt = [answers]
     read = stages.answers_of(recipe, tokenizer, learnt)
-    captured = stages.run_capture(target, tokenizer, recipe, read, out / "features")
+    captured = feature_stages.run_capture(target, tokenizer, recipe, read, out / "features")
     say(f"{captured.samples} samples, {captured.tokens} tokens ({captured.left_out()})")
     shown = stages.prompt_format(recipe, tokenizer)
     room = target.info.max_length - recipe.evaluate.max_new_tokens
@@ -106,7 +106,8 @@ def run_specialise(
     if not prompts:
         raise DataError(f"{traces}: no answer of a held-out conversation can be evaluated; give more traces")
     features, run = out / "features", out / "drafter"
-    trained = stages.run_train(target, tokenizer, recipe, features, run, lambda: target, start_from)
+    source = feature_stages.open_features(recipe, target, tokenizer, [features])
+    trained = stages.run_train(target, tokenizer, recipe, source, run, lambda: target, start_from)
     say(f"{trained.steps} steps in {trained.seconds:.0f} s")
     before = (
         stages.evaluate_prompts(target, recipe, start_from, prompts, out / "before") if start_from else []

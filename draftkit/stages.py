@@ -16,12 +16,7 @@ import torch
 
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.answers import Answers
-from draftkit.data.capture import CaptureReport, capture
 from draftkit.data.conversations import SkippedRows, iterate_conversations, read_conversations
-from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
-from draftkit.data.features import MANIFEST as STORE_MANIFEST
-from draftkit.data.features import FeatureStore
-from draftkit.data.features import read_manifest as read_manifest_of_store
 from draftkit.data.generate import GenerateReport, generate_file
 from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.messages import Conversation
@@ -46,6 +41,8 @@ from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
 from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, speed_prompts
+from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
+from draftkit.features.source import FeatureSource
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, one_writer, write_text
 from draftkit.progress import clock, doing, progress_bar
@@ -53,7 +50,7 @@ from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.place import EMBEDDED
 from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, TemplateFormat
-from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from draftkit.target.tokenizer import load_tokenizer, template_hash
 from draftkit.target.transformers import (
     DTYPES,
     TransformersTarget,
@@ -175,42 +172,32 @@ def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
     )
 
 
+class Walks:
+    """Conversations that can be read more than once, from their files."""
+
+    def __init__(self, read: Callable[[], Iterable[Conversation]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return iter(self._read())
+
+
 def answers_of(
     recipe: Recipe, tokenizer: Any, paths: Sequence[Path], skipped: SkippedRows | None = None
-) -> Iterator[Conversation]:
+) -> Walks:
     """The conversations of some files, records of `generate` among them. Raises DataError for records that
     were made with another template, tokenizer or other template switches than the recipe has."""
     shown = prompt_format(recipe, tokenizer)
     for path in paths:
         check_rendered_as(path, shown)
-    return iterate_conversations(paths, skipped)
-
-
-@one_writer()
-def run_capture(
-    target: TransformersTarget,
-    tokenizer: Any,
-    recipe: Recipe,
-    conversations: Iterable[Conversation],
-    out: Path,
-) -> CaptureReport:
-    """Stage 2: the target reads the conversations into a feature store."""
-    layers = feature_layers(recipe, target)
-    begun = read_manifest_of_store(out).today if (out / STORE_MANIFEST).exists() else None
-    shown = prompt_format(recipe, tokenizer, begun)
-    with progress_bar("capture", None) as bar:
-        tick = lambda done, total: bar.update(completed=done, total=total)  # noqa: E731
-        report = capture(target, shown, conversations, out, layers, recipe.capture, tick)
-    if line := report.counts.unshown_line():
-        print(line, file=sys.stderr)
-    return report
+    return Walks(lambda: iterate_conversations(paths, skipped.anew() if skipped else None))
 
 
 def drafter_config(
-    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, source: FeatureSource | None = None
 ) -> DrafterShape:
     """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in
-    `store` does not use."""
+    `source` does not use."""
     section, text = recipe.drafter, target.text_config
     algorithm = algorithm_named(section.algorithm)
     automatic = algorithm.style or style_of(target.info.family)
@@ -227,7 +214,7 @@ def drafter_config(
         sizes["intermediate_size"] = section.intermediate_size
     vocab, mask = target.info.vocab_size, 0
     if algorithm.masks:
-        count = lambda: count_tokens(store, vocab) if store else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
+        count = lambda: count_tokens(source, vocab) if source else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
         mask = choose_mask_token(tokenizer, vocab, section.mask_token_id, count)
     return algorithm.shape(section, sizes, mask)
 
@@ -237,30 +224,23 @@ def run_train(
     target: TargetWeights,
     tokenizer: Any,
     recipe: Recipe,
-    features: Path,
+    source: FeatureSource,
     out: Path,
     model: Callable[[], Target] | None = None,
     start_from: Path | None = None,
 ) -> TrainReport:
-    """Stage 3: a drafter is trained on the feature store, which must match target, layers, template and
-    tokenizer.
+    """Stage 3: a drafter is trained on features of this very target and prompt format (`feature_stages`).
 
     Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it,
     null loads it then. Where several processes train together there are no such answers, and none of them
     loads it. `start_from` is the folder of a drafter that goes on; it must be of this target and of the
     recipe's shape.
     """
-    store = FeatureStore(features)
-    layers = feature_layers(recipe, target)
-    switches = recipe.target.template_switches
-    store.check_matches(
-        target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches
-    )
     if start_from is None:
-        drafter = new_drafter_for(recipe, target, tokenizer, store)
+        drafter = new_drafter_for(recipe, target, tokenizer, source)
         start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
     else:
-        drafter = drafter_to_continue(recipe, target, tokenizer, store, start_from)
+        drafter = drafter_to_continue(recipe, target, tokenizer, source, start_from)
         start = f"drafter {fingerprint(start_from)}"
     provenance = {
         "target": target.info.name,
@@ -282,7 +262,7 @@ def run_train(
 
         load = model or (lambda: open_target(recipe)[0])
         return trainer.train(
-            store,
+            source,
             drafter,
             load,
             out,
@@ -297,17 +277,17 @@ def run_train(
 
 
 def new_drafter_for(
-    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore | None = None
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, source: FeatureSource | None = None
 ) -> Drafter:
     """A fresh drafter, seeded by the recipe, on the target's embedding and head.
 
-    A reduced draft vocabulary holds the most frequent tokens of the answers in `store`.
+    A reduced draft vocabulary holds the most frequent tokens of the answers in `source`.
     """
     torch.manual_seed(recipe.train.seed)
-    config, ids_W = drafter_config(recipe, target, tokenizer, store), None
-    if config.draft_vocab_size and store is not None:
+    config, ids_W = drafter_config(recipe, target, tokenizer, source), None
+    if config.draft_vocab_size and source is not None:
         ids_W = choose_draft_vocabulary(
-            count_answer_tokens(store, config.vocab_size), config.draft_vocab_size
+            count_answer_tokens(source, config.vocab_size), config.draft_vocab_size
         )
     drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
     if recipe.drafter.start == "target":
@@ -316,13 +296,13 @@ def new_drafter_for(
             raise ConfigError(
                 f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random"
             )
-        text = _some_text(store) if store is not None else None
+        text = _some_text(source) if source is not None else None
         start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
     return drafter
 
 
 def drafter_to_continue(
-    recipe: Recipe, target: TargetWeights, tokenizer: Any, store: FeatureStore, folder: Path
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, source: FeatureSource, folder: Path
 ) -> Drafter:
     """A drafter that was trained before, in float32, ready to learn on.
 
@@ -331,7 +311,7 @@ def drafter_to_continue(
     """
     check_drafter_switches(recipe, folder)
     drafter = open_drafter(folder, target, DTYPES["float32"])
-    shape = drafter_config(recipe, target, tokenizer, store)
+    shape = drafter_config(recipe, target, tokenizer, source)
     if type(drafter.config) is not type(shape):
         raise ConfigError(
             f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe"
@@ -349,15 +329,17 @@ def _shown(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _some_text(store: FeatureStore) -> CapturedText:
-    """The first conversations of a store, about START_TOKENS tokens of them."""
-    samples, tokens = [], 0
-    for index in range(len(store)):
-        samples.append(store[index])
-        tokens += len(samples[-1].tokens_T)
-        if tokens >= START_TOKENS:
+def _some_text(source: FeatureSource) -> CapturedText:
+    """The first samples of a source, about START_TOKENS tokens of them, with their features."""
+    tokens, features, count = [], [], 0
+    for index in range(len(source)):
+        [sample] = source.read([index])
+        tokens.append(sample.tokens_T[: sample.context])
+        features.append(sample.features_TF[: sample.context].cpu())
+        count += len(tokens[-1])
+        if count >= START_TOKENS:
             break
-    return CapturedText(torch.cat([s.tokens_T for s in samples]), torch.cat([s.features_TF for s in samples]))
+    return CapturedText(torch.cat(tokens), torch.cat(features))
 
 
 def run_export(

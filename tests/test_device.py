@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftkit.data.capture import capture
 from draftkit.data.conversations import Conversation, Message
-from draftkit.data.features import FeatureStore
 from draftkit.data.padded_answers import PaddedAnswers
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
@@ -25,6 +23,7 @@ from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.evaluate.profile import ProfileSettings, profile
 from draftkit.evaluate.run import EvalPrompt, evaluate
+from draftkit.features.store import FeatureStore
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.settings import CaptureSettings, EvaluateSettings, GenerateSettings
@@ -33,6 +32,7 @@ from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 from support.drafters import make_drafter, make_eagle
 from support.elsewhere import DEVICE, elsewhere
+from support.stores import capture_by
 
 PROMPTS = [(1, 2, 3), (4, 5, 6, 7, 8), (9,) * 20]
 SAMPLINGS = [Sampling(), Sampling(0.8, top_k=9, top_p=0.9, min_p=0.01)]
@@ -101,7 +101,7 @@ def test_traces_answers_and_features_are_the_same(
     ]
     for place, model in (("here", target), ("there", there)):
         shown = TemplateFormat(tokenizer)
-        capture(model, shown, said, tmp_path / place, (0, 2), CaptureSettings(dtype="float32"))
+        capture_by(model, shown, said, tmp_path / place, (0, 2), CaptureSettings(dtype="float32"))
     pairs = zip(FeatureStore(tmp_path / "here"), FeatureStore(tmp_path / "there"), strict=True)  # type: ignore[call-overload]
     assert all(torch.equal(a.features_TF, b.features_TF) for a, b in pairs)
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message, read_conversations
-from draftkit.data.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
-from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import TrainBatch
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.draft.layout import lay_out
 from draftkit.errors import ConfigError
+from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
+from draftkit.features.store import FeatureStore
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import LossSettings
 from draftkit.target.transformers import TransformersTarget
@@ -326,10 +326,11 @@ def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Pa
     target, tokenizer = stages.open_target(recipe)
     prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
     stages.run_generate(target, tokenizer, recipe, lambda first: prompts[first:], tmp_path / "answers.jsonl")
-    stages.run_capture(
+    feature_stages.run_capture(
         target, tokenizer, recipe, read_conversations([tmp_path / "answers.jsonl"]), tmp_path / "features"
     )
-    report = stages.run_train(target, tokenizer, recipe, tmp_path / "features", tmp_path / "drafter")
+    source = feature_stages.open_features(recipe, target, tokenizer, [tmp_path / "features"])
+    report = stages.run_train(target, tokenizer, recipe, source, tmp_path / "drafter")
     assert report.steps == 3
     assert report.accepted_len["macro"] > 1
     drafter = open_drafter(tmp_path / "drafter" / "best", target)

@@ -18,10 +18,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"target"}),
     frozenset({"draft"}),
     frozenset({"data", "schedule", "decode"}),
+    frozenset({"features"}),
     frozenset({"train", "engine"}),
     frozenset({"serve", "evaluate", "export"}),
     frozenset({"stages"}),
-    frozenset({"schedule_stages"}),
+    frozenset({"schedule_stages", "feature_stages", "plan"}),
     frozenset({"quickstart", "specialise"}),
     frozenset({"commands"}),
     frozenset({"cli"}),
@@ -31,7 +32,12 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 # Lower layers that a folder must leave alone all the same: models do not see recipes, a server does not
 # train.
-FORBIDDEN = {"ops": {"config"}, "target": {"config"}, "draft": {"config"}, "serve": {"data", "train"}}
+FORBIDDEN = {
+    "ops": {"config"},
+    "target": {"config"},
+    "draft": {"config"},
+    "serve": {"data", "features", "train"},
+}
 
 
 def imported_units(tree: ast.AST, units: set[str]) -> Iterator[tuple[int, str]]:

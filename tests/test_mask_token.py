@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.data.mask_token import choose_mask_token
 from draftkit.draft.checkpoint import load_drafter, save_drafter
 from draftkit.errors import ConfigError
+from draftkit.features.store import FeatureStore
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from support.targets import make_target_folder
@@ -128,10 +129,10 @@ def test_only_training_needs_one_and_it_stays_in_the_checkpoint(
         ).records
         == 1
     )
-    assert stages.run_capture(target, tokenizer, everything, [talk], tmp_path / "features").samples == 1
-    drafter = stages.new_drafter_for(
-        everything, target, tokenizer, stages.FeatureStore(tmp_path / "features")
+    assert (
+        feature_stages.run_capture(target, tokenizer, everything, [talk], tmp_path / "features").samples == 1
     )
+    drafter = stages.new_drafter_for(everything, target, tokenizer, FeatureStore(tmp_path / "features"))
     chosen = drafter.config.mask_token_id  # type: ignore[attr-defined]
     assert str(tokenizer.added_tokens_decoder[chosen]) not in tokenizer.chat_template
     save_drafter(drafter, tmp_path / "drafter", {}, torch.float32)

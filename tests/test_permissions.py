@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftkit.data.features import write_shard
 from draftkit.draft.checkpoint import save_drafter
+from draftkit.features.manifest import begin_store
+from draftkit.features.writer import StoreWriter
 from draftkit.permissions import follow_umask
 from draftkit.schedule.traces import save_traces
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train.parallel import ParallelDrafter, World
 from draftkit.train.state import Position, save_state
 from support.drafters import make_drafter
+from support.stores import made_manifest, made_text
 from support.traces import made_traces
 
 
@@ -35,7 +37,9 @@ def write_everything(target: TransformersTarget, folder: Path) -> None:
     optimizer = torch.optim.AdamW(parallel.trained.values())
     save_state(folder / "state", parallel, optimizer, Position(1, 1.0, 1.0, 0, 0, "f"))
     save_drafter(drafter, folder / "drafter", {}, torch.float32)
-    write_shard(folder, "shard-00000.safetensors", {"tokens": torch.arange(3)}, ())
+    begin_store(folder / "features", made_manifest())
+    with StoreWriter(folder / "features") as writer:
+        writer.add([(made_text(), 0, b"x")])
     save_traces(made_traces(prompts=2, rows=3), folder / "traces.safetensors")
 
 
@@ -43,8 +47,9 @@ def test_every_file_has_the_mode_of_a_file_that_open_makes(
     target: TransformersTarget, allowed: int, tmp_path: Path
 ) -> None:
     write_everything(target, tmp_path)
+    assert (tmp_path / "features" / "shard-000-00000.bin").exists()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert sum(path.suffix == ".safetensors" for path in files) == 4
+    assert sum(path.suffix == ".safetensors" for path in files) == 3
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {
         path.name: oct(allowed) for path in files
     }

@@ -77,7 +77,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     target = SimpleNamespace(info=info, model=torch.nn.Linear(1000, 7000, bias=False))
     speed = {"all": Speed(30, 1.0, 0.9, 1.1, 100, 100, 0.1)}
     monkeypatch.setattr(whole_path.stages, "open_target", lambda recipe: (target, None))
-    monkeypatch.setattr(whole_path.stages, "run_capture", lambda *_: SimpleNamespace(tokens=1, samples=16))
+    captured = SimpleNamespace(tokens=1, samples=16)
+    monkeypatch.setattr(whole_path.feature_stages, "run_capture", lambda *_: captured)
+    monkeypatch.setattr(whole_path.feature_stages, "open_features", lambda *_: None)
     monkeypatch.setattr(whole_path.stages, "read_prompts", lambda _: [])
     monkeypatch.setattr(whole_path.stages, "run_train", train)
     monkeypatch.setattr(whole_path, "_generate", lambda *_: 1)

@@ -10,11 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message, read_conversations
-from draftkit.data.draft_vocabulary import count_answer_tokens
-from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import new_drafter, open_drafter, save_drafter
@@ -22,6 +20,8 @@ from draftkit.draft.drafter import DraftContext, Drafter, TrainBatch
 from draftkit.engine.engine import Engine
 from draftkit.engine.request import SamplingParams
 from draftkit.errors import ConfigError
+from draftkit.features.draft_vocabulary import count_answer_tokens
+from draftkit.features.store import FeatureStore
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import LossSettings
 from draftkit.target.transformers import TransformersTarget
@@ -97,8 +97,9 @@ def test_the_recipe_trains_one_and_it_comes_back(target_folder: Path, tmp_path: 
     prompts = [Conversation(f"p{i}", "chat", (Message("user", f"What is a list? {i}"),)) for i in range(8)]
     stages.run_generate(target, tokenizer, recipe, lambda first: prompts[first:], tmp_path / "answers.jsonl")
     answers = read_conversations([tmp_path / "answers.jsonl"])
-    stages.run_capture(target, tokenizer, recipe, answers, tmp_path / "features")
-    report = stages.run_train(target, tokenizer, recipe, tmp_path / "features", tmp_path / "drafter")
+    feature_stages.run_capture(target, tokenizer, recipe, answers, tmp_path / "features")
+    source = feature_stages.open_features(recipe, target, tokenizer, [tmp_path / "features"])
+    report = stages.run_train(target, tokenizer, recipe, source, tmp_path / "drafter")
     assert report.steps == 3 and report.accepted_len["macro"] > 1
     drafter = open_drafter(tmp_path / "drafter" / "best", target)
     assert drafter.draft_ids_W is not None

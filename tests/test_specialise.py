@@ -4,17 +4,16 @@ drafter."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import Recipe, load_recipe
-from draftkit.data.features import FeatureStore
 from draftkit.draft.checkpoint import read_provenance
 from draftkit.errors import CheckpointError, ConfigError, DataError
+from draftkit.features.store import FeatureStore
 from draftkit.specialise import recipe_for, run_specialise
 from draftkit.target.transformers import load_target
 from support.targets import make_target_folder
@@ -95,7 +94,8 @@ def test_step_zero_is_the_drafters_own_quality(first: Path, target_folder: Path,
     recipe = recipe_of(target_folder, "train.steps=1", "train.lr=1e-9")
     target, tokenizer = stages.open_target(recipe)
     start = first / "drafter" / "best"
-    stages.run_train(target, tokenizer, recipe, first / "features", tmp_path, start_from=start)
+    source = feature_stages.open_features(recipe, target, tokenizer, [first / "features"])
+    stages.run_train(target, tokenizer, recipe, source, tmp_path, start_from=start)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     own = read_provenance(start)["validation"]
     assert lines[0]["step"] == 0
@@ -147,9 +147,10 @@ def test_traces_that_leave_nothing_to_evaluate_are_refused(target_folder: Path, 
 
 
 def test_a_sample_of_one_conversation_never_lies_on_both_sides(first: Path) -> None:
-    from draftkit.train.batches import split_store
+    from draftkit.train.batches import split_source
 
     store = FeatureStore(first / "features")
-    split, names = split_store(store, 0.3, 0), store.conversations()
-    assert not {names[i] for i in split.train} & {names[i] for i in split.validation}
-    assert replace(split) == split_store(store, 0.3, 0)
+    split, names = split_source(store, 0.3, 0), store.conversations()
+    assert not set(names[split.train].tolist()) & set(names[split.validation].tolist())
+    again = split_source(store, 0.3, 0)
+    assert split.train.tolist() == again.train.tolist()

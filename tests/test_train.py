@@ -19,23 +19,23 @@ import torch
 
 from draftkit import stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
-from draftkit.data.capture import capture
 from draftkit.data.conversations import Conversation, Message
-from draftkit.data.features import FeatureStore
 from draftkit.draft.checkpoint import load_drafter, open_drafter
 from draftkit.draft.drafter import LossReport, TrainBatch
 from draftkit.errors import CheckpointError, ConfigError, DataError, Interrupted
+from draftkit.features.store import FeatureStore
 from draftkit.settings import CaptureSettings, TrainSettings
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
-from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate, pack, split_store, steps_from
+from draftkit.train.batches import BatchMaker, Cut, choose_anchors, collate, pack, split_source, steps_from
 from draftkit.train.folder import read_folder, write_folder
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
 from draftkit.train.trainer import Progress, TrainReport
 from draftkit.train.validation import expected_lengths
+from support.stores import capture_by
 from support.targets import make_target_folder
 
 WORDS = "list value holds step return what add number the a of is".split()
@@ -87,7 +87,7 @@ def store(
     target: TransformersTarget, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> FeatureStore:
     folder = tmp_path_factory.mktemp("store")
-    capture(
+    capture_by(
         target, TemplateFormat(tokenizer), conversations(), folder, (0, 2), CaptureSettings(dtype="float32")
     )
     return FeatureStore(folder)
@@ -207,7 +207,7 @@ def test_an_epoch_takes_every_conversation_once_and_the_next_one_in_another_orde
     store: FeatureStore,
 ) -> None:
     maker = BatchMaker(store, range(len(store)), 4, 5, 3, Cut())
-    epochs = [[i for step in range(4 * e, 4 * e + 4) for i in maker.conversations(step)] for e in (0, 1)]
+    epochs = [[i for step in range(4 * e, 4 * e + 4) for i in maker.samples(step)] for e in (0, 1)]
     assert maker.per_epoch == 4
     assert [sorted(e) for e in epochs] == [list(range(14))] * 2
     assert epochs[0] != epochs[1]
@@ -217,7 +217,7 @@ def test_all_processes_make_the_same_number_of_micro_batches_also_with_fewer_row
     store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any
 ) -> None:
     cuts = [Cut(micro_batch_size=1, rank=r, processes=5) for r in range(5)]
-    made = [BatchMaker(store, range(3), 3, 5, 0, cut).batches(0) for cut in cuts]
+    made = [list(BatchMaker(store, range(3), 3, 5, 0, cut).batches(0)) for cut in cuts]
     assert len({len(m) for m in made}) == 1
     empty = [m[0] for m in made if not m[0].anchor_mask_BA.any()]
     assert empty
@@ -231,8 +231,8 @@ def test_all_processes_make_the_same_number_of_micro_batches_also_with_fewer_row
 
 
 def test_a_split_takes_from_every_domain_and_keeps_the_rest(store: FeatureStore) -> None:
-    split = split_store(store, 0.2, 0)
-    assert sorted((*split.train, *split.validation)) == list(range(len(store)))
+    split = split_source(store, 0.2, 0)
+    assert sorted([*split.train.tolist(), *split.validation.tolist()]) == list(range(len(store)))
     assert {store[i].domain for i in split.validation} == {"code", "chat"}
 
 
@@ -263,6 +263,37 @@ def test_accumulation_gives_the_same_step(
         torch.testing.assert_close(weight, steps[0][2], atol=1e-8, rtol=1e-6)
 
 
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+def test_recomputed_activations_change_no_bit_and_are_not_kept(
+    algorithm: str, store: FeatureStore, target_folder: Path, target: TransformersTarget, tokenizer: Any
+) -> None:
+    recipe = recipe_for(target_folder, algorithm)
+    batch = next(BatchMaker(store, range(len(store)), 8, 6, 0, Cut()).batches(0))
+    found = []
+    for recompute in (False, True):
+        drafter = stages.new_drafter_for(recipe, target, tokenizer)
+        drafter.recompute = recompute
+        runs = []
+        layer = drafter.get_submodule("layers.0")
+        layer.register_forward_pre_hook(lambda module, inputs, runs=runs: runs.append(1))
+        report = drafter.loss(batch, recipe.train.loss)
+        report.loss_sum.backward()
+        grads = [p.grad for p in drafter.parameters() if p.grad is not None]
+        found.append((report.loss_sum.detach(), grads, len(runs)))
+    assert [runs for *_, runs in found] == [1, 2]
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_betas_are_the_recipe_s(
+    store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any
+) -> None:
+    parallel = ParallelDrafter(stages.new_drafter_for(recipe, target, tokenizer), ALONE, False, torch.float32)
+    assert new_optimizer(parallel, 1e-3, 0.0).defaults["betas"] == (0.9, 0.95)
+    assert new_optimizer(parallel, 1e-3, 0.0, (0.9, 0.999)).defaults["betas"] == (0.9, 0.999)
+    assert load_recipe("qwen3-4b-dspark", []).train.betas == (0.9, 0.999)
+
+
 def test_gradients_are_clipped_to_the_norm(
     store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any, fast: TrainSettings
 ) -> None:
@@ -284,7 +315,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     drafter = stages.new_drafter_for(recipe, target, tokenizer)
     parallel = ParallelDrafter(drafter, ALONE, False, torch.float32)
     optimizer = new_optimizer(parallel, 1e-2, 0.0)
-    good = BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0)
+    good = list(BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0))
     bad = [replace(b, features_BTF=torch.full_like(b.features_BTF, float("inf"))) for b in good]
     before = drafter.fc.weight.detach().clone()
     assert not take_step(parallel, optimizer, bad, fast.loss, 1.0).finite
@@ -357,7 +388,7 @@ def test_training_learns_and_writes_what_it_says(run: Any, fast: TrainSettings, 
 
 
 def test_simulated_length_is_one_plus_the_survivals(store: FeatureStore) -> None:
-    batch = BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0)[0]
+    batch = next(BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0))
     cells = batch.anchors_BA.numel() * 2
     rows = torch.tensor([0, 1, 2, 6, 7])  # blocks 0 and 3 are whole, block 1 is not
     accept = torch.tensor([0.5, 0.5, 0.9, 1.0, 0.25])
@@ -499,7 +530,7 @@ def test_a_refused_training_leaves_the_recipe_of_the_drafter_that_is_there(
     def train(**changes: Any) -> str:
         sections = {"drafter": {"feature_layers": [0, 2]}, "train": {"steps": 1} | changes}
         chosen = recipe.model_copy(update={k: replace(getattr(recipe, k), **v) for k, v in sections.items()})
-        stages.run_train(target, tokenizer, chosen, store.folder, tmp_path)
+        stages.run_train(target, tokenizer, chosen, store, tmp_path)
         return dump_recipe(chosen)
 
     written = train()

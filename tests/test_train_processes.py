@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from draftkit.data.capture import capture
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.settings import CaptureSettings
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
+from support.stores import capture_by
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +43,7 @@ def features(
     ]
     folder = tmp_path_factory.mktemp("features")
     shown = TemplateFormat(load_tokenizer(str(target_folder)))
-    capture(target, shown, read, folder, (1, 2), CaptureSettings(dtype="float32"))
+    capture_by(target, shown, read, folder, (1, 2), CaptureSettings(dtype="float32"))
     return folder
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message
-from draftkit.data.features import FeatureStore
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.warm_start import spread_start_layers
 from draftkit.errors import ConfigError
+from draftkit.features.store import FeatureStore
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 from support.targets import make_target_folder
@@ -97,7 +97,7 @@ def llama_started(
         Message("user", "What is a list?"),
         Message("assistant", "A list holds values. Step 1: 3 + 4 = 7."),
     ]
-    stages.run_capture(
+    feature_stages.run_capture(
         target, tokenizer, recipe, [Conversation("a", "chat", tuple(talk))], folder / "features"
     )
     store = FeatureStore(folder / "features")
@@ -111,8 +111,9 @@ def test_norms_that_the_target_lacks_are_the_least_squares_fit_to_its_text(tmp_p
         tmp_path, "drafter.start_layers=[0,2]", "drafter.feature_layers=[0,1]"
     )
     sample = store[0]
+    known = slice(0, sample.context)
     # the inputs of layers 0 and 2
-    streams = [drafter.embed_tokens(sample.tokens_T), sample.features_TF[:, 32:].float()]
+    streams = [drafter.embed_tokens(sample.tokens_T[known]), sample.features_TF[known, 32:].float()]
     for own, index, stream_TH in zip(drafter.draft_layers(), (0, 2), streams, strict=True):
         source = target.layers[index]
         assert torch.equal(own.self_attn.q_proj.weight, source.self_attn.q_proj.weight)

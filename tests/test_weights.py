@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from draftkit import stages
+from draftkit import feature_stages, stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import load_drafter, new_drafter
@@ -100,7 +100,7 @@ def features(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         )
         for i in range(8)
     ]
-    stages.run_capture(*stages.open_target(recipe), recipe, said, folder)
+    feature_stages.run_capture(*stages.open_target(recipe), recipe, said, folder)
     return folder
 
 
@@ -121,7 +121,9 @@ def test_training_from_a_store_and_export_load_no_model(
     no_model(monkeypatch)
     found = stages.new_drafter_for(recipe, *stages.read_target(recipe)).state_dict()
     assert found.keys() == loaded.keys() and all(torch.equal(found[name], loaded[name]) for name in loaded)
-    stages.run_train(*stages.read_target(recipe), recipe, features, tmp_path / "run")
+    files, tokenizer = stages.read_target(recipe)
+    source = feature_stages.open_features(recipe, files, tokenizer, [features])
+    stages.run_train(files, tokenizer, recipe, source, tmp_path / "run")
     whole = stages.run_export(
         tmp_path / "run" / "best", tmp_path / "whole", "portable", "float32", None, False
     )
@@ -142,7 +144,9 @@ def test_answers_for_the_log_load_the_model_when_the_first_are_wanted(
         asked.append(1)
         return load_target(str(target_folder))
 
-    stages.run_train(*stages.read_target(recipe), recipe, features, tmp_path, load)
+    files, tokenizer = stages.read_target(recipe)
+    source = feature_stages.open_features(recipe, files, tokenizer, [features])
+    stages.run_train(files, tokenizer, recipe, source, tmp_path, load)
     assert asked == [1]
 
 

@@ -95,8 +95,9 @@ def training(walk: Walk) -> tuple[str, ...]:
     """Train two steps on a few answers, and look at the second; the C++ sources in use."""
     from draftkit.config import load_recipe
     from draftkit.data.conversations import read_conversations
+    from draftkit.feature_stages import open_features, run_capture
     from draftkit.ops import native_training
-    from draftkit.stages import run_capture, run_train
+    from draftkit.stages import run_train
     from draftkit.target.tokenizer import load_tokenizer
     from draftkit.target.transformers import load_target
 
@@ -122,7 +123,8 @@ def training(walk: Walk) -> tuple[str, ...]:
         recipe = load_recipe("tiny-quickstart", ["train.steps=2", "train.batch_size=2"])
         target, tokenizer = load_target("tiny"), load_tokenizer("tiny")
         run_capture(target, tokenizer, recipe, read_conversations([folder / "a.jsonl"]), folder / "features")
-        run_train(target, tokenizer, recipe, folder / "features", folder / "drafter")
+        source = open_features(recipe, target, tokenizer, [folder / "features"])
+        run_train(target, tokenizer, recipe, source, folder / "drafter")
     return ("training",) if native_training.training_library() else ()
 
 

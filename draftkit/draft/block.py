@@ -13,6 +13,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
 from draftkit.draft.drafter import DraftContext, DrafterConfig, LossReport, Proposal, TrainBatch
@@ -228,7 +229,9 @@ class BlockDrafter(ReducedHead):
             layout.start_X, layout.stop_X, layout.document_X, size, len(layout.context_C), config.head_dim
         )
         for layer in self.draft_layers():
-            x_QH = layer(x_QH, context_CH, block_rope, context_rope, plan)
+            inputs = (x_QH, context_CH, block_rope, context_rope, plan)
+            again = self.recompute and torch.is_grad_enabled()
+            x_QH = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
         hidden: Tensor = self.norm(x_QH.unflatten(0, (-1, size))[:, size - self.gamma :])
         return hidden
 

@@ -239,6 +239,7 @@ class Drafter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.recompute = False  # activations on the way back, instead of keeping them
         self.register_buffer("draft_ids_W", None, persistent=False)
 
     @property

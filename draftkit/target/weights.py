@@ -6,6 +6,7 @@ skeleton, which has no weights.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ class StoredModule:
     def state_dict(self) -> dict[str, Tensor]:
         """Its tensors by name, parameters and buffers that are saved."""
         return {name: self._files.tensor(f"{self._prefix}.{name}") for name in self._skeleton.state_dict()}
+
+    def loaded(self) -> nn.Module:
+        """The module with its tensors, in float32."""
+        module = copy.deepcopy(self._skeleton).to_empty(device="cpu").float()
+        module.load_state_dict(self.state_dict())
+        return module
 
 
 class TargetFiles:

@@ -15,38 +15,38 @@ from queue import Queue
 from threading import Event, Thread
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from draftkit.data.features import FeatureSample, FeatureStore
 from draftkit.draft.drafter import TrainBatch
+from draftkit.features.source import FeatureSample, FeatureSource
 
-PREFETCH = 2  # steps whose batches are ready ahead of time
+PREFETCH = 2  # micro-batches that are ready ahead of time
 
 
 @dataclass(frozen=True)
 class Split:
-    """Indices into a store: conversations to train on and conversations to validate on."""
+    """Indices into a source, ascending: samples to train on and samples to validate on."""
 
-    train: tuple[int, ...]
-    validation: tuple[int, ...]
+    train: NDArray[np.int64]
+    validation: NDArray[np.int64]
 
 
-def split_store(store: FeatureStore, share: float, seed: int) -> Split:
+def split_source(source: FeatureSource, share: float, seed: int) -> Split:
     """Set aside about `share` of every domain's conversations, at least one each, for validation, with all
     their samples."""
-    names = store.conversations()
-    by_domain: dict[str, dict[str, None]] = {}
-    for name, domain in zip(names, store.domains(), strict=True):
-        by_domain.setdefault(domain, {})[name] = None
-    kept: set[str] = set()
+    numbers = source.conversations()
+    by_domain: dict[str, dict[int, None]] = {}
+    for number, domain in zip(numbers.tolist(), source.domains(), strict=True):
+        by_domain.setdefault(domain, {})[number] = None
+    kept: list[int] = []
     rng = random.Random(seed)
     for there in by_domain.values():
-        kept.update(rng.sample(list(there), min(len(there), max(1, round(share * len(there))))))
-    parts: dict[bool, list[int]] = {False: [], True: []}
-    for index, name in enumerate(names):
-        parts[name in kept].append(index)
-    return Split(tuple(parts[False]), tuple(parts[True]))
+        kept += rng.sample(list(there), min(len(there), max(1, round(share * len(there)))))
+    aside = np.isin(numbers, kept)
+    return Split(np.flatnonzero(~aside), np.flatnonzero(aside))
 
 
 @dataclass(frozen=True)
@@ -61,57 +61,76 @@ class Cut:
 
 
 class BatchMaker:
-    """Makes the micro-batches of a step, or of the validation, from a store."""
+    """Makes the micro-batches of a step, or of the validation, from a source, one after the other."""
 
     def __init__(
-        self, store: FeatureStore, indices: Sequence[int], size: int, anchors: int, seed: int, cut: Cut
+        self,
+        source: FeatureSource,
+        indices: Sequence[int] | NDArray[np.int64],
+        size: int,
+        anchors: int,
+        seed: int,
+        cut: Cut,
     ) -> None:
-        self.store, self.indices, self.size, self.anchors, self.seed, self.cut = (
-            store,
-            indices,
-            size,
-            anchors,
-            seed,
-            cut,
-        )
-        self.lengths = store.lengths()
-        self.domains = tuple(sorted(set(store.domains())))
+        self.source, self.indices = source, np.asarray(indices, np.int64)
+        self.size, self.anchors, self.seed, self.cut = size, anchors, seed, cut
+        self.lengths = source.lengths()
+        self.domains = tuple(sorted(set(source.domains())))
+        self._weights = source.weights()[self.indices]
+        self._order: tuple[int, NDArray[np.int64]] = (-1, self.indices)  # an epoch and its order
 
     @property
     def per_epoch(self) -> int:
-        """Steps that take every conversation once; the last one may be smaller."""
-        return -(-len(self.indices) // self.size)
+        """Steps that take every sample as often as its weight says; the last one may be smaller."""
+        return max(1, -(-round(float(self._weights.sum())) // self.size))
 
-    def conversations(self, step: int) -> list[int]:
-        """The conversations of a step: every epoch is a shuffle of its own."""
+    def samples(self, step: int) -> list[int]:
+        """The samples of a step: every epoch is a shuffle of its own."""
         epoch, place = divmod(step, self.per_epoch)
-        order = list(self.indices)
-        random.Random(self.seed * 7919 + epoch).shuffle(order)
-        return order[place * self.size : (place + 1) * self.size]
+        if self._order[0] != epoch:
+            self._order = epoch, self._shuffled(epoch)
+        return self._order[1][place * self.size : (place + 1) * self.size].tolist()
 
-    def batches(self, step: int) -> list[TrainBatch]:
+    def batches(self, step: int) -> Iterator[TrainBatch]:
         """This process's micro-batches of a step: the same number in every process, empty ones where rows run
         out."""
-        return self._made(self.conversations(step), self.seed * 1_000_003 + step)
+        return self._made(self.samples(step), self.seed * 1_000_003 + step)
 
     def validation(self) -> Iterator[TrainBatch]:
-        """All conversations in order, with the same anchors every time."""
+        """All samples in order, with the same anchors every time."""
         for start in range(0, len(self.indices), self.size):
-            yield from self._made(list(self.indices[start : start + self.size]), -1)
+            yield from self._made(self.indices[start : start + self.size].tolist(), -1)
 
-    def _made(self, chosen: list[int], seed: int) -> list[TrainBatch]:
-        longest = max(self.lengths[i] for i in chosen)
-        rows = pack([self.lengths[i] for i in chosen], max(longest, self.cut.row_tokens or 0))
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        """The order of an epoch; samples of weight 2 stand in it twice, of weight 0.25 in one of four."""
+        rng = random.Random(self.seed * 7919 + epoch)
+        place = list(range(len(self.indices)))
+        rng.shuffle(place)
+        if (self._weights != 1).any():
+            ends = self._weights[place].cumsum()
+            count = round(float(ends[-1]))
+            points = (np.arange(count) + rng.random()) * (ends[-1] / max(1, count))
+            place = np.array(place)[np.searchsorted(ends, points, "right")].tolist()
+            rng.shuffle(place)
+        order: NDArray[np.int64] = self.indices[place]
+        return order
+
+    def _made(self, chosen: list[int], seed: int) -> Iterator[TrainBatch]:
+        lengths = self.lengths[chosen].tolist()
+        rows = pack(lengths, max(*lengths, self.cut.row_tokens or 0))
         own = rows[self.cut.rank :: self.cut.processes]
         most = -(-len(rows) // self.cut.processes)  # rows of the first process
         size = min(self.cut.micro_batch_size or most, most)
-        groups = [own[start : start + size] for start in range(0, most, size)]
-        return [self._collated([[chosen[place] for place in row] for row in group], seed) for group in groups]
+        for start in range(0, most, size):
+            group = own[start : start + size]
+            yield self._collated([[chosen[place] for place in row] for row in group], seed)
 
     def _collated(self, rows: list[list[int]], seed: int) -> TrainBatch:
         if not rows:
-            return empty_batch(self.store[self.indices[0]], self.domains)
-        samples = [[self.store[i] for i in row] for row in rows]
+            return empty_batch(self.source.empty(), self.domains)
+        wanted = dict.fromkeys(i for row in rows for i in row)  # a weight may ask for one twice
+        read = dict(zip(wanted, self.source.read(list(wanted)), strict=True))
+        samples = [[read[i] for i in row] for row in rows]
         anchors = [
             [
                 choose_anchors(s.loss_mask_T, self.anchors, seed * 2_097_143 + i)
@@ -181,64 +200,75 @@ def collate(
     )
 
 
-def empty_batch(like: FeatureSample, domains: tuple[str, ...]) -> TrainBatch:
+def empty_batch(empty: FeatureSample, domains: tuple[str, ...]) -> TrainBatch:
     """A batch without an anchor: no loss, no gradient, but a forward pass that keeps step with other
     processes."""
-    first = replace(
-        like,
-        tokens_T=like.tokens_T[:1],
-        loss_mask_T=like.loss_mask_T[:1],
-        features_TF=like.features_TF[:1],
-        last_hidden_TH=like.last_hidden_TH[:1],
-    )
-    return collate([[first]], [[torch.zeros(0, dtype=torch.int64)]], domains)
+    sample = replace(empty, domain=domains[0])
+    return collate([[sample]], [[torch.zeros(0, dtype=torch.int64)]], domains)
 
 
 def to_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
     """The batch on a device."""
     tensors: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, Tensor)
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor)
     }
     return replace(batch, **tensors)
 
 
-def steps_from(maker: BatchMaker, first: int, device: torch.device) -> Generator[list[TrainBatch]]:
-    """The micro-batches of step `first` and all that follow: for a GPU they are made ahead, while it
-    computes.
+def pinned(batch: TrainBatch) -> TrainBatch:
+    """The batch in memory that a GPU can copy from while it computes."""
+    tensors: dict[str, Any] = {
+        name: value.pin_memory()
+        for name, value in vars(batch).items()
+        if isinstance(value, Tensor) and value.device.type == "cpu"
+    }
+    return replace(batch, **tensors)
+
+
+def steps_from(maker: BatchMaker, first: int, device: torch.device) -> Generator[Iterator[TrainBatch]]:
+    """The micro-batches of step `first` and all that follow, one after the other: for a GPU they are made
+    ahead, while it computes, where the source allows that.
 
     On a CPU that would cost more than it saves: a second thread's operations start a second team of OpenMP
     threads, and with more of these than cores none of them spins any more while it waits (a fourth of a small
     step's time).
     """
-    if device.type != "cpu":
+    if device.type != "cpu" and maker.source.ahead:
         yield from prefetched(maker, first)
     for step in count(first):
         yield maker.batches(step)
 
 
-def prefetched(maker: BatchMaker, first: int) -> Generator[list[TrainBatch]]:
-    """The micro-batches of step `first` and all that follow, read and packed in a thread while the last step
-    computes."""
-    ready: Queue[list[TrainBatch] | BaseException] = Queue(PREFETCH)
+def prefetched(maker: BatchMaker, first: int) -> Generator[Iterator[TrainBatch]]:
+    """The micro-batches of step `first` and all that follow, read and packed in a thread while the last one
+    is computed; at most PREFETCH of them wait."""
+    ready: Queue[TrainBatch | BaseException | None] = Queue(PREFETCH)  # None ends a step
     ended = Event()
 
     def work() -> None:
-        step = first
         try:
-            while not ended.is_set():
-                ready.put(maker.batches(step))
-                step += 1
+            for step in count(first):
+                for batch in maker.batches(step):
+                    if ended.is_set():
+                        return
+                    ready.put(pinned(batch) if torch.cuda.is_available() else batch)
+                ready.put(None)
         except BaseException as error:
             ready.put(error)
+
+    def one_step() -> Iterator[TrainBatch]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
 
     thread = Thread(target=work, daemon=True)
     thread.start()
     try:
         while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+            yield one_step()
     finally:
         ended.set()
         while thread.is_alive():  # it may wait for room

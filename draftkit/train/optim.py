@@ -4,17 +4,16 @@ finite."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from draftkit.draft.drafter import TrainBatch
-from draftkit.settings import LossSettings
+from draftkit.settings import LossSettings, TrainSettings
+from draftkit.train.batches import to_device
 from draftkit.train.parallel import ParallelDrafter, to_whole
-
-BETAS = (0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,27 @@ class StepResult:
     stop: bool
 
 
-def new_optimizer(parallel: ParallelDrafter, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def new_optimizer(
+    parallel: ParallelDrafter,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = TrainSettings.betas,
+) -> torch.optim.AdamW:
     """AdamW over what is trained."""
     return torch.optim.AdamW(
-        parallel.trained.values(), lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True
+        parallel.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
     )
+
+
+def with_last(batches: Iterable[TrainBatch]) -> Iterator[tuple[TrainBatch, bool]]:
+    """Each with whether it is the last one."""
+    before: TrainBatch | None = None
+    for batch in batches:
+        if before is not None:
+            yield before, False
+        before = batch
+    if before is not None:
+        yield before, True
 
 
 def lr_scale(share: float, warmup: float, cooldown: float) -> float:
@@ -52,21 +67,23 @@ def lr_scale(share: float, warmup: float, cooldown: float) -> float:
 def take_step(
     parallel: ParallelDrafter,
     optimizer: torch.optim.Optimizer,
-    batches: Sequence[TrainBatch],
+    batches: Iterable[TrainBatch],
     loss: LossSettings,
     grad_clip: float,
     stop: bool = False,
 ) -> StepResult:
     """One step over the micro-batches of this process, which belongs to one step of all processes.
 
-    The gradient is that of (sum of losses) / (sum of weights) over all tokens of all micro-batches and
-    processes. Where it is not finite the step is skipped. The host waits for the device once. Every process
-    must give the same number of micro-batches (at least one), and `stop` on any of them is seen by all.
+    Micro-batches are taken one after the other; the device holds one of them. The gradient is that of (sum of
+    losses) / (sum of weights) over all tokens of all micro-batches and processes. Where it is not finite the
+    step is skipped. The host waits for the device once. Every process must give the same number of
+    micro-batches (at least one), and `stop` on any of them is seen by all.
     """
     device = parallel.world.device
     sums: dict[str, Tensor] = {}
-    for i, batch in enumerate(batches):
-        report = parallel.loss(batch, loss, last=i + 1 == len(batches))
+    for waiting, last in with_last(batches):
+        batch = to_device(waiting, device)
+        report = parallel.loss(batch, loss, last)
         report.loss_sum.backward()
         found = {"loss": report.loss_sum.detach(), "weight": report.weight_sum, **report.sums}
         for name, value in found.items():

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from draftkit.data.features import FeatureStore
 from draftkit.draft.checkpoint import save_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.errors import DataError, Interrupted
+from draftkit.features.source import FeatureSource
 from draftkit.interrupt import noted_signals
 from draftkit.settings import TrainSettings
 from draftkit.target.interface import Target
-from draftkit.train.batches import BatchMaker, Cut, split_store, steps_from, to_device
+from draftkit.train.batches import BatchMaker, Cut, split_source, steps_from
 from draftkit.train.log import TrainLog
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World, products_in
@@ -37,7 +37,7 @@ SIGTERM_CODE = 143
 # of finished drafters, as servers load them: half as long to read; states stay float32
 SAVED_DTYPE = torch.bfloat16
 # A run may go on with another value of these: they change how long it is, how it is cut, or what is told.
-FREE = {"epochs", "steps", "minutes", "row_tokens", "micro_batch_size", "shard", "max_skipped"}
+FREE = {"epochs", "steps", "minutes", "row_tokens", "micro_batch_size", "shard", "recompute", "max_skipped"}
 FREE |= {"validate_every", "decode_prompts", "patience", "keep_checkpoints", "track"}
 
 
@@ -66,7 +66,7 @@ class Progress:
 
 
 def train(
-    store: FeatureStore,
+    source: FeatureSource,
     drafter: Drafter,
     target: Callable[[], Target],
     out: Path,
@@ -78,30 +78,29 @@ def train(
     start: str = "",
     continued: bool = False,
 ) -> TrainReport:
-    """Train `drafter` on `store` into `out/best`, `out/last` and `out/checkpoints`; a run that was
+    """Train `drafter` on `source` into `out/best`, `out/last` and `out/checkpoints`; a run that was
     interrupted goes on from `out/state`, also with another number of processes. `accepted` is called once in
     the first process, when nothing that lies in `out` is against this run. `target` loads the model that
     answers `decode_prompts`, in a run of one process. `start` says how the weights of step 0 were made, which
     a state must agree with; a drafter that is `continued` is validated before the first step, so that `best`
     is never worse than it was.
 
-    Raises DataError when the store is too small or when losses stop being finite, CheckpointError when
+    Raises DataError when the source is too small or when losses stop being finite, CheckpointError when
     `out/state` belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and
     SIGTERM end the run behind a step, in all processes, with the state saved; one that comes behind the last
     step, when everything is saved.
     """
-    split = split_store(store, settings.validation_share, settings.seed)
-    if not split.train:
-        raise DataError(
-            f"{store.folder}: {len(store)} conversations leave nothing to train on; generate more"
-        )
+    split = split_source(source, settings.validation_share, settings.seed)
+    if not len(split.train):
+        raise DataError(f"{source.name}: {len(source)} samples leave nothing to train on; generate more")
     cut = Cut(settings.row_tokens, settings.micro_batch_size, world.rank, world.size)
-    maker = BatchMaker(store, split.train, settings.batch_size, settings.anchors, settings.seed, cut)
-    held_out = BatchMaker(store, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
-    fingerprint = _fingerprint(store, drafter, settings, start)
+    maker = BatchMaker(source, split.train, settings.batch_size, settings.anchors, settings.seed, cut)
+    held_out = BatchMaker(source, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
+    fingerprint = _fingerprint(source, drafter, settings, start)
     compute = getattr(torch, settings.dtype)
     parallel = ParallelDrafter(drafter, world, settings.shard, compute)
-    optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay)
+    optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay, settings.betas)
+    drafter.recompute = settings.recompute
     out.mkdir(parents=True, exist_ok=True)
     at = load_state(out / "state", parallel, optimizer, fingerprint) or Position(
         0, 0.0, 0.0, 0, 0, fingerprint
@@ -122,7 +121,7 @@ def train(
         if world.first:
             if settings.decode_prompts and world.size == 1:
                 count, seed = settings.decode_prompts, settings.seed
-                lengths |= {"decoded": decoded_length(whole, model(), store, split.validation, count, seed)}
+                lengths |= {"decoded": decoded_length(whole, model(), source, split.validation, count, seed)}
             note = provenance | {"step": step.step, "validation": lengths}
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:
@@ -147,9 +146,8 @@ def train(
                 began = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = settings.lr * lr_scale(share, settings.warmup, settings.cooldown)
-                batches = [to_device(b, world.device) for b in next(steps)]
                 done = take_step(
-                    parallel, optimizer, batches, settings.loss, settings.grad_clip, signalled() > 0
+                    parallel, optimizer, next(steps), settings.loss, settings.grad_clip, signalled() > 0
                 )
                 in_a_row = 0 if done.finite else in_a_row + 1
                 if in_a_row > settings.max_skipped:
@@ -215,10 +213,10 @@ def _keep_numbered(drafter: Drafter, folder: Path, note: dict[str, Any], keep: i
         shutil.rmtree(old)
 
 
-def _fingerprint(store: FeatureStore, drafter: Drafter, settings: TrainSettings, start: str) -> str:
+def _fingerprint(source: FeatureSource, drafter: Drafter, settings: TrainSettings, start: str) -> str:
     """Changes when the data, the drafter or anything that decides the steps changes."""
     about = {k: v for k, v in asdict(settings).items() if k not in FREE}
     text = json.dumps(
-        [store.manifest.made_from(), asdict(drafter.config), about, start], sort_keys=True, default=list
+        [source.made_from(), asdict(drafter.config), about, start], sort_keys=True, default=list
     )
     return hashlib.sha256(text.encode()).hexdigest()

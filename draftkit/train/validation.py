@@ -4,14 +4,15 @@ decoding."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from draftkit.data.features import FeatureStore
 from draftkit.decode import decode
 from draftkit.draft.drafter import Drafter, LossReport, TrainBatch
+from draftkit.features.source import FeatureSource
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import LossSettings
 from draftkit.target.interface import Target
@@ -56,7 +57,12 @@ def expected_lengths(report: LossReport, batch: TrainBatch, gamma: int) -> tuple
 
 
 def decoded_length(
-    drafter: Drafter, target: Target, store: FeatureStore, indices: Sequence[int], count: int, seed: int
+    drafter: Drafter,
+    target: Target,
+    source: FeatureSource,
+    indices: NDArray[np.int64],
+    count: int,
+    seed: int,
 ) -> float:
     """Tokens per round when `count` of the conversations' first prompts are answered at temperature 1 by
     `decode`.
@@ -68,9 +74,9 @@ def decoded_length(
     # drafting joins weights, which training must not see
     drafter = copy.deepcopy(drafter, frozen).to(target.device).eval()
     emitted = rounds = 0
-    for index in indices[:: max(1, len(indices) // count)][:count]:
-        sample = store[index]
-        prompt = sample.tokens_T[: int(sample.loss_mask_T.int().argmax())].tolist()
+    for index in indices[:: max(1, len(indices) // count)][:count].tolist():
+        tokens_T, mask_T = source.text(index)
+        prompt = tokens_T[: int(mask_T.int().argmax())].tolist()
         if prompt and len(prompt) + DECODED_TOKENS + drafter.gamma <= target.info.max_length:
             done = decode(target, drafter, prompt, Sampling(1.0), DECODED_TOKENS, seed + index)
             emitted += sum(r.emitted for r in done.rounds[:-1])

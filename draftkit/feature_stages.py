@@ -1,0 +1,163 @@
+"""Where a training takes its features from, from files: capture into a store, stores that are there, and the
+target while the drafter trains."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from draftkit.config import Recipe
+from draftkit.data.messages import Conversation
+from draftkit.errors import ConfigError
+from draftkit.features.capture import CaptureReport, capture
+from draftkit.features.compute import Reader, TargetReader
+from draftkit.features.join import JoinedFeatures
+from draftkit.features.live import FillingFeatures, LiveFeatures
+from draftkit.features.manifest import MANIFEST, read_manifest
+from draftkit.features.source import FeatureSource
+from draftkit.features.store import FeatureStore
+from draftkit.features.verify import Verified, verify
+from draftkit.features.vllm import VllmReader, Wanted
+from draftkit.progress import progress_bar
+from draftkit.stages import feature_layers, open_target, prompt_format
+from draftkit.target.interface import Target, TargetWeights
+from draftkit.target.tokenizer import template_hash, tokenizer_hash
+from draftkit.target.weights import TargetFiles
+
+TEXTS = "texts"  # beside a drafter whose features are live
+
+
+def run_capture(
+    target: Target,
+    tokenizer: Any,
+    recipe: Recipe,
+    conversations: Iterable[Conversation],
+    out: Path,
+    append: bool = False,
+) -> CaptureReport:
+    """Stage 2: the target reads the conversations into a feature store. Several processes may share the work;
+    then `conversations` is walked more than once."""
+    reader = TargetReader(target, feature_layers_of(recipe, target), recipe.capture.batch_tokens)
+    return capture_by(target, reader, tokenizer, recipe, conversations, out, append)
+
+
+def open_features(
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, folders: Sequence[str | Path]
+) -> FeatureSource:
+    """A feature store, or several joined: "FOLDER=WEIGHT" takes a part of one, or takes it more often.
+
+    Raises FeatureStoreError when one does not match the recipe, ConfigError for a weight that is none.
+    """
+    named = [_weighed(str(folder)) for folder in folders]
+    stores = [FeatureStore(folder) for folder, _ in named]
+    for store in stores:
+        store.check_matches(
+            target.info.fingerprint,
+            feature_layers(recipe, target),
+            template_hash(tokenizer),
+            tokenizer_hash(tokenizer),
+            recipe.target.template_switches,
+        )
+    if len(stores) == 1 and named[0][1] == 1:
+        return stores[0]
+    return JoinedFeatures(stores, [weight for _, weight in named])
+
+
+def live_features(
+    target: Target,
+    tokenizer: Any,
+    recipe: Recipe,
+    conversations: Iterable[Conversation],
+    out: Path,
+    keep: Path | None = None,
+) -> FeatureSource:
+    """The target's features while a drafter trains into `out`, where the texts are kept; with `keep` the
+    features, too, in a store that fills in the first epoch."""
+    reader = TargetReader(target, feature_layers_of(recipe, target), recipe.capture.batch_tokens)
+    return live_features_by(target, reader, False, tokenizer, recipe, conversations, out, keep)
+
+
+def live_features_by(
+    target: Target | TargetWeights,
+    reader: Reader,
+    ahead: bool,
+    tokenizer: Any,
+    recipe: Recipe,
+    conversations: Iterable[Conversation],
+    out: Path,
+    keep: Path | None = None,
+) -> FeatureSource:
+    """`live_features` by any reader; `ahead`: it may read while the device trains."""
+    capture_by(target, None, tokenizer, recipe, conversations, out / TEXTS)
+    texts = FeatureStore(out / TEXTS)
+    if keep is not None:
+        return FillingFeatures(texts, reader, recipe.capture.dtype, keep)
+    return LiveFeatures(texts, reader, recipe.capture.dtype, ahead)
+
+
+def server_reader(recipe: Recipe, files: TargetFiles, url: str, probe: bool) -> VllmReader:
+    """A vLLM server that reads for the recipe's target, whose files are here; with `probe` the target is
+    loaded once and compared with it."""
+    wanted = Wanted(files.info, feature_layers_of(recipe, files), files.final_norm().loaded())
+    reader = VllmReader(url, wanted)
+    if probe:
+        reader.probe(open_target(recipe)[0])
+    return reader
+
+
+def run_verify(folder: Path, repair: bool) -> Verified:
+    """Read a whole store, and with `repair` leave out what is damaged."""
+    with progress_bar("verify", None) as bar:
+        return verify(folder, repair, lambda done, total: bar.update(completed=done, total=total))
+
+
+def feature_layers_of(recipe: Recipe, target: Any) -> tuple[int, ...]:
+    """The target layers that the drafter listens to, ascending."""
+    return tuple(sorted(feature_layers(recipe, target)))
+
+
+def capture_by(
+    target: Target | TargetWeights,
+    reader: Reader | None,
+    tokenizer: Any,
+    recipe: Recipe,
+    conversations: Iterable[Conversation],
+    out: Path,
+    append: bool = False,
+) -> CaptureReport:
+    """`run_capture` by any reader; without one the texts alone."""
+    begun = read_manifest(out).today if (out / MANIFEST).exists() else None
+    shown = prompt_format(recipe, tokenizer, begun)
+    layers = feature_layers_of(recipe, target)
+    read, started = 0, time.perf_counter()
+    with progress_bar("capture" if reader else "render", None) as bar:
+
+        def tick(conversations: int, tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            rate = read / (time.perf_counter() - started)
+            bar.update(advance=conversations, note=f"{rate:,.0f} tokens/s")
+
+        settings = recipe.capture
+        report = capture(target.info, reader, shown, conversations, out, layers, settings, tick, append)
+    first = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+    if first and (line := report.counts.unshown_line()):
+        print(line, file=sys.stderr)
+    return report
+
+
+def _weighed(text: str) -> tuple[Path, float]:
+    folder, equals, number = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = -1.0
+    if not 0 < weight < 1e6:
+        raise ConfigError(f"--features {text}: {number!r} is no weight; give FOLDER or FOLDER=0.5")
+    return Path(folder), weight

@@ -1,0 +1,179 @@
+"""Features from a running vLLM server: its method `extract_hidden_states`, and the package `hs-connectors`
+for the way from there to here.
+
+The server is started with
+
+    vllm serve MODEL --no-enable-prefix-caching --speculative-config '{"method": "extract_hidden_states",
+        "num_speculative_tokens": 1, "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids":
+        [2, 10, 18, 26, 34, 36]}}}' --kv-transfer-config '{"kv_connector": "ExampleHiddenStatesConnector",
+        "kv_role": "kv_producer", "kv_connector_extra_config": {"shared_storage_path": "/shared/folder"}}'
+
+(or hs-connectors' fp8 connector) on a disk that both sides see. Its ids count hidden states, where 0 is the
+embedding: OUTPUT index i of draftkit is id i + 1. The last id, the number of layers, is the stream before the
+final norm, which is applied here.
+
+Shapes: T tokens, E tokens read, F = K * H, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from torch import Tensor, nn
+
+from draftkit.errors import ConfigError, ServeError
+from draftkit.features.compute import cut_windows, longest_of
+from draftkit.features.record import Text
+from draftkit.target.interface import Target, TargetInfo
+
+CONNECTORS = "0.9."  # of hs-connectors: the form of its files and of what it returns
+AT_ONCE = 16  # requests
+PROBE_TOKENS = 24
+SAME = 0.05  # relative distance of the same layer read twice, in half precision
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a server must give: the target's sizes, layers as OUTPUT indices, and its final norm."""
+
+    info: TargetInfo
+    layers: tuple[int, ...]
+    norm: nn.Module
+
+    @property
+    def ids(self) -> list[int]:
+        """The layers and the last hidden state as the server numbers them."""
+        return [*(layer + 1 for layer in self.layers), self.info.num_layers]
+
+
+class VllmReader:
+    """Reads texts by a server, several at a time. Raises ServeError that names the server when it is not
+    there, extracts nothing, or other layers; ConfigError when hs-connectors is missing or another version."""
+
+    def __init__(self, url: str, wanted: Wanted) -> None:
+        self._transfer = _transfer()
+        self.url, self._wanted = url.rstrip("/"), wanted
+        self._client = httpx.Client(base_url=self.url, timeout=600)
+        self._model = self._first_model()
+
+    def read(self, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
+        """See `Reader`; on the CPU. A server that batches freely does not give the same bits every time."""
+        longest = longest_of(texts)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            read = dict(zip(longest, pool.map(lambda i: self._one(texts[i].tokens_E), longest), strict=True))
+        return cut_windows(texts, longest, read)
+
+    @torch.inference_mode()
+    def probe(self, target: Target) -> None:
+        """Read a few tokens by both and compare. Raises ServeError that says which layer the server gave
+        instead, or that its model is another one."""
+        vocab = self._wanted.info.vocab_size
+        tokens_E = torch.arange(PROBE_TOKENS) * 7919 % max(1, vocab - 1)
+        features_EF, last_EH = self._one(tokens_E)
+        every = tuple(range(self._wanted.info.num_layers - 1))
+        output = target.forward(tokens_E[None].to(target.device), None, every)
+        if output.features_BTF is None:
+            raise ServeError("the target returned no features")
+        hidden = self._wanted.info.hidden_size
+        own = output.features_BTF[0].float().cpu().unflatten(-1, (-1, hidden)).unbind(1)
+        found = features_EF.float().unflatten(-1, (-1, hidden)).unbind(1)
+        for layer, given in zip(self._wanted.layers, found, strict=True):
+            if not _distance(given, own[layer]) <= SAME:
+                like = min(every, key=lambda i: _distance(given, own[i]))
+                what = (
+                    f"the output of layer {like}"
+                    if _distance(given, own[like]) <= SAME
+                    else "another model's"
+                )
+                raise ServeError(
+                    f"{self.url}: gives {what} where the output of layer {layer} is wanted; start it with "
+                    f"eagle_aux_hidden_state_layer_ids {self._wanted.ids} and this very model"
+                )
+        if not _distance(last_EH, output.last_hidden_BTH[0].float().cpu()) <= SAME:
+            raise ServeError(
+                f"{self.url}: its last hidden state is not the target's; give this model, and as the last of "
+                f"eagle_aux_hidden_state_layer_ids {self._wanted.info.num_layers}"
+            )
+
+    def _one(self, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [E, F] and last hidden states after the norm [E, H] of one text."""
+        body = {"model": self._model, "prompt": tokens_E.tolist(), "max_tokens": 1, "temperature": 0}
+        answer = self._ask("post", "/v1/completions", json=body)
+        params = answer.get("kv_transfer_params")
+        if not params:
+            raise ServeError(
+                f"{self.url}: extracts no hidden states; start it with the method extract_hidden_states "
+                f"and layer ids {self._wanted.ids}, see docs/features.md"
+            )
+        handle = params.get("hidden_states_path") or params.get("handle")
+        try:
+            sample = self._transfer.get_generated(params)
+        except (OSError, TimeoutError) as error:
+            raise ServeError(
+                f"{self.url}: {handle} cannot be read here ({error}); share its folder"
+            ) from error
+        if sample is None:
+            raise ServeError(
+                f"{self.url}: wrote {handle}, which is not there; share its folder with this machine"
+            )
+        self._transfer.delete(handle)
+        Path(f"{handle}.lock").unlink(missing_ok=True)
+        return self._split(sample, tokens_E)
+
+    @torch.inference_mode()
+    def _split(self, sample: dict[str, Tensor], tokens_E: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_EKH, wanted = sample["hidden_states"], self._wanted
+        shape = (len(tokens_E), len(wanted.ids), wanted.info.hidden_size)
+        if not torch.equal(sample["token_ids"].to(tokens_E), tokens_E):
+            raise ServeError(
+                f"{self.url}: gives the states of other tokens; is it a connector of hs-connectors?"
+            )
+        if tuple(hidden_EKH.shape) != shape:
+            given = f"{list(hidden_EKH.shape)} numbers where {list(shape)} are wanted"
+            raise ServeError(
+                f"{self.url}: gives {given}; start it with layer ids {wanted.ids} and this model"
+            )
+        return hidden_EKH[:, :-1].flatten(1), wanted.norm(hidden_EKH[:, -1].float())
+
+    def _first_model(self) -> str:
+        models = self._ask("get", "/v1/models").get("data") or []
+        if not models:
+            raise ServeError(f"{self.url}: serves no model; start it with one")
+        return str(models[0]["id"])
+
+    def _ask(self, method: str, path: str, **body: Any) -> dict[str, Any]:
+        try:
+            response = self._client.request(method, path, **body)
+            response.raise_for_status()
+            found: dict[str, Any] = response.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServeError(
+                f"{self.url}: {path} fails ({error}); start it and run the same again"
+            ) from error
+        return found
+
+
+def _transfer() -> Any:
+    """What reads the server's files, of half or eight bits alike."""
+    try:
+        import hs_connectors
+    except ImportError as error:
+        raise ConfigError("--from vllm: needs hs-connectors; pip install 'draftkit[vllm]'") from error
+    if not (found := version("hs-connectors")).startswith(CONNECTORS):
+        raise ConfigError(
+            f"--from vllm: hs-connectors {found} is installed, this draftkit knows {CONNECTORS}x"
+        )
+    return hs_connectors.FP8Transfer(Path())
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Relative, without the first token: its stream is far larger than all others in many models."""
+    a, b = a[1:].float(), b[1:].float()
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
