@@ -7,7 +7,7 @@ import os
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -253,6 +253,10 @@ def train(
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     start_from: StartOption = None,
+    validation: Annotated[
+        Path | None,
+        typer.Option(help="feature store to validate on; default: a share of what is learnt from"),
+    ] = None,
     source: FromOption = None,
     probe: ProbeOption = True,
 ) -> None:
@@ -275,21 +279,29 @@ def train(
         from draftkit import feature_stages, stages
 
     keep = Path(features[0]) if features else None
+
+    def aside(target: Any, tokenizer: Any) -> Any:
+        folders = [validation] if validation else []
+        return feature_stages.open_features(settings, target, tokenizer, folders) if folders else None
+
     if source and conversations:
         files, tokenizer = stages.read_target(settings)
         read = stages.answers_of(settings, tokenizer, conversations)
         reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
         live = feature_stages.live_features_by(files, reader, True, tokenizer, settings, read, out, keep)
-        report = stages.run_train(files, tokenizer, settings, live, out, start_from=start_from)
+        held = aside(files, tokenizer)
+        report = stages.run_train(files, tokenizer, settings, live, out, None, start_from, held)
     elif conversations:
         model, tokenizer = stages.open_target(settings)
         read = stages.answers_of(settings, tokenizer, conversations)
         live = feature_stages.live_features(model, tokenizer, settings, read, out, keep)
-        report = stages.run_train(model, tokenizer, settings, live, out, lambda: model, start_from)
+        held = aside(model, tokenizer)
+        report = stages.run_train(model, tokenizer, settings, live, out, lambda: model, start_from, held)
     else:
         files, tokenizer = stages.read_target(settings)
         stored = feature_stages.open_features(settings, files, tokenizer, features or [])
-        report = stages.run_train(files, tokenizer, settings, stored, out, start_from=start_from)
+        held = aside(files, tokenizer)
+        report = stages.run_train(files, tokenizer, settings, stored, out, None, start_from, held)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     best = out / "best"
@@ -851,7 +863,6 @@ def bench(
     One OpenAI-compatible server, or two to compare them.
 
     Exit code 2 when a request fails; what was measured is printed and written all the same."""
-    from typing import Any
 
     from draftkit.serve.bench import read_prompts, run_bench
     from draftkit.serve.bench_report import print_bench

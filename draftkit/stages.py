@@ -228,13 +228,14 @@ def run_train(
     out: Path,
     model: Callable[[], Target] | None = None,
     start_from: Path | None = None,
+    validation: FeatureSource | None = None,
 ) -> TrainReport:
     """Stage 3: a drafter is trained on features of this very target and prompt format (`feature_stages`).
 
     Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it,
     null loads it then. Where several processes train together there are no such answers, and none of them
     loads it. `start_from` is the folder of a drafter that goes on; it must be of this target and of the
-    recipe's shape.
+    recipe's shape. `validation` are features to validate on, in place of a share of `source`.
     """
     if start_from is None:
         drafter = new_drafter_for(recipe, target, tokenizer, source)
@@ -273,6 +274,7 @@ def run_train(
             note_recipe,
             start,
             start_from is not None,
+            validation,
         )
 
 

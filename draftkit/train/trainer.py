@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from draftkit.draft.checkpoint import save_drafter
@@ -26,7 +27,7 @@ from draftkit.features.source import FeatureSource
 from draftkit.interrupt import noted_signals
 from draftkit.settings import TrainSettings
 from draftkit.target.interface import Target
-from draftkit.train.batches import BatchMaker, Cut, split_source, steps_from
+from draftkit.train.batches import BatchMaker, Cut, Split, split_source, steps_from
 from draftkit.train.log import TrainLog
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World, products_in
@@ -77,25 +78,31 @@ def train(
     accepted: Callable[[], None] = lambda: None,
     start: str = "",
     continued: bool = False,
+    validation: FeatureSource | None = None,
 ) -> TrainReport:
     """Train `drafter` on `source` into `out/best`, `out/last` and `out/checkpoints`; a run that was
     interrupted goes on from `out/state`, also with another number of processes. `accepted` is called once in
     the first process, when nothing that lies in `out` is against this run. `target` loads the model that
     answers `decode_prompts`, in a run of one process. `start` says how the weights of step 0 were made, which
     a state must agree with; a drafter that is `continued` is validated before the first step, so that `best`
-    is never worse than it was.
+    is never worse than it was. `validation` holds the samples to validate on; without it a share of `source`
+    is set aside.
 
     Raises DataError when the source is too small or when losses stop being finite, CheckpointError when
     `out/state` belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and
     SIGTERM end the run behind a step, in all processes, with the state saved; one that comes behind the last
     step, when everything is saved.
     """
-    split = split_source(source, settings.validation_share, settings.seed)
+    if validation is None:
+        split, aside = split_source(source, settings.validation_share, settings.seed), source
+    else:
+        split, aside = Split(np.arange(len(source)), np.arange(len(validation))), validation
+        start = f"{start} validated on {validation.made_from()}"
     if not len(split.train):
         raise DataError(f"{source.name}: {len(source)} samples leave nothing to train on; generate more")
     cut = Cut(settings.row_tokens, settings.micro_batch_size, world.rank, world.size)
     maker = BatchMaker(source, split.train, settings.batch_size, settings.anchors, settings.seed, cut)
-    held_out = BatchMaker(source, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
+    held_out = BatchMaker(aside, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
     fingerprint = _fingerprint(source, drafter, settings, start)
     compute = getattr(torch, settings.dtype)
     parallel = ParallelDrafter(drafter, world, settings.shard, compute)
@@ -121,7 +128,7 @@ def train(
         if world.first:
             if settings.decode_prompts and world.size == 1:
                 count, seed = settings.decode_prompts, settings.seed
-                lengths |= {"decoded": decoded_length(whole, model(), source, split.validation, count, seed)}
+                lengths |= {"decoded": decoded_length(whole, model(), aside, split.validation, count, seed)}
             note = provenance | {"step": step.step, "validation": lengths}
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:
