@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +72,7 @@ def plot_simulation(outcomes: Sequence[Outcome], path: Path) -> None:
 
     loads = list(dict.fromkeys((o.concurrency, o.rate) for o in outcomes))
     by_load = {load: {o.arm: o for o in outcomes if (o.concurrency, o.rate) == load} for load in loads}
-    shown = {
+    shown: dict[str, tuple[str, str, Callable[[Mapping[str, Outcome]], Outcome]]] = {
         "planned, as draftkit serve does": ("C0", "o-", lambda arms: arms["budget"]),
         "best fixed length of this load": ("C1", "s--", _best_fixed),
         "oracle: knows what will be kept": ("grey", "^:", lambda arms: arms["oracle"]),
