@@ -13,7 +13,8 @@ import torch
 
 from draftkit.data.conversations import read_conversations
 from draftkit.data.records import read_manifest
-from draftkit.draft.checkpoint import load_drafter, read_provenance
+from draftkit.draft.checkpoint import load_drafter
+from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.features.store import FeatureStore
 from draftkit.schedule.calibration import load_calibration
 from draftkit.schedule.step_rate_table import load_step_rate

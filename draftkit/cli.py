@@ -12,10 +12,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from draftkit import __version__
+from draftkit.commands import doctor, evaluate, export, push, report, suite
 from draftkit.commands.chat import chat
 from draftkit.commands.early import check_given, check_inputs, check_pair, check_serving, check_simulation
 from draftkit.commands.numbers import whole_numbers
-from draftkit.commands.recipes import complete_recipe, recipes
+from draftkit.commands.options import (
+    LIBRARIES,
+    JsonOption,
+    LogFormatOption,
+    OutOption,
+    PromptsOption,
+    RecipeOption,
+    SetOption,
+    SkipOption,
+    StartOption,
+    TargetOption,
+    with_target,
+)
+from draftkit.commands.recipes import recipes
 from draftkit.commands.user_defaults import user_defaults
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, DraftkitError, Interrupted
@@ -43,40 +57,25 @@ app = typer.Typer(
 features_app = typer.Typer(help="Look after feature stores.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(features_app, name="features")
 
-RecipeOption = Annotated[
-    str,
-    typer.Option(
-        "--recipe", "-r", help="a file, or one of `draftkit recipes`", autocompletion=complete_recipe
-    ),
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")
-]
-TargetOption = Annotated[
-    str | None, typer.Option("--target", help="folder, GGUF file or hub id; default: the recipe's")
-]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
-PromptsOption = Annotated[
-    list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
-]
-StartOption = Annotated[Path | None, typer.Option(help="folder of a drafter that goes on from where it is")]
 FromOption = Annotated[
     str | None, typer.Option("--from", help="vllm=URL: a vLLM server reads them (docs/features.md)")
 ]
 ProbeOption = Annotated[
     bool, typer.Option("--probe/--no-probe", help="compare the server's layers with the target's first")
 ]
-LogFormatOption = Annotated[
-    str | None, typer.Option("--format", help="bodies, vllm, otel, claude-code or codex; default: recognised")
-]
-SkipOption = Annotated[
-    bool, typer.Option("--skip-invalid", help="leave out rows that are wrong, and count them")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
-LIBRARIES = "loading PyTorch and Transformers"
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
 GOES_ON = {"quickstart", "specialise", "generate", "capture", "train", "evaluate", "calibrate"}
+
+# Commands that have a file of their own, by name.
+TABLE = {
+    "evaluate": evaluate,
+    "suite": suite,
+    "report": report,
+    "export": export,
+    "doctor": doctor,
+    "push": push,
+}
 
 
 @app.callback(invoke_without_command=True)
@@ -100,11 +99,6 @@ def _recipe(name: str, overrides: list[str] | None) -> Recipe:
     from draftkit.config import load_recipe
 
     return load_recipe(name, overrides or [])
-
-
-def _with_target(overrides: list[str] | None, target: str | None) -> list[str]:
-    """The overrides, `--target` among them."""
-    return [*(overrides or []), *([f"target.path={target}"] if target else [])]
 
 
 @app.command(epilog="Example: draftkit quickstart --out runs/quickstart --minutes 6")
@@ -144,7 +138,7 @@ def generate(
 ) -> None:
     """Let the target answer prompts. The same command goes on where it was interrupted, and several processes
     that are given the same command share the work."""
-    overrides = _with_target(overrides, target)
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
@@ -201,7 +195,7 @@ def capture(
     """Let the target read conversations into a feature store. The same command goes on where it was
     interrupted. Several processes may share the work: start all of them, or torchrun, with the same
     command."""
-    overrides = _with_target(overrides, target)
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
     from draftkit.data.conversations import SkippedRows, check_beginning
@@ -262,7 +256,7 @@ def train(
 ) -> None:
     """Train a drafter. On a feature store, on live features of conversations, or on both: then the first
     epoch fills the store. The same command goes on where it was interrupted."""
-    overrides = _with_target(overrides, target)
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     if not features and not conversations:
         raise ConfigError("give --features (a store), --conversations (live), or both (live, and kept)")
@@ -327,7 +321,7 @@ def plan(
 ) -> None:
     """Bytes, hours and memory of each stage, before it runs. And whether features are better live or stored;
     no weights are needed. Exit code 2 where the disk of --out cannot hold the store."""
-    overrides = _with_target(overrides, target)
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     from draftkit import plan as planning
 
@@ -469,7 +463,7 @@ def specialise(
         check_pair(target, None, start_from)
     from draftkit.specialise import print_specialised, recipe_for, run_specialise
 
-    settings = recipe_for(recipe, _with_target(overrides, target), start_from, out)
+    settings = recipe_for(recipe, with_target(overrides, target), start_from, out)
     say = lambda line: typer.echo(line, err=json_output)  # noqa: E731
     found = run_specialise(settings, logs, out, start_from, regenerate, form, keep_secrets, say)
     if json_output:
@@ -477,70 +471,6 @@ def specialise(
         return
     print_specialised(found)
     typer.echo(f"next: {following(f'serve --target {settings.target.path} --drafter {out}/drafter/best')}")
-
-
-@app.command(epilog="Example: draftkit evaluate -d drafter/best -o results --set evaluate.temperatures=[1.0]")
-def evaluate(
-    out: OutOption,
-    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder")],
-    prompts: PromptsOption = None,
-    target: TargetOption = None,
-    recipe: RecipeOption = "tiny-dspark",
-    overrides: SetOption = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Measure accepted length and speed on held-out prompts. By domain, and against plain decoding."""
-    overrides = _with_target(overrides, target)
-    settings = _recipe(recipe, overrides)
-    make_folder(out)
-    check_inputs(settings, drafter, prompts or [])
-    with doing(LIBRARIES):
-        from draftkit import stages
-        from draftkit.evaluate.plots import plot_acceptance
-        from draftkit.evaluate.report import print_report
-
-    read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
-    model, tokenizer = stages.open_target(settings)
-    results = stages.run_evaluate(model, tokenizer, settings, drafter, read, out, threads)
-    plot_acceptance(results, out / "acceptance.png")
-    typer.echo(stages.summary(results)) if json_output else print_report(results)
-
-
-@app.command(
-    epilog="Example: draftkit export -d drafter/best -o packaged --target Qwen/Qwen3-4B --borrow --dtype "
-    "bfloat16"
-)
-def export(
-    out: OutOption,
-    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder, in any known form")],
-    form: Annotated[str, typer.Option(help="portable or deepspec, see docs/checkpoints.md")] = "portable",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
-    target: Annotated[
-        str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")
-    ] = None,
-    borrow: Annotated[
-        bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")
-    ] = False,
-    borrow_rows: Annotated[
-        bool,
-        typer.Option(
-            "--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again"
-        ),
-    ] = False,
-) -> None:
-    """Write a drafter in another form or for another engine. It may leave out the weights that its target has
-    anyway."""
-    from draftkit.draft.place import check_drafter
-
-    make_folder(out)
-    check_drafter(drafter)
-    if target:
-        check_pair(target)
-    from draftkit import stages
-
-    count = stages.run_export(drafter, out, form, dtype, target, borrow, borrow_rows)
-    typer.echo(f"{count / 1e6:.1f} MB in {out}")
 
 
 @app.command(epilog="Example: draftkit calibrate -d drafter/best -o calibration")
@@ -558,7 +488,7 @@ def calibrate(
     reads the result."""
     from dataclasses import asdict
 
-    overrides = _with_target(overrides, target)
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
     check_inputs(settings, drafter, prompts or [])
@@ -612,7 +542,7 @@ def profile(
     json_output: JsonOption = False,
 ) -> None:
     """Measure what a step costs on this machine. By tokens, context and requests; SGLang reads the result."""
-    overrides = _with_target(overrides, target)
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     if out.suffix == ".png":
         raise ConfigError(
@@ -881,6 +811,10 @@ def bench(
 
 
 app.command(epilog="Example: draftkit recipes dspark-plus")(recipes)
+
+
+for _name, _module in TABLE.items():
+    app.command(_name, epilog=_module.EXAMPLE)(_module.command)
 
 
 @app.command("compile", epilog="Example: draftkit compile")

@@ -20,6 +20,7 @@ from draftkit.data.parts import SharedWork
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError, DataError
+from draftkit.evaluate.html_report import write_report
 from draftkit.evaluate.plots import plot_acceptance
 from draftkit.evaluate.report import print_report
 from draftkit.evaluate.run import EvalResult
@@ -118,6 +119,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
     measured = {"stages": [asdict(t) for t in times], "peak_gib": peak}
     write_text(out / "times.json", json.dumps(measured, indent=1))
+    write_report(out, out / "report.html")
     if to_json:
         print(stages.summary(results))
         return
@@ -125,7 +127,9 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     print_report(results)
     total = sum(t.seconds for t in times)
     console.print(f"{total / 60:.1f} minutes in all, peak memory {peak:.2f} GiB")
-    console.print(f"acceptance by position: {results_folder / 'acceptance.png'}")
+    console.print(
+        f"acceptance by position: {results_folder / 'acceptance.png'}; all of it: {out / 'report.html'}"
+    )
     parameters = sum(p.numel() for p in target.model.parameters())
     words = [
         _undertrained(seen),

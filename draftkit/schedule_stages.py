@@ -18,18 +18,12 @@ from draftkit.evaluate.schedule_plots import plot_reliability, plot_simulation
 from draftkit.ops.sampling import Sampling
 from draftkit.output import one_writer
 from draftkit.progress import progress_bar
-from draftkit.schedule.calibration import (
-    Calibration,
-    Quality,
-    fit_calibration,
-    load_calibration,
-    quality_of,
-    save_calibration,
-)
+from draftkit.schedule.calibration import Calibration, load_calibration, save_calibration
 from draftkit.schedule.machines import MACHINES
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, Outcome, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, save_step_rate
+from draftkit.schedule.temperature_scaling import Quality, fit_calibration, quality_of
 from draftkit.schedule.traces import Origin, Traces, join_traces, load_traces, save_traces
 from draftkit.settings import GenerateSettings
 from draftkit.target.fingerprint import fingerprint

@@ -1,1 +1,1 @@
-"""Commands that `cli.py` adds to its table, one module each, and what commands have in common."""
+"""Commands that have a file of their own, and what they share; `draftkit/cli.py` holds the table of all."""

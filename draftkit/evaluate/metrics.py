@@ -41,6 +41,9 @@ class PromptRecord:
     tried: tuple[int, ...]  # [gamma]: rounds in which the position was reached and its verdict is known
     accepted: tuple[int, ...]  # [gamma]: of these, accepted
     accepted_per_round: tuple[int, ...]
+    prompt_tokens: int = 0
+    answer_ids: tuple[int, ...] = ()  # what the target said, a stop token included
+    text: str = ""  # the same, decoded; empty where nobody asked
 
 
 def record_of(decoded: Decoded, prompt_id: str, domain: str, gamma: int) -> PromptRecord:
@@ -50,7 +53,7 @@ def record_of(decoded: Decoded, prompt_id: str, domain: str, gamma: int) -> Prom
     tried, accepted = np.zeros(gamma, int), np.zeros(gamma, int)
     full = [r for i, r in enumerate(decoded.rounds) if not _cut_by_limit(decoded, i)]
     for r in full:
-        known = min(r.accepted, r.emitted)  # accepted tokens behind a stop token are not part of the answer
+        known = min(r.accepted, r.emitted)  # accepted tokens after a stop token are not part of the answer
         accepted[:known] += 1
         # position `known` was rejected, if it exists
         reached = known + 1 if r.emitted > r.accepted else known
@@ -65,6 +68,7 @@ def record_of(decoded: Decoded, prompt_id: str, domain: str, gamma: int) -> Prom
         tried=tuple(tried.tolist()),
         accepted=tuple(accepted.tolist()),
         accepted_per_round=tuple(r.accepted for r in full),
+        answer_ids=decoded.tokens,
     )
 
 
@@ -96,6 +100,35 @@ def macro_accepted_length(records: Sequence[PromptRecord], seed: int = 0) -> Int
 def domains_of(records: Sequence[PromptRecord]) -> list[str]:
     """Domains in order of appearance."""
     return list(dict.fromkeys(r.domain for r in records))
+
+
+# upper ends of the places in an answer, and of the tokens of context, by which lengths are told
+ANSWER_PLACES = (32, 128, 512, 2048)
+CONTEXT_TOKENS = (256, 1024, 4096, 16384)
+
+
+def lengths_by_place(
+    records: Sequence[PromptRecord], ends: Sequence[int], context: bool = False
+) -> dict[str, float]:
+    """Accepted length of the rounds that began below each end, and from the one before on; counted in
+    tokens of the answer, or, with `context`, of prompt and answer together. Places without rounds are left
+    out."""
+    emitted, rounds = np.zeros(len(ends) + 1), np.zeros(len(ends) + 1)
+    for record in records:
+        place = record.prompt_tokens + 1 if context else 1  # the first token is the target's own
+        left = record.emitted
+        for accepted in record.accepted_per_round:
+            came = min(accepted + 1, left)  # a stop token may have cut the last one
+            where = int(np.searchsorted(ends, place, side="right"))
+            emitted[where], rounds[where] = emitted[where] + came, rounds[where] + 1
+            place, left = place + came, left - came
+    firsts = [0, *ends]
+    names = [f"{first}-{end - 1}" for first, end in zip(firsts, ends, strict=False)] + [f"{ends[-1]}-"]
+    return {
+        name: float(tokens / count)
+        for name, tokens, count in zip(names, emitted, rounds, strict=True)
+        if count
+    }
 
 
 def acceptance_by_position(records: Sequence[PromptRecord]) -> list[float]:

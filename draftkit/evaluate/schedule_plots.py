@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from draftkit.output import save_figure
-from draftkit.schedule.calibration import BINS, Bools
 from draftkit.schedule.simulate import Outcome
 from draftkit.schedule.step_rate import Floats
+from draftkit.schedule.temperature_scaling import BINS, Bools
 
 
 def plot_reliability(

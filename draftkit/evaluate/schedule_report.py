@@ -9,9 +9,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from draftkit.schedule.calibration import Quality
 from draftkit.schedule.simulate import Outcome
 from draftkit.schedule.step_rate_table import StepRateTable
+from draftkit.schedule.temperature_scaling import Quality
 
 UNSTEADY = 0.2  # quartiles so far apart, as a share of the median
 

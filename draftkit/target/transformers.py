@@ -71,7 +71,7 @@ class TransformersTarget:
         return self.model.config.get_text_config()
 
     def final_norm(self) -> nn.Module:
-        """The norm behind the last layer. Raises TargetError when the family has none where most have it."""
+        """The norm after the last layer. Raises TargetError when the family has none where most have it."""
         norm = getattr(self._layer_owner, "norm", None)
         if not isinstance(norm, nn.Module):
             raise TargetError(
@@ -117,9 +117,9 @@ class TransformersTarget:
         mask_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
     ) -> TargetOutput:
-        """Read `tokens_BT` behind what the cache holds (see `Target.forward`).
+        """Read `tokens_BT` after what the cache holds (see `Target.forward`).
 
-        Attention is causal also for several new tokens behind a cache. With a mask and no positions,
+        Attention is causal also for several new tokens after a cache. With a mask and no positions,
         positions count the real tokens, so that batches padded on the left or on the right read what each row
         would read alone.
         """

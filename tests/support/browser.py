@@ -1,4 +1,4 @@
-"""A real browser for tests: one tab, driven over the DevTools pipe."""
+"""A real browser, driven over the DevTools pipe: pages are opened, typed into, clicked and read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLAGS = (
 
 
 class Page:
-    """One tab. Commands go in as JSON with a NUL behind each, answers come out the same way."""
+    """One tab. Commands go in as JSON with a NUL after each, answers come out the same way."""
 
     def __init__(self, into: int, out: int) -> None:
         self._into, self._out = into, os.fdopen(out, "rb")
