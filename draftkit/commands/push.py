@@ -28,8 +28,8 @@ def command(
 ) -> None:
     """Put a drafter on the Hugging Face hub.
 
-    With a model card: measured lengths with intervals, what it was trained for, and the commands of the engines that load it. What nobody measured or stated, the card says
-    so."""
+    With a model card: measured lengths with intervals, what it was trained for, and the commands of the
+    engines that load it. What nobody measured or stated, the card says so."""
     from draftkit.handover.hub import push
 
     made = push(drafter, repo, results, licence, data, private, dry_run)
