@@ -19,8 +19,9 @@ import numpy as np
 
 from benchmarks.result_file import write_result
 from draftkit.evaluate.schedule_plots import plot_simulation
+from draftkit.schedule.machines import MACHINES
 from draftkit.schedule.simulate import Load, Outcome, arms_for, simulate
-from draftkit.schedule_stages import MACHINES, open_simulation
+from draftkit.schedule_stages import open_simulation
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SCHEDULED = ("algorithm 1", "budget")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +28,7 @@ from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.schedule.simulate import Load, arms_for, simulate
 from draftkit.schedule_stages import TRACES, open_simulation, run_record
+from draftkit.suggest import program
 from draftkit.target.transformers import TransformersTarget
 
 GENERATE_SHARE, EVALUATE_SHARE = 0.14, 0.12  # of the minutes; training gets what capture leaves of the rest,
@@ -138,7 +137,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
         LARGER.format(speed_up=larger, traces=out / TRACES),
     ]
     console.print("\n" + "\n".join(word for word in words if word), highlight=False)
-    console.print(NEXT.format(drafter=run / "best", draftkit=_command()), highlight=False)
+    console.print(NEXT.format(drafter=run / "best", draftkit=program()), highlight=False)
 
 
 LARGER = """\
@@ -150,11 +149,12 @@ NEXT = """
 What to type next:
   {draftkit} serve --drafter {drafter}
     (an OpenAI-compatible server and a chat page on http://127.0.0.1:8000)
-and on your own conversations:
-  {draftkit} generate -p your_prompts.jsonl -o answers.jsonl
-  {draftkit} capture -c answers.jsonl -o features
-  {draftkit} train -f features -o my_drafter
-  {draftkit} evaluate -d my_drafter/best -o results
+  {draftkit} chat --drafter {drafter}
+    (the same in the terminal)
+and for your own model and prompts (docs/your-model.md; one {{"prompt": "..."}} per line):
+  {draftkit} generate -p prompts.jsonl -o answers.jsonl --target MODEL
+  {draftkit} capture -c answers.jsonl -o features --target MODEL
+  {draftkit} train -f features -o my_drafter --target MODEL
 """
 
 
@@ -200,11 +200,6 @@ def _simulated(
         simulate(source.traces, source.table, load, n, arms[n]) for n in ("no speculation", "budget")
     )
     return planned.throughput / plain.throughput
-
-
-def _command() -> str:
-    """How to call draftkit from this shell: the virtual environment may not be active."""
-    return "draftkit" if shutil.which("draftkit") else str(Path(sys.executable).with_name("draftkit"))
 
 
 def _trained_within(recipe: Recipe, minutes: float) -> Recipe:

@@ -46,11 +46,11 @@ from draftkit.progress import clock, doing, progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.formats import format_of
 from draftkit.target.interface import Target, TargetWeights
+from draftkit.target.place import EMBEDDED
 from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError
 from draftkit.target.tokenizer import load_tokenizer, template_hash
 from draftkit.target.transformers import (
     DTYPES,
-    EMBEDDED,
     TransformersTarget,
     best_device,
     load_target,
@@ -511,6 +511,8 @@ def summary(results: Sequence[EvalResult]) -> str:
         {
             "temperature": r.settings["sampling"]["temperature"],
             "accepted_len": {k: v.value for k, v in r.accepted_len.items()},
+            "accepted_len_95": {k: (v.low, v.high) for k, v in r.accepted_len.items()},
+            "acceptance_by_position": r.acceptance,
             "speed": {k: asdict(v) for k, v in r.speed.items()},
             "prompts": len(r.records),
             "domains": domains_of(r.records),

@@ -175,13 +175,14 @@ def test_a_copy_is_the_answer_alone(server: Server, tmp_path: Path) -> None:
 
 
 @needs_browser
-def test_rejected_drafts_stay_hidden_when_the_browser_goes_back_to_the_page(
+def test_rejected_drafts_are_hidden_and_a_choice_stays_when_the_browser_goes_back_to_the_page(
     server: Server, tmp_path: Path
 ) -> None:
     shown = "getComputedStyle(document.querySelector('.assistant .rejected')).display !== 'none'"
     with browsing(tmp_path / "profile") as page:
         page.call("Page.navigate", url=server.url + "/")
         page.wait("document.getElementById('model')?.textContent.includes('fake')")
+        assert not page.run("document.getElementById('show-rejected').checked"), "hidden unless asked for"
         page.click("show-rejected")
         page.run("addEventListener('unload', () => 0)")  # so that the browser does not keep the page as it is
         page.call("Page.navigate", url=server.url + "/version")
@@ -190,9 +191,9 @@ def test_rejected_drafts_stay_hidden_when_the_browser_goes_back_to_the_page(
         page.wait("document.getElementById('model')?.textContent.includes('fake')")
         page.press_enter("hi")
         page.wait(f"{DONE} === 1")
-        assert not page.run("document.getElementById('show-rejected').checked") and not page.run(shown)
+        assert page.run("document.getElementById('show-rejected').checked") and page.run(shown)
         page.click("show-rejected")
-        assert page.run(shown)
+        assert not page.run(shown)
 
 
 @needs_browser

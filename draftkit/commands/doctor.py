@@ -34,8 +34,9 @@ def command(
     ] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Find out why a drafter loses acceptance: files, text, engine, and short runs that try what may be
-    wrong.
+    """Find out why a drafter loses acceptance.
+
+    Files, text, engine, and short runs that try what may be wrong.
 
     Each finding is one line with what it costs and the mend; then facts: accepted length, break-even on this
     machine, how many tokens to draft. Exit code 1 when something was found."""

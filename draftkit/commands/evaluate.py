@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from draftkit.commands.early import check_inputs
 from draftkit.commands.options import (
     LIBRARIES,
     JsonOption,
@@ -15,6 +16,8 @@ from draftkit.commands.options import (
     PromptsOption,
     RecipeOption,
     SetOption,
+    TargetOption,
+    with_target,
 )
 from draftkit.errors import ConfigError
 from draftkit.output import make_folder
@@ -38,23 +41,25 @@ def command(
         Path | None, typer.Option(help="where the suite lies; default: the cache")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="prompts of each set of the suite", min=1)] = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on.
+    """Measure accepted length and speed on held-out prompts. By domain, and against plain decoding.
 
     With --suite paper on the prompts of the paper's Table 1, drawn as its code draws them, and beside its
     numbers; torchrun shares the prompts among processes."""
     from draftkit.config import load_recipe
 
-    settings = load_recipe(recipe, overrides or [])
+    settings = load_recipe(recipe, with_target(overrides, target))
     if suite not in (None, "paper"):
         raise ConfigError(f"--suite {suite}: is not known, there is paper")
     if suite and prompts:
         raise ConfigError("--suite has its own prompts; leave out --prompts")
     make_folder(out)
+    check_inputs(settings, drafter, prompts or [])
     with doing(LIBRARIES):
         from draftkit import stages
         from draftkit.evaluate.plots import plot_acceptance
@@ -68,8 +73,8 @@ def command(
         results = _suite(settings, drafter, suite_folder, out, limit, json_output)
     else:
         read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
-        target, tokenizer = stages.open_target(settings)
-        results = stages.run_evaluate(target, tokenizer, settings, drafter, read, out, threads)
+        model, tokenizer = stages.open_target(settings)
+        results = stages.run_evaluate(model, tokenizer, settings, drafter, read, out, threads)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     plot_acceptance(results, out / "acceptance.png")

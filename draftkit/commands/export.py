@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
+from draftkit.commands.early import check_pair
 from draftkit.commands.options import JsonOption, OutOption
+from draftkit.draft.place import check_drafter
 from draftkit.errors import ConfigError
-from draftkit.output import as_json
+from draftkit.output import as_json, make_folder
 
 EXAMPLE = "Example: draftkit export -d drafter/best -o handed --for vllm --target Qwen/Qwen3-4B"
 
@@ -38,11 +40,15 @@ def command(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Write a drafter for another engine, in another form, or without the weights that its target has anyway.
+    """Write a drafter in another form or for another engine. It may leave out the weights of its target.
 
     With --for it is written as that engine loads it (for llama.cpp as GGUF), or refused with the reason; the
     command that runs the pair is printed, with what holds for the engine's version."""
     if engine is None:
+        make_folder(out)
+        check_drafter(drafter)
+        if target:
+            check_pair(target)
         from draftkit import stages
 
         count = stages.run_export(drafter, out, form or "portable", dtype, target, borrow, borrow_rows)
@@ -52,6 +58,8 @@ def command(
         raise ConfigError("--for: the engine decides form and contents; leave out --form and --borrow")
     if target is None:
         raise ConfigError("--for: needs the --target that the engine will serve")
+    check_drafter(drafter)
+    check_pair(target)
     from draftkit.handover.export import hand_over, print_handed_over
 
     made = hand_over(engine, drafter, out, target, dtype)

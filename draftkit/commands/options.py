@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file or packaged recipe")]
+from draftkit.commands.recipes import complete_recipe
+
+RecipeOption = Annotated[
+    str,
+    typer.Option(
+        "--recipe", "-r", help="a file, or one of `draftkit recipes`", autocompletion=complete_recipe
+    ),
+]
+TargetOption = Annotated[
+    str | None, typer.Option("--target", help="folder, GGUF file or hub id; default: the recipe's")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")
 ]
@@ -25,3 +35,8 @@ SkipOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
 LIBRARIES = "loading PyTorch and Transformers"  # what a command is doing before it says anything
+
+
+def with_target(overrides: list[str] | None, target: str | None) -> list[str]:
+    """The overrides of a recipe, `--target` among them."""
+    return [*(overrides or []), *([f"target.path={target}"] if target else [])]

@@ -26,9 +26,10 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show files and card, send nothing")] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Put a drafter on the Hugging Face hub with a model card: measured lengths with intervals, what it was
-    trained for, and the commands of the engines that load it. What nobody measured or stated, the card says
-    so."""
+    """Put a drafter on the Hugging Face hub.
+
+    With a model card: measured lengths with intervals, what it was trained for, and the commands of the
+    engines that load it. What nobody measured or stated, the card says so."""
     from draftkit.handover.hub import push
 
     made = push(drafter, repo, results, licence, data, private, dry_run)

@@ -17,8 +17,9 @@ def command(
     run: Annotated[Path, typer.Argument(help="folder of a run, or of an evaluation's results")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="default: report.html in the run")] = None,
 ) -> None:
-    """Make report.html of a run's files: what was trained on what, lengths, positions, confidences, speed,
-    answers.
+    """Make report.html of a run's files.
+
+    What was trained on what, lengths, positions, confidences, speed, answers.
 
     One file that needs nothing else. Of a run that was cut off it shows what there is."""
     if not run.is_dir():

@@ -21,8 +21,8 @@ def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="where it goes; default: the cache")] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Fetch the nine sets of the paper's Table 1 once, with the commit and licence of each, or take them
-    from a folder; rows are counted. draftkit evaluate --suite paper asks them."""
+    """Fetch the nine sets of the paper's Table 1. Once, with the commit and licence of each, or from a
+    folder; rows are counted. draftkit evaluate --suite paper asks them."""
     from draftkit.evaluate.fetch import fetch_suite
     from draftkit.evaluate.suites import PAPER, copy_suite, missing_from, suite_folder
 

@@ -181,6 +181,7 @@ class Engine:
             other_seconds=tally.other_seconds,
             preemptions=scheduler.preemptions,
             calibration_error=tally.calibration_error,
+            gate=self._planner.gate_state,
         )
 
     # --- the parts of a step

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from draftkit.schedule.gate import GateState
+
 _BINS = 10
 
 
@@ -19,7 +21,8 @@ class EngineMetrics:
     `rounds` are counted per request. Of the `drafted` tokens `verified` went through the target (the budget),
     `accepted` were kept and `wasted` not. Seconds: in the drafter's passes, in the target's, in the rest of
     the steps. `calibration_error` compares (calibrated) confidences with what verification found, in ten bins
-    weighted by size, over the positions that were reached; None before there is one.
+    weighted by size, over the positions that were reached; None before there is one. `gate` says whether
+    drafting pays at the present load; None before that is known, and where lengths are fixed.
     """
 
     running: int = 0
@@ -39,6 +42,7 @@ class EngineMetrics:
     other_seconds: float = 0.0
     preemptions: int = 0
     calibration_error: float | None = None
+    gate: GateState | None = None
 
 
 class Tally:

@@ -12,7 +12,7 @@ import numpy as np
 from draftkit.engine.request import Request
 from draftkit.schedule.calibration import Calibration
 from draftkit.schedule.estimator import AcceptanceEstimator
-from draftkit.schedule.gate import Gate
+from draftkit.schedule.gate import Gate, GateState
 from draftkit.schedule.planner import BudgetPlanner, survival_of
 from draftkit.schedule.step_rate import StepRate
 
@@ -40,6 +40,12 @@ class LengthPlanner:
     def step_rate(self) -> StepRate | None:
         """What a step is taken to cost; None where lengths are fixed."""
         return self._budgets.step_rate if self._budgets is not None else None
+
+    @property
+    def gate_state(self) -> GateState | None:
+        """Whether drafting pays at the present load; None before that was measured, and where lengths are
+        fixed, so that every step drafts."""
+        return self._gate.state
 
     def drafting(self, decoding: Sequence[Request]) -> list[int]:
         """Indices of the requests that draft in this step."""

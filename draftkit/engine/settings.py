@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Plan = Literal["planned", "fixed"]
 PLANS = ("planned", "fixed")
+DTYPE_NAMES = ("float32", "bfloat16", "float64")
 _MOST_RUNNING = 65_536  # each has rows of numbers from the start
 
 
@@ -55,6 +56,8 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.plan not in PLANS:
             raise ServeError(f"plan is {self.plan!r}; choose one of {', '.join(PLANS)}")
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
+            raise ServeError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPE_NAMES)}")
         for name in ("max_running", "step_tokens", "kv_bytes", "block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")

@@ -138,6 +138,21 @@ def acceptance_by_position(records: Sequence[PromptRecord]) -> list[float]:
     return [float(a / t) if t else float("nan") for a, t in zip(accepted, tried, strict=True)]
 
 
+def acceptance_interval(records: Sequence[PromptRecord], seed: int = 0) -> tuple[Floats, Floats]:
+    """The 95 % bootstrap interval over prompts of `acceptance_by_position`, low and high [gamma]; NaN where a
+    position was never reached."""
+    tried_PG = np.array([r.tried for r in records], float)
+    accepted_PG = np.array([r.accepted for r in records], float)
+    chosen = np.random.default_rng(seed).integers(0, len(records), (BOOTSTRAP_SAMPLES, len(records)))
+    counts_SP = np.stack([np.bincount(row, minlength=len(records)) for row in chosen]).astype(float)
+    tried_SG, accepted_SG = counts_SP @ tried_PG, counts_SP @ accepted_PG
+    share_SG = np.divide(accepted_SG, tried_SG, out=np.full_like(tried_SG, np.nan), where=tried_SG > 0)
+    never_G = tried_PG.sum(0) == 0
+    share_SG[:, never_G] = 0.0  # so that nothing warns; taken out below
+    low_G, high_G = np.nanpercentile(share_SG, [2.5, 97.5], axis=0)
+    return np.where(never_G, np.nan, low_G), np.where(never_G, np.nan, high_G)
+
+
 def _bootstrap(pairs: Sequence[tuple[Floats, Floats]], seed: int) -> Interval:
     """Mean over `pairs` of sum(numerator) / sum(denominator), with a percentile interval."""
     rng = np.random.default_rng(seed)
