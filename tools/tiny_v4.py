@@ -24,7 +24,7 @@ from draftkit.target.deepseek_v4 import place_of
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
 from draftkit.target.fp8_fp4 import quantise_fp4, quantise_fp8
-from draftkit.target.transformers import EMBEDDED
+from draftkit.target.place import EMBEDDED
 from tools.tiny_target.tokenizer import train_tokenizer
 
 # keys and values as DeepSeek publishes them
