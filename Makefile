@@ -15,7 +15,7 @@ demo: $(SMOLLM2)  # a real model with its drafter: chat on http://127.0.0.1:8000
 	$(VENV)/bin/draftkit serve --target smollm2 --dtype bfloat16
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" --durations=15 --durations-min=4
 
 check: $(STAMP) $(SMOLLM2)
 	$(VENV)/bin/ruff check .

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.result_file import print_result
-from draftkit.schedule.calibration import quality_of
 from draftkit.schedule.estimator import AcceptanceEstimator
 from draftkit.schedule.planner import admit, survival_of
 from draftkit.schedule.step_rate import Floats, Ints
+from draftkit.schedule.temperature_scaling import quality_of
 from draftkit.schedule.traces import TracedPrompt, Traces, load_traces
 
 TOGETHER = 32
@@ -61,7 +61,7 @@ def walk(
         if len(lanes) < TOGETHER:
             break  # an emptying batch has fewer to choose from
         rows = np.array([row for row, _ in lanes])
-        survival_RG, _ = survival_of(estimate(rows))
+        survival_RG = survival_of(estimate(rows))
         survival_RG = np.where(position_G < traces.usable_N[rows][:, None], survival_RG, 0.0)
         lengths_R = admit(survival_RG, per_request * len(rows))
         gained_R = np.minimum(traces.accepted_N[rows], lengths_R) + 1

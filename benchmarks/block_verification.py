@@ -3,7 +3,7 @@ r"""Block verification against the token-wise rule on the same answers and the s
     python -m benchmarks.block_verification calibration/traces.safetensors \
         --out benchmarks/results/block_verification.json
 
-Both rules verified the proposal behind every token of the target's own answers
+Both rules verified the proposal after every token of the target's own answers
 (`draftkit/schedule/record.py`), with the same uniforms. The accepted length (bonus included) is taken
 along the rounds that each rule would walk. The interval is a bootstrap over prompts of the ratio of the
 two.

@@ -4,7 +4,7 @@ accepted.
     python -m benchmarks.drafting_ceiling runs/quickstart/drafter/best \
         --out benchmarks/results/drafting_ceiling.json
 
-Held-out prompts are answered greedily, the proposal behind every token is recorded, and passes are timed
+Held-out prompts are answered greedily, the proposal after every token is recorded, and passes are timed
 as the engine times them when it starts, several times. The simulator then replays the answers. Its time is
 that of passes alone, without any of Python, so every ratio to no speculation is an upper bound of what the
 engine can show here with this drafter. `oracle` knows which drafted tokens will be accepted, drafts just
@@ -42,7 +42,7 @@ ANSWERS = 1000  # replayed
 def record(
     target: TransformersTarget, drafter: Drafter, prompts: list[tuple[int, ...]], new_tokens: int
 ) -> Traces:
-    """Greedy answers, and the proposals behind their tokens."""
+    """Greedy answers, and the proposals after their tokens."""
     engine = Engine(target, None, EngineSettings())
     answers = answer_at_once(engine, prompts, new_tokens)
     items = [

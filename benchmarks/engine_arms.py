@@ -1,12 +1,12 @@
-r"""The engine without a drafter, with proposals of fixed length, and with planned lengths, at several
+"""The engine without a drafter, with proposals of fixed length, and with planned lengths, at several
 concurrencies.
 
-    python -m benchmarks.engine_arms --concurrency 1 2 4 8 16 32 64 --requests 198 \
-        --out benchmarks/results/arms.json
+    python -m benchmarks.engine_arms                            # SmolLM2 with its drafter, 1 to 16 users
+    python -m benchmarks.engine_arms --concurrency 1 8 --minutes 2 --out arms.json
 
 All arms read with the same copy of the weights and write to the same memory: where they lie decides up to
-a tenth of the speed, and where the rest of an engine lies still some hundredths. So all are built anew
-several times for each concurrency, in another order each time; the planner goes on with what it has
+a tenth of the speed, and where the rest of an engine lies still some hundredths. So all are built twice
+for each concurrency, in another order; the planner goes on with what it has
 learned. Users ask the held-out prompts, and answers end where the target ends them. Arms take turns every
 few answers, because other users of a machine change its speed within seconds. A ratio is that of all
 tokens over all seconds, with the 95 % interval of a bootstrap over turns. On a GPU `--grown` makes the
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -27,23 +28,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from benchmarks.engine_load import Load, run_closed
 from benchmarks.measured_pair import add_pair_options, open_measured_pair
-from benchmarks.result_file import print_result, write_result
+from benchmarks.result_file import write_result
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.settings import EngineSettings
-from draftkit.evaluate.run import device_name
 from draftkit.target.transformers import TransformersTarget
 
 ARMS = ["off", "fixed", "planned"]
-FEW = 6  # answers of a turn, or one per user
-TURNS = 24  # at least: short runs would show what a planner pays to learn, once for each concurrency
-BUILDS = 4  # of the engines, for each concurrency
+FEW = 3  # answers of a turn, or one per user
+BUILDS = 2  # of the engines, for each concurrency
 GROWN_KV_BYTES = 11 * 2**30  # 256 requests at their longest
 
 
@@ -123,16 +121,32 @@ def summarise(concurrency: int, turns: list[dict[str, Load]]) -> dict[str, Any]:
     }
 
 
+def line(level: dict[str, Any]) -> str:
+    """A level of the table."""
+    arms, better = level["arms"], level["planned_over_better"]
+    speeds = "".join(f"{arms[name]['tokens_per_second']:9.1f}" for name in ARMS)
+    drafts = f"{arms['fixed']['accepted_length']:10.2f}{arms['planned']['verified_per_round']:10.2f}"
+    ratios = f"{level['fixed_over_off']['ratio']:11.3f}{level['planned_over_off']['ratio']:13.3f}"
+    spread = f"{better['ratio']:9.3f} [{better['low']:.3f}, {better['high']:.3f}]"
+    return f"{level['concurrency']:5}{level['turns']:7}{speeds}{drafts}{ratios}{spread}"
+
+
+HEADING = (
+    "                 tokens per second          accepted  verified\n"
+    "users  turns      off    fixed  planned     fixed   planned  fixed/off  planned/off"
+    "  planned/better (95 %)"
+)
+
+
 def main() -> None:
-    """Measure and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_pair_options(parser)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--requests", type=int, default=198, help="answers per arm and concurrency")
-    parser.add_argument(
-        "--turns", type=int, default=TURNS, help="at least: a turn is 6 answers, or one for each user"
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--new-tokens", type=int, default=128, help="of an answer at most")
+    add_pair_options(parser)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--minutes", type=float, default=2.0, help="of each concurrency, besides building")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of an answer at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--out", type=Path)
@@ -144,61 +158,67 @@ def main() -> None:
         parser.error("--drafter none: two of the three arms draft; give a drafter")
     large = target.device.type == "cuda"
     longest = max(len(prompt) for prompt in prompts) + options.new_tokens
-    length = -(-longest // 16) * 16  # so that as many blocks are needed with a drafter as without
-    most = max(64, *options.concurrency)
+    most = max(options.concurrency)
     settings = EngineSettings(
         compile=not options.eager,
-        max_length=length,
+        max_length=-(-longest // 16) * 16,  # so that as many blocks are needed with a drafter as without
         max_running=most,
         kv_bytes=GROWN_KV_BYTES if large else 2**30,
     )
-    at_once, answers = (most, most) if large else (8, 16)  # to warm up
     planner: LengthPlanner | None = None
 
-    def built(count: int) -> dict[str, Engine]:
+    def built(names: Sequence[str]) -> dict[str, Engine]:
         nonlocal planner
-        names = ARMS[count % 3 :] + ARMS[: count % 3]
         engines = build(names, target, drafter, settings, not large)
         if planner is not None:
             engines["planned"]._planner = planner
         planner = engines["planned"]._planner
         for engine in engines.values():
-            run_closed(engine, prompts, at_once, answers, 16)
+            run_closed(engine, prompts, most, most, 8)  # to warm up
         return engines
 
-    orders = list(permutations(ARMS))  # so that each comes as often behind each of the others
-    builds = 1 if large else BUILDS  # recording takes long, and no weights lie twice there
-    engines = built(0)
+    orders = list(permutations(ARMS))  # so that each comes as often after each of the others
     result: dict[str, Any] = {
-        "device": device_name(target.device),
         "threads": options.threads,
         "clock": "processor time" if options.threads == 1 else "wall clock",
-        "compiled": all(engine.compiled for engine in engines.values()),
         "target": target.info.name,
         "parameters": sum(p.numel() for p in target.model.parameters()),
         "new_tokens": options.new_tokens,
         "levels": [],
     }
+    engines: dict[str, Engine] = {}
     for concurrency in options.concurrency:
-        together = max(FEW, concurrency)
         turns: list[dict[str, Load]] = []
-        count = max(-(-options.requests // together), options.turns)
-        for turn in track(range(count), f"{concurrency} at once"):
-            if builds > 1 and turn % -(-count // builds) == 0:
+        for half in range(1 if large else BUILDS):  # recording takes long, and no weights lie twice there
+            if not (large and engines):
                 engines.clear()
-                gc.collect()  # engines hold themselves, and gigabytes
-                engines = built(turn * builds // count)
-            asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
-            loads = {}
-            for name in orders[turn % len(orders)]:
-                engines[name]._models.pool.forget()
-                loads[name] = run_closed(
-                    engines[name], asked, concurrency, together, options.new_tokens, ignore_eos=False
-                )
-            turns.append(loads)
+                gc.collect()  # engines hold gigabytes
+                engines = built(ARMS[half:] + ARMS[:half])
+            until = time.monotonic() + 60 * options.minutes / (1 if large else BUILDS)
+            while time.monotonic() < until or len(turns) < 2 * (half + 1):
+                turns.append(take_turn(engines, orders, prompts, concurrency, len(turns), options.new_tokens))
         result["levels"].append(summarise(concurrency, turns))
+        result["compiled"] = all(engine.compiled for engine in engines.values())
+        print(f"{HEADING}\n" * (len(result["levels"]) == 1) + line(result["levels"][-1]), flush=True)
         write_result(result, options.out)
-    print_result(result, None)
+
+
+def take_turn(
+    engines: dict[str, Engine],
+    orders: Sequence[Sequence[str]],
+    prompts: Sequence[tuple[int, ...]],
+    concurrency: int,
+    turn: int,
+    new_tokens: int,
+) -> dict[str, Load]:
+    """The same few answers by every arm, nothing of them known before."""
+    together = max(FEW, concurrency)
+    asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
+    loads = {}
+    for name in orders[turn % len(orders)]:
+        engines[name]._models.pool.forget()
+        loads[name] = run_closed(engines[name], asked, concurrency, together, new_tokens, ignore_eos=False)
+    return loads
 
 
 if __name__ == "__main__":

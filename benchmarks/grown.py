@@ -10,7 +10,7 @@ Growth is by duplication, in the manner of Net2Net (Chen et al., 2016). The resi
 copies of every coordinate: what writes the stream has its rows repeated, what reads it its columns repeated
 and divided by their number. Heads and MLP units are repeated, and their outputs divided. All these numbers
 are powers of two, so the weights stay exact in bfloat16, and only the order of sums differs (in half
-precision that can settle a near tie differently). Further layers lie behind the old ones, so that feature
+precision that can settle a near tie differently). Further layers lie after the old ones, so that feature
 layers keep their ids; they are computed in full and add nothing. Further tokens have random rows in the head
 that cancel out over the copies: their logit is 0 but for rounding, so only GREEDY answers are those of the
 small model, whose best logits lie well above 0; sampled ones may hold such tokens, and a sum over all
@@ -143,7 +143,7 @@ def grow_drafter(drafter: BlockDrafter, target: TransformersTarget, growth: Grow
         ),
         "hidden_norm": lambda w: writes(w, growth.hidden),
         "markov_head.gate_proj": lambda w: _reads_within(w, 0, hidden, growth.hidden),
-        # behind state and token
+        # after state and token
         "markov_head.joint_proj": lambda w: _reads_within(w, 2 * rank, hidden, growth.hidden),
         "confidence_head.proj": lambda w: _reads_within(w, 0, hidden, growth.hidden),
     }
@@ -246,8 +246,8 @@ def _keep(weight: Tensor) -> Tensor:
 
 def _reads_within(weight: Tensor, start: int, width: int, copies: int) -> Tensor:
     """`reads` for the columns from `start` to `start + width`; the others stay."""
-    before, hidden, behind = weight.tensor_split((start, start + width), 1)
-    return torch.cat([before, reads(hidden, copies), behind], 1)
+    before, hidden, after = weight.tensor_split((start, start + width), 1)
+    return torch.cat([before, reads(hidden, copies), after], 1)
 
 
 def _cancelling(rows: int, width: int, copies: int) -> Tensor:

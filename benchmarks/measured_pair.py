@@ -11,7 +11,8 @@ from pathlib import Path
 
 from benchmarks.engine_load import read_prompts
 from benchmarks.grown import grow_pair
-from draftkit.draft.checkpoint import CONFIG, open_drafter
+from draftkit.draft.checkpoint import open_drafter
+from draftkit.draft.checkpoint_files import CONFIG
 from draftkit.draft.drafter import Drafter
 from draftkit.serve.pair import PACKAGED
 from draftkit.target.gguf import WHEEL

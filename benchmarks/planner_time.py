@@ -27,7 +27,7 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     for requests in (256, 1024):
         confidence_RG = np.random.default_rng(0).uniform(0.4, 1.0, (requests, 7))
-        survival_RG, _ = survival_of(confidence_RG)
+        survival_RG = survival_of(confidence_RG)
         calls = {
             "survival_of": lambda c=confidence_RG: survival_of(c),
             "plan_verification": lambda s=survival_RG: plan_verification(s, step_rate),

@@ -1,24 +1,27 @@
 """The scheduled arms against every fixed length and no speculation, over loads, on measured and parametric
 step rates.
 
-    python -m benchmarks.scheduling --out benchmarks/results/scheduling.json
+    python -m benchmarks.scheduling                                      # traces of the embedded pair
+    python -m benchmarks.scheduling --traces traces.safetensors --calibration calibration.json \\
+        --step-rate step_rate.json --out scheduling.json                 # of another one
 
-Uses the embedded pair's recorded traces. Prints per table and load the ratios asked for, and where the
-paper's comparison at matched speed (budget arm against a one-token drafter) falls.
+Prints throughput over no speculation and over the best fixed length at each load; the file also has the
+paper's comparison at matched speed (budget arm against a one-token drafter).
 """
 
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks.result_file import write_result
 from draftkit.evaluate.schedule_plots import plot_simulation
+from draftkit.schedule.machines import MACHINES
 from draftkit.schedule.simulate import Load, Outcome, arms_for, simulate
-from draftkit.schedule_stages import MACHINES, open_simulation
+from draftkit.schedule_stages import open_simulation
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SCHEDULED = ("algorithm 1", "budget")
@@ -47,62 +50,60 @@ def matched(base: list[Outcome], arm: list[Outcome], axis: int) -> dict[str, flo
     return found
 
 
+def ratios(found: dict[str, list[Outcome]], arm: str) -> dict[str, Any]:
+    """Throughput of an arm over those of others at each load, and what the paper's comparison gives."""
+    fixed = [name for name in found if name.startswith(("fixed", "one"))]
+
+    def over(names: list[str]) -> list[float]:
+        best = [max(found[name][i].throughput for name in names) for i in range(len(LOADS))]
+        return [own.throughput / other for own, other in zip(found[arm], best, strict=True)]
+
+    return {
+        "over_none": over(["no speculation"]),
+        "over_best_fixed": over(fixed),
+        "over_oracle": over(["oracle"]),
+        "verified": [outcome.verified_mean for outcome in found[arm]],
+        "throughput_at_matched_speed": matched(found["one token"], found[arm], 0),
+        "speed_at_matched_throughput": matched(found["one token"], found[arm], 1),
+    }
+
+
 def main() -> None:
-    """Simulate, print, and write JSON and one plot per table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--traces", type=Path)
+    """Simulate, print a table, and write JSON and one plot per step rate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="JSON; plots go beside it")
+    parser.add_argument("--requests", type=int, default=300, help="of a load, and 8 per user at least")
+    parser.add_argument("--traces", type=Path, help="default: the embedded pair's")
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--step-rate", help="measured table; none = the embedded pair's")
+    parser.add_argument("--step-rate", help="measured table; default: the embedded pair's")
     parser.add_argument(
         "--tables", nargs="+", choices=["measured", *MACHINES], default=["measured", *MACHINES]
     )
     options = parser.parse_args()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, object] = {"requests": options.requests, "loads": LOADS}
+    result: dict[str, Any] = {"requests": options.requests, "loads": LOADS}
+    print("throughput over others, by users:" + "".join(f"{load:7}" for load in LOADS))
     for name in options.tables:
         chosen = options.step_rate if name == "measured" else name
         source = open_simulation(options.traces, chosen, options.calibration)
         arms = arms_for(source.traces.gamma)
         found: dict[str, list[Outcome]] = {arm: [] for arm in arms}
-        began = time.perf_counter()
         for load in LOADS:
-            work = Load(max(options.requests, 8 * load) if load > 4 else options.requests // 4, load)
+            work = Load(max(options.requests, 8 * load) if load > 4 else max(options.requests // 4, 8), load)
             for arm, decide in arms.items():
                 found[arm].append(
                     simulate(source.traces, source.table, work, arm, decide, source.calibration)
                 )
-        rows = {}
-        for arm in SCHEDULED:
-            fixed = [
-                max(found[f][i].throughput for f in found if f.startswith(("fixed", "one")))
-                for i in range(len(LOADS))
-            ]
-            rows[arm] = {
-                "over_best_fixed": [o.throughput / f for o, f in zip(found[arm], fixed, strict=True)],
-                "over_none": [
-                    o.throughput / n.throughput
-                    for o, n in zip(found[arm], found["no speculation"], strict=True)
-                ],
-                "over_fixed_7": [
-                    o.throughput / n.throughput for o, n in zip(found[arm], found["fixed 7"], strict=True)
-                ],
-                "over_oracle": [
-                    o.throughput / n.throughput for o, n in zip(found[arm], found["oracle"], strict=True)
-                ],
-                "verified": [o.verified_mean for o in found[arm]],
-                "throughput_at_matched_speed": matched(found["one token"], found[arm], 0),
-                "speed_at_matched_throughput": matched(found["one token"], found[arm], 1),
-            }
-            print(name, arm, f"({time.perf_counter() - began:.0f} s for all arms and loads)")
-            for key, values in rows[arm].items():
-                named = dict(zip(LOADS, values, strict=True)) if isinstance(values, list) else values
-                print("   ", key, {k: round(v, 3) for k, v in named.items()})
-        result[name] = rows
-        plot_simulation(
-            [o for own in found.values() for o in own], options.out.with_name(f"scheduling_{name}.png")
-        )
+        result[name] = {arm: ratios(found, arm) for arm in SCHEDULED}
+        for arm, rows in result[name].items():
+            for key in ("over_none", "over_best_fixed"):
+                label = f"{name} {arm} {key.replace('_', ' ')}"
+                print(f"{label:33}" + "".join(f"{value:7.3f}" for value in rows[key]), flush=True)
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            outcomes = [o for own in found.values() for o in own]
+            plot_simulation(outcomes, options.out.with_name(f"scheduling_{name}.png"))
     write_result(result, options.out)
 
 

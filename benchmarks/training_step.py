@@ -69,7 +69,7 @@ def plain_loss(
     tokens_BAG[..., 0] = batch.tokens_BT.gather(1, batch.anchors_BA)
     x = drafter.embed_tokens(tokens_BAG.flatten(1))
     context = drafter.hidden_norm(drafter.fc(batch.features_BTF.float()))
-    table = rope_table(length + gamma, config.head_dim, config.rope_theta)
+    table = rope_table(config, length + gamma)
     at_context, at_block = (
         table[p][:, None] for p in (batch.positions_BT, (batch.anchors_BA[..., None] + offsets).flatten(1))
     )

@@ -1,7 +1,7 @@
 """Single edits with valid values over all artefacts of a run: each must be found and named, or change
 nothing.
 
-    python -m checks.edit_artefacts --work /tmp/edits --count 200 --seed 0
+    python -m checks.edit_artefacts --work edits --count 200 --seed 0
 
 Makes a small run of the embedded target first (answers, features, a training state, a drafter, a calibration,
 a step rate), then changes one thing at a time, as a hand or a disk would: a number by one, a letter, a true

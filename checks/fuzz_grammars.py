@@ -28,7 +28,7 @@ from checks.schema_shapes import shapes
 from draftkit.serve.grammar_check import COMPILE_SECONDS
 from draftkit.serve.grammar_source import GrammarSource
 from draftkit.serve.structured import STEP_SECONDS, GrammarConstraint, GrammarError, Grammars
-from draftkit.target.transformers import EMBEDDED
+from draftkit.target.place import EMBEDDED
 
 NAMES = ("a", "b", "name", "ü", "$x", "a b", "", "0", "foo-bar", "日本", '"', "\\")
 FORMATS = (

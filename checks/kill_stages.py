@@ -1,7 +1,7 @@
 """Stages ended from outside at random moments, half of them in the middle of a write: the same command
 goes on from there, and ends with the same files as a run that nobody ended.
 
-    python -m checks.kill_stages --work /tmp/kills --count 40 --seed 0
+    python -m checks.kill_stages --work kills --count 40 --seed 0
 
 Half of the kills are SIGKILLs after a random time. The other half come in the middle of a write: the
 system ends the process at a random byte of the file that it writes (RLIMIT_FSIZE with SIGXFSZ, which runs

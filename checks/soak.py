@@ -180,7 +180,7 @@ def log_probs_of(target: TransformersTarget, tokens: Sequence[int]) -> torch.Ten
 
 
 def top_gap(target: TransformersTarget, tokens: list[int]) -> float:
-    """The two largest logits behind `tokens`: their difference."""
+    """The two largest logits after `tokens`: their difference."""
     read = target.forward(torch.tensor([tokens]), None)
     first, second = target.logits(read.last_hidden_BTH[0, -1]).topk(2).values.tolist()
     return float(first - second)

@@ -12,12 +12,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from draftkit import __version__
+from draftkit.commands import doctor, evaluate, export, push, report, suite
+from draftkit.commands.chat import chat
+from draftkit.commands.early import check_given, check_inputs, check_pair, check_serving, check_simulation
+from draftkit.commands.numbers import whole_numbers
+from draftkit.commands.options import (
+    LIBRARIES,
+    JsonOption,
+    LogFormatOption,
+    OutOption,
+    PromptsOption,
+    RecipeOption,
+    SetOption,
+    SkipOption,
+    StartOption,
+    TargetOption,
+    with_target,
+)
+from draftkit.commands.recipes import recipes
+from draftkit.commands.user_defaults import user_defaults
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
 from draftkit.output import as_json, check_file, make_folder
 from draftkit.progress import doing
 from draftkit.serve.settings import LoadSettings, ServeSettings
+from draftkit.suggest import following
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,38 +51,31 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 features_app = typer.Typer(help="Look after feature stores.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(features_app, name="features")
 
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="recipe file or packaged recipe")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="override, e.g. train.lr=3e-4; repeatable")
-]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="where results go")]
-PromptsOption = Annotated[
-    list[Path] | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
-]
-StartOption = Annotated[Path | None, typer.Option(help="folder of a drafter that goes on from where it is")]
 FromOption = Annotated[
     str | None, typer.Option("--from", help="vllm=URL: a vLLM server reads them (docs/features.md)")
 ]
 ProbeOption = Annotated[
     bool, typer.Option("--probe/--no-probe", help="compare the server's layers with the target's first")
 ]
-LogFormatOption = Annotated[
-    str | None, typer.Option("--format", help="bodies, vllm, otel, claude-code or codex; default: recognised")
-]
-SkipOption = Annotated[
-    bool, typer.Option("--skip-invalid", help="leave out rows that are wrong, and count them")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
-LIBRARIES = "loading PyTorch and Transformers"
 # Commands that keep what is finished when they are interrupted, and take it up when they are given again.
 GOES_ON = {"quickstart", "specialise", "generate", "capture", "train", "evaluate", "calibrate"}
+
+# Commands that have a file of their own, by name.
+TABLE = {
+    "evaluate": evaluate,
+    "suite": suite,
+    "report": report,
+    "export": export,
+    "doctor": doctor,
+    "push": push,
+}
 
 
 @app.callback(invoke_without_command=True)
@@ -96,8 +109,9 @@ def quickstart(
     overrides: SetOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """The whole path on the embedded target: generate, capture, train, evaluate."""
+    """All stages on the embedded target, in a few minutes."""
     settings = _recipe(recipe, overrides)
+    check_inputs(settings)
     # The machine is this command's alone: cores that wait for the next operation stay awake a few ms longer
     # (libgomp reads this when torch is imported), which makes small training steps 5 to 10 % faster.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000000")
@@ -112,6 +126,7 @@ def quickstart(
 def generate(
     out: OutOption,
     prompts: PromptsOption = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     skip_invalid: SkipOption = False,
@@ -121,23 +136,26 @@ def generate(
     model: Annotated[str | None, typer.Option(help="its name at the servers; default: their first")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="of the servers")] = None,
 ) -> None:
-    """The target answers prompts; continues where it was interrupted. Several processes may share the work:
-    give all of them the same command."""
+    """Let the target answer prompts. The same command goes on where it was interrupted, and several processes
+    that are given the same command share the work."""
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
     check_file(out)
+    from draftkit.data.conversations import (
+        SkippedRows,
+        check_beginning,
+        count_rows,
+        iterate_conversations,
+    )
+
+    check_beginning(prompts or [], skip_invalid)
+    check_inputs(settings)
     with doing(LIBRARIES):
         from draftkit import stages
-        from draftkit.data.conversations import (
-            SkippedRows,
-            check_beginning,
-            count_rows,
-            iterate_conversations,
-        )
 
     paths = prompts or [stages.TINY_PROMPTS]
-    check_beginning(paths, skip_invalid)
     skipped = SkippedRows() if skip_invalid else None
 
     def read(first: int) -> Iterator[Conversation]:
@@ -155,7 +173,8 @@ def generate(
         skipped.report()
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
     typer.echo(
-        f"{report.records} conversations ({ends}) in {out}; next: draftkit capture -c {out} -o features"
+        f"{report.records} conversations ({ends}) in {out}; next: "
+        f"{following(f'capture -c {out} -o features', recipe, overrides)}"
     )
 
 
@@ -163,6 +182,7 @@ def generate(
 def capture(
     out: OutOption,
     conversations: Annotated[list[Path], typer.Option("--conversations", "-c", help="JSONL with answers")],
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     skip_invalid: SkipOption = False,
@@ -172,15 +192,19 @@ def capture(
         bool, typer.Option("--append", help="add other conversations to a finished store")
     ] = False,
 ) -> None:
-    """The target reads conversations into a feature store; continues where it was interrupted. Several
-    processes may share the work: start all of them, or torchrun, with the same command."""
+    """Let the target read conversations into a feature store. The same command goes on where it was
+    interrupted. Several processes may share the work: start all of them, or torchrun, with the same
+    command."""
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
-    with doing(LIBRARIES):
-        from draftkit import feature_stages, stages
-        from draftkit.data.conversations import SkippedRows, check_beginning
+    from draftkit.data.conversations import SkippedRows, check_beginning
 
     check_beginning(conversations, skip_invalid)
+    check_inputs(settings)
+    with doing(LIBRARIES):
+        from draftkit import feature_stages, stages
+
     skipped = SkippedRows() if skip_invalid else None
     if source:
         files, tokenizer = stages.read_target(settings)
@@ -188,16 +212,16 @@ def capture(
         reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
         report = feature_stages.capture_by(files, reader, tokenizer, settings, read, out, append)
     else:
-        target, tokenizer = stages.open_target(settings)
+        model, tokenizer = stages.open_target(settings)
         read = stages.answers_of(settings, tokenizer, conversations, skipped)
-        report = feature_stages.run_capture(target, tokenizer, settings, read, out, append)
+        report = feature_stages.run_capture(model, tokenizer, settings, read, out, append)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     if skipped:
         skipped.report()
     typer.echo(
         f"{report.samples} samples, {report.tokens} tokens in {out} ({report.left_out()}); "
-        f"next: draftkit train -f {out} -o drafter"
+        f"next: {following(f'train -f {out} -o drafter', recipe, overrides)}"
     )
 
 
@@ -219,6 +243,7 @@ def train(
             "--conversations", "-c", help="JSONL with answers: the target reads them while the drafter trains"
         ),
     ] = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     start_from: StartOption = None,
@@ -229,8 +254,9 @@ def train(
     source: FromOption = None,
     probe: ProbeOption = True,
 ) -> None:
-    """Train a drafter on a feature store, on live features of conversations, or on both: then the first epoch
-    fills the store. Continues where it was interrupted."""
+    """Train a drafter. On a feature store, on live features of conversations, or on both: then the first
+    epoch fills the store. The same command goes on where it was interrupted."""
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     if not features and not conversations:
         raise ConfigError("give --features (a store), --conversations (live), or both (live, and kept)")
@@ -239,6 +265,10 @@ def train(
     if conversations and len(features or []) > 1:
         raise ConfigError("--conversations fill one store; give one --features, or none")
     make_folder(out)
+    for store in features or []:
+        if not conversations:  # which would fill it
+            check_given("--features", Path(store if Path(store).exists() else store.partition("=")[0]))
+    check_inputs(settings, start_from, conversations or [])
     with doing(LIBRARIES):
         from draftkit import feature_stages, stages
 
@@ -256,11 +286,11 @@ def train(
         held = aside(files, tokenizer)
         report = stages.run_train(files, tokenizer, settings, live, out, None, start_from, held)
     elif conversations:
-        target, tokenizer = stages.open_target(settings)
+        model, tokenizer = stages.open_target(settings)
         read = stages.answers_of(settings, tokenizer, conversations)
-        live = feature_stages.live_features(target, tokenizer, settings, read, out, keep)
-        held = aside(target, tokenizer)
-        report = stages.run_train(target, tokenizer, settings, live, out, lambda: target, start_from, held)
+        live = feature_stages.live_features(model, tokenizer, settings, read, out, keep)
+        held = aside(model, tokenizer)
+        report = stages.run_train(model, tokenizer, settings, live, out, lambda: model, start_from, held)
     else:
         files, tokenizer = stages.read_target(settings)
         stored = feature_stages.open_features(settings, files, tokenizer, features or [])
@@ -268,14 +298,16 @@ def train(
         report = stages.run_train(files, tokenizer, settings, stored, out, None, start_from, held)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
+    best = out / "best"
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
-        f"next: draftkit evaluate -d {out / 'best'} -o results"
+        f"next: {following(f'evaluate -d {best} -o results', recipe, overrides)}"
     )
 
 
 @app.command(epilog="Example: draftkit plan -r qwen3-4b-dspark --count 1000000 --tokens 4096")
 def plan(
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     conversations: Annotated[
@@ -287,8 +319,9 @@ def plan(
     out: OutOption = Path(),
     json_output: JsonOption = False,
 ) -> None:
-    """Bytes, hours and memory of each stage, and whether features are better live or stored. Nothing runs,
+    """Bytes, hours and memory of each stage, before it runs. And whether features are better live or stored;
     no weights are needed. Exit code 2 where the disk of --out cannot hold the store."""
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     from draftkit import plan as planning
 
@@ -343,7 +376,9 @@ def traces(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Make conversations of logs: train.jsonl, validation.jsonl and heldout.jsonl.
+    """Make conversations of the logs of your traffic.
+
+    They are split by conversation into train.jsonl, validation.jsonl and heldout.jsonl.
 
     Formats: bodies (requests and responses of the chat API, LiteLLM's log, conversations), vllm (its log with
     --enable-log-requests), otel (OpenTelemetry GenAI spans), claude-code and codex (their session files)."""
@@ -358,9 +393,7 @@ def traces(
         return
     for line in report.lines():
         typer.echo(line)
-    typer.echo(
-        f"next: draftkit capture -c {out / 'train.jsonl'} -o features, or draftkit specialise --traces LOG"
-    )
+    typer.echo(f"next: {following(f'capture -c {out}/train.jsonl -o features')}, or draftkit specialise")
 
 
 @app.command(epilog="Example: draftkit mix mixture.yaml -o prompts.jsonl --limit 50000")
@@ -373,7 +406,7 @@ def mix(
     skip_invalid: SkipOption = False,
     json_output: JsonOption = False,
 ) -> None:
-    """Mix data sets into one file of conversations, each question once.
+    """Mix data sets into one file, each question once.
 
     Presets: open-perfectblend, sharegpt, ultrachat, magpie, nemotron-chat, nemotron-code, nemotron-math,
     toolace and hermes-tools; they and hub ids are read through `datasets` (extra `data`)."""
@@ -395,7 +428,8 @@ def mix(
     for name, count in report.conversations.items():
         typer.echo(f"{name}: {count} conversations, about {report.tokens[name]:,} tokens")
     typer.echo(
-        f"{report.repeated} left out as there before; next: draftkit generate -p {out} -o answers.jsonl"
+        f"{report.repeated} left out as there before; next: "
+        f"{following(f'generate -p {out} -o answers.jsonl')}"
     )
 
 
@@ -421,74 +455,22 @@ def specialise(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """A drafter for your own traffic: traces, capture, train, and a table of before and after on held-out
-    conversations."""
+    """Make a drafter for your own traffic. Runs traces, capture and train, and prints a table of before and
+    after on held-out conversations."""
+    for log in logs:
+        check_given("--traces", log)
+    if target:
+        check_pair(target, None, start_from)
     from draftkit.specialise import print_specialised, recipe_for, run_specialise
 
-    changed = [*(overrides or []), *([f"target.path={target}"] if target else [])]
-    settings = recipe_for(recipe, changed, start_from, out)
+    settings = recipe_for(recipe, with_target(overrides, target), start_from, out)
     say = lambda line: typer.echo(line, err=json_output)  # noqa: E731
     found = run_specialise(settings, logs, out, start_from, regenerate, form, keep_secrets, say)
     if json_output:
         typer.echo(as_json(found.rows(), indent=1))
         return
     print_specialised(found)
-    typer.echo(f"next: draftkit serve --target {settings.target.path} --drafter {out / 'drafter' / 'best'}")
-
-
-@app.command(epilog="Example: draftkit evaluate -d drafter/best -o results --set evaluate.temperatures=[1.0]")
-def evaluate(
-    out: OutOption,
-    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder")],
-    prompts: PromptsOption = None,
-    recipe: RecipeOption = "tiny-dspark",
-    overrides: SetOption = None,
-    threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
-    json_output: JsonOption = False,
-) -> None:
-    """Accepted length by domain and speed against plain decoding, on prompts neither model was trained on."""
-    settings = _recipe(recipe, overrides)
-    make_folder(out)
-    with doing(LIBRARIES):
-        from draftkit import stages
-        from draftkit.evaluate.plots import plot_acceptance
-        from draftkit.evaluate.report import print_report
-
-    read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
-    target, tokenizer = stages.open_target(settings)
-    results = stages.run_evaluate(target, tokenizer, settings, drafter, read, out, threads)
-    plot_acceptance(results, out / "acceptance.png")
-    typer.echo(stages.summary(results)) if json_output else print_report(results)
-
-
-@app.command(
-    epilog="Example: draftkit export -d drafter/best -o packaged --target Qwen/Qwen3-4B --borrow --dtype "
-    "bfloat16"
-)
-def export(
-    out: OutOption,
-    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder, in any known form")],
-    form: Annotated[str, typer.Option(help="portable or deepspec, see docs/checkpoints.md")] = "portable",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
-    target: Annotated[
-        str | None, typer.Option(help="folder or hub name; lends what the drafter's folder lacks")
-    ] = None,
-    borrow: Annotated[
-        bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")
-    ] = False,
-    borrow_rows: Annotated[
-        bool,
-        typer.Option(
-            "--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again"
-        ),
-    ] = False,
-) -> None:
-    """Write a drafter in another form, for another engine, or without the weights that its target has
-    anyway."""
-    from draftkit import stages
-
-    count = stages.run_export(drafter, out, form, dtype, target, borrow, borrow_rows)
-    typer.echo(f"{count / 1e6:.1f} MB in {out}")
+    typer.echo(f"next: {following(f'serve --target {settings.target.path} --drafter {out}/drafter/best')}")
 
 
 @app.command(epilog="Example: draftkit calibrate -d drafter/best -o calibration")
@@ -496,31 +478,34 @@ def calibrate(
     out: OutOption,
     drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder")],
     prompts: PromptsOption = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     temperature: Annotated[float, typer.Option(help="of the target's sampling", min=0)] = 1.0,
     json_output: JsonOption = False,
 ) -> None:
-    """Record proposals along held-out answers and fit the confidences to their fate; SGLang reads the
-    result."""
+    """Fit a drafter's confidences to what is accepted. Proposals are recorded along held-out answers; SGLang
+    reads the result."""
     from dataclasses import asdict
 
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     make_folder(out)
+    check_inputs(settings, drafter, prompts or [])
     from draftkit import schedule_stages, stages
     from draftkit.draft.checkpoint import open_drafter
-    from draftkit.evaluate.schedule_report import print_calibration
+    from draftkit.evaluate.schedule_report import calibration_notes, print_calibration
     from draftkit.ops.sampling import Sampling
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
-    target, tokenizer = stages.open_target(settings)
+    model, tokenizer = stages.open_target(settings)
     stages.check_drafter_switches(settings, drafter)
     shown = stages.prompt_format(settings, tokenizer)
     chosen = stages.first_turns(shown, read, settings.evaluate.prompts_per_domain)
     limit, seed = settings.evaluate.max_new_tokens, settings.evaluate.seed
-    opened, file = open_drafter(drafter, target), out / schedule_stages.TRACES
+    opened, file = open_drafter(drafter, model), out / schedule_stages.TRACES
     traces = schedule_stages.run_record(
-        target, opened, drafter, chosen, Sampling(temperature), limit, seed, file
+        model, opened, drafter, chosen, Sampling(temperature), limit, seed, file
     )
     found = schedule_stages.run_calibrate(traces, out)
     if json_output:
@@ -529,9 +514,13 @@ def calibrate(
         print_calibration(
             found.calibration.temperatures, found.before, found.after, found.held_out_rows, found.missing
         )
+        for note in calibration_notes(found.before, found.after, found.prompts, found.refused):
+            typer.echo(note)
         typer.echo(
-            f"written to {out / schedule_stages.CALIBRATION}; next: draftkit profile -d {drafter} -o "
-            f"step_rate.json"
+            f"written to {out / schedule_stages.CALIBRATION}; next: "
+            f"{following(f'profile -d {drafter} -o step_rate.json', recipe, overrides)}, then "
+            f"{following(f'simulate --traces {file} --calibration {out / schedule_stages.CALIBRATION}')} "
+            "--step-rate step_rate.json"
         )
 
 
@@ -541,6 +530,7 @@ def profile(
     drafter: Annotated[
         Path | None, typer.Option("--drafter", "-d", help="drafter folder; none = the target only")
     ] = None,
+    target: TargetOption = None,
     recipe: RecipeOption = "tiny-dspark",
     overrides: SetOption = None,
     tokens: Annotated[list[int] | None, typer.Option(help="tokens per pass, at least 1; repeatable")] = None,
@@ -551,13 +541,15 @@ def profile(
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Measure what a step costs on this machine by tokens, context and requests; SGLang reads the result."""
+    """Measure what a step costs on this machine. By tokens, context and requests; SGLang reads the result."""
+    overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
     if out.suffix == ".png":
         raise ConfigError(
             f"--out {out} is the name of the plot, which lies beside the result; give one that ends in .json"
         )
     check_file(out)
+    check_inputs(settings, drafter)
     import torch
 
     from draftkit import schedule_stages, stages
@@ -567,21 +559,21 @@ def profile(
 
     if threads:
         torch.set_num_threads(threads)
-    target, _ = stages.open_target(settings)
-    opened = open_drafter(drafter, target) if drafter else None
+    model, _ = stages.open_target(settings)
+    opened = open_drafter(drafter, model) if drafter else None
     table = schedule_stages.run_profile(
-        target, opened, drafter, profile_settings(tokens, context, repeats), out
+        model, opened, drafter, profile_settings(tokens, context, repeats), out
     )
     if json_output:
         typer.echo(out.read_text("utf-8"))
     else:
         print_step_rate(table)
-        typer.echo(f"written to {out}; next: draftkit simulate --step-rate {out}")
+        serving = f"serve --target {settings.target.path}"
+        known = f" --drafter {drafter} --step-rate {out}" if drafter else ""
+        typer.echo(f"written to {out}; next: {following(serving + known)}")
 
 
-@app.command(
-    epilog="Example: draftkit simulate --step-rate balanced --concurrency 1 --concurrency 64 -o simulation"
-)
+@app.command(epilog="Example: draftkit simulate --step-rate balanced --concurrency 1,64 -o simulation")
 def simulate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for simulation.png")] = None,
     traces: Annotated[
@@ -592,24 +584,25 @@ def simulate(
         typer.Option(help="file, memory-bound, balanced or compute-bound; none = the embedded pair's"),
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="of draftkit calibrate")] = None,
-    concurrency: Annotated[list[int] | None, typer.Option(help="requests at once; repeatable")] = None,
+    concurrency: Annotated[list[str] | None, typer.Option(help="requests at once, as 1,8,64")] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Poisson arrivals per second; repeatable")] = None,
     requests: Annotated[int, typer.Option(help="per load", min=1)] = 1000,
     seed: int = 0,
     json_output: JsonOption = False,
 ) -> None:
-    """Ask what speculation would bring at a load: replay recorded proposals on a step-rate table, arm by
+    """Ask what drafting would bring at a load. Recorded proposals are replayed on a step-rate table, arm by
     arm."""
+    if out is not None:
+        make_folder(out)
+    check_simulation(traces, step_rate, calibration)
     from dataclasses import asdict
 
     from draftkit import schedule_stages
     from draftkit.evaluate.schedule_report import print_simulation
     from draftkit.schedule.simulate import Load
 
-    if out is not None:
-        make_folder(out)
     source = schedule_stages.open_simulation(traces, step_rate, calibration)
-    levels = concurrency or ([256] if rate else [1, 4, 16, 64])
+    levels = whole_numbers("--concurrency", concurrency) or ([256] if rate else [1, 4, 16, 64])
     arrivals: list[float | None] = [*rate] if rate else [None]
     loads = [Load(requests, level, one, seed) for level in levels for one in arrivals]
     outcomes, assumptions = schedule_stages.run_simulate(source, loads, out)
@@ -628,8 +621,8 @@ def verify_lossless(
     tables: Annotated[int, typer.Option(help="random (target, drafter, confidence) tables", min=1)] = 6,
     json_output: JsonOption = False,
 ) -> None:
-    """Prove by enumeration that each rule behind each planner keeps the target's law; exit code 1 if one does
-    not."""
+    """Prove that drafting leaves the distribution unchanged. By enumeration, for each rule and planner; exit
+    code 1 if it does not."""
     from draftkit.evaluate.lossless import print_lossless, run_lossless
 
     findings = run_lossless(vocab, gamma or [2, 3], tables)
@@ -706,9 +699,8 @@ def serve(
     ] = None,
     threads: Annotated[int | None, typer.Option(help="torch threads", min=1)] = None,
 ) -> None:
-    """Serve a target, with a drafter or without, behind the OpenAI API; a chat page is at /."""
+    """Serve a target and its drafter through the OpenAI API. A chat page is at /."""
     from draftkit.errors import ServeError
-    from draftkit.serve.server import load_served, run_server
     from draftkit.serve.settings import option_names, switches_of
 
     if kv_gib is not None and not 0 < kv_gib < float("inf"):
@@ -740,6 +732,11 @@ def serve(
             max_length=max_length,
             kv_bytes=max(1, int(kv_gib * 2**30)) if kv_gib is not None else None,
         )
+    check_given("--step-rate", step_rate)
+    check_given("--calibration", calibration)
+    check_serving(target, drafter, engine)
+    from draftkit.serve.server import load_served, run_server
+
     pair = (
         target,
         drafter,
@@ -755,14 +752,18 @@ def serve(
     run_server(lambda: load_served(*pair), settings)
 
 
-@app.command(
-    epilog="Example: draftkit bench --url http://127.0.0.1:8000 --url http://127.0.0.1:8001 --concurrency 8"
-)
+app.command(epilog='Example: draftkit chat --target smollm2, or: draftkit chat "What is a list?"')(chat)
+
+
+@app.command(epilog="Example: draftkit bench --url http://127.0.0.1:8000 --compare-drafts --concurrency 1,8")
 def bench(
     urls: Annotated[list[str], typer.Option("--url", help="server; give two to compare them")],
+    compare_drafts: Annotated[
+        bool, typer.Option("--compare-drafts", help="one draftkit server, with its drafts and without")
+    ] = False,
     concurrency: Annotated[
-        list[int] | None,
-        typer.Option(help="users at once; repeatable; default: 1, with --rate 256, the most at once"),
+        list[str] | None,
+        typer.Option(help="users at once, as 1,8; default: 1, with --rate 256, the most at once"),
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Poisson arrivals per second instead of waiting users")
@@ -773,6 +774,10 @@ def bench(
     warmup: int = LoadSettings.warmup,
     max_tokens: int = LoadSettings.max_tokens,
     temperature: float = LoadSettings.temperature,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(help="answers go on to --max-tokens, so that all servers make as many tokens"),
+    ] = LoadSettings.ignore_eos,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", "-p", help="JSONL; default: the embedded ones")
     ] = None,
@@ -783,27 +788,38 @@ def bench(
     seed: int = LoadSettings.seed,
     json_output: JsonOption = False,
 ) -> None:
-    """Load one or two OpenAI-compatible servers and measure latency, speed and accepted length.
+    """Measure latency and speed of a server under load.
+
+    One OpenAI-compatible server, or two to compare them.
 
     Exit code 2 when a request fails; what was measured is printed and written all the same."""
 
-    from draftkit.serve.bench import print_bench, read_prompts, run_bench
+    from draftkit.serve.bench import read_prompts, run_bench
+    from draftkit.serve.bench_report import print_bench
 
     source = prompts or Path(__file__).parent / "assets" / "tiny" / "heldout.jsonl"
     settings = LoadSettings(
-        read_prompts(source), requests, warmup, 1, rate, max_tokens, temperature, ignore_eos=True, seed=seed
+        read_prompts(source), requests, warmup, 1, rate, max_tokens, temperature, ignore_eos, seed=seed
     )
 
     def show(results: dict[str, Any]) -> None:
         typer.echo(as_json(results)) if json_output else print_bench(results)
 
     # By default nothing but the server holds arrivals up.
-    run_bench(urls, concurrency or [1 if rate is None else 256], settings, out, api_key or (), show)
+    levels = whole_numbers("--concurrency", concurrency) or [1 if rate is None else 256]
+    run_bench(urls, levels, settings, out, api_key or (), show, compare_drafts)
+
+
+app.command(epilog="Example: draftkit recipes dspark-plus")(recipes)
+
+
+for _name, _module in TABLE.items():
+    app.command(_name, epilog=_module.EXAMPLE)(_module.command)
 
 
 @app.command("compile", epilog="Example: draftkit compile")
 def compile_now() -> None:
-    """Build the C++ functions of engine and trainer now, not when they are first needed."""
+    """Build the C++ functions now, before they are needed."""
     import time
 
     from draftkit.ops.native_build import NoNative, library_names, load_library
@@ -822,7 +838,7 @@ def main() -> None:
     143."""
     raise_on_signals()
     try:
-        app()
+        app(default_map=user_defaults(app))
     except (DraftkitError, Interrupted, OSError) as error:
         goes_on = isinstance(error, Interrupted) and GOES_ON.intersection(sys.argv[1:2])
         hint = "; run the same command again to go on" if goes_on else ""

@@ -6,7 +6,6 @@ mistakes as one line that names the dotted field. No torch here: the command lin
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from draftkit.settings import (
     TargetSettings,
     TrainSettings,
 )
+from draftkit.suggest import nearest, nearest_path
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 2**18
@@ -87,8 +87,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
-        packaged = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise ConfigError(f"{name_or_path}: no such recipe; give a YAML file or one of: {packaged}")
+        hint = nearest(name_or_path, packaged_recipes()) or nearest_path(Path(name_or_path))
+        raise ConfigError(
+            f"{name_or_path}: no such recipe{hint or '; give a YAML file, or a name of `draftkit recipes`'}"
+        )
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path}: has {path.stat().st_size} bytes; a recipe has {MAX_BYTES} at most")
     raw = _parse(path.read_bytes(), str(path))
@@ -100,6 +102,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(f"{path.name}: {_first(error)}") from error
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with draftkit."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -147,9 +154,8 @@ def _first(error: ValidationError) -> str:
         for part in mistake["loc"][:-1]:
             section = section.__pydantic_fields__[part].annotation
         allowed = list(section.__pydantic_fields__)
-        near = difflib.get_close_matches(str(mistake["loc"][-1]), allowed, 1)
-        hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(allowed)}"
-        return f"{field}: is not a known key; {hint}"
+        hint = nearest(str(mistake["loc"][-1]), allowed) or f"; allowed are {', '.join(allowed)}"
+        return f"{field}: is not a known key{hint}"
     if mistake["type"] == "missing":
         return f"{field}: is missing and must be given"
     if mistake["type"] == "dataclass_type":

@@ -72,7 +72,7 @@ def decode(
 
     At temperature 0 the answer equals the target's own greedy decoding; above it, it has exactly the target's
     distribution. All randomness comes from `seed`. `plan` says how many drafted tokens to verify; it must be
-    one of those that keep the law (see `schedule.planner`). Raises DataError for an empty prompt or one that
+    one of those that keep it (see `schedule.planner`). Raises DataError for an empty prompt or one that
     leaves no room.
     """
     if not prompt or max_new_tokens < 1:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from draftkit.data.parts import SharedWork
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError, DataError
+from draftkit.evaluate.html_report import write_report
 from draftkit.evaluate.plots import plot_acceptance
 from draftkit.evaluate.report import print_report
 from draftkit.evaluate.run import EvalResult
@@ -29,6 +28,7 @@ from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, make_folder, write_text
 from draftkit.schedule.simulate import Load, arms_for, simulate
 from draftkit.schedule_stages import TRACES, open_simulation, run_record
+from draftkit.suggest import program
 from draftkit.target.transformers import TransformersTarget
 
 GENERATE_SHARE, EVALUATE_SHARE = 0.14, 0.12  # of the minutes; training gets what capture leaves of the rest,
@@ -119,6 +119,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
     measured = {"stages": [asdict(t) for t in times], "peak_gib": peak}
     write_text(out / "times.json", json.dumps(measured, indent=1))
+    write_report(out, out / "report.html")
     if to_json:
         print(stages.summary(results))
         return
@@ -126,7 +127,9 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     print_report(results)
     total = sum(t.seconds for t in times)
     console.print(f"{total / 60:.1f} minutes in all, peak memory {peak:.2f} GiB")
-    console.print(f"acceptance by position: {results_folder / 'acceptance.png'}")
+    console.print(
+        f"acceptance by position: {results_folder / 'acceptance.png'}; all of it: {out / 'report.html'}"
+    )
     parameters = sum(p.numel() for p in target.model.parameters())
     words = [
         _undertrained(seen),
@@ -134,7 +137,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
         LARGER.format(speed_up=larger, traces=out / TRACES),
     ]
     console.print("\n" + "\n".join(word for word in words if word), highlight=False)
-    console.print(NEXT.format(drafter=run / "best", draftkit=_command()), highlight=False)
+    console.print(NEXT.format(drafter=run / "best", draftkit=program()), highlight=False)
 
 
 LARGER = """\
@@ -146,11 +149,12 @@ NEXT = """
 What to type next:
   {draftkit} serve --drafter {drafter}
     (an OpenAI-compatible server and a chat page on http://127.0.0.1:8000)
-and on your own conversations:
-  {draftkit} generate -p your_prompts.jsonl -o answers.jsonl
-  {draftkit} capture -c answers.jsonl -o features
-  {draftkit} train -f features -o my_drafter
-  {draftkit} evaluate -d my_drafter/best -o results
+  {draftkit} chat --drafter {drafter}
+    (the same in the terminal)
+and for your own model and prompts (docs/your-model.md; one {{"prompt": "..."}} per line):
+  {draftkit} generate -p prompts.jsonl -o answers.jsonl --target MODEL
+  {draftkit} capture -c answers.jsonl -o features --target MODEL
+  {draftkit} train -f features -o my_drafter --target MODEL
 """
 
 
@@ -196,11 +200,6 @@ def _simulated(
         simulate(source.traces, source.table, load, n, arms[n]) for n in ("no speculation", "budget")
     )
     return planned.throughput / plain.throughput
-
-
-def _command() -> str:
-    """How to call draftkit from this shell: the virtual environment may not be active."""
-    return "draftkit" if shutil.which("draftkit") else str(Path(sys.executable).with_name("draftkit"))
 
 
 def _trained_within(recipe: Recipe, minutes: float) -> Recipe:

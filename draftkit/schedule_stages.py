@@ -18,25 +18,19 @@ from draftkit.evaluate.schedule_plots import plot_reliability, plot_simulation
 from draftkit.ops.sampling import Sampling
 from draftkit.output import one_writer
 from draftkit.progress import progress_bar
-from draftkit.schedule.calibration import (
-    Calibration,
-    Quality,
-    fit_calibration,
-    load_calibration,
-    quality_of,
-    save_calibration,
-)
+from draftkit.schedule.calibration import Calibration, load_calibration, save_calibration
+from draftkit.schedule.machines import MACHINES
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, Outcome, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, load_step_rate, save_step_rate
+from draftkit.schedule.temperature_scaling import Quality, fit_calibration, quality_of
 from draftkit.schedule.traces import Origin, Traces, join_traces, load_traces, save_traces
 from draftkit.settings import GenerateSettings
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.transformers import EMBEDDED_PAIR, TransformersTarget
 
+FEW_PROMPTS = 30  # below so many a simulated speed says little
 TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"
-# free tokens, padding
-MACHINES = {"memory-bound": (2048, 64), "balanced": (256, 32), "compute-bound": (16, 4)}
 
 
 @one_writer(file=True)
@@ -112,6 +106,8 @@ class CalibrationReport:
     fitted_rows: int
     held_out_rows: int
     missing: int  # confidences that were no numbers, taken as zero
+    prompts: int
+    refused: bool = False  # what was fitted made the held-out prompts worse: the confidences stay as they are
 
 
 @one_writer()
@@ -119,7 +115,9 @@ def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
     """Fit on every other prompt, measure on the rest, write `calibration.json` and `reliability.png` into
     `out`.
 
-    Raises ScheduleError for a drafter without a confidence head and for traces of fewer than two prompts.
+    Where the fitted temperatures make the error on the held-out half larger, they are not taken: the file
+    then holds temperatures of 1. Raises ScheduleError for a drafter without a confidence head and for traces
+    of fewer than two prompts.
     """
     if len(traces.prompts) < 2:
         raise ScheduleError(
@@ -141,13 +139,20 @@ def run_calibrate(traces: Traces, out: Path) -> CalibrationReport:
     )
     held = (kept_NG[held_out], usable_NG[held_out])
     calibrated_NG = calibration.apply(confidence_NG[held_out])
+    before, after = quality_of(confidence_NG[held_out], *held), quality_of(calibrated_NG, *held)
+    refused = float(np.nanmean(after.ece)) > float(np.nanmean(before.ece))
+    if refused:
+        ones = (1.0,) * len(calibration.temperatures)
+        calibration = replace(calibration, temperatures=ones, ece_after=calibration.ece_before)
     report = CalibrationReport(
         calibration,
-        quality_of(confidence_NG[held_out], *held),
-        quality_of(calibrated_NG, *held),
+        before,
+        after,
         len(fitted),
         len(held_out),
         int(np.isnan(confidence_NG).sum()),
+        len(traces.prompts),
+        refused,
     )
     save_calibration(calibration, out / CALIBRATION)
     plot_reliability(confidence_NG[held_out], calibrated_NG, *held, out / "reliability.png")
@@ -199,6 +204,12 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
         notes.append("the drafter has no confidence head: confidences come from the online estimator")
     elif missing := int(np.isnan(read.confidence_NG).sum()):
         notes.append(f"{missing} confidences are no numbers and count as zero")
+    if traces is None:
+        notes.append("proposals are those of the embedded target and its drafter")
+    if len(read.prompts) < FEW_PROMPTS:
+        notes.append(
+            f"only {len(read.prompts)} prompts were traced: record {FEW_PROMPTS} or more for a figure"
+        )
     if step_rate in MACHINES:
         free, tile = MACHINES[step_rate]
         notes.append(

@@ -188,7 +188,7 @@ class TrainSettings(Section):
     warmup: Annotated[float, Field(ge=0, lt=1, description="share of the run")] = 0.04
     cooldown: Annotated[
         float,
-        Field(gt=0, le=1, description="share of the run over which lr falls; 1: all behind the warm-up"),
+        Field(gt=0, le=1, description="share of the run over which lr falls; 1: all after the warm-up"),
     ] = 1.0
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],

@@ -16,7 +16,7 @@ from draftkit import feature_stages, stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
 from draftkit.data.conversations import iterate_conversations
 from draftkit.data.traces import make_traces
-from draftkit.draft.checkpoint import read_provenance
+from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.errors import ConfigError, DataError
 from draftkit.evaluate.run import EvalResult
 from draftkit.output import as_json, make_folder, write_text

@@ -26,14 +26,8 @@ from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
 from draftkit.data.traces import domain_of
 from draftkit.draft.algorithms import algorithm_named
-from draftkit.draft.checkpoint import (
-    WEIGHTS,
-    load_drafter,
-    new_drafter,
-    open_drafter,
-    read_provenance,
-    save_drafter,
-)
+from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, save_drafter
+from draftkit.draft.checkpoint_files import WEIGHTS, read_provenance
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.draft.families import block_shape, style_of
 from draftkit.draft.warm_start import CapturedText
@@ -48,11 +42,11 @@ from draftkit.output import as_json, make_folder, one_writer, write_text
 from draftkit.progress import clock, doing, progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import Target, TargetWeights
+from draftkit.target.place import EMBEDDED
 from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer, template_hash
 from draftkit.target.transformers import (
     DTYPES,
-    EMBEDDED,
     TransformersTarget,
     best_device,
     load_target,
@@ -318,7 +312,8 @@ def drafter_to_continue(
         raise ConfigError(
             f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe"
         )
-    free = {"max_length"} if recipe.drafter.mask_token_id is not None else {"max_length", "mask_token_id"}
+    free = {"max_length", "rope_scaling"}  # those of the drafter stay
+    free |= set() if recipe.drafter.mask_token_id is not None else {"mask_token_id"}
     wanted = asdict(shape)
     for name, value in asdict(drafter.config).items():
         if name not in free and wanted[name] != value:
@@ -450,7 +445,7 @@ def evaluate_prompts(
         sampling = Sampling(temperature)
         path = out / f"evaluate-T{temperature:g}.json"
         made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
-        result = _kept_result(path, made_from)
+        result = kept_result(path, made_from)
         if result is None:
             timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
             with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as bar:
@@ -462,7 +457,7 @@ def evaluate_prompts(
     return results
 
 
-def _kept_result(path: Path, made_from: str) -> EvalResult | None:
+def kept_result(path: Path, made_from: str) -> EvalResult | None:
     """The result that an earlier run left, if it is of the same evaluation; another one will be written
     over."""
     if not path.exists():
@@ -485,6 +480,8 @@ def summary(results: Sequence[EvalResult]) -> str:
         {
             "temperature": r.settings["sampling"]["temperature"],
             "accepted_len": {k: v.value for k, v in r.accepted_len.items()},
+            "accepted_len_95": {k: (v.low, v.high) for k, v in r.accepted_len.items()},
+            "acceptance_by_position": r.acceptance,
             "speed": {k: asdict(v) for k, v in r.speed.items()},
             "prompts": len(r.records),
             "domains": domains_of(r.records),

@@ -21,6 +21,7 @@ from draftkit.target.transformers import TransformersTarget, load_target
 from support.targets import make_target_folder
 
 torch.set_num_threads(1)
+pytest_plugins = ("support.training",)
 
 
 @pytest.fixture(scope="session")

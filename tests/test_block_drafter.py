@@ -3,35 +3,23 @@ say."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import load_drafter, save_drafter
 from draftkit.draft.drafter import HEADS, TrainBatch
 from draftkit.draft.families import STYLES
 from draftkit.draft.layout import lay_out
-from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import LossSettings
 from support.drafters import BLOCK_CONFIG as CONFIG
+from support.drafters import block_drafter
 from support.plain_drafter import plain_loss, plain_rows
 
 LENGTH = 20
-
-
-def drafter_with(**changes: object) -> BlockDrafter:
-    torch.manual_seed(0)
-    drafter = BlockDrafter(replace(CONFIG, **changes))  # type: ignore[arg-type]
-    for parameter in drafter.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return drafter
 
 
 def random_batch() -> TrainBatch:
@@ -61,7 +49,7 @@ def test_training_and_drafting_compute_the_same_hidden_states(
 ) -> None:
     """All anchors at once, against one anchor at a time with an incrementally grown context."""
     shape = {"shared_key_value": True, "rotary_share": 0.25} if style == "gemma4" else {}
-    drafter = drafter_with(
+    drafter = block_drafter(
         layout=layout, head="none", confidence=False, window=window, style=style, **shape
     ).eval()
     batch = random_batch()
@@ -85,7 +73,7 @@ def test_training_and_drafting_compute_the_same_hidden_states(
 @torch.inference_mode()
 @pytest.mark.parametrize("head", HEADS)
 def test_the_proposal_holds_the_very_distribution_that_was_sampled(head: str) -> None:
-    drafter, batch = drafter_with(head=head, confidence=head != "none").eval(), random_batch()
+    drafter, batch = block_drafter(head=head, confidence=head != "none").eval(), random_batch()
     context = drafter.new_context()
     drafter.extend(context, batch.features_BTF[:1, :8], batch.tokens_BT[:1, :8])
     anchor = batch.tokens_BT[:1, 8]
@@ -138,7 +126,7 @@ def test_logits_confidence_loss_and_gradients_equal_a_second_implementation(
     """One block at a time, from the paper's equations, with autograd through whole softmaxes; in packed
     rows."""
     settings = LossSettings(ce=0.3, tv=0.6, confidence=0.7, decay=3.0)
-    drafter = drafter_with(**changes).double().train()
+    drafter = block_drafter(**changes).double().train()
     batch = in_float64(packed_batch(random_batch(), (18, LENGTH)))
     report = drafter.loss(batch, settings)
     report.loss_sum.backward()
@@ -190,7 +178,7 @@ def training_outputs(drafter: BlockDrafter, batch: TrainBatch) -> tuple[torch.Te
 
 
 def packed_batch(batch: TrainBatch, lengths: tuple[int, ...]) -> TrainBatch:
-    """The rows of `batch`, cut to `lengths`, as documents of one row with 3 places of padding behind them."""
+    """The rows of `batch`, cut to `lengths`, as documents of one row with 3 places of padding after them."""
     total, room = sum(lengths), sum(lengths) + 3
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
 
@@ -215,9 +203,9 @@ def packed_batch(batch: TrainBatch, lengths: tuple[int, ...]) -> TrainBatch:
 
 def test_documents_of_one_row_do_not_see_each_other() -> None:
     """Packed and apart: the same loss, the same gradients; blocks end with their document."""
-    drafter, batch = drafter_with().train(), random_batch()
+    drafter, batch = block_drafter().train(), random_batch()
     assert bool(batch.loss_mask_BT[0, 17])  # the first document's last token counts,
-    lengths = (18, LENGTH)  # and the next document begins right behind it
+    lengths = (18, LENGTH)  # and the next document begins right after it
     apart = drafter.loss(batch, LossSettings())
     apart.loss_sum.backward()
     wanted = {n: p.grad.clone() for n, p in drafter.named_parameters() if p.grad is not None}
@@ -257,7 +245,7 @@ def test_only_anchors_with_tokens_that_count_and_tokens_that_are_seen_are_kept()
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_batch_without_anything_to_learn_has_a_loss_of_zero(count: int) -> None:
     """A share of a larger batch may have no anchor at all; it must still reach backward."""
-    drafter, batch = drafter_with().train(), random_batch()
+    drafter, batch = block_drafter().train(), random_batch()
     nothing = replace(batch, anchor_mask_BA=torch.zeros_like(batch.anchor_mask_BA))
     if count:
         nothing = replace(batch, loss_mask_BT=torch.zeros_like(batch.loss_mask_BT))
@@ -268,7 +256,7 @@ def test_a_batch_without_anything_to_learn_has_a_loss_of_zero(count: int) -> Non
 
 
 def test_bfloat16_changes_rounding_alone_and_leaves_the_rotary_table_in_float32() -> None:
-    exact, rounded, batch = drafter_with().train(), drafter_with().bfloat16().train(), random_batch()
+    exact, rounded, batch = block_drafter().train(), block_drafter().bfloat16().train(), random_batch()
     assert torch.equal(exact._rope(2000), rounded._rope(2000))
     losses, gradients = [], []
     for drafter in (exact, rounded):
@@ -292,7 +280,7 @@ LOSSES = {
 @pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
 def test_every_loss_teaches_the_drafter_what_the_target_says(settings: LossSettings) -> None:
     """Sixty steps on one batch whose target is nearly certain of the tokens that follow."""
-    drafter, batch = drafter_with().train(), random_batch()
+    drafter, batch = block_drafter().train(), random_batch()
     following = batch.tokens_BT.roll(-1, 1)
     sure = replace(
         batch, last_hidden_BTH=20 * torch.nn.functional.normalize(drafter.lm_head.weight, dim=-1)[following]
@@ -310,7 +298,7 @@ def test_every_loss_teaches_the_drafter_what_the_target_says(settings: LossSetti
 
 
 def test_the_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    drafter, batch = drafter_with().train(), random_batch()
+    drafter, batch = block_drafter().train(), random_batch()
     whole = float(drafter.loss(batch, LossSettings()).loss_sum.detach())
     monkeypatch.setattr("draftkit.draft.losses.CHUNK_ROWS", 3)
     monkeypatch.setattr("draftkit.draft.losses.SLICE_LOGITS", 80)
@@ -318,7 +306,7 @@ def test_the_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_embedding_and_head_are_frozen() -> None:
-    drafter = drafter_with()
+    drafter = block_drafter()
     drafter.embed_tokens.requires_grad_(False)
     drafter.lm_head.requires_grad_(False)
     drafter.loss(random_batch(), LossSettings()).loss_sum.backward()
@@ -330,85 +318,3 @@ def test_embedding_and_head_are_frozen() -> None:
 
 
 # --- checkpoints
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_a_checkpoint_comes_back_as_it_was(head: str, tmp_path: Path) -> None:
-    drafter = drafter_with(head=head, markov_rank=6 if head != "none" else 0, confidence=head != "none")
-    save_drafter(drafter, tmp_path, {"target": "x"}, torch.float32)
-    again = load_drafter(tmp_path)
-    assert {k: v.tolist() for k, v in again.state_dict().items()} == {
-        k: v.tolist() for k, v in drafter.state_dict().items()
-    }
-    assert again.config.head == head
-    assert again.config.feature_layers == (0, 2)
-
-
-def test_the_layout_is_the_portable_one(tmp_path: Path) -> None:
-    """Names and fields that vLLM, SGLang and llama.cpp look for."""
-    save_drafter(drafter_with(), tmp_path, {}, torch.bfloat16)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3DSparkModel"]
-    assert config["target_layer_ids"] == [0, 2]
-    assert config["enable_confidence_head"] is config["confidence_head_with_markov"] is True
-    assert (config["block_size"], config["mask_token_id"], config["markov_rank"]) == (4, 3, 6)
-    assert config["markov_head_type"] == "vanilla"
-    assert config["tie_word_embeddings"] is False
-    tensors = load_file(tmp_path / "model.safetensors")
-    shapes = {k: tuple(v.shape) for k, v in tensors.items()}
-    assert shapes["fc.weight"] == (16, 32)
-    assert shapes["markov_head.markov_w1.weight"] == shapes["markov_head.markov_w2.weight"] == (40, 6)
-    assert shapes["confidence_head.proj.weight"] == (1, 22)
-    assert shapes["layers.1.self_attn.k_norm.weight"] == (8,)
-    assert {"embed_tokens.weight", "lm_head.weight", "hidden_norm.weight", "norm.weight"} <= shapes.keys()
-    assert not [name for name in shapes if name.startswith("model.")]
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda t: t | {"fc.weight": torch.zeros(16, 31)},
-            r"fc\.weight is \(16, 31\), the configuration says \(16, 32\)",
-        ),
-        (lambda t: {k: v for k, v in t.items() if k != "norm.weight"}, r"missing norm\.weight"),
-        (lambda t: t | {"extra.weight": torch.zeros(2)}, r"unknown extra\.weight"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(change: object, message: str, tmp_path: Path) -> None:
-    save_drafter(drafter_with(), tmp_path, {}, torch.float32)
-    (tmp_path / "draftkit.json").unlink()  # as in folders of others, which say no sha256
-    save_file(change(load_file(tmp_path / "model.safetensors")), tmp_path / "model.safetensors")  # type: ignore[operator]
-    with pytest.raises(CheckpointError, match=message):
-        load_drafter(tmp_path)
-
-
-def test_broken_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
-        load_drafter(tmp_path)
-    save_drafter(drafter_with(), tmp_path, {}, torch.float32)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_drafter(tmp_path)
-    (tmp_path / "draftkit.json").unlink()  # as in folders of others, which say no sha256
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_drafter(tmp_path)
-    weights.unlink()
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
-        load_drafter(tmp_path)
-    (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    with pytest.raises(CheckpointError, match="GPT2LMHeadModel is not known"):
-        load_drafter(tmp_path)
-
-
-def test_impossible_shapes_are_refused() -> None:
-    for changes, message in (
-        ({"head": "magic"}, "magic"),
-        ({"layout": "diagonal"}, "diagonal"),
-        ({"feature_layers": (2, 0)}, "ascending"),
-        ({"layout": "one_plus_n", "block_size": 1}, "no token"),
-        ({"num_kv_heads": 3}, "no multiple"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            replace(CONFIG, **changes)  # type: ignore[arg-type]

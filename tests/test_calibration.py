@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 
 from draftkit.errors import ScheduleError
-from draftkit.schedule.calibration import (
-    Calibration,
-    auc,
-    brier,
-    expected_error,
-    fit_calibration,
-    load_calibration,
-    quality_of,
-    save_calibration,
-)
+from draftkit.schedule.calibration import Calibration, load_calibration, save_calibration
+from draftkit.schedule.temperature_scaling import auc, brier, expected_error, fit_calibration, quality_of
 
 
 def overconfident(count: int = 40_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -17,14 +17,8 @@ from typer.testing import CliRunner
 from draftkit import cli
 from draftkit.decode import decode
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.checkpoint import (
-    load_drafter,
-    new_drafter,
-    open_drafter,
-    read_config,
-    read_provenance,
-    save_drafter,
-)
+from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, read_config, save_drafter
+from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.errors import CheckpointError, ConfigError
@@ -304,8 +298,8 @@ def test_layer_names_of_both_kinds_and_shards_are_read(target: TransformersTarge
     [
         ({"hidden_act": "gelu"}, "field 'hidden_act' is 'gelu'; draftkit runs 'silu'"),
         ({"attention_bias": True}, "'attention_bias' is True"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "'rope_scaling'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters: field 'rope_type' is 'llama3'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is None"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not known for drafters"),
         ({"norm_before_fc": True}, "'norm_before_fc' is True; draftkit runs False"),
         ({"target_hidden_size": 64}, "'target_hidden_size' is 64"),
         ({"hidden_size": "big"}, "'hidden_size' is 'big', must be of type int"),
@@ -315,7 +309,8 @@ def test_layer_names_of_both_kinds_and_shards_are_read(target: TransformersTarge
             {"architectures": ["LlamaForCausalLM"]},
             "architecture LlamaForCausalLM is not known; known are Qwen3DSparkModel",
         ),
-        ({"speculators_model_type": "eagle3"}, "the speculators form is not known"),
+        ({"speculators_model_type": "mtp"}, "speculators_model_type 'mtp' is not known; known are dspark"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised \(gptq\)"),
         ({"num_hidden_layers": 2}, "1 layer"),
         ({"draft_vocab_size": 13}, r"d2t is \(12,\); draft_vocab_size 13"),
     ],

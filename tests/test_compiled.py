@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from draftkit.engine.compiled import _compare, compile_passes
-from draftkit.engine.native import FLOATS, HALVES, PAIRS, NativeStack, pack_panels
+from draftkit.engine.native import FLOATS, HALVES, NativeStack, pack_panels
 from draftkit.ops.native_build import NoNative
 from draftkit.ops.sampling import Sampling
 from support.drafters import BLOCK_CONFIG
@@ -138,7 +138,6 @@ def test_bfloat16_numbers_are_packed_as_such_and_others_are_not_rounded() -> Non
     assert packed.dtype == torch.bfloat16 and packed.shape == (2, 8, 8, 2)
     order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
     assert torch.equal(packed[0, 3].flatten().float(), rounded[order, 3])
-    assert torch.equal(pack_panels(rounded, PAIRS)[1, 3, :4].float(), rounded[16:, 6:])
     _, fast = build("qwen3")
     assert {layer.qkv.kind for layer in NativeStack(fast.stack, fast.ends)._layers} == {FLOATS}
     for layer in fast.stack.layers:
@@ -196,20 +195,13 @@ def test_a_drafted_block_is_the_same_to_the_bit_alone_and_beside_others() -> Non
     assert together.probs_BGV.shape == (3, 4, 40)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_row_that_rounding_moved_far_is_no_reason_to_refuse_a_pass_and_wrong_rows_are(
-    dtype: torch.dtype,
-) -> None:
-    """SmolLM2-135M in bfloat16: among the check's eight tokens is one whose logits lie 0.26 of their spread
-    apart."""
-    eager = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
-    few = {torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
-    moved = eager.float().clone()
-    moved[6] += 2.6 * few * torch.randn(512, generator=torch.Generator().manual_seed(1)) + 3
-    _compare("target", eager, moved)
-    for wrong in (eager.roll(1, 0), eager.float() * (1 + 2 * few), torch.full_like(eager, torch.nan)):
+@pytest.mark.parametrize(("dtype", "few"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+def test_rounding_is_no_reason_to_refuse_a_pass_and_a_wrong_row_is(dtype: torch.dtype, few: float) -> None:
+    rng = torch.Generator().manual_seed(0)
+    eager = torch.randn(8, 512, generator=rng)
+    _compare("target", dtype, eager, eager + 0.8 * few * torch.randn(8, 512, generator=rng))
+    mixed = eager.clone()
+    mixed[6] = eager[5]  # another token's logits
+    for wrong in (mixed, eager.roll(1, 0), eager * (1 + 2 * few), torch.full_like(eager, torch.nan)):
         with pytest.raises(NoNative, match="the compiled target differs"):
-            _compare("target", eager, wrong)
-    moved[6] = eager[5].float()  # another token's logits
-    with pytest.raises(NoNative, match="the compiled target differs"):
-        _compare("target", eager, moved)
+            _compare("target", dtype, eager, wrong)

@@ -156,11 +156,11 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.yaml", "folder/missing.yaml"])
-def test_a_missing_recipe_is_answered_with_the_packaged_names(name: str) -> None:
+def test_a_missing_recipe_is_answered_with_where_the_packaged_names_are(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(name)
     assert name in str(caught.value)
-    assert all(packaged in str(caught.value) for packaged in PACKAGED)
+    assert "draftkit recipes" in str(caught.value)
 
 
 def test_a_folder_of_the_same_name_does_not_hide_a_packaged_recipe(

@@ -1,4 +1,5 @@
-"""The reference loop: greedy answers are the target's own, sampled answers have its law, for any drafter."""
+"""The reference loop: greedy answers are the target's own, sampled ones have its distribution, for any
+drafter."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def test_greedy_answers_do_not_depend_on_the_plan(target: TransformersTarget, ru
 
 
 class Shrunk(TransformersTarget):
-    """The target with all but three tokens forbidden, so that its law can be enumerated."""
+    """The target with all but three tokens forbidden, so that its distribution can be enumerated."""
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = super().logits(hidden)
@@ -72,24 +73,26 @@ def cut_by_confidence(confidence: Sequence[float]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", [verify_all, cut_by_confidence])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_sampled_answers_follow_the_targets_law(target: TransformersTarget, rule: Rule, plan: Plan) -> None:
+def test_sampled_answers_follow_the_targets_distribution(
+    target: TransformersTarget, rule: Rule, plan: Plan
+) -> None:
     """1,500 answers of three tokens from three: every count within five standard deviations of the target's
-    law."""
+    distribution."""
     drafter = make_drafter(target, block=3)
     assert drafter.confidence_head is not None
     torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.5)
-    rounds = check_law(target, drafter, rule, plan)
+    rounds = check_distribution(target, drafter, rule, plan)
     assert len({r.verified for r in rounds}) >= (1 if plan is verify_all else 3)
 
 
 @pytest.mark.slow
-def test_sampled_answers_of_eagle3_follow_the_targets_law(target: TransformersTarget) -> None:
+def test_sampled_answers_of_eagle3_follow_the_targets_distribution(target: TransformersTarget) -> None:
     """Its draft vocabulary knows two of the three tokens, and one that the target never says."""
-    rounds = check_law(target, make_eagle(target, (5, 7, 9)), TOKEN_RULE, verify_all, count=1000)
+    rounds = check_distribution(target, make_eagle(target, (5, 7, 9)), TOKEN_RULE, verify_all, count=1000)
     assert {r.accepted for r in rounds} >= {0, 1, 2}
 
 
-def check_law(
+def check_distribution(
     target: TransformersTarget, drafter: Drafter, rule: Rule, plan: Plan, count: int = 1500
 ) -> list[Round]:
     small = Shrunk(target.model, target.info)
@@ -103,8 +106,8 @@ def check_law(
     worst = 0.0
     for tokens in itertools.product(range(5, 8), repeat=3):
         read = small.forward(torch.tensor([[*prompt, *tokens]]), None)
-        law = processed_probs(small.logits(read.last_hidden_BTH[0]), sampling)
-        chance = float(torch.stack([law[len(prompt) - 1 + i, t] for i, t in enumerate(tokens)]).prod())
+        probs = processed_probs(small.logits(read.last_hidden_BTH[0]), sampling)
+        chance = float(torch.stack([probs[len(prompt) - 1 + i, t] for i, t in enumerate(tokens)]).prod())
         sigma = (chance * (1 - chance) / count) ** 0.5
         worst = max(worst, abs(found.get(tokens, 0) / count - chance) / max(sigma, 1e-9))
     assert worst < 5

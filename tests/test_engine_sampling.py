@@ -1,4 +1,5 @@
-"""Settings of single requests inside a batch: each row has the law of its own settings, drafts or not."""
+"""Settings of single requests inside a batch: each row has the distribution of its own settings,
+drafts or not."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from draftkit.schedule.calibration import auc, expected_error
 from draftkit.schedule.estimator import AcceptanceEstimator
+from draftkit.schedule.temperature_scaling import auc, expected_error
 
 SLOPE, INTERCEPTS = 0.6, np.array([1.0, 0.0, -1.0])
 
@@ -26,7 +26,7 @@ def trained(cut: bool) -> AcceptanceEstimator:
     return estimator
 
 
-def test_the_law_of_the_data_is_learned_also_when_a_plan_cuts_proposals() -> None:
+def test_the_distribution_of_the_data_is_learned_also_when_a_plan_cuts_proposals() -> None:
     for cut in (False, True):
         weights = trained(cut).weights
         np.testing.assert_allclose(weights, [SLOPE, *INTERCEPTS], atol=0.25)
@@ -51,4 +51,4 @@ def test_before_any_observation_the_confidence_is_the_drafters_own_probability()
 def test_positions_without_a_verdict_are_not_learned_from() -> None:
     estimator = AcceptanceEstimator(3)
     estimator.observe(np.full((3, 3), 0.5), np.array([0, 2, 1]), np.array([3, 2, 0]))
-    assert estimator.seen == 1 + 2 + 0  # a rejection at 1; two kept and none behind; nothing verified
+    assert estimator.seen == 1 + 2 + 0  # a rejection at 1; two kept and none after; nothing verified

@@ -1,4 +1,4 @@
-"""The proof by enumeration: it passes for every rule behind every planner, and it finds what is wrong."""
+"""The proof by enumeration: it passes for every rule with every planner, and it finds what is wrong."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, Rule
 
 @pytest.mark.parametrize("gamma", [1, 2, 3])
 @pytest.mark.parametrize("requests", [1, 2])
-def test_every_rule_behind_every_planner_keeps_the_joint_law(requests: int, gamma: int) -> None:
+def test_every_rule_with_every_planner_keeps_the_joint_distribution(requests: int, gamma: int) -> None:
     findings = prove(requests, gamma, tables=3, seed=gamma)
-    planners = ("fixed", "threshold", "algorithm-1", "budget", "gate")
+    planners = ("fixed", "algorithm-1", "budget", "gate")
     assert {(f.rule, f.planner) for f in findings} == {
         (rule, planner) for rule in RULES for planner in planners
     }
@@ -77,7 +77,7 @@ def test_a_plan_that_looks_at_the_next_requests_future_is_found_out() -> None:
 
 
 def test_a_wrong_rule_is_found_out() -> None:
-    """Taking the bonus row in place of the residual, or the residual of the other rule, is seen behind any
+    """Taking the bonus row in place of the residual, or the residual of the other rule, is seen with any
     planner."""
     no_residual = Rule(
         "wrong", lambda ratios: 1e300 * TOKEN_RULE.weights(ratios), TOKEN_RULE.length_distribution
@@ -112,7 +112,7 @@ def test_the_proof_is_about_plans_that_differ() -> None:
     assert all(lengths == {0, 1, 2, 3} for lengths in seen.values()), seen
 
 
-def test_the_command_prints_the_table_and_fails_when_the_law_is_missed(
+def test_the_command_prints_the_table_and_fails_when_the_distribution_is_missed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     done = CliRunner().invoke(app, ["verify-lossless", "--gamma", "2", "--tables", "1"])
@@ -121,7 +121,7 @@ def test_the_command_prints_the_table_and_fails_when_the_law_is_missed(
     assert "0.85" in done.output
     done = CliRunner().invoke(app, ["verify-lossless", "--gamma", "1", "--tables", "1", "--json"])
     found = json.loads(done.output)
-    assert len(found["findings"]) == 20
+    assert len(found["findings"]) == 16
     assert found["largest_deviation"] < DEVIATION_ALLOWED
     broken = Rule("token", BLOCK_RULE.weights, TOKEN_RULE.length_distribution)
     monkeypatch.setitem(RULES, "token", broken)

@@ -82,7 +82,7 @@ def randomise(module: nn.Module) -> None:
 
 
 def rotation(config: DrafterConfig) -> Rotation:
-    table = rope_table(START + BLOCK, config.head_dim, config.rope_theta, share=config.rotary_share)[START:]
+    table = rope_table(config, START + BLOCK)[START:]
     return table[:, None, 0], table[:, None, 1]
 
 
@@ -107,7 +107,7 @@ def test_a_block_without_context_is_the_familys_own_layer(family: str) -> None:
     wanted = theirs(x[None], position_embeddings=rope, attention_mask=None, **more)
     none = torch.zeros(1, dtype=torch.long)
     plan = plan_blocks(none, none, none, BLOCK, 0, config.head_dim)
-    empty = rope_table(0, config.head_dim, config.rope_theta)
+    empty = rope_table(config, 0)
     found = ours(x, torch.zeros(0, 32), rotation(config), (empty[:, None, 0], empty[:, None, 1]), plan)
     torch.testing.assert_close(found, wanted[0], atol=1e-5, rtol=1e-5)
 

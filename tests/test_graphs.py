@@ -159,7 +159,7 @@ def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
 
 
 def drafts(fast: PagedBlockDrafter, anchors: list[int]) -> tuple[Tensor, Drawn | None, Tensor | None]:
-    """Greedy proposals behind empty contexts."""
+    """Greedy proposals after empty contexts."""
     wanted = fast.drafting_pass(torch.tensor(anchors).numpy())
     step = one_pass([(row.tolist(), 0, [2 * i, 2 * i + 1]) for i, row in enumerate(wanted.tokens_RP)])
     step.block = True

@@ -195,7 +195,7 @@ def test_a_stream_that_is_cancelled_at_any_time_leaves_nothing_behind(llm: LLM) 
 
 @pytest.fixture
 def interrupts() -> Iterator[None]:
-    """Ctrl-C is heard as in a terminal: a shell starts what it puts in the background deaf to it."""
+    """Ctrl-C arrives as in a terminal: a shell starts what it puts in the background ignoring it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -36,13 +36,13 @@ def test_a_round_cut_by_the_limit_is_left_out_and_one_cut_by_a_stop_token_counts
     assert (cut.rounds, cut.emitted) == (1, 2)
     whole = record_of(decoded([Round(3, 3, 1, 2), Round(3, 3, 1, 2)], "length"), "p", "code", 3)
     assert (whole.rounds, whole.emitted) == (2, 4)
-    unread = record_of(decoded([Round(3, 3, 1, 2), Round(3, 1, 1, 2)], "length"), "p", "code", 3)
-    assert (unread.rounds, unread.emitted) == (1, 2), (
+    cut = record_of(decoded([Round(3, 3, 1, 2), Round(3, 1, 1, 2)], "length"), "p", "code", 3)
+    assert (cut.rounds, cut.emitted) == (1, 2), (
         "one draft was verified for want of room, and kept: more might have been"
     )
     stopped = record_of(decoded([Round(3, 3, 3, 2)], "stop"), "p", "code", 3)
     assert (stopped.rounds, stopped.emitted) == (1, 2)
-    assert stopped.tried == (1, 1, 0), "what lies behind a stop token was never a question"
+    assert stopped.tried == (1, 1, 0), "what lies after a stop token was never a question"
 
 
 def test_acceptance_is_conditional_on_the_positions_before() -> None:

@@ -12,6 +12,8 @@ from draftkit.ops import sampling
 from draftkit.ops.native_sampling import NativeRows, native_rows
 from draftkit.ops.sampling import DenseRows, Sampling, distributions, row_settings, sample
 from draftkit.ops.verify import RULES, DenseProposals, NativeProposals, Rule, length_distribution, verify
+from draftkit.target.tokenizer import load_tokenizer
+from draftkit.target.transformers import load_target
 
 VOCAB = 151_936
 SETTINGS = {
@@ -44,6 +46,18 @@ def described(logits_NV: Tensor, settings: list[Sampling]) -> NativeRows:
     rows = native_rows(logits_NV, row_settings(settings))
     assert rows is not None, "no C++ compiler"
     return rows
+
+
+@pytest.fixture(scope="module")
+def real_rows() -> Tensor:
+    """Logits of the embedded target after some beginnings, peaked and flat ones, [4, V]."""
+    target, tokenizer = load_target("tiny"), load_tokenizer("tiny")
+    tokens = torch.tensor([tokenizer("def add(a, b):\n    return a + b\n\nThe answer is")["input_ids"]])
+    with torch.inference_mode():
+        read = target.forward(tokens, target.new_cache(), ())
+        logits_TV = target.logits(read.last_hidden_BTH[0]).float()
+    order = torch.softmax(logits_TV, -1).amax(-1).argsort()
+    return logits_TV[order[torch.linspace(0, len(order) - 1, 4).long()]]
 
 
 @pytest.fixture(params=["compiled", "PyTorch"])
@@ -211,6 +225,27 @@ def test_the_first_token_of_a_round_has_the_targets_distribution_on_a_real_row()
     statistic, freedom = float(((found[kept] - expected) ** 2 / expected).sum()), len(kept) - 1
     assert 0.2 < float((verdict.accepted_R > 0).double().mean()) < 0.98, "both ways are taken"
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["plain", "top-p", "top-k and top-p", "min-p"])
+def test_both_ways_draw_from_one_distribution_on_real_rows(name: str, real_rows: Tensor) -> None:
+    """Two-sample chi-square of 20,000 draws each, over the tokens that came five times at least."""
+    count, settings = 20_000, row_settings([SETTINGS[name]])
+    for row, logits_V in enumerate(real_rows):
+        first, second = np.random.default_rng(row).random((2, count))
+        described_rows = described(logits_V.expand(count, -1), [SETTINGS[name]] * count)
+        made_V = sampling._processed(logits_V[None], settings)[0]
+        drawn = torch.searchsorted(made_V.double().cumsum(0), torch.from_numpy(second), right=True)
+        counts = [
+            torch.bincount(tokens, minlength=len(logits_V))
+            for tokens in (described_rows.draw(first), drawn.clamp_max(len(logits_V) - 1))
+        ]
+        both = (counts[0] + counts[1]).double()
+        often = both >= 10
+        statistic = float(((counts[0] - counts[1])[often].double() ** 2 / both[often]).sum())
+        freedom = int(often.sum()) - 1
+        assert statistic < freedom + 5 * (2 * max(freedom, 1)) ** 0.5
+        assert int(counts[0][made_V == 0].sum()) == 0
 
 
 def test_rows_over_fewer_columns_stand_for_the_tokens_they_name() -> None:

@@ -61,7 +61,7 @@ def compare(dtype: torch.dtype, tolerance: float, **changes: Any) -> None:
 
 
 def test_a_draft_leaves_no_trace_in_the_next_one() -> None:
-    """The block's own keys lie behind the committed positions; drafting twice, or anew after one token, is as
+    """The block's own keys lie after the committed positions; drafting twice, or anew after one token, is as
     if alone."""
     _, fast = build()
     generator = torch.Generator().manual_seed(6)

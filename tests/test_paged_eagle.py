@@ -79,7 +79,7 @@ def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], te
     fast, sampling = PagedEagle(drafter, slots=24 * PAGE, max_length=40), Sampling(temperature)
     torch.manual_seed(1)
     features = [torch.randn(n, 2 * HIDDEN, dtype=torch.float64) for n in LENGTHS]
-    # the token behind each; behind the last one the anchor
+    # the token after each; after the last one the anchor
     following = [torch.randint(VOCAB, (n,)) for n in LENGTHS]
     anchors = torch.stack([t[-1] for t in following])
     uniforms_RG = torch.rand(3, GAMMA, dtype=torch.float64)
@@ -103,7 +103,7 @@ def test_proposals_equal_those_of_each_request_alone(changes: dict[str, Any], te
 
 
 def test_proposals_by_the_kernels_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted on the CPU, beside PyTorch operations: rows that lie behind each other, one pass for each
+    """Interpreted on the CPU, beside PyTorch operations: rows that follow each other, one pass for each
     drafted token."""
     paged_attention = pytest.importorskip("draftkit.ops.paged_attention")  # Triton is on Linux alone
     monkeypatch.setattr(paged_attention, "PROGRAMS", 1)

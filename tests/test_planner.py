@@ -6,13 +6,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from draftkit.errors import ScheduleError
 from draftkit.schedule.planner import (
     BudgetPlanner,
     admit,
     budget_from,
-    plan_fixed,
-    plan_threshold,
     plan_verification,
     survival_of,
 )
@@ -23,7 +20,7 @@ JAGGED = StepRate((1, 8, 9, 32, 33, 64, 200), (1.0, 1.1, 1.6, 1.7, 2.6, 2.8, 9.0
 
 def random_survival(seed: int, requests: int = 9, gamma: int = 5, coarse: bool = False) -> np.ndarray:
     confidence = np.random.default_rng(seed).uniform(0.2, 1.0, (requests, gamma))
-    return survival_of(confidence.round(1) if coarse else confidence)[0]
+    return survival_of(confidence.round(1) if coarse else confidence)
 
 
 def algorithm_1(survival: np.ndarray, rate: StepRate) -> list[int]:
@@ -124,23 +121,13 @@ def test_ties_go_by_position_then_request() -> None:
 
 
 def test_survivals_never_rise_along_a_request_even_where_floats_round() -> None:
-    survival, _ = survival_of(np.random.default_rng(0).choice([1.0, 1 - 1e-16, 1 - 2e-16, 5e-324], (500, 7)))
+    survival = survival_of(np.random.default_rng(0).choice([1.0, 1 - 1e-16, 1 - 2e-16, 5e-324], (500, 7)))
     assert (np.diff(survival, axis=1) <= 0).all()
 
 
-def test_a_confidence_that_is_no_number_is_zero_and_counted() -> None:
-    survival, missing = survival_of(np.array([[0.5, np.nan, 0.9], [1.5, -0.5, np.nan]]))
+def test_a_confidence_that_is_no_number_is_zero() -> None:
+    survival = survival_of(np.array([[0.5, np.nan, 0.9], [1.5, -0.5, np.nan]]))
     assert survival.tolist() == [[0.5, 0.0, 0.0], [1.0, 0.0, 0.0]]
-    assert missing == 2
-    assert plan_threshold(np.array([[0.9, np.nan, 0.9]]), 0.0).tolist() == [1]
-
-
-def test_a_threshold_cuts_at_the_first_doubtful_position() -> None:
-    assert plan_threshold(np.array([[0.9, 0.4, 0.9], [0.5, 0.5, 0.5], [0.1, 1, 1]]), 0.5).tolist() == [
-        1,
-        3,
-        0,
-    ]
 
 
 def test_no_requests_and_no_positions_give_empty_plans() -> None:
@@ -148,11 +135,3 @@ def test_no_requests_and_no_positions_give_empty_plans() -> None:
         for lengths in (plan_verification(survival, JAGGED), admit(survival, 5)):
             assert lengths.tolist() == [0] * len(survival)
         assert budget_from(survival, JAGGED) == 0
-    assert plan_fixed(2, 3).tolist() == [3, 3]
-
-
-def test_impossible_lengths_and_thresholds_are_refused() -> None:
-    with pytest.raises(ScheduleError, match="length -1"):
-        plan_fixed(2, -1)
-    with pytest.raises(ScheduleError, match="between 0 and 1"):
-        plan_threshold(np.ones((1, 1)), 1.5)

@@ -45,6 +45,8 @@ def test_the_quickstart_ends_with_a_table_a_picture_and_what_to_type_next(tmp_pa
         assert 1 <= result.accepted_len["macro"].value <= 8
         assert all(s.ratio > 0 for s in result.speed.values()) and result.speed["all"].prompts == 30
     assert (tmp_path / "results" / "acceptance.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert 'id="trained"' in page and 'id="reliability"' in page and 'id="missing"' in page  # no load test
     answers = (tmp_path / "answers.jsonl").read_bytes()
 
     again = quickstart(tmp_path)

@@ -192,9 +192,9 @@ def test_after_a_sigkill_the_next_process_serves_the_same_port_with_the_same_ans
     ("options", "message"),
     [
         (("--target", "/nowhere"), "/nowhere: no such folder"),
-        (("--drafter", "/nowhere"), "/nowhere: has no config.json"),
+        (("--drafter", "/nowhere"), "/nowhere: no such folder"),
         (("--plan", "clever"), "plan is 'clever'; choose one of planned, fixed"),
-        (("--device", "warp"), "cannot use device 'warp'"),
+        (("--device", "warp"), "--device warp: is not known; give cpu, cuda or cuda:1"),
         (("--kv-gib", "0.001"), "--kv-gib of 0.001 GiB hold .* give [0-9.]+ GiB or a smaller --max-length"),
         (("--kv-gib", "nan"), "--kv-gib is nan"),
         (("--max-length", "999999"), "--max-length is 999999; tiny allows 2048 at most"),

@@ -92,7 +92,7 @@ likely: dict[str, st.SearchStrategy[Any]] = {
             "return_token_strs"
         ).split()
     },
-    # Seeds 13 and 666 break the stand-in on purpose, and choice i has the seed behind: up to 128 of them.
+    # Seeds 13 and 666 break the stand-in on purpose, and choice i has the next seed: up to 128 of them.
     "seed": st.integers(-(2**65), 2**65).filter(
         lambda s: not any(s <= broken < s + 128 for broken in (13, 666))
     ),

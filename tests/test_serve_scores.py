@@ -31,7 +31,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def wanted_TV(tokenizer: Any) -> torch.Tensor:
-    """Log probabilities behind each token of TEXT, [T, V]."""
+    """Log probabilities after each token of TEXT, [T, V]."""
     model = AutoModelForCausalLM.from_pretrained(ASSET, dtype=torch.float32)
     with torch.inference_mode():
         return torch.log_softmax(model(**tokenizer(TEXT, return_tensors="pt")).logits[0].float(), -1)

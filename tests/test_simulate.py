@@ -18,8 +18,9 @@ from draftkit.data.padded_answers import answer_batch
 from draftkit.decode import decode
 from draftkit.errors import ScheduleError
 from draftkit.evaluate.run import EvalPrompt
+from draftkit.evaluate.schedule_report import calibration_notes
 from draftkit.ops.sampling import Sampling
-from draftkit.schedule.calibration import Calibration, save_calibration
+from draftkit.schedule.calibration import Calibration, load_calibration, save_calibration
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, arms_for, parametric_table, simulate
 from draftkit.schedule.step_rate_table import StepRateTable, save_step_rate
@@ -335,6 +336,23 @@ def test_calibration_is_fitted_and_measured_on_different_prompts(tmp_path: Path)
         run_calibrate(made_traces(head=False), tmp_path)
     with pytest.raises(ScheduleError, match=r"traces\.safetensors: holds answers to 1 prompt; .* remove it"):
         run_calibrate(made_traces(prompts=1), tmp_path)
+
+
+def test_a_calibration_that_makes_held_out_prompts_worse_is_not_taken_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right confidences, and temperatures of 5 fitted to them: the file leaves them as they are."""
+    monkeypatch.setattr(
+        "draftkit.schedule_stages.fit_calibration", lambda c, *_: Calibration((5.0,) * c.shape[1])
+    )
+    traces = made_traces(prompts=8)
+    report = run_calibrate(traces, tmp_path)
+    assert report.refused and np.mean(report.after.ece) > np.mean(report.before.ece)
+    kept = load_calibration(tmp_path / "calibration.json", traces.gamma, "drafter-1")
+    assert set(kept.temperatures) == {1.0}
+    refused, few = calibration_notes(report.before, report.after, report.prompts, report.refused)
+    assert refused.startswith("not taken") and few.startswith("too little data: on 8 prompts")
+    assert calibration_notes(report.after, report.before, 8, False) == []
 
 
 def test_rows_of_an_answer_do_not_depend_on_the_others(target: TransformersTarget) -> None:

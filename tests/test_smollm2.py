@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from draftkit.data.mask_token import choose_mask_token
-from draftkit.draft.checkpoint import read_provenance
+from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import CheckpointError

@@ -11,7 +11,7 @@ import pytest
 
 from draftkit import feature_stages, stages
 from draftkit.config import Recipe, load_recipe
-from draftkit.draft.checkpoint import read_provenance
+from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.errors import CheckpointError, ConfigError, DataError
 from draftkit.features.store import FeatureStore
 from draftkit.specialise import recipe_for, run_specialise

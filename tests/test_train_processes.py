@@ -160,7 +160,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 def test_a_run_goes_on_with_another_number_of_processes(
     before: int, after: int, shard: bool, runs: Runs, alone: Path, tmp_path: Path
 ) -> None:
-    """SIGTERM to torchrun reaches all processes, which end behind the same step; what they saved fits any
+    """SIGTERM to torchrun reaches all processes, which end after the same step; what they saved fits any
     number."""
     state = tmp_path / "state" / "position.json"
     ended = runs.end(tmp_path, state.exists, signal.SIGTERM, before, shard=shard)

@@ -60,7 +60,7 @@ def test_the_rules_agree_at_temperature_zero() -> None:
 def test_ragged_lengths_equal_the_shorter_proposal_alone(rule: Rule) -> None:
     tokens, p, q, _ = random_batch(6, 3, 1.5)
     lengths = torch.tensor([0, 1, 2, 3, 1, 0])
-    law, _ = length_distribution(rule, DenseProposals(tokens, p, q, lengths))
+    lengths_RG, _ = length_distribution(rule, DenseProposals(tokens, p, q, lengths))
     for r, length in enumerate(lengths.tolist()):
         proposal = DenseProposals(
             tokens[r : r + 1, :length],
@@ -69,8 +69,8 @@ def test_ragged_lengths_equal_the_shorter_proposal_alone(rule: Rule) -> None:
             torch.tensor([length]),
         )
         alone, _ = length_distribution(rule, proposal)
-        torch.testing.assert_close(law[r, : length + 1], alone[0], atol=1e-14, rtol=0)
-        assert float(law[r, length + 1 :].sum()) == 0.0
+        torch.testing.assert_close(lengths_RG[r, : length + 1], alone[0], atol=1e-14, rtol=0)
+        assert float(lengths_RG[r, length + 1 :].sum()) == 0.0
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
@@ -91,5 +91,5 @@ def test_an_impossible_draft_token_is_rejected_without_nan() -> None:
     p = torch.tensor([[[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]], dtype=torch.float64)
     q = torch.tensor([[[1.0, 0.0, 0.0]]], dtype=torch.float64)
     for rule in RULES.values():
-        law, _ = length_distribution(rule, DenseProposals(torch.tensor([[2]]), p, q, torch.tensor([1])))
-        assert law.tolist() == [[1.0, 0.0]]
+        found, _ = length_distribution(rule, DenseProposals(torch.tensor([[2]]), p, q, torch.tensor([1])))
+        assert found.tolist() == [[1.0, 0.0]]

@@ -1,5 +1,5 @@
-// A block drafter's way along its sequential head, for many requests side by side: from base logits and hidden states to tokens,
-// drawn or greedy, their distributions and confidences.
+// A block drafter's way along its sequential head, for many requests side by side: from base logits and
+// hidden states to tokens, drawn or greedy, their distributions and confidences.
 #pragma once
 #include <omp.h>
 
@@ -20,16 +20,20 @@ inline int64_t largest(const float *values, int64_t from, int64_t to) {  // the 
     return from;  // no number at all
 }
 
-// One walk; its threads meet at barriers. `previous` are W1[x_(k-1)], `m` what W2 is multiplied with, both [R, r].
+// One walk; its threads meet at barriers. `previous` are W1[x_(k-1)], `m` what W2 is multiplied with, both
+// [R, r].
 struct Walk {
     const SequentialHead &head;
     const Draft &draft;
     int64_t rank, thread, threads;
-    float *previous, *m, *joined, *joint;  // the input of the joint matrix [R, its columns], and its output [R, its rows]
+    float *previous, *m, *joined,
+        *joint;  // the input of the joint matrix [R, its columns], and its output [R, its rows]
     int64_t *best;                         // [threads, R]
 
     float *logits(int64_t r, int64_t k) const { return draft.logits + (r * draft.positions + k) * draft.row; }
-    const float *state(int64_t r, int64_t k) const { return draft.states + (r * draft.positions + k) * draft.hidden; }
+    const float *state(int64_t r, int64_t k) const {
+        return draft.states + (r * draft.positions + k) * draft.hidden;
+    }
 
     // The rows of the head and the confidence of position k.
     void look_back(int64_t k) const {
@@ -43,12 +47,14 @@ struct Walk {
             float sum = head.confidence_bias;
             const float *h = state(r, k);
             for (int64_t i = 0; i < draft.hidden; i++) sum += head.confidence[i] * h[i];
-            for (int64_t i = draft.hidden; i < head.confidence_size; i++) sum += head.confidence[i] * w1[i - draft.hidden];
+            for (int64_t i = draft.hidden; i < head.confidence_size; i++)
+                sum += head.confidence[i] * w1[i - draft.hidden];
             draft.confidence[at] = 1.f / (1.f + std::exp(-sum));
         }
     }
     void join(int64_t r, int64_t k) const {
-        float *to = joined + r * head.joint.cols, *memory = draft.memory + r * rank, *w1 = previous + r * rank;
+        float *to = joined + r * head.joint.cols, *memory = draft.memory + r * rank,
+              *w1 = previous + r * rank;
         const float *h = state(r, k);
         if (head.kind == GATED) std::copy(w1, w1 + rank, std::copy(h, h + draft.hidden, to));
         else std::copy(h, h + draft.hidden, std::copy(w1, w1 + rank, std::copy(memory, memory + rank, to)));
@@ -78,16 +84,18 @@ struct Walk {
 #pragma omp barrier
         if (!rank) return;
         pass_joint();
-        multiply(head.w2, m, draft.requests, thread, threads, [&](int64_t panel, int64_t r, Vec low, Vec high) {
-            float *to = logits(r, k) + panel * PANEL;
-            store(to, load(to) + low);
-            if (panel * PANEL + LANES < head.w2.rows) store(to + LANES, load(to + LANES) + high);
-        });
+        multiply(head.w2, m, draft.requests, thread, threads,
+                 [&](int64_t panel, int64_t r, Vec low, Vec high) {
+                     float *to = logits(r, k) + panel * PANEL;
+                     store(to, load(to) + low);
+                     if (panel * PANEL + LANES < head.w2.rows) store(to + LANES, load(to + LANES) + high);
+                 });
 #pragma omp barrier
     }
 
     void take_largest(int64_t k) const {
-        int64_t R = draft.requests, panels = (draft.columns + PANEL - 1) / PANEL, from = panels * thread / threads * PANEL;
+        int64_t R = draft.requests, panels = (draft.columns + PANEL - 1) / PANEL,
+                from = panels * thread / threads * PANEL;
         int64_t to = std::min(panels * (thread + 1) / threads * PANEL, draft.columns);
         for (int64_t r = 0; r < R; r++) best[thread * R + r] = largest(logits(r, k), from, to);
 #pragma omp barrier

@@ -1,26 +1,22 @@
-// Products of a few rows of input with a matrix in panels of 16 output rows. Sums are float32, each taken over the columns in
-// order, whatever the number of rows of input. A matrix is kept as
+// Products of a few rows of input with a matrix in panels of 16 output rows. Sums are float32, each taken
+// over the columns in order, whatever the number of rows of input. A matrix is kept as
 //   FLOATS  float [rows / 16][cols][16]
-//   HALVES  the same in bfloat16, rows 0, 8, 1, 9, ... of a panel as neighbours, so that a shift and a mask widen them
-//   PAIRS   [rows / 16][cols / 2][16] pairs of neighbouring columns in bfloat16; the input is rounded to bfloat16, too, and one
-//           instruction multiplies and adds both. For processors that have it.
+//   HALVES  the same in bfloat16, rows 0, 8, 1, 9, ... of a panel as neighbours; a shift and a mask widen
+//           them
 #pragma once
-#include <vector>
-
 #include "types.h"
 #include "vectors.h"
 
 constexpr int64_t PANEL = 16;
 
-// TILE tokens at most are multiplied with a panel at once, so that the registers hold their sums; few tokens take several panels
-// together, PANELS at most and SUMS over their number, to keep enough sums in flight.
+// TILE tokens at most are multiplied with a panel at once, so that the registers hold their sums; few tokens
+// take several panels together, PANELS at most and SUMS over their number, to keep enough sums in flight.
 #ifdef __AVX512VL__  // 32 registers
 constexpr int TILE = 8, SUMS = 8;
 #else
 constexpr int TILE = 6, SUMS = 4;
 #endif
-template <typename W> constexpr int PANELS = 4;
-template <> constexpr int PANELS<Pair> = 8;
+constexpr int PANELS = 4;
 
 // Sums of T tokens and P panels that lie one after the other: [P][T][16].
 template <int T, int P, typename W>
@@ -40,51 +36,37 @@ void multiply_tile(const W *panels, int64_t cols, const float *x, float *out) {
             }
         }
     for (int p = 0; p < P; p++)
-        for (int t = 0; t < T; t++, out += PANEL) store(out, sums[t][p][0]), store(out + LANES, sums[t][p][1]);
+        for (int t = 0; t < T; t++, out += PANEL)
+            store(out, sums[t][p][0]), store(out + LANES, sums[t][p][1]);
 }
-
-#ifdef __AVX512BF16__
-template <int T, int P, typename W>
-void multiply_tile(const W *panels, int64_t cols, const Pair *x, float *out) {
-    __m512 sums[T][P] = {};
-    for (int64_t i = 0; i < cols; i++) {
-        __m512bh w[P];
-        for (int p = 0; p < P; p++) {
-            const W *from = panels + (p * cols + i) * PANEL;
-            __builtin_prefetch(from + P * cols * PANEL);
-            w[p] = (__m512bh)_mm512_loadu_si512(from);
-        }
-        for (int t = 0; t < T; t++)
-            for (int p = 0; p < P; p++)
-                sums[t][p] = _mm512_dpbf16_ps(sums[t][p], (__m512bh)_mm512_set1_epi32(x[t * cols + i]), w[p]);
-    }
-    for (int p = 0; p < P; p++)
-        for (int t = 0; t < T; t++, out += PANEL) _mm512_storeu_ps(out, sums[t][p]);
-}
-#endif
 
 // The tile of `tokens` (1 to T) and `panels` (1, 2, 4 ... P).
-template <int T, int P, typename W, typename X>
-void multiply_some(int64_t tokens, int64_t panels, const W *w, int64_t cols, const X *x, float *out) {
+template <int T, int P, typename W>
+void multiply_some(int64_t tokens, int64_t panels, const W *w, int64_t cols, const float *x, float *out) {
     if (panels < P) {
-        if constexpr (P > 1) multiply_some<P == 2 ? TILE : SUMS * 2 / P, P / 2>(tokens, panels, w, cols, x, out);
+        if constexpr (P > 1)
+            multiply_some<P == 2 ? TILE : SUMS * 2 / P, P / 2>(tokens, panels, w, cols, x, out);
     } else if (tokens < T) {
         if constexpr (T > 1) multiply_some<T - 1, P>(tokens, panels, w, cols, x, out);
     } else multiply_tile<T, P>(w, cols, x, out);
 }
 
-// The product of tokens with panels from..end, tile by tile: `emit(panel, token, low, high)` takes eight sums twice.
-template <typename W, typename X, typename Emit>
-void multiply_range(const W *panels, int64_t from, int64_t end, int64_t cols, const X *x, int64_t tokens, const Emit &emit) {
+// The product of tokens with panels from..end, tile by tile: `emit(panel, token, low, high)` takes eight sums
+// twice.
+template <typename W, typename Emit>
+void multiply_range(const W *panels, int64_t from, int64_t end, int64_t cols, const float *x, int64_t tokens,
+                    const Emit &emit) {
     float sums[std::max(TILE, SUMS) * PANEL];
-    for (int64_t p = from, together = PANELS<W>; p < end; p += together) {
+    for (int64_t p = from, together = PANELS; p < end; p += together) {
         while (together > 1 && (together * tokens > SUMS || p + together > end)) together /= 2;
         int64_t tiles = (tokens + TILE - 1) / TILE;
         for (int64_t k = 0, t = 0; k < tiles; k++) {
             int64_t count = tokens * (k + 1) / tiles - t;
-            multiply_some<SUMS / PANELS<W>, PANELS<W>>(count, together, panels + p * cols * PANEL, cols, x + t * cols, sums);
+            multiply_some<SUMS / PANELS, PANELS>(count, together, panels + p * cols * PANEL, cols,
+                                                 x + t * cols, sums);
             for (int64_t q = 0, i = 0; q < together; q++)
-                for (int64_t j = 0; j < count; j++, i += PANEL) emit(p + q, t + j, load(sums + i), load(sums + i + LANES));
+                for (int64_t j = 0; j < count; j++, i += PANEL)
+                    emit(p + q, t + j, load(sums + i), load(sums + i + LANES));
             t += count;
         }
     }
@@ -92,18 +74,12 @@ void multiply_range(const W *panels, int64_t from, int64_t end, int64_t cols, co
 
 // This thread's share of the panels of x [tokens, cols] W^T.
 template <typename Emit>
-void multiply(const Matrix &m, const float *x, int64_t tokens, int64_t thread, int64_t threads, const Emit &emit) {
-    int64_t panels = (m.rows + PANEL - 1) / PANEL, from = panels * thread / threads, end = panels * (thread + 1) / threads;
+void multiply(const Matrix &m, const float *x, int64_t tokens, int64_t thread, int64_t threads,
+              const Emit &emit) {
+    int64_t panels = (m.rows + PANEL - 1) / PANEL, from = panels * thread / threads,
+            end = panels * (thread + 1) / threads;
     if (m.kind == FLOATS) multiply_range((const float *)m.panels, from, end, m.cols, x, tokens, emit);
-    else if (m.kind == HALVES) multiply_range((const Half *)m.panels, from, end, m.cols, x, tokens, emit);
-#ifdef __AVX512BF16__
-    else {
-        static thread_local std::vector<Pair> rounded;
-        if ((int64_t)rounded.size() < tokens * m.cols / 2 + LANES) rounded.resize(tokens * m.cols / 2 + LANES);
-        round_pairs(x, tokens * m.cols, rounded.data());
-        multiply_range((const Pair *)m.panels, from, end, m.cols / 2, (const Pair *)rounded.data(), tokens, emit);
-    }
-#endif
+    else multiply_range((const Half *)m.panels, from, end, m.cols, x, tokens, emit);
 }
 
 // Stores a panel's sums (+ bias) into y [tokens, rows].

@@ -1,10 +1,12 @@
-// Sampling from rows of logits and verifying proposals, over rows side by side: see sampling.h for what is done with each.
+// Sampling from rows of logits and verifying proposals, over rows side by side: see sampling.h for what is
+// done with each.
 #include <omp.h>
 
 #include "sampling.h"
 
 extern "C" {
-struct Rows {  // logits, `stride` from one row to the next; softmaxes and sums of chunks [count, chunks], made by `describe_rows`
+struct Rows {  // logits, `stride` from one row to the next; softmaxes and sums of chunks [count, chunks],
+               // made by `describe_rows`
     int64_t count, columns, stride, threads;
     const float *logits;
     Softmax *softmaxes;
@@ -33,8 +35,9 @@ class Residual {
     Residual(const Residuals &pairs, int64_t i)
         : p_(pairs.p->softmaxes[pairs.p_row[i]]), q_(pairs.q->softmaxes[pairs.q_row[i]]),
           p_logits_(pairs.p->logits + pairs.p_row[i] * pairs.p->stride),
-          q_logits_(pairs.q->logits + pairs.q_row[i] * pairs.q->stride), p_scale_((float)(pairs.weight[i] / p_.total)),
-          q_scale_((float)(1 / q_.total)), spread_out_(pairs.q->ids != nullptr) {
+          q_logits_(pairs.q->logits + pairs.q_row[i] * pairs.q->stride),
+          p_scale_((float)(pairs.weight[i] / p_.total)), q_scale_((float)(1 / q_.total)),
+          spread_out_(pairs.q->ids != nullptr) {
         if (!spread_out_) return;
         static thread_local std::vector<float> whole;
         whole.assign(pairs.vocab, 0.f);
@@ -78,10 +81,12 @@ double add_up(const Residual &residual, int64_t vocab, double *sums) {
 }  // namespace
 
 extern "C" void describe_rows(const Rows *rows, const Setting *settings) {
-    int64_t chunks = chunks_of(rows->columns), threads = threads_for(rows->count, rows->columns, rows->threads);
+    int64_t chunks = chunks_of(rows->columns),
+            threads = threads_for(rows->count, rows->columns, rows->threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t i = 0; i < rows->count; i++)
-        describe(rows->logits + i * rows->stride, rows->columns, settings[i], rows->softmaxes[i], rows->sums + i * chunks);
+        describe(rows->logits + i * rows->stride, rows->columns, settings[i], rows->softmaxes[i],
+                 rows->sums + i * chunks);
 }
 
 // One token of each row, and its probability where `chances` is not null.
@@ -96,8 +101,10 @@ extern "C" void draw_rows(const Rows *rows, const double *uniforms, int64_t *tok
 }
 
 // The probability of a column in some rows.
-extern "C" void find_chances(const Rows *rows, int64_t count, const int64_t *row, const int64_t *column, double *out) {
-    for (int64_t i = 0; i < count; i++) out[i] = chance(rows->softmaxes[row[i]], rows->logits + row[i] * rows->stride, column[i]);
+extern "C" void find_chances(const Rows *rows, int64_t count, const int64_t *row, const int64_t *column,
+                             double *out) {
+    for (int64_t i = 0; i < count; i++)
+        out[i] = chance(rows->softmaxes[row[i]], rows->logits + row[i] * rows->stride, column[i]);
 }
 
 // All probabilities, [count, vocab].
@@ -111,7 +118,8 @@ extern "C" void fill_rows(const Rows *rows, int64_t vocab, float *out) {
         for (int64_t from = 0; from < rows->columns; from += SPAN) {
             int64_t end = std::min(from + SPAN, rows->columns);
             weigh(soft, rows->logits + i * rows->stride, from, end, weights);
-            for (int64_t j = from; j < end; j++) to[rows->ids ? rows->ids[j] : j] = weights[j - from] * factor;
+            for (int64_t j = from; j < end; j++)
+                to[rows->ids ? rows->ids[j] : j] = weights[j - from] * factor;
         }
     }
 }
@@ -128,7 +136,8 @@ extern "C" void sum_residuals(const Residuals *pairs, double *out) {
 
 // One token of each residual; of p where nothing is left of it, which only rounding brings about.
 extern "C" void draw_residuals(const Residuals *pairs, const double *uniforms, int64_t *tokens) {
-    int64_t threads = threads_for(pairs->count, pairs->vocab, pairs->p->threads), chunks = chunks_of(pairs->vocab);
+    int64_t threads = threads_for(pairs->count, pairs->vocab, pairs->p->threads),
+            chunks = chunks_of(pairs->vocab);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t i = 0; i < pairs->count; i++) {
         const Rows &p = *pairs->p;
@@ -142,6 +151,7 @@ extern "C" void draw_residuals(const Residuals *pairs, const double *uniforms, i
                 continue;
             }
         }
-        tokens[i] = draw(p.logits + row * p.stride, p.columns, p.softmaxes[row], p.sums + row * chunks, uniforms[i]);
+        tokens[i] =
+            draw(p.logits + row * p.stride, p.columns, p.softmaxes[row], p.sums + row * chunks, uniforms[i]);
     }
 }

@@ -1,10 +1,11 @@
-// The distribution that a row of logits is sampled from, described by a few numbers (`Softmax`) instead of made: temperature, then
-// top-k, top-p and min-p, each on what the one before left. All three keep the largest logits, so that together they are one
-// cut; of logits equal to the cut, top-p may keep only the first ones. What follows the description looks at single tokens or
-// takes one pass over the row. All is float32 with sums over chunks in float64, in an order that depends on the row alone.
+// The distribution that a row of logits is sampled from, described by a few numbers (`Softmax`) instead of
+// made: temperature, then top-k, top-p and min-p, each on what the one before left. All three keep the
+// largest logits, so that together they are one cut; of logits equal to the cut, top-p may keep only the
+// first ones. What follows the description looks at single tokens or takes one pass over the row. All is
+// float32 with sums over chunks in float64, in an order that depends on the row alone.
 //
-// A logit that is no number counts as -infinity. A row whose largest logit is not finite, like one at temperature 0, has all its
-// mass on the first largest one.
+// A logit that is no number counts as -infinity. A row whose largest logit is not finite, like one at
+// temperature 0, has all its mass on the first largest one.
 #pragma once
 #include <cfloat>
 #include <functional>
@@ -22,7 +23,7 @@ struct Setting {  // of a row; top_k 0, top_p 1 and min_p 0 are off
 };
 struct Softmax {
     double total;           // the sum of all weights
-    int64_t best, last;     // the first largest logit; of those equal to the cut the ones up to `last` are kept
+    int64_t best, last;  // the first largest logit; of those equal to the cut the ones up to `last` are kept
     float top, slope, cut;  // the largest logit; a weight is exp((x - top) slope), and 0 for x below the cut
     int32_t single;         // all mass is on `best`
 };
@@ -69,8 +70,20 @@ inline double chance(const Softmax &soft, const float *x, int64_t at) {
     return weight(soft, broadcast(x[at]))[0] / soft.total;
 }
 
-// The largest logit of each chunk, and of all.
-inline float maxima(const float *x, int64_t count, float *tops) {
+// What a thread needs while it works on a row: the largest logit of each chunk and of its lanes; some logits.
+struct Room {
+    std::vector<float> tops, lanes, values;
+};
+inline Room &room_for(int64_t count) {
+    static thread_local Room room;
+    int64_t chunks = chunks_of(count);
+    if ((int64_t)room.tops.size() < chunks)
+        room.tops.resize(chunks), room.lanes.resize(chunks * LANES), room.values.resize(chunks * SPAN);
+    return room;
+}
+
+// The largest logit of each chunk and of every eighth logit of it; of all.
+inline float maxima(const float *x, int64_t count, Room &room) {
     float all = -INFINITY;
     for (int64_t c = 0, i = 0; i < count; c++) {
         int64_t end = std::min(i + SPAN, count);
@@ -79,141 +92,109 @@ inline float maxima(const float *x, int64_t count, float *tops) {
             Vec u = load(x + i), v = load(x + i + LANES);
             a = u > a ? u : a, b = v > b ? v : b;
         }
-        float top = hmax(a > b ? a : b);
-        for (; i < end; i++) top = x[i] > top ? x[i] : top;
-        tops[c] = top;
+        Vec tops = a > b ? a : b;
+        for (; i < end; i++)
+            if (x[i] > tops[i % LANES]) tops[i % LANES] = x[i];
+        store(room.lanes.data() + c * LANES, tops);
+        float top = room.tops[c] = hmax(tops);
         all = top > all ? top : all;
     }
     return all;
 }
 
-// What a thread needs while it works on a row.
-struct Room {
-    std::vector<float> tops, values, weights;
-};
-inline Room &room_for(int64_t count) {
-    static thread_local Room room;
-    if ((int64_t)room.values.size() < count + SPAN) {
-        room.tops.resize(chunks_of(count)), room.values.resize(count + SPAN), room.weights.resize(count + SPAN);
-    }
-    return room;
-}
-
-// Logits of at least `least` to `values`, with a softmax also their weights; how many.
-inline int64_t collect(const float *x, int64_t count, float least, const Softmax *soft, Room &room) {
-    int64_t found = 0;
-    float weights[SPAN] = {};
-    for (int64_t c = 0, from = 0; from < count; c++, from += SPAN) {
-        if (!(room.tops[c] >= least)) continue;
-        int64_t to = std::min(from + SPAN, count);
-        if (soft) weigh(*soft, x, from, to, weights);
-        for (int64_t i = from; i < to; i++) {  // without a branch that nobody can guess
-            room.values[found] = x[i];
-            room.weights[found] = weights[i - from];
-            found += x[i] >= least;
-        }
-    }
-    return found;
-}
-
-// The k-th largest logit, -FLT_MAX where fewer are finite.
+// The k-th largest logit, -FLT_MAX where fewer are finite. Every lane has a logit of its own as large as its
+// maximum, so that no logit below the k-th largest maximum need be looked at.
 inline float largest_but(int64_t k, const float *x, int64_t count, Room &room) {
-    float bound = -FLT_MAX;
+    float bound = -FLT_MAX, *values = room.values.data();
     auto kth = [&](int64_t found) {
-        std::nth_element(room.values.begin(), room.values.begin() + k - 1, room.values.begin() + found, std::greater<float>());
-        return room.values[k - 1];
+        std::nth_element(values, values + k - 1, values + found, std::greater<float>());
+        return values[k - 1];
     };
-    int64_t chunks = chunks_of(count);
-    if (k <= chunks) {  // so many chunks have a logit of at least the k-th largest of their maxima
-        std::copy(room.tops.begin(), room.tops.begin() + chunks, room.values.begin());
-        bound = std::max(bound, kth(chunks));
+    int64_t lanes = chunks_of(count) * LANES, found = 0;
+    if (k <= lanes) {
+        std::copy(room.lanes.begin(), room.lanes.begin() + lanes, values);
+        bound = std::max(bound, kth(lanes));
     }
-    int64_t found = collect(x, count, bound, nullptr, room);
+    for (int64_t c = 0, from = 0; from < count; c++, from += SPAN) {
+        if (!(room.tops[c] >= bound)) continue;
+        int64_t to = std::min(from + SPAN, count), i = from;
+        for (; i + 4 * LANES <= to; i += 4 * LANES) {
+            Vec tops = broadcast(-INFINITY);
+            for (int64_t j = i; j < i + 4 * LANES; j += LANES) tops = load(x + j) > tops ? load(x + j) : tops;
+            if (!(hmax(tops) >= bound)) continue;
+            for (int64_t j = i; j < i + 4 * LANES; j++) values[found] = x[j], found += x[j] >= bound;
+        }
+        for (; i < to; i++) values[found] = x[i], found += x[i] >= bound;
+    }
     return found < k ? -FLT_MAX : kth(found);
 }
 
-// Whole numbers in the order of floats.
-inline int64_t key_of(float x) {
-    int32_t bits;
-    std::memcpy(&bits, &x, sizeof x);
-    return bits ^ (bits >> 31 & 0x7fffffff);
-}
-inline float of_key(int64_t key) {
-    int32_t bits = (int32_t)key;
-    bits ^= bits >> 31 & 0x7fffffff;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-// The largest number t such that the weights of values >= t sum to `wanted` at least (`least`, if none does), and the sum of
-// those above t. The interval is cut into eight at a time, and what lies outside is dropped.
-inline float cut_at(int64_t count, double wanted, float least, float top, Room &room, double &above) {
-    constexpr int CUTS = 7;
-    float *x = room.values.data(), *w = room.weights.data();
-    int64_t low = key_of(least), high = key_of(top) + 1;
-    above = 0;
-    while (high - low > 1) {
-        std::fill(x + count, x + count + LANES, -INFINITY), std::fill(w + count, w + count + LANES, 0.f);
-        int64_t keys[CUTS];
-        Vec cuts[CUTS], sums[CUTS] = {};
-        for (int j = 0; j < CUTS; j++) keys[j] = low + (high - low) * (j + 1) / (CUTS + 1), cuts[j] = broadcast(of_key(keys[j]));
-        for (int64_t i = 0; i < count; i += LANES) {
-            Vec v = load(x + i), m = load(w + i);
-            for (int j = 0; j < CUTS; j++) sums[j] += v >= cuts[j] ? m : broadcast(0.f);
-        }
-        double base = above;
-        bool open = true;  // nothing is above the interval yet
-        for (int j = 0; j < CUTS; j++) {
-            double sum = base + hsum(sums[j]);
-            if (sum < wanted) {
-                high = keys[j], above = sum, open = false;
-                break;
-            }
-            low = keys[j];
-        }
-        float first = of_key(low), end = open ? INFINITY : of_key(high);
-        int64_t kept = 0;
-        for (int64_t i = 0; i < count; i++) {
-            float value = x[i], weight = w[i];
-            x[kept] = value, w[kept] = weight;
-            kept += value >= first && value < end;
-        }
-        count = kept;
-    }
-    return of_key(low);
-}
-
 // Cut to the fewest most likely tokens whose share is `top_p` at least; of equally likely ones the first.
+// Weights are added up in bins of nearly equal ones, and the logits of the bin where the share is reached are
+// sorted.
 inline void keep_nucleus(double top_p, const float *x, int64_t count, Softmax &soft, Room &room) {
-    double sum = 0, above;
+    constexpr int64_t BINS = 4096, LAST = BINS - 1;  // the last one takes all that is smaller
+    constexpr float BINS_PER_UNIT = 100.f;           // of the exponent
+    auto bin_of = [&](Vec v) {  // never falls as logits fall; the last for what is no number
+        Vec bin = (soft.top - v) * soft.slope * BINS_PER_UNIT;
+        return __builtin_convertvector(bin < broadcast(LAST) ? bin : broadcast(LAST), IntVec);
+    };
+    auto each_chunk = [&](float least, auto &&visit) {
+        for (int64_t c = 0, from = 0; from < count; c++, from += SPAN)
+            if (room.tops[c] >= least) visit(c, from, std::min(from + SPAN, count));
+    };
+    double bins[BINS] = {}, sum = 0, above = 0;
     float weights[SPAN];
-    for (int64_t c = 0, from = 0; from < count; c++, from += SPAN)
-        if (room.tops[c] >= soft.cut) sum += weigh(soft, x, from, std::min(from + SPAN, count), weights);
+    each_chunk(soft.cut,
+               [&](int64_t, int64_t from, int64_t to) { sum += weigh(soft, x, from, to, weights); });
     double wanted = std::max(top_p, (double)FLT_MIN) * sum;  // the most likely token stays
     // tokens of less than `least` weigh less than what may be left out, all together
     double least = .5 * (1 - top_p) * sum / count;
     float lowest = std::max(soft.cut, (float)(soft.top + std::log(std::max(least, DBL_MIN)) / soft.slope));
-    soft.cut = cut_at(collect(x, count, lowest, &soft, room), wanted, lowest, soft.top, room, above);
-    double each = weight(soft, broadcast(soft.cut))[0], equals = each > 0 ? std::ceil((wanted - above) / each) : count;
-    int64_t left = std::max((int64_t)1, (int64_t)std::min(equals, (double)count)), last = count - 1;
-    for (int64_t c = 0, from = 0; from < count; c++, from += SPAN) {
-        if (!(room.tops[c] >= soft.cut)) continue;
-        for (int64_t i = from; i < std::min(from + SPAN, count); i++) {
-            if (x[i] != soft.cut) continue;
-            if (left-- == 0) {
-                soft.last = last;
-                return;
-            }
-            last = i;
+    each_chunk(lowest, [&](int64_t, int64_t from, int64_t to) {
+        weigh(soft, x, from, to, weights);
+        int64_t i = from;
+        for (; i + LANES <= to; i += LANES) {
+            IntVec at = bin_of(load(x + i));
+            for (int j = 0; j < LANES; j++) bins[at[j]] += weights[i - from + j];
         }
+        for (; i < to; i++) bins[bin_of(broadcast(x[i]))[0]] += weights[i - from];
+    });
+    int64_t bin = 0, found = 0;
+    while (bin < LAST && above + bins[bin] < wanted) above += bins[bin++];
+    float *values = room.values.data();
+    each_chunk(lowest, [&](int64_t c, int64_t from, int64_t to) {
+        if (bin_of(broadcast(room.tops[c]))[0] > bin) return;
+        int64_t i = from;
+        for (; i + LANES <= to; i += LANES) {
+            IntVec at = bin_of(load(x + i));
+            for (int j = 0; j < LANES; j++)
+                values[found] = x[i + j], found += at[j] == bin && x[i + j] >= lowest;
+        }
+        for (; i < to; i++)
+            values[found] = x[i], found += bin_of(broadcast(x[i]))[0] == bin && x[i] >= lowest;
+    });
+    std::sort(values, values + found, std::greater<float>());
+    double each = 0;
+    for (int64_t i = 0, next = 0; i < found; i = next) {
+        soft.cut = values[i], each = weight(soft, broadcast(soft.cut))[0];
+        while (next < found && values[next] == values[i]) next++;
+        if (next == found || above + (next - i) * each >= wanted) break;
+        above += (next - i) * each;
     }
+    double equals = each > 0 ? std::ceil((wanted - above) / each) : count;
+    int64_t left = std::max((int64_t)1, (int64_t)std::min(equals, (double)count)), last = count - 1;
+    each_chunk(soft.cut, [&](int64_t, int64_t from, int64_t to) {
+        for (int64_t i = from; i < to && left >= 0; i++)
+            if (x[i] == soft.cut && left-- > 0) last = i;
+    });
+    if (left < 0) soft.last = last;
 }
 
 // Describe a row; `sums` [chunks] get the weights' sums.
 inline void describe(const float *x, int64_t count, const Setting &setting, Softmax &soft, double *sums) {
     Room &room = room_for(count);
-    soft.top = maxima(x, count, room.tops.data());
+    soft.top = maxima(x, count, room);
     soft.best = 0, soft.last = count - 1, soft.cut = -FLT_MAX, soft.total = 1;
     while (soft.best < count && x[soft.best] != soft.top) {
         bool elsewhere = soft.best % SPAN == 0 && room.tops[soft.best / SPAN] != soft.top;
@@ -225,7 +206,9 @@ inline void describe(const float *x, int64_t count, const Setting &setting, Soft
     if (!soft.single) {
         if (setting.top_k > 0 && setting.top_k < count) soft.cut = largest_but(setting.top_k, x, count, room);
         if (setting.top_p < 1) keep_nucleus(setting.top_p, x, count, soft, room);
-        float least = setting.min_p > 0 ? std::min(soft.top, (float)(soft.top + std::log(setting.min_p) / soft.slope)) : -FLT_MAX;
+        float least = setting.min_p > 0
+                          ? std::min(soft.top, (float)(soft.top + std::log(setting.min_p) / soft.slope))
+                          : -FLT_MAX;
         if (least > soft.cut) soft.cut = least, soft.last = count - 1;
     }
     float weights[SPAN];
@@ -237,8 +220,8 @@ inline void describe(const float *x, int64_t count, const Setting &setting, Soft
     soft.total = sum;
 }
 
-// The first token at which the running sum of weights exceeds `uniform` times the total: `weigh_chunk(from, to, weights)` gives
-// those of a chunk, `sums` are its sums. A token without weight never comes.
+// The first token at which the running sum of weights exceeds `uniform` times the total: `weigh_chunk(from,
+// to, weights)` gives those of a chunk, `sums` are its sums. A token without weight never comes.
 template <typename WeighChunk>
 int64_t draw(int64_t count, const double *sums, double total, double uniform, const WeighChunk &weigh_chunk) {
     double wanted = uniform * total, before = 0;

@@ -1,9 +1,11 @@
-// One pass of a transformer stack over flattened tokens and paged keys and values, as one function: what `Stack.run` does in
-// a hundred PyTorch operations. Compiled at first use (see native.py); plain C interface, no padding, any number of tokens.
+// One pass of a transformer stack over flattened tokens and paged keys and values, as one function: what
+// `Stack.run` does in a hundred PyTorch operations. Compiled at first use (see native.py); plain C interface,
+// no padding, any number of tokens.
 //
-// The threads share one parallel region. Each keeps its own copy of the residual stream and of the normed input, so that a
-// layer needs five barriers only: after qkv, attention, out, gate/up and down. Every sum is taken in one order, so a token's
-// result is the same to the bit alone, in any batch and with any number of threads.
+// The threads share one parallel region. Each keeps its own copy of the residual stream and of the normed
+// input, so that a layer needs five barriers only: after qkv, attention, out, gate/up and down. Every sum is
+// taken in one order, so a token's result is the same to the bit alone, in any batch and with any number of
+// threads.
 #include <omp.h>
 
 #include "attention.h"
@@ -37,8 +39,8 @@ struct Own {
 };
 
 // x = (x + y) * scale, with a norm of y first where the family has one; then normed = norm(x).
-void add(const Stack &stack, const Placed &step, const float *y, const float *y_norm, float scale, const float *next_norm,
-         Own &own) {
+void add(const Stack &stack, const Placed &step, const float *y, const float *y_norm, float scale,
+         const float *next_norm, Own &own) {
     int64_t H = stack.hidden;
     for (int64_t t = 0; t < step.tokens; t++) {
         float *x = own.x + t * H, *normed = own.normed + t * H;
@@ -50,16 +52,18 @@ void add(const Stack &stack, const Placed &step, const float *y, const float *y_
 }
 
 template <typename K>
-void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Own &own, int64_t thread, int64_t threads) {
+void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Own &own, int64_t thread,
+                int64_t threads) {
     int64_t T = step.tokens, H = stack.hidden;
-    for (int64_t t = 0; t < T; t++) rms_norm(own.normed + t * H, own.x + t * H, stack.layer[0].input_norm, H, stack.eps);
+    for (int64_t t = 0; t < T; t++)
+        rms_norm(own.normed + t * H, own.x + t * H, stack.layer[0].input_norm, H, stack.eps);
     for (int64_t index = 0, captured = 0; index < stack.layers; index++) {
         const Layer &layer = stack.layer[index];
         multiply(layer.qkv, own.normed, T, thread, threads, Into{shared.qkv, layer.qkv.rows, layer.qkv_bias});
 #pragma omp barrier
         for (int64_t unit = thread; unit < step.requests * layer.kv_heads; unit += threads)
-            attend(stack, layer, step, unit / layer.kv_heads, unit % layer.kv_heads, shared.qkv, shared.mixed, own.scores,
-                   own.positions, (const K **)own.rows);
+            attend(stack, layer, step, unit / layer.kv_heads, unit % layer.kv_heads, shared.qkv, shared.mixed,
+                   own.scores, own.positions, (const K **)own.rows);
 #pragma omp barrier
         multiply(layer.out, shared.mixed, T, thread, threads, Into{shared.y, H, layer.out_bias});
 #pragma omp barrier
@@ -67,18 +71,22 @@ void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Ow
         bool gelu = stack.gelu;
         float *act = shared.act;
         int64_t inner = layer.down.cols;
-        multiply(layer.gate_up, own.normed, T, thread, threads, [=](int64_t panel, int64_t t, Vec gate, Vec up) {
-            store(act + t * inner + panel * LANES, activate(gate, gelu) * up);  // a panel holds 8 rows of each
-        });
+        multiply(layer.gate_up, own.normed, T, thread, threads,
+                 [=](int64_t panel, int64_t t, Vec gate, Vec up) {
+                     store(act + t * inner + panel * LANES,
+                           activate(gate, gelu) * up);  // a panel holds 8 rows of each
+                 });
 #pragma omp barrier
         multiply(layer.down, shared.act, T, thread, threads, Into{shared.y, H, nullptr});
 #pragma omp barrier
         bool last = index + 1 == stack.layers;
-        add(stack, step, shared.y, layer.mlp_out_norm, layer.output_scale, last ? nullptr : stack.layer[index + 1].input_norm, own);
+        add(stack, step, shared.y, layer.mlp_out_norm, layer.output_scale,
+            last ? nullptr : stack.layer[index + 1].input_norm, own);
         if (captured < step.captures && step.capture[captured] == index) {
             if (thread == 0)
                 for (int64_t t = 0; t < T; t++)
-                    std::memcpy(step.features + (t * step.captures + captured) * H, own.x + t * H, H * sizeof(float));
+                    std::memcpy(step.features + (t * step.captures + captured) * H, own.x + t * H,
+                                H * sizeof(float));
             captured++;
         }
     }
@@ -86,21 +94,13 @@ void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Ow
 
 }  // namespace
 
-// Whether this build multiplies pairs of bfloat16 numbers.
-extern "C" int64_t multiplies_pairs() {
-#ifdef __AVX512BF16__
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-// Reads the step's tokens into the layers' memories; fills features, normed hidden states, logits and largest logits of
-// the wanted rows.
+// Reads the step's tokens into the layers' memories; fills features, normed hidden states, logits and largest
+// logits of the wanted rows.
 extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given) {
     const Placed placed(*given), *step = &placed;
     int64_t T = step->tokens, H = stack->hidden, threads = step->threads;
-    int64_t rows = T > step->wanted ? T : step->wanted, positions = step->table_width * step->block_size + PANEL;
+    int64_t rows = T > step->wanted ? T : step->wanted,
+            positions = step->table_width * step->block_size + PANEL;
     int64_t qkv = 0, mixed = 0, inner = 0;
     for (const Layer *layer = stack->layer; layer < stack->layer + stack->layers; layer++) {
         qkv = std::max(qkv, layer->qkv.rows), mixed = std::max(mixed, layer->out.cols);
@@ -129,7 +129,8 @@ extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given
         Own &own = owns[thread];
         for (int64_t t = 0; t < T; t++)
             for (int64_t i = 0, at = step->token[t] * H; i < H; i += LANES) {
-                Vec row = ends->half ? load((const Half *)ends->embedding + at + i) : load((const float *)ends->embedding + at + i);
+                Vec row = ends->half ? load((const Half *)ends->embedding + at + i)
+                                     : load((const float *)ends->embedding + at + i);
                 store(own.x + t * H + i, row * ends->embedding_scale);
             }
         if (stack->half) run_layers<Half>(*stack, *step, shared, own, thread, count);
@@ -139,11 +140,13 @@ extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given
         if (thread == 0) std::memcpy(step->hidden, own.normed, step->wanted * H * sizeof(float));
         float scale = ends->logit_scale, limit = ends->logit_cap;
         Into into{step->logits, ends->head.rows, nullptr};
-        multiply(ends->head, own.normed, step->wanted, thread, count, [=](int64_t p, int64_t t, Vec low, Vec high) {
-            low *= scale, high *= scale;
-            for (int i = 0; limit > 0 && i < LANES; i++) low[i] = cap(low[i], limit), high[i] = cap(high[i], limit);
-            into(p, t, low, high);
-        });
+        multiply(ends->head, own.normed, step->wanted, thread, count,
+                 [=](int64_t p, int64_t t, Vec low, Vec high) {
+                     low *= scale, high *= scale;
+                     for (int i = 0; limit > 0 && i < LANES; i++)
+                         low[i] = cap(low[i], limit), high[i] = cap(high[i], limit);
+                     into(p, t, low, high);
+                 });
         if (step->best) {
 #pragma omp barrier
             for (int64_t w = thread; w < step->wanted; w += count)
@@ -153,7 +156,8 @@ extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given
 }
 
 // Projects context features [T, F] and writes the keys and values of every layer at the step's slots.
-extern "C" void write_context(const Stack *stack, const Context *context, const Step *given, const float *features) {
+extern "C" void write_context(const Stack *stack, const Context *context, const Step *given,
+                              const float *features) {
     const Placed placed(*given), *step = &placed;
     int64_t T = step->tokens, H = stack->hidden, L = stack->layers;
     int64_t M = stack->layer->kv_heads, D = stack->layer->head_dim;
@@ -183,7 +187,8 @@ extern "C" void write_context(const Stack *stack, const Context *context, const 
                 float *k = kv + t * width + (l * M + m) * D, *v = k + L * M * D;
                 const float *norm = context->k_norm ? context->k_norm + l * D : nullptr;
                 int64_t at = (step->slot[t] * M + m) * 2 * D, position = step->position[t];
-                if (stack->half) store_key_value(layer, k, v, norm, position, (Half *)layer.memory + at, stack->eps);
+                if (stack->half)
+                    store_key_value(layer, k, v, norm, position, (Half *)layer.memory + at, stack->eps);
                 else store_key_value(layer, k, v, norm, position, (float *)layer.memory + at, stack->eps);
             }
         }

@@ -1,7 +1,8 @@
-// What a training step on a CPU does with small tensors, as one function where PyTorch needs dozens of operations: attention
-// of drafted blocks (see attention.py) and the distillation losses of rows of logits (see draft/losses.py), each forward and
-// backward. float32, plain C interface, compiled at first use (see native_training.py). Every sum is taken by one thread in
-// one order, so that results do not depend on the number of threads.
+// What a training step on a CPU does with small tensors, as one function where PyTorch needs dozens of
+// operations: attention of drafted blocks (see attention.py) and the distillation losses of rows of logits
+// (see draft/losses.py), each forward and backward. float32, plain C interface, compiled at first use (see
+// native_training.py). Every sum is taken by one thread in one order, so that results do not depend on the
+// number of threads.
 #include <vector>
 
 #include "vectors.h"
@@ -10,7 +11,8 @@ extern "C" {
 struct Blocks {  // native_training.py has the same structures, field by field
     int64_t documents, gamma, own, heads, kv_heads, size, threads;
     float scale;
-    const int64_t *first, *start, *stop;  // first block of each document and the number of blocks; what each block sees
+    const int64_t *first, *start,
+        *stop;  // first block of each document and the number of blocks; what each block sees
     const float *q, *own_k, *own_v, *seen_k, *seen_v;
     float *out, *log_sum;  // [Q, N, D], [Q, N]
     const float *by_out;   // gradients; those of keys and values are added to
@@ -20,8 +22,9 @@ struct Distillation {
     int64_t rows, states, vocab, whole_vocab, threads;
     float *draft;                // logits [n, V]; the gradient by them when done
     const float *target;         // logits [u, V] of the draft vocabulary
-    const float *whole;          // logits [u, whole_vocab] of the target's; null where the two vocabularies are one
-    const int64_t *state, *token;  // [n]: each row's place in `target`, and the token that follows (-1: outside)
+    const float *whole;  // logits [u, whole_vocab] of the target's; null where the two vocabularies are one
+    const int64_t *state,
+        *token;  // [n]: each row's place in `target`, and the token that follows (-1: outside)
     float *draft_sum, *target_sum;  // log sum exp of each row [n], [u]
     float *mass;                  // [u]: the target's probability of the whole draft vocabulary
     float *ce, *tv, *kl, *inner;  // [n]: the losses, and sum_v q s with s = sign(q - p)
@@ -75,7 +78,8 @@ void mix_wide(float *const *out, const float *weights, int64_t stride, const Row
     for (; at + 4 * LANES <= size; at += 4 * LANES) mix_rows<N, 4>(out, weights, stride, b, at);
     for (; at < size; at += LANES) mix_rows<N, 1>(out, weights, stride, b, at);
 }
-void weighted_sum(const std::vector<float *> &out, const float *weights, int64_t stride, const Rows &b, int64_t size) {
+void weighted_sum(const std::vector<float *> &out, const float *weights, int64_t stride, const Rows &b,
+                  int64_t size) {
     size_t n = 0;
     for (; n + 2 <= out.size(); n += 2) mix_wide<2>(&out[n], weights + n * stride, stride, b, size);
     if (n < out.size()) mix_wide<1>(&out[n], weights + n * stride, stride, b, size);
@@ -140,7 +144,8 @@ void attend(const Meeting &at, Room &room) {
     for (int64_t r = 0; r < rows; r++) {
         float *row = scores + r * stride, sum = log_sum_exp(row, keys, all.scale);
         at.log_sum(r) = sum;
-        for (int64_t i = 0; i < stride; i += LANES) store(row + i, exponential(load(row + i) * all.scale - sum));
+        for (int64_t i = 0; i < stride; i += LANES)
+            store(row + i, exponential(load(row + i) * all.scale - sum));
         std::memset(room.to[r], 0, all.size * sizeof(float));
     }
     weighted_sum(room.to, scores, stride, room.v, all.size);
@@ -159,7 +164,8 @@ void push_back(const Meeting &at, Room &room) {
     dots(room.by_out, room.v, all.size, grads, stride);
     for (int64_t r = 0; r < rows; r++) {
         Vec sums = {};
-        for (int64_t i = 0; i < all.size; i += LANES) sums += load(room.by_out[r] + i) * load(room.out[r] + i);
+        for (int64_t i = 0; i < all.size; i += LANES)
+            sums += load(room.by_out[r] + i) * load(room.out[r] + i);
         float inner = hsum(sums), sum = at.log_sum(r);
         for (int64_t i = r * stride; i < (r + 1) * stride; i += LANES) {
             Vec p = exponential(load(probs + i) * all.scale - sum);
@@ -205,12 +211,14 @@ void measure_rows(const Distillation *all) {
         for (int64_t u = 0; u < all->states; u++) {
             float inside = all->target_sum[u] = log_sum_exp(all->target + u * V, V, 1);
             int64_t W = all->whole_vocab;
-            all->mass[u] = all->whole ? std::min(1.f, std::exp(inside - log_sum_exp(all->whole + u * W, W, 1))) : 1;
+            all->mass[u] =
+                all->whole ? std::min(1.f, std::exp(inside - log_sum_exp(all->whole + u * W, W, 1))) : 1;
         }
 #pragma omp for
         for (int64_t n = 0; n < all->rows; n++) {
             const float *z = all->draft + n * V, *t = all->target + all->state[n] * V;
-            float z_sum = log_sum_exp(z, V, 1), t_sum = all->target_sum[all->state[n]], mass = all->mass[all->state[n]];
+            float z_sum = log_sum_exp(z, V, 1), t_sum = all->target_sum[all->state[n]],
+                  mass = all->mass[all->state[n]];
             Vec tv = {}, kl = {}, inner = {}, none = {};
             for (int64_t i = 0; i < V; i += LANES) {
                 Vec log_q = load(z + i) - z_sum, log_p = load(t + i) - t_sum;
@@ -232,10 +240,12 @@ void push_back_rows(const Distillation *all) {
     for (int64_t n = 0; n < all->rows; n++) {
         float *z = all->draft + n * V, z_sum = all->draft_sum[n], t_sum = all->target_sum[all->state[n]];
         const float *t = all->target + all->state[n] * V;
-        float mass = all->mass[all->state[n]], by_tv = all->by_tv[n], by_kl = all->by_kl[n], by_q = all->by_ce[n] + by_kl - by_tv * all->inner[n];
+        float mass = all->mass[all->state[n]], by_tv = all->by_tv[n], by_kl = all->by_kl[n],
+              by_q = all->by_ce[n] + by_kl - by_tv * all->inner[n];
         Vec none = {};
         for (int64_t i = 0; i < V; i += LANES) {
-            Vec q = exponential(load(z + i) - z_sum), inside = exponential(load(t + i) - t_sum), p = inside * mass;
+            Vec q = exponential(load(z + i) - z_sum), inside = exponential(load(t + i) - t_sum),
+                p = inside * mass;
             Vec turned = (q > p ? q : none) - (q < p ? q : none);
             store(z + i, turned * by_tv + q * by_q - inside * by_kl);
         }

@@ -5,8 +5,7 @@
 #include "sampling.h"
 
 typedef uint16_t Half;  // the upper half of a float32, rounded: bfloat16
-typedef uint32_t Pair;  // two of them
-enum Kind { FLOATS, HALVES, PAIRS };
+enum Kind { FLOATS, HALVES };
 
 extern "C" {
 struct Matrix {
@@ -16,7 +15,8 @@ struct Matrix {
 struct Layer {  // names as in stack.py; null (window, score_cap: 0) where a family has no such part
     int64_t heads, kv_heads, head_dim, window, value_norm;
     float scale, score_cap, output_scale;
-    const float *input_norm, *qkv_bias, *qk_norm, *out_bias, *post_attention_norm, *mlp_norm, *mlp_out_norm, *rotary;
+    const float *input_norm, *qkv_bias, *qk_norm, *out_bias, *post_attention_norm, *mlp_norm, *mlp_out_norm,
+        *rotary;
     void *memory;  // [slots, M, 2 D], float or Half
     Matrix qkv, out, gate_up, down;
 };
@@ -33,7 +33,8 @@ struct Ends {  // what lies before and after the layers
     Matrix head;
 };
 struct Step {
-    int64_t tokens, requests, block_size, table_width, wanted, captures, block, threads;  // `block`: as in passes.py
+    int64_t tokens, requests, block_size, table_width, wanted, captures, block,
+        threads;             // `block`: as in passes.py
     const int64_t *numbers;  // token, start, length, table, want, capture, one after the other
     float *features, *hidden, *logits;  // [T, captures H], [W, H], [W, V]
     int64_t *best;  // [W], the first largest logit of each wanted row; null when nobody asks
@@ -44,7 +45,8 @@ struct Context {  // a drafter's context features to keys and values of all its 
 };
 enum HeadKind { MARKOV, GATED, RNN };
 enum Part { ALL, LOGITS, TOKENS };
-struct SequentialHead {  // W1 [V, r], W2 [C, r], joint matrix and bias of the gated and RNN heads (see draft/heads.py); confidence:
+struct SequentialHead {  // W1 [V, r], W2 [C, r], joint matrix and bias of the gated and RNN heads (see
+                         // draft/heads.py); confidence:
     int64_t kind;        // weights [H (+ r)] and bias; null where there is none
     const float *w1;
     Matrix w2, joint;
@@ -53,7 +55,8 @@ struct SequentialHead {  // W1 [V, r], W2 [C, r], joint matrix and bias of the g
     float confidence_bias;
 };
 struct Draft {
-    int64_t requests, positions, hidden, columns, row, threads;  // `row`: numbers from one row of logits to the next
+    int64_t requests, positions, hidden, columns, row,
+        threads;             // `row`: numbers from one row of logits to the next
     int64_t from, to, part;  // positions to draft, and what of them: the logits, the tokens, or both
     const float *states;     // [R, G, H]
     float *logits;           // base logits [R, G, row], those of the chosen prefix when done

@@ -1,12 +1,10 @@
-// Eight floats at a time, in the compiler's own vector types: AVX2 has registers for them, others get two halves.
+// Eight floats at a time, in the compiler's own vector types: AVX2 has registers for them, others get two
+// halves.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
@@ -16,19 +14,23 @@ typedef uint16_t HalfVec __attribute__((vector_size(16), aligned(2), may_alias))
 constexpr int64_t LANES = 8;
 
 inline Vec load(const float *p) { return *(const Vec *)p; }
-inline Vec load(const uint16_t *p) { return (Vec)(__builtin_convertvector(*(const HalfVec *)p, UintVec) << 16); }  // bfloat16
+inline Vec load(const uint16_t *p) {
+    return (Vec)(__builtin_convertvector(*(const HalfVec *)p, UintVec) << 16);
+}  // bfloat16
 inline void load_rows(const float *p, Vec &low, Vec &high) { low = load(p), high = load(p + LANES); }
 inline void load_rows(const uint16_t *p, Vec &low, Vec &high) {
     UintVec both = *(const UintVec *)p;
     low = (Vec)(both << 16), high = (Vec)(both & 0xffff0000u);
 }
-inline void keep(Vec &v) {  // in a register: GCC would rather read it again for each use, at the price of the loads of others
+inline void keep(Vec &v) {  // in a register: GCC would rather read it again for each use, at the price of the
+                            // loads of others
 #ifdef __AVX__
     asm("" : "+x"(v));
 #endif
 }
 inline void store(float *p, Vec v) { *(Vec *)p = v; }
-inline void store(uint16_t *p, Vec v) {  // rounded to the nearest bfloat16, of two equally near ones to the even
+inline void store(uint16_t *p,
+                  Vec v) {  // rounded to the nearest bfloat16, of two equally near ones to the even
     UintVec bits = (UintVec)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     *(HalfVec *)p = __builtin_convertvector(v == v ? rounded : bits >> 16 | 64, HalfVec);
 }
@@ -52,23 +54,8 @@ inline float hsum(Vec v) {
     return (h[0] + h[2]) + (h[1] + h[3]);
 }
 
-#ifdef __AVX512BF16__
-typedef float Wide __attribute__((vector_size(64)));
-inline Vec lower(__m512 v) { return __builtin_shufflevector((Wide)v, (Wide)v, 0, 1, 2, 3, 4, 5, 6, 7); }
-inline Vec upper(__m512 v) { return __builtin_shufflevector((Wide)v, (Wide)v, 8, 9, 10, 11, 12, 13, 14, 15); }
-inline void store_half(float *to, Vec v, int half) {
-    *(Quad *)to = half ? __builtin_shufflevector(v, v, 4, 5, 6, 7) : __builtin_shufflevector(v, v, 0, 1, 2, 3);
-}
-// `count` numbers to bfloat16, two in each of `to`, which has room for a multiple of 8.
-inline void round_pairs(const float *x, int64_t count, uint32_t *to) {
-    for (int64_t i = 0; i < count; i += LANES) {
-        __mmask8 there = count - i < LANES ? (1 << (count - i)) - 1 : 0xff;
-        _mm_storeu_si128((__m128i *)(to + i / 2), (__m128i)_mm256_cvtneps_pbh(_mm256_maskz_loadu_ps(there, x + i)));
-    }
-}
-#endif
-
-// exp to 2 units in the last place for x <= 88; below -87 it gives 0 (nearly). Cody-Waite reduction, polynomial of Cephes.
+// exp to 2 units in the last place for x <= 88; below -87 it gives 0 (nearly). Cody-Waite reduction,
+// polynomial of Cephes.
 inline Vec exponential(Vec x) {
     x = x > broadcast(-87.f) ? x : broadcast(-87.f);
     x = x < broadcast(88.f) ? x : broadcast(88.f);
@@ -85,7 +72,9 @@ inline Vec exponential(Vec x) {
     return p * (Vec)((n + 127) << 23);
 }
 inline Vec sigmoid(Vec x) { return 1.f / (1.f + exponential(-x)); }
-inline Vec activate(Vec gate, bool gelu) {  // silu, or gelu in its tanh form: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
+inline Vec
+activate(Vec gate,
+         bool gelu) {  // silu, or gelu in its tanh form: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))
     return gate * sigmoid(gelu ? 1.5957691216057308f * (gate + 0.044715f * gate * gate * gate) : gate);
 }
 inline float cap(float x, float limit) { return limit > 0 ? limit * std::tanh(x / limit) : x; }

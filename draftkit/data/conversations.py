@@ -159,7 +159,7 @@ def _parsed(raw: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is not UTF-8 (byte {error.start}); convert the file") from error
     try:
-        return json.loads(text)
+        return json.loads(text.rstrip("\r\n"))  # or what is missing at the end is told of column 1
     except json.JSONDecodeError as error:
         hint = "the line is cut off" if not text.endswith("\n") else "one JSON object per line is needed"
         raise DataError(f"{where}: is not JSON ({error.msg} at column {error.colno}); {hint}") from error

@@ -45,9 +45,11 @@ class Dialogue:
         return self._tokens
 
     def answered(self, answer: Answer) -> None:
-        """Take the answer to `question`; the next question, or the end, follows."""
+        """Take the answer to `question`; the next question, or the end, follows. Raises ValueError when
+        none is open."""
         question, self.question = self.question, None
-        assert question is not None  # the caller answers what was asked
+        if question is None:
+            raise ValueError(f"{self.id}: no question is open")
         if answer == NO_ROOM:
             self._reason = "length" if self._answers else TOO_LONG
             while self._answers and not self._recorded and self._history[-1]["role"] != "assistant":

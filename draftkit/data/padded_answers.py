@@ -72,7 +72,7 @@ def answer_batch(
     answers: list[list[int]] = [[] for _ in prompts]
     cache = target.new_cache()
     for step in range(limit):
-        # rows that filled the context stay for a while; nothing is read behind it
+        # rows that filled the context stay for a while; nothing is read after it
         last = target.info.max_length - 1
         positions = (mask_BS.cumsum(-1) - 1).clamp(0, last)[:, -tokens_BT.shape[1] :]
         output = target.forward(tokens_BT, cache, (), mask_BS, positions)

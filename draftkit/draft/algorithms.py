@@ -18,6 +18,7 @@ from draftkit.draft.checkpoint_forms import DEEPSPEC_EAGLE, DFLASH, DSPARK, EAGL
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.draft.families import EAGLE_STYLE
+from draftkit.draft.speculators_form import from_speculators, is_speculators
 from draftkit.draft.warm_start import start_from_target
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.settings import DrafterSettings
@@ -105,9 +106,14 @@ def read_shape(fields: Fields, num_target_layers: int | None) -> tuple[DrafterSh
     Raises CheckpointError that names the architecture or the field that is missing, wrong or not implemented.
     """
     forms = {name: form for row in ALGORITHMS.values() for form in row.forms for name in form.styles}
-    if fields.raw.get("speculators_model_type"):
+    if is_speculators(fields):
+        fields = from_speculators(fields)
+    quantised = fields.raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise CheckpointError(
-            f"{fields.where}: the speculators form is not known; known are {', '.join(forms)}"
+            f"{fields.where}: its weights are quantised ({method}), which drafters are not read as; give the "
+            "weights that it was made of"
         )
     architecture = OTHER_NAMES.get(fields.architecture, fields.architecture)
     if architecture not in forms:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
+from draftkit.draft.rotary import rotary_frequencies
 from draftkit.ops.attention import BlockPlan, block_attention
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, ready to broadcast over heads
@@ -35,24 +36,14 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(
-    length: int,
-    head_dim: int,
-    theta: float,
-    device: torch.device | None = None,
-    share: float = 1.0,
-    first: int = 0,
+    config: DrafterShape, length: int, device: torch.device | None = None, first: int = 0
 ) -> Tensor:
     """cos and sin of the positions first..length - 1, float32 [length - first, 2, D]: frequencies are
-    computed here, never stored or cast.
-
-    With a `share` below 1 only that part of the frequencies turns (Transformers calls this rope type
-    "proportional").
-    """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    frequencies[int(share * head_dim // 2) :] = 0
+    computed here, never stored or cast."""
+    frequencies, factor = rotary_frequencies(config, device)
     angles = torch.arange(first, length, device=device, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat([angles, angles], -1)
-    return torch.stack([angles.cos(), angles.sin()], 1)
+    return torch.stack([angles.cos(), angles.sin()], 1) * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -132,7 +123,7 @@ class MLP(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """Pre-norm attention and MLP with residuals; Gemma's has norms behind both too, and scales what it gives
+    """Pre-norm attention and MLP with residuals; Gemma's has norms after both too, and scales what it gives
     on."""
 
     def __init__(self, config: DrafterShape, attention_width: int | None = None) -> None:
@@ -159,7 +150,7 @@ class DraftLayer(nn.Module):
         return self.finish(x_QH, block_attention(q, own, seen, plan, attention.scale).flatten(1))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer behind its attention: residual stream [..., H] and attended values [..., N * D] to [...,
+        """The layer after its attention: residual stream [..., H] and attended values [..., N * D] to [...,
         H]."""
         update = self.self_attn.o_proj(attended)
         if not self.output_norms:

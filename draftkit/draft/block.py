@@ -168,8 +168,7 @@ class BlockDrafter(ReducedHead):
         return cast(list[DraftLayer], list(self.layers))
 
     def _rope(self, length: int, first: int = 0) -> Tensor:
-        config, device = self.config, self.norm.weight.device
-        return rope_table(length, config.head_dim, config.rope_theta, device, config.rotary_share, first)
+        return rope_table(self.config, length, self.norm.weight.device, first)
 
     def _rotation_at(self, first: int, count: int) -> Rotation:
         """cos and sin at the positions from `first` on, [count, 1, D] each."""

@@ -13,23 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from draftkit import __version__
-from draftkit.artefact import DIGEST, is_intact, is_plain_name, read_json, sealed
+from draftkit.artefact import sealed
 from draftkit.draft.algorithms import build, form_for, read_shape, tensors_from_form, tensors_to_form
 from draftkit.draft.bounds import check_bounds
 from draftkit.draft.checkpoint_fields import Fields
+from draftkit.draft.checkpoint_files import (
+    CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    read_note,
+    read_provenance,
+    read_tensors,
+)
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.output import as_json, sha256_of, write_tensors, write_text
 from draftkit.target.interface import TargetWeights
 
-WEIGHTS, CONFIG, PROVENANCE = "model.safetensors", "config.json", "draftkit.json"
-INDEX = WEIGHTS + ".index.json"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -107,14 +111,26 @@ def load_drafter(
         raise CheckpointError(
             f"{folder}: holds a pickled mask_embedding.pt, which draftkit neither reads nor ignores"
         )
-    tensors = tensors_from_form(read_tensors(folder), config)
-    ids_W = _take_draft_ids(str(folder), config, tensors)
+    return assemble(str(folder), config, read_tensors(folder), dtype, target)
+
+
+def assemble(
+    where: str,
+    config: DrafterShape,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+    target: TargetWeights | None = None,
+) -> Drafter:
+    """A drafter of this shape from tensors under the names of any form. Raises CheckpointError as
+    `load_drafter`; `where` is what its message begins with."""
+    tensors = tensors_from_form(tensors, config)
+    ids_W = _take_draft_ids(where, config, tensors)
     for name in (EMBEDDING, HEAD):
         if name not in tensors:
-            tensors[name] = _borrowed(str(folder), name, target, ids_W)
+            tensors[name] = _borrowed(where, name, target, ids_W)
     with torch.device("meta"):  # no memory until the sizes are known to be those of the tensors
         wanted = {k: v.shape for k, v in build(config).state_dict().items()}
-    check_tensors(str(folder), wanted, tensors)
+    check_tensors(where, wanted, tensors)
     drafter = build(config)
     shared = _shared(tensors, target, ids_W) if target is not None else {}
     # files are mapped: copied
@@ -145,53 +161,21 @@ def read_config(folder: Path, num_target_layers: int | None = None) -> DrafterSh
     path = folder / CONFIG
     if not path.exists():
         raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a drafter")
+    return shape_of(read_note(path), str(path), num_target_layers)
+
+
+def shape_of(raw: Any, where: str, num_target_layers: int | None = None) -> DrafterShape:
+    """The drafter's shape from what `config.json` holds. Raises CheckpointError that begins with `where`."""
     try:
-        config = read_shape(Fields(_read_json(path), str(path)), num_target_layers)[0]
+        config = read_shape(Fields(raw, where), num_target_layers)[0]
         check_bounds(config)
         return config
     except ConfigError as error:  # of the shape itself, which does not know where it was read
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{where}: {error}") from error
     except ArithmeticError as error:  # no heads, or a number that no float holds
         raise CheckpointError(
-            f"{path}: holds sizes that cannot be ({error}); copy or write it again"
+            f"{where}: holds sizes that cannot be ({error}); copy or write it again"
         ) from error
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
-
-    Raises CheckpointError when a file is missing or damaged (a folder of draftkit's holds the sha256 of its
-    weights), or lacks what the index says.
-    """
-    if (folder / WEIGHTS).exists():
-        _check_digest(folder)
-        return _read_file(folder / WEIGHTS)
-    if not (folder / INDEX).exists():
-        pickled = any(folder.glob("*.bin"))
-        reason = (
-            "its weights are pickled; convert them to safetensors"
-            if pickled
-            else "give the folder of a drafter"
-        )
-        raise CheckpointError(f"{folder}: has no {WEIGHTS}; {reason}")
-    places = Fields(_read_json(folder / INDEX), str(folder / INDEX)).section("weight_map").raw
-    shards = {}
-    for name in sorted(set(map(str, places.values()))):
-        if not is_plain_name(name) or not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder}: the index names {name}, which is not in the folder; copy it again"
-            )
-        shards[name] = _read_file(folder / name)
-    lost = sorted(tensor for tensor, file in places.items() if tensor not in shards[str(file)])
-    if lost:
-        raise CheckpointError(f"{folder}: the shards lack {', '.join(lost[:4])}, which the index names")
-    return {tensor: value for shard in shards.values() for tensor, value in shard.items()}
-
-
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """What `draftkit.json` says, or an empty dict for a drafter that draftkit did not train."""
-    path = folder / PROVENANCE
-    return Fields(_read_json(path), str(path)).raw if path.exists() else {}
 
 
 def check_tensors(where: str, wanted: dict[str, torch.Size], found: dict[str, Tensor]) -> None:
@@ -209,33 +193,6 @@ def check_tensors(where: str, wanted: dict[str, torch.Size], found: dict[str, Te
             raise CheckpointError(
                 f"{where}: {name} is {tuple(found[name].shape)}, the configuration says {tuple(shape)}"
             )
-
-
-def _read_json(path: Path) -> Any:
-    return read_json(path, CheckpointError)
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error}); train or copy it again") from error
-    wrong = next((n for n, t in tensors.items() if t.dtype in _FLOATS and not bool(t.isfinite().all())), None)
-    if wrong is not None:
-        raise CheckpointError(f"{path}: {wrong} holds numbers that are not finite; train or copy it again")
-    return tensors
-
-
-def _check_digest(folder: Path) -> None:
-    """Raise CheckpointError when provenance, configuration or weights are not those that draftkit wrote, if
-    it wrote them. Folders from before the digest hold that of the weights alone."""
-    note, again = read_provenance(folder), "train or copy it again"
-    if DIGEST in note and not is_intact(note):
-        raise CheckpointError(f"{folder / PROVENANCE}: is damaged (another digest than its own); {again}")
-    for field, name in (("sha256", WEIGHTS), ("config_sha256", CONFIG)):
-        if note.get(field) and note[field] != sha256_of(folder / name):
-            differs = f"is damaged (another sha256 than in {PROVENANCE})"
-            raise CheckpointError(f"{folder / name}: {differs}; {again}, or remove {PROVENANCE}")
 
 
 def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]) -> Tensor | None:

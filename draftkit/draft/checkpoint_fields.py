@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
+from draftkit.draft.rotary import scaling_of
 from draftkit.errors import CheckpointError
 
 T = TypeVar("T", int, float, bool, str)
@@ -87,7 +88,6 @@ def read_sizes(fields: Fields, style: str, num_target_layers: int | None) -> dic
     for name in ("attention_bias", "mlp_bias", "enable_moe_block", "use_double_wide_mlp"):
         fields.demand(name, False)
     fields.demand("hidden_size_per_layer_input", 0)
-    fields.demand("rope_scaling")
     if any(kind != "full_attention" for kind in fields.raw.get("layer_types") or []):
         raise CheckpointError(
             f"{fields.where}: field 'layer_types': draftkit runs full_attention layers only"
@@ -117,8 +117,8 @@ def read_sizes(fields: Fields, style: str, num_target_layers: int | None) -> dic
 def _read_plain(fields: Fields) -> dict[str, Any]:
     fields.demand("hidden_act", "silu")
     rope = fields.section("rope_parameters")
-    rope.demand("rope_type", "default")
     return {
+        "rope_scaling": scaling_of(rope.raw) or scaling_of(fields.section("rope_scaling").raw),
         "head_dim": fields.get(
             "head_dim", int, fields.get("hidden_size", int) // fields.get("num_attention_heads", int)
         ),
@@ -128,6 +128,7 @@ def _read_plain(fields: Fields) -> dict[str, Any]:
 
 def _read_gemma(fields: Fields) -> dict[str, Any]:
     fields.demand("hidden_activation", "gelu_pytorch_tanh")
+    fields.demand("rope_scaling")
     rope = fields.section("rope_parameters").section("full_attention")
     rope.demand("rope_type", "proportional", "default")
     shared = fields.get("attention_k_eq_v", bool, False)
@@ -174,7 +175,12 @@ def _write_plain(config: DrafterShape) -> dict[str, Any]:
     return {
         "hidden_act": STYLES[config.style].activation,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": config.rope_theta,
+            **(config.rope_scaling or {}),
+        },
+        **({"rope_scaling": config.rope_scaling} if config.rope_scaling else {}),
     }
 
 

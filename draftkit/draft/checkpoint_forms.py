@@ -84,8 +84,10 @@ def _read_dflash(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
     for name in ("output_multiplier", "input_embedding_scale"):
         nested.demand(name, 1.0)
     sizes["soft_cap"] = nested.optional("final_logit_softcapping", float)
+    reduced = fields.get("draft_vocab_size", int, sizes["vocab_size"])
     return DrafterConfig(
         **sizes,
+        draft_vocab_size=reduced if reduced != sizes["vocab_size"] else None,
         feature_layers=nested.ids("target_layer_ids") or fields.wanted_ids("target_layer_ids"),
         mask_token_id=nested.get("mask_token_id", int, fields.raw.get("mask_token_id")),
         block_size=nested.get("block_size", int, fields.raw.get("block_size")),

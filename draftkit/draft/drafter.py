@@ -7,7 +7,7 @@ of K target layers, A anchors, L draft layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -26,7 +26,8 @@ class DrafterShape:
     how many tokens are drafted per round; `logit_scale` and `soft_cap` are the target's, on the logits of its
     head. `style` is a row of `draft/families.py`; with `shared_key_value` a layer's values are its key
     projection; rotary embeddings turn `rotary_share` of the head size. `draft_vocab_size`: only so many
-    tokens can be drafted; null is the target's vocabulary."""
+    tokens can be drafted; null is the target's vocabulary. `rope_scaling`: how rotary frequencies are scaled
+    for long contexts (`draft/rotary.py`); null: they are not."""
 
     hidden_size: int
     intermediate_size: int
@@ -47,6 +48,7 @@ class DrafterShape:
     shared_key_value: bool = False
     rotary_share: float = 1.0
     draft_vocab_size: int | None = None
+    rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -268,14 +270,14 @@ class Drafter(nn.Module):
         raise NotImplementedError
 
     def extend(self, context: DraftContext, features_BTF: Tensor, next_tokens_BT: Tensor) -> None:
-        """Add T committed positions; `next_tokens_BT[t]` is the token behind position t (EAGLE-3 pairs
+        """Add T committed positions; `next_tokens_BT[t]` is the token after position t (EAGLE-3 pairs
         them)."""
         raise NotImplementedError
 
     def propose(
         self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor
     ) -> Proposal:
-        """Draft G tokens behind the anchor, which sits at position `context.length`; uniforms are in [0,
+        """Draft G tokens after the anchor, which sits at position `context.length`; uniforms are in [0,
         1)."""
         raise NotImplementedError
 

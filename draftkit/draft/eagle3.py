@@ -118,7 +118,7 @@ class EagleContext:
         self._length = end
 
     def make_room(self, rows: int) -> None:
-        """Grow so that `rows` rows fit; what lies behind `length` is scratch."""
+        """Grow so that `rows` rows fit; what lies after `length` is scratch."""
         missing = rows - self.keys.shape[2]
         if missing > 0:
             room = -(-missing // CONTEXT_GROWTH) * CONTEXT_GROWTH
@@ -227,10 +227,7 @@ class EagleDrafter(ReducedHead):
         return _rotation(self._rope[start : start + count])
 
     def _rope_table(self, length: int) -> Tensor:
-        config = self.config
-        return rope_table(
-            length, config.head_dim, config.rope_theta, self.norm.weight.device, config.rotary_share
-        )
+        return rope_table(self.config, length, self.norm.weight.device)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         return embed(self.embed_tokens, tokens, self.config)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from draftkit.draft.rotary import SCALED, scaling_of
 from draftkit.errors import ConfigError
 
 
@@ -21,7 +22,7 @@ class Style:
     query_key_norm: bool = True  # RMSNorm with weights over the head size, before the rotary embedding
     value_norm: bool = False  # RMSNorm without weights over the head size
     scores_by_size: bool = True  # attention scores are divided by sqrt(head size)
-    # RMSNorms behind attention and MLP too, and a scalar buffer on the layer's output
+    # RMSNorms after attention and MLP too, and a scalar buffer on the layer's output
     output_norms: bool = False
     scaled_embedding: bool = False  # times sqrt(hidden size)
     activation: str = "silu"
@@ -58,6 +59,7 @@ class BlockShape:
     rotary_share: float
     logit_scale: float
     soft_cap: float | None
+    rope_scaling: dict[str, Any] | None = None
 
 
 def style_of(family: str) -> str:
@@ -88,7 +90,13 @@ def block_shape(text: Any, style: str) -> BlockShape:
         rotary_share=float(rope.get("partial_rotary_factor", 1.0)) if style == "gemma4" else 1.0,
         logit_scale=float(_first(text, "logit_scale") or 1 / (_first(text, "logits_scaling") or 1)),
         soft_cap=_first(text, "final_logit_softcapping"),
+        rope_scaling=_scaling(rope) if style != "gemma4" else None,
     )
+
+
+def _scaling(rope: Any) -> dict[str, Any] | None:
+    """The target's own scaling, where a drafter can have it: angles that change with the length it cannot."""
+    return scaling_of(rope) if rope.get("rope_type") in SCALED else None
 
 
 def _widest_layer(text: Any) -> Any:

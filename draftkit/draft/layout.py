@@ -39,7 +39,7 @@ class TrainLayout:
 
 
 def lay_out(batch: TrainBatch, gamma: int, window: int | None) -> TrainLayout:
-    """Blocks of `gamma` drafted tokens behind the batch's anchors, over the last `window` positions before
+    """Blocks of `gamma` drafted tokens after the batch's anchors, over the last `window` positions before
     them or all."""
     rows, length = batch.tokens_BT.shape
     device = batch.tokens_BT.device

@@ -9,7 +9,7 @@ gradients are
     KL = sum p log(p / q)          d KL / dz = q - p
     LK = l KL + (1 - l) TV / 2     l = exp(-3 a), a = 1 - TV / 2 the acceptance rate; l is a constant
       (arXiv 2602.23881)
-so that each chunk leaves its gradients behind while its logits exist, and backward only scales what was
+so that each chunk leaves its gradients while its logits exist, and backward only scales what was
 kept.
 
 A drafter with a reduced vocabulary has q = 0 outside it: TV then includes the target's mass there, so that
@@ -311,7 +311,7 @@ def dpace_weights(ce_n: Tensor, grid_n: Tensor, gamma: int) -> Tensor:
     """D-PACE's weights [n] of the rows of whole blocks, from each row's CE."""
     block_n, slot_n = grid_n // gamma, grid_n % gamma
     block_n = block_n - block_n[0]
-    # 0 behind a block's end: nothing is gained there
+    # 0 after a block's end: nothing is gained there
     confidence = ce_n.new_zeros(int(block_n[-1]) + 1, gamma)
     confidence[block_n, slot_n] = (1 - DPACE_ALPHA) * torch.exp(-ce_n) + DPACE_ALPHA
     gained = confidence.cumprod(-1)

@@ -80,7 +80,6 @@ class Engine:
             self.info.max_length,
             self.info.gamma,
             settings.step_tokens,
-            self._planner,
             partial(_forget, self._planner, self._models),
         )
         self._tally = Tally(self.info.gamma)
@@ -156,7 +155,7 @@ class Engine:
         seconds = time.perf_counter() - began
         if len(batch.requests) == batch.decoding:
             tokens = sum(len(output.events) for output in outputs)
-            self._planner.record(batch.requests, bool(proposals.drafting), tokens, seconds)
+            self._planner.record(batch.requests, proposals.drafting, tokens, seconds)
         self._tally.other_seconds += seconds - (self._model_seconds - before)
         return outputs
 
@@ -182,6 +181,7 @@ class Engine:
             other_seconds=tally.other_seconds,
             preemptions=scheduler.preemptions,
             calibration_error=tally.calibration_error,
+            gate=self._planner.gate_state,
         )
 
     # --- the parts of a step
@@ -208,7 +208,7 @@ class Engine:
         drafter, device = self._models.drafter, self._models.device
         if drafter is None or not chosen:
             empty = torch.empty(batch.answering, 0, dtype=torch.int64, device=device)
-            return ProposalBatch(empty, None, lengths_A, [], None)
+            return ProposalBatch(empty, None, lengths_A, [])
         drafting = [batch.requests[i] for i in chosen]
         began = time.perf_counter()
         adjustments = [self._adjustments.get(r.id) for r in drafting]
@@ -221,13 +221,15 @@ class Engine:
         starts_D, rows_D = batch.starts_R[chosen] + wanted.first, batch.rows_R[chosen]
         step = self._pass(wanted.tokens_RP.ravel(), starts_D, lengths_D, rows_D, wanted.block)
         tokens_DG, drawn, *said = drafter.draft(step, self._on_device(anchors), drawing)
-        told = [t.cpu().numpy() if t is not None else None for t in said]  # on a GPU this waits for the pass
+        # on a GPU this waits for the pass
+        told, largest = (t.cpu().numpy() if t is not None else None for t in said)
         self._tally.draft_seconds += (
             time.perf_counter() - began - (drawing.seconds if drawing is not None else 0.0)
         )
-        confidence = self._planner.confidence(*told)
+        confidence = self._planner.confidence(told, largest)
         lengths_A[chosen] = self._planner.lengths(drafting, confidence, batch.decoding - len(drafting))
-        return ProposalBatch(place(tokens_DG, chosen, batch.answering), drawn, lengths_A, chosen, confidence)
+        placed = place(tokens_DG, chosen, batch.answering)
+        return ProposalBatch(placed, drawn, lengths_A, chosen, confidence, largest)
 
     def _read(self, batch: ScheduledBatch, proposals: ProposalBatch) -> tuple[Pass, ReadOut]:
         """One pass of the target over everything: anchors with their proposals, and chunks of prompts."""
@@ -281,17 +283,13 @@ class Engine:
         if self._models.device.type != "cpu":
             self._tally.verify_seconds += time.perf_counter() - began
         self._tally.rounds += sum(r.gamma > 0 for r in batch.requests[: batch.decoding])
-        if proposals.drafting:
-            drafted = len(proposals.drafting) * self.info.gamma
-            self._tally.add_drafts(
-                drafted, proposals.lengths_A[proposals.drafting], accepted[proposals.drafting]
-            )
-        if proposals.confidence_DG is not None:
-            chosen = proposals.drafting
-            self._planner.observe(proposals.lengths_A[chosen], accepted[chosen])
-            self._tally.add_confidences(
-                proposals.confidence_DG, proposals.lengths_A[chosen], accepted[chosen]
-            )
+        if chosen := proposals.drafting:
+            lengths_D, kept_D = proposals.lengths_A[chosen], accepted[chosen]
+            self._tally.add_drafts(len(chosen) * self.info.gamma, lengths_D, kept_D)
+            if proposals.largest_DG is not None:
+                self._planner.observe(proposals.largest_DG, lengths_D, kept_D)
+            if proposals.confidence_DG is not None:
+                self._tally.add_confidences(proposals.confidence_DG, lengths_D, kept_D)
         return Outcome(proposals, accepted, following, read.logits_WV)
 
     def _extend(self, batch: ScheduledBatch, step: Pass, read: ReadOut, outcome: Outcome) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from draftkit.engine.paged_model import ReadOut
 from draftkit.engine.passes import Pass
-from draftkit.ops.inference import inference
 from draftkit.target.interface import TargetCache
 from draftkit.target.transformers import TransformersTarget
 
@@ -22,7 +21,7 @@ class HFModel:
         self._target = target
         self._caches: dict[int, TargetCache] = {}
 
-    @inference
+    @torch.inference_mode()
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
         """Read the pass's tokens; see `PagedModel.read`."""
         hidden, features = [], []

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from draftkit.schedule.gate import GateState
+
 _BINS = 10
-_STEPS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class EngineMetrics:
     `rounds` are counted per request. Of the `drafted` tokens `verified` went through the target (the budget),
     `accepted` were kept and `wasted` not. Seconds: in the drafter's passes, in the target's, in the rest of
     the steps. `calibration_error` compares (calibrated) confidences with what verification found, in ten bins
-    weighted by size, over the positions that were reached; None before there is one.
+    weighted by size, over the positions that were reached; None before there is one. `gate` says whether
+    drafting pays at the present load; None before that is known, and where lengths are fixed.
     """
 
     running: int = 0
@@ -40,6 +42,7 @@ class EngineMetrics:
     other_seconds: float = 0.0
     preemptions: int = 0
     calibration_error: float | None = None
+    gate: GateState | None = None
 
 
 class Tally:
@@ -51,7 +54,6 @@ class Tally:
         self.draft_seconds = self.verify_seconds = self.other_seconds = 0.0
         self.calibration_error: float | None = None
         self._bins = np.zeros((3, _BINS))  # positions, sum of confidences, accepted
-        self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def add_drafts(self, drafted: int, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
         """One step's proposals: `drafted` tokens in all, of which `lengths_R` per request were verified."""
@@ -61,17 +63,9 @@ class Tally:
         place_G = np.arange(len(self.per_position))
         self.per_position += (place_G < accepted_R[:, None]).sum(0)
 
-    def add_confidences(
-        self, confidence_RG: np.ndarray, lengths_R: np.ndarray, accepted_R: np.ndarray
-    ) -> None:
-        """Compare with the verdict where verification came that far; done for many steps at once."""
-        self._pending.append((confidence_RG, lengths_R, accepted_R))
-        if len(self._pending) >= _STEPS_AT_ONCE or self.calibration_error is None:
-            said_RG, lengths, accepted = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
-            self._pending.clear()
-            self._compare(said_RG, lengths[:, None], accepted[:, None])
-
-    def _compare(self, said_RG: np.ndarray, lengths_R1: np.ndarray, accepted_R1: np.ndarray) -> None:
+    def add_confidences(self, said_RG: np.ndarray, lengths_R: np.ndarray, accepted_R: np.ndarray) -> None:
+        """One step's confidences, compared with the verdict where verification came that far."""
+        lengths_R1, accepted_R1 = lengths_R[:, None], accepted_R[:, None]
         place_G = np.arange(said_RG.shape[1])
         seen_RG = place_G < np.minimum(accepted_R1 + 1, lengths_R1)
         # no number is no confidence

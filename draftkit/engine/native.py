@@ -4,9 +4,7 @@ Why not `torch.compile`: at 1 to 8 tokens a pass is bound by reading weights and
 function needs no padded shapes, compiles once in seconds for every target, and weights that are bfloat16
 numbers are read as such.
 
-Models in float32 are computed in float32. Of models in bfloat16 keys and values are kept in it, and products
-of matrices take their input rounded to it where the processor multiplies such numbers; all else is float32
-there, too.
+All is computed in float32. Of models in bfloat16 weights, keys and values are kept in bfloat16.
 
 Shapes: T tokens, W wanted rows, H hidden, V vocabulary, F = K * H features, L layers, M key/value heads, D
 head size.
@@ -28,12 +26,11 @@ from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.engine.drawing import Drafts, Drawing, Drawn
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Layer, Stack
-from draftkit.ops.huge_pages import HugePages
 from draftkit.ops.native_build import NoNative, load_library, structure
 from draftkit.ops.native_sampling import SOFTMAX, NativeRows, chunks_of, sampling_library
 
 PANEL, LANES = 16, 8  # rows per panel of a matrix, numbers per vector: as in the source
-FLOATS, HALVES, PAIRS = range(3)  # how the source reads a matrix, see matrix.h
+FLOATS, HALVES = range(2)  # how the source reads a matrix, see matrix.h
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 _Matrix = structure(("panels", _pointer), ("rows cols kind", _int))
@@ -109,9 +106,7 @@ class NativeStack:
             raise NoNative(f"the C++ pass computes in float32 or bfloat16, not {dtype}")
         self.library = load_library("step")
         half = dtype == torch.bfloat16
-        self._pairs = half and bool(self.library.multiplies_pairs())
         self._kept: list[Tensor] = []
-        self._pages = HugePages()
         self.hidden, self.vocab, self.embedded = stack.shape.hidden, len(ends.head), len(ends.embedding)
         self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
         layers = ctypes.cast(self._layers, _pointer)
@@ -176,8 +171,8 @@ class NativeStack:
 
     def matrix(self, weight: Tensor) -> ctypes.Structure:
         """A matrix [out, in] in panels; kept alive with this object."""
-        kind = PAIRS if self._pairs and weight.shape[1] % 2 == 0 else HALVES if _is_half(weight) else FLOATS
-        panels = self._pages.copy(pack_panels(weight, kind))
+        kind = HALVES if _is_half(weight) else FLOATS
+        panels = pack_panels(weight, kind).contiguous()
         rows = -(-len(weight) // LANES) * LANES
         return _Matrix(self._keep(panels), rows, weight.shape[1], kind)
 
@@ -332,15 +327,12 @@ class NativeHead:
 def pack_panels(weight: Tensor, kind: int) -> Tensor:
     """[out, in] with rows filled up with zeros, in the order that the source wants of this kind of matrix, as
     a view where it can be one: FLOATS [out / 16, in, 16]; HALVES [out / 16, in, 8, 2] in bfloat16, rows 0, 8,
-    1, 9, ... of a panel as neighbours; PAIRS [out / 16, in / 2, 16, 2] in bfloat16."""
+    1, 9, ... of a panel as neighbours."""
     short = -len(weight) % PANEL
     padded = F.pad(weight, (0, 0, 0, short)) if short else weight
     if kind == FLOATS:
         return padded.float().unflatten(0, (-1, PANEL)).transpose(1, 2)
-    half = padded.to(torch.bfloat16)
-    if kind == HALVES:
-        return half.unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1)
-    return half.unflatten(0, (-1, PANEL)).unflatten(2, (-1, 2)).transpose(1, 2)
+    return padded.to(torch.bfloat16).unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1)
 
 
 def _is_half(weight: Tensor) -> bool:

@@ -25,6 +25,7 @@ from draftkit.draft.backbone import DraftLayer
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
+from draftkit.draft.rotary import rotary_frequencies
 from draftkit.engine.drawing import Drafts, Drawing
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
@@ -40,7 +41,6 @@ from draftkit.engine.stack import (
     pair_rows,
     rotary_table,
 )
-from draftkit.ops.inference import inference
 from draftkit.ops.sampling import largest_prob
 
 Choose = Callable[[Tensor, int], Tensor]  # logits [R, V], draft index 0..G-1 -> tokens [R]
@@ -74,11 +74,9 @@ class PagedBlockDrafter:
         self.embedding, self.head = drafter.embed_tokens.weight, drafter.head()
         scale = torch.tensor(config.hidden_size**0.5, dtype=self.embedding.dtype)
         self.embedding_scale = float(scale) if style.scaled_embedding else 1.0
-        self.norm, self.fc, self.hidden_norm = (
-            drafter.norm.weight,
-            drafter.fc.weight,
-            drafter.hidden_norm.weight,
-        )
+        self.norm: Tensor = drafter.norm.weight
+        self.fc: Tensor = drafter.fc.weight
+        self.hidden_norm: Tensor = drafter.hidden_norm.weight
         self.markov, self.confidence = drafter.markov_head, drafter.confidence_head
         self.draft_ids_W, self._over_target = drafter.draft_ids_W, drafter.over_target
         rotary = rotary_of(config, max_length, self.norm)
@@ -111,7 +109,7 @@ class PagedBlockDrafter:
             self.context_kv, self.fc = self.context_kv.new_empty(0), self.fc.new_empty(0)
             self.head = replace(self.head, weight_VH=self.head.weight_VH.new_empty(0))
 
-    @inference
+    @torch.inference_mode()
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Write the context's keys and values of the pass's positions, all layers; `next_tokens_T` are not
         needed.
@@ -144,7 +142,7 @@ class PagedBlockDrafter:
         tokens_RP[:, 0] = anchors_R
         return DraftingPass(tokens_RP, 0, block=True)
 
-    @inference
+    @torch.inference_mode()
     def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
         """Propose for every request.
 
@@ -160,7 +158,7 @@ class PagedBlockDrafter:
             return Drafts(
                 tokens_RG, None, *((said_RG, None) if self.confidence is not None else (None, said_RG))
             )
-        hidden_RGH, base_RGV = self._read_block(step, self.native)
+        hidden_RGH, base_RGV = self.read_block(step)
         if self.native is not None:
             return self.native.head.draft(hidden_RGH, base_RGV, anchors_R, drawing)
         tokens_RG, *said = self._walk(hidden_RGH, base_RGV, anchors_R, drawing or take_largest)
@@ -173,27 +171,6 @@ class PagedBlockDrafter:
             *self._drafting(*self.forward(step)), step.tokens[:: self.config.block_size], take_largest
         )
         return tokens_RG, next(said_RG for said_RG in said if said_RG is not None)
-
-    @inference
-    def logits_along(self, step: Pass, anchors_R: Tensor, tokens_RG: Tensor) -> Tensor:
-        """Logits of the head's tokens before each of these drafted tokens [R, G, W], in PyTorch
-        operations."""
-        logits: list[Tensor] = []
-
-        def follow(logits_RV: Tensor, k: int) -> Tensor:
-            logits.append(logits_RV)
-            return tokens_RG[:, k]
-
-        self._walk(*self._read_block(step, None), anchors_R, follow)
-        logits_RGV = torch.stack(logits, 1)
-        return logits_RGV if self.draft_ids_W is None else logits_RGV[..., self.draft_ids_W]
-
-    @inference
-    def compiled_logits(self, step: Pass, anchors_R: Tensor, native: NativeDrafter) -> tuple[Tensor, Tensor]:
-        """Greedy tokens [R, G] and the logits [R, G, W] before each, of the compiled pass."""
-        hidden_RGH, base_RGV = self._read_block(step, native)
-        # the head writes there
-        return native.head.draft(hidden_RGH, base_RGV, anchors_R, None).tokens_DG, base_RGV
 
     def _walk(
         self, hidden_RGH: Tensor, base_RGV: Tensor, anchors_R: Tensor, choose: Choose
@@ -218,12 +195,12 @@ class PagedBlockDrafter:
             confidence = torch.sigmoid(self.confidence(hidden_RGH, markov).float())
         return torch.stack(tokens, 1), confidence, torch.stack(largest, 1) if largest else None
 
-    def _read_block(self, step: Pass, native: NativeDrafter | None) -> tuple[Tensor, Tensor]:
+    def read_block(self, step: Pass) -> tuple[Tensor, Tensor]:
         """Normed hidden states and base logits of the drafting positions, [R, G, H] and [R, G, V]."""
         size, gamma = self.config.block_size, self.gamma
-        if native is not None:
+        if self.native is not None:
             rows_RG = np.arange(len(step)).reshape(-1, size)[:, size - gamma :]
-            base, hidden, _ = native.stack.run(step, rows_RG.ravel())
+            base, hidden, _ = self.native.stack.run(step, rows_RG.ravel())
             return hidden.view(-1, gamma, hidden.shape[1]), base.view(-1, gamma, base.shape[1])
         played = self.recorded.block.run(step) if self.recorded is not None else None
         hidden_TH, base_TV = self.forward(self.stack.laid(step)) if played is None else played
@@ -282,11 +259,8 @@ class NativeDrafter:
 def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:
     """The drafter's rotary table (see `rotary_table`) for requests of `max_length` tokens and what is drafted
     after."""
-    frequencies = config.rope_theta ** (
-        -torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    )
-    frequencies[int(config.rotary_share * config.head_dim // 2) :] = 0
-    return rotary_table(max_length + config.block_size, frequencies, 1.0, like.dtype).to(like.device)
+    frequencies, factor = rotary_frequencies(config)
+    return rotary_table(max_length + config.block_size, frequencies, factor, like.dtype).to(like.device)
 
 
 def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: int | None) -> Layer:

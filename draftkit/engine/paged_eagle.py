@@ -25,7 +25,6 @@ from draftkit.engine.drawing import Drafts, Drawing
 from draftkit.engine.paged_drafter import DraftingPass, fuse_layer, rotary_of, take_largest
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack, StackShape
-from draftkit.ops.inference import inference
 from draftkit.ops.sampling import largest_prob
 
 
@@ -46,7 +45,7 @@ class PagedEagle:
         self.stack = Stack(shape, (self._layer,), slots)
         self._states = drafter.norm.weight.new_zeros(slots + 1, config.hidden_size)
 
-    @inference
+    @torch.inference_mode()
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Write the rows of the pass's positions: features [T, F], each with the token after it. Rows of
         rejected tokens may be among them; they are overwritten before anything looks at them. Raises
@@ -71,7 +70,7 @@ class PagedEagle:
         other."""
         return DraftingPass(np.repeat(anchors_R[:, None], self.gamma, 1), -1, block=False)
 
-    @inference
+    @torch.inference_mode()
     def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
         """G passes of one token per request, without confidences; `drawing` None drafts greedily.
 

@@ -29,7 +29,6 @@ from draftkit.engine.stack import (
     rms_norm,
     rotary_table,
 )
-from draftkit.ops.inference import inference
 from draftkit.target.transformers import TransformersTarget
 
 
@@ -160,7 +159,7 @@ class PagedModel:
             self.stack.drop_weights()
             self.head = self.head.new_empty(0)
 
-    @inference
+    @torch.inference_mode()
     def read(self, step: Pass, wanted: Tensor | None, feature_layers: tuple[int, ...] = ()) -> ReadOut:
         """Read the pass's tokens into the memory. `wanted` are the rows whose logits matter; None means all.
 

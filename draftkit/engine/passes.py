@@ -1,51 +1,19 @@
 """One flattened pass: the tokens of many requests in a row, with structure carried by indices.
 
-Shapes: R requests, T tokens of all requests, Q tokens of the longest request of a group, S key positions, B
-blocks per request, D head size, M key/value heads, N query heads.
+Shapes: R requests, T tokens of all requests, t tokens of one, S positions of its blocks, B blocks per
+request.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# requests with more new tokens than this (prefill) attend on their own, not padded beside others
-LONG_QUERY = 32
+LONG_QUERY = 32  # more new tokens of a request than this: a prompt is read
 SHORT_TILE, LONG_TILE = 4, 16  # tokens that share what a kernel loads of their request's keys
-
-
-@dataclass(frozen=True)
-class Group:
-    """Requests whose queries are padded to one rectangle for attention."""
-
-    tokens: Tensor | slice  # flat rows of the group's tokens, [t]
-    # flat row of each rectangle cell, padding repeats a row; None when nothing is padded
-    pad_RQ: Tensor | None
-    unpad_t: Tensor | None  # cell of each token
-    requests: int
-    blocks_RB: Tensor  # int64 block ids, flattened
-    positions: int  # S
-    seen_RQ: Tensor  # positions 0..seen - 1 are there to be looked at
-    origins_RQ: Tensor  # windows reach back from here
-    dtype: torch.dtype
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> Tensor:
-        """Additive mask [R, 1, Q, S]; with a window only the last so many positions before the origin are
-        seen."""
-        if window not in self.masks:
-            position = torch.arange(self.positions, device=self.seen_RQ.device)
-            hidden = position >= self.seen_RQ[:, None, :, None]
-            if window is not None:
-                hidden = hidden | (position < self.origins_RQ[:, None, :, None] - window)
-            self.masks[window] = torch.zeros(
-                hidden.shape, dtype=self.dtype, device=hidden.device
-            ).masked_fill_(hidden, float("-inf"))
-        return self.masks[window]
 
 
 class Pass:
@@ -73,6 +41,8 @@ class Pass:
         self.tokens_T, self.starts_R, self.lengths_R = np.ascontiguousarray(tokens_T), starts_R, lengths_R
         last = int((starts_R + lengths_R).max())
         self.tables_RB = np.ascontiguousarray(tables_RB[:, : -(-last // block_size)])
+        self._blocks: dict[int, Tensor] = {}  # by request
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.tokens_T)
@@ -81,7 +51,7 @@ class Pass:
 
     @cached_property
     def ends_R(self) -> np.ndarray:
-        """Behind the last flat row of each request."""
+        """After the last flat row of each request."""
         return self.lengths_R.cumsum()
 
     @cached_property
@@ -134,35 +104,24 @@ class Pass:
         """Where keys and values go, [T] on the device."""
         return self._on_device(self.slots_T)
 
-    @cached_property
-    def groups(self) -> tuple[Group, ...]:
-        """How attention is done without a kernel for pages: short queries together, each long one alone."""
-        short = np.flatnonzero(self.lengths_R <= LONG_QUERY)
-        rows = ([short] if len(short) else []) + [
-            np.array([r]) for r in np.flatnonzero(self.lengths_R > LONG_QUERY)
-        ]
-        return tuple(self._group(r, alone=len(rows) == 1) for r in rows)
+    def blocks(self, request: int) -> Tensor:
+        """The blocks that hold what a request's tokens may see, int64 on the device."""
+        if request not in self._blocks:
+            end = int(self.starts_R[request] + self.lengths_R[request])
+            self._blocks[request] = self._on_device(self.tables_RB[request, : -(-end // self.block_size)])
+        return self._blocks[request]
 
-    def _group(self, rows_R: np.ndarray, alone: bool) -> Group:
-        lengths, firsts = self.lengths_R[rows_R], self.firsts_R[rows_R]
-        longest = int(lengths.max())
-        blocks = -(-int((self.starts_R[rows_R] + lengths).max()) // self.block_size)
-        cell_RQ = np.arange(longest)
-        real_RQ = cell_RQ < lengths[:, None]
-        flat_RQ = firsts[:, None] + np.minimum(cell_RQ, lengths[:, None] - 1)
-        padded = not real_RQ.all()
-        index = slice(None) if alone else self._on_device(flat_RQ[real_RQ])
-        return Group(
-            index,
-            self._on_device(flat_RQ) if padded or not alone else None,
-            self._on_device(np.flatnonzero(real_RQ)) if padded else None,
-            len(rows_R),
-            self._on_device(np.ascontiguousarray(self.tables_RB[rows_R, :blocks]).reshape(-1)),
-            blocks * self.block_size,
-            self._on_device(self.seen_T[flat_RQ]),
-            self._on_device(self.origins_T[flat_RQ]),
-            self.dtype,
-        )
+    def mask(self, request: int, window: int | None) -> Tensor:
+        """Which positions of its blocks each token of a request sees, bool [t, S] on the device; with a
+        window only the last so many before the origin. Made once for all layers."""
+        if (request, window) not in self._masks:
+            rows = slice(self.firsts_R[request], self.ends_R[request])
+            position_S = np.arange(len(self.blocks(request)) * self.block_size)
+            seen_tS = position_S < self.seen_T[rows, None]
+            if window is not None:
+                seen_tS &= position_S >= self.origins_T[rows, None] - window
+            self._masks[request, window] = self._on_device(seen_tS)
+        return self._masks[request, window]
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -17,7 +17,6 @@ from draftkit.draft.drafter import DraftContext, Drafter
 from draftkit.engine.drawing import Drafts, Drawing
 from draftkit.engine.paged_drafter import DraftingPass
 from draftkit.engine.passes import Pass
-from draftkit.ops.inference import inference
 from draftkit.ops.sampling import Sampling
 
 
@@ -30,7 +29,7 @@ class PlainDrafter:
         self.config, self.gamma, self._drafter = drafter.config, drafter.gamma, drafter
         self._contexts: dict[int, DraftContext] = {}
 
-    @inference
+    @torch.inference_mode()
     def extend(self, step: Pass, features_TF: Tensor, next_tokens_T: Tensor | None) -> None:
         """Read the pass's features [T, F]; what is read of rejected tokens is cut off before it is used."""
         if next_tokens_T is None:
@@ -43,7 +42,7 @@ class PlainDrafter:
         """The anchors alone: they say which requests draft, and from where."""
         return DraftingPass(anchors_R[:, None], 0, block=False)
 
-    @inference
+    @torch.inference_mode()
     def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
         """What the drafter finds most likely after every request's anchor; `drawing` makes no difference."""
         uniforms = torch.zeros(1, self.gamma, dtype=torch.float64, device=anchors_R.device)

@@ -12,7 +12,7 @@ import numpy as np
 from draftkit.engine.request import Request
 from draftkit.schedule.calibration import Calibration
 from draftkit.schedule.estimator import AcceptanceEstimator
-from draftkit.schedule.gate import Gate
+from draftkit.schedule.gate import Gate, GateState
 from draftkit.schedule.planner import BudgetPlanner, survival_of
 from draftkit.schedule.step_rate import StepRate
 
@@ -35,13 +35,17 @@ class LengthPlanner:
         self._budgets = BudgetPlanner(rows, gamma, step_rate) if step_rate is not None else None
         self._gate = Gate()
         self._estimator = AcceptanceEstimator(gamma)
-        self._largest_DG: np.ndarray | None = None  # of this step's proposals, for the estimator
-        self._verified = gamma * rows  # drafted tokens of the last pass that held some
 
     @property
     def step_rate(self) -> StepRate | None:
         """What a step is taken to cost; None where lengths are fixed."""
         return self._budgets.step_rate if self._budgets is not None else None
+
+    @property
+    def gate_state(self) -> GateState | None:
+        """Whether drafting pays at the present load; None before that was measured, and where lengths are
+        fixed, so that every step drafts."""
+        return self._gate.state
 
     def drafting(self, decoding: Sequence[Request]) -> list[int]:
         """Indices of the requests that draft in this step."""
@@ -50,21 +54,13 @@ class LengthPlanner:
             return able
         return [i for i in able if decoding[i].keeps_proposal]
 
-    def expected(self, decoding: Sequence[Request]) -> int:
-        """Drafted tokens that the next pass will hardly exceed: where lengths are planned, as many as the
-        last one held, since they change little from step to step."""
-        most = self.gamma * len(self.drafting(decoding))
-        return most if self._budgets is None else min(most, self._verified)
-
     def confidence(self, said_DG: np.ndarray | None, largest_DG: np.ndarray | None) -> np.ndarray | None:
         """Confidences [D, G] of this step's proposals: what the drafter's head said, calibrated, or what the
         estimator makes of the largest probabilities."""
-        self._largest_DG = None
         if said_DG is not None:
             return said_DG if self._calibration is None else self._calibration.apply(said_DG)
         if largest_DG is None or self._budgets is None:
             return None
-        self._largest_DG = largest_DG
         return self._estimator.confidence(largest_DG)
 
     def lengths(
@@ -75,23 +71,28 @@ class LengthPlanner:
         most_D = np.array([self._most(r) for r in drafting], np.int64)
         if self._budgets is None or confidence_DG is None:
             return most_D
-        survival_DG, _ = survival_of(confidence_DG)
+        survival_DG = survival_of(confidence_DG)
         admitted_D = self._budgets.lengths(np.array([r.row for r in drafting]), survival_DG, others)
         whole_D = np.array([r.keeps_proposal for r in drafting])
-        lengths_D = np.where(whole_D, most_D, np.minimum(admitted_D, most_D))
-        self._verified = int(lengths_D.sum())
-        return lengths_D
+        return np.where(whole_D, most_D, np.minimum(admitted_D, most_D))
 
-    def observe(self, lengths_D: np.ndarray, accepted_D: np.ndarray) -> None:
-        """What verification found: of the first `lengths_D` drafted tokens `accepted_D` were kept."""
-        if self._largest_DG is not None:
-            self._estimator.observe(self._largest_DG, accepted_D, lengths_D)
+    def observe(self, largest_DG: np.ndarray, lengths_D: np.ndarray, accepted_D: np.ndarray) -> None:
+        """What verification found where there is no confidence head: of the first `lengths_D` drafted tokens
+        `accepted_D` were kept."""
+        if self._budgets is not None:
+            self._estimator.observe(largest_DG, accepted_D, lengths_D)
 
-    def record(self, decoding: Sequence[Request], drafted: bool, tokens: int, seconds: float) -> None:
-        """A step is over in which nobody read a prompt: whether it drafted, what it brought and how long it
-        took. Where seeded samples drafted, or nobody was able to, it does not say what drafting is worth."""
-        as_said = drafted == self._gate.drafts(len(decoding))
-        if self._budgets is not None and as_said and not any(r.gamma and r.keeps_proposal for r in decoding):
+    def record(
+        self, decoding: Sequence[Request], drafting: Sequence[int], tokens: int, seconds: float
+    ) -> None:
+        """A step is over in which nobody read a prompt: which requests drafted, what it brought and how long
+        it took. Nothing is learned from one in which nobody did as the gate said: seeded samples always
+        draft, and an answer that ends may have no use for drafts."""
+        if self._budgets is None:
+            return
+        drafts = self._gate.drafts(len(decoding))
+        asked = [decoding[i] for i in drafting] if drafts else decoding
+        if any(request.gamma and not request.keeps_proposal for request in asked):
             self._gate.record(len(decoding), tokens, seconds)
 
     def forget(self, row: int) -> None:

@@ -25,13 +25,15 @@ from draftkit.ops.verify import TOKEN_RULE, DenseProposals, NativeProposals, Pro
 class ProposalBatch:
     """Proposals of the requests that get a token, those that do not draft with length 0: tokens int64 [A, G],
     and how many are verified, int64 [A]. `drafting` are the rows of the D that did draft, `drawn` what their
-    tokens were drawn from (None when all are greedy); their confidences are [D, G] or None."""
+    tokens were drawn from (None when all are greedy). Confidences or, without a confidence head, largest
+    probabilities of their tokens are [D, G]."""
 
     tokens_AG: Tensor
     drawn: Drawn | None
     lengths_A: np.ndarray
     drafting: list[int]
-    confidence_DG: np.ndarray | None
+    confidence_DG: np.ndarray | None = None
+    largest_DG: np.ndarray | None = None
 
     @cached_property
     def host_tokens_AG(self) -> np.ndarray:

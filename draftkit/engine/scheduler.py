@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from draftkit.engine.kv_cache import BlockPool
-from draftkit.engine.plan import LengthPlanner
 from draftkit.engine.request import Request
 
 SCORED = 256  # tokens of prompts that one step scores: of a vocabulary of 150,000 their logits are 150 MB
@@ -38,8 +37,7 @@ class ScheduledBatch:
 
 class Scheduler:
     """Keeps the requests in order of arrival. `gamma` positions after the known tokens are reserved for
-    proposals; the planner says how many tokens of a step they take. `on_release` is told of each request that
-    gives up its row.
+    proposals. `on_release` is told of each request that gives up its row.
     """
 
     def __init__(
@@ -49,7 +47,6 @@ class Scheduler:
         length: int,
         gamma: int,
         step_tokens: int,
-        planner: LengthPlanner,
         on_release: Callable[[Request], None],
     ) -> None:
         self.pool, self._ahead, self._step_tokens = pool, gamma + 1, step_tokens
@@ -59,7 +56,7 @@ class Scheduler:
         self.prefix_queries = self.prefix_hits = 0  # tokens looked up at admission, tokens found
         self.tables_SB = np.zeros((rows, pool.blocks_for(length + self._ahead)), np.int64)
         self._free_rows = list(range(rows))[::-1]
-        self._planner, self._on_release = planner, on_release
+        self._on_release = on_release
 
     def add(self, request: Request) -> None:
         """Put a request at the end of the queue."""
@@ -85,9 +82,7 @@ class Scheduler:
         reading: list[Request] = []
         for request in self.running:
             (decoding if request.decoding else reading).append(request)
-        prompts = bool(reading or self.waiting)
-        expected = len(decoding) + self._planner.expected(decoding) if prompts else 0
-        budget = max(self._step_tokens - expected, self.pool.block_size)
+        budget = max(self._step_tokens - len(decoding), self.pool.block_size)
         scorable = SCORED
         ends: list[tuple[Request, int]] = []
         middles: list[tuple[Request, int]] = []

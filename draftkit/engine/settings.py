@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Plan = Literal["planned", "fixed"]
 PLANS = ("planned", "fixed")
+DTYPE_NAMES = ("float32", "bfloat16", "float64")
 _MOST_RUNNING = 65_536  # each has rows of numbers from the start
 
 
@@ -28,17 +29,14 @@ class EngineSettings:
         device: a torch device; None = a GPU where there is one.
         max_running: requests that are worked on at the same time; more wait.
         max_length: tokens of one request, prompt and answer; None = all that the target allows (and the
-          memory holds, where
-            that is not given either).
-        step_tokens: tokens that one step reads at most while prompts are waiting to be read (they are cut
-          into chunks).
+            memory holds, where that is not given either).
+        step_tokens: tokens of prompts and answers that one step reads at most (longer prompts are cut into
+            chunks); drafted ones come on top.
         kv_bytes: memory for keys and values of target and drafter together; None = most of what a GPU has
-          free, on a CPU one
-            GiB, or what one request needs.
+            free, on a CPU one GiB, or what one request needs.
         block_size: positions per block of that memory.
-        compile: before the first request, build the C++ pass where it can run (float32 or bfloat16 on a
-          CPU with a compiler),
-            or record CUDA graphs on a GPU; elsewhere PyTorch operations do the same.
+        compile: before the first request, build the C++ pass where it can run (float32 or bfloat16 on a CPU
+            with a compiler), or record CUDA graphs on a GPU; elsewhere PyTorch operations do the same.
         prefix_reuse: let requests share the memory of equal beginnings.
     """
 
@@ -58,6 +56,8 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.plan not in PLANS:
             raise ServeError(f"plan is {self.plan!r}; choose one of {', '.join(PLANS)}")
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
+            raise ServeError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPE_NAMES)}")
         for name in ("max_running", "step_tokens", "kv_bytes", "block_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ServeError(f"{name} is {getattr(self, name)}; it must be 1 or more")

@@ -12,15 +12,15 @@ memory.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draftkit.engine.passes import Group, PagedPass, Pass
-from draftkit.ops import huge_pages
+from draftkit.engine.passes import PagedPass, Pass
 
 TRITON = importlib.util.find_spec("triton") is not None  # not everywhere, and not needed on a CPU
 if TRITON:
@@ -105,16 +105,12 @@ def rotary_table(positions: int, inverse_frequencies: Tensor, scaling: float, dt
 class Stack:
     """The layers, their part of the KV memory, and the forward pass in PyTorch operations."""
 
-    def __init__(self, shape: StackShape, layers: tuple[Layer, ...], slots: int) -> None:
+    def __init__(self, shape: StackShape, layers: Sequence[Layer], slots: int) -> None:
         # slot number `slots` takes what padding writes
         self.shape, self.layers, self.slots = shape, layers, slots
         # zeros, not empty: what no request has written is masked, and a mask does not hide a NaN
         sizes = [(layer.attention.kv_heads, 2 * layer.attention.head_dim) for layer in layers]
-        weight = layers[0].qkv
-        zeros = (
-            partial(huge_pages.zeros, dtype=weight.dtype) if weight.device.type == "cpu" else weight.new_zeros
-        )
-        self.memory = tuple(zeros((slots + 1, *size)) for size in sizes)  # per layer [P + 1, M, 2 D]
+        self.memory = tuple(_zeros((slots + 1, *s), layers[0].qkv) for s in sizes)  # [P + 1, M, 2 D] each
         self.paged = layers[0].qkv.is_cuda and self._kernels_fit()
 
     def drop_weights(self) -> None:
@@ -217,38 +213,33 @@ class Stack:
         qk = rotate(qk, turned[id(layer.rotary)])
         memory[step.slots] = torch.cat([qk[:, shape.heads :], v], -1)
         q = qk[:, : shape.heads]
-        pages = memory[: self.slots].view(-1, step.block_size * shape.kv_heads * 2 * shape.head_dim)
-        parts = [_attend_group(shape, pages, q, group) for group in step.groups]
-        if len(parts) == 1:
-            return parts[0]
-        mixed = parts[0].new_empty(len(step), parts[0].shape[1])
-        for group, part in zip(step.groups, parts, strict=True):
-            mixed[group.tokens] = part
-        return mixed
+        pages = memory[: self.slots].view(-1, step.block_size, *memory.shape[1:])
+        rows = zip(step.firsts_R.tolist(), step.ends_R.tolist(), strict=True)
+        return torch.cat([_attend_request(shape, pages, q[a:b], step, r) for r, (a, b) in enumerate(rows)])
 
 
-def _attend_group(shape: AttentionShape, pages: Tensor, q_TND: Tensor, group: Group) -> Tensor:
-    """One rectangle of queries [R, Q] against gathered pages; query heads of one key head are further
-    queries."""
-    requests, fold = group.requests, shape.heads // shape.kv_heads
-    q = q_TND[group.pad_RQ] if group.pad_RQ is not None else q_TND.unflatten(0, (requests, -1))
-    q = q.unflatten(2, (shape.kv_heads, fold)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, M, N/M * Q, D]
-    kv = (
-        pages.index_select(0, group.blocks_RB)
-        .view(requests, -1, shape.kv_heads, 2 * shape.head_dim)
-        .transpose(1, 2)
-    )
-    k, v = kv[..., : shape.head_dim], kv[..., shape.head_dim :]
-    mask = group.mask(shape.window)
-    mask = mask.expand(-1, fold, -1, -1).flatten(1, 2)[:, None] if fold > 1 else mask
+def _attend_request(shape: AttentionShape, pages: Tensor, q_tND: Tensor, step: Pass, request: int) -> Tensor:
+    """A request's queries against its gathered pages, [t, N D]; query heads of a key head are queries."""
+    fold = shape.heads // shape.kv_heads
+    folded = q_tND.unflatten(1, (shape.kv_heads, fold)).permute(1, 2, 0, 3)  # [M, N/M, t, D]
+    q = folded.flatten(1, 2)[None]
+    k, v = pages[step.blocks(request)].flatten(0, 1).transpose(0, 1)[None].chunk(2, -1)  # [1, M, S, D] each
+    mask = step.mask(request, shape.window).repeat(fold, 1)
     if shape.score_cap is None:
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=shape.scale)
     else:
         scores = torch.tanh(q @ k.transpose(-1, -2) * (shape.scale / shape.score_cap)) * shape.score_cap
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        out = torch.softmax(scores + mask, -1, dtype=wide).to(q.dtype) @ v
-    out = out.unflatten(2, (fold, -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)  # [R Q, N D]
-    return out[group.unpad_t] if group.unpad_t is not None else out
+        out = torch.softmax(scores.masked_fill(~mask, float("-inf")), -1, dtype=wide).to(q.dtype) @ v
+    return out[0].unflatten(1, (fold, -1)).permute(2, 0, 1, 3).flatten(1)
+
+
+def _zeros(size: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros; on a CPU they take memory only where they have been written, while `torch.zeros` writes all."""
+    if like.device.type != "cpu":
+        return like.new_zeros(size)
+    *rows, numbers = size
+    return torch.from_numpy(np.zeros((*rows, numbers * like.element_size()), np.uint8)).view(like.dtype)
 
 
 def _add(

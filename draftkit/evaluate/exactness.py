@@ -28,8 +28,6 @@ from draftkit.schedule.gate import EVIDENCE, SHORTEST, Gate
 from draftkit.schedule.planner import (
     admit,
     budget_from,
-    plan_fixed,
-    plan_threshold,
     plan_verification,
     survival_of,
 )
@@ -72,15 +70,14 @@ def planner_cases(step_rate: StepRate, gamma: int, lag: int) -> list[PlannerCase
     it."""
 
     def cut(confidence_RG: Floats, budget: int) -> Ints:
-        return admit(survival_of(confidence_RG)[0], budget)
+        return admit(survival_of(confidence_RG), budget)
 
     def budget(stale_RG: Floats, _: int) -> int:
-        return budget_from(survival_of(stale_RG)[0], step_rate)
+        return budget_from(survival_of(stale_RG), step_rate)
 
     return [
-        PlannerCase("fixed", lambda c, _: plan_fixed(len(c), gamma)),
-        PlannerCase("threshold", lambda c, _: plan_threshold(c, 0.5)),
-        PlannerCase("algorithm-1", lambda c, _: plan_verification(survival_of(c)[0], step_rate)),
+        PlannerCase("fixed", lambda c, _: np.full(len(c), gamma)),
+        PlannerCase("algorithm-1", lambda c, _: plan_verification(survival_of(c), step_rate)),
         PlannerCase("budget", cut, budget, lag),
         PlannerCase("gate", cut, lambda c, tokens: gated_budget(c, tokens, step_rate), 1, counts=True),
     ]
@@ -97,14 +94,14 @@ def gated_budget(stale_RG: Floats, tokens: int, step_rate: StepRate) -> int:
     for _ in range(least - 1):  # with it
         gate.record(requests, 0.0, 0.1)
     gate.record(requests, tokens or 2 * requests, 1.0)
-    return budget_from(survival_of(stale_RG)[0], step_rate) if gate.drafts(requests) else 0
+    return budget_from(survival_of(stale_RG), step_rate) if gate.drafts(requests) else 0
 
 
 def same_step_search(step_rate: StepRate) -> PlannerCase:
     """The planner that must fail: the best budget by the survivals of the very step that it cuts."""
 
     def lengths(confidence_RG: Floats, _: int) -> Ints:
-        survival_RG, _ = survival_of(confidence_RG)
+        survival_RG = survival_of(confidence_RG)
         return admit(survival_RG, budget_from(survival_RG, step_rate))
 
     return PlannerCase("same-step search", lengths)

@@ -39,8 +39,7 @@ def run_lossless(vocab: int, gammas: Sequence[int], tables: int) -> list[Finding
 
 
 def print_lossless(findings: Sequence[Finding], tables: int, vocab: int, as_json: bool) -> bool:
-    """Print the table and say whether everything is as it must be: all laws kept, and the control found
-    out."""
+    """Print the table and say whether all is as it must be: distributions kept, and the control found out."""
     worst = max(f.deviation for f in findings)
     example, step_rate = appendix_a()
     control = output_distribution(TOKEN_RULE, same_step_search(step_rate), [example], rounds=1)[0]
@@ -67,7 +66,7 @@ def _print_table(findings: Sequence[Finding], tables: int, vocab: int) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"largest deviation from the target's law ({tables} tables per cell, vocabulary {vocab})"
+        title=f"deviation from the target's distribution, at most ({tables} tables per cell, V = {vocab})"
     )
     columns = list(dict.fromkeys((f.requests, f.gamma, f.rounds) for f in findings))
     for name in ("rule", "planner"):

@@ -20,6 +20,9 @@ def print_report(results: Sequence[EvalResult], console: Console | None = None) 
     console = console or Console(highlight=False)
     for result in results:
         console.print(_table(result))
+        for kind, lengths in result.by_place.items():
+            told = ", ".join(f"{place}: {length:.2f}" for place, length in lengths.items())
+            console.print(f"accepted length by tokens of {kind}: {told}")
         if result.speed:
             console.print(speed_line(result.speed))
             console.print(verdict(result) + "\n")

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from draftkit.engine.paged_model import unsupported
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.evaluate.metrics import (
+    ANSWER_PLACES,
+    CONTEXT_TOKENS,
     Interval,
     PromptRecord,
     acceptance_by_position,
     accepted_length,
     domains_of,
+    lengths_by_place,
     macro_accepted_length,
     record_of,
 )
@@ -60,6 +63,8 @@ class EvalResult:
     acceptance: dict[str, list[float]]  # conditional acceptance by position, by domain, and "all"
     speed: dict[str, Speed]  # by domain, and "all"; empty when nothing was timed
     records: tuple[PromptRecord, ...]
+    # accepted length by place: "answer" counts tokens of the answer, "context" those of prompt and answer
+    by_place: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write as JSON (NaN as null), the file replaced in one rename."""
@@ -79,6 +84,7 @@ class EvalResult:
                 },
                 speed={k: Speed(**v) for k, v in raw["speed"].items()},
                 records=tuple(_record(r) for r in raw["records"]),
+                by_place=dict(raw.get("by_place", {})),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
@@ -104,8 +110,21 @@ def evaluate(
     decoded = _answers(target, drafter, prompts, settings, sampling, tick)
     timed, limit = speed_prompts(prompts, settings.speed_prompts), settings.max_new_tokens
     records = [
-        record_of(d, p.prompt_id, p.domain, drafter.gamma) for p, d in zip(prompts, decoded, strict=True)
+        replace(record_of(d, p.prompt_id, p.domain, drafter.gamma), prompt_tokens=len(p.tokens))
+        for p, d in zip(prompts, decoded, strict=True)
     ]
+    speed = measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick)
+    return result_of(target, records, settings, sampling, speed)
+
+
+def result_of(
+    target: TransformersTarget,
+    records: Sequence[PromptRecord],
+    settings: EvaluateSettings,
+    sampling: Sampling,
+    speed: dict[str, Speed],
+) -> EvalResult:
+    """The aggregates of some records, with what they were made by."""
     domains = {d: [r for r in records if r.domain == d] for d in domains_of(records)}
     lengths = {d: accepted_length(chosen) for d, chosen in domains.items()}
     return EvalResult(
@@ -115,13 +134,17 @@ def evaluate(
             "sampling": asdict(sampling),
             "rule": TOKEN_RULE.name,
             "target": target.info.name,
-            "prompts": len(prompts),
+            "prompts": len(records),
         },
         accepted_len=lengths | {"macro": macro_accepted_length(records)},
         acceptance={d: acceptance_by_position(chosen) for d, chosen in domains.items()}
         | {"all": acceptance_by_position(records)},
-        speed=measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick),
+        speed=speed,
         records=tuple(records),
+        by_place={
+            "answer": lengths_by_place(records, ANSWER_PLACES),
+            "context": lengths_by_place(records, CONTEXT_TOKENS, context=True),
+        },
     )
 
 
@@ -151,7 +174,7 @@ def _answers(
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions and hardware that stand behind a result; `device`: where it was computed, None = on the
+    """Versions and hardware that a result was made with; `device`: where it was computed, None = on the
     CPU."""
     return {
         "draftkit": __version__,

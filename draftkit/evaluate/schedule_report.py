@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from draftkit.schedule.calibration import Quality
 from draftkit.schedule.simulate import Outcome
 from draftkit.schedule.step_rate_table import StepRateTable
+from draftkit.schedule.temperature_scaling import Quality
+
+UNSTEADY = 0.2  # quartiles so far apart, as a share of the median
 
 
 def print_calibration(
@@ -41,6 +44,23 @@ def print_calibration(
         Console().print(f"{missing} confidences were no numbers and count as zero")
 
 
+def calibration_notes(raw: Quality, calibrated: Quality, prompts: int, refused: bool) -> list[str]:
+    """What a reader should know before using a calibration: was it taken, and do the data suffice."""
+    before, after, chance = (float(np.nanmean(v)) for v in (raw.ece, calibrated.ece, raw.chance))
+    found = []
+    if refused:
+        found.append(
+            f"not taken: on held-out prompts it would make the error larger ({100 * before:.1f} to "
+            f"{100 * after:.1f} %). The file leaves the confidences as they are (temperatures of 1)."
+        )
+    if chance > before / 2:
+        found.append(
+            f"too little data: on {prompts} prompts even right confidences would show an error of "
+            f"{100 * chance:.1f} % by chance. Give more prompts (-p) to know more."
+        )
+    return found
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -64,6 +84,8 @@ def print_step_rate(table: StepRateTable) -> None:
         grid.add_row(str(tokens), *(f"{1e3 * row[i]:.2f}" for row in table.pass_seconds))
     console.print(grid)
     costs = zip(table.draft_requests, table.draft_seconds, strict=True)
+    if measured.spread > UNSTEADY:
+        console.print("the machine was not quiet while this was measured; measure again when it is")
     console.print("drafting, ms by requests: " + ", ".join(f"{r}: {1e3 * s:.2f}" for r, s in costs))
 
 

@@ -5,7 +5,7 @@ All documents' context tokens lie end to end (C keys, shared by the blocks), all
 what the caller says (an unrolled drafter has the keys of its earlier steps). It must see one key at least.
 What a dense [Q, C + P] mask would say is never written down: on a CPU, and on a GPU without the shared memory
 that flex_attention's kernels need, groups of neighbouring blocks meet the keys up to their last stop and
-nothing behind; elsewhere flex_attention skips empty tiles. On a CPU with a compiler a C++ function goes
+nothing after; elsewhere flex_attention skips empty tiles. On a CPU with a compiler a C++ function goes
 through the blocks instead (`ops/native_training.py`).
 
 Shapes: X blocks, G positions per block, O own keys per block, P = X * O, C context keys, N query heads, M
@@ -36,7 +36,7 @@ FLEX_HEAD_DIM = 256
 @dataclass(frozen=True)
 class BlockGroup:
     """Neighbouring blocks of one document and the keys [start, stop) that some of them see, with their own
-    behind.
+    after them.
 
     `front` and `back` mark, bool [x, 1, ...], which of the first and of the last of all these keys a block
     must not see.
@@ -180,7 +180,7 @@ def _scatter(x_MRD: Tensor, out_QND: Tensor, group: BlockGroup) -> None:
 
 
 def _keys(own_PMD: Tensor, seen_CMD: Tensor, group: BlockGroup) -> Tensor:
-    """The group's context keys (or values) with its own behind: [M, L, D]."""
+    """The group's context keys (or values) with its own after them: [M, L, D]."""
     return torch.cat([seen_CMD[group.start : group.stop], own_PMD[group.own]]).transpose(0, 1)
 
 

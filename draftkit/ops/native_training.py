@@ -1,4 +1,4 @@
-"""The C++ functions of a training step (`cpp/training.cpp`) behind Python: for float32 on a CPU with a
+"""The C++ functions of a training step (`cpp/training.cpp`) for Python: for float32 on a CPU with a
 compiler.
 
 PyTorch operations do the same where these do not fit; at the sizes of a small drafter they spend most of

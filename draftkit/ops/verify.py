@@ -7,7 +7,7 @@ functions. Temperature 0 is a one-hot target row, a greedy draft a one-hot draft
 proposal of length 0.
 
 Shapes: R requests, G = gamma drafted positions, V vocabulary. `lengths_R` is how many drafted tokens of each
-request are verified (0..G); what lies behind it is ignored. p is [R, G + 1, V] (target, after the sampling
+request are verified (0..G); what lies after it is ignored. p is [R, G + 1, V] (target, after the sampling
 settings), q is [R, G, V] (drafter, the very distribution that was sampled from).
 """
 
@@ -61,7 +61,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many drafted tokens are kept, int64 [R], and the target's token behind them, int64 [R]."""
+    """How many drafted tokens are kept, int64 [R], and the target's token after them, int64 [R]."""
 
     accepted_R: Tensor
     next_token_R: Tensor
@@ -217,7 +217,7 @@ def _block_length_distribution(
 ) -> Tensor:
     surplus_RG = surplus()
     room_RG = surplus_RG + 1.0 - weights_RG[:, :-1]
-    # h_i: keep at least i tokens, decided from the longest prefix down. 0 / 0 means p = q behind a fully
+    # h_i: keep at least i tokens, decided from the longest prefix down. 0 / 0 means p = q after a fully
     # accepted prefix: then a longer prefix is always kept, so the value does not matter.
     inner_RG = torch.where(room_RG > 0, surplus_RG / room_RG.clamp_min(torch.finfo(room_RG.dtype).tiny), 0.0)
     keep = torch.cat([inner_RG, torch.zeros_like(weights_RG[:, :1])], -1)
@@ -226,8 +226,8 @@ def _block_length_distribution(
     keep = torch.where(position > lengths_R[:, None], 0.0, keep)
     keep = torch.where(position == 0, 1.0, keep)
     refused = (1.0 - keep).flip(-1).cumprod(-1).flip(-1)  # prod over i >= n
-    behind = torch.cat([refused[:, 1:], torch.ones_like(refused[:, :1])], -1)
-    return keep * behind
+    later = torch.cat([refused[:, 1:], torch.ones_like(refused[:, :1])], -1)
+    return keep * later
 
 
 TOKEN_RULE = Rule("token", _token_weights, _token_length_distribution)

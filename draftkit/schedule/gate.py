@@ -12,11 +12,23 @@ it).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 # steps of a probe at least (the first find cold caches), and further ones of each request
 SHORTEST, EVIDENCE = 3, 8
 MEMORY = 256.0  # steps that count in a running mean
 FIRST_PAUSE, LONGEST_PAUSE = 64, 4096  # steps; what a probe lost may ask for a longer one
 MOST_LOST = 0.005  # of a pause, by a probe
+
+
+@dataclass(frozen=True)
+class GateState:
+    """Whether steps draft at the load of the last one, and the tokens per second of steps with drafts and
+    without, as last measured at that load; 0 where that is not known yet."""
+
+    drafting: bool
+    with_drafts: float
+    without_drafts: float
 
 
 class _Mean:
@@ -54,6 +66,11 @@ class _Load:
         self._steps, self._lost = 0, 0.0
         self._wait, self._may_lose = 0.0, 0.0  # so many steps until the other one is tried; steps
 
+    @property
+    def state(self) -> GateState:
+        """What is known of both ways."""
+        return GateState(self.drafting, self._means[True].rate, self._means[False].rate)
+
     def record(self, tokens: float, seconds: float) -> None:
         """One more step as `drafting` says."""
         used, other = self._means[self.drafting], self._means[not self.drafting]
@@ -86,6 +103,12 @@ class Gate:
 
     def __init__(self) -> None:
         self._loads: dict[int, _Load] = {}
+        self._last: int | None = None  # the load of the last step
+
+    @property
+    def state(self) -> GateState | None:
+        """At the load of the last step; None before one."""
+        return self._loads[self._last].state if self._last is not None else None
 
     def drafts(self, requests: int) -> bool:
         """Whether to draft while so many requests decode."""
@@ -99,4 +122,5 @@ class Gate:
         size = requests.bit_length()
         if size not in self._loads:
             self._loads[size] = _Load(requests, self.drafts(requests))
+        self._last = size
         self._loads[size].record(tokens, seconds)

@@ -19,21 +19,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from draftkit.errors import ScheduleError
 from draftkit.schedule.step_rate import Floats, Ints, StepRate
 
 MEMORY = 0.05  # weight of one step in the running mean of survivals
 
 
-def survival_of(confidence_RG: Floats) -> tuple[Floats, int]:
+def survival_of(confidence_RG: Floats) -> Floats:
     """Probability that a whole prefix is accepted, a_{r,j} = prod_{i <= j} c_{r,i}: float64 [R, G], falling
     in j.
 
-    Confidences are cut to [0, 1]; NaN counts as zero, and the second value says how many there were.
+    Confidences are cut to [0, 1]; NaN counts as zero.
     """
-    confidence_RG = np.asarray(confidence_RG, np.float64)
-    missing_RG = np.isnan(confidence_RG)
-    return np.where(missing_RG, 0.0, confidence_RG).clip(0.0, 1.0).cumprod(-1), int(missing_RG.sum())
+    return np.nan_to_num(np.asarray(confidence_RG, np.float64)).clip(0.0, 1.0).cumprod(-1)
 
 
 def plan_verification(survival_RG: Floats, step_rate: StepRate, others: int = 0) -> Ints:
@@ -73,21 +70,6 @@ def admit(survival_RG: Floats, budget: int) -> Ints:
     return _lengths(order_N[: max(budget, 0)], len(survival_RG))
 
 
-def plan_threshold(confidence_RG: Floats, threshold: float) -> Ints:
-    """Lengths [R]: leading positions whose confidence is at least `threshold` in [0, 1]; NaN is below every
-    one."""
-    if not 0 <= threshold <= 1:
-        raise ScheduleError(f"threshold {threshold}: must be between 0 and 1")
-    return (np.asarray(confidence_RG, np.float64) >= threshold).cumprod(-1).sum(-1)
-
-
-def plan_fixed(requests: int, length: int) -> Ints:
-    """Lengths [R]: the same for all."""
-    if length < 0:
-        raise ScheduleError(f"length {length}: must be 0 or more drafted tokens per request")
-    return np.full(requests, length)
-
-
 def _by_survival(survival_RG: Floats) -> tuple[Ints, Floats]:
     """Requests of the candidates and their survivals, by falling survival, then position, then request: [N]
     each."""
@@ -104,8 +86,8 @@ def _rate(gain_N: Floats, drafting: int, others: int, step_rate: StepRate) -> Fl
     requests = drafting + others
     tokens = np.full(len(gain_N) + 1, float(requests))
     tokens[1:] += gain_N.cumsum()
-    end = requests + len(tokens)
-    rate: Floats = tokens / (step_rate.pass_table(end)[requests:end] + step_rate.drafter_seconds(drafting))
+    passed_N = np.arange(requests, requests + len(tokens))
+    rate: Floats = tokens / step_rate.step_seconds(drafting, passed_N)
     return rate
 
 

@@ -180,7 +180,7 @@ class _Run:
         if self.calibration is not None:
             confidence_NG = self.calibration.apply(confidence_NG)
         position = np.arange(self.traces.gamma)
-        return np.where(position < self.traces.usable_N[:, None], survival_of(confidence_NG)[0], 0.0)
+        return np.where(position < self.traces.usable_N[:, None], survival_of(confidence_NG), 0.0)
 
     def admit_arrived(self) -> None:
         """Start waiting requests while there is room; when nothing runs, time goes on to the next arrival."""
@@ -226,7 +226,7 @@ class _Run:
         if self.estimator is None:
             return self.survival_NG[rows]
         confidence_RG = self.estimator.confidence(self.draft_max_NG[rows])
-        return np.where(np.arange(self.traces.gamma) < usable[:, None], survival_of(confidence_RG)[0], 0.0)
+        return np.where(np.arange(self.traces.gamma) < usable[:, None], survival_of(confidence_RG), 0.0)
 
     def _finish(self, done: Ints) -> None:
         if not len(done):

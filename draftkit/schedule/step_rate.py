@@ -7,7 +7,6 @@ drafter's time adds to it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Literal
@@ -55,24 +54,11 @@ class StepRate:
 
     def target_seconds(self, tokens_N: Ints) -> Floats:
         """Seconds of one target pass, [N]."""
-        x, y = self._pass
-        return _look_up(x, y, np.asarray(tokens_N, np.float64), self.interpolation)
-
-    def pass_table(self, tokens: int) -> Floats:
-        """Seconds of target passes of 0, 1, ... tokens, at least `tokens` of them; worked out once, asked in
-        every step."""
-        if len(self._kept[0]) <= tokens:
-            self._kept[0] = self.target_seconds(np.arange(2 * tokens + 2))
-        return self._kept[0]
+        return self._look_up(self.tokens, self.pass_seconds, tokens_N)
 
     def drafter_seconds(self, requests: int) -> float:
         """Seconds of drafting for so many requests."""
-        if requests not in self._drafting:
-            x, y = self._draft
-            self._drafting[requests] = float(
-                _look_up(x, y, np.array([requests], np.float64), self.interpolation)[0]
-            )
-        return self._drafting[requests]
+        return float(self._look_up(self.draft_requests, self.draft_seconds, np.array([requests]))[0])
 
     def assumption(self, most_tokens: int) -> str | None:
         """What is assumed for passes of up to `most_tokens` tokens that were not measured; None when all
@@ -85,29 +71,12 @@ class StepRate:
             "time is taken to grow in proportion to tokens"
         )
 
-    @cached_property
-    def _kept(self) -> list[Floats]:
-        return [np.empty(0)]
-
-    @cached_property
-    def _drafting(self) -> dict[int, float]:
-        return {}
-
-    @cached_property
-    def _pass(self) -> tuple[Floats, Floats]:
-        return np.array(self.tokens, np.float64), np.array(self.pass_seconds, np.float64)
-
-    @cached_property
-    def _draft(self) -> tuple[Floats, Floats]:
-        return np.array(self.draft_requests, np.float64), np.array(self.draft_seconds, np.float64)
-
-
-def _look_up(x: Floats, y: Floats, wanted_N: Floats, interpolation: Interpolation) -> Floats:
-    if interpolation == "linear":
-        found_N = np.interp(wanted_N, x, y)
-    else:
-        found_N = y[np.minimum(np.searchsorted(x, wanted_N), len(x) - 1)]
-    return np.where(wanted_N > x[-1], y[-1] * wanted_N / x[-1], found_N)
+    def _look_up(self, x: tuple[int, ...], y: tuple[float, ...], wanted_N: Ints) -> Floats:
+        if self.interpolation == "linear":
+            found_N = np.interp(wanted_N, x, y)
+        else:
+            found_N = np.asarray(y)[np.minimum(np.searchsorted(x, wanted_N), len(x) - 1)]
+        return np.where(wanted_N > x[-1], y[-1] * (wanted_N / x[-1]), found_N)
 
 
 def _check_points(what: str, axis: str, x: tuple[int, ...], y: tuple[float, ...], zero_allowed: bool) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +18,9 @@ import numpy as np
 
 from draftkit import __version__
 from draftkit.errors import ServeError, reason
-from draftkit.output import as_json, make_folder, save_figure, write_text
+from draftkit.output import as_json, make_folder, write_text
+from draftkit.progress import progress_bar
+from draftkit.serve.bench_report import plot_bench
 from draftkit.serve.load import Endpoint, Record, run_load
 from draftkit.serve.problem import shorten
 from draftkit.serve.settings import LoadSettings
@@ -29,15 +30,16 @@ PERCENTILES = (50, 90, 99)
 
 def summarise(records: Sequence[Record], seconds: float, counters: dict[str, float]) -> dict[str, Any]:
     """Numbers of one run. Latencies in seconds; `tokens_per_s` overall, `tokens_per_s_per_user` is the median
-    over requests of output tokens / e2e time; accepted length counts the bonus token, 1 + accepted / rounds.
-    `tokens_counted_by` is "chunks" where the server left out the usage of an answer: a chunk may hold several
-    tokens.
+    over requests of output tokens / e2e time (`request_speeds`), with its 95 % interval; accepted length
+    counts the bonus token, 1 + accepted / rounds. `tokens_counted_by` is "chunks" where the server left out
+    the usage of an answer: a chunk may hold several tokens.
     """
     good = [r for r in records if r.error is None and r.first is not None and r.done is not None]
     first = [r.first - r.sent for r in good if r.first is not None]
     whole = [r.done - r.sent for r in good if r.done is not None]
     gaps = [gap for r in good for gap in r.gaps]
     tokens = sum(r.output_tokens for r in good)
+    speeds = [r.output_tokens / w for r, w in zip(good, whole, strict=True)]
 
     def spread(values: Sequence[float]) -> dict[str, float | None]:
         if not values:
@@ -57,9 +59,9 @@ def summarise(records: Sequence[Record], seconds: float, counters: dict[str, flo
         "prompt_tokens": sum(r.prompt_tokens for r in good),
         "requests_per_s": len(good) / seconds,
         "tokens_per_s": tokens / seconds,
-        "tokens_per_s_per_user": median([r.output_tokens / w for r, w in zip(good, whole, strict=True)])
-        if good
-        else None,
+        "tokens_per_s_per_user": median(speeds) if good else None,
+        "tokens_per_s_per_user_95": median_interval(speeds),
+        "request_speeds": speeds,
         "ttft": spread(first),
         "inter_token": spread(gaps),
         "e2e": spread(whole),
@@ -72,12 +74,15 @@ def _speculation(good: Sequence[Record], counters: dict[str, float]) -> dict[str
     counters."""
     told = [r.speculation for r in good if r.speculation]
     source: str | None = None
+    share: float | None = None
     rounds = drafted = accepted = 0.0
     if told:
         source = "responses"
         rounds = sum(s.get("num_spec_steps") or 0 for s in told)
         drafted = sum(s.get("num_draft_tokens") or 0 for s in told)
         accepted = sum(s.get("num_accepted_draft_tokens") or 0 for s in told)
+        could = sum((s.get("num_spec_tokens") or 0) * (s.get("num_spec_steps") or 0) for s in told)
+        share = drafted / could if could else None
     elif counters.get("spec_decode_num_drafts_total"):
         source = "metrics"
         rounds = counters["spec_decode_num_drafts_total"]
@@ -87,7 +92,30 @@ def _speculation(good: Sequence[Record], counters: dict[str, float]) -> dict[str
         "accepted_len": 1 + accepted / rounds if rounds else None,
         "acceptance_rate": accepted / drafted if drafted else None,
         "accepted_len_source": source if rounds else None,
+        "drafted_share": share,  # of rounds; in the others the drafter rested
     }
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """95 % bootstrap interval of a median; None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    low, high = np.percentile(_medians(values, 0), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def ratio_interval(one: Sequence[float], two: Sequence[float]) -> tuple[float, float] | None:
+    """95 % bootstrap interval of the ratio of two medians; None of fewer than two values each."""
+    if min(len(one), len(two)) < 2:
+        return None
+    low, high = np.percentile(_medians(one, 0) / _medians(two, 1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _medians(values: Sequence[float], seed: int) -> Any:
+    """Medians of 2,000 resamples."""
+    drawn = np.random.default_rng(seed).integers(0, len(values), (2000, len(values)))
+    return np.median(np.asarray(values)[drawn], 1)
 
 
 def ratios(results: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -106,22 +134,45 @@ def ratios(results: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-async def measure(url: str, api_key: str | None, settings: LoadSettings) -> dict[str, Any]:
-    """One server under one load. Raises ServeError when it does not answer."""
-    endpoint = Endpoint(url, api_key, settings)
+@dataclass(frozen=True)
+class Arm:
+    """What is measured: a server, and fields that its requests have besides those of all."""
+
+    label: str
+    url: str
+    api_key: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def arms_of(urls: Sequence[str], api_keys: Sequence[str | None], compare_drafts: bool) -> list[Arm]:
+    """One arm per server, or one server with its drafts and without. Raises ServeError for other numbers."""
+    if not 1 <= len(urls) <= 2:
+        raise ServeError(f"{len(urls)} servers are given; bench takes one, or two to compare")
+    keys = [*api_keys, *[None] * len(urls)]
+    if not compare_drafts:
+        return [Arm(url.removeprefix("http://"), url, key) for url, key in zip(urls, keys, strict=False)]
+    if len(urls) != 1:
+        raise ServeError("--compare-drafts: give one --url, whose server is measured with drafts and without")
+    return [Arm(f"drafts {way}", urls[0], keys[0], {"draft": way == "on"}) for way in ("on", "off")]
+
+
+async def measure(arm: Arm, settings: LoadSettings) -> dict[str, Any]:
+    """One server under one load, with its progress. Raises ServeError when it does not answer."""
+    endpoint = Endpoint(arm.url, arm.api_key, replace(settings, extra={**settings.extra, **arm.extra}))
     try:
         await endpoint.prepare()
-        records, seconds, counters = await run_load(endpoint, settings)
+        with progress_bar(f"{arm.label}, {settings.concurrency} users", settings.requests) as bar:
+            records, seconds, counters = await run_load(endpoint, settings, lambda: bar.update(advance=1))
     finally:
         await endpoint.close()
-    return {"url": url, "model": endpoint.model, **summarise(records, seconds, counters)}
+    told = summarise(records, seconds, counters)
+    return {"url": arm.url, "label": arm.label, "model": endpoint.model, **told}
 
 
 async def bench_async(
-    urls: Sequence[str],
+    arms: Sequence[Arm],
     levels: Sequence[int],
     settings: LoadSettings,
-    api_keys: Sequence[str | None],
     runs: list[dict[str, Any]],
     save: Callable[[], None],
 ) -> None:
@@ -129,18 +180,19 @@ async def bench_async(
     machine. Each measurement is added to `runs` and saved at once. Raises ServeError when a server does not
     answer.
     """
-    keys = [*api_keys, *[None] * len(urls)]
     for level in levels:
         # users need work; arrivals are as many as were asked for
         least = 2 * level if settings.rate is None else 1
         here = replace(settings, concurrency=level, requests=max(settings.requests, least))
         run: dict[str, Any] = {"concurrency": level, "rate": settings.rate, "servers": []}
-        for url, key in zip(urls, keys, strict=False):
-            run["servers"].append(await measure(url, key, here))
+        for arm in arms:
+            run["servers"].append(await measure(arm, here))
             if len(run["servers"]) == 1:
                 runs.append(run)
             else:
                 run["ratios"] = ratios(run["servers"])
+                speeds = [server["request_speeds"] for server in run["servers"]]
+                run["ratio_per_user_95"] = ratio_interval(speeds[0], speeds[1])
             save()
 
 
@@ -151,22 +203,20 @@ def run_bench(
     out: Path | None = None,
     api_keys: Sequence[str | None] = (),
     show: Callable[[dict[str, Any]], None] = lambda results: None,
+    compare_drafts: bool = False,
 ) -> dict[str, Any]:
     """Measure; write `bench.json` and `bench.png` into `out` after each measurement, and `show` what there is
     at the end, however it ends. Raises ServeError when a server does not answer or a measured request fails,
     ConfigError when `out` cannot be a folder.
     """
-    if not 1 <= len(urls) <= 2:
-        raise ServeError(f"{len(urls)} servers are given; bench takes one, or two to compare")
+    arms = arms_of(urls, api_keys, compare_drafts)
     if not levels or min(levels) < 1:
         raise ServeError(f"concurrency is {list(levels)}; each level must be 1 or more")
     results = _no_results(settings)
     if out is not None:
         make_folder(out)
     try:
-        asyncio.run(
-            bench_async(urls, levels, settings, api_keys, results["runs"], lambda: _save(results, out))
-        )
+        asyncio.run(bench_async(arms, levels, settings, results["runs"], lambda: _save(results, out)))
     finally:
         if results["runs"]:
             show(results)
@@ -244,86 +294,3 @@ def _first_question(line: str, place: str) -> str:
             f"{place}: needs JSONL rows with messages, turns or prompt: the user's first message is no text"
         )
     return text
-
-
-def print_bench(results: dict[str, Any]) -> None:
-    """A table: one row per server and level, ratios below, and a note where tokens are not what was
-    counted."""
-    from rich.console import Console
-    from rich.table import Table
-
-    rate = results["settings"]["rate"]
-    arrivals = "" if rate is None else f"; {rate:g} arrivals per second"
-    table = Table(
-        title=f"{results['settings']['max_tokens']} new tokens per request{arrivals}; latencies in ms"
-    )
-    for column in (
-        "users",
-        "server",
-        "tok/s",
-        "tok/s/user",
-        "TTFT p50",
-        "p99",
-        "per token",
-        "e2e p50",
-        "accepted",
-        "failed",
-    ):
-        table.add_column(column, justify="left" if column == "server" else "right")
-
-    def shown(value: float | None, scale: float = 1, digits: int = 1) -> str:
-        return "–" if value is None or not math.isfinite(value) else f"{value * scale:,.{digits}f}"
-
-    for run in results["runs"]:
-        for server in run["servers"]:
-            table.add_row(
-                str(run["concurrency"]),
-                server["url"].removeprefix("http://"),
-                shown(server["tokens_per_s"]),
-                shown(server["tokens_per_s_per_user"]),
-                shown(server["ttft"]["p50"], 1000),
-                shown(server["ttft"]["p99"], 1000),
-                shown(server["inter_token"]["mean"], 1000, 2),
-                shown(server["e2e"]["p50"], 1000),
-                shown(server["accepted_len"], 1, 2),
-                str(server["failed"]),
-            )
-        if "ratios" in run:
-            first = shown(run["ratios"]["tokens_per_s"], 1, 2)
-            table.add_row(
-                "", "first / second", first + " x", shown(run["ratios"]["tokens_per_s_per_user"], 1, 2) + " x"
-            )
-    guessed = {
-        s["url"]: 0 for run in results["runs"] for s in run["servers"] if s["tokens_counted_by"] == "chunks"
-    }
-    if guessed:
-        table.caption = f"no usage from {' and '.join(guessed)}: chunks are counted as tokens"
-    console = Console()
-    console.width = max(console.width, 110)  # a pipe is 80 wide, which cuts numbers
-    console.print(table)
-
-
-def plot_bench(results: dict[str, Any], path: Path) -> None:
-    """Tokens per second overall against per user, one point per concurrency."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
-    for place in range(len(results["runs"][0]["servers"])):
-        rows = [(r["concurrency"], r["servers"][place]) for r in results["runs"] if place < len(r["servers"])]
-        points = [
-            (s["tokens_per_s_per_user"], s["tokens_per_s"], c) for c, s in rows if s["tokens_per_s_per_user"]
-        ]
-        axes.plot([p[0] for p in points], [p[1] for p in points], "o-", label=rows[0][1]["url"])
-        for per_user, overall, users in points:
-            axes.annotate(
-                str(users), (per_user, overall), textcoords="offset points", xytext=(4, 4), fontsize=8
-            )
-    axes.set(xlabel="tokens/s per user", ylabel="tokens/s overall", title="label: concurrent users")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    save_figure(figure, path)
-    pyplot.close(figure)

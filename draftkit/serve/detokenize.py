@@ -72,7 +72,7 @@ class TokenTexts:
         return again
 
     def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Token ids of words, inside a text and behind a space. (vLLM leaves the second out where it has
+        """Token ids of words, inside a text and after a space. (vLLM leaves the second out where it has
         another length, and so says " stamps", one token, in spite of the bad word "stamps", two.)"""
         both = [self.encode(space + word.lstrip(), False) for word in words for space in ("", " ")]
         return tuple(dict.fromkeys(ids for ids in both if ids))

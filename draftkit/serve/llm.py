@@ -251,7 +251,7 @@ class LLM:
         call.raise_errors()
 
     def _do(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        """Something for the engine's thread, behind what others have asked for. Raises DataError in a forked
+        """Something for the engine's thread, after what others have asked for. Raises DataError in a forked
         child."""
         if os.getpid() != self._process:
             raise DataError(
@@ -292,7 +292,7 @@ class LLM:
         return pieces
 
     def _take(self, call: _Call, output: StepOutput) -> None:
-        """One step's output for an answer of this call; nothing behind its end."""
+        """One step's output for an answer of this call; nothing after its end."""
         name, choice = output.request_id, call.choices[output.request_id]
         if name in call.made:
             return

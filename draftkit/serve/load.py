@@ -166,7 +166,7 @@ class Endpoint:
             record.usage_told = told is not None
         record.guessed = record.guessed or (bool(text) and told is None)
         record.output_tokens = max(before, total)
-        # A usage behind chunks without one counts their tokens too: how many came with this chunk, nobody has
+        # A usage after chunks without one counts their tokens too: how many came with this chunk, nobody has
         # told.
         came = int(bool(text)) if record.guessed else total - before
         if not choices or came <= 0:

@@ -13,6 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from draftkit.schedule.gate import GateState
+
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAP = (0.0002, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1, 2)
 _TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -51,6 +53,7 @@ class ServerMetrics:
     (`watch`)."""
 
     def __init__(self) -> None:
+        self.generated = 0  # tokens since the start
         self._begin("")
 
     def watch(self, engine: Any, name: str) -> None:
@@ -112,6 +115,7 @@ class ServerMetrics:
 
         Tokens of one round arrive together; each gets an equal share of the gap.
         """
+        self.generated += count
         self._generated.inc(count)
         if first:
             self._first.observe(seconds)
@@ -177,10 +181,24 @@ class _EngineCollector(Collector):
         for position, count in enumerate(now.accepted_per_position):
             positions.add_metric([self._name, str(position)], float(count))
         yield positions
+        if now.gate is not None:
+            yield from self._gate(now.gate)
         error = now.calibration_error
         if error is not None:
             text = "Expected calibration error of the confidences, 0 to 1"
             yield self._family("gauge", "confidence_calibration_error", text, float(error))
+
+    def _gate(self, gate: GateState) -> Iterator[Metric]:
+        text = "1 while steps draft at the present load, 0 while the drafter rests"
+        yield self._family("gauge", "spec_decode_drafting", text, float(gate.drafting))
+        speeds = GaugeMetricFamily(
+            "draftkit:spec_decode_tokens_per_second",
+            "Of steps with and without drafts, as last measured at the present load; 0 before that",
+            labels=["model_name", "drafts"],
+        )
+        for drafts, speed in (("on", gate.with_drafts), ("off", gate.without_drafts)):
+            speeds.add_metric([self._name, drafts], speed)
+        yield speeds
 
     def _family(self, kind: str, name: str, text: str, value: float) -> Metric:
         family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(

@@ -16,8 +16,9 @@ from draftkit.errors import ScheduleError, ServeError
 from draftkit.schedule.calibration import Calibration, load_calibration
 from draftkit.schedule.step_rate_table import load_step_rate
 from draftkit.target.fingerprint import fingerprint
+from draftkit.target.place import EMBEDDED
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
+from draftkit.target.transformers import EMBEDDED_PAIR
 
 log = logging.getLogger("draftkit.serve")
 

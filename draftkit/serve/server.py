@@ -21,6 +21,7 @@ import uvicorn
 
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DraftkitError, ServeError
+from draftkit.serve.activity import ActivityLog
 from draftkit.serve.app import create_app
 from draftkit.serve.connections import IDLE_SECONDS, protocol_for
 from draftkit.serve.detokenize import TokenTexts
@@ -103,7 +104,7 @@ def run_server(load: Callable[[], Served], settings: ServeSettings) -> None:
     host, port = bound.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     log.info("listening on http://%s:%d (loading the model)", shown, port)
-    server = _Server(config, worker, settings.drain_seconds)
+    server = _Server(config, worker, metrics, settings.drain_seconds)
     try:
         asyncio.run(server.serve(sockets=[bound]))
     finally:
@@ -175,13 +176,15 @@ class _Server(uvicorn.Server):
     """Uvicorn, but a signal drains instead of closing the door on running requests, and the exit code is
     0."""
 
-    def __init__(self, config: uvicorn.Config, worker: Worker, drain_seconds: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, worker: Worker, metrics: ServerMetrics, drain_seconds: float
+    ) -> None:
         super().__init__(config)
-        self._worker = worker
+        self._worker, self._metrics = worker, metrics
+        self._activity: ActivityLog | None = None  # once the model is loaded
         self._drain_seconds = drain_seconds
         self._signals = 0
         self._deadline: float | None = None
-        self._announced = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Count signals; `on_tick` acts on them in the event loop."""
@@ -190,9 +193,8 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: has the time come to end?"""
         worker = self._worker
-        if worker.state == "ready" and not self._announced:
-            self._announced = True
-            log.info("serving %s", worker.ready().name)
+        if worker.state == "ready":
+            self._tell(worker.ready())
         if self._signals and self._deadline is None:
             self._deadline = time.monotonic() + self._drain_seconds
             worker.drain()
@@ -208,6 +210,15 @@ class _Server(uvicorn.Server):
         elif worker.state == "failed" or (self._deadline is not None and not worker.in_flight):
             self._end(min(left, _FLUSH_SECONDS))
         return await super().on_tick(counter)
+
+    def _tell(self, served: Served) -> None:
+        """What the log says of a server that is up: its model once, then what it does."""
+        now, engine = time.monotonic(), served.engine
+        if self._activity is None:
+            log.info("serving %s", served.name)
+            self._activity = ActivityLog(engine.info.gamma)
+        if self._activity.due(now):
+            self._activity.look(now, self._metrics.generated, engine.metrics)
 
     def _end(self, flush_seconds: float) -> None:
         """Close, once what is made is sent or so many seconds have passed; who has not read it by then is cut

@@ -14,7 +14,7 @@ from draftkit.errors import ServeError
 
 _OPTIONS = {"max_body_bytes": "--max-body", "kv_bytes": "--kv-gib"} | {
     name: f"--{name.replace('_', '-')}"
-    for name in ("drain_seconds", "generation_config", "max_length", "max_running", "max_waiting")
+    for name in ("drain_seconds", "dtype", "generation_config", "max_length", "max_running", "max_waiting")
 }
 
 

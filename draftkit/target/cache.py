@@ -76,7 +76,7 @@ class ReplayTargetCache:
         self._length += tokens_BT.shape[1]
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens. Raises TargetError when that reaches behind the last
+        """Forget all but the first `length` tokens. Raises TargetError when that reaches back beyond the last
         pass."""
         if length == self._length:
             return

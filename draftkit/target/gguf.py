@@ -151,7 +151,7 @@ def _unpack(parts: list[Path], folder: Path, fingerprint: str) -> None:
 def _check_tensors(file: Path) -> int:
     """How many numbers a file's tensors hold. Raises TargetError when one of them ends after the file
     does."""
-    gguf = _package()
+    gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(file)
         end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
@@ -167,7 +167,7 @@ def _check_tensors(file: Path) -> int:
 
 def _convert(file: Path, folder: Path) -> None:
     """Read a GGUF file with Transformers and save model and tokenizer into `folder`."""
-    _package()
+    gguf_package()
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # no bars in log files
@@ -194,7 +194,7 @@ def _mend_split(tokenizer: Any, file: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    fields = _package().GGUFReader(file).fields
+    fields = gguf_package().GGUFReader(file).fields
     model, kind = (
         f.contents() if (f := fields.get(f"tokenizer.ggml.{name}")) else None for name in ("model", "pre")
     )
@@ -216,7 +216,7 @@ def _mend_split(tokenizer: Any, file: Path) -> None:
 def _joined(parts: list[Path], folder: Path) -> Path:
     """One GGUF file with the metadata of the first part and the tensors of all, since Transformers reads no
     split ones."""
-    gguf = _package()
+    gguf = gguf_package()
     readers = [gguf.GGUFReader(part) for part in parts]
     out = folder / "joined.gguf"
     writer = gguf.GGUFWriter(out, readers[0].get_field("general.architecture").contents())
@@ -237,7 +237,7 @@ def _joined(parts: list[Path], folder: Path) -> Path:
     return out
 
 
-def _package() -> Any:
+def gguf_package() -> Any:
     """The package `gguf`. Raises TargetError when it, or `accelerate`, is missing."""
     for name in ("gguf", "accelerate"):
         if importlib.util.find_spec(name) is None:

@@ -131,7 +131,7 @@ class Target(Protocol):
         mask_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
     ) -> TargetOutput:
-        """Read `tokens_BT` behind what the cache holds and add them to it.
+        """Read `tokens_BT` after what the cache holds and add them to it.
 
         `mask_BS` is 1 for real tokens and 0 for padding, over cached and new tokens; `positions_BT` are
         absolute. Features are concatenated in ascending order of layer id.

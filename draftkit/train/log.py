@@ -16,7 +16,7 @@ TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 class TrainLog:
-    """One line per step in `folder/log.jsonl`; a resumed run drops the lines behind the step it goes on from.
+    """One line per step in `folder/log.jsonl`; a resumed run drops the lines after the step it goes on from.
 
     Only the first process writes. Raises ConfigError when a tracker is asked for that is not installed.
     """
@@ -80,7 +80,7 @@ def _import(tracker: str) -> Any:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop lines behind `step`, and a last one that a kill left unfinished."""
+    """Drop lines after `step`, and a last one that a kill left unfinished."""
     if not path.exists():
         return
     kept = []

@@ -56,7 +56,7 @@ def with_last(batches: Iterable[TrainBatch]) -> Iterator[tuple[TrainBatch, bool]
 
 
 def lr_scale(share: float, warmup: float, cooldown: float) -> float:
-    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `cooldown` (1: behind
+    """Linear warm-up over the first `warmup` of the run, a cosine to zero over its last `cooldown` (1: after
     the warm-up)."""
     if share < warmup:
         return max(share / warmup, 0.01)

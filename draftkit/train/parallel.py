@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from draftkit.draft.drafter import Drafter, LossReport, TrainBatch
 from draftkit.settings import LossSettings
 from draftkit.target.transformers import best_device
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=60)  # the first process decodes and writes checkpoints while the others wait
 
 
@@ -50,6 +51,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def collect(self, values: list[T]) -> list[T]:
+        """The values of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return values
+        held: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(held, values)
+        return [value for part in held for value in part]
 
     def from_first(self, value: float) -> float:
         """The first process's value, on all of them."""

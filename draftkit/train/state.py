@@ -16,7 +16,7 @@ from draftkit.errors import CheckpointError
 from draftkit.train.folder import read_folder, write_folder
 from draftkit.train.parallel import ParallelDrafter, to_part, to_whole
 
-WEIGHT = "model."  # before the names of parameters; moments are NAME.exp_avg and so on, behind "adam."
+WEIGHT = "model."  # before the names of parameters; moments are NAME.exp_avg and so on, after "adam."
 MOMENT = "adam."
 
 

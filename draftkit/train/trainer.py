@@ -90,7 +90,7 @@ def train(
 
     Raises DataError when the source is too small or when losses stop being finite, CheckpointError when
     `out/state` belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and
-    SIGTERM end the run behind a step, in all processes, with the state saved; one that comes behind the last
+    SIGTERM end the run after a step, in all processes, with the state saved; one that comes after the last
     step, when everything is saved.
     """
     if validation is None:

@@ -50,6 +50,7 @@ class Metrics:
     other_seconds: float = 0.0
     preemptions: int = 0
     calibration_error: float | None = 0.05
+    gate: Any = None
 
 
 @dataclass

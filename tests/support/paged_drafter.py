@@ -79,7 +79,7 @@ def propose_together(
     sampling: Sampling,
     uniforms_RG: Tensor,
 ) -> Proposal:
-    """All requests at once; the contexts come in two passes, the second with rejected tokens behind the
+    """All requests at once; the contexts come in two passes, the second with rejected tokens after the
     committed."""
     dtype = fast.norm.dtype
     cuts = [5, 0, 2]

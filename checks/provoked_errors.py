@@ -1,0 +1,108 @@
+"""Mistakes of a newcomer, each with the command that makes it: how long until the one line that says so, and
+what it says.
+
+    python -m checks.provoked_errors
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS = 2.0  # until the error is there, on an idle machine
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A command line, below a folder that `prepare` has filled, and words that its error holds."""
+
+    command: str
+    told: str
+
+
+MISTAKES = (
+    Mistake("serve --target ./models/nothing", "./models/nothing: no such folder"),
+    Mistake("serve --target runs/quick/nothing/model", "runs/quick/nothing/model: no such folder"),
+    Mistake("serve --target targets/smol", "did you mean targets/small?"),
+    Mistake("serve --target nobody/nothing", "nobody/nothing: no such folder, and http"),
+    Mistake("serve --target targets/bare", "has no config.json"),
+    Mistake("serve --target targets/small", "has no *.safetensors"),
+    Mistake("serve --target missing.gguf", "missing.gguf: no such file"),
+    Mistake("serve --drafter runs/quick/draftr", "did you mean runs/quick/drafter?"),
+    Mistake("serve --drafter runs/quick/drafter", "did you mean runs/quick/drafter/best?"),
+    Mistake("serve --drafter other", "is for another target (hidden size 9999"),
+    Mistake("serve --device gpu", "--device gpu: is not known"),
+    Mistake("serve --device cuda", "there is no GPU here"),
+    Mistake("serve --dtype float8", "--dtype is 'float8'"),
+    Mistake("serve --kv-gib 500000", "--kv-gib is 500000"),
+    Mistake("serve --calibration nothing.json", "--calibration nothing.json: no such file"),
+    Mistake("serve --port 99999", "port is 99999"),
+    Mistake("serve --draftr x", "--drafter"),
+    Mistake("generate -p nothing.jsonl -o out.jsonl", "nothing.jsonl: no such file"),
+    Mistake("generate -p broken.jsonl -o out.jsonl", "broken.jsonl:1: is not JSON"),
+    Mistake("capture -c nothing.jsonl -o out", "nothing.jsonl: no such file"),
+    Mistake("train -f featurs -o out", "did you mean features?"),
+    Mistake("train -f features -o out -r tiny-dsprk", "did you mean tiny-dspark?"),
+    Mistake(
+        "train -f features -o out --set train.learning_rate=1", "train.learning_rate: is not a known key"
+    ),
+    Mistake("train -f features -o out --set trian.lr=1", "did you mean train?"),
+    Mistake("evaluate -d runs/quick/drafter -o out", "did you mean runs/quick/drafter/best?"),
+    Mistake("calibrate -d nothing -o out", "nothing: no such folder"),
+    Mistake("profile -d nothing -o out.json", "nothing: no such folder"),
+    Mistake("simulate --step-rate balancd", "did you mean balanced?"),
+    Mistake("export -d nothing -o out", "nothing: no such folder"),
+    Mistake("bench --url http://127.0.0.1:9", "is the server up"),
+    Mistake("chat --url http://127.0.0.1:9 hello", "is the server up"),
+    Mistake("trian", "Did you mean 'train'?"),
+)
+
+
+def prepare(folder: Path) -> None:
+    """What the commands find: a run, features, two folders that are no whole target, a broken file."""
+    for name in ("runs/quick/drafter/best", "features", "targets/bare", "targets/small", "other"):
+        (folder / name).mkdir(parents=True)
+    (folder / "runs/quick/drafter/best/config.json").write_text("{}")
+    (folder / "targets/small/config.json").write_text("{}")
+    (folder / "other/config.json").write_text('{"hidden_size": 9999}')
+    (folder / "broken.jsonl").write_text('{"prompt": "What is a list?"\n')
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """No GPU, no defaults of the user's, and a hub that nobody answers for."""
+    none = {"CUDA_VISIBLE_DEVICES": "", "XDG_CONFIG_HOME": str(folder), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return {**os.environ, **none, "HF_HUB_OFFLINE": "0"}
+
+
+def provoke(mistake: Mistake, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in the prepared folder."""
+    command = [sys.executable, "-m", "draftkit", *mistake.command.split()]
+    return subprocess.run(
+        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=120
+    )
+
+
+def main() -> None:
+    """One line per mistake: seconds and what was said; exit code 1 where one is late, or something else."""
+    wrong = 0
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name))
+        for mistake in MISTAKES:
+            began = time.perf_counter()
+            done = provoke(mistake, Path(name))
+            seconds = time.perf_counter() - began
+            right = done.returncode == 2 and mistake.told in done.stderr and seconds < SECONDS
+            wrong += not right
+            said = done.stderr.strip().splitlines() or [""]
+            print(f"{seconds:5.2f} s  {'ok   ' if right else 'WRONG'}  {mistake.command}\n{'':15}{said[-1]}")
+    print(f"{len(MISTAKES)} mistakes, {wrong} not told right within {SECONDS:g} s")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""`python -m draftkit` is the command `draftkit`."""
+
+from draftkit.cli import main
+
+main()

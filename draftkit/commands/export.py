@@ -1,0 +1,66 @@
+"""`draftkit export`: a drafter in another form, or for another engine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from draftkit.commands.early import check_pair
+from draftkit.commands.options import JsonOption, OutOption
+from draftkit.draft.place import check_drafter
+from draftkit.errors import ConfigError
+from draftkit.output import as_json, make_folder
+
+EXAMPLE = "Example: draftkit export -d drafter/best -o handed --for vllm --target Qwen/Qwen3-4B"
+
+
+def command(
+    out: OutOption,
+    drafter: Annotated[Path, typer.Option("--drafter", "-d", help="drafter folder, in any known form")],
+    engine: Annotated[
+        str | None,
+        typer.Option("--for", help="engine: vllm, sglang, llama.cpp or mlx"),
+    ] = None,
+    form: Annotated[str | None, typer.Option(help="portable (the default) or deepspec")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
+    target: Annotated[
+        str | None, typer.Option(help="folder, GGUF file or hub name; lends what the drafter's folder lacks")
+    ] = None,
+    borrow: Annotated[
+        bool, typer.Option("--borrow", help="leave out embedding and head, which are the target's")
+    ] = False,
+    borrow_rows: Annotated[
+        bool,
+        typer.Option(
+            "--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again"
+        ),
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Write a drafter in another form or for another engine. It may leave out the weights of its target.
+
+    With --for it is written as that engine loads it (for llama.cpp as GGUF), or refused with the reason; the
+    command that runs the pair is printed, with what holds for the engine's version."""
+    if engine is None:
+        make_folder(out)
+        check_drafter(drafter)
+        if target:
+            check_pair(target)
+        from draftkit import stages
+
+        count = stages.run_export(drafter, out, form or "portable", dtype, target, borrow, borrow_rows)
+        typer.echo(as_json({"bytes": count}) if json_output else f"{count / 1e6:.1f} MB in {out}")
+        return
+    if form or borrow or borrow_rows:
+        raise ConfigError("--for: the engine decides form and contents; leave out --form and --borrow")
+    if target is None:
+        raise ConfigError("--for: needs the --target that the engine will serve")
+    check_drafter(drafter)
+    check_pair(target)
+    from draftkit.handover.export import hand_over, print_handed_over
+
+    made = hand_over(engine, drafter, out, target, dtype)
+    typer.echo(as_json(asdict(made) | {"path": str(made.path)})) if json_output else print_handed_over(made)
