@@ -29,9 +29,10 @@ from draftkit.evaluate.metrics import accepted_length
 from draftkit.handover.engines import engine_named
 from draftkit.progress import progress_bar
 from draftkit.stages import first_turns, read_prompts
+from draftkit.target.place import EMBEDDED
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import EMBEDDED, TransformersTarget, best_device, load_target
+from draftkit.target.transformers import TransformersTarget, best_device, load_target
 from draftkit.target.weights import TargetFiles
 
 FEWEST_SHARE = 0.8  # of what its own card says in its worst domain: less is a fault
