@@ -72,7 +72,7 @@ def make_eagle(target: TransformersTarget, ids: tuple[int, ...]) -> Drafter:
 
 def eagle_for(target: TransformersTarget, **changes: object) -> EagleDrafter:
     """An EAGLE-3 drafter for a target that says again what this just said: right where it repeats itself."""
-    config = replace(EAGLE_CONFIG, **changes)  # type: ignore[arg-type]
+    config = replace(EAGLE_CONFIG, vocab_size=target.info.vocab_size, **changes)  # type: ignore[arg-type]
     size = config.draft_vocab_size
     drafter = _made(target, config, torch.arange(0, target.info.vocab_size, 2)[:size] if size else None)
     assert isinstance(drafter, EagleDrafter)
