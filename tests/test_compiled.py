@@ -189,8 +189,8 @@ def test_a_drafted_block_is_the_same_to_the_bit_alone_and_beside_others() -> Non
     together = propose_together(fast, features, [11, 30, 2], Sampling(1.0), uniforms)
     for row in range(3):
         step = block_pass([11, 30, 2], list(LENGTHS), BLOCK_CONFIG, torch.float32)
-        _, base = fast._read_block(alone(step, row), fast.native)
-        _, beside = fast._read_block(step, fast.native)
+        _, base = fast.read_block(alone(step, row))
+        _, beside = fast.read_block(step)
         assert torch.equal(base[0], beside[row])
     assert together.probs_BGV.shape == (3, 4, 40)
 
