@@ -180,7 +180,7 @@ def test_results_are_written_after_each_measurement(tmp_path: Path, monkeypatch:
         True,
         False,
     ]
-    assert [one["runs"] for one in shown] == [runs]
+    assert [json.loads(json.dumps(one["runs"])) for one in shown] == [runs]
 
     def full(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")

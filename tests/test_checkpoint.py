@@ -359,7 +359,7 @@ def test_missing_unknown_and_pickled_weights_are_named(target: TransformersTarge
             r"unknown midlayer\.self_attn\.q_norm\.weight",
         ),
         ({k: v for k, v in tensors.items() if k != "norm.weight"}, r"missing norm\.weight"),
-        (tensors | {"d2t": tensors["d2t"] + 10**6}, "distinct and within"),
+        (tensors | {"d2t": tensors["d2t"] + 10**6}, "distinct ids below"),
     ):
         save_file(changed, path)
         with pytest.raises(Exception, match=message) as caught:

@@ -211,7 +211,13 @@ def _take_draft_ids(where: str, config: DrafterShape, tensors: dict[str, Tensor]
         raise CheckpointError(
             f"{where}: d2t is {found}; draft_vocab_size {config.draft_vocab_size} needs one id each"
         )
-    return offsets_W.long() + torch.arange(len(offsets_W))
+    ids_W = offsets_W.long() + torch.arange(len(offsets_W))
+    if int(ids_W.min()) < 0 or int(ids_W.max()) >= config.vocab_size or len(ids_W.unique()) < len(ids_W):
+        raise CheckpointError(
+            f"{where}: d2t + 0, 1, 2, ... must be distinct ids below {config.vocab_size}; where it holds "
+            f"target ids, subtract 0, 1, 2, ... from it"
+        )
+    return ids_W
 
 
 def _borrowed(where: str, name: str, target: TargetWeights | None, draft_ids_W: Tensor | None) -> Tensor:
