@@ -62,11 +62,11 @@ def run_suite(
     return results
 
 
-def check_thinking(shown: TemplateFormat) -> None:
+def check_thinking(shown: PromptFormat) -> None:
     """Raise ConfigError when the template has a thinking switch that nobody set: the paper's protocol does
     not think, and acceptance depends on it."""
     for name in ("enable_thinking", "thinking"):
-        if shown.mentions(name) and name not in shown.switches:
+        if isinstance(shown, TemplateFormat) and shown.mentions(name) and name not in shown.switches:
             raise ConfigError(
                 "--suite paper: the chat template can think and the recipe does not say whether it "
                 "shall; the paper's "
