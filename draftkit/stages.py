@@ -373,10 +373,6 @@ def run_export(
 
 def _hand_over_deepseek(folder: Path, out: Path, form: str) -> HandedOver:
     """Write a DeepSeek-V4 module into the checkpoint in `out`, or beside it."""
-    if not out.is_dir():
-        raise ConfigError(
-            f"--out {out}: no such folder; give the target's checkpoint, which takes the module"
-        )
     drafter = open_drafter(folder, TargetFiles(str(out)), DTYPES["float32"])
     if not isinstance(drafter, DeepseekV4Drafter):
         raise ConfigError(f"--form {form}: is for dspark_v4 drafters; {folder} is {drafter.config.algorithm}")

@@ -14,7 +14,7 @@ from draftkit.cli import app
 from draftkit.draft.checkpoint import open_drafter, save_drafter
 from draftkit.draft.deepseek_v4_checks import check_checkpoint, check_pair, check_settings
 from draftkit.draft.deepseek_v4_handover import commands, write_bundled, write_subfolder
-from draftkit.errors import CheckpointError, ConfigError
+from draftkit.errors import CheckpointError, TargetError
 from draftkit.target.deepseek_v4_prompts import generation
 from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
 from draftkit.target.transformers import load_target
@@ -105,12 +105,10 @@ def test_what_cannot_take_the_module_is_refused(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     with pytest.raises(CheckpointError, match="give the folder of the sharded DeepSeek-V4 checkpoint"):
         write_subfolder(drafter, tmp_path)
-    result = CliRunner().invoke(
-        app, ["export", "-d", str(tmp_path), "-o", str(tmp_path / "no"), "--form", "bundled"]
-    )
-    assert isinstance(result.exception, ConfigError) and "give the target's checkpoint" in str(
-        result.exception
-    )
+    save_drafter(drafter, tmp_path / "own", {}, torch.float32)
+    given = ["-d", str(tmp_path / "own"), "-o", str(tmp_path / "no"), "--form", "bundled"]
+    result = CliRunner().invoke(app, ["export", *given])
+    assert isinstance(result.exception, TargetError) and "has no config.json" in str(result.exception)
 
 
 def test_what_goes_wrong_in_practice_is_found(tmp_path: Path) -> None:

@@ -134,13 +134,6 @@ def read_shape(fields: Fields, num_target_layers: int | None) -> tuple[DrafterSh
     forms = {name: form for row in ALGORITHMS.values() for form in row.forms for name in form.styles}
     if is_speculators(fields):
         fields = from_speculators(fields)
-    quantised = fields.raw.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(
-            f"{fields.where}: its weights are quantised ({method}), which drafters are not read as; give the "
-            "weights that it was made of"
-        )
     if (kind := fields.raw.get("model_type")) in OTHER_FAMILIES:
         raise CheckpointError(
             f"{fields.where}: is {OTHER_FAMILIES[kind]}, whose drafter draftkit does not run"
@@ -151,6 +144,13 @@ def read_shape(fields: Fields, num_target_layers: int | None) -> tuple[DrafterSh
             f"{fields.where}: architecture {architecture} is not known; known are {', '.join(forms)}"
         )
     form = forms[architecture]
+    quantised = fields.raw.get("quantization_config")
+    if quantised and form.from_names is None:  # a form of its own names dequantises what it reads
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{fields.where}: its weights are quantised ({method}), which drafters are not read as; give the "
+            "weights that it was made of"
+        )
     return form.read(fields, form.sizes(fields, form.styles[architecture], num_target_layers)), form
 
 
