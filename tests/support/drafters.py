@@ -67,7 +67,8 @@ def make_drafter(
 
 def make_eagle(target: TransformersTarget, ids: tuple[int, ...]) -> Drafter:
     """An EAGLE-3 drafter for a target, with a draft vocabulary of `ids`."""
-    return _made(target, replace(EAGLE_CONFIG, block_size=3, draft_vocab_size=len(ids)), torch.tensor(ids))
+    sizes = {"vocab_size": target.info.vocab_size, "draft_vocab_size": len(ids)}
+    return _made(target, replace(EAGLE_CONFIG, block_size=3, **sizes), torch.tensor(ids))
 
 
 def eagle_for(target: TransformersTarget, **changes: object) -> EagleDrafter:
