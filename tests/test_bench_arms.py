@@ -47,7 +47,8 @@ def test_one_server_with_drafts_and_without(fast: Server, tmp_path: Path) -> Non
     for run in runs:
         on, off = run["servers"]
         assert [on["label"], off["label"]] == ["drafts on", "drafts off"] and on["url"] == off["url"]
-        assert on["accepted_len"] == 3.0 and on["drafted_share"] == 1.0 and off["accepted_len"] is None
+        assert 2.9 < on["accepted_len"] <= 3.0, "the last round of an answer is shorter"
+        assert on["drafted_share"] == 1.0 and off["accepted_len"] is None
         low, high = run["ratio_per_user_95"]
         assert 1.5 < low <= run["ratios"]["tokens_per_s_per_user"] <= high < 4
     assert "ignore_eos" in done.stdout and "rested" not in done.stdout
@@ -57,7 +58,7 @@ def test_one_server_with_drafts_and_without(fast: Server, tmp_path: Path) -> Non
 def test_answers_may_end_by_themselves(fast: Server) -> None:
     done = bench("--url", fast.url, "--no-ignore-eos", "--max-tokens", "400", "--requests", "1", "--json")
     [run] = json.loads(done.stdout)["runs"]
-    assert run["servers"][0]["output_tokens"] < 200, "the stand-in's text is shorter"
+    assert run["servers"][0]["output_tokens"] < 400, "the stand-in's text is shorter"
 
 
 def test_notes_say_when_the_drafter_rested_and_when_nothing_can_be_told() -> None:

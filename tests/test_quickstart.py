@@ -91,6 +91,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     monkeypatch.setattr(whole_path, "_simulated", lambda *_: 2.34)
     monkeypatch.setattr(whole_path, "plot_acceptance", lambda *_: None)
     monkeypatch.setattr(whole_path, "print_report", lambda *_: None)
+    monkeypatch.setattr(whole_path, "write_report", lambda *_: None)
     return recipes
 
 
