@@ -159,8 +159,8 @@ class _Work:
         for chunk in _chain(first, found):
             moved = Chunk(place + chunk.number, ordinal + chunk.first, chunk.conversations, chunk.digest)
             there = self.index.inputs.get(place)
-            known = self.index.parts.get(moved.number)
-            if (there and chunk.number >= there["parts"]) or (known and known["digest"] != chunk.digest):
+            begun = self.index.begun.get(moved.number, chunk.digest)
+            if (there and chunk.number >= there["parts"]) or begun != chunk.digest:
                 raise self._other()
             yield moved
 
@@ -193,6 +193,8 @@ class _Work:
             self.index.refresh()  # another process may have finished it meanwhile
             if not self.index.is_done(chunk.number):
                 part = rendered(chunk, self.prompt_format, self.info, self.settings)
+                if chunk.number not in self.index.begun:
+                    self.writer.note({"begun": chunk.number, "digest": chunk.digest})
                 self._write(chunk.number, part)
                 note = {"part": chunk.number, "records": len(part.texts), "digest": chunk.digest}
                 self.writer.note(note | part.note())

@@ -2,6 +2,7 @@
 ends with a CRC-32 of itself. Every process that writes has a file of its own, index-000.jsonl and so on.
 
     record   a record of shard-WWW-NNNNN.bin: place, bytes, SHA-256, and what it is a record of
+    begun    a run of conversations is worked on: their digest, so that no others are mixed in after a kill
     part     a run of conversations is done: as many records, these conversations, these left out
     input    all parts of one set of conversations are done
     drop     the record at a place is damaged and counts no more; its part is open again
@@ -110,6 +111,7 @@ class Index:
         self.folder, self._damaged = folder, damaged
         self.parts: dict[int, dict[str, Any]] = {}
         self.inputs: dict[int, dict[str, Any]] = {}  # by first part
+        self.begun: dict[int, str] = {}  # digest of the conversations of each part
         self.written: dict[int, int] = {}  # records of each part
         self._read: dict[Path, int] = {}  # bytes of each file
         self._lines: dict[Path, int] = {}
@@ -181,6 +183,8 @@ class Index:
             note = read_line(line)
             if "record" in note:
                 self._take_record(note["record"], path, at)
+            elif "begun" in note:
+                self.begun[int(note["begun"])] = str(note["digest"])
             elif "part" in note:
                 self.parts[int(note["part"])] = note
             elif "input" in note:
