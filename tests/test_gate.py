@@ -39,8 +39,6 @@ class World:
         return tokens / seconds / requests, drafted / steps
 
 
-@pytest.mark.parametrize("requests", [1, 7, 64])
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.7])
 def test_what_is_said_of_a_gate_is_what_it_does_and_measured() -> None:
     """A drafter that brings two tokens for the time of four: it rests, and both speeds are told."""
     gate, world = Gate(), World(kept=0.5, cost=4.0)
@@ -52,6 +50,8 @@ def test_what_is_said_of_a_gate_is_what_it_does_and_measured() -> None:
     assert state.with_drafts == pytest.approx(4.0 * world.ratio(), rel=0.25) and world.ratio() < 0.6
 
 
+@pytest.mark.parametrize("requests", [1, 7, 64])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.7])
 def test_where_drafting_does_not_pay_it_costs_a_percent_at_most(kept: float, requests: int) -> None:
     gate, world = Gate(), World(kept, 4.5)
     assert world.ratio() < 0.8

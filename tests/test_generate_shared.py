@@ -20,7 +20,7 @@ def test_what_a_killed_process_left_is_taken_over_and_nothing_is_there_twice(
     source, shared, alone = tmp_path / "prompts.jsonl", tmp_path / "shared.jsonl", tmp_path / "alone.jsonl"
     rows = [{"id": p.id, "domain": p.domain, "messages": p.as_dicts()} for p in prompts(260)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = [f"target.path={target_folder}", "target.dtype=float64", "generate.max_new_tokens=12"]
+    settings = [f"target.path={target_folder}", "target.dtype=float32", "generate.max_new_tokens=12"]
     command = ["generate", "-p", str(source), *[x for s in settings for x in ("--set", s)], "-o"]
     parts = shared.with_name("shared.jsonl.parts")
 
