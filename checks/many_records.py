@@ -1,7 +1,7 @@
 """A million conversations through generation and the reading of capture, killed on the way: memory, the
 time until the first question goes out, and the time until it goes on.
 
-    python -m checks.many_records --work /tmp/many --count 1000000 --kill-after 90
+    python -m checks.many_records --work many --count 1000000 --kill-after 90
 
 Answers come from a stub at once, so that what is measured is the work on the files: reading prompts,
 rendering, tokenising, records, parts, locks, joining. The process is killed with SIGKILL every

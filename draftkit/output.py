@@ -109,6 +109,18 @@ def only_writer(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def lock_of(path: Path) -> FileLock | None:
+    """A lock that no other process holds, held; None when one does. The system takes it away from a process
+    that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    return lock
+
+
 def one_writer(file: bool = False) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Decorates a stage that makes its folder `out` (or, with `file`, the folder of its file `out`): other
     runs are kept from it until the stage ends. Of several processes of one run (torchrun) the first one has

@@ -15,14 +15,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from draftkit.data.conversations import count_lines
 from draftkit.data.lines import record_line
 from draftkit.data.messages import Conversation
 from draftkit.data.records import Done, asked_hash, recover
 from draftkit.errors import DataError
-from draftkit.output import naming
+from draftkit.output import lock_of, naming
 
 PART = 64  # prompts
 SYNC_SECONDS = 1.0  # a record survives the process at once, a power cut after this
@@ -83,7 +83,7 @@ class SharedWork:
 
     @property
     def reached(self) -> int:
-        """Prompts before the last part that was begun: behind them a run that goes on finds work at once."""
+        """Prompts before the last part that was begun: a run that goes on finds work after them at once."""
         return PART * max((int(f.stem) for f in self._folder.glob("*.jsonl")), default=0)
 
     def claims(self, prompts: Iterator[Conversation], first: int = 0) -> Iterator[Part]:
@@ -102,7 +102,7 @@ class SharedWork:
         """Put all parts into `out`, in order, when nobody works on one; True when `out` is complete."""
         if not self._folder.exists():
             return True
-        lock = _lock(self._folder / "join.lock")
+        lock = lock_of(self._folder / "join.lock")
         if lock is None:
             return False
         with lock:
@@ -123,7 +123,7 @@ class SharedWork:
 
     def _claim(self, path: Path, prompts: Sequence[Conversation]) -> Part | None:
         """A part with what it lacks; None when another process holds it, or when nothing is left to do."""
-        lock = _lock(path.with_suffix(".lock"))
+        lock = lock_of(path.with_suffix(".lock"))
         if lock is None:
             self.busy += 1
             return None
@@ -148,15 +148,3 @@ class SharedWork:
         if size != self._size:
             self._done = recover(self._out)
             self._size = self._out.stat().st_size if self._out.exists() else 0
-
-
-def _lock(path: Path) -> FileLock | None:
-    """A lock that no other process holds, held; None when one does. The system takes it away from a process
-    that dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return None
-    return lock

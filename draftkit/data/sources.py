@@ -138,7 +138,7 @@ def mix(
 def _interleaved(
     sources: Iterable[Source], seen: set[bytes], report: MixReport, skipped: SkippedRows | None
 ) -> Iterator[tuple[str, Conversation]]:
-    """(source, conversation), always from the source that lags most behind its weight."""
+    """(source, conversation), always from the source that has given least for its weight."""
     running = {i: (s, _conversations(s, skipped)) for i, s in enumerate(sources)}
     given, tokens = dict.fromkeys(running, 0.0), dict.fromkeys(running, 0)
     while running:

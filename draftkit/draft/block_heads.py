@@ -33,7 +33,7 @@ class BlockHeads(ReducedHead):
     confidence_head: ConfidenceHead | None
 
     def _block_hidden(self, context: DraftContext, anchor_B: Tensor) -> Tensor:
-        """Hidden states of the G drafting positions behind a context, [B, G, H]."""
+        """Hidden states of the G drafting positions after a context, [B, G, H]."""
         raise NotImplementedError
 
     def _train_hidden(self, batch: TrainBatch, layout: TrainLayout) -> Tensor:

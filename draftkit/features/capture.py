@@ -23,7 +23,8 @@ from draftkit.features.index import Index
 from draftkit.features.manifest import StoreManifest, begin_store
 from draftkit.features.record import NO_FEATURES, Text
 from draftkit.features.texts import Chunk, PartTexts, added, chunks, rendered
-from draftkit.features.writer import SHARD_BYTES, WORK, StoreWriter, check_room, lock_of
+from draftkit.features.writer import SHARD_BYTES, WORK, StoreWriter, check_room
+from draftkit.output import lock_of
 from draftkit.settings import CaptureSettings
 from draftkit.target.interface import TargetInfo
 from draftkit.target.prompt_format import PromptFormat

@@ -11,8 +11,8 @@ from draftkit.errors import FeatureStoreError
 from draftkit.features.index import FILES, Index, read_line
 from draftkit.features.manifest import read_manifest
 from draftkit.features.shards import Shards
-from draftkit.features.writer import WORK, StoreWriter, lock_of
-from draftkit.output import naming
+from draftkit.features.writer import WORK, StoreWriter
+from draftkit.output import lock_of, naming
 
 
 @dataclass(frozen=True)

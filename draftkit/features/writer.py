@@ -13,29 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from draftkit.errors import FeatureStoreError
 from draftkit.features.index import Index, Record, index_line, shard_name
 from draftkit.features.record import Text
-from draftkit.output import naming
+from draftkit.output import lock_of, naming
 
 SHARD_BYTES = 2**30
 SPARE_BYTES = 256 * 2**20  # left free on the disk
 SYNC_SECONDS = 1.0  # a record survives the process at once, a power cut after this
 WORK = "work"  # the folder of locks
-
-
-def lock_of(path: Path) -> FileLock | None:
-    """A lock that no other process holds, held; None when one does. The system takes it away from a process
-    that dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        return None
-    return lock
 
 
 class StoreWriter:
