@@ -104,8 +104,8 @@ class WindowContext:
         return self._length
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens. Raises ValueError when that reaches further back than what
-        is kept."""
+        """Forget all but the first `length` tokens. Raises ValueError when that reaches further back than
+        what is kept."""
         surplus = self._length - length
         if surplus <= 0:
             return
