@@ -20,7 +20,8 @@ from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
 from draftkit.target.transformers import load_target
 from draftkit.target.weights import TargetFiles
 from support.deepseek_v4 import tiny_drafter, tiny_shape
-from tools.tiny_v4 import TINY, tiny_model, write_checkpoint
+from tools.tiny_v4 import tiny_model, write_checkpoint
+from tools.v4_configs import TINY
 
 INDEX = "model.safetensors.index.json"
 TOKENS = torch.arange(20)[None]

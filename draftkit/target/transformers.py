@@ -146,8 +146,9 @@ class TransformersTarget:
             )
         if mask_BS is not None and positions_BT is None:
             positions_BT = (mask_BS.cumsum(-1) - 1).clamp_min(0)[:, -tokens_BT.shape[1] :]
+        count = tokens_BT.shape[1]
         if isinstance(cache, ReplayTargetCache):
-            cache.remember(tokens_BT, mask_BS, positions_BT)
+            tokens_BT, positions_BT = cache.begin(tokens_BT, mask_BS, positions_BT)
         output = self._base(
             input_ids=tokens_BT,
             attention_mask=mask_BS,
@@ -159,7 +160,8 @@ class TransformersTarget:
             torch.cat([self._captured[i] for i in sorted(feature_layers)], -1) if feature_layers else None
         )
         self._captured.clear()
-        return TargetOutput(output.last_hidden_state, features)
+        features = features[:, -count:] if features is not None else None
+        return TargetOutput(output.last_hidden_state[:, -count:], features)
 
     def _read_again(
         self, tokens_BT: Tensor, cache: TargetCache, mask_BS: Tensor | None, positions_BT: Tensor | None
