@@ -134,8 +134,8 @@ def test_shapes_and_targets_that_do_not_go_together_are_refused(
 def test_a_python_program_asks_it_as_any_other(folder: Path, run: Path) -> None:
     asked = [{"role": "user", "content": "Add 3 and 4. <think>"}]
     settings = EngineSettings(dtype="float32", plan="fixed")
-    with LLM(str(folder), str(run / "a" / "best"), settings, template_switches={"thinking": False}) as llm:
-        [answer] = llm.chat(asked, SamplingParams(max_tokens=16, temperature=0))
+    llm = LLM(str(folder), str(run / "a" / "best"), settings, template_switches={"thinking": False})
+    [answer] = llm.chat(asked, SamplingParams(max_tokens=16, temperature=0))
     target, tokenizer = load_target(str(folder)), load_tokenizer(str(folder))
     prompt = DeepseekFormat(tokenizer, {"thinking": False}).prompt(asked)
     assert answer.prompt_token_ids == prompt

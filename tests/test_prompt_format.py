@@ -11,7 +11,8 @@ import pytest
 from transformers import AddedToken
 
 from draftkit.errors import ConfigError
-from draftkit.target.prompt_format import RewrittenError, TemplateError, TemplateFormat
+from draftkit.target.prompt_format import RewrittenError, TemplateError
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from support.templates import FAMILIES, MARKS, conversations
 

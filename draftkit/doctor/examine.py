@@ -30,7 +30,7 @@ from draftkit.handover.engines import engine_named
 from draftkit.progress import progress_bar
 from draftkit.stages import first_turns, read_prompts
 from draftkit.target.place import EMBEDDED
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, best_device, load_target
 from draftkit.target.weights import TargetFiles
