@@ -132,7 +132,7 @@ def _send(http: httpx.Client, case: Raw, report: Report) -> None:
     except ValueError:
         wrong = f"not JSON: {response.text[:200]!r}"
     if response.status_code == 400 and not wrong and case.method != "HEAD":
-        report.refused[str(response.json()["error"]["param"]).split(".")[0]] += 1
+        report.refused[str(response.json()["error"].get("param")).split(".")[0]] += 1
     report.streams += response.headers.get("content-type", "").startswith("text/event-stream")
     if wrong:
         report.failures.append(f"{_short(case)}: {response.status_code}: {wrong}")

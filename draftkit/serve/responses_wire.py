@@ -24,7 +24,8 @@ class ResponsesWire(PartsWire):
         super().__init__()
         self._asked, self._count = asked, count
         self._items: list[Event] = []
-        self._status, self._error = "in_progress", None
+        self._status = "in_progress"
+        self._error: Event | None = None
         self._sent = self._thought = 0
 
     def begin(self) -> list[Event]:
@@ -63,7 +64,7 @@ class ResponsesWire(PartsWire):
         if kind == "reasoning":
             self._thought += self._count(piece)
         item["content"][0]["text"] += piece
-        more = {"logprobs": []} if kind == "text" else {}
+        more: Event = {"logprobs": []} if kind == "text" else {}
         return [self._event(f"{_NAMES[kind]}.delta", delta=piece, **self._in_part(), **more)]
 
     def close(self, kind: Kind) -> list[Event]:
@@ -77,7 +78,7 @@ class ResponsesWire(PartsWire):
             found.append(done("response.function_call_arguments.done", **names, **self._place()))
         else:
             part = item["content"][0]
-            more = {"logprobs": []} if kind == "text" else {}
+            more: Event = {"logprobs": []} if kind == "text" else {}
             found.append(done(f"{_NAMES[kind]}.done", text=part["text"], **self._in_part(), **more))
             found.append(done("response.content_part.done", part=dict(part), **self._in_part()))
         return [*found, done("response.output_item.done", item=dict(item), **self._place())]
