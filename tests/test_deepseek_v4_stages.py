@@ -119,6 +119,8 @@ def test_shapes_and_targets_that_do_not_go_together_are_refused(
         train(target, tokenizer, longer, run, tmp_path, folder)
     other = recipe.model_copy(update={"target": stages.replace(recipe.target, path=str(target_folder))})
     plain, words = stages.open_target(other.model_copy(update={}))
+    with pytest.raises(ConfigError, match="of deepseek_v4's streams vLLM gives the mean after a layer"):
+        feature_stages.server_reader(recipe, TargetFiles(str(folder)), "http://localhost:9", probe=False)
     with pytest.raises(ConfigError, match="dspark_v4 is for DeepSeek-V4, the target is qwen3"):
         stages.drafter_config(other, plain, words)
     templated = load_tokenizer(str(folder))
