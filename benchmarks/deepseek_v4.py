@@ -92,13 +92,14 @@ def lossless(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
     """Greedy answers of the reference loop and of the engine, with the trained module and the random one in
     the checkpoint, against those of the target alone; where they part, the distance of the two logits."""
     target = load_target(str(folder))
-    texts = [p for p in read_prompts(folder, "conversations.jsonl") if len(p) >= PROMPT + count // 100]
-    chosen = [texts[i % len(texts)][i // len(texts) :][:PROMPT] for i in range(count)]
+    texts = read_prompts(folder, "conversations.jsonl")
+    parts = [p[at : at + PROMPT] for p in texts for at in range(len(p) - PROMPT + 1)]  # of one length
+    chosen = parts[:: max(1, len(parts) // count)][:count]
     alone = greedy(target, torch.tensor(chosen))
     arms, began = {}, time.perf_counter()
     for name, source in (("trained", drafter), ("random", folder)):
         module = open_drafter(source, target)
-        with progress_bar(f"{name} module, loop", count) as bar:
+        with progress_bar(f"{name} module, loop", len(chosen)) as bar:
             by_loop = []
             for prompt in chosen:
                 by_loop.append(decode(target, module, prompt, GREEDY, LIMIT))
@@ -107,7 +108,7 @@ def lossless(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
             plan="fixed", dtype="float32", device="cpu", max_running=8, prefix_reuse=False
         )
         asked = [(prompt, sampling_params(GREEDY, LIMIT, 0)) for prompt in chosen]
-        with progress_bar(f"{name} module, engine", count) as bar:
+        with progress_bar(f"{name} module, engine", len(chosen)) as bar:
             by_engine = decode_all(Engine(target, module, settings), asked, lambda: bar.update(1))
         for how, answers in (("loop", by_loop), ("engine", by_engine)):
             rows = zip(chosen, answers, alone, strict=True)
@@ -118,7 +119,7 @@ def lossless(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
                 "accepted_length": round(mean(map(accepted_length, answers)), 3),
             }
     return {
-        "prompts": count,
+        "prompts": len(chosen),
         "tokens": sum(map(len, alone)),
         "arms": arms,
         "allowed_gap": NOISE,

@@ -77,7 +77,7 @@ class _ToAll(torch.autograd.Function):
         return _gathered(rows, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _summed(gradient, ctx.group), None
 
 
@@ -90,7 +90,7 @@ class _SumBack(torch.autograd.Function):
         return _summed(rows, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _gathered(gradient, ctx.group), None
 
 
