@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any
@@ -31,7 +32,7 @@ from draftkit.target.formats import format_of
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 
-PROMPT, LIMIT = 40, 64  # tokens of a prompt, at most, and of its answer
+PROMPT, LIMIT = 24, 64  # tokens of a prompt, at most, and of its answer
 NOISE = 2e-3  # of a logit: what float32 makes of passes of other shapes
 GREEDY = Sampling(0.0)
 
@@ -99,25 +100,17 @@ def lossless(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
     arms, began = {}, time.perf_counter()
     for name, source in (("trained", drafter), ("random", folder)):
         module = open_drafter(source, target)
-        with progress_bar(f"{name} module, loop", len(chosen)) as bar:
-            by_loop = []
-            for prompt in chosen:
-                by_loop.append(decode(target, module, prompt, GREEDY, LIMIT))
-                bar.update(1)
-        settings = EngineSettings(
-            plan="fixed", dtype="float32", device="cpu", max_running=8, prefix_reuse=False
-        )
-        asked = [(prompt, sampling_params(GREEDY, LIMIT, 0)) for prompt in chosen]
-        with progress_bar(f"{name} module, engine", len(chosen)) as bar:
-            by_engine = decode_all(Engine(target, module, settings), asked, lambda: bar.update(1))
-        for how, answers in (("loop", by_loop), ("engine", by_engine)):
+        for how, answer in (("loop", by_loop), ("engine", by_engine)):
+            with progress_bar(f"{name} module, {how}", len(chosen)) as bar:
+                answers = answer(target, module, chosen, lambda bar=bar: bar.update(1))
             rows = zip(chosen, answers, alone, strict=True)
             gaps = [gap(target, p, got.tokens, wanted) for p, got, wanted in rows if got.tokens != wanted]
-            arms[f"{name}, {how}"] = {
+            arm = arms[f"{name}, {how}"] = {
                 "parted": len(gaps),
                 "largest_gap": max(gaps, default=0.0),
                 "accepted_length": round(mean(map(accepted_length, answers)), 3),
             }
+            print(f"{name}, {how}: {arm}", file=sys.stderr, flush=True)
     return {
         "prompts": len(chosen),
         "tokens": sum(map(len, alone)),
@@ -126,6 +119,26 @@ def lossless(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
         "lossless": all(arm["largest_gap"] <= NOISE for arm in arms.values()),
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def by_loop(
+    target: TransformersTarget, module: Drafter, prompts: Sequence[list[int]], tick: Callable[[], None]
+) -> list[Decoded]:
+    """Greedy answers of the reference loop, one after the other."""
+    found = []
+    for prompt in prompts:
+        found.append(decode(target, module, prompt, GREEDY, LIMIT))
+        tick()
+    return found
+
+
+def by_engine(
+    target: TransformersTarget, module: Drafter, prompts: Sequence[list[int]], tick: Callable[[], None]
+) -> list[Decoded]:
+    """Greedy answers of the engine, eight requests at a time, every proposal verified in full."""
+    settings = EngineSettings(plan="fixed", dtype="float32", device="cpu", max_running=8, prefix_reuse=False)
+    asked = [(prompt, sampling_params(GREEDY, LIMIT, 0)) for prompt in prompts]
+    return decode_all(Engine(target, module, settings), asked, tick)
 
 
 @torch.inference_mode()
