@@ -166,6 +166,17 @@ class LossSettings(Section):
 
 
 @dataclass(frozen=True, config=CHECKS)
+class GroupSettings(Section):
+    """Parameters that learn in another way than the rest; what is null is as there."""
+
+    parameters: Annotated[
+        str, Field(min_length=1, description="a pattern of names, as markov_head.* or *norm*")
+    ]
+    lr: Annotated[float | None, Field(gt=0)] = None
+    weight_decay: Annotated[float | None, Field(ge=0)] = None
+
+
+@dataclass(frozen=True, config=CHECKS)
 class TrainSettings(Section):
     """How the drafter is trained."""
 
@@ -195,6 +206,10 @@ class TrainSettings(Section):
         Field(strict=False, description="of AdamW's two running means"),
     ] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    groups: Annotated[
+        tuple[GroupSettings, ...],
+        Field(strict=False, description="parameters with their own lr or weight_decay; the first that fits"),
+    ] = ()
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     max_skipped: Annotated[
         int, Field(ge=0, description="steps in a row that may not be finite before the run ends")

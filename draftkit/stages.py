@@ -447,7 +447,8 @@ def run_evaluate(
     out: Path,
     threads: int | None = None,
 ) -> list[EvalResult]:
-    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain.
+    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain, by all
+    processes that torchrun started. The first one writes and measures the speed; the others return nothing.
 
     Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings
     and machine, is kept, and a line on standard error says so.
@@ -468,19 +469,23 @@ def evaluate_prompts(
     made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
     out.mkdir(parents=True, exist_ok=True)
     results = []
-    for temperature in section.temperatures:
-        sampling = Sampling(temperature)
-        path = out / f"evaluate-T{temperature:g}.json"
-        made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
-        result = kept_result(path, made_from)
-        if result is None:
-            timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
-            with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as bar:
-                tick = lambda: bar.update(advance=1)  # noqa: E731
-                result = evaluate(target, opened, chosen, section, sampling, tick)
-            result = replace(result, settings=result.settings | {"made_from": made_from})
-            result.save(path)
-        results.append(result)
+    with join_world() as world:
+        for temperature in section.temperatures:
+            sampling = Sampling(temperature)
+            path = out / f"evaluate-T{temperature:g}.json"
+            made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
+            result = kept_result(path, made_from) if world.first else None
+            if not world.from_first(float(result is not None)):  # the others wait here for the speed, too
+                timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
+                share = len(range(world.rank, len(chosen), world.size)) + timed * world.first
+                with progress_bar(f"evaluate T={temperature:g}", share) as bar:
+                    tick = lambda: bar.update(advance=1)  # noqa: E731
+                    result = evaluate(target, opened, chosen, section, sampling, tick, world)
+                result = replace(result, settings=result.settings | {"made_from": made_from})
+                if world.first:
+                    result.save(path)
+            if world.first and result is not None:
+                results.append(result)
     return results
 
 

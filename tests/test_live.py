@@ -23,10 +23,9 @@ from draftkit.features.store import FeatureStore
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
 from draftkit.train.batches import BatchMaker, Cut
-from draftkit.train.parallel import World
+from draftkit.train.parallel import ALONE
 from draftkit.train.trainer import Progress
 
-ALONE = World(0, 1, torch.device("cpu"))
 WORDS = "list value holds step return what add number the a of is".split()
 
 
