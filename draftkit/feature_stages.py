@@ -12,6 +12,7 @@ from typing import Any
 
 from draftkit.config import Recipe
 from draftkit.data.messages import Conversation
+from draftkit.data.samples import SampleCounts
 from draftkit.errors import ConfigError
 from draftkit.features.capture import CaptureReport, capture
 from draftkit.features.compute import Reader, TargetReader
@@ -20,6 +21,7 @@ from draftkit.features.join import JoinedFeatures
 from draftkit.features.live import FillingFeatures, LiveFeatures
 from draftkit.features.manifest import MANIFEST, read_manifest
 from draftkit.features.source import FeatureSource
+from draftkit.features.split import led
 from draftkit.features.store import FeatureStore
 from draftkit.features.verify import Verified, verify
 from draftkit.features.vllm import VllmReader, Wanted
@@ -50,9 +52,15 @@ def run_capture(
     append: bool = False,
 ) -> CaptureReport:
     """Stage 2: the target reads the conversations into a feature store. Several processes may share the work;
-    then `conversations` is walked more than once."""
+    then `conversations` is walked more than once. Where they share the target, the first one writes, and the
+    others report nothing."""
     reader = _target_reader(recipe, target)
-    return capture_by(target, reader, tokenizer, recipe, conversations, out, append)
+    if recipe.target.spread != "tensors":
+        return capture_by(target, reader, tokenizer, recipe, conversations, out, append)
+    with led(reader) as leading:
+        if leading is None:
+            return CaptureReport(0, 0, 0, SampleCounts())
+        return capture_by(target, leading, tokenizer, recipe, conversations, out, append)
 
 
 def open_features(

@@ -39,6 +39,13 @@ class TargetSettings(Section):
     path: Annotated[str, Field(description='folder, GGUF file or hub id; or "tiny", "smollm2"')] = "tiny"
     revision: Annotated[str | None, Field(description="hub revision")] = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    spread: Annotated[
+        Literal["none", "layers", "tensors"],
+        Field(
+            description="a target above one GPU; layers: over the GPUs of this process (Transformers' "
+            "device_map); tensors: each layer over torchrun's processes (tp_plan), to capture"
+        ),
+    ] = "none"
     template_switches: Annotated[
         dict[str, str | int | float | bool],
         Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -64,12 +65,28 @@ START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
-def open_target(recipe: Recipe, device: str | None = None) -> tuple[TransformersTarget, Any]:
-    """The recipe's target and its tokenizer; without a device, on a GPU where there is one."""
+def open_target(
+    recipe: Recipe, device: str | None = None, split: bool = False
+) -> tuple[TransformersTarget, Any]:
+    """The recipe's target and its tokenizer; without a device, on a GPU where there is one. `split`: whether
+    the stage can do with a target that several processes hold together.
+
+    Raises ConfigError where target.spread is nothing for the stage, or for one process.
+    """
     section = recipe.target
     algorithm_named(recipe.drafter.algorithm)  # a mistake shows before the target is loaded
+    if section.spread == "tensors" and not split:
+        raise ConfigError(
+            "target.spread: tensors is for capture alone; elsewhere give layers, or let vLLM answer and read"
+        )
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if section.spread == "tensors" and not several:
+        raise ConfigError("target.spread: tensors needs several processes; start them with torchrun")
+    if section.spread == "layers" and several:
+        raise ConfigError("target.spread: layers is for one process; start it without torchrun")
     with doing(f"loading the target {section.path}"):
-        target = load_target(section.path, section.revision, section.dtype, device or best_device())
+        place = device or best_device()
+        target = load_target(section.path, section.revision, section.dtype, place, section.spread)
         return target, load_tokenizer(section.path, section.revision)
 
 
