@@ -111,19 +111,22 @@ class TargetCache:
         mask_T = self._part(index, "mask", np.dtype(np.uint8), tokens) > 0
         return torch.from_numpy(ids_T), torch.from_numpy(mask_T)
 
-    def read(self, indices: Sequence[int]) -> list[FeatureSample]:
+    def read(self, indices: Sequence[int], last_hidden: bool = True) -> list[FeatureSample]:
         """See `FeatureSource`; what no block and no loss looks at is not read."""
-        return [self._sample(i) for i in indices]
+        return [self._sample(i, last_hidden) for i in indices]
 
     def empty(self) -> FeatureSample:
         """See `FeatureSource`."""
         return empty_sample(self._width, self._hidden, torch.bfloat16)
 
-    def _sample(self, index: int) -> FeatureSample:
+    def _sample(self, index: int, last_hidden: bool) -> FeatureSample:
         tokens_T, mask_T = self.text(index)
         places = target_places(mask_T)
         end = int(places[-1]) + 1 if len(places) else 0
         features_TF = self._vectors(index, "features", self._width, 0, context_of(mask_T), len(tokens_T))
+        if not last_hidden:
+            hidden_TH = features_TF[:, :0]
+            return FeatureSample(f"{self.name}#{index}", DOMAIN, tokens_T, mask_T, features_TF, hidden_TH)
         begin = int(places[0]) if len(places) else 0
         hidden_TH = self._vectors(index, "last_hidden", self._hidden, begin, end, len(tokens_T))
         return FeatureSample(f"{self.name}#{index}", DOMAIN, tokens_T, mask_T, features_TF, hidden_TH)

@@ -62,9 +62,11 @@ class JoinedFeatures:
         source, place = self._at(index)
         return source.text(place)
 
-    def read(self, indices: Sequence[int]) -> list[FeatureSample]:
+    def read(self, indices: Sequence[int], last_hidden: bool = True) -> list[FeatureSample]:
         """See `FeatureSource`."""
-        return [sample for source, place in map(self._at, indices) for sample in source.read([place])]
+        return [
+            sample for source, place in map(self._at, indices) for sample in source.read([place], last_hidden)
+        ]
 
     def empty(self) -> FeatureSample:
         """See `FeatureSource`."""

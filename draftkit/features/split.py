@@ -20,10 +20,10 @@ class LeadingReader:
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
-    def read(self, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
+    def read(self, texts: Sequence[Text], last_hidden: bool = True) -> list[tuple[Tensor, Tensor]]:
         """See `Reader`."""
-        dist.broadcast_object_list([list(texts)], 0)
-        return self._reader.read(texts)
+        dist.broadcast_object_list([(list(texts), last_hidden)], 0)
+        return self._reader.read(texts, last_hidden)
 
 
 def follow(reader: Reader) -> None:
@@ -33,7 +33,7 @@ def follow(reader: Reader) -> None:
         dist.broadcast_object_list(held, 0)
         if held[0] is None:
             return
-        reader.read(held[0])
+        reader.read(*held[0])
 
 
 @contextmanager

@@ -158,13 +158,28 @@ class TransformersTarget:
             use_cache=cache is not None,
         )
         last = output.last_hidden_state
-        features = (
-            torch.cat([self._captured[i].to(last.device) for i in sorted(feature_layers)], -1)
-            if feature_layers
-            else None
-        )
-        self._captured.clear()
+        features = self._joined(feature_layers, last.device) if feature_layers else None
         return TargetOutput(last, features)
+
+    @torch.inference_mode()
+    def features(self, tokens_BT: Tensor, feature_layers: tuple[int, ...]) -> Tensor:
+        """See `Target.features`."""
+        self._hook(feature_layers)
+        # registered last, so it is called once the highest layer's output is taken
+        end = self.layers[max(feature_layers)].register_forward_hook(_end_of_pass)
+        try:
+            self._base(input_ids=tokens_BT, use_cache=False)
+        except _EndOfPass:
+            pass
+        finally:
+            end.remove()
+        return self._joined(feature_layers, tokens_BT.device)
+
+    def _joined(self, layers: tuple[int, ...], device: torch.device) -> Tensor:
+        """What the hooks have taken, [B, T, F]; the layers may lie on several devices."""
+        features_BTF = torch.cat([self._captured[i].to(device) for i in sorted(layers)], -1)
+        self._captured.clear()
+        return features_BTF
 
     def _read_again(
         self, tokens_BT: Tensor, cache: TargetCache, mask_BS: Tensor | None, positions_BT: Tensor | None
@@ -196,6 +211,14 @@ class TransformersTarget:
             self._captured[layer] = self._tap(output[0] if isinstance(output, tuple) else output, layer)
 
         return hook
+
+
+class _EndOfPass(Exception):
+    """No more of this pass is needed."""
+
+
+def _end_of_pass(module: nn.Module, inputs: Any, output: Any) -> None:
+    raise _EndOfPass
 
 
 @torch.inference_mode()

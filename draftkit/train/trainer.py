@@ -101,8 +101,9 @@ def train(
     if not len(split.train):
         raise DataError(f"{source.name}: {len(source)} samples leave nothing to train on; generate more")
     cut = Cut(settings.row_tokens, settings.micro_batch_size, world.rank, world.size)
-    maker = BatchMaker(source, split.train, settings.batch_size, settings.anchors, settings.seed, cut)
-    held_out = BatchMaker(aside, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
+    sizes = settings.batch_size, settings.anchors, settings.seed, cut
+    maker = BatchMaker(source, split.train, *sizes, drafter.needs_target(settings.loss))
+    held_out = BatchMaker(aside, split.validation, *sizes)
     fingerprint = _fingerprint(source, drafter, settings, start)
     compute = getattr(torch, settings.dtype)
     parallel = ParallelDrafter(drafter, world, settings.shard, compute)
