@@ -123,7 +123,7 @@ def test_a_wrong_value_names_field_rule_and_value(tmp_path: Path, text: str, wor
         ("name: a\ntrian: {lr: 1}\n", ["trian:", "did you mean train?"]),
         (
             "name: a\ntrain: {groups: [{parameters: fc.*, lt: 1}]}\n",
-            ["train.groups.0.lt:", "did you mean lr?"],
+            ["train.groups.0.lt:", "allowed are parameters, lr"],
         ),
     ],
 )
