@@ -115,7 +115,8 @@ def distillation_loss(rows: Rows, settings: LossSettings) -> RowLosses:
     inputs = (rows.hidden_NH, m_Nr, w2_Vr)
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
     compared = bool(rows.target_hidden_NH.shape[1])
-    return RowLosses(*_Distillation.apply(*inputs, rows, settings, wanted), compared)
+    loss, ce_N, tv_N, kl_N = _Distillation.apply(*inputs, rows, settings, wanted)
+    return RowLosses(loss, ce_N, tv_N, kl_N, compared)
 
 
 def needs_target(settings: LossSettings) -> bool:
@@ -190,8 +191,7 @@ def _one_chunk(
             place = slice(chunk.start + part.start, chunk.start + part.stop)
             logits_nV = draft[part].to(values_4N.dtype)
             tokens = rows.tokens_N[place, None], rows.grid_N[place], weights_G
-            values_4N[:, place], gradient = _cross_entropy(logits_nV, *tokens, settings)
-            draft[part] = gradient
+            values_4N[:, place], draft[part] = _cross_entropy(logits_nV, *tokens, settings)
         if wanted:
             _push_back(rows, chunk, draft, derivative, gradients)
         return

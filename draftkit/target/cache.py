@@ -92,7 +92,8 @@ class ReplayTargetCache:
         tokens_BT, mask_BS, positions_BT = self._last
         for place, kept_layer in enumerate(self._before):
             if kept_layer is None:
-                self.inner.layers[place].crop(earlier - self._length)  # a negative number: from the end
+                layer: Any = self.inner.layers[place]
+                layer.crop(earlier - self._length)  # a negative number: from the end
             else:
                 self.inner.layers[place] = kept_layer
         kept = length - earlier
@@ -108,7 +109,8 @@ class ReplayTargetCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch (int64 [B'])."""
-        for layer in self.inner.layers:
+        layers: list[Any] = self.inner.layers
+        for layer in layers:
             chosen = getattr(layer, "batch_select_indices", layer.reorder_cache)
             chosen(rows)
         self._before = self._last = None

@@ -168,7 +168,7 @@ def train(
                 at = replace(
                     at, step=at.step + 1, seconds=at.seconds + seconds, skipped=at.skipped + (not done.finite)
                 )
-                line = {
+                line: dict[str, Any] = {
                     "loss": done.loss,
                     **done.terms,
                     "grad_norm": done.grad_norm,
