@@ -17,12 +17,13 @@ import openai
 import pytest
 import uvicorn
 
+from checks.chats import TOOL
 from draftkit.serve.app import create_app
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.worker import Worker
 from support.fake_engine import fake_served
-from support.templates import FAMILIES, MARKS, TOOL
+from support.templates import FAMILIES, MARKS
 
 MESSAGES: Any = [{"role": "user", "content": "What?"}]
 CALL = ("weather", {"city": "Köln"})
