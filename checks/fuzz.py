@@ -32,6 +32,7 @@ from benchmarks.server_process import ServerProcess, server_process
 from checks.openapi_cases import Raw, bodies, raws
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
+ENDS = ("response.completed", "response.incomplete", "message_stop")
 CONTROL: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0}
 REFUSALS = (400, 404, 405, 413, 415)
 OPTIONS = ("--port", "0", "--max-length", "256")
@@ -131,7 +132,7 @@ def _send(http: httpx.Client, case: Raw, report: Report) -> None:
     except ValueError:
         wrong = f"not JSON: {response.text[:200]!r}"
     if response.status_code == 400 and not wrong and case.method != "HEAD":
-        report.refused[str(response.json()["error"]["param"]).split(".")[0]] += 1
+        report.refused[str(response.json()["error"].get("param")).split(".")[0]] += 1
     report.streams += response.headers.get("content-type", "").startswith("text/event-stream")
     if wrong:
         report.failures.append(f"{_short(case)}: {response.status_code}: {wrong}")
@@ -149,14 +150,17 @@ def what_is_wrong(response: httpx.Response, method: str) -> str:
         error = response.json().get("error", {})
         return (
             ""
-            if error.get("message") and error.get("code") == response.status_code
+            if error.get("message")
+            and (error.get("code") == response.status_code or response.json().get("type") == "error")
             else f"no reason: {response.text[:200]}"
         )
     if response.status_code != 200:
         return response.text[:200]
     if response.headers.get("content-type", "").startswith("text/event-stream"):
         events = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
-        broken = events[-1:] != ["[DONE]"] or any("error" in json.loads(event) for event in events[:-1])
+        told = [json.loads(event) for event in events if event != "[DONE]"]
+        ends = events[-1:] == ["[DONE]"] or (told and told[-1].get("type") in ENDS)
+        broken = not ends or any("error" in event for event in told)
         return "a stream that does not end well" if broken else ""
     if response.headers.get("content-type") == "application/json" and method != "HEAD":
         response.json()

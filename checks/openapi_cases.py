@@ -11,7 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 Schema = Mapping[str, Any]
-MAKES_TEXT = ("/v1/completions", "/v1/chat/completions")
+MAKES_TEXT = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 
 scalars = st.one_of(
     st.none(),
@@ -136,7 +136,8 @@ def bodies(draw: st.DrawFn, path: str, schema: Schema, definitions: Schema) -> d
         _objects(definitions[schema["$ref"].rsplit("/", 1)[1]] if "$ref" in schema else schema, definitions)
     )
     if path in MAKES_TEXT:
-        body |= {"max_tokens": draw(st.integers(0, 12)), "stream": draw(st.booleans())}
+        longest = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+        body |= {longest: draw(st.integers(0, 12)), "stream": draw(st.booleans())}
         if not draw(st.integers(0, 5)):
             body["response_format"] = draw(values_of({"$ref": "#/ResponseFormat"}, definitions))
         if "max_completion_tokens" in body:
@@ -149,7 +150,7 @@ def bodies(draw: st.DrawFn, path: str, schema: Schema, definitions: Schema) -> d
         body[draw(st.text(max_size=8))] = draw(anything)
     elif spoil and body:
         name = draw(st.sampled_from(sorted(body)))
-        if spoil == "lose" and name != "max_tokens":
+        if spoil == "lose" and name not in ("max_tokens", "max_output_tokens"):
             del body[name]
         else:
             body[name] = draw(anything)

@@ -117,7 +117,14 @@ def test_all_routes_but_those_of_monitors_and_the_page_need_the_key(server: Serv
     assert {path: server.http.get(path, headers=without).status_code for path in opened} == dict.fromkeys(
         opened, 200
     )
-    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+    for path in (
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/tokenize",
+        "/detokenize",
+    ):
         assert server.http.post(path, json={}, headers=without).status_code == 401
     assert server.http.get("/v1/models", headers=without).status_code == 401
 

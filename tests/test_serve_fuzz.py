@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from draftkit.serve.anthropic_body import CountBody, MessagesBody
 from draftkit.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from draftkit.serve.responses_body import ResponsesBody
 from support.server import Server, serving
 
 scalars = st.one_of(
@@ -46,6 +49,25 @@ likely: dict[str, st.SearchStrategy[Any]] = {
         min_size=1,
         max_size=3,
     ),
+    "input": st.one_of(
+        st.text(max_size=9),
+        st.lists(
+            st.fixed_dictionaries(
+                {"type": st.sampled_from("message reasoning function_call function_call_output x".split())},
+                optional={
+                    "role": st.sampled_from(["user", "assistant", "developer"]),
+                    "content": st.text(max_size=5),
+                    **{n: st.text(max_size=5) for n in ("name", "arguments", "call_id", "output")},
+                },
+            ),
+            max_size=4,
+        ),
+    ),
+    "instructions": st.text(max_size=9),
+    "system": st.text(max_size=9),
+    "stop_sequences": st.lists(st.text(min_size=1, max_size=3), max_size=4),
+    "max_output_tokens": st.integers(1, 100),
+    "thinking": st.fixed_dictionaries({"type": st.sampled_from(["enabled", "disabled", "x"])}),
     "tokens": st.lists(st.integers(-1, 5000), max_size=5),
     "max_tokens": st.integers(0, 400),
     "n": st.integers(1, 5),
@@ -126,9 +148,13 @@ def bodies(kind: Any, needed: str) -> st.SearchStrategy[dict[str, Any]]:
 ROUTES = [
     ("/v1/completions", CompletionBody, "prompt"),
     ("/v1/chat/completions", ChatBody, "messages"),
+    ("/v1/responses", ResponsesBody, "input"),
+    ("/v1/messages", MessagesBody, "messages"),
+    ("/v1/messages/count_tokens", CountBody, "messages"),
     ("/tokenize", TokenizeBody, "prompt"),
     ("/detokenize", DetokenizeBody, "tokens"),
 ]
+ENDS = ("response.completed", "response.incomplete", "message_stop")
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +175,9 @@ def test_no_body_breaks_the_server(
     if response.status_code != 200:
         assert response.json()["error"]["message"]
     elif response.headers["content-type"].startswith("text/event-stream"):
-        assert response.text.endswith("data: [DONE]\n\n") and '"error"' not in response.text
+        last = response.text.removesuffix("\n\n").rsplit("\n", 1)[1].removeprefix("data: ")
+        assert last == "[DONE]" or json.loads(last)["type"] in ENDS
+        assert '"error":{' not in response.text
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,15 +13,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from checks.chats import TOOL
-from draftkit.serve.app import create_app
-from draftkit.serve.metrics import ServerMetrics
-from draftkit.serve.settings import ServeSettings
-from draftkit.serve.worker import Worker
-from support.fake_engine import fake_served
-from support.templates import FAMILIES, MARKS
+from support.in_thread import answering
 
 MESSAGES: Any = [{"role": "user", "content": "What?"}]
 CALL = ("weather", {"city": "Köln"})
@@ -61,25 +53,8 @@ ANSWERS: dict[str, tuple[str, str, tuple[str | None, str | None, list[Any]]]] = 
 
 @contextmanager
 def client(family: str, text: str, **switches: Any) -> Iterator[openai.OpenAI]:
-    """The real application and HTTP in a thread of this process: a process for each family would take
-    minutes."""
-    template = FAMILIES[family].template
-    served = fake_served(text=text, template=template, marks=MARKS, switches=switches)
-    metrics = ServerMetrics()
-    app = create_app(Worker(lambda: served, metrics, 64), metrics, ServeSettings())
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.01)
-        url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        while httpx.get(f"{url}/ready", trust_env=False).status_code != 200:
-            time.sleep(0.01)
+    with answering(family, text, **switches) as url:
         yield openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def calls_of(calls: Any) -> list[Any]:

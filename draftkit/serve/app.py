@@ -17,14 +17,16 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from draftkit import __version__
-from draftkit.serve import generate
+from draftkit.serve import generate, other_apis
+from draftkit.serve.anthropic_body import CountBody, MessagesBody
 from draftkit.serve.detokenize import token_name
 from draftkit.serve.limits import MAX_COUNTED, check_fits
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.middleware import Envelope
-from draftkit.serve.params import chat_prompt, check_ids, check_model
-from draftkit.serve.problem import ApiError, error_body, shorten
+from draftkit.serve.params import chat_prompt, chat_prompts, check_ids, check_model
+from draftkit.serve.problem import MESSAGES, ApiError, error_body, shorten
 from draftkit.serve.protocol import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from draftkit.serve.responses_body import ResponsesBody
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import body_size, read_body, unless_long
 from draftkit.serve.worker import Served, Worker
@@ -40,6 +42,9 @@ _PAGE_HEADERS = {
 _BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
+    "/v1/responses": ResponsesBody,
+    MESSAGES: MessagesBody,
+    f"{MESSAGES}/count_tokens": CountBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -81,6 +86,14 @@ def _add_generation(app: FastAPI, worker: Worker, settings: ServeSettings) -> No
     async def chat_completions(request: Request) -> Response:
         return await generate.chat_completions(request, worker, settings)
 
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await other_apis.responses(request, worker, settings)
+
+    @app.post(MESSAGES)
+    async def messages(request: Request) -> Response:
+        return await other_apis.messages(request, worker, settings)
+
 
 def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
     """Text to tokens and back."""
@@ -93,6 +106,13 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
         made = await unless_long(body_size(request), _tokenized, body, served)
         return JSONResponse(made)
 
+    @app.post(f"{MESSAGES}/count_tokens")
+    async def tokens_of_messages(request: Request) -> Response:
+        body = await read_body(request, CountBody, settings.max_body_bytes)
+        served = worker.ready()
+        check_model(body.model, served)
+        return JSONResponse(await unless_long(body_size(request), _counted, body, served))
+
     @app.post("/detokenize")
     async def text_of(request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, settings.max_body_bytes)
@@ -102,6 +122,12 @@ def _add_text(app: FastAPI, worker: Worker, settings: ServeSettings) -> None:
         return JSONResponse(
             {"prompt": await unless_long(body_size(request), served.texts.decode, body.tokens, False)}
         )
+
+
+def _counted(body: CountBody, served: Served) -> dict[str, int]:
+    """The answer to POST /v1/messages/count_tokens."""
+    [prompt] = chat_prompts(body.chat(), served)
+    return {"input_tokens": len(prompt)}
 
 
 def _tokenized(body: TokenizeBody, served: Served) -> dict[str, Any]:
@@ -202,14 +228,15 @@ async def _api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
     request.state.problem = shorten(f"{error.param or ''} {error}".strip())
-    return JSONResponse(error.body(), error.status, error.headers)
+    return JSONResponse(error.body(request.url.path), error.status, error.headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     message = f"{request.method} {shorten(request.url.path)}: {error.detail}"
-    return JSONResponse(error_body(error.status_code, message), error.status_code, error.headers)
+    body = error_body(error.status_code, message, path=request.url.path)
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 def _described(app: FastAPI) -> dict[str, Any]:

@@ -29,13 +29,13 @@ from draftkit.serve.stream import (
     EventStream,
     body_size,
     dump,
-    event,
     joined,
     read_body,
     unless_client_leaves,
     unless_long,
 )
 from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint_of
+from draftkit.serve.wire import PlainWire, Wire
 from draftkit.serve.worker import Served, Ticket, Worker
 from draftkit.target.answer_stream import AnswerStream
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
@@ -56,6 +56,7 @@ class Call:
     reply: CompletionReply | ChatReply
     prompts: list[tuple[int, ...]]
     choices: list[Choice]
+    wire: Wire
 
     @property
     def prompt_tokens(self) -> int:
@@ -135,16 +136,24 @@ async def completions(request: Request, worker: Worker, settings: ServeSettings)
     served = worker.ready()
     from_body.check_model(body.model, served)
     reply = CompletionReply(served.texts, body.return_tokens_as_token_ids)
+    wire = PlainWire()
     # one is made, and not shown where none is wanted
     limit = 16 if body.max_tokens is None else max(body.max_tokens, 1)
     asked = len(body.prompt) if isinstance(body.prompt, list) and not isinstance(body.prompt[0], int) else 1
     prepare = partial(_prepared, body, served, from_body.completion_prompts, limit, body.logprobs)
-    return await _answer(request, worker, settings, served, body, reply, asked, prepare)
+    return await _answer(request, worker, settings, served, body, reply, asked, prepare, wire)
 
 
 async def chat_completions(request: Request, worker: Worker, settings: ServeSettings) -> Response:
     """POST /v1/chat/completions."""
     body = await read_body(request, ChatBody, settings.max_body_bytes)
+    return await chat(request, worker, settings, body, PlainWire())
+
+
+async def chat(
+    request: Request, worker: Worker, settings: ServeSettings, body: ChatBody, wire: Wire
+) -> Response:
+    """The response to a chat, written as `wire` has it. Raises ApiError."""
     served = worker.ready()
     from_body.check_model(body.model, served)
     shown = served.prompt_format
@@ -164,7 +173,7 @@ async def chat_completions(request: Request, worker: Worker, settings: ServeSett
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = body.top_logprobs if body.logprobs else None
     prepare = partial(_prepared, body, served, from_body.chat_prompts, limit, logprobs)
-    return await _answer(request, worker, settings, served, body, reply, 1, prepare)
+    return await _answer(request, worker, settings, served, body, reply, 1, prepare, wire)
 
 
 def _prepared(
@@ -232,6 +241,7 @@ async def _answer(
     reply: CompletionReply | ChatReply,
     asked: int,
     prepare: Callable[[GrammarConstraint | None], Prepared],
+    wire: Wire,
 ) -> Response:
     """The response to a body that asks for `n` answers to each of `asked` prompts."""
     if asked * body.n > settings.max_choices:
@@ -258,7 +268,7 @@ async def _answer(
         Choice(served.texts, params, len(work.prompts[i // body.n]), body.max_tokens == 0, marked)
         for i, params in enumerate(work.params)
     ]
-    call = Call(request.state.request_id, int(time.time()), served, body, reply, work.prompts, choices)
+    call = Call(request.state.request_id, int(time.time()), served, body, reply, work.prompts, choices, wire)
     asks = [(call.prompt_of(i), params) for i, params in enumerate(work.params)]
     ticket = await unless_client_leaves(
         request.receive, worker.submit(call.request_id, asks, whole=not body.stream)
@@ -328,7 +338,7 @@ def _whole(call: Call, pieces: list[list[str]]) -> bytes:
     if call.body.return_spec_stats:
         whole["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
     body = joined(dump(whole), dump(call.prompt_logprobs(ChatReply)))
-    return body.replace(b'"choices":[]', b'"choices":[' + b",".join(told) + b"]", 1)
+    return call.wire.whole(body.replace(b'"choices":[]', b'"choices":[' + b",".join(told) + b"]", 1))
 
 
 async def _stream(
@@ -358,11 +368,11 @@ async def _stream(
                 last["usage"] = usage(call.choices, call.prompt_tokens, call.body.n)
             if call.body.return_spec_stats:
                 last["metrics"] = speculation(call.choices, call.served.engine.info.gamma)
-            yield event(last)
-        yield b"data: [DONE]\n\n"
+            yield call.wire.chunk(last)
+        yield call.wire.end()
     except ApiError as error:
         request.state.problem = f"cut off with {error.status}, {error}"
-        yield event(error.body()) + b"data: [DONE]\n\n"
+        yield call.wire.cut(error)
 
 
 def _opening(call: Call, index: int, unopened: set[int]) -> bytes:
@@ -373,7 +383,8 @@ def _opening(call: Call, index: int, unopened: set[int]) -> bytes:
     opening = call.reply.opening(index, call.echo(index), call.prompt_ids(CompletionReply, index))
     if opening is None:
         return b""
-    return event(call.envelope(call.reply.chunk_object, [opening], first=True) | call.running_usage)
+    chunk = call.envelope(call.reply.chunk_object, [opening], first=True)
+    return call.wire.chunk(chunk | call.running_usage)
 
 
 def _chunk(call: Call, index: int, delta: Delta) -> bytes:
@@ -393,4 +404,4 @@ def _chunk(call: Call, index: int, delta: Delta) -> bytes:
     if body.return_token_origins:
         shown["origins"] = origins(call.served.texts, delta)
         chunk["metrics"] = speculation([call.choices[index]], call.served.engine.info.gamma)
-    return event(chunk | call.running_usage)
+    return call.wire.chunk(chunk | call.running_usage)

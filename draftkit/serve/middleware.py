@@ -67,7 +67,7 @@ class Envelope:
                     {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, tag
                 )
             else:
-                await _send_json(tag, *refused)
+                await _send_json(tag, scope["path"], *refused)
         except ClientLeft:
             end = "client left"
         # the server ends, and the client has not read its answer; nobody waits for this task
@@ -76,7 +76,8 @@ class Envelope:
         except Exception:
             log.exception("request %s failed", state["request_id"])
             if not status:
-                await _send_json(tag, 500, f"internal error; the log has it under {state['request_id']}")
+                told = f"internal error; the log has it under {state['request_id']}"
+                await _send_json(tag, scope["path"], 500, told)
         finally:
             self._active -= 1
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
@@ -102,16 +103,18 @@ class Envelope:
         if not self._keys or path in _OPEN:
             return None
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip().encode("latin-1")  # as it came: keys are UTF-8
-        known = [hmac.compare_digest(given, key) for key in self._keys]
-        if scheme.lower() == "bearer" and any(known):
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        # Anthropic's clients have a header of their own; as it came: keys are UTF-8
+        given = [key.encode("latin-1") for key in (bearer, headers.get("x-api-key", "").strip()) if key]
+        known = [hmac.compare_digest(one, key) for one in given for key in self._keys]
+        if any(known):  # all are compared: the time says nothing
             return None
         return 401, "Unauthorized: give the server's API key as a bearer token"
 
 
-async def _send_json(send: Send, status: int, message: str) -> None:
+async def _send_json(send: Send, path: str, status: int, message: str) -> None:
     """An error, after which the connection is closed where the rest of the request is not to be read."""
-    raw = json.dumps(error_body(status, message)).encode()
+    raw = json.dumps(error_body(status, message, path=path)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(raw)).encode())]
     if status in (400, 401, 503):
         headers.append((b"connection", b"close"))

@@ -23,6 +23,16 @@ _TYPES = {
 }
 
 
+_ANTHROPIC = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+MESSAGES = "/v1/messages"  # Anthropic's routes, whose clients read Anthropic's errors
+
+
 class Refusal(ValueError):
     """What a body's validators raise: the message says all, `field` is what the client must change."""
 
@@ -42,13 +52,21 @@ class ApiError(ServeError):
         self.param = param
         self.headers = headers or {}
 
-    def body(self) -> dict[str, Any]:
-        """The JSON body: {"error": {message, type, param, code}}."""
-        return error_body(self.status, str(self), self.param)
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The JSON body for a route: {"error": {message, type, param, code}}, or Anthropic's."""
+        return error_body(self.status, str(self), self.param, path)
 
 
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """{"error": {message, type, param, code}} for an HTTP status."""
+def anthropic_error(status: int, message: str) -> dict[str, Any]:
+    """An error as Anthropic's clients read it."""
+    kind = _ANTHROPIC.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def error_body(status: int, message: str, param: str | None = None, path: str = "") -> dict[str, Any]:
+    """{"error": {message, type, param, code}} for an HTTP status; Anthropic's form on its routes."""
+    if path.startswith(MESSAGES):
+        return anthropic_error(status, message)
     kind = _TYPES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 

@@ -85,12 +85,12 @@ class RequestBody(Body):
         given = {name: value for name, value in data.items() if value is not None}
         refuse_unsupported(given)
         if isinstance(info.context, list):
-            info.context.extend(name for name in given if name not in cls._known())
+            info.context.extend(name for name in given if name not in cls._names())
         return given
 
     @classmethod
     @cache
-    def _known(cls) -> frozenset[str]:
+    def _names(cls) -> frozenset[str]:
         """Names of fields that are not unknown."""
         aliases = (field.validation_alias for field in cls.model_fields.values())
         choices = (str(c) for a in aliases if isinstance(a, AliasChoices) for c in a.choices)
