@@ -165,10 +165,10 @@ def generate(
 
     total = count_rows(paths)
     if servers:
-        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key, total)
+        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key, total, skipped)
     else:
         opened = stages.open_target(settings)
-        report = stages.run_generate(*opened, settings, read, out, total=total)
+        report = stages.run_generate(*opened, settings, read, out, total=total, skipped=skipped)
     if skipped:
         skipped.report()
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))

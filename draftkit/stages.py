@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import SharedWork
 from draftkit.data.records import check_rendered_as, made_with, read_manifest
+from draftkit.data.refused import asked_ones, learnt_ones
 from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
 from draftkit.data.traces import domain_of
@@ -118,15 +120,16 @@ def run_generate(
     out: Path,
     answers: Answers | None = None,
     total: int | None = None,
+    skipped: SkippedRows | None = None,
 ) -> GenerateReport:
     """Stage 1: the target answers the prompts, `total` of them where that is known, by `answers` where
-    they are at hand."""
+    they are at hand. Those that the chat template refuses go into `skipped`, where it is given."""
     shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, recipe.generate)
     if answers is None:
         with doing("compiling the target's passes and reserving memory"):
             answers = answerer(target, recipe.generate.batch_size)
-    return _generate(answers, shown, recipe, prompts, out, about, total)
+    return _generate(answers, shown, recipe, prompts, out, about, total, skipped)
 
 
 def run_generate_by_servers(
@@ -137,6 +140,7 @@ def run_generate_by_servers(
     model: str | None,
     api_key: str | None,
     total: int | None = None,
+    skipped: SkippedRows | None = None,
 ) -> GenerateReport:
     """Stage 1 where servers answer: of the target only the tokenizer is loaded."""
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
@@ -144,7 +148,7 @@ def run_generate_by_servers(
     with doing(f"looking at {', '.join(urls)}"):
         answers = ServerAnswers(urls, shown, recipe.generate.batch_size, model, api_key)
     about = made_with(shown, f"{answers.model} at a server", (), recipe.generate)
-    return _generate(answers, shown, recipe, prompts, out, about, total)
+    return _generate(answers, shown, recipe, prompts, out, about, total, skipped)
 
 
 def _generate(
@@ -155,9 +159,13 @@ def _generate(
     out: Path,
     about: dict[str, Any],
     total: int | None,
+    skipped: SkippedRows | None,
 ) -> GenerateReport:
     """Generate, and tell the progress; of `total` conversations those that are there already count as
     done."""
+    read = prompts
+    if skipped is not None:
+        read = lambda first: islice(asked_ones(prompts(0), shown, skipped), first, None)  # noqa: E731
     before = SharedWork(out).count()
     made, done, began = 0, 0, time.perf_counter()
     with progress_bar("generate", total) as bar:
@@ -173,7 +181,7 @@ def _generate(
                 note += f", at most {clock(most / rate)} left"
             bar.update(advance=conversations, note=note)
 
-        return generate_file(answers, shown, prompts, out, recipe.generate, about, tick)
+        return generate_file(answers, shown, read, out, recipe.generate, about, tick)
 
 
 def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
@@ -201,12 +209,15 @@ class Walks:
 def answers_of(
     recipe: Recipe, tokenizer: Any, paths: Sequence[Path], skipped: SkippedRows | None = None
 ) -> Walks:
-    """The conversations of some files, records of `generate` among them. Raises DataError for records that
-    were made with another template, tokenizer or other template switches than the recipe has."""
+    """The conversations of some files, records of `generate` among them; what is wrong with a row, and what
+    the chat template refuses, goes into `skipped`, where it is given. Raises DataError for records that were
+    made with another template, tokenizer or other template switches than the recipe has."""
     shown = prompt_format(recipe, tokenizer)
     for path in paths:
         check_rendered_as(path, shown)
-    return Walks(lambda: iterate_conversations(paths, skipped.anew() if skipped else None))
+    if skipped is None:
+        return Walks(lambda: iterate_conversations(paths))
+    return Walks(lambda: learnt_ones(iterate_conversations(paths, skipped.anew()), shown, skipped))
 
 
 def drafter_config(
