@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from draftkit.engine.compiled import _compare, compile_passes
-from draftkit.engine.native import FLOATS, HALVES, NativeStack, pack_panels
+from draftkit.engine.native import FLOATS, HALVES, TILES, NativeStack, pack_panels
 from draftkit.ops.native_build import NoNative
 from draftkit.ops.sampling import Sampling
 from support.drafters import BLOCK_CONFIG
@@ -138,6 +138,9 @@ def test_bfloat16_numbers_are_packed_as_such_and_others_are_not_rounded() -> Non
     assert packed.dtype == torch.bfloat16 and packed.shape == (2, 8, 8, 2)
     order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
     assert torch.equal(packed[0, 3].flatten().float(), rounded[order, 3])
+    tiles = pack_panels(rounded, TILES)
+    assert tiles.dtype == torch.bfloat16 and tiles.shape == (2, 1, 16, 16, 2)
+    assert torch.equal(tiles[1, 0, 3, 2].float(), rounded[18, 6:8]) and not tiles[:, :, 4:].any()
     _, fast = build("qwen3")
     assert {layer.qkv.kind for layer in NativeStack(fast.stack, fast.ends)._layers} == {FLOATS}
     for layer in fast.stack.layers:
@@ -146,7 +149,7 @@ def test_bfloat16_numbers_are_packed_as_such_and_others_are_not_rounded() -> Non
     step = one_pass([(TEXTS[0], 0, TABLES[0])])
     eager = fast.read(step, None).logits_WV
     fast.native = NativeStack(fast.stack, fast.ends)
-    assert {layer.qkv.kind for layer in fast.native._layers} == {HALVES}
+    assert {layer.qkv.kind for layer in fast.native._layers} <= {HALVES, TILES}
     torch.testing.assert_close(fast.read(step, None).logits_WV, eager, atol=1e-4, rtol=1e-4)
 
 

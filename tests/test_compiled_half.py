@@ -14,7 +14,7 @@ from draftkit.draft.drafter import Drafter, DrafterConfig
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.engine.compiled import compile_passes
 from draftkit.engine.engine import Engine
-from draftkit.engine.native import HALVES, NativeStack
+from draftkit.engine.native import HALVES, TILES, NativeStack
 from draftkit.engine.paged_model import PagedModel
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
@@ -28,15 +28,17 @@ from support.paged_target import FAMILIES, TABLES, TEXTS, build, one_pass
 HALF = torch.bfloat16
 
 
-@pytest.fixture(params=["native", "plain"])
+@pytest.fixture(params=["native", "no tiles", "plain"])
 def processor(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> str:
-    """This machine's processor, and the plainest of its kind, for which the same source is compiled."""
-    if request.param == "plain":
-        flags = tuple(flag for flag in native_build._FLAGS if flag != "-march=native")
-        monkeypatch.setattr(native_build, "_FLAGS", flags)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "plain"))  # compiled once
+    """This machine's processor, one without AMX's tiles, and the plainest of its kind; the source is compiled
+    for each."""
+    flags = {"native": native_build._FLAGS, "no tiles": (*native_build._FLAGS, "-U__AMX_BF16__")}
+    flags["plain"] = tuple(flag for flag in native_build._FLAGS if flag != "-march=native")
+    if request.param != "native":
+        monkeypatch.setattr(native_build, "_FLAGS", flags[request.param])
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / request.param))
     return str(request.param)
 
 
@@ -66,13 +68,15 @@ def test_it_is_nearer_to_float32_than_pytorch_in_bfloat16(family: str, processor
     assert 0 < error < usual < 0.1, f"{error:.4f} against {usual:.4f}"
 
 
-def test_products_are_those_of_float32(processor: str) -> None:
+@pytest.mark.parametrize("tokens", [1, 6, 17, 70])
+def test_products_are_those_of_float32(processor: str, tokens: int) -> None:
     _, half = build("qwen3", HALF)
     native = NativeStack(half.stack, half.ends)
-    step = one_pass([(TEXTS[0], 0, TABLES[0])], dtype=HALF)
+    step = one_pass([(list(range(tokens)), 0, list(range(18)))], dtype=HALF)
     logits_WV, hidden_WH, _ = native.run(step, step.positions_T)
     kinds = {layer.qkv.kind for layer in native._layers} | {native._ends.head.kind}
-    assert kinds == {HALVES}
+    tiles = processor == "native" and native.library.can_multiply(TILES)
+    assert kinds == {TILES if tiles else HALVES}
     torch.testing.assert_close(
         logits_WV.double(), hidden_WH.double() @ half.head.double().T, atol=1e-5, rtol=1e-5
     )

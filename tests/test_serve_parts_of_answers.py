@@ -14,8 +14,9 @@ import httpx
 import openai
 import pytest
 
+from checks.chats import TOOL
 from support.in_thread import answering
-from support.templates import FAMILIES, TOOL
+from support.templates import FAMILIES
 
 MESSAGES: Any = [{"role": "user", "content": "What?"}]
 CALL = ("weather", {"city": "Köln"})

@@ -3,7 +3,9 @@
 //   FLOATS  float [rows / 16][cols][16]
 //   HALVES  the same in bfloat16, rows 0, 8, 1, 9, ... of a panel as neighbours; a shift and a mask widen
 //           them
+//   TILES   see tiles.h
 #pragma once
+#include "tiles.h"
 #include "types.h"
 #include "vectors.h"
 
@@ -78,6 +80,10 @@ void multiply(const Matrix &m, const float *x, int64_t tokens, int64_t thread, i
               const Emit &emit) {
     int64_t panels = (m.rows + PANEL - 1) / PANEL, from = panels * thread / threads,
             end = panels * (thread + 1) / threads;
+#ifdef __AMX_BF16__
+    if (m.kind == TILES)
+        return multiply_tile_range((const Half *)m.panels, from, end, m.cols, x, tokens, emit);
+#endif
     if (m.kind == FLOATS) multiply_range((const float *)m.panels, from, end, m.cols, x, tokens, emit);
     else multiply_range((const Half *)m.panels, from, end, m.cols, x, tokens, emit);
 }

@@ -94,6 +94,14 @@ void run_layers(const Stack &stack, const Placed &step, const Shared &shared, Ow
 
 }  // namespace
 
+// Whether matrices of this kind can be multiplied here.
+extern "C" int64_t can_multiply(int64_t kind) {
+#ifdef __AMX_BF16__
+    if (kind == TILES) return tiles_allowed();
+#endif
+    return kind != TILES;
+}
+
 // Reads the step's tokens into the layers' memories; fills features, normed hidden states, logits and largest
 // logits of the wanted rows.
 extern "C" void run_step(const Stack *stack, const Ends *ends, const Step *given) {

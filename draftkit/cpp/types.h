@@ -5,7 +5,7 @@
 #include "sampling.h"
 
 typedef uint16_t Half;  // the upper half of a float32, rounded: bfloat16
-enum Kind { FLOATS, HALVES };
+enum Kind { FLOATS, HALVES, TILES };
 
 extern "C" {
 struct Matrix {

@@ -239,7 +239,7 @@ class LossReport:
 
     `loss_sum / weight_sum` is the objective; `sums` holds further numerators over `weight_sum` for the log.
     Per row n = one drafted position that counts: `accept_N` in [0, 1] is the analytic acceptance rate 1 - 1/2
-    |q - p|_1.
+    |q - p|_1, NaN where the target is not known.
     """
 
     loss_sum: Tensor
@@ -299,6 +299,11 @@ class Drafter(nn.Module):
         """Draft G tokens after the anchor, which sits at position `context.length`; uniforms are in [0,
         1)."""
         raise NotImplementedError
+
+    def needs_target(self, settings: LossSettings) -> bool:
+        """Whether the loss compares with the target's distribution; without, it takes batches whose last
+        hidden states are [B, T, 0]."""
+        return True
 
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """The training objective over all anchors of a batch."""

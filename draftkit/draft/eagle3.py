@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
 from draftkit.draft.drafter import DraftContext, DrafterShape, LossReport, Proposal, TrainBatch
 from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
+from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target, position_weights
 from draftkit.draft.vocabulary import ReducedHead
 from draftkit.errors import ConfigError
 from draftkit.ops.attention import block_attention, plan_blocks
@@ -258,6 +258,10 @@ class EagleDrafter(ReducedHead):
 
     # --- training
 
+    def needs_target(self, settings: LossSettings) -> bool:
+        """See `Drafter`."""
+        return needs_target(settings)
+
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """The distillation terms over all drafted positions that count; nothing is reduced over processes."""
         # a document's first token has no feature before it
@@ -279,7 +283,7 @@ class EagleDrafter(ReducedHead):
         )
         losses = distillation_loss(rows, settings)
         weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
-        sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
+        sums = losses.sums(weights_N)
         return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, layout.grid_N)
 
     def _train_states(self, batch: TrainBatch, layout: TrainLayout) -> Tensor:

@@ -30,7 +30,7 @@ from draftkit.ops.native_build import NoNative, load_library, structure
 from draftkit.ops.native_sampling import SOFTMAX, NativeRows, chunks_of, sampling_library
 
 PANEL, LANES = 16, 8  # rows per panel of a matrix, numbers per vector: as in the source
-FLOATS, HALVES = range(2)  # how the source reads a matrix, see matrix.h
+FLOATS, HALVES, TILES = range(3)  # how the source reads a matrix, see matrix.h
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 _Matrix = structure(("panels", _pointer), ("rows cols kind", _int))
@@ -106,6 +106,7 @@ class NativeStack:
             raise NoNative(f"the C++ pass computes in float32 or bfloat16, not {dtype}")
         self.library = load_library("step")
         half = dtype == torch.bfloat16
+        self._half_kind = TILES if self.library.can_multiply(TILES) else HALVES
         self._kept: list[Tensor] = []
         self.hidden, self.vocab, self.embedded = stack.shape.hidden, len(ends.head), len(ends.embedding)
         self._layers = (_Layer * len(stack.layers))(*(self._layer(layer) for layer in stack.layers))
@@ -171,7 +172,7 @@ class NativeStack:
 
     def matrix(self, weight: Tensor) -> ctypes.Structure:
         """A matrix [out, in] in panels; kept alive with this object."""
-        kind = HALVES if _is_half(weight) else FLOATS
+        kind = self._half_kind if _is_half(weight) else FLOATS
         panels = pack_panels(weight, kind).contiguous()
         rows = -(-len(weight) // LANES) * LANES
         return _Matrix(self._keep(panels), rows, weight.shape[1], kind)
@@ -326,13 +327,17 @@ class NativeHead:
 
 def pack_panels(weight: Tensor, kind: int) -> Tensor:
     """[out, in] with rows filled up with zeros, in the order that the source wants of this kind of matrix, as
-    a view where it can be one: FLOATS [out / 16, in, 16]; HALVES [out / 16, in, 8, 2] in bfloat16, rows 0, 8,
-    1, 9, ... of a panel as neighbours."""
+    a view where it can be one: FLOATS [out / 16, in, 16]; in bfloat16 HALVES [out / 16, in, 8, 2], rows 0, 8,
+    1, 9, ... of a panel as neighbours, and TILES [out / 16, in / 32, 16, 16, 2], columns filled up, too."""
+    wide = -weight.shape[1] % (2 * PANEL) if kind == TILES else 0
     short = -len(weight) % PANEL
-    padded = F.pad(weight, (0, 0, 0, short)) if short else weight
+    padded = F.pad(weight, (0, wide, 0, short)) if short or wide else weight
     if kind == FLOATS:
         return padded.float().unflatten(0, (-1, PANEL)).transpose(1, 2)
-    return padded.to(torch.bfloat16).unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1)
+    padded = padded.to(torch.bfloat16)
+    if kind == HALVES:
+        return padded.unflatten(0, (-1, 2, LANES)).permute(0, 3, 2, 1)
+    return padded.unflatten(0, (-1, PANEL)).unflatten(2, (-1, PANEL, 2)).permute(0, 2, 3, 1, 4)
 
 
 def _is_half(weight: Tensor) -> bool:
