@@ -1,5 +1,5 @@
-r"""Our server and llama.cpp's over HTTP: the same weights, one user, greedy, the same prompts as token ids,
-in turn.
+r"""Our server and llama.cpp's over HTTP: the same weights, one user, the same prompts as token ids, in turn;
+greedy and at the settings that models recommend.
 
     python -m benchmarks.against_llamacpp --server build/bin/llama-server --bf16 smollm2-bf16.gguf \
         --out result.json
@@ -28,6 +28,7 @@ from benchmarks.engine_load import read_prompts
 from benchmarks.engine_speed import compare, server_arm
 from benchmarks.measured_pair import REAL
 from benchmarks.result_file import print_result
+from benchmarks.sampling_cost import SETTINGS
 from benchmarks.server_process import server_process
 from draftkit.serve.pair import find_drafter
 from draftkit.target.gguf import smollm2_file
@@ -35,6 +36,7 @@ from draftkit.target.gguf import smollm2_file
 PATIENCE = 120.0  # seconds for loading
 FIRST_PORT = 18080
 CONTEXT = 4096  # tokens that llama.cpp has memory for
+ALL_OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}  # servers have other defaults
 
 
 @contextmanager
@@ -86,15 +88,20 @@ def main() -> None:
         for name, folder in drafters.items():
             flags = ["--target", REAL, "--dtype", "bfloat16", "--drafter", folder, "--port", "0"]
             urls[name] = servers.enter_context(server_process(*flags, threads=options.threads)).url
-        arms = {name: server_arm(f"{url}/v1", options.new_tokens) for name, url in urls.items()}
-        found = compare(arms, prompts, 1, options.rounds, time.perf_counter)
+        found = []
+        for name, setting in SETTINGS.items():
+            arms = {
+                arm: server_arm(f"{url}/v1", options.new_tokens, ALL_OFF | setting)
+                for arm, url in urls.items()
+            }
+            found.append({"setting": name} | compare(arms, prompts, 1, options.rounds, time.perf_counter))
     facts = {
         "target": REAL,
         "threads": options.threads,
         "new_tokens": options.new_tokens,
         "drafter": str(drafter or "none"),
     }
-    print_result(facts | {"results": [found]}, options.out)
+    print_result(facts | {"results": found}, options.out)
 
 
 def _is_up(url: str) -> bool:

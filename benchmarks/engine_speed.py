@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,13 +71,13 @@ def engine_arm(engine: Engine, new_tokens: int) -> Arm:
     return lambda prompts: [*answer_at_once(engine, prompts, new_tokens)]
 
 
-def server_arm(url: str, new_tokens: int) -> Arm:
-    """All prompts at once to an OpenAI-compatible server, as token ids."""
+def server_arm(url: str, new_tokens: int, setting: Mapping[str, float] = {"temperature": 0.0}) -> Arm:
+    """All prompts at once to an OpenAI-compatible server, as token ids, with these fields of sampling."""
     client = httpx.Client(base_url=url, timeout=300)
     model = client.get("models").raise_for_status().json()["data"][0]["id"]
 
     def ask(prompt: Prompt) -> int:
-        body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, "temperature": 0.0}
+        body = {"model": model, "prompt": prompt, "max_tokens": new_tokens, **setting}
         return int(
             client.post("completions", json=body).raise_for_status().json()["usage"]["completion_tokens"]
         )

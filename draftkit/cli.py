@@ -165,10 +165,10 @@ def generate(
 
     total = count_rows(paths)
     if servers:
-        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key, total)
+        report = stages.run_generate_by_servers(settings, read, out, servers, model, api_key, total, skipped)
     else:
         opened = stages.open_target(settings)
-        report = stages.run_generate(*opened, settings, read, out, total=total)
+        report = stages.run_generate(*opened, settings, read, out, total=total, skipped=skipped)
     if skipped:
         skipped.report()
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
@@ -212,7 +212,7 @@ def capture(
         reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
         report = feature_stages.capture_by(files, reader, tokenizer, settings, read, out, append)
     else:
-        model, tokenizer = stages.open_target(settings)
+        model, tokenizer = stages.open_target(settings, split=True)
         read = stages.answers_of(settings, tokenizer, conversations, skipped)
         report = feature_stages.run_capture(model, tokenizer, settings, read, out, append)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks

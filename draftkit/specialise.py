@@ -14,7 +14,7 @@ from rich.table import Table
 
 from draftkit import feature_stages, stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
-from draftkit.data.conversations import iterate_conversations
+from draftkit.data.conversations import SkippedRows, iterate_conversations
 from draftkit.data.traces import make_traces
 from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.errors import ConfigError, DataError
@@ -90,14 +90,24 @@ def run_specialise(
         say(line)
     target, tokenizer = stages.open_target(recipe)
     learnt = [traces / "train.jsonl", *([traces / "validation.jsonl"] if report.kept["validation"] else [])]
+    refused = SkippedRows()  # by the target's chat template: logs may be another model's
     if regenerate:
-        answers = out / "answers.jsonl"
+        answers, asked = out / "answers.jsonl", learnt
         stages.run_generate(
-            target, tokenizer, recipe, lambda first: iterate_conversations(learnt, first=first), answers
+            *(
+                target,
+                tokenizer,
+                recipe,
+                lambda first: iterate_conversations(asked, refused.anew(), first),
+                answers,
+            ),
+            skipped=refused,
         )
+        refused.report()
         learnt = [answers]
-    read = stages.answers_of(recipe, tokenizer, learnt)
+    read = stages.answers_of(recipe, tokenizer, learnt, refused)
     captured = feature_stages.run_capture(target, tokenizer, recipe, read, out / "features")
+    refused.report()
     say(f"{captured.samples} samples, {captured.tokens} tokens ({captured.left_out()})")
     shown = stages.prompt_format(recipe, tokenizer)
     room = target.info.max_length - recipe.evaluate.max_new_tokens

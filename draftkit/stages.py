@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import SharedWork
 from draftkit.data.records import check_rendered_as, made_with, read_manifest
+from draftkit.data.refused import asked_ones, learnt_ones
 from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
 from draftkit.data.traces import domain_of
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, save_drafter
-from draftkit.draft.checkpoint_files import WEIGHTS, read_provenance
+from draftkit.draft.checkpoint_files import INDEX, WEIGHTS, read_provenance
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.draft.families import block_shape, style_of
 from draftkit.draft.warm_start import CapturedText
@@ -39,7 +42,7 @@ from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_an
 from draftkit.features.source import FeatureSource
 from draftkit.handover.deepseek_v4 import BUNDLED, SUBFOLDER, hand_over_module
 from draftkit.ops.sampling import Sampling
-from draftkit.output import as_json, make_folder, one_writer, write_text
+from draftkit.output import as_json, check_free, make_folder, one_writer, write_text
 from draftkit.progress import clock, doing, progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.formats import format_of
@@ -62,12 +65,28 @@ START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
-def open_target(recipe: Recipe, device: str | None = None) -> tuple[TransformersTarget, Any]:
-    """The recipe's target and its tokenizer; without a device, on a GPU where there is one."""
+def open_target(
+    recipe: Recipe, device: str | None = None, split: bool = False
+) -> tuple[TransformersTarget, Any]:
+    """The recipe's target and its tokenizer; without a device, on a GPU where there is one. `split`: whether
+    the stage can do with a target that several processes hold together.
+
+    Raises ConfigError where target.spread is nothing for the stage, or for one process.
+    """
     section = recipe.target
     algorithm_named(recipe.drafter.algorithm)  # a mistake shows before the target is loaded
+    if section.spread == "tensors" and not split:
+        raise ConfigError(
+            "target.spread: tensors is for capture alone; elsewhere give layers, or let vLLM answer and read"
+        )
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if section.spread == "tensors" and not several:
+        raise ConfigError("target.spread: tensors needs several processes; start them with torchrun")
+    if section.spread == "layers" and several:
+        raise ConfigError("target.spread: layers is for one process; start it without torchrun")
     with doing(f"loading the target {section.path}"):
-        target = load_target(section.path, section.revision, section.dtype, device or best_device())
+        place = device or best_device()
+        target = load_target(section.path, section.revision, section.dtype, place, section.spread)
         return target, load_tokenizer(section.path, section.revision)
 
 
@@ -99,15 +118,16 @@ def run_generate(
     out: Path,
     answers: Answers | None = None,
     total: int | None = None,
+    skipped: SkippedRows | None = None,
 ) -> GenerateReport:
     """Stage 1: the target answers the prompts, `total` of them where that is known, by `answers` where
-    they are at hand."""
+    they are at hand. Those that the chat template refuses go into `skipped`, where it is given."""
     shown = prompt_format(recipe, tokenizer, (read_manifest(out) or {}).get("today"))
     about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, recipe.generate)
     if answers is None:
         with doing("compiling the target's passes and reserving memory"):
             answers = answerer(target, recipe.generate.batch_size)
-    return _generate(answers, shown, recipe, prompts, out, about, total)
+    return _generate(answers, shown, recipe, prompts, out, about, total, skipped)
 
 
 def run_generate_by_servers(
@@ -118,6 +138,7 @@ def run_generate_by_servers(
     model: str | None,
     api_key: str | None,
     total: int | None = None,
+    skipped: SkippedRows | None = None,
 ) -> GenerateReport:
     """Stage 1 where servers answer: of the target only the tokenizer is loaded."""
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
@@ -125,7 +146,7 @@ def run_generate_by_servers(
     with doing(f"looking at {', '.join(urls)}"):
         answers = ServerAnswers(urls, shown, recipe.generate.batch_size, model, api_key)
     about = made_with(shown, f"{answers.model} at a server", (), recipe.generate)
-    return _generate(answers, shown, recipe, prompts, out, about, total)
+    return _generate(answers, shown, recipe, prompts, out, about, total, skipped)
 
 
 def _generate(
@@ -136,9 +157,13 @@ def _generate(
     out: Path,
     about: dict[str, Any],
     total: int | None,
+    skipped: SkippedRows | None,
 ) -> GenerateReport:
     """Generate, and tell the progress; of `total` conversations those that are there already count as
     done."""
+    read = prompts
+    if skipped is not None:
+        read = lambda first: islice(asked_ones(prompts(0), shown, skipped), first, None)  # noqa: E731
     before = SharedWork(out).count()
     made, done, began = 0, 0, time.perf_counter()
     with progress_bar("generate", total) as bar:
@@ -154,7 +179,7 @@ def _generate(
                 note += f", at most {clock(most / rate)} left"
             bar.update(advance=conversations, note=note)
 
-        return generate_file(answers, shown, prompts, out, recipe.generate, about, tick)
+        return generate_file(answers, shown, read, out, recipe.generate, about, tick)
 
 
 def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
@@ -182,12 +207,15 @@ class Walks:
 def answers_of(
     recipe: Recipe, tokenizer: Any, paths: Sequence[Path], skipped: SkippedRows | None = None
 ) -> Walks:
-    """The conversations of some files, records of `generate` among them. Raises DataError for records that
-    were made with another template, tokenizer or other template switches than the recipe has."""
+    """The conversations of some files, records of `generate` among them; what is wrong with a row, and what
+    the chat template refuses, goes into `skipped`, where it is given. Raises DataError for records that were
+    made with another template, tokenizer or other template switches than the recipe has."""
     shown = prompt_format(recipe, tokenizer)
     for path in paths:
         check_rendered_as(path, shown)
-    return Walks(lambda: iterate_conversations(paths, skipped.anew() if skipped else None))
+    if skipped is None:
+        return Walks(lambda: iterate_conversations(paths))
+    return Walks(lambda: learnt_ones(iterate_conversations(paths, skipped.anew()), shown, skipped))
 
 
 def drafter_config(
@@ -344,13 +372,20 @@ def _some_text(source: FeatureSource) -> CapturedText:
 
 
 def run_export(
-    folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool, rows: bool = False
+    folder: Path,
+    out: Path,
+    form: str,
+    dtype: str,
+    target_path: str | None,
+    borrow: bool,
+    rows: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Write a drafter's folder again, in another form or dtype, with or without the target's weights; bytes
     of weights.
 
-    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, or one folder for
-    both.
+    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, one folder for
+    both, or one that holds weights and is not to be overwritten.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: is not known, choose one of {', '.join(DTYPES)}")
@@ -360,6 +395,7 @@ def run_export(
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
     if (borrow or rows) and target_path is None:
         raise ConfigError("--borrow: needs the --target that lends embedding and head")
+    check_free(out, WEIGHTS, INDEX, overwrite=overwrite)
     make_folder(out)
     target = TargetFiles(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
@@ -426,7 +462,8 @@ def run_evaluate(
     out: Path,
     threads: int | None = None,
 ) -> list[EvalResult]:
-    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain.
+    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain, by all
+    processes that torchrun started. The first one writes and measures the speed; the others return nothing.
 
     Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings
     and machine, is kept, and a line on standard error says so.
@@ -447,19 +484,23 @@ def evaluate_prompts(
     made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
     out.mkdir(parents=True, exist_ok=True)
     results = []
-    for temperature in section.temperatures:
-        sampling = Sampling(temperature)
-        path = out / f"evaluate-T{temperature:g}.json"
-        made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
-        result = kept_result(path, made_from)
-        if result is None:
-            timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
-            with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as bar:
-                tick = lambda: bar.update(advance=1)  # noqa: E731
-                result = evaluate(target, opened, chosen, section, sampling, tick)
-            result = replace(result, settings=result.settings | {"made_from": made_from})
-            result.save(path)
-        results.append(result)
+    with join_world() as world:
+        for temperature in section.temperatures:
+            sampling = Sampling(temperature)
+            path = out / f"evaluate-T{temperature:g}.json"
+            made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
+            result = kept_result(path, made_from) if world.first else None
+            if not world.from_first(float(result is not None)):  # the others wait here for the speed, too
+                timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
+                share = len(range(world.rank, len(chosen), world.size)) + timed * world.first
+                with progress_bar(f"evaluate T={temperature:g}", share) as bar:
+                    tick = lambda: bar.update(advance=1)  # noqa: E731
+                    result = evaluate(target, opened, chosen, section, sampling, tick, world)
+                result = replace(result, settings=result.settings | {"made_from": made_from})
+                if world.first:
+                    result.save(path)
+            if world.first and result is not None:
+                results.append(result)
     return results
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from transformers import AddedToken
 
+from checks.chats import conversations
 from draftkit.errors import ConfigError
 from draftkit.target.prompt_format import RewrittenError, TemplateError
-from draftkit.target.template_format import TemplateFormat
+from draftkit.target.template_format import PARALLEL, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from support.templates import FAMILIES, MARKS, conversations
+from support.templates import FAMILIES, MARKS
 
 TURNS: list[dict[str, Any]] = [
     {"role": "system", "content": "Be short."},
@@ -245,6 +246,73 @@ def test_a_template_that_rewrites_answers_is_refused(folder: Path) -> None:
     told = shown(folder, rewriting + "{% if add_generation_prompt %}assistant: {% endif %}")
     with pytest.raises(RewrittenError, match="another way"):
         told.turns([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+# gpt-oss: thoughts before calls are dropped once there is an answer; Mistral: the system's message stands in
+# the last question alone, and is dropped once that is answered
+DROPS_THOUGHTS = """{% for m in messages %}<|start|>{{ m.role }}
+{%- if m.thinking and (loop.last or messages[-1].role != 'assistant') %}<|channel|>analysis<|message|>
+{{- m.thinking }}{% endif %}<|message|>{{ m.tool_calls[0].function.name if m.tool_calls else m.content }}
+{{- '<|end|>' }}{% endfor %}
+{%- if add_generation_prompt %}<|start|>assistant{% endif %}"""
+DROPS_SYSTEM = """{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}[INST]
+{{- messages[0].content + '/' if loop.last and messages[0].role == 'system' else '' }}{{ m.content }}[/INST]
+{%- else %}{{ m.content }}</s>{% endif %}{% endfor %}"""
+WORKING: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "a"},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "look",
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    },
+    {"role": "tool", "content": "a"},
+    {"role": "assistant", "content": "b", "reasoning_content": "so"},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "prompt_has", "answer"),
+    [
+        (DROPS_THOUGHTS, WORKING, "look", "<|channel|>analysis<|message|>so<|message|>b<|end|>"),
+        (DROPS_SYSTEM, [*WORKING[:2], {"role": "assistant", "content": "b"}], "[INST]Be short./a", "b</s>"),
+    ],
+    ids=["gpt-oss", "Mistral"],
+)
+def test_an_answer_that_changes_what_was_before_it_is_learnt_after_its_own_prompt(
+    template: str, messages: list[dict[str, Any]], prompt_has: str, answer: str, folder: Path
+) -> None:
+    """Published templates of agents: each conversation with tools was left out as rewritten."""
+    told = shown(folder, template)
+    turn = told.turns(messages)[-1]
+    assert told.tokenizer.decode(turn.answer_ids) == answer
+    assert turn.prompt_ids == told.prompt(messages[:-1]) and prompt_has in told.tokenizer.decode(
+        turn.prompt_ids
+    )
+    assert prompt_has not in told.text(messages, generation_prompt=False)
+
+
+def test_thoughts_are_blocks_of_the_content_where_the_template_wants_them_so(folder: Path) -> None:
+    blocks = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}{% for b in m.content %}"
+        "{{ '[THINK]' + b.thinking + '[/THINK]' if b['type'] == 'thinking' else b.text }}{% endfor %}"
+        "{% endif %}</s>{% endfor %}"
+    )
+    told = shown(folder, blocks)
+    [turn] = told.turns([{"role": "user", "content": "a"}, WORKING[-1]])
+    assert told.tokenizer.decode(turn.answer_ids) == "[THINK]so[/THINK]b</s>"
+    parts = told.parse(turn.answer_ids)
+    assert (parts.reasoning, parts.content) == ("so", "b")
+
+
+@pytest.mark.parametrize(("family", "unshown"), [("gpt-oss", (PARALLEL,)), ("qwen3", ())])
+def test_calls_beside_the_first_one_are_named_where_a_template_drops_them(
+    family: str, unshown: tuple[str, ...], folder: Path
+) -> None:
+    calls = [{"function": {"name": name, "arguments": "{}"}} for name in "fg"]
+    messages = [WORKING[1], {"role": "assistant", "content": None, "tool_calls": calls}]
+    assert shown(folder, FAMILIES[family].template).unshown(messages) == unshown
 
 
 def test_a_template_that_prints_the_date_gets_the_day_of_the_run(folder: Path) -> None:

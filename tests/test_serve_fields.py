@@ -196,7 +196,7 @@ def test_allowed_tokens_go_with_the_text_format() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", "messages tools add_generation_prompt continue_final_message tokenize padding".split()
+    "name", "self messages tools add_generation_prompt continue_final_message tokenize padding".split()
 )
 def test_template_kwargs_cannot_set_what_the_server_sets(server: Server, name: str) -> None:
     answer = server.http.post(CHATS, json={**CHAT, "chat_template_kwargs": {name: []}})
@@ -370,6 +370,21 @@ def test_a_body_may_name_its_request_and_the_header_goes_before_it(server: Serve
     assert "POST /v1/completions 200" in server.logged("mine.1 ")
     answer = server.http.post(CHATS, json={**CHAT, "request_id": "body"}, headers={"X-Request-Id": "header"})
     assert answer.json()["id"] == "chatcmpl-header" and answer.headers["x-request-id"] == "header"
+
+
+@pytest.mark.parametrize(("path", "known"), [(TEXTS, "echo"), (CHATS, "tools"), ("/tokenize", "messages")])
+def test_unknown_fields_are_ignored_and_named_in_the_log(server: Server, path: str, known: str) -> None:
+    """`speculative` for `draft` changed nothing, and nothing said so."""
+    name = f"named{path.replace('/', '.')}"
+    quiet = {known: None, "use_beam_search": False, "suffix": ""}
+    if path != "/tokenize":
+        quiet["return_spec_tokens_details"] = False  # another name of return_spec_stats
+    body = {**LEAST[path], **quiet, "speculative": False, "evil\x1b[2J" + "x" * 5000: 1}
+    answer = server.http.post(path, json=body, headers={"X-Request-Id": name})
+    line = server.logged(f"{name} ")
+    assert answer.status_code == 200 and "ignored (2)" in line and "'speculative'" in line
+    assert "\\x1b[2Jxxx" in line and "\x1b" not in line
+    assert len(line) < 300
 
 
 def test_an_empty_model_name_is_none(server: Server) -> None:

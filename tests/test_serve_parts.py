@@ -150,7 +150,10 @@ def test_body_fields_become_sampling_parameters() -> None:
             "draft": False,
         }
     )
-    params = from_body.sampling_params(body, SERVED, 3).of_answer(2, 9)
+    body.prompt_logprobs = 2
+    of_all = from_body.sampling_params(body, SERVED, 3)
+    assert [of_all.of_answer(i, 9).prompt_logprobs for i in range(3)] == [2, None, None], "scored once"
+    params = of_all.of_answer(2, 9)
     assert (params.seed, params.top_k, params.logit_bias, params.stop) == (9, 0, {5: 2.5}, ("x",))
     assert (params.temperature, params.max_tokens, params.logprobs, params.draft) == (1.0, 9, 3, False)
     body.temperature = 1e-300

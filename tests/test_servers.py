@@ -75,7 +75,7 @@ def test_ids_go_out_and_come_back_and_sampling_fields_have_their_names(
     assert len({b["seed"] for s in servers for b in s.asked}) == 30
 
 
-@pytest.mark.parametrize("trouble", ["429", "html", "partial", "500", "other model", "dead"])
+@pytest.mark.parametrize("trouble", ["429", "html", "half a body", "500", "other model", "closes"])
 def test_a_server_in_trouble_does_not_hold_the_rest_and_no_prompt_is_answered_twice(
     trouble: str, shown: TemplateFormat, probe: int, tmp_path: Path
 ) -> None:
@@ -159,6 +159,6 @@ def test_another_model_another_template_or_no_server_is_refused_first(
 def test_a_question_that_is_refused_names_the_conversation(
     shown: TemplateFormat, probe: int, tmp_path: Path
 ) -> None:
-    refused = r"refuses conversation p\d+ \(400: no such thing\)"
+    refused = r"refuses conversation p\d+ \(400: not now\)"
     with stubs(StubServer(probe, trouble="400")) as servers, pytest.raises(ServeError, match=refused):
         generate(shown, tmp_path / "a.jsonl", servers)

@@ -59,7 +59,7 @@ def naming_conversation(name: str) -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
-        raise DataError(f"conversation {name}: {error}") from error
+        raise DataError(f"conversation {name}: {error}, or leave such ones out by --skip-invalid") from error
 
 
 def samples_of(

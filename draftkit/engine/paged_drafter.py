@@ -37,7 +37,6 @@ from draftkit.engine.stack import (
     Layer,
     Stack,
     StackShape,
-    columns_first,
     pair_rows,
     rotary_table,
 )
@@ -87,7 +86,7 @@ class PagedBlockDrafter:
         attentions = [block.self_attn for block in blocks]
         keys = [pair_rows(a.k_proj.weight, config.head_dim) for a in attentions]
         # [2 L M D, H]
-        self.context_kv = columns_first(torch.cat([*keys, *(a.value_weight for a in attentions)]))
+        self.context_kv = torch.cat([*keys, *(a.value_weight for a in attentions)])
         norms = [pair_rows(a.k_norm.weight, config.head_dim) for a in attentions if a.k_norm is not None]
         self.k_norm = torch.stack(norms) if norms else None  # [L, D]
         # one of them is set when it is ready, see compiled.py
@@ -285,12 +284,12 @@ def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: 
         qkv=fuse_qkv(module, size),
         qkv_bias=None,
         qk_norm=qk_norm,
-        out=columns_first(module.o_proj.weight),
+        out=module.o_proj.weight,
         out_bias=None,
         post_attention_norm=after_attention if layer.output_norms else None,
         mlp_norm=layer.pre_feedforward_layernorm.weight if layer.output_norms else after_attention,
-        gate_up=columns_first(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
-        down=columns_first(layer.mlp.down_proj.weight),
+        gate_up=torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
+        down=layer.mlp.down_proj.weight,
         mlp_out_norm=layer.post_feedforward_layernorm.weight if layer.output_norms else None,
         output_scale=float(layer.layer_scalar) if layer.output_norms else 1.0,
     )

@@ -24,7 +24,6 @@ from draftkit.engine.stack import (
     Layer,
     Stack,
     StackShape,
-    columns_first,
     pair_rows,
     rms_norm,
     rotary_table,
@@ -51,7 +50,7 @@ FAMILIES = {
     "gemma3_text": Family(output_norms=True, norms_from_one=True),
     "gemma4_text": Family(output_norms=True, value_norm=True),
 }
-_FUSED: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()  # on a GPU
+_FUSED: WeakKeyDictionary[nn.Module, list[Layer]] = WeakKeyDictionary()
 # frequencies that do not change with the length
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "proportional")
 _ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
@@ -78,6 +77,8 @@ class ReadOut:
 def unsupported(target: TransformersTarget) -> str | None:
     """Why the lean forward cannot run this target, or None when it can."""
     config = target.model.config.get_text_config()
+    if len(set(getattr(target.model, "hf_device_map", {}).values())) > 1:
+        return "its layers are spread over devices"
     if config.model_type not in FAMILIES:
         return f"family {config.model_type} is not in the table ({', '.join(FAMILIES)})"
     base = getattr(target.model, target.model.base_model_prefix)
@@ -107,9 +108,8 @@ def key_numbers(target: TransformersTarget) -> int:
 
 
 class PagedModel:
-    """Weights taken from a loaded Transformers target: embedding and head are shared, matrices are fused
-    copies. On a GPU they are fused once, for all engines of a target, and the target's module reads them,
-    too."""
+    """Weights taken from a loaded Transformers target. Its matrices are fused once, for all engines of the
+    target, and its module reads the fused ones, too."""
 
     def __init__(self, target: TransformersTarget, slots: int, max_length: int) -> None:
         model = target.model
@@ -139,10 +139,8 @@ class PagedModel:
                 layers.append(replace(known[len(layers)], rotary=tables[kind]))
                 continue
             layers.append(_fuse(layer, family, tables[kind], config))
-            if self.embedding.is_cuda:
-                _lend(layer, layers[-1])
-        if self.embedding.is_cuda:
-            _FUSED[base] = layers
+            _lend(layer, layers[-1])
+        _FUSED[base] = layers
         self.stack = Stack(shape, tuple(layers), slots)
         # one of them is set when it is ready, see compiled.py
         self.native: NativeStack | None = None
@@ -214,30 +212,25 @@ def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:
         qkv=fuse_qkv(module, size),
         qkv_bias=_fuse_bias(module, size),
         qk_norm=_fuse_qk_norm(module, attention, family),
-        out=columns_first(module.o_proj.weight),
+        out=module.o_proj.weight,
         out_bias=module.o_proj.bias,
         post_attention_norm=_norm_weight(layer.post_attention_layernorm, family)
         if family.output_norms
         else None,
         mlp_norm=_norm_weight(mlp_norm, family),
-        gate_up=columns_first(torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])),
-        down=columns_first(layer.mlp.down_proj.weight),
+        gate_up=torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
+        down=layer.mlp.down_proj.weight,
         mlp_out_norm=out_norm,
         output_scale=float(getattr(layer, "layer_scalar", 1.0)),
     )
 
 
 def _lend(layer: Any, fused: Layer) -> None:
-    """Let the module read the fused matrices, its own are given back: a GPU has no room for two copies of a
-    large model. Queries and keys are in another order, and stay."""
+    """Let the module read the fused matrices, its own are given back: there may be no room for two copies of
+    a large model. Queries and keys are in another order, and stay."""
     module, shape = layer.self_attn, fused.attention
     gate, up = fused.gate_up.chunk(2)
-    lent = {
-        module.o_proj: fused.out,
-        layer.mlp.gate_proj: gate,
-        layer.mlp.up_proj: up,
-        layer.mlp.down_proj: fused.down,
-    }
+    lent = {layer.mlp.gate_proj: gate, layer.mlp.up_proj: up}
     if module.v_proj is not None:
         lent[module.v_proj] = fused.qkv[-shape.kv_heads * shape.head_dim :]
     for linear, matrix in lent.items():
@@ -249,7 +242,7 @@ def fuse_qkv(attention: Any, head_dim: int) -> Tensor:
     pair order."""
     q, k = (pair_rows(p.weight, head_dim) for p in (attention.q_proj, attention.k_proj))
     values = attention.k_proj if attention.v_proj is None else attention.v_proj
-    return columns_first(torch.cat([q, k, values.weight]))
+    return torch.cat([q, k, values.weight])
 
 
 def _fuse_qk_norm(module: Any, shape: AttentionShape, family: Family) -> Tensor | None:

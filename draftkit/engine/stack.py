@@ -86,12 +86,6 @@ def pair_rows(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
-def columns_first(weight: Tensor) -> Tensor:
-    """The same matrix [out, in], stored column by column: what a CPU multiplies faster for 1 to 64 rows of
-    input."""
-    return weight.t().contiguous().t()
-
-
 def rotary_table(positions: int, inverse_frequencies: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """exp(i position frequency), complex [positions, 1, D / 2]; angles in float32 as Transformers has
     them."""

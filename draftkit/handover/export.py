@@ -10,7 +10,7 @@ from pathlib import Path
 
 from draftkit.artefact import read_json
 from draftkit.draft.checkpoint import load_drafter, open_drafter, save_drafter
-from draftkit.draft.checkpoint_files import WEIGHTS, read_provenance
+from draftkit.draft.checkpoint_files import INDEX, WEIGHTS, read_provenance
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_checkpoint import STYLES as V4_STYLES
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
@@ -20,7 +20,7 @@ from draftkit.handover.deepseek_v4_gguf import SCRIPT, write_v4_gguf
 from draftkit.handover.engines import Engine, engine_named
 from draftkit.handover.full_vocabulary import with_full_vocabulary
 from draftkit.handover.llamacpp import target_gguf, write_gguf
-from draftkit.output import make_folder
+from draftkit.output import check_free, make_folder
 from draftkit.target.transformers import DTYPES
 from draftkit.target.weights import TargetFiles
 
@@ -42,20 +42,29 @@ class HandedOver:
 
 
 def hand_over(
-    name: str, folder: Path, out: Path, target: str, dtype: str = "bfloat16", converter: Path | None = None
+    name: str,
+    folder: Path,
+    out: Path,
+    target: str,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    converter: Path | None = None,
 ) -> HandedOver:
     """Write the drafter of `folder` for an engine; a DeepSeek-V4 module by llama.cpp's own `converter`.
-    Raises ConfigError for an unknown engine or dtype or one place for both, CheckpointError when the engine
+    Raises ConfigError for an unknown engine or dtype, one place for both, or one that holds weights and is
+    not to be overwritten; CheckpointError when the engine
     cannot run this drafter, and why."""
     engine = engine_named(name)
     if is_v4(folder):
-        return _hand_over_v4(engine, folder, out, target, converter)
+        return _hand_over_v4(engine, folder, out, target, converter, overwrite)
     if converter is not None:
         raise ConfigError("--converter: is for DeepSeek-V4 modules alone; leave it out")
     if dtype not in DTYPES or dtype == "float64":
         raise ConfigError(f"--dtype {dtype}: engines take bfloat16 or float32")
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
+    if name != "llama.cpp":
+        check_free(out, WEIGHTS, INDEX, overwrite=overwrite)
     served = target_gguf(target) if name == "llama.cpp" else None  # a mistake shows before weights are read
     files = TargetFiles(target)
     trained_for = read_provenance(folder).get("target_fingerprint")
@@ -67,6 +76,7 @@ def hand_over(
     drafter, changes = _made_to_fit(engine, drafter, files)
     if served is not None:
         path = out if out.suffix == ".gguf" else out / f"{drafter.config.algorithm}.gguf"
+        check_free(path, overwrite=overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(drafter, served, path, DTYPES[dtype])
         size, model = path.stat().st_size, str(served)
@@ -112,6 +122,7 @@ def _hand_over_v4(engine: Engine, folder: Path, out: Path, target: str, converte
     if not isinstance(drafter, DeepseekV4Drafter):
         raise CheckpointError(f"{folder}: is {drafter.config.algorithm}, no DeepSeek-V4 module")
     path = out if out.suffix == ".gguf" else out / "dspark.gguf"
+    check_free(path, overwrite=overwrite)
     write_v4_gguf(drafter, Path(target), converter, path)
     command = commands(target, drafter.config)["llama.cpp"].replace("dspark.gguf", shlex.quote(str(path)))
     differs = ["experts are stored in FP4, the rest in Q8_0: measure acceptance"]

@@ -19,9 +19,10 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from draftkit.ops.native_sampling import SETTING, NativeRows, native_rows
+from draftkit.ops.native_sampling import CHUNK, SETTING, NativeRows, native_rows
 
 
 class SamplingLike(Protocol):
@@ -76,6 +77,7 @@ class DenseRows:
 
 
 Distributions = DenseRows | NativeRows
+_SELECTED = 1024  # of the most likely tokens, where top-p ends for nearly all rows
 
 
 def row_settings(settings_N: Sequence[SamplingLike]) -> np.ndarray:
@@ -105,12 +107,20 @@ def largest_prob(logits: Tensor) -> Tensor:
 def sample(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     """Token ids [N] int64 by inverse CDF; a row's token depends on that row and its uniform in [0, 1) alone.
 
-    The running sum is float64 and the first sum above the uniform is taken: a token of probability zero never
-    comes.
+    The running sum is float64, over chunks first and then in the chunk where it exceeds the uniform; a token
+    of probability zero never comes.
     """
-    sums_NV = probs_NV.double().cumsum(-1)
-    wanted_N1 = uniforms_N[:, None].to(sums_NV) * sums_NV[:, -1:]
-    return torch.searchsorted(sums_NV, wanted_N1, right=True).squeeze(-1).clamp_(max=probs_NV.shape[-1] - 1)
+    rows_N = torch.arange(len(probs_NV), device=probs_NV.device)
+    chunks_NCS = F.pad(probs_NV, (0, -probs_NV.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
+    sums_NC = chunks_NCS.sum(-1, dtype=torch.float64).cumsum(-1)
+    wanted_N1 = uniforms_N[:, None].to(sums_NC) * sums_NC[:, -1:]
+    chunk_N1 = torch.searchsorted(sums_NC, wanted_N1, right=True).clamp_(max=sums_NC.shape[1] - 1)
+    chunk_NS = chunks_NCS[rows_N, chunk_N1.squeeze(1)].double()
+    before_N1 = sums_NC.gather(1, chunk_N1) - chunk_NS.sum(-1, keepdim=True)
+    place_N1 = torch.searchsorted(chunk_NS.cumsum(-1), wanted_N1 - before_N1, right=True)
+    # rounding may lead to a token beyond the last one that can come
+    last_N1 = ((chunk_NS > 0) * torch.arange(CHUNK, device=probs_NV.device)).amax(-1, keepdim=True)
+    return (chunk_N1 * CHUNK + torch.minimum(place_N1, last_N1)).squeeze(1)
 
 
 def request_generator(seed: int, index: int = 0) -> torch.Generator:
@@ -158,12 +168,22 @@ def _cut_top_k(scaled_MV: Tensor, _: Tensor, settings_M: np.ndarray) -> Tensor:
 
 
 def _cut_top_p(scaled_MV: Tensor, heat_M1: Tensor, settings_M: np.ndarray) -> Tensor:
-    ordered, order = scaled_MV.sort(dim=-1, descending=True, stable=True)
-    probs = torch.softmax(ordered / heat_M1, -1)
-    before = probs.cumsum(-1) - probs  # mass of the more likely tokens
+    total_M1 = torch.exp(scaled_MV / heat_M1).sum(-1, keepdim=True)
     # the most likely token stays
-    top_p_M1 = _column(settings_M["top_p"], probs).clamp_min(torch.finfo(probs.dtype).tiny)
-    kept_MV = torch.zeros_like(probs, dtype=torch.bool).scatter_(-1, order, before < top_p_M1)
+    top_p_M1 = _column(settings_M["top_p"], scaled_MV).clamp_min(torch.finfo(scaled_MV.dtype).tiny)
+    vocab, selected = scaled_MV.shape[1], _SELECTED
+    while True:  # more are selected for flat distributions alone
+        best_MK = scaled_MV.topk(min(selected, vocab), -1).values
+        probs_MK = torch.exp(best_MK / heat_M1) / total_M1
+        before_MK = probs_MK.cumsum(-1) - probs_MK  # mass of the more likely tokens
+        kept_M1 = (before_MK < top_p_M1).sum(-1, keepdim=True).clamp_min(1)  # 0 without any number
+        if selected >= vocab or bool((kept_M1 < selected).all()):
+            break
+        selected *= 8
+    cut_M1 = best_MK.gather(-1, kept_M1 - 1)
+    equals_MV = scaled_MV == cut_M1
+    left_M1 = kept_M1 - (best_MK > cut_M1).sum(-1, keepdim=True)  # of the equal ones the first
+    kept_MV = (scaled_MV > cut_M1) | (equals_MV & (equals_MV.cumsum(-1, dtype=torch.int32) <= left_M1))
     return scaled_MV.where(kept_MV, float("-inf"))
 
 

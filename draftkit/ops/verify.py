@@ -70,7 +70,9 @@ class Verdict:
 def verify(rule: Rule, proposals: Proposals, uniforms_R2: Tensor) -> Verdict:
     """Draw the verdict: the first uniform of a request picks the length, the second the token."""
     counted_RG, weights_RG = length_distribution(rule, proposals)
-    accepted_R = torch.minimum(sample(counted_RG, uniforms_R2[:, 0]), proposals.lengths_R)
+    reached_RG = counted_RG.cumsum(-1)  # the first sum above the uniform, as in `sample`
+    passed_RG = reached_RG <= uniforms_R2[:, :1].to(reached_RG) * reached_RG[:, -1:]
+    accepted_R = torch.minimum(passed_RG.sum(-1), proposals.lengths_R)
     weights_R = weights_RG.gather(1, accepted_R[:, None]).squeeze(1)
     return Verdict(accepted_R, proposals.draw(accepted_R, weights_R, uniforms_R2[:, 1]))
 

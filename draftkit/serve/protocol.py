@@ -1,14 +1,23 @@
-"""Request bodies: OpenAI's fields and vLLM's extra ones. Fields that are not listed are ignored, as vLLM
-does, but for those of `unsupported.py`.
+"""Request bodies: OpenAI's fields and vLLM's extra ones. Fields that are not listed are ignored and named in
+the log, as vLLM does, but for those of `unsupported.py`.
 
 Types are strict enough that a wrong value is a 400 here and never an exception further in.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
 from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs, one_of
 from draftkit.serve.limits import (
@@ -26,7 +35,7 @@ from draftkit.serve.limits import (
 )
 from draftkit.serve.messages import Messages, NamedTool, Tools
 from draftkit.serve.problem import Refusal, shorten
-from draftkit.serve.unsupported import refuse_unsupported
+from draftkit.serve.unsupported import UNSUPPORTED, refuse_unsupported
 
 INT64 = 2**63 - 1
 
@@ -62,19 +71,30 @@ class Body(BaseModel):
 
 
 class RequestBody(Body):
-    """What all requests have. `model` may be left out."""
+    """What all requests have. `model` may be left out. A list as the context of validation takes the names of
+    fields that are ignored."""
 
     model: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _given(cls, data: Any) -> Any:
+    def _given(cls, data: Any, info: ValidationInfo) -> Any:
         """Clients send null for what they do not set."""
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
         refuse_unsupported(given)
+        if isinstance(info.context, list):
+            info.context.extend(name for name in given if name not in cls._names())
         return given
+
+    @classmethod
+    @cache
+    def _names(cls) -> frozenset[str]:
+        """Names of fields that are not unknown."""
+        aliases = (field.validation_alias for field in cls.model_fields.values())
+        choices = (str(c) for a in aliases if isinstance(a, AliasChoices) for c in a.choices)
+        return UNSUPPORTED.union(cls.model_fields, choices)
 
 
 class StreamOptions(Body):

@@ -24,6 +24,7 @@ ResultT = TypeVar("ResultT")
 LONG = 4096  # bytes; tokenising takes about a microsecond per byte
 BODY_SECONDS = 20.0  # that a body may take, and longer by its size where it comes
 SLOWEST = 16_384  # bytes of it in a second
+_MOST_NAMED = 10  # fields, in a line of the log
 STALLED_SECONDS = 60.0  # until a client that does not take what is streamed has left
 
 
@@ -32,7 +33,8 @@ class ClientLeft(Exception):
 
 
 async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
-    """The request's JSON as `kind`. Raises ApiError 415, 413 or 400.
+    """The request's JSON as `kind`; its line in the log names fields that are ignored. Raises ApiError 415,
+    413 or 400.
 
     Only application/json is read: a web page of another origin cannot send it without asking first.
     """
@@ -67,7 +69,12 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
         raise ApiError(408, slow, headers={"Connection": "close"}) from None
     if encoding == "gzip":
         raw = await asyncio.to_thread(_unzipped, raw, limit)
-    return await unless_long(len(raw), _parsed, raw, kind)
+    ignored: list[str] = []
+    body = await unless_long(len(raw), _parsed, raw, kind, ignored)
+    if ignored:
+        named = (repr(shorten(name, 40)) for name in ignored[:_MOST_NAMED])
+        request.state.problem = f"unknown fields ignored ({len(ignored)}): {', '.join(named)}"
+    return body
 
 
 def _unzipped(raw: bytearray, limit: int) -> bytearray:
@@ -84,10 +91,10 @@ def _unzipped(raw: bytearray, limit: int) -> bytearray:
     return unpacked
 
 
-def _parsed(raw: bytearray, kind: type[BodyT]) -> BodyT:
+def _parsed(raw: bytearray, kind: type[BodyT], ignored: list[str]) -> BodyT:
     check_size(raw)
     try:
-        return kind.model_validate_json(raw)
+        return kind.model_validate_json(raw, context=ignored)
     except ValidationError as error:
         raise from_validation(error) from None
 

@@ -38,6 +38,7 @@ _REFUSED = {
     "thinking_token_budget": "",
     "use_beam_search": "",
 }
+UNSUPPORTED = frozenset({*_REFUSED, "modalities"})
 
 
 def refuse_unsupported(body: dict[str, Any]) -> None:

@@ -5,13 +5,13 @@ Shapes: B batch, T new tokens, S cached + new tokens.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from copy import deepcopy as copy_of
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from draftkit.errors import TargetError
 
@@ -51,19 +51,19 @@ class DynamicTargetCache:
 
 
 class ReplayTargetCache:
-    """For targets whose memory cannot be cropped: the state before the last pass is kept, and what stays of
-    that pass is read again together with the next one.
+    """For targets with layers that fold tokens into a state (linear attention, state spaces, compressors):
+    their states before the last pass are kept, and what stays of the pass is read again with the next one.
 
-    Right for every model whose cache can be copied, and slower: a copy per pass. It can forget tokens that
-    were read since the state that is kept, which is what a round of drafting needs.
+    It can forget tokens that were read since then, as a round of drafting needs, if the last pass read more
+    than one: plain generation copies nothing. Layers with one entry per token are cropped, and never copied.
     """
 
     def __init__(self, config: Any, read: Callable[..., Any]) -> None:
         self.inner = DynamicCache(config=config)
         self._read = read
-        self._before: DynamicCache | None = None  # the state before the tail, once `inner` has read that
-        self._tail: tuple[Tensor, Tensor | None] | None = None  # tokens and positions
-        self._waiting = False  # the tail is still to be read
+        self._before: list[Any] | None = None  # copies of layers, None for those that are cropped
+        self._tail: tuple[Tensor, Tensor | None] | None = None  # tokens and positions read since, or to read
+        self._waiting = False  # the tail is to be read
         self._length = 0
 
     @property
@@ -74,28 +74,31 @@ class ReplayTargetCache:
     def begin(
         self, tokens_BT: Tensor, mask_BS: Tensor | None, positions_BT: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """To be called before each pass: keep the state, and give the tokens and positions to read, which
+        """To be called before each pass: keep the states, and give the tokens and positions to read, which
         are these after what waits."""
+        several = tokens_BT.shape[1] > 1
         if self._waiting and self._tail is not None:
             waiting_BT, places_BT = self._tail
-            count = waiting_BT.shape[1]
-            self._waiting, self._length = False, self._length - count
-            together = (places_BT is None) == (positions_BT is None)
-            if together and count <= tokens_BT.shape[1]:
+            count, self._waiting = waiting_BT.shape[1], False
+            self._length -= count
+            if count <= tokens_BT.shape[1] and (places_BT is None) == (positions_BT is None):
                 tokens_BT = torch.cat([waiting_BT, tokens_BT], 1)
                 if places_BT is not None and positions_BT is not None:
                     positions_BT = torch.cat([places_BT, positions_BT], 1)
             else:  # or what waits would grow from round to round
-                held = self._length + count
-                self._read(waiting_BT, self, mask_BS[:, :held] if mask_BS is not None else None, places_BT)
-        self._before = copy.deepcopy(self.inner)
-        self._tail = (tokens_BT, positions_BT)
+                mask = mask_BS[:, : self._length + count] if mask_BS is not None else None
+                self._read(waiting_BT, self, mask, places_BT)
+        self._before = self._tail = None
+        if several:
+            layers = self.inner.layers
+            self._before = [None if type(one) is DynamicLayer else copy_of(one) for one in layers]
+            self._tail = (tokens_BT, positions_BT)
         self._length += tokens_BT.shape[1]
         return tokens_BT, positions_BT
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens. Raises TargetError when that reaches back beyond the
-        state that is kept."""
+        states that are kept."""
         if length == self._length:
             return
         earlier = self._length - (self._tail[0].shape[1] if self._tail else 0)
@@ -103,16 +106,23 @@ class ReplayTargetCache:
             raise TargetError(
                 f"crop to {length} tokens: this target can go back to {earlier}..{self._length} only"
             )
-        if self._before is not None:
-            self.inner, self._before = self._before, None
+        for place, kept_layer in enumerate(self._before or ()):
+            if kept_layer is None:
+                layer: Any = self.inner.layers[place]
+                layer.crop(earlier - self._length)  # a negative number: from the end
+            else:
+                self.inner.layers[place] = kept_layer
         tokens_BT, positions_BT = self._tail
         kept = length - earlier
         self._tail = (tokens_BT[:, :kept], positions_BT[:, :kept] if positions_BT is not None else None)
-        self._waiting, self._length = kept > 0, length
+        self._before, self._waiting, self._length = None, kept > 0, length
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch (int64 [B'])."""
-        self.inner.batch_select_indices(rows)
+        layers: list[Any] = self.inner.layers
+        for layer in layers:
+            chosen = getattr(layer, "batch_select_indices", layer.reorder_cache)
+            chosen(rows)
         self._before = None
         if self._tail is not None and self._waiting:
             tokens_BT, positions_BT = self._tail

@@ -24,9 +24,11 @@ from draftkit.target.prompt_format import (
 from draftkit.target.rendered_ids import RenderedIds
 
 _PROBE = "\ue000"  # a private-use character: no template and no prompt holds it
+PARALLEL = "parallel tool_calls"
 _OPENING = 8  # tokens at a prompt's end that may open the thinking
 _TODAY = "{% macro strftime_now(form) %}{{ draftkit_days[form] }}{% endmacro %}"
 _THOUGHT = re.compile(r"<think>|</think>")
+_THINKING_BLOCK = re.compile(r"""type['"\]]*\s*==\s*['"]thinking['"]""")  # Ministral 3
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 # Variables that callers of a template set themselves; a switch of such a name would change what is rendered,
 # not how.
@@ -158,8 +160,8 @@ class TemplateFormat:
         return not set(self._ids.special.values()).isdisjoint(self.style.marks)
 
     def unshown(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, ...]:
-        """What of a conversation the template never mentions, and thoughts of its last answer that it leaves
-        out."""
+        """What of a conversation the template never mentions, thoughts of its last answer that it leaves out,
+        and calls beside the first one where it shows one alone."""
         there = {name for m in messages for name in ("tool_calls", "name") if m.get(name)}
         there |= {"tools"} if tools else set()
         missing = {name for name in there if not self.mentions(name)}
@@ -167,7 +169,21 @@ class TemplateFormat:
         never = self._reasoning_names() == () and not self._thinks_in_content()
         if reasons and (never or self._drops_last_thought(messages, tools)):
             missing.add("reasoning_content")
+        if "tool_calls" not in missing and self._shows_first_call_alone(messages, tools):
+            missing.add(PARALLEL)
         return tuple(sorted(missing))
+
+    def _shows_first_call_alone(self, messages: Sequence[Message], tools: Tools | None) -> bool:
+        """Whether calls that were made at the same time read as the first of them (gpt-oss)."""
+        place = next((i for i, m in enumerate(messages) if len(m.get("tool_calls") or ()) > 1), None)
+        if place is None:
+            return False
+        first = {**messages[place], "tool_calls": messages[place]["tool_calls"][:1]}
+        with_all, with_first = (
+            self.text([*messages[:place], said], tools, generation_prompt=False)
+            for said in (messages[place], first)
+        )
+        return with_all == with_first
 
     def _drops_last_thought(self, messages: Sequence[Message], tools: Tools | None) -> bool:
         """Whether the last answer reads the same without its thoughts."""
@@ -204,7 +220,10 @@ class TemplateFormat:
         if reasoning and shown["role"] == "assistant":
             names = self._reasoning_names()
             shown |= dict.fromkeys(names, reasoning)
-            if not names and self._thinks_in_content():
+            if _THINKING_BLOCK.search(self.source):
+                text = [{"type": "text", "text": shown["content"]}] if shown["content"] else []
+                shown["content"] = [{"type": "thinking", "thinking": reasoning}, *text]
+            elif not names and self._thinks_in_content():
                 shown["content"] = f"<think>\n{reasoning.strip()}\n</think>\n\n{shown['content']}"
         return shown
 
@@ -235,13 +254,29 @@ class TemplateFormat:
         other_mode = rest.startswith(opened[: opened.find(">") + 1] or _PROBE)
         agree = prompt[:head].startswith(history) and whole.startswith(prompt[:head])
         if not agree or _PROBE not in probed or other_mode:
-            raise RewrittenError(
-                "the chat template writes an answer in another way than its prompt begins one"
-            )
+            return self._after_rewritten(prompt, whole, before, message, tools)
         tags = _THOUGHT.findall(opened)
         if not tags or tags[-1] == "</think>" or "</think>" in rest:
             return rest
         return self._with_thought(message, rest)
+
+    def _after_rewritten(
+        self, prompt: str, whole: str, before: Sequence[Message], message: Message, tools: Tools | None
+    ) -> str:
+        """The answer where the template writes the history in another way once it is there (gpt-oss without
+        thoughts before calls, Mistral without the system's message): it follows what was asked last, and the
+        prompt's last words. Raises RewrittenError where these are not the same in both.
+        """
+        asked = [*before[:-1], {**before[-1], "content": _PROBE}]
+        _, there, begins = self.text(asked, tools).rpartition(_PROBE)
+        _, here, ends = self.text([*asked, message], tools, generation_prompt=False).rpartition(_PROBE)
+        if there and here and prompt.endswith(begins) and whole.endswith(ends):
+            if ends.startswith(begins):
+                return ends.removeprefix(begins)
+            opening = prompt.removeprefix(self.text(before, tools, generation_prompt=False))
+            if opening != prompt and ends.count(opening) == 1:
+                return ends.partition(opening)[2]
+        raise RewrittenError("the chat template writes an answer in another way than its prompt begins one")
 
     def _with_thought(self, message: Message, rest: str) -> str:
         """The answer after a prompt that has opened the thinking, of which history keeps nothing."""

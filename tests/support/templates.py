@@ -1,12 +1,9 @@
 # ruff: noqa: E501  (templates are kept as they are written)
-"""Chat templates of the families, written anew in a few lines from their documented formats, and
-conversations to show."""
+"""Chat templates of the families, written anew in a few lines from their documented formats."""
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,44 +184,3 @@ FAMILIES = {
     ),
     "gpt-oss": Family(_GPT_OSS, ("<|return|>", "<|call|>"), True, True, "thinking", calls_at_once=1),
 }
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "What it is like outside.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
-    },
-}
-_WORDS = "list value holds step return what add number".split()
-
-
-def conversations(
-    count: int, with_tools: bool, with_reasoning: bool, calls_at_once: int = 2
-) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """(messages, tools): one to three user turns, some with (parallel) tool calls before the answer, some
-    with thoughts."""
-    random.seed(0)
-
-    def text() -> str:
-        return " ".join(random.choices(_WORDS, k=random.randint(1, 6)))
-
-    def said(**fields: Any) -> dict[str, Any]:
-        thought = {"reasoning_content": text()} if with_reasoning else {}
-        return {"role": "assistant", **fields, **thought}
-
-    for number in range(count):
-        messages: list[dict[str, Any]] = [{"role": "system", "content": text()}] if number % 2 else []
-        for _ in range(1 + number % 3):
-            messages.append({"role": "user", "content": text()})
-            if with_tools and number % 4 < 3:
-                functions = [
-                    {"name": "weather", "arguments": f'{{"city": "{text()}"}}'}
-                    for _ in range(1 + number % 2 * (calls_at_once - 1))
-                ]
-                calls = [
-                    {"id": f"call_{i}", "type": "function", "function": f} for i, f in enumerate(functions)
-                ]
-                messages.append(said(content=None, tool_calls=calls))
-                messages += [{"role": "tool", "tool_call_id": c["id"], "content": text()} for c in calls]
-            messages.append(said(content=text()))
-        yield messages, [TOOL] if with_tools else []
