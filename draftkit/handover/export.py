@@ -110,7 +110,9 @@ def is_v4(folder: Path) -> bool:
     return bool(set(names) & set(V4_STYLES))
 
 
-def _hand_over_v4(engine: Engine, folder: Path, out: Path, target: str, converter: Path | None) -> HandedOver:
+def _hand_over_v4(
+    engine: Engine, folder: Path, out: Path, target: str, converter: Path | None, overwrite: bool
+) -> HandedOver:
     if engine.name != "llama.cpp":
         raise CheckpointError(
             f"{engine.name} takes a DeepSeek-V4 module from its checkpoint: draftkit export -d {folder} "

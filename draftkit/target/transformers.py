@@ -360,7 +360,10 @@ def load_target(
     ) as error:
         raise TargetError(f"{path}: cannot load a target: {_line(error)}") from error
     if loaded is None:
-        loaded = deepseek_v4.load_model(path, source, revision, config, DTYPES[dtype]), NOTHING_LEFT_OUT
+        if spread == "tensors":
+            raise TargetError(f"{path}: DeepSeek-V4's tensors are not split; give target.spread: layers")
+        model = deepseek_v4.load_model(path, source, revision, config, DTYPES[dtype])
+        loaded = deepseek_v4.over_devices(model) if spread == "layers" else model, NOTHING_LEFT_OUT
     model, loading = loaded
     if loading["missing_keys"]:  # Transformers would go on with random numbers in their place
         missing = sorted(loading["missing_keys"])
