@@ -153,7 +153,7 @@ def test_a_checkpoint_with_deepseeks_names_is_the_same_model(model: Any, tmp_pat
     spread = load_target(str(folder), spread="layers")  # over all devices, here one
     with torch.no_grad():
         assert torch.equal(spread.model(TOKENS).logits, model(TOKENS).logits)
-    with pytest.raises(TargetError, match="give target.spread: layers"):
+    with pytest.raises(TargetError, match=r"give target\.spread: layers"):
         load_target(str(folder), spread="tensors")
     half = load_target(str(folder), dtype="bfloat16").model
     assert half.model.norm.weight.dtype == half.model.layers[0].attn_hc.fn.dtype == torch.float32
