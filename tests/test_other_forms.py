@@ -20,6 +20,7 @@ from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import CheckpointError
+from draftkit.handover.engines import ENGINES
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import BLOCK_CONFIG, EAGLE_CONFIG
@@ -192,6 +193,8 @@ def test_eagle_31_is_written_and_read_again(tmp_path: Path) -> None:
     save_drafter(drafter, tmp_path / "drafter", {}, torch.float32)
     again = load_drafter(tmp_path / "drafter")
     assert again.config == config
+    refusing = [name for name, engine in ENGINES.items() if any("norm" in r for r in engine.refusals(config))]
+    assert refusing == ["sglang", "llama.cpp"]
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in drafter.state_dict().items())
 
 
