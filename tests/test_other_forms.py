@@ -222,6 +222,20 @@ def test_specforges_fields_lie_in_a_section(tmp_path: Path) -> None:
     assert read_config(tmp_path) == BLOCK_CONFIG
 
 
+def test_speculators_dflash2_is_the_same_drafter(tmp_path: Path) -> None:
+    config = DFLASH | {"architectures": ["DFlash2DraftModel"], **nested(**PARTS2)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = read_config(tmp_path)
+    said = {
+        "speculators_model_type": "dflash2",
+        "architectures": ["DFlash2Speculator"],
+        "num_target_layers": 4,
+    }
+    said |= {"transformer_layer_config": SIZES, "aux_hidden_state_layer_ids": [1, 3], **PARTS2}
+    (tmp_path / "config.json").write_text(json.dumps(said | {"block_size": 5, "mask_token_id": 3}))
+    assert read_config(tmp_path) == wanted
+
+
 def test_an_eagle_by_the_name_of_its_target_is_told_by_its_draft_vocabulary(tmp_path: Path) -> None:
     """The authors' releases are called LlamaForCausalLM, and have scaled rotary embeddings."""
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
