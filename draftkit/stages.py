@@ -31,7 +31,7 @@ from draftkit.data.traces import domain_of
 from draftkit.draft import deepseek_v4_handover
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, save_drafter
-from draftkit.draft.checkpoint_files import WEIGHTS, read_provenance
+from draftkit.draft.checkpoint_files import INDEX, WEIGHTS, read_provenance
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_handover import HandedOver
 from draftkit.draft.drafter import Drafter, DrafterShape
@@ -44,7 +44,7 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate,
 from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
 from draftkit.features.source import FeatureSource
 from draftkit.ops.sampling import Sampling
-from draftkit.output import as_json, make_folder, one_writer, write_text
+from draftkit.output import as_json, check_free, make_folder, one_writer, write_text
 from draftkit.progress import clock, doing, progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.formats import format_of
@@ -374,13 +374,20 @@ def _some_text(source: FeatureSource) -> CapturedText:
 
 
 def run_export(
-    folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool, rows: bool = False
+    folder: Path,
+    out: Path,
+    form: str,
+    dtype: str,
+    target_path: str | None,
+    borrow: bool,
+    rows: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Write a drafter's folder again, in another form or dtype, with or without the target's weights; bytes
     of weights.
 
-    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, or one folder for
-    both.
+    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, one folder for
+    both, or one that holds weights and is not to be overwritten.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: is not known, choose one of {', '.join(DTYPES)}")
@@ -390,6 +397,7 @@ def run_export(
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
     if (borrow or rows) and target_path is None:
         raise ConfigError("--borrow: needs the --target that lends embedding and head")
+    check_free(out, WEIGHTS, INDEX, overwrite=overwrite)
     make_folder(out)
     target = TargetFiles(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
