@@ -212,7 +212,7 @@ def capture(
         reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
         report = feature_stages.capture_by(files, reader, tokenizer, settings, read, out, append)
     else:
-        model, tokenizer = stages.open_target(settings)
+        model, tokenizer = stages.open_target(settings, split=True)
         read = stages.answers_of(settings, tokenizer, conversations, skipped)
         report = feature_stages.run_capture(model, tokenizer, settings, read, out, append)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -152,7 +152,8 @@ def _first(error: ValidationError) -> str:
     if mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         section: Any = Recipe
         for part in mistake["loc"][:-1]:
-            section = section.__pydantic_fields__[part].annotation
+            items = isinstance(part, int)  # in a list of sections
+            section = get_args(section)[0] if items else section.__pydantic_fields__[part].annotation
         allowed = list(section.__pydantic_fields__)
         hint = nearest(str(mistake["loc"][-1]), allowed) or f"; allowed are {', '.join(allowed)}"
         return f"{field}: is not a known key{hint}"

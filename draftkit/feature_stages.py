@@ -12,13 +12,16 @@ from typing import Any
 
 from draftkit.config import Recipe
 from draftkit.data.messages import Conversation
+from draftkit.data.samples import SampleCounts
 from draftkit.errors import ConfigError
 from draftkit.features.capture import CaptureReport, capture
 from draftkit.features.compute import Reader, TargetReader
+from draftkit.features.deepspec import TargetCache, is_target_cache
 from draftkit.features.join import JoinedFeatures
 from draftkit.features.live import FillingFeatures, LiveFeatures
 from draftkit.features.manifest import MANIFEST, read_manifest
 from draftkit.features.source import FeatureSource
+from draftkit.features.split import led
 from draftkit.features.store import FeatureStore
 from draftkit.features.verify import Verified, verify
 from draftkit.features.vllm import VllmReader, Wanted
@@ -49,31 +52,41 @@ def run_capture(
     append: bool = False,
 ) -> CaptureReport:
     """Stage 2: the target reads the conversations into a feature store. Several processes may share the work;
-    then `conversations` is walked more than once."""
+    then `conversations` is walked more than once. Where they share the target, the first one writes, and the
+    others report nothing."""
     reader = _target_reader(recipe, target)
-    return capture_by(target, reader, tokenizer, recipe, conversations, out, append)
+    if recipe.target.spread != "tensors":
+        return capture_by(target, reader, tokenizer, recipe, conversations, out, append)
+    with led(reader) as leading:
+        if leading is None:
+            return CaptureReport(0, 0, 0, SampleCounts())
+        return capture_by(target, leading, tokenizer, recipe, conversations, out, append)
 
 
 def open_features(
     recipe: Recipe, target: TargetWeights, tokenizer: Any, folders: Sequence[str | Path]
 ) -> FeatureSource:
-    """A feature store, or several joined: "FOLDER=WEIGHT" takes a part of one, or takes it more often.
+    """A feature store, or a target cache that DeepSpec wrote, or several joined: "FOLDER=WEIGHT" takes a part
+    of one, or takes it more often.
 
     Raises FeatureStoreError when one does not match the recipe, ConfigError for a weight that is none.
     """
     named = [_weighed(str(folder)) for folder in folders]
-    stores = [FeatureStore(folder) for folder, _ in named]
-    for store in stores:
-        store.check_matches(
-            target.info.fingerprint,
-            feature_layers(recipe, target),
-            template_hash(tokenizer),
-            tokenizer_hash(tokenizer),
-            recipe.target.template_switches,
-        )
-    if len(stores) == 1 and named[0][1] == 1:
-        return stores[0]
-    return JoinedFeatures(stores, [weight for _, weight in named])
+    sources = [_opened(recipe, target, tokenizer, folder) for folder, _ in named]
+    if len(sources) == 1 and named[0][1] == 1:
+        return sources[0]
+    return JoinedFeatures(sources, [weight for _, weight in named])
+
+
+def _opened(recipe: Recipe, target: TargetWeights, tokenizer: Any, folder: Path) -> FeatureSource:
+    layers = feature_layers(recipe, target)
+    if is_target_cache(folder):
+        return TargetCache(folder, target.info, layers)
+    store = FeatureStore(folder)
+    switches = recipe.target.template_switches
+    made = (target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches)
+    store.check_matches(*made)
+    return store
 
 
 def live_features(

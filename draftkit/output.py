@@ -38,6 +38,14 @@ def make_folder(out: Path) -> None:
         ) from error
 
 
+def check_free(out: Path, *names: str, overwrite: bool = False) -> None:
+    """Raise ConfigError where `out`, a folder, holds one of these files or, without names, is there itself,
+    unless it is to be overwritten."""
+    there = [path for path in ([out / name for name in names] or [out]) if path.exists()]
+    if there and not overwrite:
+        raise ConfigError(f"--out {out}: {there[0]} is there; choose another place, or give --overwrite")
+
+
 def check_file(out: Path) -> None:
     """Make the folder of the file where results go. Raises ConfigError when the file cannot be written
     there."""

@@ -39,6 +39,13 @@ class TargetSettings(Section):
     path: Annotated[str, Field(description='folder, GGUF file or hub id; or "tiny", "smollm2"')] = "tiny"
     revision: Annotated[str | None, Field(description="hub revision")] = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    spread: Annotated[
+        Literal["none", "layers", "tensors"],
+        Field(
+            description="a target above one GPU; layers: over the GPUs of this process (Transformers' "
+            "device_map); tensors: each layer over torchrun's processes (tp_plan), to capture"
+        ),
+    ] = "none"
     template_switches: Annotated[
         dict[str, str | int | float | bool],
         Field(
@@ -166,6 +173,17 @@ class LossSettings(Section):
 
 
 @dataclass(frozen=True, config=CHECKS)
+class GroupSettings(Section):
+    """Parameters that learn in another way than the rest; what is null is as there."""
+
+    parameters: Annotated[
+        str, Field(min_length=1, description="a pattern of names, as markov_head.* or *norm*")
+    ]
+    lr: Annotated[float | None, Field(gt=0)] = None
+    weight_decay: Annotated[float | None, Field(ge=0)] = None
+
+
+@dataclass(frozen=True, config=CHECKS)
 class TrainSettings(Section):
     """How the drafter is trained."""
 
@@ -195,6 +213,10 @@ class TrainSettings(Section):
         Field(strict=False, description="of AdamW's two running means"),
     ] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    groups: Annotated[
+        tuple[GroupSettings, ...],
+        Field(strict=False, description="parameters with their own lr or weight_decay; the first that fits"),
+    ] = ()
     grad_clip: Annotated[float, Field(gt=0)] = 1.0
     max_skipped: Annotated[
         int, Field(ge=0, description="steps in a row that may not be finite before the run ends")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from draftkit.data.traces import domain_of
 from draftkit.draft import deepseek_v4_handover
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, save_drafter
-from draftkit.draft.checkpoint_files import WEIGHTS, read_provenance
+from draftkit.draft.checkpoint_files import INDEX, WEIGHTS, read_provenance
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_handover import HandedOver
 from draftkit.draft.drafter import Drafter, DrafterShape
@@ -43,7 +44,7 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate,
 from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
 from draftkit.features.source import FeatureSource
 from draftkit.ops.sampling import Sampling
-from draftkit.output import as_json, make_folder, one_writer, write_text
+from draftkit.output import as_json, check_free, make_folder, one_writer, write_text
 from draftkit.progress import clock, doing, progress_bar
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.formats import format_of
@@ -66,12 +67,28 @@ START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
-def open_target(recipe: Recipe, device: str | None = None) -> tuple[TransformersTarget, Any]:
-    """The recipe's target and its tokenizer; without a device, on a GPU where there is one."""
+def open_target(
+    recipe: Recipe, device: str | None = None, split: bool = False
+) -> tuple[TransformersTarget, Any]:
+    """The recipe's target and its tokenizer; without a device, on a GPU where there is one. `split`: whether
+    the stage can do with a target that several processes hold together.
+
+    Raises ConfigError where target.spread is nothing for the stage, or for one process.
+    """
     section = recipe.target
     algorithm_named(recipe.drafter.algorithm)  # a mistake shows before the target is loaded
+    if section.spread == "tensors" and not split:
+        raise ConfigError(
+            "target.spread: tensors is for capture alone; elsewhere give layers, or let vLLM answer and read"
+        )
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if section.spread == "tensors" and not several:
+        raise ConfigError("target.spread: tensors needs several processes; start them with torchrun")
+    if section.spread == "layers" and several:
+        raise ConfigError("target.spread: layers is for one process; start it without torchrun")
     with doing(f"loading the target {section.path}"):
-        target = load_target(section.path, section.revision, section.dtype, device or best_device())
+        place = device or best_device()
+        target = load_target(section.path, section.revision, section.dtype, place, section.spread)
         return target, load_tokenizer(section.path, section.revision)
 
 
@@ -357,13 +374,20 @@ def _some_text(source: FeatureSource) -> CapturedText:
 
 
 def run_export(
-    folder: Path, out: Path, form: str, dtype: str, target_path: str | None, borrow: bool, rows: bool = False
+    folder: Path,
+    out: Path,
+    form: str,
+    dtype: str,
+    target_path: str | None,
+    borrow: bool,
+    rows: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Write a drafter's folder again, in another form or dtype, with or without the target's weights; bytes
     of weights.
 
-    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, or one folder for
-    both.
+    Raises CheckpointError when the form cannot hold it, ConfigError for an unknown dtype, one folder for
+    both, or one that holds weights and is not to be overwritten.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: is not known, choose one of {', '.join(DTYPES)}")
@@ -373,6 +397,7 @@ def run_export(
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
     if (borrow or rows) and target_path is None:
         raise ConfigError("--borrow: needs the --target that lends embedding and head")
+    check_free(out, WEIGHTS, INDEX, overwrite=overwrite)
     make_folder(out)
     target = TargetFiles(target_path) if target_path else None
     drafter = open_drafter(folder, target, DTYPES["float32"]) if target else load_drafter(folder)
@@ -458,7 +483,8 @@ def run_evaluate(
     out: Path,
     threads: int | None = None,
 ) -> list[EvalResult]:
-    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain.
+    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain, by all
+    processes that torchrun started. The first one writes and measures the speed; the others return nothing.
 
     Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings
     and machine, is kept, and a line on standard error says so.
@@ -479,19 +505,23 @@ def evaluate_prompts(
     made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
     out.mkdir(parents=True, exist_ok=True)
     results = []
-    for temperature in section.temperatures:
-        sampling = Sampling(temperature)
-        path = out / f"evaluate-T{temperature:g}.json"
-        made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
-        result = kept_result(path, made_from)
-        if result is None:
-            timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
-            with progress_bar(f"evaluate T={temperature:g}", len(chosen) + timed) as bar:
-                tick = lambda: bar.update(advance=1)  # noqa: E731
-                result = evaluate(target, opened, chosen, section, sampling, tick)
-            result = replace(result, settings=result.settings | {"made_from": made_from})
-            result.save(path)
-        results.append(result)
+    with join_world() as world:
+        for temperature in section.temperatures:
+            sampling = Sampling(temperature)
+            path = out / f"evaluate-T{temperature:g}.json"
+            made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
+            result = kept_result(path, made_from) if world.first else None
+            if not world.from_first(float(result is not None)):  # the others wait here for the speed, too
+                timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
+                share = len(range(world.rank, len(chosen), world.size)) + timed * world.first
+                with progress_bar(f"evaluate T={temperature:g}", share) as bar:
+                    tick = lambda: bar.update(advance=1)  # noqa: E731
+                    result = evaluate(target, opened, chosen, section, sampling, tick, world)
+                result = replace(result, settings=result.settings | {"made_from": made_from})
+                if world.first:
+                    result.save(path)
+            if world.first and result is not None:
+                results.append(result)
     return results
 
 

@@ -29,7 +29,7 @@ from support.engine import PROMPTS, finish, small, tokens_of
 def test_the_paged_form_of_every_row_is_there(name: str) -> None:
     row = algorithm_named(name)
     assert row.forms
-    assert name == "dspark_v4" or (
+    assert name in ("dspark_v4", "dflash2") or (
         row.paged is not None and resolve_name(row.paged)
     )  # it runs through `propose`
 
@@ -40,7 +40,8 @@ def test_an_unknown_algorithm_is_answered_with_the_known_ones_before_the_target_
     monkeypatch.setattr(stages, "load_target", None)
     with pytest.raises(
         ConfigError,
-        match=r"drafter\.algorithm: 'medusa' is not known, choose one of dspark, dflash, eagle3, dspark_v4",
+        match=r"drafter\.algorithm: 'medusa' is not known, choose one of dspark, dflash, eagle3, dflash2, "
+        r"dspark_v4",
     ):
         stages.open_target(load_recipe("tiny-dspark", ["drafter.algorithm=medusa"]))
 

@@ -175,8 +175,8 @@ def test_zlabs_nested_block_size_is_read(target: TransformersTarget, tmp_path: P
     assert read_config(tmp_path).block_size == 6
     edit(tmp_path, dflash_config=nested | {"final_logit_softcapping": 20.0})
     assert read_config(tmp_path).soft_cap == 20.0
-    edit(tmp_path, dflash_config=nested | {"use_swa": True})
-    with pytest.raises(CheckpointError, match="dflash_config: field 'use_swa' is True; draftkit runs False"):
+    edit(tmp_path, dflash_config=nested | {"attention_sink_bias": True})
+    with pytest.raises(CheckpointError, match="field 'attention_sink_bias' is True; draftkit runs False"):
         load_drafter(tmp_path, target=target)
 
 
@@ -297,17 +297,17 @@ def test_layer_names_of_both_kinds_and_shards_are_read(target: TransformersTarge
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "field 'hidden_act' is 'gelu'; draftkit runs 'silu'"),
-        ({"attention_bias": True}, "'attention_bias' is True"),
+        ({"attention_bias": True}, "missing midlayer.self_attn.k_proj.bias"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling: factor is None"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not known for drafters"),
-        ({"norm_before_fc": True}, "'norm_before_fc' is True; draftkit runs False"),
+        ({"norm_before_fc": True}, "missing input_norm.weight"),
         ({"target_hidden_size": 64}, "'target_hidden_size' is 64"),
         ({"hidden_size": "big"}, "'hidden_size' is 'big', must be of type int"),
         ({"intermediate_size": None}, "field 'intermediate_size' is missing"),
         ({"eagle_aux_hidden_state_layer_ids": ["1"]}, "must be a list of integers"),
         (
-            {"architectures": ["LlamaForCausalLM"]},
-            "architecture LlamaForCausalLM is not known; known are Qwen3DSparkModel",
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture GPT2LMHeadModel is not known; known are Qwen3DSparkModel",
         ),
         ({"speculators_model_type": "mtp"}, "speculators_model_type 'mtp' is not known; known are dspark"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised \(gptq\)"),
@@ -477,11 +477,16 @@ def test_export_writes_another_form_dtype_and_size(
     assert (
         not {"embed_tokens.weight", "lm_head.weight"} & load_file(tmp_path / "e" / "model.safetensors").keys()
     )
+    weights = tmp_path / "b" / "model.safetensors"
+    before = weights.read_bytes()
     for arguments, message in (
+        (["-o", str(tmp_path / "b")], f"{weights} is there; choose another place, or give --overwrite"),
         (["-o", str(tmp_path / "a")], "the drafter's own folder"),
         (["-o", str(tmp_path / "d"), "--borrow"], "needs the --target"),
         (["-o", str(tmp_path / "d"), "--dtype", "int8"], "choose one of float32"),
         (["-o", str(tmp_path / "d"), "--form", "gguf"], "choose one of portable"),
     ):
         assert message in str(runner.invoke(cli.app, [*base, *arguments]).exception)
-    assert not list((tmp_path / "d").glob("*"))
+    assert not list((tmp_path / "d").glob("*")) and weights.read_bytes() == before
+    done = runner.invoke(cli.app, [*base, "-o", str(tmp_path / "b"), "--overwrite"])
+    assert done.exit_code == 0 and weights.read_bytes() != before

@@ -121,6 +121,10 @@ def test_a_wrong_value_names_field_rule_and_value(tmp_path: Path, text: str, wor
         ("name: a\ntrain: {warm_up: 0.1}\n", ["train.warm_up:", "did you mean warmup?"]),
         ("name: a\ntrain: {loss: {confidense: 1}}\n", ["train.loss.confidense:", "did you mean confidence?"]),
         ("name: a\ntrian: {lr: 1}\n", ["trian:", "did you mean train?"]),
+        (
+            "name: a\ntrain: {groups: [{parameters: fc.*, lt: 1}]}\n",
+            ["train.groups.0.lt:", "allowed are parameters, lr"],
+        ),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_one(tmp_path: Path, text: str, words: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from checks.doctor_faults import Case, cases, remember
 from draftkit import cli
 from draftkit.doctor import examine as doctor
 from draftkit.doctor.changes import trials
@@ -18,7 +20,7 @@ from draftkit.doctor.cost import drafted_tokens, sentences
 from draftkit.doctor.examine import DoctorSettings, examine
 from draftkit.doctor.pair import open_pair
 from draftkit.doctor.recorded import GREEDY, Recorded, record, rounds_along
-from draftkit.draft.checkpoint import open_drafter, save_drafter
+from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.answers import sampling_params
 from draftkit.engine.engine import Engine
 from draftkit.engine.outputs import StepOutput
@@ -29,17 +31,14 @@ from draftkit.schedule.step_rate import StepRate
 from draftkit.stages import first_turns, read_prompts
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import DTYPES, EMBEDDED, TransformersTarget, load_target
+from draftkit.target.transformers import EMBEDDED, TransformersTarget, load_target
 from support.faulty import (
+    UNKNOWN,
     Fault,
     another_head,
     faulty,
     fields,
-    noted,
     opposite_order,
-    prefixed,
-    reduced,
-    untrained,
     with_copies,
     without,
 )
@@ -59,98 +58,35 @@ def answers(tiny: TransformersTarget) -> list[Recorded]:
     return record(tiny, prompts, 40)
 
 
-@pytest.fixture
-def quickly(
-    monkeypatch: pytest.MonkeyPatch, tiny: TransformersTarget, answers: list[Recorded]
-) -> DoctorSettings:
-    """What does not depend on the drafter is done once for all tests: loading the target, its answers."""
-    monkeypatch.setattr(doctor, "load_target", lambda *a, **k: tiny)
-    monkeypatch.setattr(doctor, "record", lambda *a, **k: answers)
-    return DoctorSettings(context=64)
+@pytest.fixture(scope="module")
+def once() -> Iterator[None]:
+    """Targets are loaded, and answer, once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_target", "record"):
+            patch.setattr(doctor, name, getattr(doctor, name))  # as it was, afterwards
+        remember()
+        yield
 
 
-UNKNOWN = noted(recipe={})  # the folder's note says nothing of the training: only running can tell
-FAULTS: dict[str, tuple[Fault, ...]] = {
-    "layer ids": (fields(target_layer_ids=[6, 11]),),
-    "block size": (fields(block_size=5),),
-    "block layout": (fields(sample_from_anchor=False),),
-    "mask token": (UNKNOWN, fields(mask_token_id=17)),
-    "Markov head": (without("markov_head."),),
-    "confidence head": (without("confidence_head."),),
-    "confidence defaults": (fields(confidence_head_with_markov=None),),
-    "tensor names": (prefixed,),
-    "vocab size": (fields(vocab_size=4100),),
-    "hidden size": (fields(hidden_size=128),),
-    "context range": (fields(max_position_embeddings=512),),
-    "context window": (UNKNOWN, fields(context_window=1)),
-    "quantised drafter": (fields(quantization_config={"quant_method": "gptq"}),),
-    "proposals": (untrained,),
-    "target": (noted(target_fingerprint="0" * 64, target="another"),),
-    "chat template": (noted(template_hash="0" * 64),),
-    "template switches": (noted(template_switches={"enable_thinking": False}),),
-    "card": (noted(validation={"code": 5.5, "math": 6.5, "loss": 1.0}),),
-}
+# SmolLM2 takes minutes: python -m checks.doctor_faults
+CASES = [case for case in cases() if "SmolLM2" not in case.name]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", FAULTS)
-def test_a_planted_fault_is_named(quickly: DoctorSettings, tmp_path: Path, check: str) -> None:
-    found = examine("tiny", faulty(tmp_path / "drafter", *FAULTS[check]), quickly)
-    assert [f.check for f in found.findings] == [check]
-    line = found.findings[0].line()
-    assert "cost: " in line and "mend: " in line and "\n" not in line
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_planted_fault_is_named_and_nothing_in_a_sound_pair(case: Case, once: None, tmp_path: Path) -> None:
+    found = case.run(tmp_path)
+    named = {finding.check for finding in found}
+    assert set(case.checks) <= named if case.more else set(case.checks) == named
+    for finding in found:
+        assert "cost: " in finding.line() and "mend: " in finding.line() and "\n" not in finding.line()
 
 
 @pytest.mark.slow
-def test_layers_one_too_high_are_named_where_they_do_not_even_load(
-    quickly: DoctorSettings, tmp_path: Path
-) -> None:
+def test_layers_one_too_high_are_named_where_they_do_not_even_load(once: None, tmp_path: Path) -> None:
     folder = faulty(tmp_path / "drafter", UNKNOWN, fields(target_layer_ids=[8, 13]))
-    [finding] = examine("tiny", folder, quickly).findings
-    assert finding.check == "layer ids"
+    [finding] = examine("tiny", folder, DoctorSettings(context=64)).findings
     assert "[7, 12]" in finding.mend and "it does not load" in finding.cost
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("factors", "check"), [((16.0, 1.0), "embedding"), ((1.0, 3.0), "head")], ids=["embedding", "head"]
-)
-def test_a_copy_that_is_not_the_targets_is_named(
-    quickly: DoctorSettings,
-    tiny: TransformersTarget,
-    tmp_path: Path,
-    factors: tuple[float, float],
-    check: str,
-) -> None:
-    """A scaled head changes no greedy base token, but it outweighs the Markov head's."""
-    found = examine("tiny", faulty(tmp_path / "drafter", with_copies(tiny, *factors)), quickly)
-    assert [f.check for f in found.findings] == [check]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("absolute", "lost"), [(True, False), (False, True)])
-def test_a_wrong_or_missing_draft_vocabulary_is_named(
-    quickly: DoctorSettings, tiny: TransformersTarget, tmp_path: Path, absolute: bool, lost: bool
-) -> None:
-    found = examine("tiny", faulty(tmp_path / "drafter", reduced(tiny, absolute, lost)), quickly)
-    assert "draft vocabulary" in {f.check for f in found.findings}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "checks",
-    [
-        ("mask token", "confidence defaults", "chat template"),
-        ("layer ids", "tensor names", "template switches"),
-    ],
-    ids="+".join,
-)
-def test_faults_that_meet_are_named_each(
-    quickly: DoctorSettings, tmp_path: Path, checks: tuple[str, ...]
-) -> None:
-    faults = [fault for check in checks for fault in FAULTS[check]]
-    found = examine("tiny", faulty(tmp_path / "drafter", *faults), quickly)
-    assert {f.check for f in found.findings} == set(checks)
 
 
 THETA = {"rope_theta": 100.0, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
@@ -190,30 +126,15 @@ def test_a_trial_makes_the_sound_drafter_of_the_faulty_one(
 
 
 @pytest.mark.slow
-def test_another_head_is_named_and_mended_by_the_targets(
-    quickly: DoctorSettings, tiny: TransformersTarget, tmp_path: Path
-) -> None:
-    found = examine("tiny", faulty(tmp_path / "drafter", with_copies(tiny), another_head), quickly)
-    [finding] = found.findings
-    assert finding.check == "head"
+def test_what_a_fault_costs_is_measured(once: None, tiny: TransformersTarget, tmp_path: Path) -> None:
+    folder = faulty(tmp_path / "drafter", with_copies(tiny), another_head)
+    [finding] = examine("tiny", folder, DoctorSettings(context=64)).findings
     assert "% of the accepted length" in finding.cost  # by running, not by names alone
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["as packaged", "portable", "deepspec", "float32"])
-def test_nothing_is_found_in_a_sound_pair(
-    quickly: DoctorSettings, tiny: TransformersTarget, tmp_path: Path, form: str
-) -> None:
-    folder = DRAFTER
-    if form != "as packaged":
-        folder, note = tmp_path / form, json.loads((DRAFTER / "draftkit.json").read_text("utf-8"))
-        kept = {k: note[k] for k in ("target", "target_fingerprint", "template_hash", "validation")}
-        dtype = DTYPES["float32" if form == "float32" else "bfloat16"]
-        save_drafter(
-            open_drafter(DRAFTER, tiny), folder, kept, dtype, "deepspec" if form == "deepspec" else "portable"
-        )
-    found = examine("tiny", folder, DoctorSettings(context=512))
-    assert found.findings == ()
+def test_facts_of_a_sound_pair(once: None) -> None:
+    found = examine("tiny", DRAFTER, DoctorSettings(context=64))
     assert any(fact.startswith("break-even") for fact in found.facts)
 
 
@@ -256,7 +177,7 @@ def test_the_number_of_drafted_tokens_follows_from_step_rate_and_acceptance() ->
 
 
 @pytest.mark.slow
-def test_the_exit_code_says_whether_something_was_found(quickly: DoctorSettings, tmp_path: Path) -> None:
+def test_the_exit_code_says_whether_something_was_found(once: None, tmp_path: Path) -> None:
     bad = faulty(tmp_path / "drafter", fields(confidence_head_with_markov=None))
     for folder, code in ((DRAFTER, 0), (bad, 1)):
         done = CliRunner().invoke(cli.app, ["doctor", "-d", str(folder), "--json", "--context", "64"])
@@ -265,14 +186,15 @@ def test_the_exit_code_says_whether_something_was_found(quickly: DoctorSettings,
 
 
 @pytest.mark.slow
-def test_what_an_engine_refuses_is_found(quickly: DoctorSettings, tmp_path: Path) -> None:
+def test_what_an_engine_refuses_is_found(once: None, tmp_path: Path) -> None:
     folder = faulty(
         tmp_path / "dflash-like", fields(confidence_head_with_markov=False), without("confidence")
     )
-    found = examine("tiny", DRAFTER, quickly, engine="vllm")
+    settings = DoctorSettings(context=64)
+    found = examine("tiny", DRAFTER, settings, engine="vllm")
     assert found.findings == ()
     assert any("0.33.0" in fact for fact in found.facts)
-    found = examine("tiny", folder, quickly, engine="vllm")
+    found = examine("tiny", folder, settings, engine="vllm")
     assert "vllm method" in {f.check for f in found.findings}
 
 

@@ -207,3 +207,6 @@ def test_the_command_line_prints_the_command_of_the_engine(tmp_path: Path) -> No
     done = CliRunner().invoke(cli.app, options)
     assert done.exit_code == 0, done.output
     assert "--speculative-algorithm DSPARK" in done.output and "0.5.23" in done.output
+    again = CliRunner().invoke(cli.app, options)
+    assert isinstance(again.exception, ConfigError) and "give --overwrite" in str(again.exception)
+    assert CliRunner().invoke(cli.app, [*options, "--overwrite"]).exit_code == 0

@@ -23,10 +23,9 @@ from draftkit.features.store import FeatureStore
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
 from draftkit.train.batches import BatchMaker, Cut
-from draftkit.train.parallel import World
+from draftkit.train.parallel import ALONE
 from draftkit.train.trainer import Progress
 
-ALONE = World(0, 1, torch.device("cpu"))
 WORDS = "list value holds step return what add number the a of is".split()
 
 
@@ -202,3 +201,40 @@ def test_stores_are_joined_by_weight(
     for wrong in ("0", "-1", "much", "nan"):
         with pytest.raises(ConfigError, match="is no weight"):
             feature_stages.open_features(recipe, *opened, [f"{other}={wrong}"])
+
+
+def test_cross_entropy_alone_runs_no_layer_above_the_features(
+    opened: Any, recipe: Recipe, store: FeatureStore, tmp_path: Path
+) -> None:
+    """DFlash's loss: the last layers run for the validation only, and losses are those of a store."""
+    target = opened[0]
+    chosen = load_recipe(
+        "tiny-dflash", [f"target.path={target.info.name}", "drafter.num_layers=1", "capture.dtype=float32"]
+    )
+    drafter = replace(chosen.drafter, block_size=4, num_features=2, feature_layers=(0, 1))
+    train = replace(recipe.train, steps=6, validate_every=6, loss=chosen.train.loss)
+    chosen = chosen.model_copy(update={"drafter": drafter, "train": train})
+    feature_stages.run_capture(*opened, chosen, conversations(), tmp_path / "features")
+    passes = [0, 0]
+    handles = [
+        target.layers[layer].register_forward_hook(lambda *_, i=i: passes.__setitem__(i, passes[i] + 1))
+        for i, layer in enumerate((1, 2))
+    ]
+    live = feature_stages.live_features(*opened, chosen, conversations(), tmp_path / "live")
+    passes[:] = 0, 0
+    run(opened, chosen, live, tmp_path / "live")
+    for handle in handles:
+        handle.remove()
+    validations = -(-len(trainer.split_source(live, 0.2, 0).validation) // train.batch_size)
+    assert passes[1] == validations and passes[0] == validations + 6
+    run(opened, chosen, FeatureStore(tmp_path / "features"), tmp_path / "stored")
+    assert losses(tmp_path / "live") == pytest.approx(losses(tmp_path / "stored"), abs=1e-5)
+    first, *_, last = [json.loads(x) for x in (tmp_path / "live" / "log.jsonl").read_text().splitlines()]
+    assert "ce" in first and "tv" not in first and last["validation"]["macro"] > 1
+
+
+def test_features_without_the_rest_of_a_pass_are_those_of_a_whole_one(opened: Any) -> None:
+    target, tokens = opened[0], torch.arange(4, 14).reshape(2, 5)
+    whole = target.forward(tokens, None, (1, 0)).features_BTF
+    assert torch.equal(target.features(tokens, (1, 0)), whole)
+    assert torch.equal(target.forward(tokens, None, (1, 0)).features_BTF, whole), "later passes are whole"

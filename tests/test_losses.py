@@ -315,3 +315,22 @@ def test_a_reduced_vocabulary_has_the_targets_mass_outside_it_as_distance(
     torch.testing.assert_close(out.accept_N, (1 - tv / 2).detach())
     wanted = torch.autograd.grad(loss, [whole.hidden_NH])[0]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("settings", [TERMS["CE"], TERMS["D-PACE"]], ids=["CE", "D-PACE"])
+@pytest.mark.parametrize("reduced", [False, True])
+def test_cross_entropy_needs_no_target(settings: LossSettings, reduced: bool) -> None:
+    rows = make_rows(soft_cap=1.5)
+    if reduced:
+        rows = replace(rows, tokens_N=rows.tokens_N.where(rows.tokens_N % 3 > 0, -1))
+    compared = distillation_loss(rows, settings)
+    compared.loss.backward()
+    wanted = gradients_of(rows)
+    alone = distillation_loss(replace(rows, target_hidden_NH=rows.target_hidden_NH[:, :0]), settings)
+    alone.loss.backward()
+    torch.testing.assert_close(alone.loss, compared.loss)
+    for found, value in zip(gradients_of(rows), wanted, strict=True):
+        torch.testing.assert_close(found, value)
+    ones = torch.ones_like(alone.ce_N)
+    assert alone.sums(ones).keys() == {"ce"} and compared.sums(ones).keys() == {"ce", "tv", "kl"}
+    assert alone.accept_N.isnan().all(), "nobody can take it for a rate"

@@ -16,6 +16,7 @@ import pytest
 
 from checks.chats import TOOL
 from support.in_thread import answering
+from support.templates import FAMILIES
 
 MESSAGES: Any = [{"role": "user", "content": "What?"}]
 CALL = ("weather", {"city": "Köln"})
@@ -84,6 +85,34 @@ def test_reasoning_and_calls_whole_and_streamed(name: str) -> None:
         if reasoning and content:
             first = next(i for i, d in enumerate(deltas) if d.content)
             assert any(getattr(d, "reasoning_content", None) for d in deltas[:first]), "it came first"
+
+
+XML = "<tool_call>\n<function=weather>\n<parameter=city>\nKöln\n</parameter>\n</function>\n</tool_call>"
+KEYS = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Köln</arg_value>\n</tool_call>"
+
+
+@pytest.mark.parametrize(("form", "said"), [("<function=f>", XML), ("<arg_key>", KEYS)])
+def test_calls_in_other_forms_than_json_are_read_and_not_demanded(form: str, said: str) -> None:
+    """Qwen3-Coder's XML and GLM's pairs: calls, and a 400 where one is demanded, which would force JSON."""
+    template = FAMILIES["qwen3"].template.replace('{"name": ..., "arguments": ...}', form)
+    assert form in template
+    asked: dict[str, Any] = {"model": "", "messages": MESSAGES, "max_tokens": 200, "tools": [TOOL]}
+    with answering("qwen3", said, template=template) as url:
+        api = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
+        [choice] = api.chat.completions.create(**asked).choices
+        assert calls_of(choice.message.tool_calls) == [CALL] and choice.finish_reason == "tool_calls"
+        with pytest.raises(openai.BadRequestError, match="no form for calls that can be demanded"):
+            api.chat.completions.create(**asked, tool_choice="required")
+
+
+def test_a_target_without_a_template_completes_texts_and_refuses_chats() -> None:
+    with answering("chatml", "Four.", template="") as url:
+        api = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
+        assert api.completions.create(model="", prompt="2 + 2 = ", max_tokens=50).choices[0].text == "Four."
+        with pytest.raises(openai.BadRequestError, match=r"no chat template.*use /v1/completions"):
+            api.chat.completions.create(model="", messages=MESSAGES)
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            api.responses.create(model="", input="What?")
 
 
 def test_what_is_forced_or_asked_for_with_its_marks_is_left_whole() -> None:

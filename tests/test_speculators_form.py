@@ -167,10 +167,16 @@ def test_what_is_not_read_is_refused_by_name(tmp_path: Path, changes: dict[str, 
         load_drafter(folder)
 
 
-def test_sliding_layers_of_a_dflash_are_refused(tmp_path: Path) -> None:
+def test_sliding_layers_are_causal_where_the_folder_says_so(tmp_path: Path) -> None:
     shape, config = CASES["dflash, reduced"]
     layer = config["transformer_layer_config"] | {"layer_types": ["sliding_attention"] * 2}
     folder = written(tmp_path / "folder", drafter_of(shape), config | {"transformer_layer_config": layer})
-    with pytest.raises(CheckpointError, match="'layer_types'"):
+    with pytest.raises(CheckpointError, match="field 'swa_window_size' is missing"):
         load_drafter(folder)
-    assert isinstance(shape, DrafterConfig)
+    layer |= {"sliding_window": 6}
+    for said, causal in (({}, False), ({"sliding_window_non_causal": False}, True)):
+        (folder / "config.json").write_text(
+            json.dumps(config | {"transformer_layer_config": layer} | said), "utf-8"
+        )
+        found = load_drafter(folder).config
+        assert isinstance(found, DrafterConfig) and found.layer_attention == ((6, causal),) * 2

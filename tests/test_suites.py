@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from draftkit.evaluate.suites import PAPER, copy_suite, draw, read_set, read_sui
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import EvaluateSettings
 from draftkit.suite_stages import check_thinking
+from draftkit.target.place import EMBEDDED
 from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
@@ -189,3 +192,27 @@ def test_the_command_takes_a_folder_and_names_what_is_not_there(tmp_path: Path) 
     done = CliRunner().invoke(cli.app, ["suite", "fetch", "--from", str(source), "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert "mt-bench: 80 rows, 80 are asked" in done.output and "not there: gsm8k" in done.output
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_same_json_with_one_process_and_with_two(tmp_path: Path) -> None:
+    """From a local folder, at both temperatures, both turns of mt-bench; but for where and when it ran."""
+    suite = small_suite(tmp_path / "suite")
+    few = ["evaluate.max_new_tokens=10", "evaluate.speed_prompts=0", "evaluate.temperatures=[0.0,1.0]"]
+    written: list[dict[str, object]] = []
+    for processes in (1, 2):
+        out = tmp_path / f"by {processes}"
+        start = [sys.executable, "-m"]
+        if processes > 1:
+            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+        command = [*start, "draftkit.cli", "evaluate", "--suite", "paper", "--suite-folder", str(suite)]
+        command += ["-d", str(EMBEDDED / "drafter"), "-o", str(out), "--limit", "3"]
+        command += [word for one in few for word in ("--set", one)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "aime25" in done.stdout and "not in" in done.stderr, "the sets that were not asked are named"
+        for temperature in ("0", "1"):
+            found = json.loads((out / f"evaluate-T{temperature}.json").read_text("utf-8"))
+            written.append({name: value for name, value in found.items() if name != "environment"})
+    assert written[:2] == written[2:]
+    assert [len(one["records"]) for one in written] == [3 + 2 * 3] * 4  # type: ignore[arg-type]

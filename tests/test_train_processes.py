@@ -120,23 +120,28 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_drafter(folder / "last").state_dict()
 
 
-@pytest.mark.parametrize(("algorithm", "shard"), [("dspark", False), ("dspark", True), ("eagle3", True)])
-def test_two_processes_give_the_loss_curve_of_one(
-    algorithm: str, shard: bool, runs: Runs, alone: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("algorithm", "shard", "processes"),
+    [("dspark", False, 2), ("dspark", False, 4), ("dspark", True, 2), ("eagle3", True, 2)],
+)
+def test_several_processes_give_the_loss_curve_and_validation_of_one(
+    algorithm: str, shard: bool, processes: int, runs: Runs, alone: Path, tmp_path: Path
 ) -> None:
     changed = {"drafter.algorithm": algorithm, "drafter.num_layers": 1 if algorithm == "eagle3" else 2}
     if algorithm == "eagle3":
         alone = tmp_path / "alone"
         runs.finish(alone, **changed)
-    printed = runs.finish(tmp_path / "two", processes=2, shard=shard, micro_batch_size=2, **changed)
-    assert curve(tmp_path / "two") == pytest.approx(curve(alone), abs=1e-4)
+    printed = runs.finish(
+        tmp_path / "several", processes=processes, shard=shard, micro_batch_size=2, **changed
+    )
+    assert curve(tmp_path / "several") == pytest.approx(curve(alone), abs=1e-4)
     assert len(curve(alone)) == STEPS
-    first, second = weights(alone), weights(tmp_path / "two")
+    first, second = weights(alone), weights(tmp_path / "several")
     assert first.keys() == second.keys()
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, atol=2e-3, rtol=1e-2)
     one, two = (
-        next(r["validation"] for r in read_log(f) if "validation" in r) for f in (alone, tmp_path / "two")
+        next(r["validation"] for r in read_log(f) if "validation" in r) for f in (alone, tmp_path / "several")
     )
     simulated = [name for name in one if name != "decoded"]
     assert [two[k] for k in simulated] == pytest.approx([one[k] for k in simulated], abs=1e-3)

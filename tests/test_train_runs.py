@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from draftkit import stages
-from draftkit.config import Recipe, dump_recipe
+from draftkit.config import Recipe, dump_recipe, load_recipe
 from draftkit.draft.checkpoint import load_drafter, open_drafter
 from draftkit.draft.drafter import LossReport
 from draftkit.errors import CheckpointError, ConfigError, DataError, Interrupted
@@ -310,3 +310,32 @@ def test_a_log_line_is_json_also_when_a_number_is_not_finite(
 
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
         assert json.loads(line, parse_constant=refuse)["loss"] is None
+
+
+def test_parameter_groups_learn_in_their_own_way_and_go_on_in_it(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any, run: Any, fast: TrainSettings, tmp_path: Path
+) -> None:
+    """A group without learning (almost) stays where it was, one that decays shrinks; a run that was
+    interrupted goes on to the same bits, whatever the order of groups."""
+    groups = ({"parameters": "markov_head.*", "lr": 1e-12}, {"parameters": "*norm*", "weight_decay": 5.0})
+    grouped = TrainSettings(**vars(fast) | {"groups": groups, "warmup": 0.0})
+    fresh = stages.new_drafter_for(recipe, target, tokenizer).state_dict()
+    run(tmp_path / "whole", grouped)
+    whole = load_drafter(tmp_path / "whole" / "last").state_dict()
+    moved = {n: float((whole[n].float() - fresh[n]).abs().max()) for n in whole if n in fresh}
+    assert max(v for n, v in moved.items() if n.startswith("markov_head")) < 1e-2  # as bfloat16 rounds
+    assert moved["fc.weight"] > 1e-2
+    assert float(whole["norm.weight"].float().mean()) < 0.9
+
+    def stop(progress: Any) -> None:
+        if progress.step == 5:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", grouped, stop)
+    run(tmp_path / "cut", grouped)
+    cut = load_drafter(tmp_path / "cut" / "last").state_dict()
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    with pytest.raises(ConfigError, match=r"'rnn\.\*' fits no parameter that is left; there are fc\.weight"):
+        run(tmp_path / "none", TrainSettings(**vars(fast) | {"groups": ({"parameters": "rnn.*"},)}))
+    assert load_recipe("qwen3-4b-dspark", []).train.groups == (), "DeepSpec has one group"

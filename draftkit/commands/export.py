@@ -38,6 +38,9 @@ def command(
             "--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again"
         ),
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the drafter, or any model, that lies in --out")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Write a drafter in another form or for another engine. It may leave out the weights of its target.
@@ -51,7 +54,8 @@ def command(
             check_pair(target)
         from draftkit import stages
 
-        count = stages.run_export(drafter, out, form or "portable", dtype, target, borrow, borrow_rows)
+        lent = (target, borrow, borrow_rows)
+        count = stages.run_export(drafter, out, form or "portable", dtype, *lent, overwrite=overwrite)
         typer.echo(as_json({"bytes": count}) if json_output else f"{count / 1e6:.1f} MB in {out}")
         return
     if form or borrow or borrow_rows:
@@ -62,5 +66,5 @@ def command(
     check_pair(target)
     from draftkit.handover.export import hand_over, print_handed_over
 
-    made = hand_over(engine, drafter, out, target, dtype)
+    made = hand_over(engine, drafter, out, target, dtype, overwrite)
     typer.echo(as_json(asdict(made) | {"path": str(made.path)})) if json_output else print_handed_over(made)

@@ -12,7 +12,12 @@ import torch
 from draftkit.doctor.pair import Pair
 from draftkit.draft.families import block_shape
 
-_IDS = ("target_layer_ids", "eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+_IDS = (
+    "target_layer_ids",
+    "dspark_target_layer_ids",
+    "eagle_aux_hidden_state_layer_ids",
+    "aux_hidden_state_layer_ids",
+)
 
 
 @dataclass(frozen=True)

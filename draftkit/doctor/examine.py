@@ -13,6 +13,7 @@ import torch
 
 from draftkit.doctor.context import check_context
 from draftkit.doctor.cost import drafted_tokens, measure_costs, sentences
+from draftkit.doctor.deepseek_v4 import check_deepseek_v4
 from draftkit.doctor.engine import check_engine
 from draftkit.doctor.files import check_files, without_prefix
 from draftkit.doctor.findings import Examination, Finding
@@ -29,8 +30,10 @@ from draftkit.evaluate.metrics import accepted_length
 from draftkit.handover.engines import engine_named
 from draftkit.progress import progress_bar
 from draftkit.stages import first_turns, read_prompts
+from draftkit.target.deepseek_v4_tensors import FAMILY
+from draftkit.target.formats import format_of
 from draftkit.target.place import EMBEDDED
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.prompt_format import PromptFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, best_device, load_target
 from draftkit.target.weights import TargetFiles
@@ -65,13 +68,15 @@ def examine(
     server that does not answer; what is wrong with the drafter is a finding."""
     row = engine_named(engine) if engine else None
     files, tokenizer = TargetFiles(target), load_tokenizer(target)
-    shown = TemplateFormat(tokenizer, settings.switches, date.today())
+    shown = format_of(tokenizer, settings.switches, date.today())
+    deepseek = files.info.family == FAMILY
     try:
         pair = open_pair(drafter, files, tokenizer)
     except CheckpointError as error:
         what, _, mend = str(error).rpartition("; ")
         return Examination((Finding("files", what or mend, "it does not load", mend),))
-    findings = [*check_files(pair), *check_text(pair, settings.switches)]
+    by_files = check_deepseek_v4(pair, settings.switches) if deepseek else check_files(pair)
+    findings = [*by_files, *check_text(pair, settings.switches)]
     facts: list[str] = []
     numbers: dict[str, Any] = {}
     expected: float | None = None
@@ -82,7 +87,9 @@ def examine(
     if loaded is not None:
         with progress_bar("doctor", None) as bar:
             tick = lambda: bar.update(advance=1)  # noqa: E731
-            recorded = record(loaded, prompts, settings.max_new_tokens, tick=tick)
+            # DeepSeek-V4's module reads the last layers; engines disagree on the last of all others
+            layers = tuple(range(loaded.info.num_layers)) if deepseek else None
+            recorded = record(loaded, prompts, settings.max_new_tokens, layers, tick)
             ran = run_trials(_on(pair, loaded), recorded, loaded.head_weight().dtype, tick)
             findings = _merged(findings, ran)
             if ran.first:
@@ -149,7 +156,7 @@ def _why_not(pair: Pair) -> Finding:
 def _what_it_brings(
     target: TransformersTarget,
     drafter: Drafter,
-    shown: TemplateFormat,
+    shown: PromptFormat,
     questions: Sequence[Sequence[dict[str, Any]]],
     recorded: Sequence[Recorded],
     ran: Ran,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draftkit.draft.algorithms import held_by
 from draftkit.draft.checkpoint import assemble, shape_of
 from draftkit.draft.checkpoint_files import CONFIG, read_note, read_provenance, read_tensors
 from draftkit.draft.drafter import Drafter
@@ -55,4 +57,13 @@ def open_pair(folder: Path, target: TargetWeights, tokenizer: Any) -> Pair:
         raise CheckpointError(
             f"{folder / CONFIG}: is a {type(raw).__name__}, must be a mapping; copy it again"
         )
-    return Pair(folder, raw, read_tensors(folder), read_provenance(folder), target, tokenizer)
+    tensors = read_tensors(folder, _own_names(raw, folder, target))
+    return Pair(folder, raw, tensors, read_provenance(folder), target, tokenizer)
+
+
+def _own_names(raw: dict[str, Any], folder: Path, target: TargetWeights) -> Callable[[str], bool]:
+    """Which tensors of a folder are the drafter's: a checkpoint of DeepSeek-V4 holds its target, too."""
+    try:
+        return held_by(shape_of(raw, str(folder), target.info.num_layers))
+    except CheckpointError:  # that is said where the drafter is made
+        return lambda name: True

@@ -19,13 +19,16 @@ from draftkit.draft.checkpoint_forms import (
     DEEPSEEK_V4,
     DEEPSPEC_EAGLE,
     DFLASH,
+    DFLASH2,
     DSPARK,
     EAGLE,
     FORMS,
+    NOT_RUN,
     OTHER_NAMES,
     Form,
 )
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
+from draftkit.draft.dflash2 import Dflash2Drafter, not_trained
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.draft.families import EAGLE_STYLE
@@ -100,6 +103,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         style=EAGLE_STYLE,
         layers=1,
     ),
+    "dflash2": Algorithm(Dflash2Drafter, not_trained, (DFLASH2,), masks=True),
     "dspark_v4": Algorithm(
         DeepseekV4Drafter,
         deepseek_v4.shape_of,
@@ -139,9 +143,12 @@ def read_shape(fields: Fields, num_target_layers: int | None) -> tuple[DrafterSh
             f"{fields.where}: is {OTHER_FAMILIES[kind]}, whose drafter draftkit does not run"
         )
     architecture = OTHER_NAMES.get(fields.architecture, fields.architecture)
+    if architecture == "LlamaForCausalLM" and fields.raw.get("draft_vocab_size") is not None:
+        architecture = "LlamaForCausalLMEagle3"  # the authors' releases say no more
     if architecture not in forms:
+        why = f": {NOT_RUN[architecture]}, which draftkit does not run" if architecture in NOT_RUN else ""
         raise CheckpointError(
-            f"{fields.where}: architecture {architecture} is not known; known are {', '.join(forms)}"
+            f"{fields.where}: architecture {architecture} is not known{why}; known are {', '.join(forms)}"
         )
     form = forms[architecture]
     quantised = fields.raw.get("quantization_config")
@@ -158,6 +165,10 @@ def form_for(config: DrafterShape, name: str) -> Form:
     """The form of this name (see FORMS) for a drafter. Raises CheckpointError when none can hold it."""
     if name not in FORMS:
         raise CheckpointError(f"form {name!r} is not known; choose one of {', '.join(FORMS)}")
+    if config.only_run:
+        raise CheckpointError(
+            f"the drafter has {config.only_run}: draftkit runs it and writes no such; give its own folder on"
+        )
     forms = [form for form in algorithm_named(config.algorithm).forms if name in form.names]
     reasons = [form.refuses(config, name) for form in forms]
     if None in reasons:

@@ -70,12 +70,11 @@ class Attention(nn.Module):
         size = config.head_dim
         self.head_dim, self.eps, self.value_norm = size, config.rms_eps, style.value_norm
         self.scale = size**-0.5 if style.scores_by_size else 1.0
-        self.q_proj = nn.Linear(width, config.num_heads * size, bias=False)
-        self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias=False)
-        self.v_proj = (
-            None if config.shared_key_value else nn.Linear(width, config.num_kv_heads * size, bias=False)
-        )
-        self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias=False)
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_heads * size, bias)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * size, bias)
+        self.v_proj = None if config.shared_key_value else nn.Linear(width, config.num_kv_heads * size, bias)
+        self.o_proj = nn.Linear(config.num_heads * size, config.hidden_size, bias)
         self.q_norm = RMSNorm(size, config.rms_eps) if style.query_key_norm else None
         self.k_norm = RMSNorm(size, config.rms_eps) if style.query_key_norm else None
 
@@ -148,6 +147,14 @@ class DraftLayer(nn.Module):
         own = attention.keys_values(normed, block_rope)
         seen = attention.keys_values(context_CH, context_rope)
         return self.finish(x_QH, block_attention(q, own, seen, plan, attention.scale).flatten(1))
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What attention reads of the residual stream [..., H], and what `leave` needs beside it."""
+        return self.input_layernorm(x), None
+
+    def leave(self, x: Tensor, attended: Tensor, kept: Tensor | None) -> Tensor:
+        """The layer after its attention."""
+        return self.finish(x, attended)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """The layer after its attention: residual stream [..., H] and attended values [..., N * D] to [...,

@@ -108,19 +108,31 @@ class BlockDrafter(BlockHeads):
         rotation = self._rotation_at(context.length, config.block_size)
         seen = slice(max(0, context.length - config.window) if config.window else 0, context.length)
         for index, layer in enumerate(self.draft_layers()):
-            attention, normed = layer.self_attn, layer.input_layernorm(x)
+            attention, (normed, kept) = layer.self_attn, layer.enter(x)
             q = attention.queries(attention.q_proj(normed).unflatten(-1, (-1, config.head_dim)), rotation)
             k, v = attention.keys_values(normed, rotation)
             mixed = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
                 torch.cat([context.keys[index, :, :, seen], k.transpose(1, 2)], 2),
                 torch.cat([context.values[index, :, :, seen], v.transpose(1, 2)], 2),
+                attn_mask=self._mask(index, seen.start, context.length),
                 scale=attention.scale,
                 enable_gqa=config.num_heads != config.num_kv_heads,
             )
-            x = layer.finish(x, mixed.transpose(1, 2).flatten(2))
+            x = layer.leave(x, mixed.transpose(1, 2).flatten(2), kept)
         hidden: Tensor = self.norm(x[:, config.block_size - self.gamma :])
         return hidden
+
+    def _mask(self, layer: int, first: int, length: int) -> Tensor | None:
+        """What the block's positions see of those from `first` on, [P, context and P]; None: all."""
+        if self.config.layer_attention is None:
+            return None
+        window, causal = self.config.layer_attention[layer]
+        end, device = length + self.config.block_size, self.norm.weight.device
+        seen_1S = torch.arange(first, end, device=device)[None]
+        from_P1 = torch.arange(length, end, device=device)[:, None]
+        mask_PS = seen_1S <= from_P1 if causal else torch.ones_like(from_P1 - seen_1S, dtype=torch.bool)
+        return mask_PS if window is None else mask_PS & ((from_P1 - seen_1S).abs() < window)
 
     def draft_layers(self) -> list[DraftLayer]:
         """Its decoder layers, in order."""

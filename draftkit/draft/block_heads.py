@@ -18,7 +18,7 @@ from draftkit.draft.backbone import embed
 from draftkit.draft.drafter import DraftContext, DrafterConfig, LossReport, Proposal, TrainBatch
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
+from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target, position_weights
 from draftkit.draft.vocabulary import ReducedHead
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
 from draftkit.settings import LossSettings
@@ -82,6 +82,10 @@ class BlockHeads(ReducedHead):
             confidence = torch.sigmoid(self.confidence_head(hidden_BGH, markov).float())
         return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1), confidence, torch.stack(largest, 1))
 
+    def needs_target(self, settings: LossSettings) -> bool:
+        """See `Drafter`; the confidence head learns the acceptance rate."""
+        return needs_target(settings) or self.confidence_head is not None
+
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """All terms over all drafted positions that count; nothing is reduced over processes."""
         layout = lay_out(batch, self.gamma, self.config.window)
@@ -107,7 +111,7 @@ class BlockHeads(ReducedHead):
         )
         losses = distillation_loss(rows, settings)
         weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
-        sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
+        sums = losses.sums(weights_N)
         loss = losses.loss
         if self.confidence_head is not None:
             logits_N = self.confidence_head(hidden_NH, embedded_Nr).to(losses.ce_N)

@@ -130,6 +130,9 @@ def assemble(
             tensors[name] = _borrowed(where, name, target, ids_W)
     with torch.device("meta"):  # no memory until the sizes are known to be those of the tensors
         wanted = {k: v.shape for k, v in build(config).state_dict().items()}
+    if config.attention_bias:  # engines' EAGLE-3 has none after its attention
+        ends = {name: shape for name, shape in wanted.items() if name.endswith("o_proj.bias")}
+        tensors |= {name: torch.zeros(shape) for name, shape in ends.items() if name not in tensors}
     check_tensors(where, wanted, tensors)
     drafter = build(config)
     shared = _shared(tensors, target, ids_W) if target is not None else {}

@@ -85,13 +85,12 @@ def read_sizes(fields: Fields, style: str, num_target_layers: int | None) -> dic
 
     Raises CheckpointError for a field that is missing, of a wrong type, or asks for what is not implemented.
     """
-    for name in ("attention_bias", "mlp_bias", "enable_moe_block", "use_double_wide_mlp"):
+    for name in ("mlp_bias", "enable_moe_block", "use_double_wide_mlp"):
         fields.demand(name, False)
+    if style == "gemma4":
+        fields.demand("attention_bias", False)
+        demand_full_attention(fields)
     fields.demand("hidden_size_per_layer_input", 0)
-    if any(kind != "full_attention" for kind in fields.raw.get("layer_types") or []):
-        raise CheckpointError(
-            f"{fields.where}: field 'layer_types': draftkit runs full_attention layers only"
-        )
     if num_target_layers is None and fields.raw.get("num_target_layers") is None:
         raise CheckpointError(
             f"{fields.where}: does not say 'num_target_layers'; give its target too (--target)"
@@ -110,8 +109,47 @@ def read_sizes(fields: Fields, style: str, num_target_layers: int | None) -> dic
         "logit_scale": fields.get("logit_scale", float, DrafterShape.logit_scale),
         "soft_cap": fields.optional("final_logit_softcapping", float),
         "max_length": fields.get("max_position_embeddings", int),
+        "attention_bias": fields.get("attention_bias", bool, False),
     }
     return sizes | (_read_gemma(fields) if style == "gemma4" else _read_plain(fields))
+
+
+def demand_full_attention(fields: Fields) -> None:
+    """Raise CheckpointError where a layer is of another type."""
+    other = [kind for kind in fields.raw.get("layer_types") or [] if kind != "full_attention"]
+    if other:
+        raise CheckpointError(
+            f"{fields.where}: field 'layer_types' has {other[0]!r}; draftkit runs full_attention layers here"
+        )
+
+
+def read_layer_attention(fields: Fields, nested: Fields) -> tuple[tuple[int | None, bool], ...] | None:
+    """Each layer's sliding window and whether it is causal, None where all layers see everything. As vLLM
+    reads them: a layer is sliding by `layer_types`, or all are by `use_swa`; sliding layers are causal where
+    nothing says otherwise (`is_causal`, then `dflash_config.causal`)."""
+    for section, name in ((fields, "add_swa_attention_sink_bias"), (nested, "attention_sink_bias")):
+        section.demand(name, False)
+    nested.demand("attention_value_scale", 1.0)
+    layers = fields.get("num_hidden_layers", int)
+    kinds = fields.raw.get("layer_types")
+    known = ("full_attention", "sliding_attention")
+    if kinds is not None and (len(kinds) != layers or any(kind not in known for kind in kinds)):
+        raise CheckpointError(
+            f"{fields.where}: field 'layer_types' is {kinds!r}, must be {layers} of {', '.join(known)}"
+        )
+    by_type = [kind == "sliding_attention" for kind in kinds or ()]
+    sliding = by_type if any(by_type) else [nested.get("use_swa", bool, False)] * layers
+    causal = fields.optional("is_causal", bool)
+    causal = nested.optional("causal", bool) if causal is None else causal
+    window = nested.get("swa_window_size", int, fields.raw.get("sliding_window")) if any(sliding) else None
+    if window is not None and window < 1:
+        raise CheckpointError(f"{fields.where}: the sliding window is {window}, must be 1 or more")
+    legacy = by_type or [False] * layers
+    found = tuple(
+        (window if slides else None, typed if causal is None else causal)
+        for slides, typed in zip(sliding, legacy, strict=True)
+    )
+    return found if any(one != (None, False) for one in found) else None
 
 
 def _read_plain(fields: Fields) -> dict[str, Any]:
@@ -157,7 +195,7 @@ def write_sizes(config: DrafterShape, architecture: str, model_type: str) -> dic
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "vocab_size": config.vocab_size,
-        "attention_bias": False,
+        "attention_bias": config.attention_bias,
         "rms_norm_eps": config.rms_eps,
         "max_position_embeddings": config.max_length,
         "layer_types": ["full_attention"] * config.num_layers,

@@ -22,7 +22,14 @@ from typing import Any
 from torch import Tensor
 
 from draftkit.draft import deepseek_v4_checkpoint as deepseek_v4
-from draftkit.draft.checkpoint_fields import Fields, read_sizes, write_sizes
+from draftkit.draft.checkpoint_fields import (
+    Fields,
+    demand_full_attention,
+    read_layer_attention,
+    read_sizes,
+    write_sizes,
+)
+from draftkit.draft.dflash2 import Dflash2Config
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.errors import CheckpointError
@@ -30,6 +37,14 @@ from draftkit.errors import CheckpointError
 FORMS = ("portable", "deepspec")
 _HEADS = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}
 _MODEL_TYPES = {"qwen3": "qwen3", "gemma4": "gemma4_text", "llama": "llama"}
+# what no form here reads, and why
+NOT_RUN = {
+    "Qwen3XPressModel": "XPress corrects a block's logits in further passes",
+    "LiLiCorrDraftModel": "LiLiCorr walks through a block's candidates by scores of its own",
+    "DominoDraftModel": "Domino corrects a block's logits with a recurrent cell",
+    "PEagleDraftModel": "P-EAGLE drafts all tokens at once from a learned state",
+}
+NOT_RUN |= dict.fromkeys(("PeagleLlamaForCausalLM", "PeagleQwen3ForCausalLM"), NOT_RUN["PEagleDraftModel"])
 OTHER_NAMES = {"Eagle3LlamaForCausalLM": "LlamaForCausalLMEagle3", "DSparkDraftModel": "Qwen3DSparkModel"}
 
 
@@ -61,6 +76,10 @@ class Form:
 
 
 def _read_dspark(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
+    nested = fields.section("dflash_config")  # SpecForge puts what is DSpark's own there
+    nested.demand("projector_type", "dspark")
+    nested.demand("shift_label", True)
+    fields = Fields({**fields.raw, **nested.raw}, fields.where)
     rank = fields.get("markov_rank", int, 0)
     kind = fields.get("markov_head_type", str, "vanilla")
     if kind not in _HEADS:
@@ -80,13 +99,13 @@ def _read_dspark(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
         confidence=fields.get("enable_confidence_head", bool, False),
         confidence_with_markov=fields.get("confidence_head_with_markov", bool, True) and rank > 0,
         window=fields.optional("context_window", int),
+        layer_attention=read_layer_attention(fields, nested),
     )
 
 
 def _read_dflash(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
     nested = fields.section("dflash_config")
-    for name in ("causal", "use_swa", "attention_sink_bias"):
-        nested.demand(name, False)
+    nested.demand("projector_type", "dflash")
     for name in ("output_multiplier", "input_embedding_scale"):
         nested.demand(name, 1.0)
     sizes["soft_cap"] = nested.optional("final_logit_softcapping", float)
@@ -103,13 +122,43 @@ def _read_dflash(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
         confidence=False,
         confidence_with_markov=False,
         window=fields.optional("context_window", int),
+        layer_attention=read_layer_attention(fields, nested),
+    )
+
+
+def _read_dflash2(fields: Fields, sizes: dict[str, Any]) -> Dflash2Config:
+    nested = fields.section("dflash_config")
+    cap = nested.optional("final_logit_softcapping", float) or None
+    factor = nested.get("output_multiplier", float, 1.0)
+    if cap is not None and factor != 1:
+        raise CheckpointError(
+            f"{fields.where}: has both output_multiplier and final_logit_softcapping, whose order engines "
+            "disagree on; draftkit runs one of them"
+        )
+    return Dflash2Config(
+        **sizes | {"soft_cap": cap, "logit_scale": factor},
+        feature_layers=nested.ids("target_layer_ids") or fields.wanted_ids("target_layer_ids"),
+        mask_token_id=nested.get("mask_token_id", int, fields.raw.get("mask_token_id")),
+        block_size=nested.get("block_size", int, fields.raw.get("block_size")),
+        layout="one_plus_n",
+        head="none",
+        markov_rank=0,
+        confidence=False,
+        confidence_with_markov=False,
+        layer_attention=read_layer_attention(fields, nested),
+        conv_kernel_size=nested.get("conv_kernel_size", int),
+        conv_group_size=nested.get("conv_group_size", int),
+        selector_rank=nested.get("selector_rank", int),
+        selector_top_k=nested.get("selector_top_k", int),
+        input_embedding_scale=nested.get("input_embedding_scale", float, 1.0),
     )
 
 
 def _read_eagle(fields: Fields, sizes: dict[str, Any]) -> EagleConfig:
-    for name in ("norm_before_fc", "fc_norm", "norm_output"):
-        fields.demand(name, False)
+    demand_full_attention(fields)
+    fields.demand("parallel_drafting", False)
     fields.demand("target_hidden_size", sizes["hidden_size"])
+    nested = fields.section("eagle_config")
     whole = sizes["vocab_size"]
     reduced = fields.get("draft_vocab_size", int, whole)
     return EagleConfig(
@@ -118,6 +167,9 @@ def _read_eagle(fields: Fields, sizes: dict[str, Any]) -> EagleConfig:
         block_size=fields.get("ttt_length", int, DrafterShape.block_size),
         draft_vocab_size=reduced if reduced != whole else None,
         norm_before_residual=fields.get("norm_before_residual", bool, False),
+        norm_before_fc=nested.get("norm_before_fc", bool, fields.get("norm_before_fc", bool, False)),
+        fc_norm=fields.get("fc_norm", bool, False),
+        norm_output=fields.get("norm_output", bool, False),
     )
 
 
@@ -131,6 +183,7 @@ def _eagle_layers(fields: Fields, layers: int) -> tuple[int, ...]:
 
 
 def _read_deepspec_eagle(fields: Fields, sizes: dict[str, Any]) -> EagleConfig:
+    demand_full_attention(fields)
     return EagleConfig(
         **sizes,
         feature_layers=fields.wanted_ids("target_layer_ids"),
@@ -186,6 +239,7 @@ def _write_eagle(config: EagleConfig) -> dict[str, Any]:
     return write_sizes(config, *_architecture(EAGLE, config)) | {
         "draft_vocab_size": config.head_size,
         "norm_before_residual": config.norm_before_residual,
+        **{name: True for name in _EAGLE_NORMS if getattr(config, name)},
         "num_aux_hidden_states": len(layers),
         "eagle_aux_hidden_state_layer_ids": [i + 1 for i in layers],
         "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers},
@@ -228,7 +282,8 @@ def _not_eagle(config: EagleConfig, name: str) -> str | None:
 
 def _not_deepspec_eagle(config: EagleConfig, name: str) -> str | None:
     fits = config.style in DEEPSPEC_EAGLE.styles.values()
-    if fits and not config.draft_vocab_size and not config.norm_before_residual:
+    normed = config.norm_before_residual or any(getattr(config, name) for name in _EAGLE_NORMS)
+    if fits and not config.draft_vocab_size and not normed:
         return None
     return (
         "DeepSpec's EAGLE-3 has q/k norms (drafter.style: qwen3 or gemma4), the whole vocabulary and no "
@@ -237,6 +292,7 @@ def _not_deepspec_eagle(config: EagleConfig, name: str) -> str | None:
     )
 
 
+_EAGLE_NORMS = ("norm_before_fc", "fc_norm", "norm_output")  # of EAGLE-3.1
 _BLOCKS = {"Qwen3DSparkModel": "qwen3", "Gemma4DSparkModel": "gemma4", "LlamaDSparkModel": "llama"}
 _EAGLES = {"LlamaForCausalLMEagle3": "llama", "Eagle3Qwen3ForCausalLM": "qwen3"}
 _DEEPSPEC_EAGLES = {"Qwen3Eagle3Model": "qwen3", "Gemma4Eagle3Model": "gemma4"}
@@ -248,6 +304,13 @@ DFLASH = Form(
     _read_dflash,
     _write_dflash,
     _not_dflash,
+    with_target_weights=False,
+)
+DFLASH2 = Form(
+    (),
+    {"DFlash2DraftModel": "qwen3"},
+    _read_dflash2,
+    lambda config: {},  # under no name: it is read alone
     with_target_weights=False,
 )
 EAGLE = Form(("portable",), _EAGLES, _read_eagle, _write_eagle, _not_eagle)

@@ -27,7 +27,8 @@ class DrafterShape:
     head. `style` is a row of `draft/families.py`; with `shared_key_value` a layer's values are its key
     projection; rotary embeddings turn `rotary_share` of the head size. `draft_vocab_size`: only so many
     tokens can be drafted; null is the target's vocabulary. `rope_scaling`: how rotary frequencies are scaled
-    for long contexts (`draft/rotary.py`); null: they are not."""
+    for long contexts (`draft/rotary.py`); null: they are not. `attention_bias`: the projections of attentions
+    have biases."""
 
     hidden_size: int
     intermediate_size: int
@@ -49,6 +50,7 @@ class DrafterShape:
     rotary_share: float = 1.0
     draft_vocab_size: int | None = None
     rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
     # engines disagree on what the target's last layer gives, but for families whose own drafters read it
     reads_last_layer: ClassVar[bool] = False
 
@@ -107,6 +109,11 @@ class DrafterShape:
         return False
 
     @property
+    def only_run(self) -> str | None:
+        """What it has that draftkit runs as others made it, and neither trains nor writes; None: nothing."""
+        return "attention biases" if self.attention_bias else None
+
+    @property
     def numbers_per_token(self) -> int:
         """Numbers that the drafter keeps for each token of a request: keys and values."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
@@ -118,7 +125,8 @@ class DrafterConfig(DrafterShape):
 
     `block_size` is the number of block positions; `layout` "anchor" drafts from every one of them (the anchor
     first), "one_plus_n" (z-lab's DFlash) from all but the anchor. `window` limits the context to the last so
-    many positions before the anchor.
+    many positions before the anchor. `layer_attention` gives each layer a sliding window (positions that are
+    nearer than it are seen; None: all are) and whether it is causal; null: all see everything.
     """
 
     mask_token_id: int
@@ -128,6 +136,7 @@ class DrafterConfig(DrafterShape):
     confidence: bool = True
     confidence_with_markov: bool = DrafterSettings.confidence_with_markov
     confidence_stop_gradient: bool = DrafterSettings.confidence_stop_gradient
+    layer_attention: tuple[tuple[int | None, bool], ...] | None = None
     window: int | None = None
 
     def __post_init__(self) -> None:
@@ -152,6 +161,13 @@ class DrafterConfig(DrafterShape):
             raise ConfigError(
                 f"drafter.window: {self.window} leaves no context, give 1 or more, or null for all of it"
             )
+
+    @property
+    def only_run(self) -> str | None:
+        """As `DrafterShape.only_run`."""
+        return super().only_run or (
+            "layers with sliding windows or causal ones" if self.layer_attention else None
+        )
 
     @property
     def gamma(self) -> int:
@@ -223,7 +239,7 @@ class LossReport:
 
     `loss_sum / weight_sum` is the objective; `sums` holds further numerators over `weight_sum` for the log.
     Per row n = one drafted position that counts: `accept_N` in [0, 1] is the analytic acceptance rate 1 - 1/2
-    |q - p|_1.
+    |q - p|_1, NaN where the target is not known.
     """
 
     loss_sum: Tensor
@@ -283,6 +299,11 @@ class Drafter(nn.Module):
         """Draft G tokens after the anchor, which sits at position `context.length`; uniforms are in [0,
         1)."""
         raise NotImplementedError
+
+    def needs_target(self, settings: LossSettings) -> bool:
+        """Whether the loss compares with the target's distribution; without, it takes batches whose last
+        hidden states are [B, T, 0]."""
+        return True
 
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """The training objective over all anchors of a batch."""

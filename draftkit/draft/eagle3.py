@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
 from draftkit.draft.drafter import DraftContext, DrafterShape, LossReport, Proposal, TrainBatch
 from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
+from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target, position_weights
 from draftkit.draft.vocabulary import ReducedHead
 from draftkit.errors import ConfigError
 from draftkit.ops.attention import block_attention, plan_blocks
@@ -44,11 +44,15 @@ class EagleConfig(DrafterShape):
     tokens.
 
     `draft_vocab_size` null is the target's vocabulary. `norm_before_residual`: the residual is the normed
-    state instead of the state.
+    state instead of the state. EAGLE-3.1's: `norm_before_fc` norms the features together, `fc_norm` those of
+    each layer by themselves, and with `norm_output` the normed state is fed back.
     """
 
     num_layers: int = 1
     norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +147,10 @@ class EagleDrafter(ReducedHead):
         hidden = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.fc = nn.Linear(len(config.feature_layers) * hidden, hidden, bias=False)
+        width = self.fc.in_features
+        self.input_norm = RMSNorm(width, config.rms_eps) if config.norm_before_fc else None
+        each = len(config.feature_layers) if config.fc_norm else 0
+        self.fc_norm = nn.ModuleList(RMSNorm(hidden, config.rms_eps) for _ in range(each))
         self.midlayer = EagleLayer(config)
         self.norm = RMSNorm(hidden, config.rms_eps)
         self.lm_head = nn.Linear(hidden, config.head_size, bias=False)
@@ -165,7 +173,7 @@ class EagleDrafter(ReducedHead):
     def extend(self, context: DraftContext, features_BTF: Tensor, next_tokens_BT: Tensor) -> None:
         """Write keys and values of T committed rows: feature i with token i + 1."""
         own = _own(context)
-        features_BTH = self.fc(features_BTF.to(self.fc.weight.dtype))
+        features_BTH = self.project(features_BTF)
         u, _ = self.midlayer.join(self._embed(next_tokens_BT), features_BTH)
         keys, values = self.midlayer.self_attn.keys_values(u, self._rotation_at(own.length, u.shape[1]))
         own.append(keys.transpose(1, 2), values.transpose(1, 2), features_BTH)
@@ -188,6 +196,7 @@ class EagleDrafter(ReducedHead):
         for k in range(self.gamma):
             state_B1H = self._step(own, row + k, token_B, state_B1H)
             logits_BV = self.logits(state_B1H[:, 0])
+            state_B1H = self.fed_back(state_B1H)
             q_BV = processed_probs(logits_BV, sampling)
             token_B = q_BV.argmax(-1) if sampling.temperature == 0 else sample(q_BV, uniforms_BG[:, k])
             tokens.append(token_B)
@@ -210,6 +219,21 @@ class EagleDrafter(ReducedHead):
             enable_gqa=self.config.num_heads != self.config.num_kv_heads,
         )
         return layer.finish(residual, mixed.transpose(1, 2).flatten(2))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features of the target's layers [..., F] to f [..., H]."""
+        features = features.to(self.fc.weight.dtype)
+        if self.input_norm is not None:
+            features = self.input_norm(features)
+        if self.fc_norm:
+            parts = features.chunk(len(self.fc_norm), -1)
+            features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
+        projected: Tensor = self.fc(features)
+        return projected
+
+    def fed_back(self, state: Tensor) -> Tensor:
+        """What of a state [..., H] takes the place of the next row's f."""
+        return self.norm(state) if self.config.norm_output else state
 
     def logits(self, state_BH: Tensor) -> Tensor:
         """States [B, H] to draft logits over the target's vocabulary, -inf outside the draft vocabulary: [B,
@@ -234,6 +258,10 @@ class EagleDrafter(ReducedHead):
 
     # --- training
 
+    def needs_target(self, settings: LossSettings) -> bool:
+        """See `Drafter`."""
+        return needs_target(settings)
+
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """The distillation terms over all drafted positions that count; nothing is reduced over processes."""
         # a document's first token has no feature before it
@@ -255,7 +283,7 @@ class EagleDrafter(ReducedHead):
         )
         losses = distillation_loss(rows, settings)
         weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
-        sums = {"ce": weights_N @ losses.ce_N, "tv": weights_N @ losses.tv_N, "kl": weights_N @ losses.kl_N}
+        sums = losses.sums(weights_N)
         return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, layout.grid_N)
 
     def _train_states(self, batch: TrainBatch, layout: TrainLayout) -> Tensor:
@@ -267,7 +295,7 @@ class EagleDrafter(ReducedHead):
         layer, tokens_T, positions_T = self.midlayer, batch.tokens_BT.flatten(), batch.positions_BT.flatten()
         table = self._rope_table(batch.tokens_BT.shape[1] + self.gamma).to(self.fc.weight.dtype)
         features_CF = batch.features_BTF.flatten(0, 1)[layout.context_C]
-        features_CH = self.fc(features_CF.to(self.fc.weight.dtype))
+        features_CH = self.project(features_CF)
         u_CU, _ = layer.join(self._embed(tokens_T[layout.context_C + 1]), features_CH)
         seen = layer.self_attn.keys_values(u_CU, _rotation(table[positions_T[layout.context_C]]))
 
@@ -297,6 +325,7 @@ class EagleDrafter(ReducedHead):
             )
             state_XH = layer.finish(residual_XH, mixed.flatten(1))
             states.append(state_XH)
+            state_XH = self.fed_back(state_XH)
         return torch.stack(states, 1)
 
 

@@ -16,6 +16,8 @@ A drafter with a reduced vocabulary has q = 0 outside it: TV then includes the t
 acceptance rates stay exact; KL is taken to p renormalised inside, and rows whose x* lies outside have no
 CE.
 
+Where only CE is asked for, the target need not be known (t has no numbers): TV and KL are then NaN.
+
 A row's weight is w_k = exp(-(k - 1) / decay) of its position, or D-PACE's (arXiv 2605.18810, eq. 7 and 8):
 with the drafter's own smoothed confidence c_i = (1 - alpha) q_i(x*_i) + alpha, w_k = sum_{m >= k} prod_{i
 <= m} c_i, a constant. D-PACE's credit must not cancel: the denominator of the mean stays that of the fixed
@@ -76,7 +78,7 @@ class Rows:
     hidden_NH: Tensor
     head: Head
     markov: tuple[Tensor, Tensor] | None
-    target_hidden_NH: Tensor
+    target_hidden_NH: Tensor  # [N, 0]: not known
     target_head: Head
     tokens_N: Tensor  # int64, x* as the drafter's head counts; -1 is outside its vocabulary
     grid_N: Tensor  # int64
@@ -94,6 +96,12 @@ class RowLosses:
     ce_N: Tensor
     tv_N: Tensor
     kl_N: Tensor
+    compared: bool  # with the target's distribution
+
+    def sums(self, weights_N: Tensor) -> dict[str, Tensor]:
+        """Weighted sums of the terms that are known, for the log."""
+        terms = {"ce": self.ce_N} | ({"tv": self.tv_N, "kl": self.kl_N} if self.compared else {})
+        return {name: weights_N @ value_N for name, value_N in terms.items()}
 
     @property
     def accept_N(self) -> Tensor:
@@ -106,7 +114,14 @@ def distillation_loss(rows: Rows, settings: LossSettings) -> RowLosses:
     m_Nr, w2_Vr = rows.markov or (None, None)
     inputs = (rows.hidden_NH, m_Nr, w2_Vr)
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs)
-    return RowLosses(*_Distillation.apply(*inputs, rows, settings, wanted))
+    compared = bool(rows.target_hidden_NH.shape[1])
+    loss, ce_N, tv_N, kl_N = _Distillation.apply(*inputs, rows, settings, wanted)
+    return RowLosses(loss, ce_N, tv_N, kl_N, compared)
+
+
+def needs_target(settings: LossSettings) -> bool:
+    """Whether a term compares with the target's distribution, and not with its tokens alone."""
+    return bool(settings.tv or settings.kl or settings.lk)
 
 
 class _Distillation(torch.autograd.Function):
@@ -171,6 +186,15 @@ def _one_chunk(
     wanted = any(g is not None for g in gradients)
     weights_G = position_weights(settings, rows.gamma).to(values_4N)
     draft, derivative = _draft_logits(rows, chunk)
+    if not rows.target_hidden_NH.shape[1]:
+        for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
+            place = slice(chunk.start + part.start, chunk.start + part.stop)
+            logits_nV = draft[part].to(values_4N.dtype)
+            tokens = rows.tokens_N[place, None], rows.grid_N[place], weights_G
+            values_4N[:, place], draft[part] = _cross_entropy(logits_nV, *tokens, settings)
+        if wanted:
+            _push_back(rows, chunk, draft, derivative, gradients)
+        return
     first_u, state_n = _shared_states(rows, chunk)
     target = rows.target_head.logits(rows.target_hidden_NH[chunk][first_u])
     if native_fits(draft.shape[1], draft, target):
@@ -287,6 +311,20 @@ def _slice(
     if needs_kl:
         gradient.addcmul_(inside, by_kl[:, None], value=-1)
     return values, gradient.scatter_add_(-1, token_n1, -by_ce[:, None])
+
+
+def _cross_entropy(
+    logits_nV: Tensor, token_n1: Tensor, grid_n: Tensor, weights_G: Tensor, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """`_slice` without a target: CE alone."""
+    log_q = torch.log_softmax(logits_nV, -1)
+    known_n, token_n1 = token_n1[:, 0] >= 0, token_n1.clamp_min(0)
+    ce = (-log_q.gather(-1, token_n1).squeeze(-1)).masked_fill(~known_n, float("inf"))
+    by_ce, *_ = _shares(ce, torch.zeros_like(ce), grid_n, weights_G, settings)
+    ce, by_ce = ce.where(known_n, 0.0), by_ce * known_n
+    unknown = torch.full_like(ce, float("nan"))
+    gradient = log_q.exp_().mul_(by_ce[:, None]).scatter_add_(-1, token_n1, -by_ce[:, None])
+    return torch.stack([by_ce * ce, ce, unknown, unknown]), gradient
 
 
 def _shares(

@@ -46,6 +46,8 @@ def from_speculators(fields: Fields) -> Fields:
     if not block.raw:
         raise CheckpointError(f"{fields.where}: field 'transformer_layer_config' is missing")
     flat = dict(block.raw) | {name: fields.raw[name] for name in _KEPT if name in fields.raw}
+    if "sliding_attention" in (block.raw.get("layer_types") or []):
+        flat["is_causal"] = not fields.get("sliding_window_non_causal", bool, True)
     flat |= _eagle(fields, block) if kind == "eagle3" else _blocks(fields, block, kind)
     return Fields(flat, fields.where)
 
@@ -84,8 +86,4 @@ def _blocks(fields: Fields, block: Fields, kind: str) -> dict[str, Any]:
             "enable_confidence_head": fields.get("enable_confidence_head", bool, True),
         }
     nested = {"mask_token_id": fields.get("mask_token_id", int), "target_layer_ids": outputs}
-    if fields.raw.get("sliding_window_non_causal") is False and "sliding_attention" in (
-        block.raw.get("layer_types") or []
-    ):
-        nested["causal"] = True
     return {"architectures": ["DFlashDraftModel"], "dflash_config": nested}

@@ -88,9 +88,10 @@ def build_models(
 
 
 def paged_drafter(drafter: Drafter, slots: int, max_length: int) -> PagedDrafter:
-    """A drafter's form over the engine's paged memory, or `propose` itself where its algorithm has none."""
+    """A drafter's form over the engine's paged memory, or `propose` itself where its algorithm has
+    none, or not for what this drafter has."""
     paged = algorithm_named(drafter.config.algorithm).paged
-    if paged is None:
+    if paged is None or drafter.config.only_run:
         return PlainDrafter(drafter)
     made: PagedDrafter = resolve_name(paged)(drafter, slots, max_length)
     return made

@@ -53,7 +53,7 @@ class PagedEagle:
         if next_tokens_T is None:
             raise ValueError("rows of EAGLE-3 hold the token after each position")
         drafter, config = self._drafter, self.config
-        states_TH = F.linear(features_TF.to(drafter.fc.weight.dtype), drafter.fc.weight)
+        states_TH = drafter.project(features_TF)
         u, _ = drafter.midlayer.join(embed(drafter.embed_tokens, next_tokens_T, config), states_TH)
         kv = F.linear(u, self._layer.qkv[config.num_heads * config.head_dim :])
         keys, values = kv.view(len(step), 2, -1, config.head_dim).unbind(1)
@@ -86,6 +86,7 @@ class PagedEagle:
             single = self.stack.laid(self._single(step, k))
             state_RH = self.stack.finish_layer(0, residual_RH, F.linear(u, self._layer.qkv), {}, single)
             logits_RV = drafter.logits(state_RH)
+            state_RH = drafter.fed_back(state_RH)
             largest.append(largest_prob(logits_RV))
             token_R = choose(logits_RV, k)
             tokens.append(token_R)

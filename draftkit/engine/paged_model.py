@@ -77,6 +77,8 @@ class ReadOut:
 def unsupported(target: TransformersTarget) -> str | None:
     """Why the lean forward cannot run this target, or None when it can."""
     config = target.model.config.get_text_config()
+    if len(set(getattr(target.model, "hf_device_map", {}).values())) > 1:
+        return "its layers are spread over devices"
     if config.model_type not in FAMILIES:
         return f"family {config.model_type} is not in the table ({', '.join(FAMILIES)})"
     base = getattr(target.model, target.model.base_model_prefix)

@@ -40,6 +40,7 @@ from draftkit.ops.verify import TOKEN_RULE
 from draftkit.output import as_json, write_text
 from draftkit.settings import EvaluateSettings
 from draftkit.target.transformers import TransformersTarget
+from draftkit.train.parallel import ALONE, World
 
 Tick = Callable[[], None]
 
@@ -99,21 +100,33 @@ def evaluate(
     settings: EvaluateSettings,
     sampling: Sampling,
     tick: Tick = lambda: None,
+    world: World = ALONE,
 ) -> EvalResult:
     """Answer every prompt with the drafter, `batch_size` at a time by the engine, or one by one by the
     reference loop; `speed_prompts` of every domain are answered once more for the speed, see `measure_speed`.
 
+    Several processes share the prompts, and all return the same records; the first one measures the speed.
     The seed of a prompt is the base seed plus its index, so that results do not depend on order or process
     count. `tick` is called after every prompt of either kind. Raises DataError for a prompt that does not
     fit.
     """
-    decoded = _answers(target, drafter, prompts, settings, sampling, tick)
-    timed, limit = speed_prompts(prompts, settings.speed_prompts), settings.max_new_tokens
-    records = [
-        replace(record_of(d, p.prompt_id, p.domain, drafter.gamma), prompt_tokens=len(p.tokens))
-        for p, d in zip(prompts, decoded, strict=True)
+    own = range(world.rank, len(prompts), world.size)
+    decoded = _answers(target, drafter, prompts, own, settings, sampling, tick)
+    found = [
+        (
+            i,
+            replace(
+                record_of(d, prompts[i].prompt_id, prompts[i].domain, drafter.gamma),
+                prompt_tokens=len(prompts[i].tokens),
+            ),
+        )
+        for i, d in zip(own, decoded, strict=True)
     ]
-    speed = measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick)
+    records = [record for _, record in sorted(world.collect(found), key=lambda pair: pair[0])]
+    speed = {}
+    if world.first:
+        timed, limit = speed_prompts(prompts, settings.speed_prompts), settings.max_new_tokens
+        speed = measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick)
     return result_of(target, records, settings, sampling, speed)
 
 
@@ -152,23 +165,24 @@ def _answers(
     target: TransformersTarget,
     drafter: Drafter,
     prompts: Sequence[EvalPrompt],
+    chosen: Sequence[int],
     settings: EvaluateSettings,
     sampling: Sampling,
     tick: Tick,
 ) -> list[Decoded]:
-    """Answers of the whole proposal every round, by the engine or, one at a time, by the reference loop."""
-    seeds, limit = range(settings.seed, settings.seed + len(prompts)), settings.max_new_tokens
+    """Answers to the chosen prompts, of the whole proposal every round, by the engine or, one at a time, by
+    the reference loop."""
+    asked = [(prompts[i].tokens, settings.seed + i) for i in chosen]
+    limit = settings.max_new_tokens
     if settings.batch_size > 1 and not unsupported(target):
         engine = Engine(
             target, drafter, EngineSettings(plan="fixed", max_running=settings.batch_size, prefix_reuse=False)
         )
-        requests = [
-            (p.tokens, sampling_params(sampling, limit, s)) for p, s in zip(prompts, seeds, strict=True)
-        ]
+        requests = [(tokens, sampling_params(sampling, limit, seed)) for tokens, seed in asked]
         return decode_all(engine, requests, tick)
     decoded = []
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        decoded.append(decode(target, drafter, prompt.tokens, sampling, limit, seed))
+    for tokens, seed in asked:
+        decoded.append(decode(target, drafter, tokens, sampling, limit, seed))
         tick()
     return decoded
 

@@ -19,9 +19,9 @@ from draftkit.target.interface import Target
 class Reader(Protocol):
     """What reads texts: the target in this process, or a server."""
 
-    def read(self, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
+    def read(self, texts: Sequence[Text], last_hidden: bool = True) -> list[tuple[Tensor, Tensor]]:
         """Features [T, F] and last hidden states after the final norm [T, H] of each text's window; the same
-        texts together give the same bits."""
+        texts together give the same bits. Last hidden states that are not wanted may be [T, 0]."""
         ...
 
 
@@ -32,22 +32,30 @@ class TargetReader:
     def __init__(self, target: Target, layers: tuple[int, ...], batch_tokens: int) -> None:
         self._target, self._layers, self._batch_tokens = target, layers, batch_tokens
 
-    def read(self, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
-        """See `Reader`; on the target's device."""
+    def read(self, texts: Sequence[Text], last_hidden: bool = True) -> list[tuple[Tensor, Tensor]]:
+        """See `Reader`; on the target's device. Without last hidden states no layer above the features' is
+        run."""
         longest = longest_of(texts)
         read: dict[int, tuple[Tensor, Tensor]] = {}
         for batch in batches([(i, len(texts[i].tokens_E)) for i in longest], self._batch_tokens):
-            read |= zip(batch, self._forward([texts[i].tokens_E for i in batch]), strict=True)
+            rows = [texts[i].tokens_E for i in batch]
+            read |= zip(batch, self._forward(rows, last_hidden), strict=True)
         return cut_windows(texts, longest, read)
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def _forward(self, rows: Sequence[Tensor], last_hidden: bool) -> Iterator[tuple[Tensor, Tensor]]:
         length = max(len(row) for row in rows)
         tokens_BE = torch.zeros(len(rows), length, dtype=torch.int64)
         for place, row in enumerate(rows):
             tokens_BE[place, : len(row)] = row
         # causal: padding on the right changes nothing before it
-        output = self._target.forward(tokens_BE.to(self._target.device), None, self._layers)
+        tokens_BE = tokens_BE.to(self._target.device)
+        if not last_hidden:
+            features_BEF = self._target.features(tokens_BE, self._layers)
+            for place, row in enumerate(rows):
+                yield features_BEF[place, : len(row)], features_BEF[place, : len(row), :0]
+            return
+        output = self._target.forward(tokens_BE, None, self._layers)
         if output.features_BTF is None:
             raise FeatureStoreError("the target returned no features")
         for place, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Several stores as one source, each with a weight: 1 takes its samples once in an epoch, 0.25 a fourth of
+"""Several sources as one, each with a weight: 1 takes its samples once in an epoch, 0.25 a fourth of
 them, another fourth in the next."""
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from draftkit.errors import FeatureStoreError
-from draftkit.features.source import FeatureSample
-from draftkit.features.store import FeatureStore
+from draftkit.features.source import FeatureSample, FeatureSource
 
 
 class JoinedFeatures:
-    """Stores one after the other. Raises FeatureStoreError when they hold numbers of different kinds."""
+    """Sources one after the other. Raises FeatureStoreError when they hold numbers of different kinds."""
 
     ahead = True
 
-    def __init__(self, stores: Sequence[FeatureStore], weights: Sequence[float]) -> None:
-        self.name = " + ".join(store.name for store in stores)
-        self._stores, self._share = stores, weights
-        self._starts = np.cumsum([0, *map(len, stores)])
-        first = stores[0]
-        for store in stores[1:]:
-            if store.manifest.form != first.manifest.form:
-                kinds = f"{store.name} holds {store.manifest.dtype}, {first.name} {first.manifest.dtype}"
+    def __init__(self, sources: Sequence[FeatureSource], weights: Sequence[float]) -> None:
+        self.name = " + ".join(source.name for source in sources)
+        self._sources, self._share = sources, weights
+        self._starts = np.cumsum([0, *map(len, sources)])
+        first = sources[0].empty().features_TF
+        for source in sources[1:]:
+            other = source.empty().features_TF
+            if (other.dtype, other.shape) != (first.dtype, first.shape):
+                kinds = f"{source.name} holds {_kind(other)}, {sources[0].name} {_kind(first)}"
                 raise FeatureStoreError(f"{kinds}; stores that are joined must hold the same, capture again")
 
     def __len__(self) -> int:
@@ -35,41 +35,47 @@ class JoinedFeatures:
 
     def lengths(self) -> NDArray[np.int64]:
         """See `FeatureSource`."""
-        return np.concatenate([store.lengths() for store in self._stores])
+        return np.concatenate([source.lengths() for source in self._sources])
 
     def domains(self) -> Sequence[str]:
         """See `FeatureSource`."""
-        return [domain for store in self._stores for domain in store.domains()]
+        return [domain for source in self._sources for domain in source.domains()]
 
     def conversations(self) -> NDArray[np.int64]:
-        """See `FeatureSource`; conversations of different stores are different ones."""
+        """See `FeatureSource`; conversations of different sources are different ones."""
         numbers, first = [], 0
-        for store in self._stores:
-            numbers.append(store.conversations() + first)
+        for source in self._sources:
+            numbers.append(source.conversations() + first)
             first = int(numbers[-1].max()) + 1
         return np.concatenate(numbers)
 
     def weights(self) -> NDArray[np.float64]:
         """See `FeatureSource`."""
-        return np.repeat(np.array(self._share, np.float64), [len(store) for store in self._stores])
+        return np.repeat(np.array(self._share, np.float64), [len(source) for source in self._sources])
 
     def made_from(self) -> dict[str, Any]:
         """See `FeatureSource`."""
-        return {"joined": [[s.made_from(), w] for s, w in zip(self._stores, self._share, strict=True)]}
+        return {"joined": [[s.made_from(), w] for s, w in zip(self._sources, self._share, strict=True)]}
 
     def text(self, index: int) -> tuple[Tensor, Tensor]:
         """See `FeatureSource`."""
-        store, place = self._at(index)
-        return store.text(place)
+        source, place = self._at(index)
+        return source.text(place)
 
-    def read(self, indices: Sequence[int]) -> list[FeatureSample]:
+    def read(self, indices: Sequence[int], last_hidden: bool = True) -> list[FeatureSample]:
         """See `FeatureSource`."""
-        return [store[place] for store, place in map(self._at, indices)]
+        return [
+            sample for source, place in map(self._at, indices) for sample in source.read([place], last_hidden)
+        ]
 
     def empty(self) -> FeatureSample:
         """See `FeatureSource`."""
-        return self._stores[0].empty()
+        return self._sources[0].empty()
 
-    def _at(self, index: int) -> tuple[FeatureStore, int]:
+    def _at(self, index: int) -> tuple[FeatureSource, int]:
         number = int(np.searchsorted(self._starts, index, "right")) - 1
-        return self._stores[number], index - int(self._starts[number])
+        return self._sources[number], index - int(self._starts[number])
+
+
+def _kind(features_TF: Tensor) -> str:
+    return f"{str(features_TF.dtype).removeprefix('torch.')} of width {features_TF.shape[1]}"

@@ -63,12 +63,12 @@ class LiveFeatures:
         """See `FeatureSource`."""
         return self.texts.text(index)
 
-    def read(self, indices: Sequence[int]) -> list[FeatureSample]:
+    def read(self, indices: Sequence[int], last_hidden: bool = True) -> list[FeatureSample]:
         """See `FeatureSource`; features are where the reader has them."""
         texts = [self.texts.whole_text(i) for i in indices]
         return [
             FeatureSample(t.id, t.domain, t.tokens_E[t.start :], t.mask, *map(self.form.rounded, pair))
-            for t, pair in zip(texts, self._reader.read(texts), strict=True)
+            for t, pair in zip(texts, self._reader.read(texts, last_hidden), strict=True)
         ]
 
     def empty(self) -> FeatureSample:
@@ -102,9 +102,9 @@ class FillingFeatures(LiveFeatures):
         size = sum(self.form.record_bytes(texts.whole_text(i)) for i in some)
         check_room(folder, size * len(left) // max(1, len(some)))
 
-    def read(self, indices: Sequence[int]) -> list[FeatureSample]:
-        """See `FeatureSource`. Where one is missing all are computed, so that which ones were there changes
-        no bit."""
+    def read(self, indices: Sequence[int], last_hidden: bool = True) -> list[FeatureSample]:
+        """See `FeatureSource`. Where one is missing all are computed, whole, so that which ones were there
+        changes no bit."""
         if (self._row[indices] < 0).any():
             self._look()
         missing = [place for place, i in enumerate(indices) if self._row[i] < 0]

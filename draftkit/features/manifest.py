@@ -116,6 +116,10 @@ def read_manifest(folder: Path) -> StoreManifest:
         raise FeatureStoreError(f"{folder}: holds no feature store; make one with `draftkit capture`")
     raw = read_json(path, FeatureStoreError)
     try:
+        if "target_layer_ids" in raw:
+            raise FeatureStoreError(
+                f"{folder}: is a target cache of DeepSpec, which is only read; give it to draftkit train -f"
+            )
         if raw["version"] != VERSION:
             version = f"is of version {raw['version']}, this draftkit reads {VERSION}"
             raise FeatureStoreError(f"{path}: {version}; capture again into an empty folder")

@@ -70,9 +70,9 @@ class FeatureSource(Protocol):
         """Tokens int64 [T] and loss mask bool [T] of a sample."""
         ...
 
-    def read(self, indices: Sequence[int]) -> list[FeatureSample]:
-        """Samples that are needed together. Raises FeatureStoreError, or another DraftkitError, where one
-        cannot be given."""
+    def read(self, indices: Sequence[int], last_hidden: bool = True) -> list[FeatureSample]:
+        """Samples that are needed together; last hidden states that are not wanted may be [T, 0]. Raises
+        FeatureStoreError, or another DraftkitError, where one cannot be given."""
         ...
 
     def empty(self) -> FeatureSample:

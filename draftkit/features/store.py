@@ -70,8 +70,8 @@ class FeatureStore:
         file, at = self._place[index].tolist()
         return self._lines.record(file, at)
 
-    def read(self, indices: Sequence[int]) -> list[FeatureSample]:
-        """See `FeatureSource`."""
+    def read(self, indices: Sequence[int], last_hidden: bool = True) -> list[FeatureSample]:
+        """See `FeatureSource`; records are whole, as their checksums are."""
         return [self[i] for i in indices]
 
     def lengths(self) -> NDArray[np.int64]:

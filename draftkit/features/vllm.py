@@ -63,8 +63,9 @@ class VllmReader:
         self._client = httpx.Client(base_url=self.url, timeout=600)
         self._model = self._first_model()
 
-    def read(self, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
-        """See `Reader`; on the CPU. A server that batches freely does not give the same bits every time."""
+    def read(self, texts: Sequence[Text], last_hidden: bool = True) -> list[tuple[Tensor, Tensor]]:
+        """See `Reader`; on the CPU, always both. A server that batches freely does not give the same bits
+        every time."""
         longest = longest_of(texts)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             read = dict(zip(longest, pool.map(lambda i: self._one(texts[i].tokens_E), longest), strict=True))

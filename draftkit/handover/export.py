@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftkit.draft.checkpoint import load_drafter, open_drafter, save_drafter
-from draftkit.draft.checkpoint_files import WEIGHTS, read_provenance
+from draftkit.draft.checkpoint_files import INDEX, WEIGHTS, read_provenance
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.handover.engines import Engine, engine_named
 from draftkit.handover.full_vocabulary import with_full_vocabulary
 from draftkit.handover.llamacpp import target_gguf, write_gguf
-from draftkit.output import make_folder
+from draftkit.output import check_free, make_folder
 from draftkit.target.transformers import DTYPES
 from draftkit.target.weights import TargetFiles
 
@@ -36,14 +36,19 @@ class HandedOver:
     notes: tuple[str, ...]
 
 
-def hand_over(name: str, folder: Path, out: Path, target: str, dtype: str = "bfloat16") -> HandedOver:
-    """Write the drafter of `folder` for an engine. Raises ConfigError for an unknown engine or dtype or one
-    place for both, CheckpointError when the engine cannot run this drafter, and why."""
+def hand_over(
+    name: str, folder: Path, out: Path, target: str, dtype: str = "bfloat16", overwrite: bool = False
+) -> HandedOver:
+    """Write the drafter of `folder` for an engine. Raises ConfigError for an unknown engine or dtype, one
+    place for both, or one that holds weights and is not to be overwritten; CheckpointError when the engine
+    cannot run this drafter, and why."""
     engine = engine_named(name)
     if dtype not in DTYPES or dtype == "float64":
         raise ConfigError(f"--dtype {dtype}: engines take bfloat16 or float32")
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
+    if name != "llama.cpp":
+        check_free(out, WEIGHTS, INDEX, overwrite=overwrite)
     served = target_gguf(target) if name == "llama.cpp" else None  # a mistake shows before weights are read
     files = TargetFiles(target)
     trained_for = read_provenance(folder).get("target_fingerprint")
@@ -55,6 +60,7 @@ def hand_over(name: str, folder: Path, out: Path, target: str, dtype: str = "bfl
     drafter, changes = _made_to_fit(engine, drafter, files)
     if served is not None:
         path = out if out.suffix == ".gguf" else out / f"{drafter.config.algorithm}.gguf"
+        check_free(path, overwrite=overwrite)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_gguf(drafter, served, path, DTYPES[dtype])
         size, model = path.stat().st_size, str(served)

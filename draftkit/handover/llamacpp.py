@@ -70,6 +70,7 @@ def write_gguf(drafter: Drafter, target: Path, out: Path, dtype: torch.dtype) ->
         not isinstance(drafter, BlockDrafter)
         or not isinstance(config, DrafterConfig)
         or config.style != "qwen3"
+        or config.only_run
     ):
         raise CheckpointError(
             "draftkit writes GGUF of block drafters with Qwen3's block; convert this one "

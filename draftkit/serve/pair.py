@@ -15,6 +15,7 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError, ServeError
 from draftkit.schedule.calibration import Calibration, load_calibration
 from draftkit.schedule.step_rate_table import load_step_rate
+from draftkit.target.deepseek_v4_prompts import speaks_deepseek_v4
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.place import EMBEDDED
 from draftkit.target.tokenizer import load_tokenizer
@@ -52,7 +53,9 @@ def open_pair(
     """Load both (slow). `drafter` is a folder, "none", or None: a target of `PACKAGED` then takes its own,
     with its own calibration. Raises DraftkitError, also for files that belong to another pair."""
     files = files or PlanFiles()
-    tokenizer = load_tokenizer(target)
+    tokenizer = load_tokenizer(target, template=False)
+    if not tokenizer.chat_template and not speaks_deepseek_v4(tokenizer):
+        log.info("%s has no chat template: it completes texts, and chats are refused", target)
     folder = find_drafter(target, drafter)
     if folder is None and (given := files.step_rate or files.calibration):
         raise ScheduleError(

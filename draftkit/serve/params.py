@@ -86,6 +86,10 @@ def chat_prompt(
             )
         mode = deepseek_v4.format_for(shown, extra)
         return deepseek_v4.encoded(mode, [m.as_dict() for m in messages], tools, served.texts, most_tokens)
+    if not served.tokenizer.chat_template:
+        raise bad_request(
+            "messages: the target has no chat template, it is no chat model; use /v1/completions", "messages"
+        )
     own = {"self", "messages", *inspect.signature(served.tokenizer.apply_chat_template).parameters} - {
         "kwargs"
     }

@@ -5,12 +5,12 @@ Shapes: B batch, T new tokens, S cached + new tokens.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from copy import deepcopy as copy_of
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from draftkit.errors import TargetError
 
@@ -50,19 +50,20 @@ class DynamicTargetCache:
 
 
 class ReplayTargetCache:
-    """For targets whose memory cannot be cropped: the state before the last pass is kept, and read on from
-    again.
+    """For targets with layers that fold tokens into a state (linear attention, state spaces): their states
+    before the last pass are kept, and what stays of the pass is read again.
 
-    Right for every model whose cache can be copied, and slower: a copy per pass, and a second reading of what
-    is kept. It can forget tokens of its last pass only, which is what a round of drafting needs.
+    It can forget tokens of its last pass, as a round of drafting needs, if that read more than one:
+    plain generation copies nothing. Layers with one entry per token are cropped, and never copied.
     """
 
     def __init__(self, config: Any, read: Callable[..., Any]) -> None:
         self.inner = DynamicCache(config=config)
         self._read = read
-        self._before: DynamicCache | None = None
+        self._before: list[Any] | None = None  # copies of layers, None for those that are cropped
         self._length = 0
         self._last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        self._reading_again = False
 
     @property
     def length(self) -> int:
@@ -70,9 +71,12 @@ class ReplayTargetCache:
         return self._length
 
     def remember(self, tokens_BT: Tensor, mask_BS: Tensor | None, positions_BT: Tensor | None) -> None:
-        """To be called before each pass: keep the state and what is about to be read."""
-        self._before = copy.deepcopy(self.inner)
-        self._last = (tokens_BT, mask_BS, positions_BT)
+        """To be called before each pass: keep the states, and what is about to be read."""
+        self._before = self._last = None
+        if tokens_BT.shape[1] > 1 and not self._reading_again:
+            layers = self.inner.layers
+            self._before = [None if type(one) is DynamicLayer else copy_of(one) for one in layers]
+            self._last = (tokens_BT, mask_BS, positions_BT)
         self._length += tokens_BT.shape[1]
 
     def crop(self, length: int) -> None:
@@ -86,20 +90,29 @@ class ReplayTargetCache:
                 f"crop to {length} tokens: this target can go back to {earlier}..{self._length} only"
             )
         tokens_BT, mask_BS, positions_BT = self._last
+        for place, kept_layer in enumerate(self._before):
+            if kept_layer is None:
+                layer: Any = self.inner.layers[place]
+                layer.crop(earlier - self._length)  # a negative number: from the end
+            else:
+                self.inner.layers[place] = kept_layer
         kept = length - earlier
-        self.inner, self._length, self._before = self._before, earlier, None
+        self._length, self._before, self._last = earlier, None, None
         if kept:
             mask_BS = mask_BS[:, :length] if mask_BS is not None else None
-            self._read(
-                tokens_BT[:, :kept],
-                self,
-                mask_BS,
-                positions_BT[:, :kept] if positions_BT is not None else None,
-            )
+            positions_BT = positions_BT[:, :kept] if positions_BT is not None else None
+            self._reading_again = True
+            try:
+                self._read(tokens_BT[:, :kept], self, mask_BS, positions_BT)
+            finally:
+                self._reading_again = False
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch (int64 [B'])."""
-        self.inner.batch_select_indices(rows)
+        layers: list[Any] = self.inner.layers
+        for layer in layers:
+            chosen = getattr(layer, "batch_select_indices", layer.reorder_cache)
+            chosen(rows)
         self._before = self._last = None
 
 

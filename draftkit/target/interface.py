@@ -123,6 +123,10 @@ class Target(Protocol):
         """An empty cache."""
         ...
 
+    def features(self, tokens_BT: Tensor, feature_layers: tuple[int, ...]) -> Tensor:
+        """Features [B, T, F] of whole texts, without running what comes after the highest of these layers."""
+        ...
+
     def forward(
         self,
         tokens_BT: Tensor,

@@ -16,8 +16,9 @@ from draftkit.target.transformers import model_type, resolve_target
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> Any:
-    """The target's fast tokenizer. Raises TargetError when there is none or it has no chat template."""
+def load_tokenizer(path: str, revision: str | None = None, template: bool = True) -> Any:
+    """The target's fast tokenizer. Raises TargetError when there is none, or, with `template`, when it has no
+    chat template."""
     source = resolve_target(path, revision)
     if Path(source).is_dir() and not any((Path(source) / name).exists() for name in TOKENIZER_FILES):
         raise TargetError(f"{path}: has no tokenizer.json; save the tokenizer into the folder too")
@@ -34,8 +35,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
             )
         load_recipe()
         return tokenizer
-    if not tokenizer.is_fast or not tokenizer.chat_template:
-        raise TargetError(f"{path}: a fast tokenizer with a chat template is needed; add one to the folder")
+    if not tokenizer.is_fast:
+        raise TargetError(f"{path}: a fast tokenizer is needed; add its tokenizer.json to the folder")
+    if template and not tokenizer.chat_template:
+        raise TargetError(f"{path}: a tokenizer with a chat template is needed; add one to the folder")
     return tokenizer
 
 

@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_accelerate_available
 from transformers.utils.logging import disable_progress_bar
 
 from draftkit.errors import TargetError
@@ -155,11 +157,29 @@ class TransformersTarget:
             past_key_values=cast(DynamicTargetCache, cache).inner if cache is not None else None,
             use_cache=cache is not None,
         )
-        features = (
-            torch.cat([self._captured[i] for i in sorted(feature_layers)], -1) if feature_layers else None
-        )
+        last = output.last_hidden_state
+        features = self._joined(feature_layers, last.device) if feature_layers else None
+        return TargetOutput(last, features)
+
+    @torch.inference_mode()
+    def features(self, tokens_BT: Tensor, feature_layers: tuple[int, ...]) -> Tensor:
+        """See `Target.features`."""
+        self._hook(feature_layers)
+        # registered last, so it is called once the highest layer's output is taken
+        end = self.layers[max(feature_layers)].register_forward_hook(_end_of_pass)
+        try:
+            self._base(input_ids=tokens_BT, use_cache=False)
+        except _EndOfPass:
+            pass
+        finally:
+            end.remove()
+        return self._joined(feature_layers, tokens_BT.device)
+
+    def _joined(self, layers: tuple[int, ...], device: torch.device) -> Tensor:
+        """What the hooks have taken, [B, T, F]; the layers may lie on several devices."""
+        features_BTF = torch.cat([self._captured[i].to(device) for i in sorted(layers)], -1)
         self._captured.clear()
-        return TargetOutput(output.last_hidden_state, features)
+        return features_BTF
 
     def _read_again(
         self, tokens_BT: Tensor, cache: TargetCache, mask_BS: Tensor | None, positions_BT: Tensor | None
@@ -191,6 +211,14 @@ class TransformersTarget:
             self._captured[layer] = self._tap(output[0] if isinstance(output, tuple) else output, layer)
 
         return hook
+
+
+class _EndOfPass(Exception):
+    """No more of this pass is needed."""
+
+
+def _end_of_pass(module: nn.Module, inputs: Any, output: Any) -> None:
+    raise _EndOfPass
 
 
 @torch.inference_mode()
@@ -285,9 +313,14 @@ def best_device() -> str:
 
 
 def load_target(
-    path: str, revision: str | None = None, dtype: str = "float32", device: str = "cpu"
+    path: str,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    spread: str = "none",
 ) -> TransformersTarget:
-    """Load a folder, a GGUF file, a hub id, or one of the names "tiny" and "smollm2" (see `resolve_target`).
+    """Load a folder, a GGUF file, a hub id, or one of the names "tiny" and "smollm2" (see `resolve_target`)
+    onto a device, or spread as `TargetSettings.spread` says.
 
     Safetensors or GGUF, no remote code. Quantised checkpoints load where Transformers and the package that it
     needs for them are there. Raises TargetError when it is not there, has no weights, lacks some of them,
@@ -311,6 +344,7 @@ def load_target(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **_placement(device, spread),
             )
         folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
     except (
@@ -347,11 +381,21 @@ def load_target(
         family=str(text.model_type),
     )
     try:
-        target = TransformersTarget(model.to(device), info)
+        target = TransformersTarget(model.to(device) if spread == "none" else model, info)
     except (RuntimeError, AssertionError) as error:
         raise TargetError(f"{path}: cannot use device {device!r}: {_line(error)}") from error
     check_target(target)
     return target
+
+
+def _placement(device: str, spread: str) -> dict[str, Any]:
+    """Where Transformers puts the weights while it reads them. Without accelerate they go through the
+    processor's memory."""
+    if spread == "tensors":
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    if spread == "layers":
+        return {"device_map": "auto"}
+    return {"device_map": device} if device != "cpu" and is_accelerate_available() else {}
 
 
 NOTHING_LEFT_OUT: dict[str, Any] = {"missing_keys": (), "unexpected_keys": ()}

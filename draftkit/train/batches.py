@@ -71,9 +71,13 @@ class BatchMaker:
         anchors: int,
         seed: int,
         cut: Cut,
+        last_hidden: bool = True,
     ) -> None:
+        """Without `last_hidden` batches hold none, [B, T, 0]: for losses that do not compare with the
+        target."""
         self.source, self.indices = source, np.asarray(indices, np.int64)
         self.size, self.anchors, self.seed, self.cut = size, anchors, seed, cut
+        self._last_hidden = last_hidden
         self.lengths = source.lengths()
         self.domains = tuple(sorted(set(source.domains())))
         self._weights = source.weights()[self.indices]
@@ -127,9 +131,10 @@ class BatchMaker:
 
     def _collated(self, rows: list[list[int]], seed: int) -> TrainBatch:
         if not rows:
-            return empty_batch(self.source.empty(), self.domains)
+            return empty_batch(self._trimmed(self.source.empty()), self.domains)
         wanted = dict.fromkeys(i for row in rows for i in row)  # a weight may ask for one twice
-        read = dict(zip(wanted, self.source.read(list(wanted)), strict=True))
+        found = map(self._trimmed, self.source.read(list(wanted), self._last_hidden))
+        read = dict(zip(wanted, found, strict=True))
         samples = [[read[i] for i in row] for row in rows]
         anchors = [
             [
@@ -139,6 +144,12 @@ class BatchMaker:
             for row in zip(rows, samples, strict=True)
         ]
         return collate(samples, anchors, self.domains)
+
+    def _trimmed(self, sample: FeatureSample) -> FeatureSample:
+        """Without what is not wanted: some sources give it all the same."""
+        if self._last_hidden:
+            return sample
+        return replace(sample, last_hidden_TH=sample.last_hidden_TH[:, :0])
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

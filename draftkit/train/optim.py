@@ -3,15 +3,17 @@ finite."""
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from draftkit.draft.drafter import TrainBatch
-from draftkit.settings import LossSettings, TrainSettings
+from draftkit.errors import ConfigError
+from draftkit.settings import GroupSettings, LossSettings, TrainSettings
 from draftkit.train.batches import to_device
 from draftkit.train.parallel import ParallelDrafter, to_whole
 
@@ -37,11 +39,27 @@ def new_optimizer(
     lr: float,
     weight_decay: float,
     betas: tuple[float, float] = TrainSettings.betas,
+    groups: Sequence[GroupSettings] = (),
 ) -> torch.optim.AdamW:
-    """AdamW over what is trained."""
-    return torch.optim.AdamW(
-        parallel.trained.values(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True
-    )
+    """AdamW over what is trained, with `initial_lr` in every group. Raises ConfigError for a group that no
+    parameter belongs to."""
+    rest, found = dict(parallel.trained), []
+    for group in groups:
+        named = fnmatch.filter(rest, group.parameters)
+        if not named:
+            told = f"train.groups: {group.parameters!r} fits no parameter that is left; there are"
+            raise ConfigError(f"{told} {', '.join(rest) or 'none'}")
+        found.append(
+            {
+                "params": [rest.pop(name) for name in named],
+                "lr": lr if group.lr is None else group.lr,
+                "weight_decay": weight_decay if group.weight_decay is None else group.weight_decay,
+            }
+        )
+    if rest:
+        found.insert(0, {"params": list(rest.values()), "lr": lr, "weight_decay": weight_decay})
+    made = [group | {"initial_lr": group["lr"]} for group in found]
+    return torch.optim.AdamW(made, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def with_last(batches: Iterable[TrainBatch]) -> Iterator[tuple[TrainBatch, bool]]:

@@ -69,6 +69,9 @@ class World:
         return float(held)
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 @contextmanager
 def join_world() -> Iterator[World]:
     """The processes that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or this one alone; NCCL on GPUs,

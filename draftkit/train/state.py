@@ -73,7 +73,9 @@ def load_state(
     weights = {k.removeprefix(WEIGHT): v for k, v in tensors.items() if k.startswith(WEIGHT)}
     check_tensors(str(folder), {n: p.shape for n, p in trained.items()}, weights)
     moments: dict[int, dict[str, Tensor]] = {}
-    for index, (name, parameter) in enumerate(trained.items()):
+    places = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    for name, parameter in trained.items():
+        index = places[id(parameter)]
         with torch.no_grad():
             parameter.copy_(to_part(weights[name], parameter))
         for key, value in tensors.items():

@@ -101,12 +101,13 @@ def train(
     if not len(split.train):
         raise DataError(f"{source.name}: {len(source)} samples leave nothing to train on; generate more")
     cut = Cut(settings.row_tokens, settings.micro_batch_size, world.rank, world.size)
-    maker = BatchMaker(source, split.train, settings.batch_size, settings.anchors, settings.seed, cut)
-    held_out = BatchMaker(aside, split.validation, settings.batch_size, settings.anchors, settings.seed, cut)
+    sizes = settings.batch_size, settings.anchors, settings.seed, cut
+    maker = BatchMaker(source, split.train, *sizes, drafter.needs_target(settings.loss))
+    held_out = BatchMaker(aside, split.validation, *sizes)
     fingerprint = _fingerprint(source, drafter, settings, start)
     compute = getattr(torch, settings.dtype)
     parallel = ParallelDrafter(drafter, world, settings.shard, compute)
-    optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay, settings.betas)
+    optimizer = new_optimizer(parallel, settings.lr, settings.weight_decay, settings.betas, settings.groups)
     drafter.recompute = settings.recompute
     out.mkdir(parents=True, exist_ok=True)
     at = load_state(out / "state", parallel, optimizer, fingerprint) or Position(
@@ -151,8 +152,9 @@ def train(
         try:
             while (share := _share(settings, at, total, world)) < 1 and not _tired(settings, at):
                 began = time.perf_counter()
+                scale = lr_scale(share, settings.warmup, settings.cooldown)
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.lr * lr_scale(share, settings.warmup, settings.cooldown)
+                    group["lr"] = group["initial_lr"] * scale
                 done = take_step(
                     parallel, optimizer, next(steps), settings.loss, settings.grad_clip, signalled() > 0
                 )
@@ -166,11 +168,11 @@ def train(
                 at = replace(
                     at, step=at.step + 1, seconds=at.seconds + seconds, skipped=at.skipped + (not done.finite)
                 )
-                line = {
+                line: dict[str, Any] = {
                     "loss": done.loss,
                     **done.terms,
                     "grad_norm": done.grad_norm,
-                    "lr": optimizer.param_groups[0]["lr"],
+                    "lr": settings.lr * scale,
                 }
                 line |= {"tokens_per_s": done.rows / seconds, "skipped": at.skipped}
                 lengths = None
@@ -223,6 +225,8 @@ def _keep_numbered(drafter: Drafter, folder: Path, note: dict[str, Any], keep: i
 def _fingerprint(source: FeatureSource, drafter: Drafter, settings: TrainSettings, start: str) -> str:
     """Changes when the data, the drafter or anything that decides the steps changes."""
     about = {k: v for k, v in asdict(settings).items() if k not in FREE}
+    if not settings.groups:  # states of before there were groups
+        del about["groups"]
     text = json.dumps(
         [source.made_from(), asdict(drafter.config), about, start], sort_keys=True, default=list
     )

@@ -111,3 +111,31 @@ def untrained(raw: Fields, tensors: Tensors, note: Fields) -> None:
     for name, t in tensors.items():
         if t.ndim == 2:
             tensors[name] = torch.randn_like(t) * 0.02
+
+
+# the folder's note says nothing of the training: only running can tell
+UNKNOWN = noted(recipe={})
+FAULTS: dict[str, tuple[Fault, ...]] = {
+    "layer ids": (fields(target_layer_ids=[6, 11]),),
+    "block size": (fields(block_size=5),),
+    "block layout": (fields(sample_from_anchor=False),),
+    "mask token": (UNKNOWN, fields(mask_token_id=17)),
+    "Markov head": (without("markov_head."),),
+    "confidence head": (without("confidence_head."),),
+    "confidence defaults": (fields(confidence_head_with_markov=None),),
+    "tensor names": (prefixed,),
+    "vocab size": (fields(vocab_size=4100),),
+    "hidden size": (fields(hidden_size=128),),
+    "context range": (fields(max_position_embeddings=512),),
+    "context window": (UNKNOWN, fields(context_window=1)),
+    "quantised drafter": (fields(quantization_config={"quant_method": "gptq"}),),
+    "proposals": (untrained,),
+    "target": (noted(target_fingerprint="0" * 64, target="another"),),
+    "chat template": (noted(template_hash="0" * 64),),
+    "template switches": (noted(template_switches={"enable_thinking": False}),),
+    "card": (noted(validation={"code": 5.5, "math": 6.5, "loss": 1.0}),),
+}
+TOGETHER = [
+    ("mask token", "confidence defaults", "chat template"),
+    ("layer ids", "tensor names", "template switches"),
+]

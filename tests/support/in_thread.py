@@ -26,11 +26,14 @@ def answering(
     text: str = TEXT,
     settings: ServeSettings | None = None,
     breaks_after: int | None = None,
+    template: str | None = None,
     **switches: Any,
 ) -> Iterator[str]:
-    """The URL of a server of a family's template that says `text` to everybody; its engine breaks after
-    so many steps."""
-    served = fake_served(text=text, template=FAMILIES[family].template, marks=MARKS, switches=switches)
+    """The URL of a server of a family's template (or of another one, "" for none) that says `text` to
+    everybody; its engine breaks after so many steps."""
+    shown = FAMILIES[family].template if template is None else template
+    served = fake_served(text=text, template=shown, marks=MARKS, switches=switches)
+    served.tokenizer.chat_template = shown or None
     if breaks_after is not None:
         served.engine.step = _breaking(served.engine.step, breaks_after)
     metrics = ServerMetrics()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from draftkit import stages
 from draftkit.config import Recipe, load_recipe
@@ -21,12 +20,11 @@ from draftkit.target.prompt_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer
-from draftkit.train.parallel import World
+from draftkit.train.parallel import ALONE
 from draftkit.train.trainer import TrainReport
 from support.stores import capture_by
 
 WORDS = "list value holds step return what add number the a of is".split()
-ALONE = World(0, 1, torch.device("cpu"))
 ALGORITHMS = ["dspark", "dflash", "eagle3"]
 
 
