@@ -128,6 +128,7 @@ def _read_dflash(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
 
 def _read_dflash2(fields: Fields, sizes: dict[str, Any]) -> Dflash2Config:
     nested = fields.section("dflash_config")
+    fields.demand("draft_vocab_size", sizes["vocab_size"])
     cap = nested.optional("final_logit_softcapping", float) or None
     factor = nested.get("output_multiplier", float, 1.0)
     if cap is not None and factor != 1:
