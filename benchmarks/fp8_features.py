@@ -10,7 +10,8 @@ and layer). Beside it: one scale per token for all layers, as hs-connectors has 
 of the first layer 100 times as large while it is stored, as some targets have channels.
 
 Errors are |x' - x| / |x| over all tokens, without that channel. Acceptance is analytic, 1 - |q - p| / 2,
-against the target's own p; a drafter trained on any form is validated on bfloat16.
+against the target's own p; a drafter trained on any form is validated on bfloat16. Without `--drafter` the
+first one that is trained on bfloat16 reads all forms.
 """
 
 from __future__ import annotations
@@ -115,10 +116,12 @@ def acceptance(drafter: Drafter, source: FeatureSource, settings: LossSettings) 
     return (sums / counts).tolist()
 
 
-def lengths(recipe: Recipe, source: Any, aside: FeatureSource, steps: int, seeds: int) -> list[float]:
-    """Simulated accepted length, macro over domains, of drafters trained with several seeds."""
+def trained_on(
+    recipe: Recipe, source: Any, aside: FeatureSource, steps: int, seeds: int
+) -> tuple[list[float], list[Drafter]]:
+    """Drafters trained with several seeds, and their simulated accepted length, macro over domains."""
     files, tokenizer = stages.read_target(recipe)
-    found = []
+    found, drafters = [], []
     for seed in range(seeds):
         train = replace(recipe.train, seed=seed, steps=steps, validate_every=steps, decode_prompts=0)
         chosen = recipe.model_copy(update={"train": train})
@@ -127,7 +130,8 @@ def lengths(recipe: Recipe, source: Any, aside: FeatureSource, steps: int, seeds
             out = Path(folder)
             done = trainer.train(source, drafter, _no_target, out, train, {}, ALONE, validation=aside)
         found.append(done.accepted_len["macro"])
-    return found
+        drafters.append(drafter)
+    return found, drafters
 
 
 def _no_target() -> Any:
@@ -142,7 +146,7 @@ def main() -> None:
     parser.add_argument("--validation", type=Path, required=True, help="another one")
     parser.add_argument("-r", "--recipe", default="smollm2-dspark")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--drafter", type=Path, required=True)
+    parser.add_argument("--drafter", type=Path, help="the one that reads all forms")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
@@ -158,15 +162,17 @@ def main() -> None:
         for scales in ("layer", "token")
         for outlier, what in ((False, ""), (True, ", outlier"))
     }
-    drafter = open_drafter(options.drafter, stages.read_target(recipe)[0], torch.float32)
+    values, drafters = trained_on(recipe, learnt, aside, options.steps, options.seeds)
+    trained, drafter = {"bfloat16": values}, drafters[0]
+    if options.drafter:
+        drafter = open_drafter(options.drafter, stages.read_target(recipe)[0], torch.float32)
     loss = recipe.train.loss
     accepted = {"bfloat16": acceptance(drafter, aside, loss)}
     for name, rounded in forms.items():
         accepted[name] = acceptance(drafter, Rounded(aside, rounded, False), loss)
-    trained = {"bfloat16": lengths(recipe, learnt, aside, options.steps, options.seeds)}
     for name in list(forms)[:2]:  # the store's own form
         source = Rounded(learnt, forms[name], True)
-        trained[name] = lengths(recipe, source, aside, options.steps, options.seeds)
+        trained[name], _ = trained_on(recipe, source, aside, options.steps, options.seeds)
     result = {
         "samples": [len(learnt), len(aside)],
         "relative_error_by_layer": errors(learnt, forms, 100),

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -14,6 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from checks import forked
+from draftkit import stages
+from draftkit.config import load_recipe
+from draftkit.errors import ConfigError
+from draftkit.features.index import Index
 from draftkit.features.store import FeatureStore
 from draftkit.features.verify import verify
 
@@ -40,9 +46,13 @@ class Captures:
         start = [sys.executable, "-m"]
         if processes > 1:
             start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        sets = [word for value in (*self._sets, *more) for word in ("--set", value)]
-        command = [*start, "draftkit.cli", "capture", "-c", str(self.conversations), "-o", str(out), *sets]
+        command = [*start, "draftkit.cli", *self.words(out, *more)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def words(self, out: Path, *more: str) -> list[str]:
+        """The command, without the program."""
+        sets = [word for value in (*self._sets, *more) for word in ("--set", value)]
+        return ["capture", "-c", str(self.conversations), "-o", str(out), *sets]
 
     def finish(self, out: Path, processes: int = 1, *more: str) -> str:
         process = self.start(out, processes, *more)
@@ -79,41 +89,51 @@ def test_a_killed_process_loses_nothing_and_its_share_is_taken_over(
     captures: Captures, alone: FeatureStore, tmp_path: Path
 ) -> None:
     """Two processes that know nothing of each other; one is killed while it holds a part."""
-    first, second = (captures.start(tmp_path) for _ in range(2))
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("index-*.jsonl"))) < 2 and time.monotonic() < deadline:
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    first = forked.start(captures.words(out), tmp_path / "first.txt")
+    assert first.pid is not None
+    while not in_the_middle(out):
+        os.kill(first.pid, signal.SIGCONT)
+        time.sleep(0.001)
+        os.kill(first.pid, signal.SIGSTOP)
+    second = forked.start(captures.words(out), log)
+    while not Index(out).parts and second.is_alive():
         time.sleep(0.01)
-    while not all(p.stat().st_size for p in tmp_path.glob("index-*")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert first.returncode == -signal.SIGKILL
-    _, errors = second.communicate(timeout=300)
-    assert second.returncode == 0, errors[-3000:]
-    assert FeatureStore(tmp_path).digest() == alone.digest()
+    assert second.is_alive(), "it waits for what the first one holds"
+    first.kill()
+    first.join()
+    assert first.exitcode == -signal.SIGKILL and in_the_middle(out)
+    second.join(240)
+    assert second.exitcode == 0, log.read_text()
+    assert FeatureStore(out).digest() == alone.digest()
+
+
+def in_the_middle(out: Path) -> bool:
+    """Whether the first writer has begun a part that is not finished."""
+    path = out / "index-000.jsonl"
+    said = path.read_text() if path.exists() else ""
+    return '"record"' in said and said.count('{"begun"') > said.count('{"part"')
 
 
 def test_twenty_kills_lose_no_record_and_change_no_bit(
     captures: Captures, alone: FeatureStore, tmp_path: Path
 ) -> None:
-    rng, kills, before = random.Random(1), 0, 0
-    while kills < 20:
-        process = captures.start(tmp_path)
-        index = tmp_path / "index-000.jsonl"
+    rng, before = random.Random(1), 0
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    index = out / "index-000.jsonl"
+    for _ in range(20):
+        process = forked.start(captures.words(out), log)
         grown = before + rng.randrange(1, 20_000)
-        while process.poll() is None and (not index.exists() or index.stat().st_size < grown):
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            break
-        kills += 1
-        assert not verify(tmp_path).damaged
+        while process.is_alive() and (not index.exists() or index.stat().st_size < grown):
+            time.sleep(0.001)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        assert not verify(out).damaged
         assert index.stat().st_size >= before, "what was written stays"
         before = index.stat().st_size
-    assert kills >= 5
-    captures.finish(tmp_path)
-    assert FeatureStore(tmp_path).digest() == alone.digest()
+    captures.finish(out)
+    assert FeatureStore(out).digest() == alone.digest()
 
 
 def test_two_processes_that_share_the_target_capture_what_one_does(
@@ -131,13 +151,17 @@ def test_two_processes_that_share_the_target_capture_what_one_does(
         torch.testing.assert_close(one.last_hidden_TH, other.last_hidden_TH, atol=0.02, rtol=0.02)
 
 
-def test_a_target_that_is_spread_wants_the_processes_it_is_for(captures: Captures, tmp_path: Path) -> None:
-    for spread, processes, told in (
-        ("tensors", 1, "start them with torchrun"),
-        ("layers", 2, "for one process"),
-    ):
-        process = captures.start(tmp_path, processes, f"target.spread={spread}")
-        _, errors = process.communicate(timeout=120)
-        assert (
-            process.returncode and told in errors and "Traceback" not in errors.split("ChildFailedError")[0]
-        )
+@pytest.mark.parametrize(
+    ("spread", "processes", "split", "told"),
+    [
+        ("tensors", "1", True, "start them with torchrun"),
+        ("tensors", "2", False, "is for capture alone"),
+        ("layers", "2", True, "is for one process"),
+    ],
+)
+def test_a_target_that_is_spread_wants_the_processes_it_is_for(
+    spread: str, processes: str, split: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(ConfigError, match=told):
+        stages.open_target(load_recipe("tiny-dspark", [f"target.spread={spread}"]), split=split)
