@@ -7,8 +7,9 @@ prompts.
         --tokens 5 -o ours.json                  # where draftkit is
     python -m checks.engines_agree compare vllm.json ours.json
 
-float32, greedy, one JSON per engine. For a 1+N DFlash folder `--tokens` is block_size - 1. Each engine can
-live in an environment of its own: neither is imported before it is asked for.
+float32, greedy, one JSON per engine. With "none" for DRAFTER nothing is drafted: the answers alone. For a 1+N
+DFlash folder `--tokens` is block_size - 1. Each engine can live in an environment of its own: neither is
+imported before it is asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 TINY = Path(__file__).parent.parent / "draftkit" / "assets" / "tiny"
+NONE = Path("none")
 Result = tuple[list[list[int]], int, int]  # answers, rounds, accepted drafted tokens
 
 
@@ -37,11 +39,13 @@ def run_vllm(options: argparse.Namespace) -> Result:
     """vLLM's offline engine; rounds and accepted tokens are its own counters."""
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
 
-    speculative = {
-        "method": options.method,
-        "model": str(options.drafter),
-        "num_speculative_tokens": options.tokens,
-    }
+    speculative = None
+    if options.drafter != NONE:
+        speculative = {
+            "method": options.method,
+            "model": str(options.drafter),
+            "num_speculative_tokens": options.tokens,
+        }
     llm = LLM(
         options.target,
         dtype="float32",
@@ -55,8 +59,10 @@ def run_vllm(options: argparse.Namespace) -> Result:
     answers = llm.chat(read_chats(options.prompts), sampling, use_tqdm=False)
     counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     rounds, accepted = (
-        int(counters[f"vllm:spec_decode_num_{name}"]) for name in ("drafts", "accepted_tokens")
+        int(counters.get(f"vllm:spec_decode_num_{name}", 0)) for name in ("drafts", "accepted_tokens")
     )
+    if speculative and not rounds:
+        raise SystemExit("vLLM counted no drafts: it did not use the drafter")
     return [list(a.outputs[0].token_ids) for a in answers], rounds, accepted
 
 
@@ -73,8 +79,8 @@ def run_draftkit(options: argparse.Namespace) -> Result:
 
     torch.set_num_threads(1)
     target, tokenizer = load_target(options.target), load_tokenizer(options.target)
-    drafter = load_drafter(options.drafter, target=target)
-    if drafter.gamma != options.tokens:
+    drafter = None if options.drafter == NONE else load_drafter(options.drafter, target=target)
+    if drafter is not None and drafter.gamma != options.tokens:
         if drafter.config.algorithm != "eagle3":
             raise SystemExit(
                 f"this drafter drafts {drafter.gamma} tokens: give --tokens {drafter.gamma} to both engines"
@@ -105,6 +111,8 @@ def compare(files: list[Path]) -> dict[str, Any]:
 
 def architecture(drafter: Path) -> str:
     """What the folder says it is."""
+    if drafter == NONE:
+        return "none"
     return str(json.loads((drafter / "config.json").read_text("utf-8"))["architectures"][0])
 
 
@@ -145,7 +153,7 @@ def main() -> None:
         "drafter": architecture(options.drafter),
         "tokens": options.tokens,
     }
-    numbers = {"rounds": rounds, "accepted": accepted, "accepted_len": 1 + accepted / rounds}
+    numbers = {"rounds": rounds, "accepted": accepted, "accepted_len": 1 + accepted / max(rounds, 1)}
     options.out.write_text(json.dumps(about | numbers | {"answers": answers}) + "\n", encoding="utf-8")
     print(json.dumps(about | numbers))
 

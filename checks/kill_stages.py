@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from checks.forked import Disk, finished, start
@@ -59,6 +60,48 @@ def result(work: Path) -> dict[str, bytes]:
     return {str(f.relative_to(work)): f.read_bytes() for name in SAME for f in sorted(work.glob(name))}
 
 
+@dataclass
+class Told:
+    """What was done and found: kills by moment and by stage, and what went wrong after them."""
+
+    files: int
+    moments: Counter[str] = field(default_factory=Counter)
+    stages: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        """Of stages that had not ended before."""
+        return self.stages.total()
+
+
+def killed_run(
+    work: Path,
+    only: str | None,
+    seconds: dict[str, float],
+    sizes: dict[str, int],
+    chance: random.Random,
+    log: Path,
+    told: Told,
+) -> None:
+    """One run of the stages, each killed some times and then let go on to its end."""
+    for stage in stages(work, PROMPTS)[: len(seconds)]:
+        for _ in range(KILLS if only in (None, stage.name) else 0):
+            parts = stage.out.with_name(stage.out.name + ".parts")
+            if told.moments["while writing"] <= told.moments["between writes"]:
+                now = largest(parts if parts.exists() else stage.out)
+                most = now + chance.randrange(1, max(2, sizes[stage.name] - now))
+                moment = killed_in_a_write(stage, most, log)
+            else:
+                moment = killed_after(stage, chance.uniform(0.1, 1) * seconds[stage.name], log)
+            told.moments[moment] += 1
+            told.stages[stage.name] += moment != "ended before"
+        code, said = finished(stage.command, log)
+        if code:
+            told.wrong.append(f"{stage.name}: {said[-300:]}")
+            return
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(
@@ -77,43 +120,27 @@ def main() -> None:
     sizes: dict[str, int] = {}
     for stage in stages(right_work, PROMPTS)[: len(wanted)]:
         began = time.monotonic()
-        code, told = finished(stage.command, log)
+        code, said = finished(stage.command, log)
         if code:
-            sys.exit(f"{stage.name}: {told}")
+            sys.exit(f"{stage.name}: {said}")
         noted = given.work / f"{stage.name}.seconds"  # an earlier call's: a finished stage takes no time
         if not noted.exists():
             noted.write_text(str(time.monotonic() - began), "ascii")
         seconds[stage.name], sizes[stage.name] = float(noted.read_text("ascii")), largest(stage.out)
     right = result(right_work)
-    outcomes: Counter[str] = Counter()
-    by_stage: Counter[str] = Counter()
-    wrong: list[str] = []
-    while outcomes["while writing"] + outcomes["between writes"] < given.count and not wrong:
-        shutil.rmtree(work, ignore_errors=True)
-        for stage in stages(work, PROMPTS)[: len(wanted)]:
-            for _ in range(KILLS if given.only in (None, stage.name) else 0):
-                parts = stage.out.with_name(stage.out.name + ".parts")
-                if outcomes["while writing"] <= outcomes["between writes"]:
-                    now = largest(parts if parts.exists() else stage.out)
-                    most = now + chance.randrange(1, max(2, sizes[stage.name] - now))
-                    outcome = killed_in_a_write(stage, most, log)
-                else:
-                    outcome = killed_after(stage, chance.uniform(0.1, 1) * seconds[stage.name], log)
-                outcomes[outcome] += 1
-                by_stage[stage.name] += outcome != "ended before"
-            code, told = finished(stage.command, log)
-            if code:
-                wrong.append(f"{stage.name}: {told[-300:]}")
-                break
-        if not wrong:
+    told = Told(files=len(right))
+    try:
+        while told.kills < given.count and not told.wrong:
+            shutil.rmtree(work, ignore_errors=True)
+            killed_run(work, given.only, seconds, sizes, chance, log, told)
             found = result(work)
-            wrong += sorted(
-                name for name in right.keys() | found.keys() if found.get(name) != right.get(name)
-            )
-    print(
-        json.dumps({"kills": dict(outcomes), "stages": dict(by_stage), "files": len(right), "wrong": wrong})
-    )
-    sys.exit(bool(wrong))
+            told.wrong += sorted(n for n in right.keys() | found.keys() if found.get(n) != right.get(n))
+            print(f"{told.kills} of {given.count} kills", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped: these are the kills so far", file=sys.stderr)
+    counts = {"kills": dict(told.moments), "stages": dict(told.stages)}
+    print(json.dumps(counts | {"files": told.files, "wrong": told.wrong}))
+    sys.exit(bool(told.wrong) or told.kills < given.count)
 
 
 if __name__ == "__main__":

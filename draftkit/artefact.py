@@ -34,6 +34,15 @@ def is_intact(note: Mapping[str, Any]) -> bool:
     return note.get(DIGEST) == digest_of(note)
 
 
+def was_changed(note: Mapping[str, Any]) -> bool:
+    """Whether a note says something else than it was sealed with, be it the name of its digest alone. One
+    that was never sealed was not changed."""
+    if DIGEST in note:
+        return not is_intact(note)
+    digests = [name for name, value in note.items() if isinstance(value, str) and len(value) == 64]
+    return any(digest_of({k: v for k, v in note.items() if k != name}) == note[name] for name in digests)
+
+
 def read_json(path: Path, error: type[DraftkitError], otherwise: str = "is damaged") -> Any:
     """What a JSON file says. Raises `error` when it is no regular file, too large, or no JSON that Python can
     hold, which is told by `otherwise`."""

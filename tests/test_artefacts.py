@@ -4,6 +4,7 @@ file is named."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -95,6 +96,10 @@ def test_every_value_of_a_note_is_covered(tmp_path: Path, kind: str) -> None:
         with pytest.raises(DraftkitError) as caught:
             read(path)
         assert path.name in str(caught.value) and "\n" not in str(caught.value), at
+    renamed = {"digesu" if name == "digest" else name: value for name, value in content.items()}
+    path.write_text(json.dumps(renamed))
+    with pytest.raises(DraftkitError, match=re.escape(path.name)):
+        read(path)
     path.write_text(json.dumps(dict(reversed(content.items()))))  # the order of fields is nobody's business
     read(path)
 

@@ -20,6 +20,7 @@ from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import CheckpointError
+from draftkit.handover.engines import ENGINES
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import BLOCK_CONFIG, EAGLE_CONFIG
@@ -192,6 +193,8 @@ def test_eagle_31_is_written_and_read_again(tmp_path: Path) -> None:
     save_drafter(drafter, tmp_path / "drafter", {}, torch.float32)
     again = load_drafter(tmp_path / "drafter")
     assert again.config == config
+    refusing = [name for name, engine in ENGINES.items() if any("norm" in r for r in engine.refusals(config))]
+    assert refusing == ["sglang", "llama.cpp"]
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in drafter.state_dict().items())
 
 
@@ -217,6 +220,20 @@ def test_specforges_fields_lie_in_a_section(tmp_path: Path) -> None:
     """Its DSpark folder is the same drafter as with its fields at the top."""
     (tmp_path / "config.json").write_text(json.dumps(SPECFORGE))
     assert read_config(tmp_path) == BLOCK_CONFIG
+
+
+def test_speculators_dflash2_is_the_same_drafter(tmp_path: Path) -> None:
+    config = DFLASH | {"architectures": ["DFlash2DraftModel"], **nested(**PARTS2)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    wanted = read_config(tmp_path)
+    said = {
+        "speculators_model_type": "dflash2",
+        "architectures": ["DFlash2Speculator"],
+        "num_target_layers": 4,
+    }
+    said |= {"transformer_layer_config": SIZES, "aux_hidden_state_layer_ids": [1, 3], **PARTS2}
+    (tmp_path / "config.json").write_text(json.dumps(said | {"block_size": 5, "mask_token_id": 3}))
+    assert read_config(tmp_path) == wanted
 
 
 def test_an_eagle_by_the_name_of_its_target_is_told_by_its_draft_vocabulary(tmp_path: Path) -> None:

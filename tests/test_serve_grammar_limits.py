@@ -3,13 +3,14 @@ served on."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from draftkit.serve.formats import ForcedCalls, StructuredOutputs
 from draftkit.serve.grammar_source import GrammarSource
@@ -144,3 +145,28 @@ def test_formats_that_nobody_knows_are_annotations() -> None:
         constraint_of(
             StructuredOutputs.model_validate({"json": {"type": "string", "pattern": "a(?=b)"}}), SERVED
         )
+
+
+def test_an_ordinary_schema_passes_with_a_vocabulary_of_real_size() -> None:
+    """The first mask of a table took 0.15 s for 49,152 tokens, in each trial: every form was refused."""
+    chance = random.Random(0)
+    words = {
+        "".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=chance.randint(2, 9))) for _ in range(150_000)
+    }
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *sorted(words), "<end>"]
+    model = models.BPE({name: number for number, name in enumerate(dict.fromkeys(names))}, [])
+    backend = Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    text = {"type": "string", "minLength": 1, "maxLength": 40}
+    schema = {"type": "object", "properties": {"a": text}, "required": ["a"], "additionalProperties": False}
+    grammars = Grammars(tokenizer, len(tokenizer))
+    constraint = GrammarConstraint(
+        grammars.matcher(GrammarSource("schema", schema)), grammars.table.eos_tokens, len(tokenizer)
+    )
+    before = time.thread_time()
+    assert constraint.allowed().any()
+    assert time.thread_time() - before < 0.05, "nor does an answer wait for it"

@@ -65,6 +65,17 @@ CHATS: dict[str, dict[str, Any]] = {
     "content": {"messages": [{"role": "user", "content": LONG_TEXT}]},
     "template": {"messages": [MESSAGE], "chat_template_kwargs": {"x": LONG_TEXT}},
 }
+RESPONSES: dict[str, dict[str, Any]] = {
+    "input": {"input": LONG_TEXT},
+    "items": {"input": [MESSAGE] * limits.MAX_MESSAGES},
+    "items without cap": {"input": [MESSAGE] * (BODY // 40)},
+    "instructions": {"input": "a", "instructions": LONG_TEXT},
+}
+MESSAGES: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [MESSAGE] * limits.MAX_MESSAGES},
+    "messages without cap": {"messages": [MESSAGE] * (BODY // 40)},
+    "system": {"messages": [MESSAGE], "system": LONG_TEXT},
+}
 TOKENIZE: dict[str, dict[str, Any]] = {
     "prompt": {"prompt": LONG_TEXT},
     "strings": {"prompt": "a b " * 20_000, "return_token_strs": True},
@@ -76,6 +87,8 @@ CASES = [
         for name, fields in COMPLETIONS.items()
     ),
     *(("/v1/chat/completions", name, {"max_tokens": 2, **fields}) for name, fields in CHATS.items()),
+    *(("/v1/responses", name, {"max_output_tokens": 2, **fields}) for name, fields in RESPONSES.items()),
+    *(("/v1/messages", name, {"max_tokens": 2, **fields}) for name, fields in MESSAGES.items()),
     *(("/tokenize", name, fields) for name, fields in TOKENIZE.items()),
     *(("/detokenize", name, fields) for name, fields in DETOKENIZE.items()),
 ]

@@ -155,7 +155,10 @@ def test_a_layout_that_is_not_said_is_no_guess(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"speculators_model_type": "peagle"}, "'peagle' is not known; known are dspark, dflash, eagle3"),
+        (
+            {"speculators_model_type": "peagle"},
+            "'peagle' is not known; known are dspark, dflash, dflash2, eagle3",
+        ),
         ({"transformer_layer_config": None}, "field 'transformer_layer_config' is missing"),
         ({"aux_hidden_state_layer_ids": None}, "field 'aux_hidden_state_layer_ids' is missing"),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantised .compressed-tensors."),

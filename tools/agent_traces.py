@@ -145,7 +145,9 @@ async def run(given: argparse.Namespace) -> None:
     began, done = time.monotonic(), 0
     limits = httpx.Limits(max_connections=given.users)
     async with httpx.AsyncClient(base_url=given.server, timeout=600, limits=limits) as http:
-        model = (await http.get("/v1/models")).json()["data"][0]["id"]
+        while (models := await http.get("/v1/models")).status_code == 503:  # it loads its model
+            await asyncio.sleep(1)
+        model = models.raise_for_status().json()["data"][0]["id"]
         todo = iter(range(given.seed * 100_000, given.seed * 100_000 + given.conversations))
         with given.out.open("w", encoding="utf-8") as out:
 

@@ -12,7 +12,7 @@ from typing import Any
 from draftkit.errors import DataError
 
 DIGEST = "record_digest"
-_TAIL = re.compile(f', "{DIGEST}": "([0-9a-f]{{32}})"}}\\s*$'.encode())
+_TAIL = re.compile(rb', "([^"]*)": "([0-9a-f]{32})"}\s*$')
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
@@ -29,10 +29,12 @@ def record_line(record: Mapping[str, Any]) -> bytes:
 
 def check_line(line: bytes, where: str) -> None:
     """Raise DataError when a line does not say what its digest vouches for, or when it is damaged. A line
-    without one is taken as it is; spaces and escapes that another program writes differently change
-    nothing."""
-    if (tail := _TAIL.search(line)) and tail[1].decode() == _digest(line[: tail.start()] + b"}"):
-        return
+    without one is taken as it is, but not one whose digest has another name; spaces and escapes that another
+    program writes differently change nothing."""
+    if (tail := _TAIL.search(line)) and tail[2].decode() == _digest(line[: tail.start()] + b"}"):
+        if tail[1].decode(errors="replace") == DIGEST:
+            return
+        raise DataError(f"{where}: was changed after it was written (its {DIGEST} has another name)")
     if DIGEST.encode() not in line:
         return
     try:

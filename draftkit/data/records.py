@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from draftkit.artefact import DIGEST, is_intact, read_json, sealed
+from draftkit.artefact import read_json, sealed, was_changed
 from draftkit.data.lines import check_line
 from draftkit.data.messages import Conversation
 from draftkit.errors import DataError
@@ -118,7 +118,7 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found = read_json(path, DataError, "is damaged, choose another file or remove both")
-    if not isinstance(found, dict) or (DIGEST in found and not is_intact(found)):
+    if not isinstance(found, dict) or was_changed(found):
         raise DataError(f"{path}: is damaged (it was changed); choose another file or remove both")
     return found
 

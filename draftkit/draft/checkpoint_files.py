@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from draftkit.artefact import DIGEST, is_intact, is_plain_name, read_json
+from draftkit.artefact import is_plain_name, read_json, was_changed
 from draftkit.draft.checkpoint_fields import Fields
 from draftkit.errors import CheckpointError
 from draftkit.output import sha256_of
@@ -80,7 +80,7 @@ def _check_digest(folder: Path) -> None:
     """Raise CheckpointError when provenance, configuration or weights are not those that draftkit wrote, if
     it wrote them. Folders from before the digest hold that of the weights alone."""
     note, again = read_provenance(folder), "train or copy it again"
-    if DIGEST in note and not is_intact(note):
+    if was_changed(note):
         raise CheckpointError(f"{folder / PROVENANCE}: is damaged (another digest than its own); {again}")
     for field, name in (("sha256", WEIGHTS), ("config_sha256", CONFIG)):
         if note.get(field) and note[field] != sha256_of(folder / name):

@@ -9,6 +9,7 @@ flags have defaults of their own. Tensors have the usual names, layers as `layer
 |---|---|---|
 | dspark | Qwen3DSparkModel | as `sample_from_anchor` says, which must be written: defaults differ |
 | dflash | DFlashDraftModel | 1 + N |
+| dflash2 | DFlash2DraftModel | 1 + N, through its selector |
 | eagle3 | LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM by its block's model_type | token by token |
 """
 
@@ -19,7 +20,8 @@ from typing import Any
 from draftkit.draft.checkpoint_fields import Fields
 from draftkit.errors import CheckpointError
 
-KNOWN = ("dspark", "dflash", "eagle3")
+KNOWN = ("dspark", "dflash", "dflash2", "eagle3")
+_PARTS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")  # of dflash2
 _EAGLES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 _KEPT = (
     "draft_vocab_size mask_token_id block_size markov_rank markov_head_type enable_confidence_head "
@@ -86,4 +88,7 @@ def _blocks(fields: Fields, block: Fields, kind: str) -> dict[str, Any]:
             "enable_confidence_head": fields.get("enable_confidence_head", bool, True),
         }
     nested = {"mask_token_id": fields.get("mask_token_id", int), "target_layer_ids": outputs}
-    return {"architectures": ["DFlashDraftModel"], "dflash_config": nested}
+    if kind == "dflash2":
+        nested |= {name: fields.get(name, int) for name in _PARTS}
+    name = "DFlash2DraftModel" if kind == "dflash2" else "DFlashDraftModel"
+    return {"architectures": [name], "dflash_config": nested}

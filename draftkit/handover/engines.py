@@ -123,6 +123,18 @@ def _before_residual(config: DrafterShape) -> str | None:
     return "its EAGLE-3 takes the residual before the norm alone" if wrong else None
 
 
+def _eagle_norms(config: DrafterShape) -> str | None:
+    normed = isinstance(config, EagleConfig) and (
+        config.norm_before_fc or config.fc_norm or config.norm_output
+    )
+    return "its EAGLE-3 has none of EAGLE-3.1's norms; it leaves them out without a word" if normed else None
+
+
+def _eagle_output_norms(config: DrafterShape) -> str | None:
+    normed = isinstance(config, EagleConfig) and (config.fc_norm or config.norm_output)
+    return "of EAGLE-3.1's norms it has norm_before_fc alone" if normed else None
+
+
 def _confidence_with_markov(config: DrafterShape) -> str | None:
     block = _block(config)
     wrong = block and block.confidence and not block.confidence_with_markov
@@ -186,6 +198,7 @@ ENGINES = {
             _own_head,
             _llama_eagle,
             _before_residual,
+            _eagle_norms,
         ),
         (_window, _logit_scale),
         {
@@ -211,6 +224,7 @@ ENGINES = {
             _scaled_rope,
             _llama_eagle,
             _gemma_eagle,
+            _eagle_output_norms,
             _three_layers,
         ),
         (_window, _logit_scale),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from draftkit.artefact import DIGEST, is_intact, read_json, sealed
+from draftkit.artefact import read_json, sealed, was_changed
 from draftkit.errors import ScheduleError, reason
 from draftkit.output import write_text
 from draftkit.schedule.step_rate import Floats
@@ -74,7 +74,7 @@ def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibr
     calibration."""
     try:
         content = read_json(path, ScheduleError, "is no calibration")
-        if DIGEST in content and not is_intact(content):
+        if was_changed(content):
             raise ScheduleError(
                 "is damaged (another digest than its own); make it again with draftkit calibrate"
             )

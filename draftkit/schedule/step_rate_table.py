@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from draftkit.artefact import DIGEST, is_intact, read_json, sealed
+from draftkit.artefact import read_json, sealed, was_changed
 from draftkit.errors import ScheduleError, reason
 from draftkit.output import write_text
 from draftkit.schedule.step_rate import Interpolation, StepRate
@@ -142,7 +142,7 @@ def load_step_rate(path: Path) -> StepRateTable:
     """Read our file or one of SGLang's profiler. Raises ScheduleError for anything else."""
     try:
         content = read_json(path, ScheduleError, "is no step-rate table")
-        if DIGEST in content and not is_intact(content):
+        if was_changed(content):
             raise ScheduleError(
                 "is damaged (another digest than its own); measure again with draftkit profile"
             )

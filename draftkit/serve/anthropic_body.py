@@ -72,7 +72,7 @@ class CountBody(RequestBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
+    def _refused(cls, data: Any) -> Any:
         """Refuses what would have to be ignored and would change the answer."""
         for name, advice in _REFUSED.items():
             if isinstance(data, dict) and data.get(name):

@@ -80,7 +80,7 @@ class ResponsesBody(RequestBody):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
+    def _refused(cls, data: Any) -> Any:
         """Refuses what would have to be ignored and would change the answer."""
         if isinstance(data, dict):
             for name, advice in _REFUSED.items():
