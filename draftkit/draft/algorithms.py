@@ -19,7 +19,6 @@ from draftkit.draft.checkpoint_forms import (
     DEEPSEEK_V4,
     DEEPSPEC_EAGLE,
     DFLASH,
-    DFLASH2,
     DSPARK,
     EAGLE,
     FORMS,
@@ -29,6 +28,7 @@ from draftkit.draft.checkpoint_forms import (
 )
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.dflash2 import Dflash2Drafter, not_trained
+from draftkit.draft.dflash2_form import DFLASH2
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.draft.families import EAGLE_STYLE

@@ -1,13 +1,13 @@
 """The forms in which drafters circulate: what their `config.json` says, and how their tensors are called.
 
-| architecture                                   | drafter                  | embedding, head         | layer
-ids           | | Qwen3DSparkModel, Gemma4DSparkModel (DeepSpec) | DSpark, DFlash           | own, or borrowed
-| target_layer_ids: i | | LlamaDSparkModel (ours, no engine knows it)    | the same, Llama's block  | own, or
-borrowed        | target_layer_ids: i | | DFlashDraftModel (z-lab)                       | DFlash 1+N
-| the target's            | target_layer_ids: i | | LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM | EAGLE-3,
-the second with | own, or borrowed; a re- | top level: i + 1,   | |
-| q/k norms                | duced head is its own   | eagle_config: i     | | Qwen3Eagle3Model,
-Gemma4Eagle3Model (DeepSpec) | EAGLE-3                  | own, or borrowed        | target_layer_ids: i |
+| architecture | drafter | embedding, head | layer ids |
+|---|---|---|---|
+| Qwen3DSparkModel, Gemma4DSparkModel (DeepSpec) | DSpark, DFlash | own, or borrowed | target_layer_ids: i |
+| LlamaDSparkModel (ours, no engine knows it) | the same, Llama's block | as above | as above |
+| DFlashDraftModel (z-lab; DFlash2: dflash2_form.py) | DFlash 1 + N | the target's | as above |
+| LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM | EAGLE-3, the second with q/k norms | own, or borrowed; a
+  reduced head is its own | top level: i + 1, eagle_config: i |
+| Qwen3Eagle3Model, Gemma4Eagle3Model (DeepSpec) | EAGLE-3 | own, or borrowed | target_layer_ids: i |
 
 i is a layer OUTPUT index; i + 1 counts the embedding as 0, as Transformers' `hidden_states` does. vLLM and
 llama.cpp read the top-level ids of EAGLE-3, SGLang the nested ones.
@@ -29,7 +29,6 @@ from draftkit.draft.checkpoint_fields import (
     read_sizes,
     write_sizes,
 )
-from draftkit.draft.dflash2 import Dflash2Config
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig
 from draftkit.errors import CheckpointError
@@ -123,35 +122,6 @@ def _read_dflash(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
         confidence_with_markov=False,
         window=fields.optional("context_window", int),
         layer_attention=read_layer_attention(fields, nested),
-    )
-
-
-def _read_dflash2(fields: Fields, sizes: dict[str, Any]) -> Dflash2Config:
-    nested = fields.section("dflash_config")
-    fields.demand("draft_vocab_size", sizes["vocab_size"])
-    cap = nested.optional("final_logit_softcapping", float) or None
-    factor = nested.get("output_multiplier", float, 1.0)
-    if cap is not None and factor != 1:
-        raise CheckpointError(
-            f"{fields.where}: has both output_multiplier and final_logit_softcapping, whose order engines "
-            "disagree on; draftkit runs one of them"
-        )
-    return Dflash2Config(
-        **sizes | {"soft_cap": cap, "logit_scale": factor},
-        feature_layers=nested.ids("target_layer_ids") or fields.wanted_ids("target_layer_ids"),
-        mask_token_id=nested.get("mask_token_id", int, fields.raw.get("mask_token_id")),
-        block_size=nested.get("block_size", int, fields.raw.get("block_size")),
-        layout="one_plus_n",
-        head="none",
-        markov_rank=0,
-        confidence=False,
-        confidence_with_markov=False,
-        layer_attention=read_layer_attention(fields, nested),
-        conv_kernel_size=nested.get("conv_kernel_size", int),
-        conv_group_size=nested.get("conv_group_size", int),
-        selector_rank=nested.get("selector_rank", int),
-        selector_top_k=nested.get("selector_top_k", int),
-        input_embedding_scale=nested.get("input_embedding_scale", float, 1.0),
     )
 
 
@@ -305,13 +275,6 @@ DFLASH = Form(
     _read_dflash,
     _write_dflash,
     _not_dflash,
-    with_target_weights=False,
-)
-DFLASH2 = Form(
-    (),
-    {"DFlash2DraftModel": "qwen3"},
-    _read_dflash2,
-    lambda config: {},  # under no name: it is read alone
     with_target_weights=False,
 )
 EAGLE = Form(("portable",), _EAGLES, _read_eagle, _write_eagle, _not_eagle)
