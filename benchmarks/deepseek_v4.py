@@ -1,17 +1,20 @@
-"""A tiny DeepSeek-V4 (`python -m tools.tiny_v4 FOLDER`): are its answers its own with a draft module, and
-what is a trained module worth beside an untrained one and an n-gram look-up of the same length?
+"""A tiny DeepSeek-V4: are its answers its own with a draft module, and what is a trained module worth beside
+an untrained one and an n-gram look-up of the same length?
 
-    python -m benchmarks.deepseek_v4 lossless FOLDER --drafter run/best --prompts 200 --first 0
-    python -m benchmarks.deepseek_v4 worth FOLDER --drafter run/best --prompts 24
+    python -m tools.tiny_v4 tiny-v4                      # two minutes; docs/deepseek-v4.md goes on from there
+    python -m benchmarks.deepseek_v4 lossless tiny-v4 --drafter run/best
+    python -m benchmarks.deepseek_v4 worth tiny-v4 --drafter run/best
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, quantiles
 from typing import Any
 
 import torch
@@ -24,19 +27,23 @@ from draftkit.engine.answers import decode_all, sampling_params
 from draftkit.engine.engine import Engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling
+from draftkit.progress import progress_bar
 from draftkit.target.formats import format_of
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 
-SWITCHES, PROMPT, LIMIT, NOISE = {"thinking": False}, 40, 64, 2e-3
+PROMPT, LIMIT = 24, 64  # tokens of a prompt, at most, and of its answer
+NOISE = 2e-3  # of a logit: what float32 makes of passes of other shapes
+GREEDY = Sampling(0.0)
 
 
 class NGram(Drafter):
-    """Proposes what followed the last two tokens, or the last one, where they stood before in the text."""
+    """Proposes what followed the last three tokens where they stood before in the text, or the last two, or
+    the last one."""
 
-    def __init__(self, like: Drafter, prompt: list[int]) -> None:
+    def __init__(self, like: Drafter, prompt: Sequence[int]) -> None:
         super().__init__()
-        self.config, self._text = like.config, prompt[:1]
+        self.config, self._text = like.config, list(prompt[:1])
 
     def new_context(self, batch: int = 1) -> DraftContext:
         """None is needed: the text is kept here."""
@@ -55,9 +62,8 @@ class NGram(Drafter):
             made.append(_following(text))
             text.append(made[-1])
         tokens_BG = torch.tensor([made])
-        return Proposal(
-            tokens_BG, torch.nn.functional.one_hot(tokens_BG, self.config.vocab_size).float(), None
-        )
+        probs_BGV = torch.nn.functional.one_hot(tokens_BG, self.config.vocab_size).float()
+        return Proposal(tokens_BG, probs_BGV, None)
 
 
 class _NoContext:
@@ -68,7 +74,7 @@ class _NoContext:
 
 
 def _following(text: list[int]) -> int:
-    for size in (2, 1):
+    for size in (3, 2, 1):
         ending = text[-size:]
         for at in range(len(text) - size - 1, -1, -1):
             if text[at : at + size] == ending:
@@ -76,107 +82,140 @@ def _following(text: list[int]) -> int:
     return text[-1]
 
 
-def open_pair(folder: str, drafter: str) -> tuple[TransformersTarget, Drafter, list[list[int]]]:
-    """Target, module, and the prompts beside the target."""
-    target, tokenizer = load_target(folder), load_tokenizer(folder)
-    shown = format_of(tokenizer, SWITCHES)
-    rows = [
-        json.loads(line) for line in (Path(folder) / "conversations.jsonl").read_text("utf-8").splitlines()
-    ]
-    prompts = [list(shown.prompt(row["messages"][:-1])) for row in rows]
-    return target, open_drafter(Path(drafter), target), prompts
+def read_prompts(folder: Path, name: str) -> list[list[int]]:
+    """The questions of a file beside the target."""
+    shown = format_of(load_tokenizer(str(folder)), {"thinking": False})
+    rows = map(json.loads, (folder / name).read_text("utf-8").splitlines())
+    return [list(shown.prompt(row["messages"][:-1])) for row in rows]
 
 
-def lossless(folder: str, drafter: str, first: int, count: int) -> dict[str, Any]:
-    """Greedy answers of the reference loop and of the engine against those of the target alone; where they
-    part, the distance of the two logits."""
-    target, opened, prompts = open_pair(folder, drafter)
-    texts = [p for p in prompts if len(p) >= PROMPT + 8]
-    chosen = [texts[i % len(texts)][i // len(texts) :][:PROMPT] for i in range(first, first + count)]
-    greedy, gaps, began = Sampling(0.0), {"loop": [], "engine": []}, time.perf_counter()
-    alone = _greedy(target, torch.tensor(chosen))
-    engine = Engine(
-        target, opened, EngineSettings(plan="fixed", dtype="float32", device="cpu", max_running=8)
-    )
-    served = decode_all(engine, [(p, sampling_params(greedy, LIMIT, 0)) for p in chosen])
-    for prompt, wanted, by_engine in zip(chosen, alone, served, strict=True):
-        by_loop = decode(target, opened, prompt, greedy, LIMIT)
-        for name, got in (("loop", by_loop.tokens), ("engine", by_engine.tokens)):
-            if got != wanted:
-                gaps[name].append(_gap(target, prompt, got, wanted))
-    tokens = sum(map(len, alone))
+def lossless(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
+    """Greedy answers of the reference loop and of the engine, with the trained module and the random one in
+    the checkpoint, against those of the target alone; where they part, the distance of the two logits."""
+    target = load_target(str(folder))
+    texts = read_prompts(folder, "conversations.jsonl")
+    parts = [p[at : at + PROMPT] for p in texts for at in range(len(p) - PROMPT + 1)]  # of one length
+    chosen = parts[:: max(1, len(parts) // count)][:count]
+    alone = greedy(target, torch.tensor(chosen))
+    arms, began = {}, time.perf_counter()
+    for name, source in (("trained", drafter), ("random", folder)):
+        module = open_drafter(source, target)
+        for how, answer in (("loop", by_loop), ("engine", by_engine)):
+            with progress_bar(f"{name} module, {how}", len(chosen)) as bar:
+                answers = answer(target, module, chosen, lambda bar=bar: bar.update(1))
+            rows = zip(chosen, answers, alone, strict=True)
+            gaps = [gap(target, p, got.tokens, wanted) for p, got, wanted in rows if got.tokens != wanted]
+            arm = arms[f"{name}, {how}"] = {
+                "parted": len(gaps),
+                "largest_gap": max(gaps, default=0.0),
+                "accepted_length": round(mean(map(accepted_length, answers)), 3),
+            }
+            print(f"{name}, {how}: {arm}", file=sys.stderr, flush=True)
     return {
-        "prompts": count,
-        "tokens": tokens,
-        **{f"{name}_parted": len(found) for name, found in gaps.items()},
-        "largest_gap": max([0.0, *gaps["loop"], *gaps["engine"]]),
+        "prompts": len(chosen),
+        "tokens": sum(map(len, alone)),
+        "arms": arms,
         "allowed_gap": NOISE,
+        "lossless": all(arm["largest_gap"] <= NOISE for arm in arms.values()),
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
+def by_loop(
+    target: TransformersTarget, module: Drafter, prompts: Sequence[list[int]], tick: Callable[[], None]
+) -> list[Decoded]:
+    """Greedy answers of the reference loop, one after the other."""
+    found = []
+    for prompt in prompts:
+        found.append(decode(target, module, prompt, GREEDY, LIMIT))
+        tick()
+    return found
+
+
+def by_engine(
+    target: TransformersTarget, module: Drafter, prompts: Sequence[list[int]], tick: Callable[[], None]
+) -> list[Decoded]:
+    """Greedy answers of the engine, eight requests at a time, every proposal verified in full."""
+    settings = EngineSettings(plan="fixed", dtype="float32", device="cpu", max_running=8, prefix_reuse=False)
+    asked = [(prompt, sampling_params(GREEDY, LIMIT, 0)) for prompt in prompts]
+    return decode_all(Engine(target, module, settings), asked, tick)
+
+
 @torch.inference_mode()
-def _greedy(target: TransformersTarget, prompts_BT: Tensor) -> list[tuple[int, ...]]:
+def greedy(target: TransformersTarget, prompts_BT: Tensor) -> list[tuple[int, ...]]:
     """The target's own greedy answers to prompts of one length, side by side."""
-    cache, made = target.new_cache(), []
-    tokens_BT = prompts_BT
-    for _ in range(LIMIT):
-        read = target.forward(tokens_BT, cache)
-        tokens_BT = target.logits(read.last_hidden_BTH[:, -1]).argmax(-1)[:, None]
-        made.append(tokens_BT)
-    answers = torch.cat(made, 1).tolist()
-    stops = set(target.info.stop_token_ids)
+    cache, made, tokens_BT = target.new_cache(), [], prompts_BT
+    with progress_bar("target alone", LIMIT) as bar:
+        for _ in range(LIMIT):
+            read = target.forward(tokens_BT, cache)
+            tokens_BT = target.logits(read.last_hidden_BTH[:, -1]).argmax(-1)[:, None]
+            made.append(tokens_BT)
+            bar.update(1)
+    answers, stops = torch.cat(made, 1).tolist(), set(target.info.stop_token_ids)
     return [tuple(a[: next((i + 1 for i, t in enumerate(a) if t in stops), LIMIT)]) for a in answers]
 
 
-def _gap(
-    target: TransformersTarget, prompt: list[int], got: tuple[int, ...], wanted: tuple[int, ...]
+def gap(
+    target: TransformersTarget, prompt: Sequence[int], got: Sequence[int], wanted: Sequence[int]
 ) -> float:
-    at = next(i for i, (a, b) in enumerate(zip(got, wanted, strict=True)) if a != b)
+    """How far apart the target finds the two tokens at which two answers part."""
+    at = next(i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b)
     read = target.forward(torch.tensor([[*prompt, *wanted[:at]]]), None)
     logits = target.logits(read.last_hidden_BTH[0, -1])
     return abs(float(logits[got[at]] - logits[wanted[at]]))
 
 
-def worth(folder: str, drafter: str, count: int) -> dict[str, Any]:
-    """Accepted length (bonus included) of greedy answers: this module, the untrained one in the checkpoint,
-    n-grams."""
-    target, opened, prompts = open_pair(folder, drafter)
-    chosen = prompts[-count:]
-    untrained = open_drafter(Path(folder), target)
-    arms: dict[str, Any] = {
-        "trained": lambda prompt: opened,
-        "untrained": lambda prompt: untrained,
-        "n-gram": lambda prompt: NGram(opened, prompt),
+def worth(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
+    """Accepted length of greedy answers to questions that neither model has seen: this module, the untrained
+    one in the checkpoint, n-grams; and what this one wins, prompt by prompt."""
+    target = load_target(str(folder))
+    chosen = read_prompts(folder, "heldout.jsonl")[:count]
+    trained, untrained = open_drafter(drafter, target), open_drafter(folder, target)
+    found: dict[str, list[float]] = {"trained": [], "untrained": [], "n-gram": []}
+    with progress_bar("prompts", len(chosen)) as bar:
+        for prompt in chosen:
+            for name, module in zip(found, (trained, untrained, NGram(trained, prompt)), strict=True):
+                found[name].append(accepted_length(decode(target, module, prompt, GREEDY, LIMIT)))
+            bar.update(1)
+    return {
+        "prompts": len(chosen),
+        "gamma": trained.gamma,
+        "accepted_length": {name: spread(values) for name, values in found.items()},
+        "trained_over": {
+            name: spread([a / b for a, b in zip(found["trained"], found[name], strict=True)])
+            for name in ("untrained", "n-gram")
+        },
     }
-    found = {}
-    for name, arm in arms.items():
-        answers = [decode(target, arm(p), p, Sampling(0.0), LIMIT) for p in chosen]
-        lengths = [_accepted(a) for a in answers if a.rounds]
-        found[name] = round(mean(lengths), 3)
-    return {"prompts": count, "gamma": opened.gamma, "accepted_length": found}
 
 
-def _accepted(answer: Decoded) -> float:
-    return mean(r.accepted + 1 for r in answer.rounds)
+def accepted_length(answer: Decoded) -> float:
+    """Tokens of a round, bonus included; 1 for an answer without a round."""
+    return mean([r.accepted + 1 for r in answer.rounds] or [1])
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Mean, and the quarters between which half of the values lie."""
+    low, median, high = quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    named = {"mean": mean(values), "low": low, "median": median, "high": high}
+    return {name: round(value, 3) for name, value in named.items()}
 
 
 def main() -> None:
-    """Print one JSON object."""
+    """Print one JSON object; exit code 1 when an answer is not the target's own."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["lossless", "worth"])
-    parser.add_argument("folder")
-    parser.add_argument("--drafter", required=True)
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--first", type=int, default=0, help="number of the first prompt")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--drafter", type=Path, required=True)
+    parser.add_argument("--prompts", type=int, help="lossless: 200, worth: 24")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.what == "lossless":
-        print(json.dumps(lossless(given.folder, given.drafter, given.first, given.prompts)))
-    else:
-        print(json.dumps(worth(given.folder, given.drafter, given.prompts)))
+    measure, usual = (lossless, 200) if given.what == "lossless" else (worth, 24)
+    told = measure(given.folder, given.drafter, given.prompts or usual)
+    print(json.dumps(told, indent=1))
+    if not told.get("lossless", True):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from draftkit.data.conversations import Conversation, read_conversations
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.stages import TINY_HELD_OUT
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 
 

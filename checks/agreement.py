@@ -18,7 +18,7 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.ops.sampling import Sampling
 from draftkit.stages import TINY_HELD_OUT
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import DTYPES, TransformersTarget, load_target
 

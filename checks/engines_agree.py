@@ -73,7 +73,7 @@ def run_draftkit(options: argparse.Namespace) -> Result:
     from draftkit.decode import decode
     from draftkit.draft.checkpoint import load_drafter
     from draftkit.ops.sampling import Sampling
-    from draftkit.target.prompt_format import TemplateFormat
+    from draftkit.target.template_format import TemplateFormat
     from draftkit.target.tokenizer import load_tokenizer
     from draftkit.target.transformers import load_target
 

@@ -36,7 +36,7 @@ from draftkit.features.store import FeatureStore
 from draftkit.features.writer import StoreWriter
 from draftkit.settings import CaptureSettings, LossSettings
 from draftkit.target.interface import TargetInfo
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.train.batches import BatchMaker, Cut, split_source
 from draftkit.train.optim import new_optimizer, take_step

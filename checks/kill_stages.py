@@ -20,14 +20,19 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from checks.forked import Disk, finished, start
 from checks.small_run import Stage, stages
 
-STAGES = ("generate", "capture", "train")  # whose files are the same in every run
-SAME = ("answers.jsonl", "features/shard-*.bin", "drafter/best/model.safetensors")
+SAME = {  # stages whose files are the same in every run, and these
+    "generate": "answers.jsonl",
+    "capture": "features/shard-*.bin",
+    "train": "drafter/best/model.safetensors",
+}
+STAGES = tuple(SAME)
 KILLS = 3  # of each stage in a run
 PROMPTS = 24
 
@@ -55,9 +60,10 @@ def largest(*places: Path) -> int:
     return max((f.stat().st_size for f in files), default=0)
 
 
-def result(work: Path) -> dict[str, bytes]:
-    """The files that must be the same."""
-    return {str(f.relative_to(work)): f.read_bytes() for name in SAME for f in sorted(work.glob(name))}
+def result(work: Path, wanted: Sequence[str]) -> dict[str, bytes]:
+    """The files of some stages that must be the same."""
+    files = [file for stage in wanted for file in sorted(work.glob(SAME[stage]))]
+    return {str(file.relative_to(work)): file.read_bytes() for file in files}
 
 
 @dataclass
@@ -127,13 +133,13 @@ def main() -> None:
         if not noted.exists():
             noted.write_text(str(time.monotonic() - began), "ascii")
         seconds[stage.name], sizes[stage.name] = float(noted.read_text("ascii")), largest(stage.out)
-    right = result(right_work)
+    right = result(right_work, wanted)
     told = Told(files=len(right))
     try:
         while told.kills < given.count and not told.wrong:
             shutil.rmtree(work, ignore_errors=True)
             killed_run(work, given.only, seconds, sizes, chance, log, told)
-            found = result(work)
+            found = result(work, wanted)
             told.wrong += sorted(n for n in right.keys() | found.keys() if found.get(n) != right.get(n))
             print(f"{told.kills} of {given.count} kills", file=sys.stderr)
     except KeyboardInterrupt:

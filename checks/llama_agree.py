@@ -28,7 +28,7 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.handover.export import hand_over
 from draftkit.ops.sampling import Sampling
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import load_target
 

@@ -30,7 +30,7 @@ from draftkit.data.records import made_with
 from draftkit.features.texts import chunks, rendered
 from draftkit.settings import CaptureSettings, GenerateSettings
 from draftkit.target.interface import TargetInfo
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import EMBEDDED
 

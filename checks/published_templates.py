@@ -43,7 +43,8 @@ from draftkit.data.samples import SampleCounts, samples_of
 from draftkit.settings import GenerateSettings
 from draftkit.target.answer_stream import AnswerDelta
 from draftkit.target.place import EMBEDDED
-from draftkit.target.prompt_format import PARALLEL, RewrittenError, TemplateError, TemplateFormat
+from draftkit.target.prompt_format import RewrittenError, TemplateError
+from draftkit.target.template_format import PARALLEL, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 
 _SPECIAL = re.compile(

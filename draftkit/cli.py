@@ -316,6 +316,10 @@ def plan(
     count: Annotated[int, typer.Option(help="without files: so many conversations", min=1)] = 100_000,
     tokens: Annotated[int, typer.Option(help="without files: tokens of each", min=8)] = 2048,
     answers: Annotated[float, typer.Option(help="without files: share of answers", min=0.01, max=1)] = 0.5,
+    devices: Annotated[int, typer.Option(help="devices that share each stage (torchrun)", min=1)] = 1,
+    tflops: Annotated[
+        float | None, typer.Option(help="TFLOP/s of one, instead of measuring this machine's", min=1e-3)
+    ] = None,
     out: OutOption = Path(),
     json_output: JsonOption = False,
 ) -> None:
@@ -323,9 +327,9 @@ def plan(
     no weights are needed. Exit code 2 where the disk of --out cannot hold the store."""
     overrides = with_target(overrides, target)
     settings = _recipe(recipe, overrides)
-    from draftkit import plan as planning
+    from draftkit.plan import plan as planning
 
-    made = planning.plan(settings, conversations or [], (count, tokens, answers), out)
+    made = planning.plan(settings, conversations or [], (count, tokens, answers), out, devices, tflops)
     if json_output:
         typer.echo(as_json(made.as_dict(), indent=1))
     else:

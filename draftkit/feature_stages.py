@@ -29,7 +29,7 @@ from draftkit.progress import progress_bar
 from draftkit.stages import feature_layers, open_target, prompt_format
 from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.tokenizer import template_hash, tokenizer_hash
-from draftkit.target.transformers import TransformersTarget, check_taps
+from draftkit.target.transformers import STREAM_MEANS, TransformersTarget, check_taps
 from draftkit.target.weights import TargetFiles
 
 TEXTS = "texts"  # beside a drafter whose features are live
@@ -123,7 +123,12 @@ def live_features_by(
 
 def server_reader(recipe: Recipe, files: TargetFiles, url: str, probe: bool) -> VllmReader:
     """A vLLM server that reads for the recipe's target, whose files are here; with `probe` the target is
-    loaded once and compared with it."""
+    loaded once and compared with it. Raises ConfigError for a family of several residual streams."""
+    if files.info.family in STREAM_MEANS:
+        raise ConfigError(
+            f"--from vllm: of {files.info.family}'s streams vLLM gives the mean after a layer, and the last "
+            "hidden state cannot be made of that; leave --from out, so that draftkit reads"
+        )
     wanted = Wanted(files.info, feature_layers_of(recipe, files), files.final_norm().loaded())
     reader = VllmReader(url, wanted)
     if probe:

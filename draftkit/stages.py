@@ -28,12 +28,9 @@ from draftkit.data.refused import asked_ones, learnt_ones
 from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
 from draftkit.data.traces import domain_of
-from draftkit.draft import deepseek_v4_handover
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, save_drafter
 from draftkit.draft.checkpoint_files import INDEX, WEIGHTS, read_provenance
-from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
-from draftkit.draft.deepseek_v4_handover import HandedOver
 from draftkit.draft.drafter import Drafter, DrafterShape
 from draftkit.draft.families import block_shape, style_of
 from draftkit.draft.warm_start import CapturedText
@@ -43,6 +40,7 @@ from draftkit.evaluate.metrics import domains_of
 from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, speed_prompts
 from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
 from draftkit.features.source import FeatureSource
+from draftkit.handover.deepseek_v4 import BUNDLED, SUBFOLDER, hand_over_module
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, check_free, make_folder, one_writer, write_text
 from draftkit.progress import clock, doing, progress_bar
@@ -391,8 +389,8 @@ def run_export(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: is not known, choose one of {', '.join(DTYPES)}")
-    if form in (deepseek_v4_handover.BUNDLED, deepseek_v4_handover.SUBFOLDER):
-        return _hand_over_deepseek(folder, out, form).bytes
+    if form in (BUNDLED, SUBFOLDER):
+        return hand_over_module(folder, out, form).bytes
     if out.resolve() == folder.resolve():
         raise ConfigError(f"--out {out}: is the drafter's own folder, choose another")
     if (borrow or rows) and target_path is None:
@@ -405,25 +403,6 @@ def run_export(
     note = {k: v for k, v in read_provenance(folder).items() if k not in own}
     save_drafter(drafter, out, note, DTYPES[dtype], form, target if borrow or rows else None, rows)
     return (out / WEIGHTS).stat().st_size
-
-
-def _hand_over_deepseek(folder: Path, out: Path, form: str) -> HandedOver:
-    """Write a DeepSeek-V4 module into the checkpoint in `out`, or beside it."""
-    drafter = open_drafter(folder, TargetFiles(str(out)), DTYPES["float32"])
-    if not isinstance(drafter, DeepseekV4Drafter):
-        raise ConfigError(f"--form {form}: is for dspark_v4 drafters; {folder} is {drafter.config.algorithm}")
-    write = deepseek_v4_handover.write_bundled
-    made = (write if form == deepseek_v4_handover.BUNDLED else deepseek_v4_handover.write_subfolder)(
-        drafter, out
-    )
-    lines = [
-        f"{name}: {line}" for name, line in deepseek_v4_handover.commands(str(out), drafter.config).items()
-    ]
-    print(
-        "\n".join([*lines, *(f"note: {n}" for n in deepseek_v4_handover.notes(drafter.config))]),
-        file=sys.stderr,
-    )
-    return made
 
 
 def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:

@@ -21,7 +21,8 @@ from draftkit.ops.sampling import Sampling
 from draftkit.progress import progress_bar
 from draftkit.stages import check_drafter_switches, kept_result, prompt_format
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.prompt_format import PromptFormat, TemplateFormat
+from draftkit.target.prompt_format import PromptFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train.parallel import World, join_world
 

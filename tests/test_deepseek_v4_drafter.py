@@ -12,7 +12,7 @@ from torch import Tensor
 
 from draftkit.draft.checkpoint import load_drafter, open_drafter, save_drafter
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter, WindowContext
-from draftkit.draft.deepseek_v4_checkpoint import weights
+from draftkit.draft.deepseek_v4_checkpoint import tensor_specs
 from draftkit.draft.drafter import TrainBatch
 from draftkit.draft.layout import lay_out
 from draftkit.errors import CheckpointError, ConfigError
@@ -21,7 +21,8 @@ from draftkit.settings import LossSettings
 from draftkit.target.deepseek_v4_tensors import draft_tensors
 from draftkit.target.transformers import TransformersTarget, load_target
 from support.deepseek_v4 import tiny_drafter, tiny_shape, tiny_target
-from tools.tiny_v4 import TINY, tiny_model, write_checkpoint
+from tools.tiny_v4 import tiny_model, write_checkpoint
+from tools.v4_configs import TINY
 
 G, WINDOW, READ = 5, 8, 20
 FEATURES = torch.randn(1, READ, 3 * 64, generator=torch.Generator().manual_seed(3))
@@ -182,7 +183,7 @@ def test_a_module_comes_back_from_its_own_folder(target: TransformersTarget, tmp
     drafter = tiny_drafter(target)
     save_drafter(drafter, tmp_path, {}, torch.float32)
     stored = load_file(tmp_path / "model.safetensors")
-    assert set(stored) == set(weights(drafter.config)) and "mtp.1.ffn.experts.3.w2.weight" in stored
+    assert set(stored) == set(tensor_specs(drafter.config)) and "mtp.1.ffn.experts.3.w2.weight" in stored
     again = open_drafter(tmp_path, target)
     assert again.config == drafter.config
     assert again.lm_head.weight.data_ptr() == target.head_weight().data_ptr()  # shared, not copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,14 +14,17 @@ from typer.testing import CliRunner
 from draftkit.cli import app
 from draftkit.draft.checkpoint import open_drafter, save_drafter
 from draftkit.draft.deepseek_v4_checks import check_checkpoint, check_pair, check_settings
-from draftkit.draft.deepseek_v4_handover import commands, write_bundled, write_subfolder
 from draftkit.errors import CheckpointError, TargetError
+from draftkit.handover.deepseek_v4 import commands, write_bundled, write_subfolder
+from draftkit.handover.deepseek_v4_gguf import refusals
 from draftkit.target.deepseek_v4_prompts import generation
+from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
 from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
 from draftkit.target.transformers import load_target
 from draftkit.target.weights import TargetFiles
 from support.deepseek_v4 import tiny_drafter, tiny_shape
-from tools.tiny_v4 import TINY, tiny_model, write_checkpoint
+from tools.tiny_v4 import tiny_model, write_checkpoint
+from tools.v4_configs import TINY
 
 INDEX = "model.safetensors.index.json"
 TOKENS = torch.arange(20)[None]
@@ -109,6 +113,71 @@ def test_what_cannot_take_the_module_is_refused(tmp_path: Path) -> None:
     given = ["-d", str(tmp_path / "own"), "-o", str(tmp_path / "no"), "--form", "bundled"]
     result = CliRunner().invoke(app, ["export", *given])
     assert isinstance(result.exception, TargetError) and "has no config.json" in str(result.exception)
+
+
+CONVERTER = """
+import argparse, json, pathlib, sys
+from safetensors.torch import load_file
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=pathlib.Path)
+parser.add_argument("--dspark", action="store_true")
+parser.add_argument("--outfile", type=pathlib.Path)
+parser.add_argument("--target-model-dir", type=pathlib.Path)
+given = parser.parse_args()
+if not (given.target_model_dir / "tokenizer.json").exists():
+    given.outfile.write_text("half")
+    sys.exit("no tokenizer in the target's folder")
+raw = json.loads((given.folder / "config.json").read_text())
+tensors = {k: v for f in given.folder.glob("*.safetensors") for k, v in load_file(f).items()}
+told = {k: [str(v.dtype), list(v.shape)] for k, v in tensors.items()}
+given.outfile.write_text(json.dumps({"dspark": given.dspark, "raw": raw, "tensors": told}))
+"""
+
+
+def test_llama_cpps_converter_is_given_the_one_form_that_it_knows(tmp_path: Path) -> None:
+    """What it makes of it is shown by `python -m checks.deepseek_v4_gguf`, with the real one."""
+    folder = write_checkpoint(tmp_path / "t", tiny_model())  # floats: the module is quantised all the same
+    drafter = tiny_drafter(load_target(str(folder)))
+    save_drafter(drafter, tmp_path / "own", {}, torch.float32)
+    script = tmp_path / "convert_hf_to_gguf.py"
+    words = [
+        "export",
+        "-d",
+        str(tmp_path / "own"),
+        "-o",
+        str(tmp_path / "out" / "d.gguf"),
+        "--target",
+        str(folder),
+    ]
+
+    def told(*more: str) -> str:
+        result = CliRunner().invoke(app, [*words, *more])
+        assert result.exit_code, result.output
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+        return str(result.exception)
+
+    for engine in ("vllm", "sglang", "mlx"):
+        assert "--form bundled" in told("--for", engine)
+    assert "needs --converter" in told("--for", "llama.cpp")
+    assert "give llama.cpp's convert_hf_to_gguf.py" in told("--for", "llama.cpp", "--converter", str(script))
+    script.write_text(CONVERTER)
+    given = ("--for", "llama.cpp", "--converter", str(script))
+    assert "failed: no tokenizer in the target's folder" in told(*given)
+    (folder / "tokenizer.json").write_text("{}")
+    result = CliRunner().invoke(app, [*words, *given])
+    assert result.exit_code == 0, result.output
+    assert f"-md {tmp_path / 'out' / 'd.gguf'} --spec-type draft-dspark" in result.output
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["d.gguf"]
+    made = json.loads((tmp_path / "out" / "d.gguf").read_text())
+    assert made["dspark"] and made["raw"]["dspark_block_size"] == 5
+    assert made["raw"]["architectures"] == ["DeepseekV4ForCausalLM"]
+    assert made["tensors"]["mtp.2.ffn.experts.3.w2.weight"] == ["torch.int8", [64, 16]]
+    assert made["tensors"].keys() == {n for n in checkpoint_tensors(TINY) if n.startswith("mtp.")}
+    odd = dataclasses.replace(drafter.config, intermediate_size=40, confidence_with_markov=False)
+    assert [r.split(",")[0] for r in refusals(odd)] == [
+        "it reads a confidence head with the Markov embedding alone",
+        "expert size 40 is no multiple of 32",
+    ]
 
 
 def test_what_goes_wrong_in_practice_is_found(tmp_path: Path) -> None:

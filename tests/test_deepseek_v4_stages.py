@@ -9,17 +9,25 @@ from typing import Any
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
-from draftkit import feature_stages, stages
+from draftkit import LLM, SamplingParams, feature_stages, stages
+from draftkit.cli import app
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
+from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
+from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, TargetError
+from draftkit.ops.sampling import Sampling
+from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.tokenizer import load_tokenizer
+from draftkit.target.transformers import load_target
 from draftkit.target.weights import TargetFiles
+from support.browser import browsing, needs_browser
 from support.deepseek_v4 import tiny_folder
-from support.server import SERVE, serving
+from support.server import SERVE, Server, serving
 
 SAID = [
     Conversation(
@@ -111,6 +119,8 @@ def test_shapes_and_targets_that_do_not_go_together_are_refused(
         train(target, tokenizer, longer, run, tmp_path, folder)
     other = recipe.model_copy(update={"target": stages.replace(recipe.target, path=str(target_folder))})
     plain, words = stages.open_target(other.model_copy(update={}))
+    with pytest.raises(ConfigError, match="of deepseek_v4's streams vLLM gives the mean after a layer"):
+        feature_stages.server_reader(recipe, TargetFiles(str(folder)), "http://localhost:9", probe=False)
     with pytest.raises(ConfigError, match="dspark_v4 is for DeepSeek-V4, the target is qwen3"):
         stages.drafter_config(other, plain, words)
     templated = load_tokenizer(str(folder))
@@ -123,11 +133,75 @@ def test_shapes_and_targets_that_do_not_go_together_are_refused(
         load_tokenizer(str(tmp_path / "t"))
 
 
+def test_a_python_program_asks_it_as_any_other(folder: Path, run: Path) -> None:
+    asked = [{"role": "user", "content": "Add 3 and 4. <think>"}]
+    settings = EngineSettings(dtype="float32", plan="fixed")
+    llm = LLM(str(folder), str(run / "a" / "best"), settings, template_switches={"thinking": False})
+    [answer] = llm.chat(asked, SamplingParams(max_tokens=16, temperature=0))
+    target, tokenizer = load_target(str(folder)), load_tokenizer(str(folder))
+    prompt = DeepseekFormat(tokenizer, {"thinking": False}).prompt(asked)
+    assert answer.prompt_token_ids == prompt
+    alone = decode(target, None, prompt, Sampling(0.0), 16)
+    assert answer.outputs[0].token_ids == alone.tokens
+    assert answer.outputs[0].stats.drafted > 0
+    with pytest.raises(ConfigError, match="DeepSeek-V4 has thinking"):
+        LLM(str(folder), "none", settings, template_switches={"think": False})
+
+
+def test_confidences_are_calibrated_and_evaluated_as_any_others(
+    folder: Path, run: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "p.jsonl"
+    asked = [{"id": str(i), "messages": [{"role": "user", "content": f"Add {i}."}]} for i in range(4)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    given = ["-d", str(run / "a" / "best"), "-p", str(prompts), "-r", "tiny-deepseek-v4"]
+    given += ["--set", f"target.path={folder}", "--set", "evaluate.max_new_tokens=16"]
+    done = CliRunner().invoke(app, ["calibrate", *given, "-o", str(tmp_path / "c"), "--json"])
+    assert done.exit_code == 0, done.output
+    file = next((tmp_path / "c").glob("*.json"))
+    assert len(json.loads(file.read_text())["temperatures"]) == 5
+    done = CliRunner().invoke(app, ["evaluate", *given, "-o", str(tmp_path / "e"), "--json"])
+    assert done.exit_code == 0, done.output
+    assert list((tmp_path / "e").rglob("*.json"))
+
+
 @pytest.fixture(scope="module")
-def client(folder: Path, run: Path) -> Iterator[openai.OpenAI]:
+def server(folder: Path, run: Path) -> Iterator[Server]:
     options = ("--target", str(folder), "--drafter", str(run / "a" / "best"))
     with serving(*options, command=SERVE) as running:
-        yield openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
+
+
+@needs_browser
+def test_the_pages_switch_says_how_to_think(server: Server, tmp_path: Path) -> None:
+    """Non-think, High, Max, in a browser: what is sent, and how long the prompt that the model reads is."""
+    with browsing(tmp_path / "profile") as page:
+        page.call("Page.navigate", url=server.url + "/")
+        page.wait("document.getElementById('thinking-choice')?.hidden === false")
+        options = "[...document.getElementById('thinking').options].map((o) => [o.value, o.textContent])"
+        assert page.run(options) == [["none", "Non-think"], ["high", "High"], ["max", "Max"]]
+        page.run(
+            "var sent = [], real = window.fetch; window.fetch = (url, options) => "
+            "{ if (options?.body) sent.push(options.body); return real(url, options); }"
+        )
+        page.set("max-tokens", "6")
+        lengths = []
+        for number, choice in enumerate(("none", "high", "max"), 1):
+            before = server.metric("prompt_tokens_total")
+            page.set("thinking", choice)
+            page.click("clear")
+            page.press_enter("Add 3 and 4.")
+            page.wait(f"sent.length === {number}")
+            page.wait("document.querySelectorAll('.assistant[data-done]').length === 1")
+            assert page.run("JSON.parse(sent.at(-1)).reasoning_effort") == choice
+            lengths.append(server.metric("prompt_tokens_total") - before)
+        assert lengths[0] < lengths[1] < lengths[2], lengths
+        assert not page.console, page.console
 
 
 def test_the_server_takes_modes_and_gives_reasoning_apart(client: openai.OpenAI, recipe: Recipe) -> None:

@@ -22,8 +22,9 @@ from draftkit.target.interface import TargetInfo
 from draftkit.target.shards import tensor_places
 from draftkit.target.transformers import TransformersTarget, check_taps, check_target, load_target
 from draftkit.target.weights import TargetFiles
-from support.deepseek_v4 import PRO, tiny_target
-from tools.tiny_v4 import FLASH, TINY, tiny_model, write_checkpoint
+from support.deepseek_v4 import tiny_target
+from tools.tiny_v4 import tiny_model, write_checkpoint
+from tools.v4_configs import FLASH, PRO, TINY
 
 TOKENS = torch.randint(0, 90, (1, 40), generator=torch.Generator().manual_seed(5))
 LAST = (2, 3, 4)
@@ -80,6 +81,33 @@ def test_reading_goes_on_from_every_place_of_a_pass_that_was_taken_back() -> Non
             )
 
 
+def test_what_stays_of_a_pass_is_read_with_the_next_one() -> None:
+    """Round after round of six tokens of which few stay: answers as from one reading, and a pass for each
+    round, with one more now and then so that what waits does not grow."""
+    target = tiny_target(heavy=6)
+    whole = target.forward(TOKENS, None, LAST)
+    lengths: list[int] = []
+    target.model.model.layers[0].register_forward_pre_hook(
+        lambda module, inputs: lengths.append(inputs[0].shape[1])
+    )
+    cache, at = target.new_cache(), 3
+    target.forward(TOKENS[:, :at], cache)
+    for kept in (1, 2, 1, 1, 3, 1, 1, 1, 2, 1, 1):
+        tokens = TOKENS[:, at : at + 6].clone()
+        tokens[:, kept:] = 91
+        read = target.forward(tokens, cache, LAST)
+        torch.testing.assert_close(
+            read.features_BTF[:, :kept], whole.features_BTF[:, at : at + kept], atol=2e-4, rtol=1e-3
+        )
+        assert read.last_hidden_BTH.shape[1] == 6
+        cache.crop(at + kept + 1)
+        cache.crop(at + kept)  # a second time, further back
+        at += kept
+    assert max(lengths) <= 12 and len(lengths) <= 1 + 11 + 2, lengths
+    with pytest.raises(TargetError, match="can go back to"):
+        cache.crop(1)
+
+
 def test_padding_is_read_on_the_right_alone() -> None:
     target = tiny_target()
     rows = torch.cat([TOKENS, torch.cat([TOKENS[:, :25], torch.zeros(1, 15, dtype=torch.int64)], 1)])
@@ -122,6 +150,11 @@ def test_a_checkpoint_with_deepseeks_names_is_the_same_model(model: Any, tmp_pat
     again = load_target(str(tmp_path / "hf"))
     with torch.no_grad():
         assert torch.equal(again.model(TOKENS).logits, model(TOKENS).logits)
+    spread = load_target(str(folder), spread="layers")  # over all devices, here one
+    with torch.no_grad():
+        assert torch.equal(spread.model(TOKENS).logits, model(TOKENS).logits)
+    with pytest.raises(TargetError, match=r"give target\.spread: layers"):
+        load_target(str(folder), spread="tensors")
     half = load_target(str(folder), dtype="bfloat16").model
     assert half.model.norm.weight.dtype == half.model.layers[0].attn_hc.fn.dtype == torch.float32
     assert half.lm_head.weight.dtype == torch.bfloat16

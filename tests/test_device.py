@@ -27,7 +27,7 @@ from draftkit.features.store import FeatureStore
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.settings import CaptureSettings, EvaluateSettings, GenerateSettings
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget, load_target
 from support.drafters import make_drafter, make_eagle

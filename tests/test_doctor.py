@@ -29,7 +29,7 @@ from draftkit.errors import CheckpointError, ConfigError
 from draftkit.evaluate.metrics import Interval
 from draftkit.schedule.step_rate import StepRate
 from draftkit.stages import first_turns, read_prompts
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import EMBEDDED, TransformersTarget, load_target
 from support.faulty import (

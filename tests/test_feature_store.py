@@ -26,7 +26,7 @@ from draftkit.features.store import FeatureStore
 from draftkit.features.verify import verify
 from draftkit.features.writer import StoreWriter
 from draftkit.settings import CaptureSettings, GenerateSettings
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer, template_hash, tokenizer_hash
 from draftkit.target.transformers import TransformersTarget
 from support.records import prompts, records

@@ -21,7 +21,7 @@ from draftkit.engine.answers import EngineAnswers, answerer
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import DataError
 from draftkit.settings import GenerateSettings
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from support.records import prompts, records

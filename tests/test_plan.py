@@ -12,15 +12,18 @@ import pytest
 from transformers import DeepseekV4Config
 from typer.testing import CliRunner
 
-from draftkit import feature_stages, plan, stages
+from draftkit import feature_stages, stages
 from draftkit.cli import app
 from draftkit.config import load_recipe
 from draftkit.data.conversations import read_conversations
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.features.estimate import assumed_counts
 from draftkit.features.record import RecordForm
-from draftkit.plan import target_sizes
+from draftkit.plan import plan
+from draftkit.plan.drafter import DrafterSizes
+from draftkit.plan.target import target_sizes
 from support.records import prompts
+from tools import v4_configs
 
 QWEN3_4B = {
     "model_type": "qwen3",
@@ -76,7 +79,7 @@ def test_numbers_of_qwen3_4b_need_its_configuration_alone(tmp_path: Path) -> Non
     assert counts.store_bytes(form) / (1000 * 4096) == pytest.approx(30_724, rel=0.001)
     assert counts.store_bytes(RecordForm("fp8", 5, 2560)) / (1000 * 4096) == pytest.approx(15_388, rel=0.001)
     recipe = load_recipe("qwen3-4b-dspark", [f"target.path={folder}"])
-    drafter = plan.DrafterSizes.of(recipe, sizes, 5)
+    drafter = DrafterSizes.of(recipe, sizes, 5)
     assert algorithm_named("dspark").layers == drafter.layers == 5
     assert drafter.trained == pytest.approx(5 * 100.9e6 + 5 * 2560**2 + 2 * 151936 * 256, rel=0.02)
 
@@ -118,3 +121,45 @@ def test_one_epoch_is_read_live(tmp_path: Path) -> None:
     recipe = load_recipe("qwen3-4b-dspark", [f"target.path={folder}", "drafter.feature_layers=[1,2]"])
     recipe = recipe.model_copy(update={"train": replace(recipe.train, epochs=1)})
     assert plan.plan(recipe, [], (10, 100, 0.5), tmp_path).way == "live"
+
+
+@pytest.mark.parametrize("devices", [8, 16])
+def test_specialising_deepseek_v4_flash_on_several_gpus(devices: int, tmp_path: Path) -> None:
+    """The printed numbers, added up here by hand from the published configuration."""
+    folder = tmp_path / "flash"
+    v4_configs.main("flash", str(folder))
+    words = ["plan", "-r", "deepseek-v4-flash", "--set", f"target.path={folder}", "--count", "1000", "--json"]
+    words += ["--tokens", "4096", "--devices", str(devices), "--tflops", "989", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, words)
+    told = json.loads(done.output)
+    stages = {stage["stage"]: stage for stage in told["stages"]}
+
+    hidden, inner, vocab, streams = 4096, 2048, 129_280, 4
+    experts = 256 * 3 * hidden * inner
+    attention = 1024 * hidden + 64 * 512 * 1024 + 512 * hidden + 8 * 1024 * 8 * 512 + hidden * 8 * 1024
+    attention += 64 + 1024 + 512 + 2 * hidden  # sinks and norms
+    mixes = 2 * ((2 + streams) * streams * (streams * hidden + 1) + 3)
+    layer = attention + mixes + 256 * hidden + 256 + 3 * hidden * inner
+    outside = 3 * hidden * hidden + 2 * hidden + streams * streams * hidden + streams + 1
+    outside += 2 * vocab * 256 + hidden + 256
+    trained, frozen = 3 * (layer + experts) + outside, 2 * vocab * hidden
+    assert trained == pytest.approx(19.85e9, rel=1e-3)
+    assert told["experts_apart"] == 3 * experts == 19_327_352_832
+
+    state = (16 * trained + 4 * frozen) // devices  # float32: weights, gradients, two moments
+    passes = 2 * (outside + frozen + 2 * layer) + 6 * layer  # bfloat16 and a gradient on its way
+    apart = (2 * 3 * experts + 6 * experts) // devices
+    drafted = 128 * 5 * 8192 / 4094  # a row holds two conversations
+    kept = drafted * 3 * (8 * streams * hidden + 3 * 64 * 512 + 6 * (3 * inner + 2 * hidden)) * 2
+    batch = 8192 * 4 * hidden * 2 + 8192 * 4 * hidden * 2
+    wanted = state + passes + apart + kept + batch + 16 * 2**25
+    assert stages["train from the store"]["memory_bytes"] == pytest.approx(wanted, rel=1e-6)
+    assert wanted < 80 * 2**30, "a step fits on a GPU of 80 GB"
+
+    weights = 166.88e9 - 10.86e9  # of the target as it is stored
+    assert stages["generate"]["memory_bytes"] == pytest.approx(weights / devices, rel=1e-3)
+    rate = 3600 * devices * 989e12 * 0.4
+    active = 6 * experts / 256 + layer
+    context = 4094 * (3 * hidden**2 + 3 * hidden * 512)
+    operations = 6 * (128 * 5 * 3 * active + context) + 2 * 128 * 5 * 4 * vocab * hidden
+    assert stages["train from the store"]["hours"] == pytest.approx(10 * 1000 * operations / rate, rel=1e-6)

@@ -12,7 +12,8 @@ from transformers import AddedToken
 
 from checks.chats import conversations
 from draftkit.errors import ConfigError
-from draftkit.target.prompt_format import PARALLEL, RewrittenError, TemplateError, TemplateFormat
+from draftkit.target.prompt_format import RewrittenError, TemplateError
+from draftkit.target.template_format import PARALLEL, TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from support.templates import FAMILIES, MARKS
 

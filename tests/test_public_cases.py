@@ -16,7 +16,7 @@ from draftkit import stages
 from draftkit.cli import app
 from draftkit.data.conversations import iterate_conversations
 from draftkit.data.samples import Sample, SampleCounts, samples_of
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from support.templates import FAMILIES, MARKS
 

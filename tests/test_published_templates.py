@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from checks.published_templates import FULL, checked
-from draftkit.target.prompt_format import TemplateFormat, Turn
+from draftkit.target.prompt_format import Turn
+from draftkit.target.template_format import TemplateFormat
 from support.templates import FAMILIES
 
 

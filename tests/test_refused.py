@@ -14,7 +14,7 @@ from draftkit.cli import app
 from draftkit.data.conversations import SkippedRows, iterate_conversations
 from draftkit.data.refused import asked_ones, learnt_ones
 from draftkit.errors import DataError
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from support.records import records
 

@@ -15,7 +15,7 @@ from draftkit.data.records import made_with
 from draftkit.data.servers import ServerAnswers
 from draftkit.errors import ServeError
 from draftkit.settings import GenerateSettings
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from support.records import prompts, records
 from support.stub_server import MODEL, StubServer, answer_to, stubs

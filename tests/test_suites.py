@@ -27,7 +27,7 @@ from draftkit.ops.sampling import Sampling
 from draftkit.settings import EvaluateSettings
 from draftkit.suite_stages import check_thinking
 from draftkit.target.place import EMBEDDED
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter

@@ -15,7 +15,7 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.transformers import load_target
 from tools.tiny_target.corpus import DOMAINS, Corpus, build_corpus
 from tools.tiny_target.publish import publish

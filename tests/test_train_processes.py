@@ -18,7 +18,7 @@ import torch
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.settings import CaptureSettings
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from support.stores import capture_by

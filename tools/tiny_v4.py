@@ -1,7 +1,7 @@
 """A tiny DeepSeek-V4: configuration, tokenizer, random or trained weights, checkpoints with DeepSeek's names.
 
-`python -m tools.tiny_v4 FOLDER` trains one for two minutes on the text in the package and writes its
-checkpoint, with a random draft module: a target to try every stage with on a CPU."""
+`python -m tools.tiny_v4 FOLDER [MINUTES]` trains one for two minutes on the text in the package and writes
+its checkpoint, with a random draft module: a target to try every stage with on a CPU."""
 
 from __future__ import annotations
 
@@ -20,93 +20,16 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM, PreTrainedTokenizerFast
 
+from draftkit.progress import doing
 from draftkit.target.deepseek_v4 import place_of
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
 from draftkit.target.fp8_fp4 import quantise_fp4, quantise_fp8
 from draftkit.target.place import EMBEDDED
 from tools.tiny_target.tokenizer import train_tokenizer
+from tools.v4_configs import TINY
 
-# keys and values as DeepSeek publishes them
-FLASH: dict[str, Any] = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "model_type": "deepseek_v4",
-    "hidden_size": 4096,
-    "num_hidden_layers": 43,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 1,
-    "head_dim": 512,
-    "qk_rope_head_dim": 64,
-    "q_lora_rank": 1024,
-    "o_groups": 8,
-    "o_lora_rank": 1024,
-    "moe_intermediate_size": 2048,
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 6,
-    "n_shared_experts": 1,
-    "num_hash_layers": 3,
-    "scoring_func": "sqrtsoftplus",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 1.5,
-    "swiglu_limit": 10.0,
-    "hidden_act": "silu",
-    "sliding_window": 128,
-    "index_n_heads": 64,
-    "index_head_dim": 128,
-    "index_topk": 512,
-    "hc_mult": 4,
-    "hc_sinkhorn_iters": 20,
-    "hc_eps": 1e-6,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000,
-    "compress_rope_theta": 160000,
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 16,
-        "original_max_position_embeddings": 65536,
-        "beta_fast": 32,
-        "beta_slow": 1,
-    },
-    "max_position_embeddings": 1048576,
-    "vocab_size": 129280,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "tie_word_embeddings": False,
-    "expert_dtype": "fp4",
-    "num_nextn_predict_layers": 1,
-    "compress_ratios": [0, 0] + [4, 128] * 20 + [4] + [0, 0, 0],
-    "dspark_block_size": 5,
-    "dspark_noise_token_id": 128799,
-    "dspark_target_layer_ids": [40, 41, 42],
-    "dspark_markov_rank": 256,
-}
-TINY: dict[str, Any] = FLASH | {
-    "hidden_size": 64,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "head_dim": 32,
-    "qk_rope_head_dim": 8,
-    "q_lora_rank": 32,
-    "o_groups": 2,
-    "o_lora_rank": 16,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_hash_layers": 1,
-    "sliding_window": 8,
-    "index_n_heads": 4,
-    "index_head_dim": 16,
-    "rope_scaling": FLASH["rope_scaling"] | {"original_max_position_embeddings": 256},
-    "max_position_embeddings": 4096,
-    "vocab_size": 96,
-    "compress_ratios": [0, 0, 4, 128, 4, 0, 0, 0],
-    "dspark_noise_token_id": 95,
-    "dspark_target_layer_ids": [2, 3, 4],
-    "dspark_markov_rank": 16,
-}
-
-
+HELD_OUT = 24  # conversations
 SPECIAL = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
 SPECIAL += [
     f"<｜{name}｜>" for name in ("latest_reminder", "action", "query", "title", "extracted_url", "read_url")
@@ -215,12 +138,12 @@ def train(model: Any, texts: Sequence[Sequence[int]], seconds: float, seed: int 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     model.eval()
-    return float(loss)
+    return loss.item()
 
 
 def make(folder: Path, seconds: float) -> None:
-    """Train a tiny V4 and write its folder: checkpoint, tokenizer, and `conversations.jsonl` to go on
-    with."""
+    """Train a tiny V4 and write its folder: checkpoint, tokenizer, `conversations.jsonl` to go on with, and
+    `heldout.jsonl`, which it has not seen."""
     rows = packaged_answers()
     tokenizer = v4_tokenizer([m["content"] for row in rows for m in row["messages"]])
     raw = TINY | {
@@ -229,14 +152,18 @@ def make(folder: Path, seconds: float) -> None:
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
+    seen, held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
     shown = DeepseekFormat(tokenizer, {"thinking": False})
-    turns = [turn for row in rows for turn in shown.turns(row["messages"])]
+    turns = [turn for row in seen for turn in shown.turns(row["messages"])]
     model = tiny_model(**raw | {"initializer_range": 0.02})
-    loss = train(model, [t.prompt_ids + t.answer_ids for t in turns], seconds)
+    with doing("training a tiny DeepSeek-V4"):
+        loss = train(model, [t.prompt_ids + t.answer_ids for t in turns], seconds)
     print(f"{len(turns)} answers, {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.3f}")
     write_checkpoint(folder, model, raw)
     tokenizer.save_pretrained(folder)
-    (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    for name, part in (("conversations", seen), ("heldout", held_out)):
+        lines = "".join(json.dumps(row) + "\n" for row in part)
+        (folder / f"{name}.jsonl").write_text(lines, "utf-8")
 
 
 if __name__ == "__main__":

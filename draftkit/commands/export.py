@@ -24,7 +24,9 @@ def command(
         str | None,
         typer.Option("--for", help="engine: vllm, sglang, llama.cpp or mlx"),
     ] = None,
-    form: Annotated[str | None, typer.Option(help="portable (the default) or deepspec")] = None,
+    form: Annotated[
+        str | None, typer.Option(help="portable (the default), deepspec; of DeepSeek-V4 bundled, dspark")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float32 or float64")] = "bfloat16",
     target: Annotated[
         str | None, typer.Option(help="folder, GGUF file or hub name; lends what the drafter's folder lacks")
@@ -38,6 +40,9 @@ def command(
             "--borrow-rows", help="a reduced head, too: only draftkit finds its rows in the target again"
         ),
     ] = False,
+    converter: Annotated[
+        Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py, for a DeepSeek-V4 module")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the drafter, or any model, that lies in --out")
     ] = False,
@@ -48,6 +53,8 @@ def command(
     With --for it is written as that engine loads it (for llama.cpp as GGUF), or refused with the reason; the
     command that runs the pair is printed, with what holds for the engine's version."""
     if engine is None:
+        if converter is not None:
+            raise ConfigError("--converter: goes with --for llama.cpp")
         make_folder(out)
         check_drafter(drafter)
         if target:
@@ -66,5 +73,5 @@ def command(
     check_pair(target)
     from draftkit.handover.export import hand_over, print_handed_over
 
-    made = hand_over(engine, drafter, out, target, dtype, overwrite)
+    made = hand_over(engine, drafter, out, target, dtype, overwrite, converter)
     typer.echo(as_json(asdict(made) | {"path": str(made.path)})) if json_output else print_handed_over(made)

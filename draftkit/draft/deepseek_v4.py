@@ -31,6 +31,7 @@ from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.draft.drafter import DraftContext, TrainBatch
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout
+from draftkit.draft.split_experts import SplitExperts
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of each pair of channels, float32
 INIT_STD = 0.02
@@ -49,6 +50,10 @@ class Seen:
 
 class Stage(DeepseekV4DecoderLayer):
     """One V4 block without a compressor, over blocks of positions and what they see."""
+
+    def __init__(self, config: DeepseekV4Config, number: int) -> None:
+        super().__init__(config, number)
+        self.mlp.experts = SplitExperts(config)
 
     def forward(  # type: ignore[override]
         self, streams_XGNH: Tensor, rope: Rope, seen: Seen
@@ -131,7 +136,7 @@ class DeepseekV4Drafter(BlockHeads):
     def __init__(self, config: DeepseekV4Shape) -> None:
         super().__init__()
         self.config = config
-        blocks, hidden = _block_config(config), config.hidden_size
+        blocks, hidden = block_config(config), config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
         self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
         self.main_proj = nn.Linear(len(config.feature_layers) * hidden, hidden, bias=False)
@@ -238,7 +243,7 @@ def _mixed(streams: Tensor, update: Tensor, post: Tensor, comb: Tensor) -> Tenso
     return post.to(streams.dtype).unsqueeze(-1) * update.unsqueeze(-2) + old
 
 
-def _block_config(config: DeepseekV4Shape) -> DeepseekV4Config:
+def block_config(config: DeepseekV4Shape) -> DeepseekV4Config:
     """What Transformers' modules are made from: layers without compressors and without tables of experts."""
     blocks = DeepseekV4Config(
         vocab_size=config.vocab_size,

@@ -18,7 +18,7 @@ from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.target.deepseek_v4 import Place, place_in_block
-from draftkit.target.deepseek_v4_tensors import Sizes, draft_tensors, has_draft_module
+from draftkit.target.deepseek_v4_tensors import Sizes, TensorSpec, draft_tensors, has_draft_module
 from draftkit.target.fp8_fp4 import dequantise_fp4, dequantise_fp8
 
 PREFIX = "mtp."
@@ -137,7 +137,8 @@ def place_of(name: str) -> Place:
 def to_checkpoint(tensors: Mapping[str, Tensor], config: DeepseekV4Shape) -> dict[str, Tensor]:
     """A drafter's tensors by DeepSeek's names, as floats; embedding and head are left to the target."""
     return {
-        name: place_of(name).part_of(tensors[place_of(name).name]).contiguous() for name in weights(config)
+        name: place_of(name).part_of(tensors[place_of(name).name]).contiguous()
+        for name in tensor_specs(config)
     }
 
 
@@ -146,7 +147,7 @@ def from_checkpoint(tensors: Mapping[str, Tensor], config: DeepseekV4Shape) -> d
 
     Raises CheckpointError that lists all that is missing, unknown or of another shape.
     """
-    names = weights(config)
+    names = list(tensor_specs(config))
     bare = {n.removeprefix("model."): t for n, t in tensors.items()}
     bare |= {n.replace(".attn.norm.", ".attn.kv_norm."): t for n, t in bare.items() if ".attn.norm." in n}
     with torch.device("meta"):
@@ -172,10 +173,10 @@ def from_checkpoint(tensors: Mapping[str, Tensor], config: DeepseekV4Shape) -> d
     return found
 
 
-def weights(config: DeepseekV4Shape) -> list[str]:
-    """Names of the module's tensors but for scales, as `config.json` of the checkpoint gives them."""
+def tensor_specs(config: DeepseekV4Shape) -> dict[str, TensorSpec]:
+    """The module's tensors but for scales, as `config.json` of the checkpoint gives them."""
     raw = write_fields(config) | {"compress_ratios": [0] * config.num_target_layers, "num_hash_layers": 0}
-    return [name for name in draft_tensors(raw) if not name.endswith(".scale")]
+    return {name: spec for name, spec in draft_tensors(raw).items() if not name.endswith(".scale")}
 
 
 def is_draft(name: str) -> bool:

@@ -8,10 +8,15 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from draftkit.artefact import read_json
 from draftkit.draft.checkpoint import load_drafter, open_drafter, save_drafter
 from draftkit.draft.checkpoint_files import INDEX, WEIGHTS, read_provenance
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
+from draftkit.draft.deepseek_v4_checkpoint import STYLES as V4_STYLES
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.errors import CheckpointError, ConfigError
+from draftkit.handover.deepseek_v4 import commands
+from draftkit.handover.deepseek_v4_gguf import SCRIPT, write_v4_gguf
 from draftkit.handover.engines import Engine, engine_named
 from draftkit.handover.full_vocabulary import with_full_vocabulary
 from draftkit.handover.llamacpp import target_gguf, write_gguf
@@ -37,12 +42,23 @@ class HandedOver:
 
 
 def hand_over(
-    name: str, folder: Path, out: Path, target: str, dtype: str = "bfloat16", overwrite: bool = False
+    name: str,
+    folder: Path,
+    out: Path,
+    target: str,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    converter: Path | None = None,
 ) -> HandedOver:
-    """Write the drafter of `folder` for an engine. Raises ConfigError for an unknown engine or dtype, one
-    place for both, or one that holds weights and is not to be overwritten; CheckpointError when the engine
+    """Write the drafter of `folder` for an engine; a DeepSeek-V4 module by llama.cpp's own `converter`.
+    Raises ConfigError for an unknown engine or dtype, one place for both, or one that holds weights and is
+    not to be overwritten; CheckpointError when the engine
     cannot run this drafter, and why."""
     engine = engine_named(name)
+    if is_v4(folder):
+        return _hand_over_v4(engine, folder, out, target, converter, overwrite)
+    if converter is not None:
+        raise ConfigError("--converter: is for DeepSeek-V4 modules alone; leave it out")
     if dtype not in DTYPES or dtype == "float64":
         raise ConfigError(f"--dtype {dtype}: engines take bfloat16 or float32")
     if out.resolve() == folder.resolve():
@@ -85,6 +101,35 @@ def hand_over(
                 else ()
             ),
         ),
+    )
+
+
+def is_v4(folder: Path) -> bool:
+    """Whether the folder holds a DeepSeek-V4 module."""
+    names = read_json(folder / "config.json", CheckpointError).get("architectures") or []
+    return bool(set(names) & set(V4_STYLES))
+
+
+def _hand_over_v4(
+    engine: Engine, folder: Path, out: Path, target: str, converter: Path | None, overwrite: bool
+) -> HandedOver:
+    if engine.name != "llama.cpp":
+        raise CheckpointError(
+            f"{engine.name} takes a DeepSeek-V4 module from its checkpoint: draftkit export -d {folder} "
+            f"-o {target} --form bundled (or --form dspark, for SGLang alone)"
+        )
+    if converter is None:
+        raise ConfigError(f"--for llama.cpp: a DeepSeek-V4 module needs --converter, llama.cpp's {SCRIPT}")
+    drafter = open_drafter(folder, TargetFiles(target), DTYPES["float32"])
+    if not isinstance(drafter, DeepseekV4Drafter):
+        raise CheckpointError(f"{folder}: is {drafter.config.algorithm}, no DeepSeek-V4 module")
+    path = out if out.suffix == ".gguf" else out / "dspark.gguf"
+    check_free(path, overwrite=overwrite)
+    write_v4_gguf(drafter, Path(target), converter, path)
+    command = commands(target, drafter.config)["llama.cpp"].replace("dspark.gguf", shlex.quote(str(path)))
+    differs = ["experts are stored in FP4, the rest in Q8_0: measure acceptance"]
+    return HandedOver(
+        engine.name, engine.checked, path, path.stat().st_size, command, (), (*differs, *engine.notes[""])
     )
 
 

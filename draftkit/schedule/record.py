@@ -1,8 +1,8 @@
 """Recording traces of answers: every token but the last is an anchor, and every proposal after it is verified
 in full.
 
-Many answers are read at once, padded on the right. The anchors are then visited from the back: cache and
-context are cropped to an absolute position, and all answers draft and verify there in one pass.
+Many answers are read at once, padded on the right. The anchors are then visited from the front: all answers
+draft and verify at one absolute position in one pass, of which cache and context keep the anchor.
 
 Shapes: B answers, T tokens, S longest answer with its prompt, G = gamma drafted tokens.
 """
@@ -114,16 +114,22 @@ def _record_batch(
         ]
     )
     cache, context = target.new_cache(), drafter.new_context(len(batch))
-    read = target.forward(tokens_BS[:, :-1], cache, layers)
-    if read.features_BTF is not None:
-        drafter.extend(context, read.features_BTF, tokens_BS[:, 1:])
+    whole = target.forward(tokens_BS[:, :-1], cache, layers)
+
+    def extend(begin: int, end: int) -> None:
+        if whole.features_BTF is not None:
+            drafter.extend(context, whole.features_BTF[:, begin:end], tokens_BS[:, begin + 1 : end + 1])
+
+    start, stop = min(a.start for a in anchors), max(a.stop for a in anchors)
+    cache.crop(start)
+    extend(0, start)
     rows = [_Rows([], [], [], [], []) for _ in batch]
-    for position in range(max(a.stop for a in anchors) - 1, min(a.start for a in anchors) - 1, -1):
-        cache.crop(position)
-        context.crop(position)
+    for position in range(start, stop):
         anchor_B, uniforms_BG = tokens_BS[:, position], uniforms_BSG[:, position]
         proposal = drafter.propose(context, anchor_B, settings.sampling, uniforms_BG[:, :gamma])
         read = target.forward(torch.cat([anchor_B[:, None], proposal.tokens_BG], 1), cache)
+        cache.crop(position + 1)
+        extend(position, position + 1)
         probs_BTV = processed_probs(target.logits(read.last_hidden_BTH), settings.sampling)
         lengths_B = torch.full((len(batch),), gamma, device=target.device)
         proposals = DenseProposals(proposal.tokens_BG, probs_BTV, proposal.probs_BGV, lengths_B)
@@ -144,7 +150,7 @@ def _record_batch(
                 rows[b].block_accepted.append(min(int(block_B[b]), usable))
                 rows[b].confidence.append(confidence_BG[b])
                 rows[b].draft_max.append(draft_max_BG[b])
-    return [_Rows(*(column[::-1] for column in vars(r).values())) for r in rows]
+    return rows
 
 
 def _said(values_BG: Tensor | None, tokens_BG: Tensor) -> np.ndarray:

@@ -26,7 +26,7 @@ from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.problem import ApiError
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.formats import format_of
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 
 log = logging.getLogger("draftkit.serve")
 

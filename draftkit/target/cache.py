@@ -9,6 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy as copy_of
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -50,62 +51,71 @@ class DynamicTargetCache:
 
 
 class ReplayTargetCache:
-    """For targets with layers that fold tokens into a state (linear attention, state spaces): their states
-    before the last pass are kept, and what stays of the pass is read again.
+    """For targets with layers that fold tokens into a state (linear attention, state spaces, compressors):
+    their states before the last pass are kept, and what stays of the pass is read again with the next one.
 
-    It can forget tokens of its last pass, as a round of drafting needs, if that read more than one:
-    plain generation copies nothing. Layers with one entry per token are cropped, and never copied.
+    It can forget tokens that were read since then, as a round of drafting needs, if the last pass read more
+    than one: plain generation copies nothing. Layers with one entry per token are cropped, and never copied.
     """
 
     def __init__(self, config: Any, read: Callable[..., Any]) -> None:
         self.inner = DynamicCache(config=config)
         self._read = read
         self._before: list[Any] | None = None  # copies of layers, None for those that are cropped
+        self._tail: tuple[Tensor, Tensor | None] | None = None  # tokens and positions read since, or to read
+        self._waiting = False  # the tail is to be read
         self._length = 0
-        self._last: tuple[Tensor, Tensor | None, Tensor | None] | None = None
-        self._reading_again = False
 
     @property
     def length(self) -> int:
         """Tokens held."""
         return self._length
 
-    def remember(self, tokens_BT: Tensor, mask_BS: Tensor | None, positions_BT: Tensor | None) -> None:
-        """To be called before each pass: keep the states, and what is about to be read."""
-        self._before = self._last = None
-        if tokens_BT.shape[1] > 1 and not self._reading_again:
+    def begin(
+        self, tokens_BT: Tensor, mask_BS: Tensor | None, positions_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """To be called before each pass: keep the states, and give the tokens and positions to read, which
+        are these after what waits."""
+        several = tokens_BT.shape[1] > 1
+        if self._waiting and self._tail is not None:
+            waiting_BT, places_BT = self._tail
+            count, self._waiting = waiting_BT.shape[1], False
+            self._length -= count
+            if count <= tokens_BT.shape[1] and (places_BT is None) == (positions_BT is None):
+                tokens_BT = torch.cat([waiting_BT, tokens_BT], 1)
+                if places_BT is not None and positions_BT is not None:
+                    positions_BT = torch.cat([places_BT, positions_BT], 1)
+            else:  # or what waits would grow from round to round
+                mask = mask_BS[:, : self._length + count] if mask_BS is not None else None
+                self._read(waiting_BT, self, mask, places_BT)
+        self._before = self._tail = None
+        if several:
             layers = self.inner.layers
             self._before = [None if type(one) is DynamicLayer else copy_of(one) for one in layers]
-            self._last = (tokens_BT, mask_BS, positions_BT)
+            self._tail = (tokens_BT, positions_BT)
         self._length += tokens_BT.shape[1]
+        return tokens_BT, positions_BT
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens. Raises TargetError when that reaches back beyond the last
-        pass."""
+        """Forget all but the first `length` tokens. Raises TargetError when that reaches back beyond the
+        states that are kept."""
         if length == self._length:
             return
-        earlier = self._length - (self._last[0].shape[1] if self._last else 0)
-        if self._last is None or self._before is None or not earlier <= length <= self._length:
+        earlier = self._length - (self._tail[0].shape[1] if self._tail else 0)
+        if self._tail is None or not earlier <= length <= self._length:
             raise TargetError(
                 f"crop to {length} tokens: this target can go back to {earlier}..{self._length} only"
             )
-        tokens_BT, mask_BS, positions_BT = self._last
-        for place, kept_layer in enumerate(self._before):
+        for place, kept_layer in enumerate(self._before or ()):
             if kept_layer is None:
                 layer: Any = self.inner.layers[place]
                 layer.crop(earlier - self._length)  # a negative number: from the end
             else:
                 self.inner.layers[place] = kept_layer
+        tokens_BT, positions_BT = self._tail
         kept = length - earlier
-        self._length, self._before, self._last = earlier, None, None
-        if kept:
-            mask_BS = mask_BS[:, :length] if mask_BS is not None else None
-            positions_BT = positions_BT[:, :kept] if positions_BT is not None else None
-            self._reading_again = True
-            try:
-                self._read(tokens_BT[:, :kept], self, mask_BS, positions_BT)
-            finally:
-                self._reading_again = False
+        self._tail = (tokens_BT[:, :kept], positions_BT[:, :kept] if positions_BT is not None else None)
+        self._before, self._waiting, self._length = None, kept > 0, length
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows of the batch (int64 [B'])."""
@@ -113,7 +123,12 @@ class ReplayTargetCache:
         for layer in layers:
             chosen = getattr(layer, "batch_select_indices", layer.reorder_cache)
             chosen(rows)
-        self._before = self._last = None
+        self._before = None
+        if self._tail is not None and self._waiting:
+            tokens_BT, positions_BT = self._tail
+            self._tail = (tokens_BT[rows], positions_BT[rows] if positions_BT is not None else None)
+        else:
+            self._tail = None
 
 
 def needs_replay(model: Any) -> bool:

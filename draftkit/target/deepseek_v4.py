@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,19 @@ def load_model(name: str, source: str, revision: str | None, config: Any, dtype:
     with torch.no_grad():
         fill({place_of(n): n for n in wanted if not n.endswith(".scale")}, own, shards)
     return model
+
+
+def over_devices(model: Any) -> Any:
+    """The loaded model with its layers on all devices that there are, one after the other. Raises TargetError
+    without accelerate."""
+    try:
+        accelerate = import_module("accelerate")
+    except ImportError as error:
+        raise TargetError("target.spread: layers needs accelerate: pip install accelerate") from error
+    whole = model._no_split_modules
+    memory = accelerate.utils.get_balanced_memory(model, no_split_module_classes=whole)
+    places = accelerate.infer_auto_device_map(model, memory, no_split_module_classes=whole)
+    return accelerate.dispatch_model(model, places)
 
 
 def fill(names: Mapping[Place, str], own: Mapping[str, Tensor], shards: Shards) -> None:

@@ -4,23 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import import_module
 from typing import Any
 
-from draftkit.errors import TargetError
 from draftkit.target.prompt_format import Message
-
-INSTALL = "pip install 'draftkit[deepseek]'"
-
-
-def load_recipe() -> Any:
-    """DeepSeek's package. Raises TargetError that says what to install."""
-    try:
-        return import_module("deepseek_recipe")
-    except ImportError as error:
-        raise TargetError(
-            f"DeepSeek-V4 is spoken to through deepseek-recipe, which is missing: {INSTALL}"
-        ) from error
 
 
 def message_of(recipe: Any, message: Message) -> Any:

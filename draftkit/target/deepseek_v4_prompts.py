@@ -8,7 +8,6 @@ encoder: the preview checkpoints (DeepSeek-V4-Flash, -Pro, *-DSpark) do not know
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +19,8 @@ from typing import Any
 from draftkit.errors import ConfigError, TargetError
 from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.deepseek_v4_answers import DeepseekAnswer, DeepseekReader
-from draftkit.target.deepseek_v4_messages import (
-    load_recipe,
-    message_of,
-    reasoning_of,
-    schema_of,
-    tool_of,
-)
+from draftkit.target.deepseek_v4_encoder import encoder_digest, load_recipe
+from draftkit.target.deepseek_v4_messages import message_of, reasoning_of, schema_of, tool_of
 from draftkit.target.prompt_format import Message, TemplateError, Tools, Turn, is_answer
 
 DSML, EOS, OPEN, CLOSE = "｜DSML｜", "<｜end▁of▁sentence｜>", "<think>", "</think>"
@@ -39,13 +33,6 @@ TASKS = ("action", "query", "authority", "domain", "read_url", "title")
 _OFFICIAL = re.compile(r"DeepSeek-V4-(?:Flash|Pro)-\d{4}")
 _PREVIEW = re.compile(r"DeepSeek-V4-(?:Flash|Pro)(?:-DSpark|-Base)?")
 _SWITCHES = ("thinking", "enable_thinking", "reasoning_effort", "drop_thinking", "encoder")
-_PROBE = (
-    {"role": "system", "content": "S"},
-    {"role": "user", "content": "U"},
-    {"role": "assistant", "content": "A", "reasoning_content": "R"},
-    {"role": "user", "content": "V"},
-)
-_PROBE_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 Piece = tuple[str, bool]  # text, and whether it is one special token
 
 
@@ -252,23 +239,6 @@ class DeepseekFormat:
         for text, special in pieces:
             ids += [self._ids[text]] if special else self._plain.encode(text, add_special_tokens=False).ids
         return tuple(ids)
-
-
-def encoder_digest() -> str:
-    """sha256 of what the installed encoder makes of a fixed conversation, in each mode."""
-    recipe, told = load_recipe(), []
-    for thinking, effort in ((False, None), (True, "low"), (True, "high"), (True, "max")):
-        messages = [
-            recipe.AssistantMessage(m["content"], m.get("reasoning_content"))
-            if m["role"] == "assistant"
-            else (recipe.SystemMessage if m["role"] == "system" else recipe.UserMessage)(m["content"])
-            for m in _PROBE
-        ]
-        conversation = recipe.Conversation(
-            messages, thinking_mode=thinking, reasoning_effort=effort, tools=[tool_of(recipe, _PROBE_TOOL)]
-        )
-        told.append(recipe.DeepseekV4Encoding().render_conversation(conversation).prompt)
-    return hashlib.sha256("\0".join(told).encode()).hexdigest()
 
 
 def _without_added_tokens(tokenizer: Any) -> Any:

@@ -7,7 +7,7 @@ from datetime import date
 from typing import Any
 
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat, speaks_deepseek_v4
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 
 
 def format_of(

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from draftkit.errors import TargetError
-from draftkit.target.deepseek_v4_messages import INSTALL, load_recipe
-from draftkit.target.deepseek_v4_prompts import encoder_digest, speaks_deepseek_v4
+from draftkit.target.deepseek_v4_encoder import INSTALL, encoder_digest, load_recipe
+from draftkit.target.deepseek_v4_prompts import speaks_deepseek_v4
 from draftkit.target.transformers import model_type, resolve_target
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")

@@ -148,8 +148,9 @@ class TransformersTarget:
             )
         if mask_BS is not None and positions_BT is None:
             positions_BT = (mask_BS.cumsum(-1) - 1).clamp_min(0)[:, -tokens_BT.shape[1] :]
+        count = tokens_BT.shape[1]
         if isinstance(cache, ReplayTargetCache):
-            cache.remember(tokens_BT, mask_BS, positions_BT)
+            tokens_BT, positions_BT = cache.begin(tokens_BT, mask_BS, positions_BT)
         output = self._base(
             input_ids=tokens_BT,
             attention_mask=mask_BS,
@@ -158,8 +159,8 @@ class TransformersTarget:
             use_cache=cache is not None,
         )
         last = output.last_hidden_state
-        features = self._joined(feature_layers, last.device) if feature_layers else None
-        return TargetOutput(last, features)
+        features = self._joined(feature_layers, last.device)[:, -count:] if feature_layers else None
+        return TargetOutput(last[:, -count:], features)
 
     @torch.inference_mode()
     def features(self, tokens_BT: Tensor, feature_layers: tuple[int, ...]) -> Tensor:
@@ -359,7 +360,10 @@ def load_target(
     ) as error:
         raise TargetError(f"{path}: cannot load a target: {_line(error)}") from error
     if loaded is None:
-        loaded = deepseek_v4.load_model(path, source, revision, config, DTYPES[dtype]), NOTHING_LEFT_OUT
+        if spread == "tensors":
+            raise TargetError(f"{path}: DeepSeek-V4's tensors are not split; give target.spread: layers")
+        model = deepseek_v4.load_model(path, source, revision, config, DTYPES[dtype])
+        loaded = deepseek_v4.over_devices(model) if spread == "layers" else model, NOTHING_LEFT_OUT
     model, loading = loaded
     if loading["missing_keys"]:  # Transformers would go on with random numbers in their place
         missing = sorted(loading["missing_keys"])

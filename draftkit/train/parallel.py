@@ -1,10 +1,11 @@
 """All of torch.distributed: which processes train together, how a drafter lies in them, and what they add up.
 
 One process in float32 needs none of it. Otherwise the drafter is wrapped by FSDP2 (`fully_shard`): with
-`shard` every process holds a part of each parameter, gradient and moment; without, a whole copy, and
-gradients are added up. Parameters stay float32; with a `compute` dtype of bfloat16 the passes see rounded
-copies, and gradients are added up in float32. Gradients are sums here, never means: the trainer divides by
-the number of tokens of all processes.
+`shard` every process holds a part of each parameter, gradient and moment, of a V4 module's experts whole ones
+that stay where they are (`draft/split_experts.py`); without, a whole copy, and gradients are added up.
+Parameters stay float32; with a `compute` dtype of bfloat16 the passes see rounded copies, and gradients are
+added up in float32. Gradients are sums here, never means: the trainer divides by the number of tokens of all
+processes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from draftkit.draft.drafter import Drafter, LossReport, TrainBatch
+from draftkit.draft.split_experts import SplitExperts
 from draftkit.settings import LossSettings
 from draftkit.target.transformers import best_device
 
@@ -115,17 +117,19 @@ class Objective(nn.Module):
 
 
 class ParallelDrafter:
-    """A drafter as it lies in the processes. `drafter` is what is trained; `whole` gives a complete one."""
+    """A drafter as it lies in the processes. `drafter` is what is trained; `whole` gives a complete one. A
+    device never holds more of a large one than its own part and the layer that is being shared out."""
 
     def __init__(self, drafter: Drafter, world: World, shard: bool, compute: torch.dtype) -> None:
         self.drafter, self.world = drafter, world
         self._whole = drafter
         if world.device.type == "cpu":
             compute = torch.float32  # `products_in` rounds what is multiplied
-        self._objective = Objective(drafter.to(world.device))
+        self._objective = Objective(drafter)
         if world.size > 1 or compute != torch.float32:
-            self._whole = copy.deepcopy(drafter).cpu()
+            self._whole = copy.deepcopy(drafter).cpu() if world.first else drafter
             _wrap(self._objective, world, shard, compute)
+        drafter.to(world.device)
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -146,10 +150,11 @@ class ParallelDrafter:
     def whole(self) -> Drafter:
         """The complete drafter with its present weights, in float32; all processes call it, the first may use
         it."""
-        if self._whole is not self.drafter:
-            kept = self._whole.state_dict()
-            for name, value in self.drafter.state_dict().items():
-                kept[name].copy_(to_whole(value))
+        kept = self._whole.state_dict() if self._whole is not self.drafter else None
+        for name, value in self.drafter.state_dict().items():
+            found = to_whole(value)
+            if kept is not None:
+                kept[name].copy_(found)
         return self._whole
 
 
@@ -165,6 +170,12 @@ def to_part(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def _experts_apart(objective: Objective, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Leave experts where they lie: the parameters that FSDP2 has nothing to do with."""
+    found = [m for m in objective.modules() if isinstance(m, SplitExperts) and m.lie_apart(mesh)]
+    return {parameter for experts in found for parameter in experts.parameters()}
+
+
 def _wrap(objective: Objective, world: World, shard: bool, compute: torch.dtype) -> None:
     """One FSDP2 group per layer of a stack, so that only one is whole at a time, and one for the rest."""
     if not dist.is_initialized():  # bfloat16 in a process on its own
@@ -175,8 +186,9 @@ def _wrap(objective: Objective, world: World, shard: bool, compute: torch.dtype)
     rounded = None if compute == torch.float32 else compute
     policy = MixedPrecisionPolicy(param_dtype=rounded, reduce_dtype=torch.float32)
     groups = [layer for stack in objective.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    apart = _experts_apart(objective, mesh) if shard and world.size > 1 else set()
     for module in (*groups, objective):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=apart)
     for wrapped in objective.modules():
         if isinstance(wrapped, FSDPModule):
             wrapped.set_gradient_divide_factor(1.0)

@@ -7,31 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DeepseekV4Config
 
 from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.checkpoint_fields import Fields
-from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
+from draftkit.draft.deepseek_v4 import DeepseekV4Drafter, block_config
 from draftkit.draft.deepseek_v4_checkpoint import read_shape, read_sizes
 from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
 from support.targets import TEXTS
-from tools.tiny_v4 import FLASH, TINY, tiny_model, v4_tokenizer, write_checkpoint
-
-PRO = FLASH | {
-    "hidden_size": 7168,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "q_lora_rank": 1536,
-    "o_groups": 16,
-    "moe_intermediate_size": 3072,
-    "n_routed_experts": 384,
-    "routed_scaling_factor": 2.5,
-    "index_topk": 1024,
-    "compress_ratios": [128, 128] + [4, 128] * 29 + [4] + [0, 0, 0],
-    "dspark_target_layer_ids": [58, 59, 60],
-    "dspark_markov_rank": 512,
-}
+from tools.tiny_v4 import tiny_model, v4_tokenizer, write_checkpoint
+from tools.v4_configs import TINY
 
 
 def tiny_target(heavy: int = 128, seed: int = 0) -> TransformersTarget:
@@ -45,6 +32,11 @@ def tiny_shape(**changes: Any) -> DeepseekV4Shape:
     fields = Fields(TINY, "tiny")
     shape = read_shape(fields, read_sizes(fields, "deepseek_v4", None))
     return replace(shape, **changes)
+
+
+def tiny_config() -> DeepseekV4Config:
+    """What the module's blocks are made from."""
+    return block_config(tiny_shape())
 
 
 def tiny_drafter(target: TransformersTarget, spread: float = 0.15, **changes: Any) -> DeepseekV4Drafter:

@@ -16,7 +16,7 @@ from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.drafter import TrainBatch
 from draftkit.features.store import FeatureStore
 from draftkit.settings import CaptureSettings, TrainSettings
-from draftkit.target.prompt_format import TemplateFormat
+from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train import trainer

@@ -9,6 +9,7 @@ reads whole files."""
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from draftkit.artefact import read_json
+from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_checkpoint import draft_fields, is_draft, place_of
 from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
-from draftkit.errors import CheckpointError
+from draftkit.errors import CheckpointError, ConfigError
 from draftkit.output import make_folder, write_tensors, write_text
 from draftkit.target.deepseek_v4_tensors import FAMILY, TensorSpec, draft_tensors
 from draftkit.target.fp8_fp4 import quantise_fp4, quantise_fp8
+from draftkit.target.weights import TargetFiles
 
 BUNDLED, SUBFOLDER = "bundled", "dspark"  # forms of `draftkit export`
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
@@ -48,7 +51,7 @@ def write_bundled(drafter: DeepseekV4Drafter, folder: Path) -> HandedOver:
 
     Raises CheckpointError when the folder holds no sharded V4 checkpoint, or one of another shape.
     """
-    raw = _target_config(folder, drafter.config)
+    raw = target_config(folder, drafter.config)
     index = read_json(folder / INDEX, CheckpointError)
     places: dict[str, str] = dict(index.get("weight_map") or {})
     stale = {file for name, file in places.items() if is_draft(name)}
@@ -57,8 +60,8 @@ def write_bundled(drafter: DeepseekV4Drafter, folder: Path) -> HandedOver:
     added: dict[str, str] = {}
     for file in mixed:
         added |= _copied_without_draft(folder, file, kept)
-    config = _with_module(raw, drafter.config)
-    module = _write_shards(drafter, config, folder)
+    config = with_module(raw, drafter.config)
+    module = write_shards(drafter, config, folder)
     if config != raw:
         write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     whole = kept | added | module.places
@@ -74,11 +77,11 @@ def write_subfolder(drafter: DeepseekV4Drafter, folder: Path) -> HandedOver:
 
     Raises CheckpointError as `write_bundled` does.
     """
-    raw = _target_config(folder, drafter.config)
+    raw = target_config(folder, drafter.config)
     out = folder / SUBFOLDER
     make_folder(out)
-    config = _with_module(raw, drafter.config)
-    module = _write_shards(drafter, config, out)
+    config = with_module(raw, drafter.config)
+    module = write_shards(drafter, config, out)
     write_text(out / CONFIG, json.dumps(config, indent=2) + "\n")
     about = {"metadata": {"total_size": module.bytes}, "weight_map": module.places}
     write_text(out / INDEX, json.dumps(about, indent=1) + "\n")
@@ -112,16 +115,30 @@ def notes(config: DeepseekV4Shape) -> tuple[str, ...]:
     )
 
 
+def hand_over_module(folder: Path, out: Path, form: str) -> HandedOver:
+    """Write the module in `folder` into the checkpoint in `out` (BUNDLED) or beside it (SUBFOLDER), and print
+    how it is served. Raises ConfigError for another kind of drafter."""
+    drafter = open_drafter(folder, TargetFiles(str(out)), torch.float32)
+    if not isinstance(drafter, DeepseekV4Drafter):
+        raise ConfigError(f"--form {form}: is for dspark_v4 drafters; {folder} is {drafter.config.algorithm}")
+    made = (write_bundled if form == BUNDLED else write_subfolder)(drafter, out)
+    lines = [f"{name}: {line}" for name, line in commands(str(out), drafter.config).items()]
+    print("\n".join([*lines, *(f"note: {n}" for n in notes(drafter.config))]), file=sys.stderr)
+    return made
+
+
 # --- the files
 
 
 @dataclass(frozen=True)
-class _Written:
+class Written:
+    """Where each tensor of the module lies, and their bytes."""
+
     places: dict[str, str]
     bytes: int
 
 
-def _target_config(folder: Path, config: DeepseekV4Shape) -> dict[str, Any]:
+def target_config(folder: Path, config: DeepseekV4Shape) -> dict[str, Any]:
     """The checkpoint's `config.json`, which must be of this drafter's target."""
     if not (folder / INDEX).exists() or not (folder / CONFIG).exists():
         raise CheckpointError(
@@ -149,7 +166,7 @@ def _target_config(folder: Path, config: DeepseekV4Shape) -> dict[str, Any]:
     return raw
 
 
-def _with_module(raw: dict[str, Any], config: DeepseekV4Shape) -> dict[str, Any]:
+def with_module(raw: dict[str, Any], config: DeepseekV4Shape) -> dict[str, Any]:
     """The configuration that says which module there is; as it was where it says so already."""
     wanted = draft_fields(config)
     if raw.get("n_mtp_layers") is None:
@@ -185,7 +202,7 @@ def _plain_type(spec: TensorSpec) -> torch.dtype:
     return _FLOATS.get(spec.dtype, torch.bfloat16)
 
 
-def _write_shards(drafter: DeepseekV4Drafter, raw: dict[str, Any], folder: Path) -> _Written:
+def write_shards(drafter: DeepseekV4Drafter, raw: dict[str, Any], folder: Path) -> Written:
     """Files of at most SHARD_BYTES, each whole before it has its name."""
     places: dict[str, str] = {}
     part: dict[str, Tensor] = {}
@@ -206,7 +223,7 @@ def _write_shards(drafter: DeepseekV4Drafter, raw: dict[str, Any], folder: Path)
         part[name] = tensor
         total, held = total + size, held + size
     flush()
-    return _Written(places, total)
+    return Written(places, total)
 
 
 def _copied_without_draft(folder: Path, file: str, kept: dict[str, str]) -> dict[str, str]:

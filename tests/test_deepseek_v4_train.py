@@ -1,0 +1,71 @@
+"""A DeepSeek-V4 module trained by two processes: experts lie apart, and what is learnt is what one process
+learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draftkit import feature_stages, stages
+from draftkit.config import load_recipe
+from draftkit.data.conversations import Conversation, Message
+from support.deepseek_v4 import tiny_folder
+
+TESTS = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SAID = [
+    Conversation(
+        str(i), "chat", (Message("user", f"Add {i}."), Message("assistant", "3 + 4 = 7." * (1 + i % 3)))
+    )
+    for i in range(10)
+]
+
+
+def run(command: list[str]) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_experts_that_lie_apart_give_what_they_give_in_one_place() -> None:
+    """Outputs and gradients, with as many tokens in one process as there are, and none in the other."""
+    told = json.loads(run([*TORCHRUN, str(TESTS / "support" / "split_experts.py")]).splitlines()[-1])
+    assert [t["apart"] for t in told] == [True, True]
+    assert max(t["worst"] for t in told) < 1e-5
+    assert [t["held"] for t in told] == [[[2, 64, 64], [2, 64, 32]]] * 2  # two of the four experts
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "v4")
+    raw = json.loads((folder / "config.json").read_text())
+    values: dict[str, Any] = {"target.path": folder, "drafter.mask_token_id": raw["dspark_noise_token_id"]}
+    values |= {"train.steps": 6, "train.batch_size": 4, "train.anchors": 4, "train.validation_share": 0.3}
+    values |= {"train.micro_batch_size": 2, "train.decode_prompts": 0, "capture.dtype": "float32"}
+    sets = [f"{k}={v}" for k, v in values.items()]
+    recipe = load_recipe("tiny-deepseek-v4", sets)
+    feature_stages.run_capture(*stages.open_target(recipe), recipe, SAID, tmp_path / "features")
+
+    def train(out: Path, start: list[str], *more: str) -> list[float]:
+        words = ["-m", "draftkit.cli", "train", "-r", "tiny-deepseek-v4", "-f", str(tmp_path / "features")]
+        words += ["-o", str(out), *(w for s in (*sets, *more) for w in ("--set", s))]
+        run([*start, *words])
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if "loss" in line]
+
+    alone = train(tmp_path / "one", [sys.executable])
+    assert len(alone) == 6
+    assert train(tmp_path / "two", TORCHRUN, "train.shard=true") == pytest.approx(alone, abs=1e-4)
+    first, second = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name].float(), value.float(), atol=2e-3, rtol=1e-2)
