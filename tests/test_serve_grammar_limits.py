@@ -6,12 +6,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from draftkit.serve import structured
 from draftkit.serve.formats import ForcedCalls, StructuredOutputs
 from draftkit.serve.grammar_source import GrammarSource
 from draftkit.serve.guard import Guarded
@@ -87,6 +89,24 @@ def test_a_good_form_is_compiled_once_and_serves_after_a_crash() -> None:
         assert constraint_of(good, SERVED) is not None
     began = time.monotonic()
     assert constraint_of(good, SERVED) is not None and time.monotonic() - began < 0.1
+
+
+def test_first_requests_that_come_together_share_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Grammars] = []
+
+    class Slow(Grammars):
+        def __init__(self, *given: Any) -> None:
+            made.append(self)
+            time.sleep(0.2)
+            super().__init__(*given)
+
+    monkeypatch.setattr(structured, "Grammars", Slow)
+    structured._grammars.cache_clear()
+    form = StructuredOutputs.model_validate({"choice": ["yes", "no"]})
+    with ThreadPoolExecutor(8) as pool:
+        assert None not in list(pool.map(lambda _: constraint_of(form, SERVED), range(8)))
+    structured._grammars.cache_clear()
+    assert len(made) == 1
 
 
 def test_an_answer_ends_with_an_error_when_its_grammar_does() -> None:

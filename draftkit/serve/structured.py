@@ -53,7 +53,8 @@ def constraint_of(wanted: Form | None, served: Served) -> GrammarConstraint | No
         return None
     param, what = _NAMES[type(wanted)]
     try:
-        grammars = _grammars(served.tokenizer, served.engine.info.vocab_size)
+        with _ONE_AT_A_TIME:  # the first requests come together, and each would start a process of its own
+            grammars = _grammars(served.tokenizer, served.engine.info.vocab_size)
         matcher = grammars.matcher(source_of(wanted))
     except (ValueError, RecursionError) as error:
         message = shorten(" ".join(str(error).split()), 600)
@@ -143,6 +144,9 @@ class Grammars:
             self._process.stdin.flush()
         except BrokenPipeError:  # it ended: there will be no answer, either
             pass
+
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @lru_cache(maxsize=1)
