@@ -29,8 +29,9 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling
 from draftkit.progress import progress_bar
 from draftkit.target.formats import format_of
+from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.transformers import TransformersTarget
 
 PROMPT, LIMIT = 24, 64  # tokens of a prompt, at most, and of its answer
 NOISE = 2e-3  # of a logit: what float32 makes of passes of other shapes

@@ -33,7 +33,8 @@ from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.schedule.simulate import Load, arms_for, simulate
 from draftkit.schedule.step_rate_table import StepRateTable
 from draftkit.schedule.traces import Traces
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 
 TIMED = 5  # times that passes are timed
 ANSWERS = 1000  # replayed

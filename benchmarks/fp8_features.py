@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.result_file import print_result
-from draftkit import stages
+from draftkit import stages, train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
@@ -125,7 +125,7 @@ def trained_on(
     for seed in range(seeds):
         train = replace(recipe.train, seed=seed, steps=steps, validate_every=steps, decode_prompts=0)
         chosen = recipe.model_copy(update={"train": train})
-        drafter = stages.new_drafter_for(chosen, files, tokenizer, source)
+        drafter = train_stages.new_drafter_for(chosen, files, tokenizer, source)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder)
             done = trainer.train(source, drafter, _no_target, out, train, {}, ALONE, validation=aside)

@@ -16,7 +16,8 @@ from draftkit.draft.checkpoint_files import CONFIG
 from draftkit.draft.drafter import Drafter
 from draftkit.serve.pair import PACKAGED
 from draftkit.target.gguf import WHEEL
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 
 REAL, EMBEDDED_TARGET = "smollm2", "tiny"
 

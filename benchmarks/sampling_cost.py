@@ -28,7 +28,8 @@ from draftkit.draft.drafter import DrafterConfig
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
-from draftkit.target.transformers import DTYPES, TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import DTYPES, TransformersTarget
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "T=0": {"temperature": 0.0},

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.result_file import print_result
-from draftkit import stages
+from draftkit import stages, train_stages
 from draftkit.config import load_recipe
 from draftkit.draft.backbone import rope_table, rotate
 from draftkit.draft.block import BlockDrafter
@@ -122,7 +122,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     recipe = load_recipe(options.recipe, options.set)
-    drafter = stages.new_drafter_for(recipe, *stages.open_target(recipe))
+    drafter = train_stages.new_drafter_for(recipe, *stages.open_target(recipe))
     plain = copy.deepcopy(drafter)
     settings, store = recipe.train, FeatureStore(options.features)
     maker = BatchMaker(

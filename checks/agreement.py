@@ -18,9 +18,10 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.ops.sampling import Sampling
 from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.loading import load_target
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import DTYPES, TransformersTarget, load_target
+from draftkit.target.transformers import DTYPES, TransformersTarget
 
 NOISE = {"float32": 1e-3, "float64": 0.0, "bfloat16": 0.25}  # a top-two gap below this can be rounding
 

@@ -32,8 +32,8 @@ from draftkit.handover.deepseek_v4_gguf import write_v4_gguf
 from draftkit.ops.sampling import Sampling
 from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
 from draftkit.target.gguf import smollm2_file, unpacked
+from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import load_target
 from tools.tiny_v4 import tiny_model, write_checkpoint
 from tools.v4_configs import TINY
 

@@ -29,8 +29,9 @@ from draftkit.doctor.findings import Finding
 from draftkit.doctor.recorded import Recorded, record
 from draftkit.doctor.server import check_server
 from draftkit.draft.checkpoint import open_drafter, save_drafter
+from draftkit.target.loading import load_target
 from draftkit.target.place import EMBEDDED
-from draftkit.target.transformers import DTYPES, TransformersTarget, load_target
+from draftkit.target.transformers import DTYPES, TransformersTarget
 from draftkit.target.weights import TargetFiles
 from support.deepseek_v4 import tiny_folder
 from support.drafting_stub import stub

@@ -73,9 +73,9 @@ def run_draftkit(options: argparse.Namespace) -> Result:
     from draftkit.decode import decode
     from draftkit.draft.checkpoint import load_drafter
     from draftkit.ops.sampling import Sampling
+    from draftkit.target.loading import load_target
     from draftkit.target.template_format import TemplateFormat
     from draftkit.target.tokenizer import load_tokenizer
-    from draftkit.target.transformers import load_target
 
     torch.set_num_threads(1)
     target, tokenizer = load_target(options.target), load_tokenizer(options.target)

@@ -47,7 +47,8 @@ from draftkit.ops.attention import block_attention, plan_blocks
 from draftkit.ops.sampling import Sampling, row_settings
 from draftkit.serve.pair import PACKAGED
 from draftkit.settings import LossSettings
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 from draftkit.train.optim import new_optimizer, take_step
 from draftkit.train.parallel import ParallelDrafter, World
 

@@ -28,9 +28,9 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.handover.export import hand_over
 from draftkit.ops.sampling import Sampling
+from draftkit.target.loading import load_target
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import load_target
 
 
 @contextmanager

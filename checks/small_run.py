@@ -19,8 +19,8 @@ from draftkit.features.store import FeatureStore
 from draftkit.schedule.calibration import load_calibration
 from draftkit.schedule.step_rate_table import load_step_rate
 from draftkit.target.fingerprint import fingerprint
+from draftkit.target.loading import load_target
 from draftkit.target.place import EMBEDDED
-from draftkit.target.transformers import load_target
 from draftkit.train.folder import read_folder
 
 SMALL = ["-r", "tiny-quickstart", "--set", "generate.max_new_tokens=24", "--set", "generate.batch_size=8"]

@@ -29,7 +29,8 @@ from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 
 ROUNDING = 1e-3  # two logits closer than this may change places between two float32 summations
 

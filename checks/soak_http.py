@@ -33,9 +33,10 @@ from draftkit.data.conversations import read_conversations
 from draftkit.decode import decode
 from draftkit.ops.sampling import Sampling
 from draftkit.stages import TINY_HELD_OUT
+from draftkit.target.loading import load_target
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.transformers import TransformersTarget
 
 SCHEMA = {
     "type": "object",

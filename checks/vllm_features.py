@@ -22,12 +22,13 @@ from typing import Any
 import httpx
 
 from benchmarks.result_file import print_result
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.errors import ServeError
 from draftkit.features.store import FeatureStore
 from draftkit.features.vllm import VllmReader, Wanted
-from draftkit.target.transformers import EMBEDDED, resolve_target
+from draftkit.target.loading import resolve_target
+from draftkit.target.transformers import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,8 +102,8 @@ def compared(recipe: Recipe, url: str, work: Path, prompts: int) -> dict[str, An
         for name, (a, b) in zip([*map(str, layers), "last"], pairs, strict=True):
             worst[name] = max(worst.get(name, 0.0), float((a - b).norm() / a.norm().clamp_min(1e-9)))
     live = feature_stages.live_features_by(files, reader, True, tokenizer, recipe, read, work / "live")
-    stages.run_train(files, tokenizer, recipe, live, work / "live")
-    stages.run_train(files, tokenizer, recipe, own, work / "stored")
+    train_stages.run_train(files, tokenizer, recipe, live, work / "live")
+    train_stages.run_train(files, tokenizer, recipe, own, work / "stored")
     difference = max(abs(a - b) for a, b in zip(losses(work / "live"), losses(work / "stored"), strict=True))
     return {
         "samples": len(own),

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from draftkit import feature_stages, stages
+from draftkit import evaluate_stages, feature_stages, stages, train_stages
 from draftkit.config import Recipe, dump_recipe
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import SharedWork
@@ -99,7 +99,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
             notes.append(f"a drafter from this recipe is already there: {run / 'best'}")
         else:
             source = feature_stages.open_features(recipe, target, tokenizer, [features])
-            trained = stages.run_train(target, tokenizer, recipe, source, run, lambda: target)
+            trained = train_stages.run_train(target, tokenizer, recipe, source, run, lambda: target)
             write_text(
                 run / "done.json", as_json(asdict(trained) | {"recipe": dump_recipe(recipe)}, indent=1)
             )
@@ -111,7 +111,9 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
         )
     with stage("evaluate") as notes:
         held_out = stages.read_prompts([stages.TINY_HELD_OUT])
-        results = stages.run_evaluate(target, tokenizer, recipe, run / "best", held_out, results_folder)
+        results = evaluate_stages.run_evaluate(
+            target, tokenizer, recipe, run / "best", held_out, results_folder
+        )
         plot_acceptance(results, results_folder / "acceptance.png")
         larger = _simulated(target, tokenizer, recipe, run / "best", held_out, out / TRACES)
         notes.append(f"{len(results[0].records)} held-out prompts at {len(results)} temperatures")
@@ -121,7 +123,7 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
     write_text(out / "times.json", json.dumps(measured, indent=1))
     write_report(out, out / "report.html")
     if to_json:
-        print(stages.summary(results))
+        print(evaluate_stages.summary(results))
         return
     console.print()
     print_report(results)
@@ -191,7 +193,7 @@ def _simulated(
     of this pair. Traces of an earlier drafter are written over."""
     out.unlink(missing_ok=True)
     section = recipe.evaluate
-    chosen = stages.first_turns(stages.prompt_format(recipe, tokenizer), prompts, TRACED_PROMPTS)
+    chosen = evaluate_stages.first_turns(stages.prompt_format(recipe, tokenizer), prompts, TRACED_PROMPTS)
     opened = open_drafter(drafter, target)
     run_record(target, opened, drafter, chosen, Sampling(0.0), section.max_new_tokens, section.seed, out)
     source, load = open_simulation(out, "memory-bound", None), Load(requests=100, concurrency=1)

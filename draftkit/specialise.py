@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from draftkit import feature_stages, stages
+from draftkit import evaluate_stages, feature_stages, stages, train_stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
 from draftkit.data.conversations import SkippedRows, iterate_conversations
 from draftkit.data.traces import make_traces
@@ -112,17 +112,19 @@ def run_specialise(
     shown = stages.prompt_format(recipe, tokenizer)
     room = target.info.max_length - recipe.evaluate.max_new_tokens
     held_out = iterate_conversations([traces / "heldout.jsonl"]) if report.kept["heldout"] else iter(())
-    prompts = stages.every_turn(shown, held_out, recipe.evaluate.prompts_per_domain, room)
+    prompts = evaluate_stages.every_turn(shown, held_out, recipe.evaluate.prompts_per_domain, room)
     if not prompts:
         raise DataError(f"{traces}: no answer of a held-out conversation can be evaluated; give more traces")
     features, run = out / "features", out / "drafter"
     source = feature_stages.open_features(recipe, target, tokenizer, [features])
-    trained = stages.run_train(target, tokenizer, recipe, source, run, lambda: target, start_from)
+    trained = train_stages.run_train(target, tokenizer, recipe, source, run, lambda: target, start_from)
     say(f"{trained.steps} steps in {trained.seconds:.0f} s")
     before = (
-        stages.evaluate_prompts(target, recipe, start_from, prompts, out / "before") if start_from else []
+        evaluate_stages.evaluate_prompts(target, recipe, start_from, prompts, out / "before")
+        if start_from
+        else []
     )
-    after = stages.evaluate_prompts(target, recipe, out / "drafter" / "best", prompts, out / "after")
+    after = evaluate_stages.evaluate_prompts(target, recipe, out / "drafter" / "best", prompts, out / "after")
     found = Specialised(tuple(before), tuple(after))
     write_text(
         out / "specialised.json",

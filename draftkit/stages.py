@@ -2,66 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
 from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from draftkit.config import Recipe, dump_recipe
+from draftkit.config import Recipe
 from draftkit.data.answers import Answers
 from draftkit.data.conversations import SkippedRows, iterate_conversations, read_conversations
 from draftkit.data.generate import GenerateReport, generate_file
-from draftkit.data.mask_token import choose_mask_token
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import SharedWork
 from draftkit.data.records import check_rendered_as, made_with, read_manifest
 from draftkit.data.refused import asked_ones, learnt_ones
-from draftkit.data.samples import naming_conversation
 from draftkit.data.servers import ServerAnswers
-from draftkit.data.traces import domain_of
 from draftkit.draft.algorithms import algorithm_named
-from draftkit.draft.checkpoint import load_drafter, new_drafter, open_drafter, save_drafter
+from draftkit.draft.checkpoint import load_drafter, open_drafter, save_drafter
 from draftkit.draft.checkpoint_files import INDEX, WEIGHTS, read_provenance
-from draftkit.draft.drafter import Drafter, DrafterShape
-from draftkit.draft.families import block_shape, style_of
-from draftkit.draft.warm_start import CapturedText
 from draftkit.engine.answers import answerer
 from draftkit.errors import ConfigError
-from draftkit.evaluate.metrics import domains_of
-from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, speed_prompts
-from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens, count_tokens
-from draftkit.features.source import FeatureSource
 from draftkit.handover.deepseek_v4 import BUNDLED, SUBFOLDER, hand_over_module
-from draftkit.ops.sampling import Sampling
-from draftkit.output import as_json, check_free, make_folder, one_writer, write_text
+from draftkit.output import check_free, make_folder
 from draftkit.progress import clock, doing, progress_bar
-from draftkit.target.fingerprint import fingerprint
 from draftkit.target.formats import format_of
-from draftkit.target.interface import Target, TargetWeights
+from draftkit.target.interface import TargetWeights
+from draftkit.target.loading import best_device, load_target
 from draftkit.target.place import EMBEDDED
-from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError
-from draftkit.target.tokenizer import load_tokenizer, template_hash
-from draftkit.target.transformers import (
-    DTYPES,
-    TransformersTarget,
-    best_device,
-    load_target,
-)
+from draftkit.target.prompt_format import PromptFormat
+from draftkit.target.tokenizer import load_tokenizer
+from draftkit.target.transformers import DTYPES, TransformersTarget
 from draftkit.target.weights import TargetFiles
-from draftkit.train import trainer
-from draftkit.train.parallel import join_world
-from draftkit.train.trainer import TrainReport
 
-START_TOKENS = 4096  # that the fitted parts of a start are fitted to: thousands of vectors for each number
 TINY_PROMPTS, TINY_HELD_OUT = EMBEDDED / "prompts.jsonl", EMBEDDED / "heldout.jsonl"
 
 
@@ -218,159 +192,6 @@ def answers_of(
     return Walks(lambda: learnt_ones(iterate_conversations(paths, skipped.anew()), shown, skipped))
 
 
-def drafter_config(
-    recipe: Recipe, target: TargetWeights, tokenizer: Any, source: FeatureSource | None = None
-) -> DrafterShape:
-    """The drafter's shape: the recipe's choices, the target's sizes, and a mask token that the data in
-    `source` does not use."""
-    section, text = recipe.drafter, target.text_config
-    algorithm = algorithm_named(section.algorithm)
-    automatic = algorithm.style or style_of(target.info.family)
-    sizes = asdict(block_shape(text, automatic if section.style == "auto" else section.style)) | {
-        "hidden_size": target.info.hidden_size,
-        "num_layers": section.num_layers or algorithm.layers,
-        "vocab_size": target.info.vocab_size,
-        "feature_layers": feature_layers(recipe, target),
-        "num_target_layers": target.info.num_layers,
-        "block_size": section.block_size,
-        "max_length": target.info.max_length,
-        **algorithm.target_sizes(text),
-    }
-    if section.intermediate_size:
-        sizes["intermediate_size"] = section.intermediate_size
-    vocab, mask = target.info.vocab_size, 0
-    if algorithm.masks:
-        count = lambda: count_tokens(source, vocab) if source else torch.zeros(vocab, dtype=torch.int64)  # noqa: E731
-        mask = choose_mask_token(tokenizer, vocab, section.mask_token_id, count)
-    return algorithm.shape(section, sizes, mask)
-
-
-@one_writer()
-def run_train(
-    target: TargetWeights,
-    tokenizer: Any,
-    recipe: Recipe,
-    source: FeatureSource,
-    out: Path,
-    model: Callable[[], Target] | None = None,
-    start_from: Path | None = None,
-    validation: FeatureSource | None = None,
-) -> TrainReport:
-    """Stage 3: a drafter is trained on features of this very target and prompt format (`feature_stages`).
-
-    Nothing but the answers for the log (`train.decode_prompts`) needs the model itself: `model` gives it,
-    null loads it then. Where several processes train together there are no such answers, and none of them
-    loads it. `start_from` is the folder of a drafter that goes on; it must be of this target and of the
-    recipe's shape. `validation` are features to validate on, in place of a share of `source`.
-    """
-    if start_from is None:
-        drafter = new_drafter_for(recipe, target, tokenizer, source)
-        start = f"{recipe.drafter.start} {recipe.drafter.start_layers}"
-    else:
-        drafter = drafter_to_continue(recipe, target, tokenizer, source, start_from)
-        start = f"drafter {fingerprint(start_from)}"
-    provenance = {
-        "target": target.info.name,
-        "target_fingerprint": target.info.fingerprint,
-        "template_hash": template_hash(tokenizer),
-        "template_switches": recipe.target.template_switches,
-        "recipe": recipe.model_dump(),
-        **({"started_from": fingerprint(start_from)} if start_from else {}),
-    }
-    with progress_bar("train", 100) as bar, join_world() as world:
-
-        def show(p: trainer.Progress) -> None:
-            note = f"% step {p.step}  {p.step / max(p.seconds, 1e-9):.1f} steps/s  loss {p.loss:.3f}"
-            note += f"  accepted length {p.accepted_len:.2f}" if p.accepted_len else ""
-            bar.update(completed=int(100 * p.share), note=note)
-
-        def note_recipe() -> None:
-            write_text(out / "recipe.yaml", dump_recipe(recipe))
-
-        load = model or (lambda: open_target(recipe)[0])
-        return trainer.train(
-            source,
-            drafter,
-            load,
-            out,
-            recipe.train,
-            provenance,
-            world,
-            show,
-            note_recipe,
-            start,
-            start_from is not None,
-            validation,
-        )
-
-
-def new_drafter_for(
-    recipe: Recipe, target: TargetWeights, tokenizer: Any, source: FeatureSource | None = None
-) -> Drafter:
-    """A fresh drafter, seeded by the recipe, on the target's embedding and head.
-
-    A reduced draft vocabulary holds the most frequent tokens of the answers in `source`.
-    """
-    torch.manual_seed(recipe.train.seed)
-    config, ids_W = drafter_config(recipe, target, tokenizer, source), None
-    if config.draft_vocab_size and source is not None:
-        ids_W = choose_draft_vocabulary(
-            count_answer_tokens(source, config.vocab_size), config.draft_vocab_size
-        )
-    drafter = new_drafter(config, target.embedding_weight(), target.head_weight(), ids_W)
-    if recipe.drafter.start == "target":
-        start = algorithm_named(recipe.drafter.algorithm).start
-        if start is None:
-            raise ConfigError(
-                f"drafter.start: target is for dspark and dflash; {recipe.drafter.algorithm} begins at random"
-            )
-        text = _some_text(source) if source is not None else None
-        start(drafter, list(target.layers), target.final_norm(), recipe.drafter.start_layers, text)
-    return drafter
-
-
-def drafter_to_continue(
-    recipe: Recipe, target: TargetWeights, tokenizer: Any, source: FeatureSource, folder: Path
-) -> Drafter:
-    """A drafter that was trained before, in float32, ready to learn on.
-
-    Raises CheckpointError when it was made for another target, ConfigError that names the field in which the
-    recipe's shape differs from its own, or the template switches it was trained with.
-    """
-    check_drafter_switches(recipe, folder)
-    drafter = open_drafter(folder, target, DTYPES["float32"])
-    shape = drafter_config(recipe, target, tokenizer, source)
-    if type(drafter.config) is not type(shape):
-        raise ConfigError(
-            f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe"
-        )
-    free = {"max_length", "rope_scaling"}  # those of the drafter stay
-    free |= set() if recipe.drafter.mask_token_id is not None else {"mask_token_id"}
-    wanted = asdict(shape)
-    for name, value in asdict(drafter.config).items():
-        if name not in free and wanted[name] != value:
-            differs = f"{name} is {_shown(value)}, the recipe has {_shown(wanted[name])}"
-            raise ConfigError(f"{folder}: {differs}; give the same to go on with this drafter")
-    return drafter
-
-
-def _shown(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _some_text(source: FeatureSource) -> CapturedText:
-    """The first samples of a source, about START_TOKENS tokens of them, with their features."""
-    tokens, features, count = [], [], 0
-    for index in range(len(source)):
-        [sample] = source.read([index])
-        tokens.append(sample.tokens_T[: sample.context])
-        features.append(sample.features_TF[: sample.context].cpu())
-        count += len(tokens[-1])
-        if count >= START_TOKENS:
-            break
-    return CapturedText(torch.cat(tokens), torch.cat(features))
-
-
 def run_export(
     folder: Path,
     out: Path,
@@ -405,42 +226,6 @@ def run_export(
     return (out / WEIGHTS).stat().st_size
 
 
-def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:
-    """The first prompts of every domain, rendered; of a conversation the first turn only, and the table says
-    so."""
-    chosen: list[EvalPrompt] = []
-    counts: dict[str, int] = {}
-    for p in prompts:
-        counts[p.domain] = counts.get(p.domain, 0) + 1
-        if counts[p.domain] <= per_domain:
-            with naming_conversation(p.id):
-                tokens = shown.prompt(p.first_turn().as_dicts(), p.tools)
-            chosen.append(EvalPrompt(p.id, p.domain, tokens))
-    return chosen
-
-
-def every_turn(
-    shown: PromptFormat, conversations: Iterable[Conversation], per_domain: int, room: int
-) -> list[EvalPrompt]:
-    """The prompt before every answer of recorded conversations, the first of each domain; domains are those
-    of the answers. Prompts of more than `room` tokens are left out, and conversations whose answers cannot be
-    found."""
-    chosen: list[EvalPrompt] = []
-    counts: dict[str, int] = {}
-    for conversation in conversations:
-        try:
-            turns = shown.turns(conversation.as_dicts(), conversation.tools)
-        except (RewrittenError, TemplateError):
-            continue
-        for number, turn in enumerate(turns):
-            said = shown.parse(turn.answer_ids).message()
-            domain = domain_of([said])
-            counts[domain] = counts.get(domain, 0) + 1
-            if counts[domain] <= per_domain and len(turn.prompt_ids) <= room:
-                chosen.append(EvalPrompt(f"{conversation.id}#{number}", domain, turn.prompt_ids))
-    return chosen
-
-
 def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
     """Raise ConfigError when a drafter was trained with other template switches than the recipe has."""
     trained = read_provenance(drafter).get("template_switches")
@@ -452,87 +237,6 @@ def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
         )
 
 
-@one_writer()
-def run_evaluate(
-    target: TransformersTarget,
-    tokenizer: Any,
-    recipe: Recipe,
-    drafter: Path,
-    prompts: Sequence[Conversation],
-    out: Path,
-    threads: int | None = None,
-) -> list[EvalResult]:
-    """Stage 4: accepted length and speed, once per temperature, on the first prompts of every domain, by all
-    processes that torchrun started. The first one writes and measures the speed; the others return nothing.
-
-    Each result is written into `out` at once. One that is there already, of the same pair, prompts, settings
-    and machine, is kept, and a line on standard error says so.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    chosen = first_turns(prompt_format(recipe, tokenizer), prompts, recipe.evaluate.prompts_per_domain)
-    return evaluate_prompts(target, recipe, drafter, chosen, out)
-
-
-def evaluate_prompts(
-    target: TransformersTarget, recipe: Recipe, drafter: Path, chosen: Sequence[EvalPrompt], out: Path
-) -> list[EvalResult]:
-    """`run_evaluate` on prompts that are rendered already."""
-    check_drafter_switches(recipe, drafter)
-    section, opened = recipe.evaluate, open_drafter(drafter, target)
-    here = {name: value for name, value in environment(target.device).items() if name != "time"}
-    made_with = json.dumps([target.info.fingerprint, fingerprint(drafter), [asdict(p) for p in chosen], here])
-    out.mkdir(parents=True, exist_ok=True)
-    results = []
-    with join_world() as world:
-        for temperature in section.temperatures:
-            sampling = Sampling(temperature)
-            path = out / f"evaluate-T{temperature:g}.json"
-            made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
-            result = kept_result(path, made_from) if world.first else None
-            if not world.from_first(float(result is not None)):  # the others wait here for the speed, too
-                timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
-                share = len(range(world.rank, len(chosen), world.size)) + timed * world.first
-                with progress_bar(f"evaluate T={temperature:g}", share) as bar:
-                    tick = lambda: bar.update(advance=1)  # noqa: E731
-                    result = evaluate(target, opened, chosen, section, sampling, tick, world)
-                result = replace(result, settings=result.settings | {"made_from": made_from})
-                if world.first:
-                    result.save(path)
-            if world.first and result is not None:
-                results.append(result)
-    return results
-
-
-def kept_result(path: Path, made_from: str) -> EvalResult | None:
-    """The result that an earlier run left, if it is of the same evaluation; another one will be written
-    over."""
-    if not path.exists():
-        return None
-    result = EvalResult.load(path)
-    if result.settings.get("made_from") != made_from:
-        return None
-    print(f"{path}: is this very evaluation and stays; remove it to measure again", file=sys.stderr)
-    return result
-
-
 def read_prompts(paths: Sequence[Path]) -> list[Conversation]:
     """Prompts of one or more files."""
     return read_conversations(paths)
-
-
-def summary(results: Sequence[EvalResult]) -> str:
-    """The aggregates of evaluations as JSON, for `--json`."""
-    rows = [
-        {
-            "temperature": r.settings["sampling"]["temperature"],
-            "accepted_len": {k: v.value for k, v in r.accepted_len.items()},
-            "accepted_len_95": {k: (v.low, v.high) for k, v in r.accepted_len.items()},
-            "acceptance_by_position": r.acceptance,
-            "speed": {k: asdict(v) for k, v in r.speed.items()},
-            "prompts": len(r.records),
-            "domains": domains_of(r.records),
-        }
-        for r in results
-    ]
-    return as_json(rows, indent=1)

@@ -17,9 +17,10 @@ from draftkit.evaluate.run import EvalPrompt, EvalResult, result_of, speed_promp
 from draftkit.evaluate.speed import measure_speed
 from draftkit.evaluate.suite_run import SuiteRecord, answer_suite, in_order, skipped_by_set
 from draftkit.evaluate.suites import AskedRow, read_suite
+from draftkit.evaluate_stages import kept_result
 from draftkit.ops.sampling import Sampling
 from draftkit.progress import progress_bar
-from draftkit.stages import check_drafter_switches, kept_result, prompt_format
+from draftkit.stages import check_drafter_switches, prompt_format
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.prompt_format import PromptFormat
 from draftkit.target.template_format import TemplateFormat

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 from support.targets import make_target_folder
 
 torch.set_num_threads(1)

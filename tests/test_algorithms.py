@@ -9,7 +9,7 @@ from pkgutil import resolve_name
 import pytest
 import torch
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.decode import decode
@@ -71,7 +71,7 @@ def test_one_file_and_one_row_add_an_algorithm(
     ]
     feature_stages.run_capture(opened, tokenizer, recipe, said, tmp_path / "features")
     source = feature_stages.open_features(recipe, opened, tokenizer, [tmp_path / "features"])
-    stages.run_train(opened, tokenizer, recipe, source, tmp_path / "run")
+    train_stages.run_train(opened, tokenizer, recipe, source, tmp_path / "run")
     drafter = open_drafter(tmp_path / "run" / "best", target)
     assert isinstance(drafter, AverageDrafter) and drafter.gamma == 3
     assert float(drafter.steps.detach().abs().max()) > 0, "nothing was learnt"

@@ -20,7 +20,8 @@ from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops import native_build
 from draftkit.ops.sampling import Sampling
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 from support.paged_drafter import LENGTHS, alone, block_pass, propose_together
 from support.paged_drafter import build as build_drafter
 from support.paged_target import FAMILIES, TABLES, TEXTS, build, one_pass

@@ -19,7 +19,8 @@ from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import LossSettings
 from draftkit.target.deepseek_v4_tensors import draft_tensors
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 from support.deepseek_v4 import tiny_drafter, tiny_shape, tiny_target
 from tools.tiny_v4 import tiny_model, write_checkpoint
 from tools.v4_configs import TINY

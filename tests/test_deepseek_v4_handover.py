@@ -20,7 +20,7 @@ from draftkit.handover.deepseek_v4_gguf import refusals
 from draftkit.target.deepseek_v4_prompts import generation
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
 from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
-from draftkit.target.transformers import load_target
+from draftkit.target.loading import load_target
 from draftkit.target.weights import TargetFiles
 from support.deepseek_v4 import tiny_drafter, tiny_shape
 from tools.tiny_v4 import tiny_model, write_checkpoint

@@ -11,7 +11,7 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-from draftkit import LLM, SamplingParams, feature_stages, stages
+from draftkit import LLM, SamplingParams, feature_stages, stages, train_stages
 from draftkit.cli import app
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
@@ -22,8 +22,8 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, TargetError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
+from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import load_target
 from draftkit.target.weights import TargetFiles
 from support.browser import browsing, needs_browser
 from support.deepseek_v4 import tiny_folder
@@ -55,7 +55,9 @@ def train(
     target: Any, tokenizer: Any, recipe: Recipe, run: Path, out: Path, start: Path | None = None
 ) -> None:
     features = feature_stages.open_features(recipe, target, tokenizer, [run / "features"])
-    stages.run_train(target, tokenizer, recipe, features, out, lambda: stages.open_target(recipe)[0], start)
+    train_stages.run_train(
+        target, tokenizer, recipe, features, out, lambda: stages.open_target(recipe)[0], start
+    )
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_shapes_and_targets_that_do_not_go_together_are_refused(
     with pytest.raises(ConfigError, match="of deepseek_v4's streams vLLM gives the mean after a layer"):
         feature_stages.server_reader(recipe, TargetFiles(str(folder)), "http://localhost:9", probe=False)
     with pytest.raises(ConfigError, match="dspark_v4 is for DeepSeek-V4, the target is qwen3"):
-        stages.drafter_config(other, plain, words)
+        train_stages.drafter_config(other, plain, words)
     templated = load_tokenizer(str(folder))
     templated.chat_template = "{{ messages }}"
     templated.save_pretrained(tmp_path / "t")

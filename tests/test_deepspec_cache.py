@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import Recipe
 from draftkit.data.messages import Conversation
 from draftkit.errors import FeatureStoreError
@@ -88,7 +88,7 @@ def test_a_cache_trains_as_a_store_of_the_same_features(
     assert torch.equal(one.features_TF, other.features_TF), "what is not looked at is zero in both"
 
     def run(source: FeatureSource, out: Path) -> list[float]:
-        stages.run_train(*opened, recipe, source, out)
+        train_stages.run_train(*opened, recipe, source, out)
         return losses(out)
 
     assert run(source, tmp_path / "cached") == run(store, tmp_path / "stored")

@@ -27,9 +27,10 @@ from draftkit.features.store import FeatureStore
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.record import TraceItem, TraceSettings, record_traces
 from draftkit.settings import CaptureSettings, EvaluateSettings, GenerateSettings
+from draftkit.target.loading import load_target
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter, make_eagle
 from support.elsewhere import DEVICE, elsewhere
 from support.stores import capture_by

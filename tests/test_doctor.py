@@ -27,11 +27,13 @@ from draftkit.engine.outputs import StepOutput
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.evaluate.metrics import Interval
+from draftkit.evaluate_stages import first_turns
 from draftkit.schedule.step_rate import StepRate
-from draftkit.stages import first_turns, read_prompts
+from draftkit.stages import read_prompts
+from draftkit.target.loading import load_target
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import EMBEDDED, TransformersTarget, load_target
+from draftkit.target.transformers import EMBEDDED, TransformersTarget
 from support.faulty import (
     UNKNOWN,
     Fault,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message, read_conversations
 from draftkit.decode import decode
@@ -330,7 +330,7 @@ def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Pa
         target, tokenizer, recipe, read_conversations([tmp_path / "answers.jsonl"]), tmp_path / "features"
     )
     source = feature_stages.open_features(recipe, target, tokenizer, [tmp_path / "features"])
-    report = stages.run_train(target, tokenizer, recipe, source, tmp_path / "drafter")
+    report = train_stages.run_train(target, tokenizer, recipe, source, tmp_path / "drafter")
     assert report.steps == 3
     assert report.accepted_len["macro"] > 1
     drafter = open_drafter(tmp_path / "drafter" / "best", target)

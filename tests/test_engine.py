@@ -23,7 +23,8 @@ from draftkit.errors import DataError
 from draftkit.ops.sampling import Sampling
 from draftkit.schedule.gate import EVIDENCE, SHORTEST, Gate
 from draftkit.schedule.step_rate import StepRate
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter
 from support.engine import PROMPTS, finish, small, tokens_of
 from support.targets import TEXTS

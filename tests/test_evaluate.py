@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from draftkit import stages
+from draftkit import evaluate_stages, stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import save_drafter
@@ -72,7 +72,9 @@ def test_a_finished_temperature_is_kept_and_anything_else_measured_again(
 
         measured.clear()
         monkeypatch.setattr(stages, "evaluate", once)
-        return stages.run_evaluate(target, tokenizer, recipe, tmp_path / "drafter", prompts, tmp_path / "out")
+        return evaluate_stages.run_evaluate(
+            target, tokenizer, recipe, tmp_path / "drafter", prompts, tmp_path / "out"
+        )
 
     with pytest.raises(Interrupted):
         stopped_at(1.0, recipe, asked)
@@ -92,7 +94,7 @@ def test_a_finished_temperature_is_kept_and_anything_else_measured_again(
 def test_json_of_a_length_that_no_round_defines_has_null(target: TransformersTarget) -> None:
     settings = EvaluateSettings(max_new_tokens=1, batch_size=4, speed_prompts=0)
     result = evaluate(target, make_drafter(target), PROMPTS[:1], settings, Sampling(0.0))
-    [told] = json.loads(stages.summary([result]), parse_constant=pytest.fail)
+    [told] = json.loads(evaluate_stages.summary([result]), parse_constant=pytest.fail)
     assert told["accepted_len"]["macro"] is None
 
 

@@ -23,9 +23,9 @@ from draftkit.draft.families import block_shape, style_of
 from draftkit.errors import ConfigError
 from draftkit.ops.attention import plan_blocks
 from draftkit.ops.sampling import Sampling
-from draftkit.stages import drafter_config
 from draftkit.target.interface import TargetInfo
 from draftkit.target.transformers import TransformersTarget
+from draftkit.train_stages import drafter_config
 
 SIZES = {
     "vocab_size": 300,

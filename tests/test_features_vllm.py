@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.cli import app
 from draftkit.config import Recipe, load_recipe
 from draftkit.errors import ConfigError, ServeError
@@ -85,7 +85,7 @@ def test_live_from_a_server_has_the_losses_of_the_target(
     read = stages.read_prompts([talk])
 
     def losses(source: Any, name: str) -> list[float]:
-        stages.run_train(files, tokenizer, recipe, source, tmp_path / name)
+        train_stages.run_train(files, tokenizer, recipe, source, tmp_path / name)
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if "loss" in line]
 

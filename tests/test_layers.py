@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"train", "engine"}),
     frozenset({"serve", "evaluate", "handover"}),
     frozenset({"stages"}),
-    frozenset({"schedule_stages", "feature_stages", "plan"}),
+    frozenset({"feature_stages", "train_stages", "evaluate_stages", "schedule_stages", "plan"}),
     frozenset({"suite_stages", "doctor"}),
     frozenset({"quickstart", "specialise"}),
     frozenset({"commands"}),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.messages import Conversation, Message
 from draftkit.draft.checkpoint import load_drafter
@@ -68,7 +68,7 @@ def store(opened: Any, recipe: Recipe, tmp_path_factory: pytest.TempPathFactory)
 
 
 def run(opened: Any, recipe: Recipe, source: FeatureSource, out: Path, report: Any = lambda p: None) -> None:
-    drafter = stages.new_drafter_for(recipe, *opened, source)
+    drafter = train_stages.new_drafter_for(recipe, *opened, source)
     trainer.train(source, drafter, lambda: opened[0], out, recipe.train, {}, ALONE, report)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.data.mask_token import choose_mask_token
@@ -106,7 +106,7 @@ def llama_like(tmp_path_factory: pytest.TempPathFactory) -> tuple[TransformersTa
     (folder / "tokenizer_config.json").write_text(json.dumps(raw), "utf-8")
     tokenizer = load_tokenizer(str(folder))
     tokenizer.mask_token = None
-    from draftkit.target.transformers import load_target
+    from draftkit.target.loading import load_target
 
     target = load_target(str(folder))
     assert len(tokenizer) == target.info.vocab_size
@@ -132,7 +132,7 @@ def test_only_training_needs_one_and_it_stays_in_the_checkpoint(
     assert (
         feature_stages.run_capture(target, tokenizer, everything, [talk], tmp_path / "features").samples == 1
     )
-    drafter = stages.new_drafter_for(everything, target, tokenizer, FeatureStore(tmp_path / "features"))
+    drafter = train_stages.new_drafter_for(everything, target, tokenizer, FeatureStore(tmp_path / "features"))
     chosen = drafter.config.mask_token_id  # type: ignore[attr-defined]
     assert str(tokenizer.added_tokens_decoder[chosen]) not in tokenizer.chat_template
     save_drafter(drafter, tmp_path / "drafter", {}, torch.float32)
@@ -143,4 +143,4 @@ def test_eagle3_needs_none(llama_like: tuple[TransformersTarget, Any]) -> None:
     target, tokenizer = llama_like
     bare = copy.deepcopy(tokenizer)
     eagle = recipe("drafter.algorithm=eagle3", "drafter.num_layers=1")
-    stages.drafter_config(eagle, target, bare)
+    train_stages.drafter_config(eagle, target, bare)

@@ -12,8 +12,8 @@ from draftkit.ops import sampling
 from draftkit.ops.native_sampling import NativeRows, native_rows
 from draftkit.ops.sampling import DenseRows, Sampling, distributions, row_settings, sample
 from draftkit.ops.verify import RULES, DenseProposals, NativeProposals, Rule, length_distribution, verify
+from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import load_target
 
 VOCAB = 151_936
 SETTINGS = {

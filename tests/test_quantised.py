@@ -13,7 +13,7 @@ from torch import nn
 
 from draftkit.engine.paged_model import unsupported
 from draftkit.errors import TargetError
-from draftkit.target.transformers import load_target
+from draftkit.target.loading import load_target
 from support.targets import make_target_folder
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}

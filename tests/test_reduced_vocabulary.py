@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message, read_conversations
 from draftkit.decode import decode
@@ -99,7 +99,7 @@ def test_the_recipe_trains_one_and_it_comes_back(target_folder: Path, tmp_path: 
     answers = read_conversations([tmp_path / "answers.jsonl"])
     feature_stages.run_capture(target, tokenizer, recipe, answers, tmp_path / "features")
     source = feature_stages.open_features(recipe, target, tokenizer, [tmp_path / "features"])
-    report = stages.run_train(target, tokenizer, recipe, source, tmp_path / "drafter")
+    report = train_stages.run_train(target, tokenizer, recipe, source, tmp_path / "drafter")
     assert report.steps == 3 and report.accepted_len["macro"] > 1
     drafter = open_drafter(tmp_path / "drafter" / "best", target)
     assert drafter.draft_ids_W is not None

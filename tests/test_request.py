@@ -14,7 +14,7 @@ import pytest
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError
-from draftkit.target.transformers import load_target
+from draftkit.target.loading import load_target
 from support.engine import PROMPTS, finish, small, tokens_of
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.server_process import server_process
 from checks.soak_http import Report, Soak, read_questions
-from draftkit.target.transformers import load_target
+from draftkit.target.loading import load_target
 
 
 @pytest.mark.slow

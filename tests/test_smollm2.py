@@ -18,8 +18,8 @@ from draftkit.serve.llm import LLM
 from draftkit.serve.pair import PACKAGED, open_pair
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.gguf import smollm2_file
+from draftkit.target.loading import resolve_target
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import resolve_target
 
 pytestmark = pytest.mark.slow
 DRAFTER = PACKAGED["smollm2"].folder

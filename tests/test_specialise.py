@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.errors import CheckpointError, ConfigError, DataError
 from draftkit.features.store import FeatureStore
 from draftkit.specialise import recipe_for, run_specialise
-from draftkit.target.transformers import load_target
+from draftkit.target.loading import load_target
 from support.targets import make_target_folder
 
 SMALL = (
@@ -95,7 +95,7 @@ def test_step_zero_is_the_drafters_own_quality(first: Path, target_folder: Path,
     target, tokenizer = stages.open_target(recipe)
     start = first / "drafter" / "best"
     source = feature_stages.open_features(recipe, target, tokenizer, [first / "features"])
-    stages.run_train(target, tokenizer, recipe, source, tmp_path, start_from=start)
+    train_stages.run_train(target, tokenizer, recipe, source, tmp_path, start_from=start)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     own = read_provenance(start)["validation"]
     assert lines[0]["step"] == 0
@@ -119,19 +119,21 @@ def test_another_shape_target_or_switches_are_refused_by_name(
         ("target.template_switches={message: 1}", r"was trained with template switches \{\}, the recipe has"),
     ):
         with pytest.raises(ConfigError, match=message):
-            stages.drafter_to_continue(recipe_of(target_folder, change), target, tokenizer, store, start)
+            train_stages.drafter_to_continue(
+                recipe_of(target_folder, change), target, tokenizer, store, start
+            )
     free = max(
         set(range(target.info.vocab_size))
         - {i for s in range(len(store)) for i in store[s].tokens_T.tolist()}
     )
-    own = stages.drafter_config(recipe_of(target_folder), target, tokenizer, store)
+    own = train_stages.drafter_config(recipe_of(target_folder), target, tokenizer, store)
     if free != getattr(own, "mask_token_id", None):
         changed = recipe_of(target_folder, f"drafter.mask_token_id={free}")
         with pytest.raises(ConfigError, match=f"mask_token_id is .*, the recipe has {free}"):
-            stages.drafter_to_continue(changed, target, tokenizer, store, start)
+            train_stages.drafter_to_continue(changed, target, tokenizer, store, start)
     other = load_target(str(make_target_folder(tmp_path_factory.mktemp("other"), seed=3)))
     with pytest.raises(CheckpointError, match="was trained for another target"):
-        stages.drafter_to_continue(recipe_of(target_folder), other, tokenizer, store, start)
+        train_stages.drafter_to_continue(recipe_of(target_folder), other, tokenizer, store, start)
 
 
 def test_traces_that_leave_nothing_to_evaluate_are_refused(target_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from draftkit.target.transformers import LONGROPE_SPARE, load_target
+from draftkit.target.loading import LONGROPE_SPARE, load_target
 from support.targets import SIZES, TEXTS
 from tools.tiny_target.tokenizer import train_tokenizer
 

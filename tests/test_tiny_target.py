@@ -15,8 +15,8 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.ops.sampling import Sampling
+from draftkit.target.loading import load_target
 from draftkit.target.template_format import TemplateFormat
-from draftkit.target.transformers import load_target
 from tools.tiny_target.corpus import DOMAINS, Corpus, build_corpus
 from tools.tiny_target.publish import publish
 from tools.tiny_target.rows import ROW_LENGTH, RowSampler

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from draftkit import stages
+from draftkit import train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.errors import DataError
 from draftkit.features.store import FeatureStore
@@ -44,7 +44,7 @@ def test_a_packed_conversation_has_the_loss_it_has_alone(
 ) -> None:
     """Each document of a shared row, with its own anchors, against a batch of that document only."""
     recipe = recipe_for(target_folder, algorithm)
-    drafter = stages.new_drafter_for(recipe, target, tokenizer).double()
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer).double()
     settings = recipe.train.loss
     samples = [store[i] for i in (3, 9, 5, 12)]
     anchors = [choose_anchors(s.loss_mask_T, 6, i) for i, s in enumerate(samples)]
@@ -119,7 +119,7 @@ def test_all_processes_make_the_same_number_of_micro_batches_also_with_fewer_row
     assert len({len(m) for m in made}) == 1
     empty = [m[0] for m in made if not m[0].anchor_mask_BA.any()]
     assert empty
-    drafter = stages.new_drafter_for(recipe, target, tokenizer)
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
     report = drafter.loss(empty[0], recipe.train.loss)
     report.loss_sum.backward()
     assert float(report.weight_sum.detach()) == float(report.loss_sum.detach()) == 0
@@ -147,7 +147,7 @@ def test_accumulation_gives_the_same_step(
     settings = recipe.train
     steps = []
     for cut in (Cut(), Cut(row_tokens=500), Cut(micro_batch_size=2), Cut(micro_batch_size=1)):
-        drafter = stages.new_drafter_for(recipe, target, tokenizer).double()
+        drafter = train_stages.new_drafter_for(recipe, target, tokenizer).double()
         parallel = ParallelDrafter(drafter, ALONE, False, torch.float32)
         batches = [in_double(b) for b in BatchMaker(store, range(len(store)), 8, 6, 0, cut).batches(0)]
         optimizer = torch.optim.SGD(parallel.trained.values(), lr=1.0)
@@ -169,7 +169,7 @@ def test_recomputed_activations_change_no_bit_and_are_not_kept(
     batch = next(BatchMaker(store, range(len(store)), 8, 6, 0, Cut()).batches(0))
     found = []
     for recompute in (False, True):
-        drafter = stages.new_drafter_for(recipe, target, tokenizer)
+        drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
         drafter.recompute = recompute
         runs = []
         layer = drafter.get_submodule("layers.0")
@@ -186,7 +186,9 @@ def test_recomputed_activations_change_no_bit_and_are_not_kept(
 def test_betas_are_the_recipe_s(
     store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any
 ) -> None:
-    parallel = ParallelDrafter(stages.new_drafter_for(recipe, target, tokenizer), ALONE, False, torch.float32)
+    parallel = ParallelDrafter(
+        train_stages.new_drafter_for(recipe, target, tokenizer), ALONE, False, torch.float32
+    )
     assert new_optimizer(parallel, 1e-3, 0.0).defaults["betas"] == (0.9, 0.95)
     assert new_optimizer(parallel, 1e-3, 0.0, (0.9, 0.999)).defaults["betas"] == (0.9, 0.999)
     assert load_recipe("qwen3-4b-dspark", []).train.betas == (0.9, 0.999)
@@ -195,7 +197,7 @@ def test_betas_are_the_recipe_s(
 def test_gradients_are_clipped_to_the_norm(
     store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any, fast: TrainSettings
 ) -> None:
-    drafter = stages.new_drafter_for(recipe, target, tokenizer)
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
     parallel = ParallelDrafter(drafter, ALONE, False, torch.float32)
     before = {n: p.detach().clone() for n, p in parallel.trained.items()}
     optimizer = torch.optim.SGD(parallel.trained.values(), lr=1.0)
@@ -210,7 +212,7 @@ def test_gradients_are_clipped_to_the_norm(
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any, fast: TrainSettings
 ) -> None:
-    drafter = stages.new_drafter_for(recipe, target, tokenizer)
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
     parallel = ParallelDrafter(drafter, ALONE, False, torch.float32)
     optimizer = new_optimizer(parallel, 1e-2, 0.0)
     good = list(BatchMaker(store, range(8), 8, 6, 0, Cut()).batches(0))
@@ -225,7 +227,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 def test_losses_that_are_not_finite_stop_the_run(
     recipe: Recipe, target: TransformersTarget, tokenizer: Any, run: Any, fast: TrainSettings, tmp_path: Path
 ) -> None:
-    drafter = stages.new_drafter_for(recipe, target, tokenizer)
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
     drafter.fc.weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match="4 steps in a row without a finite loss"):
         run(tmp_path, replace(fast, steps=100, max_skipped=3), drafter=drafter)
@@ -255,7 +257,7 @@ def test_bfloat16_passes_keep_float32_parameters_and_come_close(
     settings = replace(recipe.train, steps=6)
     curves = []
     for dtype in ("float32", "bfloat16"):
-        drafter = stages.new_drafter_for(recipe, target, tokenizer)
+        drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
         with join_world() as world:
             trainer.train(
                 store, drafter, lambda: target, tmp_path / dtype, replace(settings, dtype=dtype), {}, world

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from draftkit import stages
+from draftkit import stages, train_stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
 from draftkit.draft.checkpoint import load_drafter, open_drafter
 from draftkit.draft.drafter import LossReport
@@ -193,7 +193,7 @@ def test_a_refused_training_leaves_the_recipe_of_the_drafter_that_is_there(
     def train(**changes: Any) -> str:
         sections = {"drafter": {"feature_layers": [0, 2]}, "train": {"steps": 1} | changes}
         chosen = recipe.model_copy(update={k: replace(getattr(recipe, k), **v) for k, v in sections.items()})
-        stages.run_train(target, tokenizer, chosen, store, tmp_path)
+        train_stages.run_train(target, tokenizer, chosen, store, tmp_path)
         return dump_recipe(chosen)
 
     written = train()
@@ -289,7 +289,7 @@ def test_a_drafter_of_another_target_is_refused(
     tmp_path: Path,
 ) -> None:
     provenance = {"target_fingerprint": target.info.fingerprint}
-    drafter = stages.new_drafter_for(recipe, target, tokenizer)
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
     trainer.train(store, drafter, lambda: target, tmp_path / "run", replace(fast, steps=2), provenance, ALONE)
     open_drafter(tmp_path / "run" / "best", target)
     other = stages.load_target(str(make_target_folder(tmp_path / "other", seed=3)))
@@ -300,7 +300,7 @@ def test_a_drafter_of_another_target_is_refused(
 def test_a_log_line_is_json_also_when_a_number_is_not_finite(
     recipe: Recipe, target: TransformersTarget, tokenizer: Any, run: Any, fast: TrainSettings, tmp_path: Path
 ) -> None:
-    drafter = stages.new_drafter_for(recipe, target, tokenizer)
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
     drafter.fc.weight.data.fill_(float("nan"))
     with pytest.raises(DataError):
         run(tmp_path, replace(fast, max_skipped=1), drafter=drafter)
@@ -319,7 +319,7 @@ def test_parameter_groups_learn_in_their_own_way_and_go_on_in_it(
     interrupted goes on to the same bits, whatever the order of groups."""
     groups = ({"parameters": "markov_head.*", "lr": 1e-12}, {"parameters": "*norm*", "weight_decay": 5.0})
     grouped = TrainSettings(**vars(fast) | {"groups": groups, "warmup": 0.0})
-    fresh = stages.new_drafter_for(recipe, target, tokenizer).state_dict()
+    fresh = train_stages.new_drafter_for(recipe, target, tokenizer).state_dict()
     run(tmp_path / "whole", grouped)
     whole = load_drafter(tmp_path / "whole" / "last").state_dict()
     moved = {n: float((whole[n].float() - fresh[n]).abs().max()) for n in whole if n in fresh}

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from draftkit import stages
+from draftkit import train_stages
 from draftkit.config import load_recipe
 from draftkit.data.messages import Conversation, Message
 from draftkit.errors import CheckpointError
@@ -52,10 +52,10 @@ def test_validation_is_on_the_given_features_and_all_others_are_learnt(
 
     monkeypatch.setattr(BatchMaker, "__init__", noted)
     out = tmp_path / "drafter"
-    stages.run_train(target, tokenizer, recipe, learnt, out, lambda: target, None, aside)
+    train_stages.run_train(target, tokenizer, recipe, learnt, out, lambda: target, None, aside)
     assert made == [(learnt, 8), (aside, 3)]
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     found = [line["validation"] for line in lines if "validation" in line]
     assert found and all("chat" in one and "code" not in one and one["decoded"] >= 1 for one in found)
     with pytest.raises(CheckpointError):  # a run that goes on validates on the same
-        stages.run_train(target, tokenizer, recipe, learnt, out, lambda: target)
+        train_stages.run_train(target, tokenizer, recipe, learnt, out, lambda: target)

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, train_stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.warm_start import spread_start_layers
 from draftkit.errors import ConfigError
 from draftkit.features.store import FeatureStore
+from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.transformers import TransformersTarget
 from support.targets import make_target_folder
 
 SIZES = [
@@ -29,7 +30,7 @@ SIZES = [
 def started(folder: Path, *changes: str) -> tuple[object, object]:
     recipe = load_recipe("tiny-dspark", [f"target.path={folder}", *SIZES, *changes])
     target = load_target(str(folder))
-    return target, stages.new_drafter_for(recipe, target, load_tokenizer(str(folder)))
+    return target, train_stages.new_drafter_for(recipe, target, load_tokenizer(str(folder)))
 
 
 @pytest.mark.parametrize(("change", "layers"), [((), (0, 3)), (("drafter.start_layers=[1,2]",), (1, 2))])
@@ -101,7 +102,7 @@ def llama_started(
         target, tokenizer, recipe, [Conversation("a", "chat", tuple(talk))], folder / "features"
     )
     store = FeatureStore(folder / "features")
-    drafter = stages.new_drafter_for(recipe, target, tokenizer, store if with_store else None)
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer, store if with_store else None)
     assert isinstance(drafter, BlockDrafter)
     return target, drafter, store
 

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from draftkit import feature_stages, stages
+from draftkit import feature_stages, stages, train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import load_drafter, new_drafter
 from draftkit.errors import TargetError
-from draftkit.target.transformers import TransformersTarget, load_target
+from draftkit.target.loading import load_target
+from draftkit.target.transformers import TransformersTarget
 from draftkit.target.weights import TargetFiles
 from support.drafters import make_drafter
 from support.targets import FAMILIES, make_family, make_target_folder
@@ -117,13 +118,13 @@ def test_training_from_a_store_and_export_load_no_model(
 ) -> None:
     """And begin with the weights with which they begin beside a loaded target."""
     recipe = recipe_for(target_folder, "train.decode_prompts=0", f"drafter.start={start}")
-    loaded = stages.new_drafter_for(recipe, *stages.open_target(recipe)).state_dict()
+    loaded = train_stages.new_drafter_for(recipe, *stages.open_target(recipe)).state_dict()
     no_model(monkeypatch)
-    found = stages.new_drafter_for(recipe, *stages.read_target(recipe)).state_dict()
+    found = train_stages.new_drafter_for(recipe, *stages.read_target(recipe)).state_dict()
     assert found.keys() == loaded.keys() and all(torch.equal(found[name], loaded[name]) for name in loaded)
     files, tokenizer = stages.read_target(recipe)
     source = feature_stages.open_features(recipe, files, tokenizer, [features])
-    stages.run_train(files, tokenizer, recipe, source, tmp_path / "run")
+    train_stages.run_train(files, tokenizer, recipe, source, tmp_path / "run")
     whole = stages.run_export(
         tmp_path / "run" / "best", tmp_path / "whole", "portable", "float32", None, False
     )
@@ -146,7 +147,7 @@ def test_answers_for_the_log_load_the_model_when_the_first_are_wanted(
 
     files, tokenizer = stages.read_target(recipe)
     source = feature_stages.open_features(recipe, files, tokenizer, [features])
-    stages.run_train(files, tokenizer, recipe, source, tmp_path, load)
+    train_stages.run_train(files, tokenizer, recipe, source, tmp_path, load)
     assert asked == [1]
 
 

@@ -97,9 +97,9 @@ def training(walk: Walk) -> tuple[str, ...]:
     from draftkit.data.conversations import read_conversations
     from draftkit.feature_stages import open_features, run_capture
     from draftkit.ops import native_training
-    from draftkit.stages import run_train
+    from draftkit.target.loading import load_target
     from draftkit.target.tokenizer import load_tokenizer
-    from draftkit.target.transformers import load_target
+    from draftkit.train_stages import run_train
 
     trainer: Any = importlib.import_module("draftkit.train.trainer")
     take_step: Callable[..., Any] = trainer.take_step

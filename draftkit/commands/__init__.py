@@ -1,1 +1,1 @@
-"""Commands that have a file of their own, and what they share; `draftkit/cli.py` holds the table of all."""
+"""One file for each command, and what they share; `draftkit/cli.py` holds the table of all."""

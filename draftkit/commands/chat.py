@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 HELP = "/new begins again, /drafts turns drafting off and on, /quit ends (or Ctrl-D)"
 _LONGEST_START = 600.0  # seconds in which a server that was started for this has to be ready
 
+EXAMPLE = 'Example: draftkit chat --target smollm2, or: draftkit chat "What is a list?"'
 
-def chat(
+
+def command(
     question: Annotated[str | None, typer.Argument(help="ask this and end; none = a conversation")] = None,
     url: Annotated[str | None, typer.Option(help="a server that runs; none = one is started here")] = None,
     target: Annotated[str, typer.Option(help="as for draftkit serve, where one is started")] = "tiny",

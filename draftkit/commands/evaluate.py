@@ -61,7 +61,7 @@ def command(
     make_folder(out)
     check_inputs(settings, drafter, prompts or [])
     with doing(LIBRARIES):
-        from draftkit import stages
+        from draftkit import evaluate_stages, stages
         from draftkit.evaluate.plots import plot_acceptance
         from draftkit.evaluate.report import print_report
 
@@ -74,11 +74,11 @@ def command(
     else:
         read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
         model, tokenizer = stages.open_target(settings)
-        results = stages.run_evaluate(model, tokenizer, settings, drafter, read, out, threads)
+        results = evaluate_stages.run_evaluate(model, tokenizer, settings, drafter, read, out, threads)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     plot_acceptance(results, out / "acceptance.png")
-    typer.echo(stages.summary(results)) if json_output else print_report(results)
+    typer.echo(evaluate_stages.summary(results)) if json_output else print_report(results)
 
 
 def _suite(

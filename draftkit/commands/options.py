@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from draftkit.commands.recipes import complete_recipe
+from draftkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from draftkit.config import Recipe
 
 RecipeOption = Annotated[
     str,
@@ -34,9 +38,31 @@ SkipOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
 
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="vllm=URL: a vLLM server reads them (docs/features.md)")
+]
+ProbeOption = Annotated[
+    bool, typer.Option("--probe/--no-probe", help="compare the server's layers with the target's first")
+]
+
 LIBRARIES = "loading PyTorch and Transformers"  # what a command is doing before it says anything
 
 
 def with_target(overrides: list[str] | None, target: str | None) -> list[str]:
     """The overrides of a recipe, `--target` among them."""
     return [*(overrides or []), *([f"target.path={target}"] if target else [])]
+
+
+def recipe_of(name: str, overrides: list[str] | None) -> Recipe:
+    """The recipe, read before anything heavy is imported: a mistake in it shows at once."""
+    from draftkit.config import load_recipe
+
+    return load_recipe(name, overrides or [])
+
+
+def parse_from(text: str) -> str:
+    """The URL of "vllm=URL". Raises ConfigError for anything else."""
+    kind, _, url = text.partition("=")
+    if kind != "vllm" or not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--from {text}: give vllm=http://HOST:PORT")
+    return url

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+EXAMPLE = "Example: draftkit recipes dspark-plus"
+
 
 def complete_recipe(typed: str) -> list[str]:
     """Names for the shell's completion."""
@@ -14,7 +16,7 @@ def complete_recipe(typed: str) -> list[str]:
     return [name for name in packaged_recipes() if name.startswith(typed)]
 
 
-def recipes(
+def command(
     name: Annotated[
         str | None,
         typer.Argument(help="show this one, every default written out", autocompletion=complete_recipe),

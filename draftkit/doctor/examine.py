@@ -27,15 +27,17 @@ from draftkit.draft.checkpoint import shape_of
 from draftkit.draft.drafter import Drafter
 from draftkit.errors import CheckpointError, DraftkitError, ServeError, TargetError
 from draftkit.evaluate.metrics import accepted_length
+from draftkit.evaluate_stages import first_turns
 from draftkit.handover.engines import engine_named
 from draftkit.progress import progress_bar
-from draftkit.stages import first_turns, read_prompts
+from draftkit.stages import read_prompts
 from draftkit.target.deepseek_v4_tensors import FAMILY
 from draftkit.target.formats import format_of
+from draftkit.target.loading import best_device, load_target
 from draftkit.target.place import EMBEDDED
 from draftkit.target.prompt_format import PromptFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import TransformersTarget, best_device, load_target
+from draftkit.target.transformers import TransformersTarget
 from draftkit.target.weights import TargetFiles
 
 FEWEST_SHARE = 0.8  # of what its own card says in its worst domain: less is a fault

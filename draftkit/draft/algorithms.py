@@ -36,7 +36,8 @@ from draftkit.draft.speculators_form import from_speculators, is_speculators
 from draftkit.draft.warm_start import start_from_target
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.settings import DrafterSettings
-from draftkit.target.transformers import OTHER_FAMILIES, spread_feature_layers
+from draftkit.target.loading import OTHER_FAMILIES
+from draftkit.target.transformers import spread_feature_layers
 
 Sizes = Mapping[str, Any]  # the fields of `DrafterShape`, from target and recipe
 

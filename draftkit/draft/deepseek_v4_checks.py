@@ -16,8 +16,8 @@ from draftkit.target.deepseek_v4 import Shards
 from draftkit.target.deepseek_v4_check import mismatches
 from draftkit.target.deepseek_v4_prompts import generation
 from draftkit.target.deepseek_v4_tensors import FAMILY, checkpoint_tensors, has_draft_module
+from draftkit.target.loading import OTHER_FAMILIES
 from draftkit.target.shards import tensor_places
-from draftkit.target.transformers import OTHER_FAMILIES
 
 
 def check_checkpoint(folder: Path) -> list[str]:

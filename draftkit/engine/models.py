@@ -20,7 +20,8 @@ from draftkit.engine.paged_eagle import PagedEagle
 from draftkit.engine.paged_model import PagedModel, unsupported
 from draftkit.engine.plain_drafter import PlainDrafter
 from draftkit.engine.settings import EngineInfo, EngineSettings
-from draftkit.target.transformers import TransformersTarget, best_device, load_target
+from draftkit.target.loading import best_device, load_target
+from draftkit.target.transformers import TransformersTarget
 
 PagedDrafter = PagedBlockDrafter | PagedEagle | PlainDrafter
 

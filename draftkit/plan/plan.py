@@ -24,8 +24,9 @@ from draftkit.plan.drafter import DrafterSizes
 from draftkit.plan.target import matrix_rate, reading_bytes, target_sizes
 from draftkit.stages import prompt_format
 from draftkit.target.deepseek_v4_tensors import FAMILY
+from draftkit.target.loading import best_device
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import DTYPES, best_device
+from draftkit.target.transformers import DTYPES
 
 REACHED = 0.4  # of the measured rate, by passes of a whole model
 GIB = 2**30

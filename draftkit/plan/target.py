@@ -15,7 +15,8 @@ from draftkit.errors import TargetError
 from draftkit.target.deepseek_v4 import FAMILY, raw_config
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors, draft_tensors, total_bytes
 from draftkit.target.interface import TargetInfo
-from draftkit.target.transformers import DTYPES, longest_context, resolve_target
+from draftkit.target.loading import longest_context, resolve_target
+from draftkit.target.transformers import DTYPES
 
 
 @dataclass(frozen=True)

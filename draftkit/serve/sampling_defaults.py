@@ -12,7 +12,7 @@ from transformers.utils.hub import cached_file
 
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import DataError, TargetError
-from draftkit.target.transformers import resolve_target
+from draftkit.target.loading import resolve_target
 
 log = logging.getLogger("draftkit.serve")
 _FILE = "generation_config.json"

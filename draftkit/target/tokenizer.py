@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from draftkit.errors import TargetError
 from draftkit.target.deepseek_v4_encoder import INSTALL, encoder_digest, load_recipe
 from draftkit.target.deepseek_v4_prompts import speaks_deepseek_v4
-from draftkit.target.transformers import model_type, resolve_target
+from draftkit.target.loading import model_type, resolve_target
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 

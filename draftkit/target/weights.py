@@ -20,15 +20,9 @@ from transformers.utils.hub import cached_file
 from draftkit.errors import TargetError
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetInfo
+from draftkit.target.loading import longest_context, refuse_by_name, resolve_target, stop_tokens
 from draftkit.target.shards import tensor_places
-from draftkit.target.transformers import (
-    DTYPES,
-    TransformersTarget,
-    longest_context,
-    refuse_by_name,
-    resolve_target,
-    stop_tokens,
-)
+from draftkit.target.transformers import DTYPES, TransformersTarget
 
 DEEPSEEK_NAMES = {
     "model.embed_tokens.weight": "embed.weight",

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from draftkit.draft.drafter import Drafter, LossReport, TrainBatch
 from draftkit.draft.split_experts import SplitExperts
 from draftkit.settings import LossSettings
-from draftkit.target.transformers import best_device
+from draftkit.target.loading import best_device
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=60)  # the first process decodes and writes checkpoints while the others wait

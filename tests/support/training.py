@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from draftkit import stages
+from draftkit import train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.drafter import TrainBatch
@@ -88,7 +88,7 @@ def run(store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokeniz
     def start(
         out: Path, settings: TrainSettings, report: Any = lambda p: None, drafter: Any = None, start: str = ""
     ) -> TrainReport:
-        drafter = drafter or stages.new_drafter_for(recipe, target, tokenizer)
+        drafter = drafter or train_stages.new_drafter_for(recipe, target, tokenizer)
         return trainer.train(
             store, drafter, lambda: target, out, settings, {"note": "x"}, ALONE, report, start=start
         )
