@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     parser.add_argument("--drafter", type=Path, help="the one that reads all forms")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0: nothing is trained")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -163,9 +163,12 @@ def main() -> None:
         for outlier, what in ((False, ""), (True, ", outlier"))
     }
     values, drafters = trained_on(recipe, learnt, aside, options.steps, options.seeds)
-    trained, drafter = {"bfloat16": values}, drafters[0]
+    trained = {"bfloat16": values}
     if options.drafter:
-        drafter = open_drafter(options.drafter, stages.read_target(recipe)[0], torch.float32)
+        drafters = [open_drafter(options.drafter, stages.read_target(recipe)[0], torch.float32)]
+    if not drafters:
+        parser.error("give --drafter, or --seeds of 1 or more")
+    drafter = drafters[0]
     loss = recipe.train.loss
     accepted = {"bfloat16": acceptance(drafter, aside, loss)}
     for name, rounded in forms.items():
@@ -180,6 +183,7 @@ def main() -> None:
         "accepted_length_of_trained": {
             name: {"seeds": values, "mean": mean(values), "sd": stdev(values) if len(values) > 1 else None}
             for name, values in trained.items()
+            if values
         },
         "train": asdict(recipe.train) | {"steps": options.steps},
     }

@@ -147,7 +147,7 @@ def test_sinks_take_their_share_of_the_attention(drafter: DeepseekV4Drafter) -> 
 
 
 def test_training_sees_what_drafting_sees(target: TransformersTarget, drafter: DeepseekV4Drafter) -> None:
-    """The hidden states of a training block are those of a proposal behind the same tokens, also near the
+    """The hidden states of a training block are those of a proposal after the same tokens, also near the
     beginning."""
     tokens = torch.randint(0, 90, (1, READ), generator=torch.Generator().manual_seed(2))
     ones = torch.ones(1, READ, dtype=torch.bool)

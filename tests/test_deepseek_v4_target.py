@@ -1,4 +1,4 @@
-"""DeepSeek-V4 behind the target seam: logits, taps, memory, and checkpoints with DeepSeek's own names and
+"""DeepSeek-V4 as a target: logits, taps, memory, and checkpoints with DeepSeek's own names and
 numbers."""
 
 from __future__ import annotations

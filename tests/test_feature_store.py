@@ -370,3 +370,21 @@ def test_a_window_that_no_shard_can_hold_is_refused(
 ) -> None:
     with pytest.raises(FeatureStoreError, match=r"capture\.max_length: a window of 100000000 tokens takes"):
         make_store(target, shown, answers, tmp_path, settings=replace(CAPTURE, max_length=10**8))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts what Linux says this process has read")
+def test_small_records_are_read_without_much_beside_them(tmp_path: Path) -> None:
+    """Records of 7 kB: the lines of the index that say where they lie must not weigh as much."""
+
+    def read_so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    texts = [made_text(i, length=160) for i in range(64)]
+    store = FeatureStore(made_store(tmp_path, texts, made_manifest(layers=(1, 2), hidden_size=4)))
+    store.read([0])
+    before = read_so_far()
+    store.read(range(1, 64))
+    read = read_so_far() - before
+    own = sum(store.record(i).size for i in range(1, 64))
+    assert 6000 < own / 63 < 9000
+    assert own <= read <= 1.2 * own

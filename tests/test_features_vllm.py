@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import hs_connectors.transfer
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -142,3 +143,25 @@ def test_another_version_of_the_connectors_is_refused(
         ConfigError, match=r"hs-connectors 0\.10\.1 is installed, this draftkit knows 0\.9\.x"
     ):
         feature_stages.server_reader(recipe, stages.read_target(recipe)[0], "http://127.0.0.1:1", probe=True)
+
+
+def test_a_file_that_comes_late_is_waited_for(
+    target: TransformersTarget, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM writes a request's file in its next step, which a busy server takes longer for than hs-connectors
+    waits."""
+    waits: list[str] = []
+
+    def wait(lock_path: str) -> None:
+        waits.append(lock_path)
+        if len(waits) < 3:
+            raise TimeoutError("Timed out waiting for lock")
+        wait_for_lock(lock_path)
+
+    wait_for_lock = hs_connectors.transfer.wait_for_lock
+    monkeypatch.setattr(hs_connectors.transfer, "wait_for_lock", wait)
+    recipe = recipe_of(target_folder)
+    files, _ = stages.read_target(recipe)
+    with hidden_states_server(target, IDS, tmp_path) as url:
+        feature_stages.server_reader(recipe, files, url, probe=True)
+    assert len(waits) == 3

@@ -27,6 +27,7 @@ from draftkit.errors import FeatureStoreError
 HOW_TO_REPAIR = "`draftkit features verify --repair` leaves out what is damaged; then run capture again"
 FILES = "index-*.jsonl"
 CHECK = ',"check":"'  # begins the end of a line
+LINE_BYTES = 512  # read at once of a line: most are shorter, and 8 KiB are more than many a record
 Place = tuple[int, int, int]  # writer, shard, offset
 Key = tuple[int, int, int]  # conversation, sample, window
 
@@ -82,7 +83,7 @@ class IndexLines:
 
     def record(self, file: int, at: int) -> Record:
         """The record of a line."""
-        with self.files[file].open("rb") as opened:
+        with self.files[file].open("rb", LINE_BYTES) as opened:
             opened.seek(at)
             line = opened.readline()
         try:

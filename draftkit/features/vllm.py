@@ -17,6 +17,7 @@ Shapes: T tokens, E tokens read, F = K * H, H hidden size.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from draftkit.target.interface import Target, TargetInfo
 
 CONNECTORS = "0.9."  # of hs-connectors: the form of its files and of what it returns
 AT_ONCE = 16  # requests
+WAIT_SECONDS = 600.0  # for an answer, and for its file
 PROBE_TOKENS = 24
 SAME = 0.05  # relative distance of the same layer read twice, in half precision
 
@@ -60,7 +62,7 @@ class VllmReader:
     def __init__(self, url: str, wanted: Wanted) -> None:
         self._transfer = _transfer()
         self.url, self._wanted = url.rstrip("/"), wanted
-        self._client = httpx.Client(base_url=self.url, timeout=600)
+        self._client = httpx.Client(base_url=self.url, timeout=WAIT_SECONDS)
         self._model = self._first_model()
 
     def read(self, texts: Sequence[Text], last_hidden: bool = True) -> list[tuple[Tensor, Tensor]]:
@@ -115,8 +117,8 @@ class VllmReader:
             )
         handle = params.get("hidden_states_path") or params.get("handle")
         try:
-            sample = self._transfer.get_generated(params)
-        except (OSError, TimeoutError) as error:
+            sample = self._written(params)
+        except OSError as error:
             raise ServeError(
                 f"{self.url}: {handle} cannot be read here ({error}); share its folder"
             ) from error
@@ -127,6 +129,18 @@ class VllmReader:
         self._transfer.delete(handle)
         Path(f"{handle}.lock").unlink(missing_ok=True)
         return self._split(sample, tokens_E)
+
+    def _written(self, params: dict[str, Any]) -> dict[str, Tensor] | None:
+        """What the server writes of a request. It does so in its next step, which may take longer than the
+        ten seconds that hs-connectors waits."""
+        until = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                sample: dict[str, Tensor] | None = self._transfer.get_generated(params)
+                return sample
+            except TimeoutError:
+                if time.monotonic() > until:
+                    raise
 
     @torch.inference_mode()
     def _split(self, sample: dict[str, Tensor], tokens_E: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ evaluation, calibration, the server and `LLM`. `template_format.py` runs Jinja c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -97,6 +98,19 @@ def content_text(content: Any) -> str:
             raise ValueError(f"content part of type {kind!r}: text parts only can be shown")
         texts.append(text)
     return "\n".join(texts)
+
+
+def call_with_object(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object, as templates print it. Raises ValueError when they are no
+    JSON."""
+    function = dict(call.get("function") or {})
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            function["arguments"] = json.loads(arguments or "{}")
+        except ValueError:
+            raise ValueError("tool_calls.function.arguments is not valid JSON") from None
+    return {**call, "function": function}
 
 
 def is_answer(messages: Sequence[Message], place: int) -> bool:

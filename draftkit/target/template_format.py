@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
+from itertools import takewhile
 from typing import Any
 
 from draftkit.errors import ConfigError
@@ -18,6 +18,7 @@ from draftkit.target.prompt_format import (
     TemplateError,
     Tools,
     Turn,
+    call_with_object,
     content_text,
     is_answer,
 )
@@ -213,7 +214,7 @@ class TemplateFormat:
         if shown["role"] == "developer" and not self.mentions("developer"):
             shown["role"] = "system"
         shown["content"] = content_text(shown.get("content"))
-        shown["tool_calls"] = [_call_for_template(call) for call in shown.get("tool_calls") or ()]
+        shown["tool_calls"] = [call_with_object(call) for call in shown.get("tool_calls") or ()]
         if not shown["tool_calls"]:
             del shown["tool_calls"]
         reasoning = next((v for k in ("reasoning_content", "reasoning") if (v := shown.pop(k, None))), None)
@@ -247,7 +248,7 @@ class TemplateFormat:
         probed = self.text(
             [*before, {"role": "assistant", "content": _PROBE}], tools, generation_prompt=False
         )
-        head = len(_common_prefix(prompt, probed))
+        head = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, probed, strict=False)))
         history = self.text(before, tools, generation_prompt=False)
         opened, rest = prompt[head:], whole[head:]
         # both open a thinking part, and not the same
@@ -287,26 +288,6 @@ class TemplateFormat:
         if not reasoning:
             raise RewrittenError("the prompt opens a thinking part, and the answer has none")
         return f"{reasoning.strip()}\n</think>\n\n{rest.lstrip()}"
-
-
-def _common_prefix(one: str, other: str) -> str:
-    return one[
-        : next(
-            (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
-        )
-    ]
-
-
-def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object: templates print them as JSON."""
-    function = dict(call.get("function") or {})
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            function["arguments"] = json.loads(arguments or "{}")
-        except ValueError:
-            raise ValueError("tool_calls.function.arguments is not valid JSON") from None
-    return {**call, "function": function}
 
 
 def _has_thought(message: Message) -> bool:

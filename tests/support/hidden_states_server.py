@@ -71,7 +71,10 @@ def hidden_states_server(
             save_file(tensors, path)
             os.close(held)
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # 16 connections at once are more than the 5 that usually may wait
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
