@@ -324,10 +324,12 @@ def main() -> None:
     outcomes: Counter[str] = Counter()
     seconds: list[tuple[float, float, float]] = [(0.0, 0.0, 0.0)]
     crashes: list[str] = []
-    total = sum(1 for _ in sources(given, 0))
-    while (done := len(seconds) - 1 + len(crashes)) < total:
+    total = given.count + sum(1 for _ in islice(shapes(), *given.shapes))
+    while len(seconds) - 1 + len(crashes) < total:
         reading, writing = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=examine, args=(given, done, writing))
+        process = multiprocessing.get_context("spawn").Process(
+            target=examine, args=(given, len(seconds) - 1 + len(crashes), writing)
+        )
         process.start()
         writing.close()
         try:
@@ -337,6 +339,10 @@ def main() -> None:
                 seconds.append((took[0], took[1], took[2]))
         except EOFError:
             process.join()
+        except KeyboardInterrupt:
+            print(f"stopped: these are the first {len(seconds) - 1} of {total}", file=sys.stderr)
+            process.kill()
+            total = len(seconds) - 1 + len(crashes)
         if len(seconds) - 1 + len(crashes) < total:  # this process stands for a server's: it ended too early
             crashes.append(next(sources(given, len(seconds) - 1 + len(crashes))).dump()[:200])
     answer, compile_, step = (max(column) for column in zip(*seconds, strict=True))
