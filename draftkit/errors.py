@@ -52,3 +52,8 @@ class Interrupted(BaseException):
     def __init__(self, exit_code: int = 130) -> None:
         super().__init__("interrupted")
         self.exit_code = exit_code
+
+
+def one_line(error: BaseException) -> str:
+    """The first line that an error of another library says, or its name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

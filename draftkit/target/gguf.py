@@ -19,7 +19,7 @@ from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from draftkit.errors import TargetError
+from draftkit.errors import TargetError, one_line
 from draftkit.target.fingerprint import SOURCE, hash_contents
 
 MAGIC = b"GGUF"
@@ -157,7 +157,7 @@ def _check_tensors(file: Path) -> int:
         end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
         numbers = sum(int(t.n_elements) for t in reader.tensors)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
-        raise TargetError(f"{file}: is cut off or damaged ({_line(error)}); copy it again") from error
+        raise TargetError(f"{file}: is cut off or damaged ({one_line(error)}); copy it again") from error
     if end > file.stat().st_size:
         raise TargetError(
             f"{file}: is cut off, its last tensor ends at byte {end} of {file.stat().st_size}; copy it again"
@@ -185,7 +185,7 @@ def _convert(file: Path, folder: Path) -> None:
         _mend_split(tokenizer, file)
         tokenizer.save_pretrained(folder)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise TargetError(f"{file}: Transformers cannot read it: {_line(error)}") from error
+        raise TargetError(f"{file}: Transformers cannot read it: {one_line(error)}") from error
 
 
 def _mend_split(tokenizer: Any, file: Path) -> None:
@@ -245,7 +245,3 @@ def gguf_package() -> Any:
     import gguf
 
     return gguf
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_accelerate_available
 from transformers.utils.logging import disable_progress_bar
 
-from draftkit.errors import TargetError
+from draftkit.errors import TargetError, one_line
 from draftkit.target import deepseek_v4
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.gguf import unpacked
@@ -27,9 +29,7 @@ from draftkit.target.transformers import (
     DTYPES,
     NOTHING_LEFT_OUT,
     TransformersTarget,
-    _placement,
     check_target,
-    one_line,
 )
 
 _SCALE = re.compile(
@@ -220,3 +220,13 @@ def stop_tokens(model: Any, name: str) -> tuple[int, ...]:
             f"configuration"
         )
     return ids
+
+
+def _placement(device: str, spread: str) -> dict[str, Any]:
+    """Where Transformers puts the weights while it reads them. Without accelerate they go through the
+    processor's memory."""
+    if spread == "tensors":
+        return {"distributed_config": DistributedConfig(tp_plan="auto")}
+    if spread == "layers":
+        return {"device_map": "auto"}
+    return {"device_map": device} if device != "cpu" and is_accelerate_available() else {}

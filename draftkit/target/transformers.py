@@ -9,10 +9,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.utils.import_utils import is_accelerate_available
 
-from draftkit.errors import TargetError
+from draftkit.errors import TargetError, one_line
 from draftkit.target.cache import DynamicTargetCache, ReplayTargetCache, needs_replay
 from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
 from draftkit.target.place import EMBEDDED
@@ -291,22 +289,7 @@ def spread_feature_layers(count: int, num_layers: int) -> tuple[int, ...]:
     return tuple(round(1 + i * (last - 1) / (count - 1)) for i in range(count))
 
 
-def _placement(device: str, spread: str) -> dict[str, Any]:
-    """Where Transformers puts the weights while it reads them. Without accelerate they go through the
-    processor's memory."""
-    if spread == "tensors":
-        return {"distributed_config": DistributedConfig(tp_plan="auto")}
-    if spread == "layers":
-        return {"device_map": "auto"}
-    return {"device_map": device} if device != "cpu" and is_accelerate_available() else {}
-
-
 NOTHING_LEFT_OUT: dict[str, Any] = {"missing_keys": (), "unexpected_keys": ()}
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of a library's message that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _decoder_layers(base: Any) -> tuple[nn.ModuleList, Any]:
