@@ -94,13 +94,11 @@ def run_specialise(
     if regenerate:
         answers, asked = out / "answers.jsonl", learnt
         stages.run_generate(
-            *(
-                target,
-                tokenizer,
-                recipe,
-                lambda first: iterate_conversations(asked, refused.anew(), first),
-                answers,
-            ),
+            target,
+            tokenizer,
+            recipe,
+            lambda first: iterate_conversations(asked, refused.anew(), first),
+            answers,
             skipped=refused,
         )
         refused.report()

@@ -145,6 +145,7 @@ def test_keys_and_errors_are_those_that_its_clients_know() -> None:
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers is not supported"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "'image' cannot be read"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content: must have a block"),
         ({"messages": [{"role": "user", "content": 3}]}, "a text or a list of blocks"),
         ({"tool_choice": {"type": "any"}, "tools": []}, "needs tools"),
         ({"stop_sequences": ["x"] * 99}, "stop_sequences"),

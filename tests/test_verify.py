@@ -93,3 +93,11 @@ def test_an_impossible_draft_token_is_rejected_without_nan() -> None:
     for rule in RULES.values():
         found, _ = length_distribution(rule, DenseProposals(torch.tensor([[2]]), p, q, torch.tensor([1])))
         assert found.tolist() == [[1.0, 0.0]]
+
+
+def test_a_uniform_next_to_one_keeps_no_draft_that_cannot_be() -> None:
+    """Rounded to float32 it would be 1, above every probability."""
+    p_RGV = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    proposals = DenseProposals(torch.tensor([[1]]), p_RGV, torch.tensor([[[0.0, 1.0]]]), torch.tensor([1]))
+    verdict = verify(RULES["token"], proposals, torch.tensor([[1 - 2**-53, 0.5]], dtype=torch.float64))
+    assert (verdict.accepted_R.tolist(), verdict.next_token_R.tolist()) == ([0], [0])

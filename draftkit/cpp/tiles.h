@@ -1,7 +1,8 @@
 // Products on a processor with tiles (AMX), which multiply 16 tokens by 16 rows and 32 columns at once: up to
 // 16 tokens then cost hardly more than one, since reading the weights takes the time. Each float32 number of
 // the input is the sum of three bfloat16 numbers, so the products are exact and the sums float32, as
-// elsewhere; a token's sums do not depend on the tokens beside it.
+// elsewhere, but for pairs of columns added together, denormals taken as 0, and infinities, which give NaN; a
+// token's sums do not depend on the tokens beside it.
 //   TILES  bfloat16 [rows / 16][cols / 32][16 pairs of columns][16 rows][2], columns filled up with zeros
 #pragma once
 #ifdef __AMX_BF16__
@@ -16,6 +17,7 @@
 
 constexpr int64_t TILE_TOKENS = 16, TILE_COLS = 32, PARTS = 3, TILE_SIZE = 16 * TILE_COLS;
 constexpr int64_t TILE_PANELS = 4;   // multiplied at once
+constexpr int64_t TOKENS_AT_ONCE = 64;  // whose parts a thread keeps
 constexpr int64_t TILES_AHEAD = 16;  // of a panel, fetched into the cache before their use
 
 // The kernel gives a process the use of tiles when it asks (Linux, Documentation/arch/x86/xstate.rst).
@@ -56,6 +58,7 @@ inline void configure_tiles(int64_t tokens) {
         uint8_t rows[16] = {};
     } sizes;
     for (int tile = 0; tile < 8; tile++) sizes.bytes[tile] = 64, sizes.rows[tile] = tile == 4 ? 16 : tokens;
+    asm volatile("" : : "r"(&sizes) : "memory");  // GCC's functions do not say that they read memory
     _tile_loadconfig(&sizes);
 }
 
@@ -94,16 +97,15 @@ void multiply_tiles(const Half *w, int64_t blocks, const Half *x, int64_t size, 
 }
 #undef ADD_PANEL
 
-// As `multiply_range` in matrix.h.
+// As `multiply_range` in matrix.h, of at most TOKENS_AT_ONCE tokens.
 template <typename Emit>
-void multiply_tile_range(const Half *panels, int64_t from, int64_t end, int64_t cols, const float *x,
-                         int64_t tokens, const Emit &emit) {
-    if (from == end || !tokens) return;
+void multiply_some_tokens(const Half *panels, int64_t from, int64_t end, int64_t cols, const float *x,
+                          int64_t tokens, const Emit &emit) {
+    constexpr decltype(&multiply_tiles<1>) kernels[] = {multiply_tiles<1>, multiply_tiles<2>,
+                                                        multiply_tiles<3>, multiply_tiles<4>};
     int64_t blocks = (cols + TILE_COLS - 1) / TILE_COLS, groups = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
     int64_t size = (tokens + groups - 1) / groups;
     const Half *split = split_tokens(x, tokens, size, cols);
-    constexpr decltype(&multiply_tiles<1>) kernels[] = {multiply_tiles<1>, multiply_tiles<2>,
-                                                        multiply_tiles<3>, multiply_tiles<4>};
     float sums[TILE_PANELS * TILE_TOKENS * 16];
     configure_tiles(size);
     for (int64_t p = from; p < end; p += TILE_PANELS) {
@@ -111,6 +113,7 @@ void multiply_tile_range(const Half *panels, int64_t from, int64_t end, int64_t 
         for (int64_t g = 0; g < groups; g++) {
             const Half *group = split + g * size * blocks * PARTS * TILE_COLS;
             kernels[count - 1](panels + p * blocks * TILE_SIZE, blocks, group, size, g == 0, sums);
+            asm volatile("" : : "r"(sums) : "memory");
             int64_t first = g * size, used = std::min(size, tokens - first);
             for (int64_t q = 0; q < count; q++)
                 for (int64_t t = 0; t < used; t++) {
@@ -120,5 +123,15 @@ void multiply_tile_range(const Half *panels, int64_t from, int64_t end, int64_t 
         }
     }
     _tile_release();
+}
+
+// As `multiply_range` in matrix.h.
+template <typename Emit>
+void multiply_tile_range(const Half *panels, int64_t from, int64_t end, int64_t cols, const float *x,
+                         int64_t tokens, const Emit &emit) {
+    for (int64_t first = 0; from < end && first < tokens; first += TOKENS_AT_ONCE)
+        multiply_some_tokens(
+            panels, from, end, cols, x + first * cols, std::min(TOKENS_AT_ONCE, tokens - first),
+            [&](int64_t panel, int64_t t, Vec low, Vec high) { emit(panel, first + t, low, high); });
 }
 #endif

@@ -138,9 +138,8 @@ def _on(pair: Pair, target: TransformersTarget) -> Pair:
 def _merged(findings: Sequence[Finding], ran: Ran) -> list[Finding]:
     """Findings of the files, with the measured cost where running found the same; and why the drafter does
     not load, where no finding says it."""
-    measured = {finding.check: finding for finding in ran.findings}
-    named = {finding.check: measured.pop(finding.check, finding) for finding in findings}
-    found = [*named.values(), *measured.values()]
+    measured = {finding.check for finding in ran.findings}
+    found = [*(finding for finding in findings if finding.check not in measured), *ran.findings]
     if not ran.first and not found:
         found.append(_why_not(ran.mended_pair))
     return found

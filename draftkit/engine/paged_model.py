@@ -109,7 +109,7 @@ def key_numbers(target: TransformersTarget) -> int:
 
 class PagedModel:
     """Weights taken from a loaded Transformers target. Its matrices are fused once, for all engines of the
-    target, and its module reads the fused ones, too."""
+    target, and its module reads the fused ones, too: whoever changes the weights makes a new target."""
 
     def __init__(self, target: TransformersTarget, slots: int, max_length: int) -> None:
         model = target.model
@@ -152,7 +152,8 @@ class PagedModel:
         return Ends(self.embedding, self.embedding_scale, self.norm, self.head, logit_cap=self.logit_cap)
 
     def drop_copies(self) -> None:
-        """Give the fused matrices back once a compiled pass, which has its own, is in use."""
+        """Let go of the fused matrices once a compiled pass, which has its own, is in use; they are free when
+        the target is."""
         if self.native is not None:
             self.stack.drop_weights()
             self.head = self.head.new_empty(0)

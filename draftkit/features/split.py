@@ -19,11 +19,15 @@ class LeadingReader:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
+        self.failed = False  # in the middle of a pass: the others wait in it, and torchrun ends them
 
     def read(self, texts: Sequence[Text], last_hidden: bool = True) -> list[tuple[Tensor, Tensor]]:
         """See `Reader`."""
+        self.failed = True
         dist.broadcast_object_list([(list(texts), last_hidden)], 0)
-        return self._reader.read(texts, last_hidden)
+        found = self._reader.read(texts, last_hidden)
+        self.failed = False
+        return found
 
 
 def follow(reader: Reader) -> None:
@@ -45,9 +49,11 @@ def led(reader: Reader) -> Iterator[LeadingReader | None]:
             follow(reader)
             yield None
             return
+        leading = LeadingReader(reader)
         try:
-            yield LeadingReader(reader)
+            yield leading
         finally:
-            dist.broadcast_object_list([None], 0)
+            if not leading.failed:
+                dist.broadcast_object_list([None], 0)
     finally:
         dist.destroy_process_group()

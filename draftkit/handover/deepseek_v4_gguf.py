@@ -36,19 +36,23 @@ def write_v4_gguf(drafter: DeepseekV4Drafter, target: Path, converter: Path, out
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".dspark-") as held:
-        folder = Path(held)
-        written = write_shards(drafter, raw, folder)
-        (folder / CONFIG).write_text(json.dumps(raw), "utf-8")
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written.places}), "utf-8")
-        command = [sys.executable, str(converter), str(folder), "--dspark", "--outfile", str(partial)]
-        command += ["--target-model-dir", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not partial.is_file():
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".dspark-") as held:
+            folder = Path(held)
+            written = write_shards(drafter, raw, folder)
+            (folder / CONFIG).write_text(json.dumps(raw), "utf-8")
+            (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written.places}), "utf-8")
+            command = [sys.executable, str(converter), str(folder), "--dspark", "--outfile", str(partial)]
+            command += ["--target-model-dir", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not partial.is_file():
+            said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+            raise CheckpointError(
+                f"{converter}: failed: {said[-1] if said else f'exit code {done.returncode}'}"
+            )
+        partial.replace(out)
+    finally:
         partial.unlink(missing_ok=True)
-        said = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise CheckpointError(f"{converter}: failed: {said[-1] if said else f'exit code {done.returncode}'}")
-    partial.replace(out)
 
 
 def refusals(config: DeepseekV4Shape) -> list[str]:

@@ -106,8 +106,9 @@ def hand_over(
 
 def is_v4(folder: Path) -> bool:
     """Whether the folder holds a DeepSeek-V4 module."""
-    names = read_json(folder / "config.json", CheckpointError).get("architectures") or []
-    return bool(set(names) & set(V4_STYLES))
+    raw = read_json(folder / "config.json", CheckpointError)
+    names = raw.get("architectures") if isinstance(raw, dict) else None
+    return isinstance(names, list) and any(name in V4_STYLES for name in names if isinstance(name, str))
 
 
 def _hand_over_v4(

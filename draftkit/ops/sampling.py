@@ -117,7 +117,8 @@ def sample(probs_NV: Tensor, uniforms_N: Tensor) -> Tensor:
     chunk_N1 = torch.searchsorted(sums_NC, wanted_N1, right=True).clamp_(max=sums_NC.shape[1] - 1)
     chunk_NS = chunks_NCS[rows_N, chunk_N1.squeeze(1)].double()
     before_N1 = sums_NC.gather(1, chunk_N1) - chunk_NS.sum(-1, keepdim=True)
-    place_N1 = torch.searchsorted(chunk_NS.cumsum(-1), wanted_N1 - before_N1, right=True)
+    within_N1 = (wanted_N1 - before_N1).clamp_min(0.0)
+    place_N1 = torch.searchsorted(chunk_NS.cumsum(-1), within_N1, right=True)
     # rounding may lead to a token beyond the last one that can come
     last_N1 = ((chunk_NS > 0) * torch.arange(CHUNK, device=probs_NV.device)).amax(-1, keepdim=True)
     return (chunk_N1 * CHUNK + torch.minimum(place_N1, last_N1)).squeeze(1)

@@ -70,7 +70,7 @@ class Verdict:
 def verify(rule: Rule, proposals: Proposals, uniforms_R2: Tensor) -> Verdict:
     """Draw the verdict: the first uniform of a request picks the length, the second the token."""
     counted_RG, weights_RG = length_distribution(rule, proposals)
-    reached_RG = counted_RG.cumsum(-1)  # the first sum above the uniform, as in `sample`
+    reached_RG = counted_RG.double().cumsum(-1)  # float32 would round a uniform up to 1
     passed_RG = reached_RG <= uniforms_R2[:, :1].to(reached_RG) * reached_RG[:, -1:]
     accepted_R = torch.minimum(passed_RG.sum(-1), proposals.lengths_R)
     weights_R = weights_RG.gather(1, accepted_R[:, None]).squeeze(1)

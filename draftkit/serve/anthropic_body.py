@@ -163,6 +163,8 @@ def messages_of(system: Any, turns: list[Turn]) -> list[dict[str, Any]]:
         where = f"messages.{place}.content"
         if isinstance(turn.content, str):
             messages.append({"role": turn.role, "content": turn.content})
+        elif not turn.content:
+            raise bad_request(f"{where}: must have a block", "messages")
         elif turn.role == "assistant":
             messages.append(_answer(turn.content, where))
         else:
@@ -171,11 +173,12 @@ def messages_of(system: Any, turns: list[Turn]) -> list[dict[str, Any]]:
 
 
 def _answer(blocks: list[dict[str, Any]], where: str) -> dict[str, Any]:
-    said: dict[str, Any] = {"role": "assistant", "content": ""}
+    said: dict[str, Any] = {"role": "assistant"}
+    texts, thoughts = list[str](), list[str]()
     for place, block in enumerate(blocks):
         kind = block.get("type")
         if kind == "thinking":
-            said["reasoning_content"] = said.get("reasoning_content", "") + str(block.get("thinking", ""))
+            thoughts.append(str(block.get("thinking", "")))
         elif kind == "tool_use":
             name, arguments = block.get("name"), block.get("input", {})
             if not isinstance(name, str) or not isinstance(arguments, dict):
@@ -186,21 +189,25 @@ def _answer(blocks: list[dict[str, Any]], where: str) -> dict[str, Any]:
             call = {"id": str(block.get("id", "")), "type": "function", "function": function}
             said.setdefault("tool_calls", []).append(call)
         elif kind != "redacted_thinking":  # nobody can read it
-            said["content"] += _text([block], where)
-    return said
+            texts.append(_text([block], where))
+    if thoughts:
+        said["reasoning_content"] = "".join(thoughts)
+    return said | {"content": "".join(texts)}
 
 
 def _asked(role: str, blocks: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
+    texts: list[str] = []  # of the message that goes on
     for block in blocks:
         if block.get("type") == "tool_result":
             told = {"role": "tool", "tool_call_id": str(block.get("tool_use_id", ""))}
             found.append({**told, "content": _text(block.get("content") or "", where)})
-        elif found and found[-1]["role"] == role:
-            found[-1]["content"] += "\n" + _text([block], where)
         else:
-            found.append({"role": role, "content": _text([block], where)})
-    return found
+            if not found or found[-1]["role"] != role:
+                texts = []
+                found.append({"role": role, "content": texts})
+            texts.append(_text([block], where))
+    return [m | {"content": "\n".join(m["content"])} if m["role"] == role else m for m in found]
 
 
 def _text(content: Any, where: str) -> str:

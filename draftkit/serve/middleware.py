@@ -109,7 +109,7 @@ class Envelope:
         known = [hmac.compare_digest(one, key) for one in given for key in self._keys]
         if any(known):  # all are compared: the time says nothing
             return None
-        return 401, "Unauthorized: give the server's API key as a bearer token"
+        return 401, "Unauthorized: give the server's API key as a bearer token, or in x-api-key"
 
 
 async def _send_json(send: Send, path: str, status: int, message: str) -> None:

@@ -134,18 +134,17 @@ def messages_of(instructions: str | None, given: str | list[dict[str, Any]]) -> 
     the assistant's, as they were one answer. Raises ApiError 400 for items that are something else."""
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     messages: list[dict[str, Any]] = []
-    if instructions:
-        messages.append({"role": "system", "content": instructions})
+    first = [instructions] if instructions else []  # many templates know one system message, at the beginning
     for place, item in enumerate(items):
         where = f"input.{place}"
         kind = item.get("type", "message")
         if kind == "message":
-            _add_message(messages, item, where)
+            _add_message(first, messages, item, where)
         elif kind == "reasoning":
             thought = _text(item.get("content") or item.get("summary") or [], where)
             if thought:
                 said = _answer(messages, fresh=("content", "tool_calls"))
-                said["reasoning_content"] = "\n".join(filter(None, [said.get("reasoning_content"), thought]))
+                said.setdefault("reasoning_content", []).append(thought)
         elif kind == "function_call":
             said = _answer(messages, fresh=())
             called = {"name": _word(item, "name", where), "arguments": _word(item, "arguments", where)}
@@ -160,16 +159,18 @@ def messages_of(instructions: str | None, given: str | list[dict[str, Any]]) -> 
                 f"{where}: items of type {shorten(str(kind), 64)!r} are not supported; known are {known}",
                 "input",
             )
-    return messages
+    for message in messages:
+        if "reasoning_content" in message:
+            message["reasoning_content"] = "\n".join(message["reasoning_content"])
+    return [{"role": "system", "content": "\n\n".join(first)}, *messages] if first else messages
 
 
-def _add_message(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
+def _add_message(first: list[str], messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
     role, content = _word(item, "role", where), _text(item.get("content"), where)
     if role == "assistant":
         _answer(messages, fresh=("content", "tool_calls"))["content"] = content
-    elif role in ("system", "developer") and [m["role"] for m in messages] == ["system"]:
-        # instructions come first: many templates know one system message
-        messages[0]["content"] += "\n\n" + content
+    elif not messages and (role == "system" or (first and role == "developer")):
+        first.append(content)
     else:
         messages.append({"role": role, "content": content})
 

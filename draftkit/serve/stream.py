@@ -69,6 +69,7 @@ async def read_body(request: Request, kind: type[BodyT], limit: int) -> BodyT:
         raise ApiError(408, slow, headers={"Connection": "close"}) from None
     if encoding == "gzip":
         raw = await asyncio.to_thread(_unzipped, raw, limit)
+    request.state.body_size = len(raw)
     ignored: list[str] = []
     body = await unless_long(len(raw), _parsed, raw, kind, ignored)
     if ignored:
@@ -109,9 +110,8 @@ async def unless_long(size: int, work: Callable[..., ResultT], *args: Any) -> Re
 
 
 def body_size(request: Request) -> int:
-    """Bytes of the body as declared; a body in chunks of unknown length counts as long."""
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isdigit() else LONG
+    """Bytes of the body that `read_body` has read, unpacked."""
+    return int(request.state.body_size)
 
 
 async def _client_leaves(receive: Receive) -> None:

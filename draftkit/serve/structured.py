@@ -53,7 +53,7 @@ def constraint_of(wanted: Form | None, served: Served) -> GrammarConstraint | No
         return None
     param, what = _NAMES[type(wanted)]
     try:
-        with _ONE_AT_A_TIME:  # the first requests come together, and each would start a process of its own
+        with _MAKING:  # the first requests come together, and each would start a process of its own
             grammars = _grammars(served.tokenizer, served.engine.info.vocab_size)
         matcher = grammars.matcher(source_of(wanted))
     except (ValueError, RecursionError) as error:
@@ -146,7 +146,7 @@ class Grammars:
             pass
 
 
-_ONE_AT_A_TIME = threading.Lock()
+_MAKING = threading.Lock()
 
 
 @lru_cache(maxsize=1)
