@@ -18,6 +18,7 @@ from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import ConfigError
+from draftkit.evaluate.run import EvalPrompt
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import EvaluateSettings
 from draftkit.target.transformers import TransformersTarget
@@ -87,7 +88,7 @@ def test_one_file_and_one_row_add_an_algorithm(
     assert engine.metrics.drafted > 0 and engine.metrics.kv_used == 0
     assert not engine._models.drafter._contexts  # type: ignore[union-attr]
 
-    prompts = [stages.EvalPrompt(str(i), "code", tuple(p)) for i, p in enumerate(PROMPTS[:3])]
+    prompts = [EvalPrompt(str(i), "code", tuple(p)) for i, p in enumerate(PROMPTS[:3])]
     found = stages.evaluate(
         target, drafter, prompts, EvaluateSettings(max_new_tokens=8, speed_prompts=0), Sampling(0.0)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_a_module_is_trained_and_reads_the_last_three_layers(recipe: Recipe, run
 def test_passes_in_half_precision_learn_too(recipe: Recipe, run: Path, tmp_path: Path) -> None:
     """They go through FSDP2, as several processes do."""
     target, tokenizer = stages.open_target(recipe)
-    changed = stages.replace(recipe.train, steps=4, decode_prompts=0, dtype="bfloat16", shard=True)
+    changed = replace(recipe.train, steps=4, decode_prompts=0, dtype="bfloat16", shard=True)
     half = recipe.model_copy(update={"train": changed})
     train(target, tokenizer, half, run, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -99,7 +100,7 @@ def test_training_goes_on_from_where_a_module_was(
     checkpoint."""
     target, tokenizer = stages.open_target(recipe)
     start = run / "a" / "last" if source == "own" else Path(recipe.target.path)
-    again = recipe.model_copy(update={"train": stages.replace(recipe.train, steps=1, decode_prompts=0)})
+    again = recipe.model_copy(update={"train": replace(recipe.train, steps=1, decode_prompts=0)})
     train(target, tokenizer, again, run, tmp_path, start)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     first = lines[0]["validation"]["macro"]
@@ -116,10 +117,10 @@ def test_shapes_and_targets_that_do_not_go_together_are_refused(
     recipe: Recipe, run: Path, folder: Path, tmp_path: Path, target_folder: Path
 ) -> None:
     target, tokenizer = stages.open_target(recipe)
-    longer = recipe.model_copy(update={"drafter": stages.replace(recipe.drafter, block_size=7)})
+    longer = recipe.model_copy(update={"drafter": replace(recipe.drafter, block_size=7)})
     with pytest.raises(ConfigError, match="block_size is 5, the recipe has 7"):
         train(target, tokenizer, longer, run, tmp_path, folder)
-    other = recipe.model_copy(update={"target": stages.replace(recipe.target, path=str(target_folder))})
+    other = recipe.model_copy(update={"target": replace(recipe.target, path=str(target_folder))})
     plain, words = stages.open_target(other.model_copy(update={}))
     with pytest.raises(ConfigError, match="of deepseek_v4's streams vLLM gives the mean after a layer"):
         feature_stages.server_reader(recipe, TargetFiles(str(folder)), "http://localhost:9", probe=False)

@@ -71,7 +71,7 @@ def test_a_finished_temperature_is_kept_and_anything_else_measured_again(
             return evaluate(*arguments, **named)
 
         measured.clear()
-        monkeypatch.setattr(stages, "evaluate", once)
+        monkeypatch.setattr(evaluate_stages, "evaluate", once)
         return evaluate_stages.run_evaluate(
             target, tokenizer, recipe, tmp_path / "drafter", prompts, tmp_path / "out"
         )

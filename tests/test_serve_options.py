@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from draftkit import cli
+from draftkit.commands import serve
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ServeError, TargetError
 from draftkit.serve.params import sampling_params
@@ -49,14 +49,14 @@ def test_an_option_that_cannot_work_is_named_as_it_was_given(
 ) -> None:
     monkeypatch.setattr("draftkit.serve.server.run_server", lambda *_: pytest.fail("it serves"))
     with pytest.raises(ServeError) as caught:
-        cli.serve(**options)
+        serve.command(**options)
     assert str(caught.value).startswith(message) and caught.value.exit_code == 2
 
 
 def test_a_key_that_is_missing_does_not_leave_the_door_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRAFTKIT_API_KEY", "")
     with pytest.raises(ServeError, match=r"^DRAFTKIT_API_KEY is empty; give a key"):
-        cli.serve()
+        serve.command()
 
 
 def test_what_only_the_loaded_target_can_tell_is_named_by_option_too(monkeypatch: pytest.MonkeyPatch) -> None:

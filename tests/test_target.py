@@ -263,7 +263,7 @@ def test_a_hub_id_is_read_from_the_local_cache_without_network(target_folder: Pa
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     code = (
-        "from draftkit.target.transformers import load_target\n"
+        "from draftkit.target.loading import load_target\n"
         "from draftkit.target.tokenizer import load_tokenizer\n"
         "load_tokenizer('someone/small')\n"
         "info = load_target('someone/small').info\n"

@@ -125,7 +125,7 @@ class PagedModel:
         self.norm = _norm_weight(base.norm, family)
         shape = StackShape(int(config.hidden_size), float(config.rms_norm_eps), _activation(config) != "silu")
         tables: dict[str | None, Tensor] = {}
-        known = _FUSED.get(base, [])
+        known = _fused_before(base)
         layers: list[Layer] = []
         for layer in base.layers:
             kind = getattr(layer.self_attn, "layer_type", None)
@@ -224,6 +224,13 @@ def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:
         mlp_out_norm=out_norm,
         output_scale=float(getattr(layer, "layer_scalar", 1.0)),
     )
+
+
+def _fused_before(base: Any) -> list[Layer]:
+    """The fused layers of a module that still reads them: `model.to(...)` gives it others."""
+    known = _FUSED.get(base, [])
+    pairs = zip(base.layers, known, strict=False)
+    return known if all(m.mlp.gate_proj.weight.data_ptr() == f.gate_up.data_ptr() for m, f in pairs) else []
 
 
 def _lend(layer: Any, fused: Layer) -> None:

@@ -58,6 +58,10 @@ def load_target(
     """
     if dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise TargetError(f"{path}: cannot use device {device!r}: {one_line(error)}") from error
     source = resolve_target(path, revision)
     refuse_by_name(path, source, revision)
     if not sys.stderr.isatty():
