@@ -18,7 +18,7 @@ from draftkit.draft.checkpoint import open_drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import ConfigError
-from draftkit.evaluate.run import EvalPrompt
+from draftkit.evaluate.run import EvalPrompt, evaluate
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import EvaluateSettings
 from draftkit.target.transformers import TransformersTarget
@@ -89,7 +89,7 @@ def test_one_file_and_one_row_add_an_algorithm(
     assert not engine._models.drafter._contexts  # type: ignore[union-attr]
 
     prompts = [EvalPrompt(str(i), "code", tuple(p)) for i, p in enumerate(PROMPTS[:3])]
-    found = stages.evaluate(
+    found = evaluate(
         target, drafter, prompts, EvaluateSettings(max_new_tokens=8, speed_prompts=0), Sampling(0.0)
     )
     assert found.accepted_len["macro"].value >= 1

@@ -64,6 +64,7 @@ class ReplayTargetCache:
         self._before: list[Any] | None = None  # copies of layers, None for those that are cropped
         self._tail: tuple[Tensor, Tensor | None] | None = None  # tokens and positions read since, or to read
         self._waiting = False  # the tail is to be read
+        self._catching_up = False
         self._length = 0
 
     @property
@@ -76,7 +77,7 @@ class ReplayTargetCache:
     ) -> tuple[Tensor, Tensor | None]:
         """To be called before each pass: keep the states, and give the tokens and positions to read, which
         are these after what waits."""
-        several = tokens_BT.shape[1] > 1
+        several = tokens_BT.shape[1] > 1 and not self._catching_up
         if self._waiting and self._tail is not None:
             waiting_BT, places_BT = self._tail
             count, self._waiting = waiting_BT.shape[1], False
@@ -87,7 +88,9 @@ class ReplayTargetCache:
                     positions_BT = torch.cat([places_BT, positions_BT], 1)
             else:  # or what waits would grow from round to round
                 mask = mask_BS[:, : self._length + count] if mask_BS is not None else None
+                self._catching_up = True  # nothing of this pass is taken back
                 self._read(waiting_BT, self, mask, places_BT)
+                self._catching_up = False
         self._before = self._tail = None
         if several:
             layers = self.inner.layers
