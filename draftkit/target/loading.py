@@ -233,4 +233,4 @@ def _placement(device: str, spread: str) -> dict[str, Any]:
         return {"distributed_config": DistributedConfig(tp_plan="auto")}
     if spread == "layers":
         return {"device_map": "auto"}
-    return {"device_map": device} if device != "cpu" and is_accelerate_available() else {}
+    return {"device_map": device} if device.startswith("cuda") and is_accelerate_available() else {}
