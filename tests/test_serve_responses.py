@@ -171,7 +171,7 @@ def test_a_schema_is_asked_for_and_kept() -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input", "item_reference"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input", "input_image"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input", "arguments"),
-        ({"max_output_tokens": 10**6}, "max_completion_tokens", "too large"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens", "max_output_tokens is too large"),
         ({"temperature": -1}, "temperature", "greater than or equal"),
     ],
 )

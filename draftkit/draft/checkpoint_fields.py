@@ -123,6 +123,21 @@ def demand_full_attention(fields: Fields) -> None:
         )
 
 
+def read_dflash(fields: Fields, nested: Fields) -> dict[str, Any]:
+    """What DFlash and DFlash2 say alike, `nested` being their `dflash_config`: fields of a DrafterConfig."""
+    return {
+        "feature_layers": nested.ids("target_layer_ids") or fields.wanted_ids("target_layer_ids"),
+        "mask_token_id": nested.get("mask_token_id", int, fields.raw.get("mask_token_id")),
+        "block_size": nested.get("block_size", int, fields.raw.get("block_size")),
+        "layout": "one_plus_n",
+        "head": "none",
+        "markov_rank": 0,
+        "confidence": False,
+        "confidence_with_markov": False,
+        "layer_attention": read_layer_attention(fields, nested),
+    }
+
+
 def read_layer_attention(fields: Fields, nested: Fields) -> tuple[tuple[int | None, bool], ...] | None:
     """Each layer's sliding window and whether it is causal, None where all layers see everything. As vLLM
     reads them: a layer is sliding by `layer_types`, or all are by `use_swa`; sliding layers are causal where

@@ -25,6 +25,7 @@ from draftkit.draft import deepseek_v4_checkpoint as deepseek_v4
 from draftkit.draft.checkpoint_fields import (
     Fields,
     demand_full_attention,
+    read_dflash,
     read_layer_attention,
     read_sizes,
     write_sizes,
@@ -112,16 +113,8 @@ def _read_dflash(fields: Fields, sizes: dict[str, Any]) -> DrafterConfig:
     return DrafterConfig(
         **sizes,
         draft_vocab_size=reduced if reduced != sizes["vocab_size"] else None,
-        feature_layers=nested.ids("target_layer_ids") or fields.wanted_ids("target_layer_ids"),
-        mask_token_id=nested.get("mask_token_id", int, fields.raw.get("mask_token_id")),
-        block_size=nested.get("block_size", int, fields.raw.get("block_size")),
-        layout="one_plus_n",
-        head="none",
-        markov_rank=0,
-        confidence=False,
-        confidence_with_markov=False,
+        **read_dflash(fields, nested),
         window=fields.optional("context_window", int),
-        layer_attention=read_layer_attention(fields, nested),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from draftkit.draft.checkpoint_fields import Fields, read_layer_attention
+from draftkit.draft.checkpoint_fields import Fields, read_dflash
 from draftkit.draft.checkpoint_forms import Form
 from draftkit.draft.dflash2 import Dflash2Config
 from draftkit.errors import CheckpointError
@@ -22,15 +22,7 @@ def _read_dflash2(fields: Fields, sizes: dict[str, Any]) -> Dflash2Config:
         )
     return Dflash2Config(
         **sizes | {"soft_cap": cap, "logit_scale": factor},
-        feature_layers=nested.ids("target_layer_ids") or fields.wanted_ids("target_layer_ids"),
-        mask_token_id=nested.get("mask_token_id", int, fields.raw.get("mask_token_id")),
-        block_size=nested.get("block_size", int, fields.raw.get("block_size")),
-        layout="one_plus_n",
-        head="none",
-        markov_rank=0,
-        confidence=False,
-        confidence_with_markov=False,
-        layer_attention=read_layer_attention(fields, nested),
+        **read_dflash(fields, nested),
         conv_kernel_size=nested.get("conv_kernel_size", int),
         conv_group_size=nested.get("conv_group_size", int),
         selector_rank=nested.get("selector_rank", int),

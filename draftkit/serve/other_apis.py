@@ -9,7 +9,8 @@ from starlette.responses import Response
 from draftkit.serve import generate
 from draftkit.serve.anthropic_body import MessagesBody
 from draftkit.serve.anthropic_wire import AnthropicWire
-from draftkit.serve.responses_body import ResponsesBody
+from draftkit.serve.problem import ApiError
+from draftkit.serve.responses_body import CHAT_NAMES, ResponsesBody
 from draftkit.serve.responses_wire import ResponsesWire
 from draftkit.serve.settings import ServeSettings
 from draftkit.serve.stream import body_size, read_body, unless_long
@@ -20,9 +21,12 @@ async def responses(request: Request, worker: Worker, settings: ServeSettings) -
     """POST /v1/responses."""
     body = await read_body(request, ResponsesBody, settings.max_body_bytes)
     texts = worker.ready().texts
-    chat = await unless_long(body_size(request), body.chat)
     wire = ResponsesWire(body, lambda text: len(texts.encode(text, False)))
-    return await generate.chat(request, worker, settings, chat, wire)
+    try:
+        chat = await unless_long(body_size(request), body.chat)
+        return await generate.chat(request, worker, settings, chat, wire)
+    except ApiError as error:
+        raise error.renamed(CHAT_NAMES) from None
 
 
 async def messages(request: Request, worker: Worker, settings: ServeSettings) -> Response:

@@ -171,11 +171,11 @@ def answer_length(body: SamplingBody, served: Served, prompt: Sequence[int], max
     if room < 1:
         raise too_long(info.max_length, len(prompt))
     if max_tokens is not None and max_tokens > room:
+        param = "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens"
         raise bad_request(
-            f"'max_tokens' or 'max_completion_tokens' is too large: {max_tokens}. This model's maximum "
-            f"context length "
-            f"is {info.max_length} tokens and your request has {len(prompt)} input tokens.",
-            "max_tokens" if body.max_tokens == max_tokens else "max_completion_tokens",
+            f"{param} is too large: {max_tokens}. This model's maximum context length is {info.max_length} "
+            f"tokens and your request has {len(prompt)} input tokens.",
+            param,
         )
     limit = room if max_tokens is None else max_tokens
     if body.min_tokens > limit:

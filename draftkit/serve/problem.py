@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -51,6 +52,13 @@ class ApiError(ServeError):
         self.status = status
         self.param = param
         self.headers = headers or {}
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same error in the words of an API that calls fields otherwise."""
+        message, param = str(self), self.param
+        if param in names:
+            message, param = message.replace(param, names[param]), names[param]
+        return ApiError(self.status, message, param, self.headers)
 
     def body(self, path: str = "") -> dict[str, Any]:
         """The JSON body for a route: {"error": {message, type, param, code}}, or Anthropic's."""

@@ -27,6 +27,15 @@ _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _FUNCTIONS = 'this server runs no tools; give functions, as {"type": "function", "name": ...}'
 
 
+# what the chat calls fields of a response's request
+CHAT_NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning",
+    "response_format": "text",
+}
+
+
 class Reasoning(Body):
     """How much to think. Summaries are not made: thoughts are told as they are."""
 

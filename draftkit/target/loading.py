@@ -32,6 +32,17 @@ from draftkit.target.transformers import (
     check_target,
 )
 
+# what Transformers raises of files that it cannot read
+UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+)
 _SCALE = re.compile(
     r"scale|qweight|qzeros|scales$|g_idx|absmax|weight_packed|_blocks$|zero_point|quant_state"
 )
@@ -54,7 +65,7 @@ def load_target(
 
     Safetensors or GGUF, no remote code. Quantised checkpoints load where Transformers and the package that it
     needs for them are there. Raises TargetError when it is not there, has no weights, lacks some of them,
-    does not run behind the interface (`check_target`), or when dtype or device are not available.
+    does not fit the interface (`check_target`), or when dtype or device are not available.
     """
     if dtype not in DTYPES:
         raise TargetError(f"dtype {dtype!r} is not known: choose one of {', '.join(DTYPES)}")
@@ -81,16 +92,7 @@ def load_target(
                 **_placement(device, spread),
             )
         folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        AttributeError,
-        ImportError,
-        SafetensorError,
-    ) as error:
+    except UNREADABLE as error:
         raise TargetError(f"{path}: cannot load a target: {one_line(error)}") from error
     if loaded is None:
         if spread == "tensors":

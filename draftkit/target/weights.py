@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from draftkit.errors import TargetError
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetInfo
-from draftkit.target.loading import longest_context, refuse_by_name, resolve_target, stop_tokens
+from draftkit.target.loading import UNREADABLE, longest_context, refuse_by_name, resolve_target, stop_tokens
 from draftkit.target.shards import tensor_places
 from draftkit.target.transformers import DTYPES, TransformersTarget
 
@@ -68,15 +68,7 @@ class TargetFiles:
             folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
             if (folder / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(folder)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            RuntimeError,
-            AttributeError,
-            SafetensorError,
-        ) as error:
+        except UNREADABLE as error:
             raise TargetError(f"{path}: its files cannot be read: {error}") from error
         self.text_config = config.get_text_config()
         self.info = TargetInfo(
