@@ -14,11 +14,11 @@ from checks.fuzz import OPTIONS, Report, fuzz, what_is_wrong
 @pytest.mark.slow
 def test_hundreds_of_requests_of_all_kinds_leave_the_real_server_as_it_was() -> None:
     with server_process(*OPTIONS) as server:
-        report = fuzz(server, 400)
+        report = fuzz(server, 600)
         assert server.process.poll() is None
     assert report.failures == [] and report.wrong_controls == 0
     assert (report.tracebacks, report.leaked_blocks, report.ready_at_end) == (0, 0, True)
-    assert report.cases >= 400 and report.controls > 10 and report.streams > 10
+    assert report.cases >= 600 and report.controls > 10 and report.streams > 10
     assert set(report.by_status) <= {"200", "400", "404", "405", "413", "415"}
     assert report.by_status["200"] > 100 and report.by_status["400"] > 100 and len(report.refused) > 8
 
