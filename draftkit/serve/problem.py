@@ -56,7 +56,7 @@ class ApiError(ServeError):
     def renamed(self, names: Mapping[str, str]) -> ApiError:
         """The same error in the words of an API that calls fields otherwise."""
         message, param = str(self), self.param
-        if param in names:
+        if param is not None and param in names:
             message, param = message.replace(param, names[param]), names[param]
         return ApiError(self.status, message, param, self.headers)
 
