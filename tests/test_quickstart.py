@@ -81,10 +81,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
     monkeypatch.setattr(whole_path.feature_stages, "run_capture", lambda *_: captured)
     monkeypatch.setattr(whole_path.feature_stages, "open_features", lambda *_: None)
     monkeypatch.setattr(whole_path.stages, "read_prompts", lambda _: [])
-    monkeypatch.setattr(whole_path.stages, "run_train", train)
+    monkeypatch.setattr(whole_path.train_stages, "run_train", train)
     monkeypatch.setattr(whole_path, "_generate", lambda *_: 1)
     monkeypatch.setattr(
-        whole_path.stages, "run_evaluate", lambda *_: [SimpleNamespace(records=(), speed=speed)]
+        whole_path.evaluate_stages, "run_evaluate", lambda *_: [SimpleNamespace(records=(), speed=speed)]
     )
     monkeypatch.setattr(whole_path, "_simulated", lambda *_: 2.34)
     monkeypatch.setattr(whole_path, "plot_acceptance", lambda *_: None)
