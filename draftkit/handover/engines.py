@@ -149,6 +149,10 @@ def _scaled_rope(config: DrafterShape) -> str | None:
     )
 
 
+def _xpress(config: DrafterShape) -> str | None:
+    return "it has no XPress" if config.algorithm == "xpress" else None
+
+
 def _window(config: DrafterShape) -> str | None:
     block = _block(config)
     return (
@@ -184,6 +188,10 @@ ENGINES = {
             ),
             "dflash": (_LOAD,),
             "eagle3": (_LOAD,),
+            "xpress": (
+                "needs a GPU and Model Runner V2 (with Triton), and the flat form of the authors: that of "
+                "speculators is not translated",
+            ),
         },
     ),
     "sglang": Engine(
@@ -199,6 +207,7 @@ ENGINES = {
             _llama_eagle,
             _before_residual,
             _eagle_norms,
+            _xpress,
         ),
         (_window, _logit_scale),
         {
@@ -226,6 +235,7 @@ ENGINES = {
             _gemma_eagle,
             _eagle_output_norms,
             _three_layers,
+            _xpress,
         ),
         (_window, _logit_scale),
         {
@@ -239,7 +249,7 @@ ENGINES = {
         "mlx",
         "mlx-dspark 0.20.3",
         "mlx-dspark",
-        (_markov_alone, _llama_block, _anchor_dflash, _eagle),
+        (_markov_alone, _llama_block, _anchor_dflash, _eagle, _xpress),
         (_window,),
         {"": ("Apple silicon; the drafted tokens follow a cost curve that it measures",)},
     ),
