@@ -1,4 +1,4 @@
-"""Targets behind the seam: features of the right layers, caches that crop, and folders that are refused."""
+"""Targets through their interface: features of the right layers, caches that crop, refused folders."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_family_that_changes_its_logits_in_an_unknown_way_is_refused(target_fo
         check_target(target)
     target._factor = None
     check_target(target)
-    with pytest.raises(TargetError, match="does not run behind"):
+    with pytest.raises(TargetError, match="does not run through"):
         check_target(make_family_without_cache(target))
 
 
