@@ -7,6 +7,7 @@ from typing import Any
 
 from draftkit.errors import ConfigError
 from draftkit.serve.detokenize import TokenTexts
+from draftkit.serve.formats import ForcedCalls
 from draftkit.serve.limits import check_fits
 from draftkit.serve.problem import bad_request
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
@@ -19,6 +20,20 @@ def format_for(shown: DeepseekFormat, switches: dict[str, Any]) -> DeepseekForma
         return shown.with_switches(switches)
     except ConfigError as error:
         raise bad_request(str(error), "chat_template_kwargs") from error
+
+
+def for_calls(forced: ForcedCalls, switches: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Switches and tools of a request that demands a call: as at DeepSeek, it is made without thinking, and
+    of the function that is named alone. Raises ApiError 400 when thinking is asked for."""
+    effort, asked = switches.get("reasoning_effort", "none"), ("thinking", "enable_thinking")
+    if effort != "none" or any(switches.get(name) for name in asked):
+        raise bad_request(
+            "tool_choice: DeepSeek-V4 makes a call that is demanded without thinking; leave reasoning_effort "
+            "and thinking out, or give 'auto'",
+            "tool_choice",
+        )
+    tools = [{"type": "function", "function": function} for function in forced.functions]
+    return switches | {"thinking": False}, tools
 
 
 def encoded(

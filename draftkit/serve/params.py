@@ -130,11 +130,13 @@ def template_switches(body: ChatBody) -> dict[str, Any]:
 
 def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
     """Token ids of a chat request's prompt, as a list of one."""
-    kwargs = template_switches(body)
+    kwargs, tools = template_switches(body), body.tools if body.tool_choice != "none" else None
+    if body.forced_calls is not None and isinstance(served.prompt_format, DeepseekFormat):
+        kwargs, tools = deepseek_v4.for_calls(body.forced_calls, kwargs)
     prompt = chat_prompt(
         body.messages,
         served,
-        tools=body.tools if body.tool_choice != "none" else None,
+        tools=tools,
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,

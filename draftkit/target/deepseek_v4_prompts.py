@@ -21,7 +21,7 @@ from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.deepseek_v4_answers import DeepseekAnswer, DeepseekReader
 from draftkit.target.deepseek_v4_encoder import encoder_digest, load_recipe
 from draftkit.target.deepseek_v4_messages import message_of, reasoning_of, schema_of, tool_of
-from draftkit.target.prompt_format import Message, TemplateError, Tools, Turn, is_answer
+from draftkit.target.prompt_format import CallForm, Message, TemplateError, Tools, Turn, is_answer
 
 DSML, EOS, OPEN, CLOSE = "｜DSML｜", "<｜end▁of▁sentence｜>", "<think>", "</think>"
 ASSISTANT, REMINDER = "<｜Assistant｜>", "<｜latest_reminder｜>"
@@ -91,6 +91,11 @@ class DeepseekFormat:
     def digest(self) -> str:
         """sha256 of what the encoder makes of a fixed conversation: it changes when the encoder does."""
         return encoder_digest()
+
+    @property
+    def call_form(self) -> CallForm | None:
+        """See `PromptFormat`."""
+        return "dsml"
 
     def mentions(self, name: str) -> bool:
         """Whether the format has a place for this: a switch, or a field of messages."""
