@@ -184,6 +184,6 @@ def test_a_call_cannot_be_demanded_of_thought(client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError, match="without thinking; leave reasoning_effort"):
             ask(client, 0, **fields)
     assert ask(client, 0, reasoning_effort="none", max_tokens=4).choices
+    odd = {"type": "function", "function": {"name": "f", "parameters": {"anyOf": [{}]}}}
     with pytest.raises(openai.BadRequestError, match="anyOf beside the parameters of f"):
-        odd = {"type": "function", "function": {"name": "f", "parameters": {"anyOf": [{}]}}}
         ask(client, 0, tools=[odd])
