@@ -131,7 +131,7 @@ def server_reader(
     streams, loss = files.info.family in STREAM_MEANS, recipe.train.loss
     if streams and (last_hidden or needs_target(loss) or loss.confidence):
         raise ConfigError(
-            f"--from vllm: vLLM gives what a drafter of {files.info.family} reads, and no last hidden states: "
+            f"--from vllm: of {files.info.family} vLLM gives a drafter's features and no last hidden states: "
             "train on the answers' tokens alone (--set train.loss.tv=0 --set train.loss.confidence=0), with "
             "--validation STORE and without --features; or leave --from out, so that draftkit reads"
         )

@@ -151,11 +151,8 @@ def _scaled_rope(config: DrafterShape) -> str | None:
 
 def _window(config: DrafterShape) -> str | None:
     block = _block(config)
-    return (
-        f"it shows the drafter its whole context, not the last {block.window} tokens"
-        if block and block.window
-        else None
-    )
+    whole = block and block.window and block.algorithm != "dspark_v4"  # whose window engines know
+    return f"it shows the drafter its whole context, not the last {config.window} tokens" if whole else None
 
 
 def _logit_scale(config: DrafterShape) -> str | None:
@@ -182,6 +179,10 @@ ENGINES = {
                 "needs a GPU and Model Runner V2 (with Triton); the vLLM of CPUs has no dspark",
                 'add "enable_adaptive_verification": true for a planner; without one the number is fixed',
             ),
+            "dspark_v4": (
+                "FlashMLA needs the fp8 KV cache; Model Runner V2; no CPU",
+                "takes any number of drafted tokens; more than the block size lost acceptance in reports",
+            ),
             "dflash": (_LOAD,),
             "eagle3": (_LOAD,),
         },
@@ -207,6 +208,9 @@ ENGINES = {
                 "a GPU; SGLANG_RAGGED_VERIFY_MODE=compact with the files of draftkit profile and "
                 "calibrate plans "
                 "verification, otherwise all is verified",
+            ),
+            "dspark_v4": (
+                "give no --speculative-draft-model-path, it finds the module; draft tokens: block size + 1",
             ),
             "dflash": (_LOAD,),
             "eagle3": (_LOAD,),

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftkit.config import Recipe
 from draftkit.errors import TargetError
-from draftkit.target.deepseek_v4 import FAMILY, raw_config
-from draftkit.target.deepseek_v4_tensors import checkpoint_tensors, draft_tensors, total_bytes
+from draftkit.target.deepseek_v4 import raw_config
+from draftkit.target.deepseek_v4_tensors import FAMILY, checkpoint_tensors, draft_tensors, total_bytes
 from draftkit.target.interface import TargetInfo
 from draftkit.target.loading import longest_context, resolve_target
 from draftkit.target.transformers import DTYPES
