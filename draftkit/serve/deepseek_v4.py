@@ -22,18 +22,23 @@ def format_for(shown: DeepseekFormat, switches: dict[str, Any]) -> DeepseekForma
         raise bad_request(str(error), "chat_template_kwargs") from error
 
 
-def for_calls(forced: ForcedCalls, switches: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Switches and tools of a request that demands a call: as at DeepSeek, it is made without thinking, and
-    of the function that is named alone. Raises ApiError 400 when thinking is asked for."""
-    effort, asked = switches.get("reasoning_effort", "none"), ("thinking", "enable_thinking")
-    if effort != "none" or any(switches.get(name) for name in asked):
+def for_form(
+    forced: ForcedCalls | None, switches: dict[str, Any], tools: list[dict[str, Any]] | None
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """Switches and tools of a request whose answer has a form: it is written without thinking, unless the
+    request asks for that. A call that is demanded never is, as at DeepSeek, and a function that is named is
+    shown alone. Raises ApiError 400 when such a call is to be thought about."""
+    effort, names = switches.get("reasoning_effort", "none"), ("thinking", "enable_thinking")
+    thinks = effort != "none" or any(switches.get(name) for name in names)
+    if forced is None:
+        return (switches if thinks else switches | {"thinking": False}), tools
+    if thinks:
         raise bad_request(
             "tool_choice: DeepSeek-V4 makes a call that is demanded without thinking; leave reasoning_effort "
             "and thinking out, or give 'auto'",
             "tool_choice",
         )
-    tools = [{"type": "function", "function": function} for function in forced.functions]
-    return switches | {"thinking": False}, tools
+    return switches | {"thinking": False}, [{"type": "function", "function": f} for f in forced.functions]
 
 
 def encoded(

@@ -24,7 +24,7 @@ from draftkit.target.deepseek_v4_messages import message_of, reasoning_of, schem
 from draftkit.target.prompt_format import CallForm, Message, TemplateError, Tools, Turn, is_answer
 
 DSML, EOS, OPEN, CLOSE = "｜DSML｜", "<｜end▁of▁sentence｜>", "<think>", "</think>"
-ASSISTANT, REMINDER = "<｜Assistant｜>", "<｜latest_reminder｜>"
+ASSISTANT, URL_MARK = "<｜Assistant｜>", "<｜extracted_url｜>"
 NEEDED = ("<｜begin▁of▁sentence｜>", EOS, "<｜User｜>", ASSISTANT, OPEN, CLOSE, DSML)
 EFFORTS = ("low", "high", "max")
 SAME = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}  # as DeepSeek's API takes them
@@ -195,11 +195,14 @@ class DeepseekFormat:
             pieces = _with_thoughts(pieces, messages)
         if task == "action":
             return [*pieces, ("<｜action｜>", True)]
+        if task == "read_url":
+            pieces = [*_with_url(pieces[:-2]), *pieces[-2:]]
         return [*pieces[:-2], (f"<｜{task}｜>", True)] if task else pieces
 
     def _check_tasks(self, messages: Sequence[Message], task: Any) -> None:
-        if any(m.get("task") for m in messages[:-1]):
-            raise TemplateError("only the last message may have a task")
+        for name in ("task", "prefix", "wo_eos"):
+            if any(m.get(name) for m in messages[:-1]):
+                raise TemplateError(f"only the last message may have a {name}")
         if task is None:
             return
         if task not in TASKS:
@@ -231,7 +234,8 @@ class DeepseekFormat:
 
     def _written(self, message: Message, ended: bool) -> list[Piece]:
         """What the assistant wrote, its end included where it wrote one."""
-        bare = {k: v for k, v in message.items() if k not in ("reasoning_content", "reasoning", "task")}
+        left_out = ("reasoning_content", "reasoning", "task", "prefix", "wo_eos")
+        bare = {k: v for k, v in message.items() if k not in left_out}
         quiet = Mode(False, None, True)
         pieces = self._rendered([{"role": "user", "content": ""}, bare], None, quiet)
         first = next(i for i, piece in enumerate(pieces) if piece == (CLOSE, True)) + 1
@@ -262,6 +266,13 @@ def _pieces(text: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Piece]:
         at = end
     if at < len(text):
         yield text[at:], False
+
+
+def _with_url(pieces: list[Piece]) -> list[Piece]:
+    """The URL at the end of the question, after its mark: a special token in this task, as DeepSeek's own
+    encoder has it."""
+    question, mark, url = pieces[-1][0].rpartition(URL_MARK)
+    return [*pieces[:-1], (question, False), (URL_MARK, True), (url, False)] if mark else pieces
 
 
 def _with_thoughts(pieces: Sequence[Piece], messages: Sequence[Message]) -> list[Piece]:
