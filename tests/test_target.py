@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from draftkit.errors import TargetError
 from draftkit.target import fingerprint as fingerprint_module
+from draftkit.target.check import check_target
 from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import TransformersTarget, check_target, spread_feature_layers
+from draftkit.target.transformers import TransformersTarget, spread_feature_layers
 from support.targets import FAMILIES, make_family, make_target_folder
 
 COMMIT = "0123abcd" * 5

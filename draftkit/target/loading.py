@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from draftkit.errors import TargetError, one_line
 from draftkit.target import deepseek_v4
+from draftkit.target.check import check_target
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.gguf import unpacked
 from draftkit.target.interface import TargetInfo
@@ -29,7 +30,6 @@ from draftkit.target.transformers import (
     DTYPES,
     NOTHING_LEFT_OUT,
     TransformersTarget,
-    check_target,
 )
 
 # what Transformers raises of files that it cannot read
