@@ -140,14 +140,14 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
 
 def ask(client: openai.OpenAI, seed: int, **fields: Any) -> Any:
     """At a temperature at which the target itself would write anything."""
-    given = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 400, "temperature": 1.5} | fields
+    given = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 200, "temperature": 1.5} | fields
     messages: Any = [{"role": "user", "content": "Is it raining?"}]
     return client.chat.completions.create(model="", messages=messages, seed=seed, **given)
 
 
 def test_a_call_that_is_required_is_made_without_thinking(client: openai.OpenAI) -> None:
     seen: set[str] = set()
-    for seed in range(8):
+    for seed in range(6):
         [choice] = ask(client, seed, parallel_tool_calls=False).choices
         if choice.finish_reason != "length":
             assert choice.finish_reason == "tool_calls" and choice.message.content is None
@@ -155,16 +155,17 @@ def test_a_call_that_is_required_is_made_without_thinking(client: openai.OpenAI)
             [name] = check(choice.message.tool_calls)
             seen.add(name)
     assert seen == {"weather", "now"}
-    for seed in range(3):
+    for seed in range(2):
         chosen = {"type": "function", "function": {"name": "now"}}
         [choice] = ask(client, seed, tool_choice=chosen).choices
         assert choice.finish_reason == "stop" and check(choice.message.tool_calls) == ["now"]
-    several = [c for s in range(8) if (c := ask(client, s).choices[0]).finish_reason != "length"]
-    assert {len(check(c.message.tool_calls)) for c in several} > {1}
+    now = [TOOLS[1]]
+    several = [c for s in range(4) if (c := ask(client, s, tools=now).choices[0]).finish_reason != "length"]
+    assert {len(check(c.message.tool_calls)) for c in several} - {1}
 
 
 def test_a_stream_and_drafts_change_nothing_of_it(client: openai.OpenAI) -> None:
-    fields: dict[str, Any] = {"temperature": 0, "max_tokens": 120, "parallel_tool_calls": False}
+    fields: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "parallel_tool_calls": False}
     told = []
     for draft in (True, False):
         [whole] = ask(client, 0, extra_body={"draft": draft}, **fields).choices
