@@ -41,6 +41,9 @@ class TransformersTarget:
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)  # Gemma
         self._factor: float | None = getattr(text, "logit_scale", None)  # Cohere
         self._divisor: float | None = getattr(text, "logits_scaling", None)  # Granite
+        # Whether rows of a batch may be padded on the left, and padding be kept in a cache: not where
+        # neighbouring tokens are compressed into one entry, nor where `check_target` finds out otherwise.
+        self.pads_left = info.family not in STREAM_MEANS
         self._replay = needs_replay(model)
         self._captured: dict[int, Tensor] = {}
         self._hooked: tuple[int, ...] = ()
@@ -50,12 +53,6 @@ class TransformersTarget:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._head.weight.device
-
-    @property
-    def pads_left(self) -> bool:
-        """Whether rows of a batch may be padded on the left, and padding be kept in a cache: not where
-        neighbouring tokens are compressed into one entry."""
-        return self.info.family not in STREAM_MEANS
 
     @property
     def last_tap(self) -> int:
