@@ -73,10 +73,11 @@ def run_record(
                 answers = answer_all([p.tokens for p in batch], seeds, settings)
                 pairs = zip(batch, answers, strict=True)
                 items = [TraceItem(p.prompt_id, p.domain, p.tokens, a.tokens) for p, a in pairs]
-                traces = record_traces(target, drafter, items, TraceSettings(sampling, seed + 1 + first), own)
+                kept = TraceSettings(sampling, seed + 1 + first)
+                traces = record_traces(target, drafter, items, kept, own, lambda n: bar.update(advance=n))
                 save_traces(replace(traces, origin=origin), part)
             parts.append(part)
-            bar.update(advance=len(batch))
+            bar.update(completed=first + len(batch))  # answers of one token are not traced
     traces = join_traces([_read_own(p, origin) for p in parts])
     if traces.prompts:
         save_traces(traces, out)

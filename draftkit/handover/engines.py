@@ -149,6 +149,10 @@ def _scaled_rope(config: DrafterShape) -> str | None:
     )
 
 
+def _xpress(config: DrafterShape) -> str | None:
+    return "it has no XPress" if config.algorithm == "xpress" else None
+
+
 def _window(config: DrafterShape) -> str | None:
     block = _block(config)
     whole = block and block.window and block.algorithm != "dspark_v4"  # whose window engines know
@@ -185,6 +189,10 @@ ENGINES = {
             ),
             "dflash": (_LOAD,),
             "eagle3": (_LOAD,),
+            "xpress": (
+                "needs a GPU and Model Runner V2 (with Triton), and the flat form of the authors: that of "
+                "speculators is not translated",
+            ),
         },
     ),
     "sglang": Engine(
@@ -200,6 +208,7 @@ ENGINES = {
             _llama_eagle,
             _before_residual,
             _eagle_norms,
+            _xpress,
         ),
         (_window, _logit_scale),
         {
@@ -230,6 +239,7 @@ ENGINES = {
             _gemma_eagle,
             _eagle_output_norms,
             _three_layers,
+            _xpress,
         ),
         (_window, _logit_scale),
         {
@@ -243,7 +253,7 @@ ENGINES = {
         "mlx",
         "mlx-dspark 0.20.3",
         "mlx-dspark",
-        (_markov_alone, _llama_block, _anchor_dflash, _eagle),
+        (_markov_alone, _llama_block, _anchor_dflash, _eagle, _xpress),
         (_window,),
         {"": ("Apple silicon; the drafted tokens follow a cost curve that it measures",)},
     ),

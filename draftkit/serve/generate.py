@@ -17,6 +17,7 @@ from draftkit.engine.outputs import PromptToken
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice, Delta
+from draftkit.serve.grammar_tester import MAX_WAITING
 from draftkit.serve.guard import Guarded
 from draftkit.serve.limits import MAX_SCORES, MAX_TOLD_SCORES
 from draftkit.serve.messages import NamedTool
@@ -34,7 +35,7 @@ from draftkit.serve.stream import (
     unless_client_leaves,
     unless_long,
 )
-from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint_of
+from draftkit.serve.structured import GrammarConstraint, constraint_of
 from draftkit.serve.wire import PlainWire, Wire
 from draftkit.serve.worker import Served, Ticket, Worker
 from draftkit.target.answer_stream import AnswerStream
