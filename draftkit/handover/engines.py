@@ -155,8 +155,9 @@ def _xpress(config: DrafterShape) -> str | None:
 
 def _window(config: DrafterShape) -> str | None:
     block = _block(config)
-    whole = block and block.window and block.algorithm != "dspark_v4"  # whose window engines know
-    return f"it shows the drafter its whole context, not the last {config.window} tokens" if whole else None
+    if not block or not block.window or block.algorithm == "dspark_v4":  # whose window engines know
+        return None
+    return f"it shows the drafter its whole context, not the last {block.window} tokens"
 
 
 def _logit_scale(config: DrafterShape) -> str | None:
