@@ -243,7 +243,7 @@ def test_arrivals_come_at_their_rate_and_wait_when_there_is_no_room() -> None:
     traces, arm = made_traces(), arms_for(4)["no speculation"]
     idle = simulate(traces, FLAT, Load(200, 500, rate=0.1), "none", arm)
     assert idle.seconds == pytest.approx(200 / 0.1, rel=0.25)
-    assert idle.running_mean == pytest.approx(0.1 * 30, rel=0.3)  # Little's law: rate x 30 s
+    assert idle.running_mean == pytest.approx(0.1 * 30, rel=0.3)  # Little: rate x 30 s
     assert idle.queue_median_s < 1.0
     assert simulate(traces, FLAT, Load(200, 2, rate=1.0), "none", arm).queue_median_s > 100
 
