@@ -150,7 +150,7 @@ def test_a_tag_that_is_one_token_is_written_once(special: bool) -> None:
         [AddedToken(t, special=special, normalized=False) for t in ("<tool_call>", "</tool_call>")]
     )
     grammars = Grammars(tokenizer, len(tokenizer))
-    matcher = grammars.matcher(GrammarSource("calls", [[{"name": "now"}], False]))
+    matcher = grammars.matcher(GrammarSource("calls", ["json", [{"name": "now"}], False]))
     constraint = GrammarConstraint(matcher, grammars.table.eos_tokens, len(tokenizer))
     tokens: list[int] = []
     while not constraint.finished and len(tokens) < 200:

@@ -51,7 +51,7 @@ def constraint_of(wanted: Form | None, served: Served) -> GrammarConstraint | No
     try:
         with _MAKING:  # the first requests come together, and each would start a process of its own
             grammars = _grammars(served.tokenizer, served.engine.info.vocab_size)
-        matcher = grammars.matcher(source_of(wanted))
+        matcher = grammars.matcher(source_of(wanted, served.prompt_format.call_form))
     except (ValueError, RecursionError) as error:
         message = shorten(" ".join(str(error).split()), 600)
         raise bad_request(f"{param}: this {what} cannot be compiled: {message}", param) from error
