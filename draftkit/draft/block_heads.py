@@ -85,7 +85,7 @@ class BlockHeads(ReducedHead):
 
     def needs_target(self, settings: LossSettings) -> bool:
         """See `Drafter`; the confidence head learns the acceptance rate."""
-        return needs_target(settings) or self.confidence_head is not None
+        return needs_target(settings) or (self.confidence_head is not None and settings.confidence > 0)
 
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
         """All terms over all drafted positions that count; nothing is reduced over processes. Raises
@@ -119,7 +119,7 @@ class BlockHeads(ReducedHead):
         weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
         sums = losses.sums(weights_N)
         loss = losses.loss
-        if self.confidence_head is not None:
+        if self.confidence_head is not None and losses.compared:
             logits_N = self.confidence_head(hidden_NH, embedded_Nr).to(losses.ce_N)
             bce_N = F.binary_cross_entropy_with_logits(logits_N, losses.accept_N, reduction="none")
             sums["confidence"] = (weights_N @ bce_N).detach()

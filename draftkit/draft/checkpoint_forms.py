@@ -33,6 +33,7 @@ from draftkit.draft.checkpoint_fields import (
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import NORMS, EagleConfig
 from draftkit.errors import CheckpointError
+from draftkit.target.deepseek_v4 import is_draft
 
 FORMS = ("portable", "deepspec")
 _HEADS = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}
@@ -281,5 +282,5 @@ DEEPSEEK_V4 = Form(
     sizes=deepseek_v4.read_sizes,
     to_names=deepseek_v4.to_checkpoint,
     from_names=deepseek_v4.from_checkpoint,
-    holds=deepseek_v4.is_draft,
+    holds=is_draft,
 )

@@ -155,11 +155,9 @@ def _xpress(config: DrafterShape) -> str | None:
 
 def _window(config: DrafterShape) -> str | None:
     block = _block(config)
-    return (
-        f"it shows the drafter its whole context, not the last {block.window} tokens"
-        if block and block.window
-        else None
-    )
+    if not block or not block.window or block.algorithm == "dspark_v4":  # whose window engines know
+        return None
+    return f"it shows the drafter its whole context, not the last {block.window} tokens"
 
 
 def _logit_scale(config: DrafterShape) -> str | None:
@@ -185,6 +183,10 @@ ENGINES = {
             "dspark": (
                 "needs a GPU and Model Runner V2 (with Triton); the vLLM of CPUs has no dspark",
                 'add "enable_adaptive_verification": true for a planner; without one the number is fixed',
+            ),
+            "dspark_v4": (
+                "FlashMLA needs the fp8 KV cache; Model Runner V2; no CPU",
+                "takes any number of drafted tokens; more than the block size lost acceptance in reports",
             ),
             "dflash": (_LOAD,),
             "eagle3": (_LOAD,),
@@ -216,6 +218,9 @@ ENGINES = {
                 "a GPU; SGLANG_RAGGED_VERIFY_MODE=compact with the files of draftkit profile and "
                 "calibrate plans "
                 "verification, otherwise all is verified",
+            ),
+            "dspark_v4": (
+                "give no --speculative-draft-model-path, it finds the module; draft tokens: block size + 1",
             ),
             "dflash": (_LOAD,),
             "eagle3": (_LOAD,),
