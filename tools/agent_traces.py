@@ -42,6 +42,7 @@ SYSTEM = (
     + '\nTo use one, answer with JSON only: {"tool": "...", "argument": "..."}. Results come from the user. '
     "Then answer in one or two plain sentences."
 )
+SAY = "Say it in a sentence."
 CALL = {
     "type": "object",
     "properties": {
@@ -93,7 +94,7 @@ class Office:
 
 
 def tasks(chance: random.Random) -> list[str]:
-    """What a conversation is about: two or three questions, and the report."""
+    """What a conversation is about: one or two questions, and the report."""
     person, good, other = chance.choice(PEOPLE), *chance.sample(GOODS, 2)
     questions = [
         f"When does {person} have meetings this week?",
@@ -103,7 +104,7 @@ def tasks(chance: random.Random) -> list[str]:
         "Which files are there, and which one is about money?",
         "How much have we spent in the last three months?",
     ]
-    return [*chance.sample(questions, chance.randint(2, 3)), "Write a short report of all this for my boss."]
+    return [*chance.sample(questions, chance.randint(1, 2)), "Write a short report of all this for my boss."]
 
 
 async def converse(http: httpx.AsyncClient, model: str, seed: int, most: int) -> list[dict[str, Any]]:
@@ -130,7 +131,7 @@ async def converse(http: httpx.AsyncClient, model: str, seed: int, most: int) ->
                 result = office.use(call["tool"], call["argument"])
             except ValueError:  # it was cut
                 result = "that was no tool; answer without one"
-            messages.append({"role": "user", "content": f"Result:\n{result}"})
+            messages.append({"role": "user", "content": f"Result:\n{result}\n{SAY}"})
             await ask()
         messages.append({"role": "user", "content": report})
         await ask()
