@@ -14,7 +14,7 @@ from rich.table import Table
 
 from draftkit import evaluate_stages, feature_stages, stages, train_stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
-from draftkit.data.conversations import SkippedRows, iterate_conversations
+from draftkit.data.conversations import SkippedRows, iterate_conversations, iterate_rows
 from draftkit.data.traces import make_traces
 from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.errors import ConfigError, DataError
@@ -97,7 +97,7 @@ def run_specialise(
             target,
             tokenizer,
             recipe,
-            lambda first: iterate_conversations(asked, refused.anew(), first),
+            lambda first: iterate_rows(asked, refused.anew(), first),
             answers,
             skipped=refused,
         )
