@@ -40,7 +40,7 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.target.transformers import TransformersTarget
 
 ARMS = ["off", "fixed", "planned"]
-FEW = 3  # answers of a turn, or one per user
+EACH = 3  # answers of a turn, per user: at its end users are idle, sooner where answers come unevenly
 BUILDS = 2  # of the engines, for each concurrency
 GROWN_KV_BYTES = 11 * 2**30  # 256 requests at their longest
 
@@ -113,7 +113,7 @@ def summarise(concurrency: int, turns: list[dict[str, Load]]) -> dict[str, Any]:
     return {
         "concurrency": concurrency,
         "turns": len(turns),
-        "answers_per_arm": len(turns) * max(FEW, concurrency),
+        "answers_per_arm": len(turns) * EACH * concurrency,
         "arms": arms,
         "fixed_over_off": ratio(seconds_TA, "fixed", "off"),
         "planned_over_off": ratio(seconds_TA, "planned", "off"),
@@ -212,7 +212,7 @@ def take_turn(
     new_tokens: int,
 ) -> dict[str, Load]:
     """The same few answers by every arm, nothing of them known before."""
-    together = max(FEW, concurrency)
+    together = EACH * concurrency
     asked = [prompts[(turn * together + i) % len(prompts)] for i in range(together)]
     loads = {}
     for name in orders[turn % len(orders)]:

@@ -238,7 +238,14 @@ def blown_up(chance: random.Random) -> GrammarSource:
             + " ".join(f"r{i}?" for i in range(size))
             + "".join(f'\nr{i}: "a{i}"' for i in range(size)),
         ),
-        ("calls", [[{"name": f"f{i}", "parameters": {"properties": {"x": {}}}} for i in range(size)], True]),
+        (
+            "calls",
+            [
+                chance.choice(("json", "dsml")),
+                [{"name": f"f{i}", "parameters": {"properties": {"x": {}}}} for i in range(size)],
+                True,
+            ],
+        ),
     ]
     return GrammarSource(*chance.choice(made))
 
@@ -263,7 +270,12 @@ def source(chance: random.Random) -> GrammarSource:
             "choice", ["".join(chance.choices("abé\n<>|", k=chance.randint(1, 8))) for _ in range(5)]
         )
     return GrammarSource(
-        "calls", [[{"name": "f", "parameters": Schemas(chance).part(1)}], chance.random() < 0.5]
+        "calls",
+        [
+            chance.choice(("json", "dsml")),
+            [{"name": "f", "parameters": Schemas(chance).part(1)}],
+            chance.random() < 0.5,
+        ],
     )
 
 

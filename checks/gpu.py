@@ -4,10 +4,10 @@
     python -m checks.gpu --small --out small.json      # the same parts with small models on a CPU, to try it
 
 In this order: kernels against PyTorch operations for every family; greedy answers of the embedded pair, on
-the device and on the CPU; values and gradients of training's attention against the CPU's; a training step;
-the sampler's share of a step; tokens per second without a drafter, with fixed and with planned lengths. The
-last three are of the embedded pair grown to the shape of Qwen3-8B and its drafter (`benchmarks/grown.py`),
-V = 151,936.
+the device and on the CPU, and those of a tiny DeepSeek-V4; values and gradients of training's attention
+against the CPU's; a training step; the sampler's share of a step; tokens per second without a drafter, with
+fixed and with planned lengths. The last three are of the embedded pair grown to the shape of Qwen3-8B and its
+drafter (`benchmarks/grown.py`), V = 151,936.
 
 Every result is written as it comes, so a run that is cut off keeps what it has; what the time did not allow
 is named. Exit code 1 where something differs that must not.
@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks.engine_load import answer_at_once, read_prompts, run_closed
 from benchmarks.grown import grow_pair
 from benchmarks.result_file import write_result
+from checks.gpu_deepseek_v4 import deepseek_v4
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import TrainBatch
@@ -298,6 +299,7 @@ def arms(run: Run) -> Found:
 PARTS: dict[str, Callable[[Run], Found]] = {
     "families": families,
     "answers": answers,
+    "deepseek_v4": lambda run: deepseek_v4(run.device),
     "attention": attention,
     "sampling": sampling,
     "arms": arms,

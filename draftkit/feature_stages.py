@@ -13,6 +13,7 @@ from typing import Any
 from draftkit.config import Recipe
 from draftkit.data.messages import Conversation
 from draftkit.data.samples import SampleCounts
+from draftkit.draft.losses import needs_target
 from draftkit.errors import ConfigError
 from draftkit.features.capture import CaptureReport, capture
 from draftkit.features.compute import Reader, TargetReader
@@ -121,15 +122,21 @@ def live_features_by(
     return LiveFeatures(texts, reader, recipe.capture.dtype, ahead)
 
 
-def server_reader(recipe: Recipe, files: TargetFiles, url: str, probe: bool) -> VllmReader:
+def server_reader(
+    recipe: Recipe, files: TargetFiles, url: str, probe: bool, last_hidden: bool = True
+) -> VllmReader:
     """A vLLM server that reads for the recipe's target, whose files are here; with `probe` the target is
-    loaded once and compared with it. Raises ConfigError for a family of several residual streams."""
-    if files.info.family in STREAM_MEANS:
+    loaded once and compared with it. `last_hidden`: last hidden states are needed whatever the losses are.
+    Raises ConfigError where they are, and the family has several residual streams."""
+    streams, loss = files.info.family in STREAM_MEANS, recipe.train.loss
+    if streams and (last_hidden or needs_target(loss) or loss.confidence):
         raise ConfigError(
-            f"--from vllm: of {files.info.family}'s streams vLLM gives the mean after a layer, and the last "
-            "hidden state cannot be made of that; leave --from out, so that draftkit reads"
+            f"--from vllm: of {files.info.family} vLLM gives a drafter's features and no last hidden states: "
+            "train on the answers' tokens alone (--set train.loss.tv=0 --set train.loss.confidence=0), with "
+            "--validation STORE and without --features; or leave --from out, so that draftkit reads"
         )
-    wanted = Wanted(files.info, feature_layers_of(recipe, files), files.final_norm().loaded())
+    norm = None if streams else files.final_norm().loaded()
+    wanted = Wanted(files.info, feature_layers_of(recipe, files), norm)
     reader = VllmReader(url, wanted)
     if probe:
         reader.probe(open_target(recipe)[0])

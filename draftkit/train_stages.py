@@ -14,6 +14,7 @@ from draftkit.data.mask_token import choose_mask_token
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import new_drafter, open_drafter
 from draftkit.draft.drafter import Drafter, DrafterShape
+from draftkit.draft.eagle3 import NORMS
 from draftkit.draft.families import block_shape, style_of
 from draftkit.draft.warm_start import CapturedText
 from draftkit.errors import ConfigError
@@ -159,7 +160,8 @@ def drafter_to_continue(
         raise ConfigError(
             f"{folder}: is of another algorithm than the recipe's {recipe.drafter.algorithm}; give its recipe"
         )
-    free = {"max_length", "rope_scaling"}  # those of the drafter stay
+    # no recipe says these: those of the drafter stay
+    free = {"max_length", "rope_scaling", "norm_before_residual", *NORMS}
     free |= set() if recipe.drafter.mask_token_id is not None else {"mask_token_id"}
     wanted = asdict(shape)
     for name, value in asdict(drafter.config).items():

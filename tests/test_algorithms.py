@@ -30,7 +30,7 @@ from support.engine import PROMPTS, finish, small, tokens_of
 def test_the_paged_form_of_every_row_is_there(name: str) -> None:
     row = algorithm_named(name)
     assert row.forms
-    assert name in ("dspark_v4", "dflash2") or (
+    assert name in ("dspark_v4", "dflash2", "xpress") or (
         row.paged is not None and resolve_name(row.paged)
     )  # it runs through `propose`
 
@@ -42,7 +42,7 @@ def test_an_unknown_algorithm_is_answered_with_the_known_ones_before_the_target_
     with pytest.raises(
         ConfigError,
         match=r"drafter\.algorithm: 'medusa' is not known, choose one of dspark, dflash, eagle3, dflash2, "
-        r"dspark_v4",
+        r"xpress, dspark_v4",
     ):
         stages.open_target(load_recipe("tiny-dspark", ["drafter.algorithm=medusa"]))
 

@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from draftkit.cli import app
+from draftkit.doctor.deepseek_v4 import check_checkpoint, check_encoder, check_pair
+from draftkit.doctor.engine import check_engine
 from draftkit.draft.checkpoint import open_drafter, save_drafter
-from draftkit.draft.deepseek_v4_checks import check_checkpoint, check_pair, check_settings
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.handover.deepseek_v4 import commands, write_bundled, write_subfolder
 from draftkit.handover.deepseek_v4_gguf import refusals
+from draftkit.handover.engines import engine_named
 from draftkit.target.deepseek_v4_prompts import generation
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
 from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
@@ -185,12 +187,11 @@ def test_what_goes_wrong_in_practice_is_found(tmp_path: Path) -> None:
     assert [generation(n) for n in names] == ["preview", "preview", "official", None]
     assert "acceptance collapses" in check_pair(names[2], names[0])[0]
     assert check_pair(names[0], names[1]) == check_pair(names[2], None) == []
-    shape = tiny_shape()
-    assert "7 drafted tokens: the module has a block of 5" in check_settings(shape, names[0], 7)[0]
-    assert (
-        "was trained with the preview one" in check_settings(shape, names[0], 5, {"encoder": "official"})[0]
-    )
-    assert check_settings(shape, names[2], 5, {"encoder": "official"}) == []
+    assert "was trained with the preview one" in check_encoder(names[0], {"encoder": "official"})[0]
+    assert check_encoder(names[2], {"encoder": "official"}) == check_encoder(names[0], {}) == []
+    for name in ("vllm", "sglang", "llama.cpp"):
+        findings, facts = check_engine(engine_named(name), tiny_shape(), tmp_path)
+        assert findings == [] and facts, "the released module is sound"
     folder = write_checkpoint(tmp_path, tiny_model(), quantised=True)
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"].pop("mtp.0.attn.wkv.scale")

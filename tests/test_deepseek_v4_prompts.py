@@ -96,6 +96,14 @@ EXAMPLES: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         f"{BOS}S\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
         f'{{"type": "json_object"}}{U}x{A}</think>',
     ),
+    ("9", [user("a"), said("Sure", wo_eos=True)], CHAT, f"{BOS}{U}a{A}</think>Sure"),
+    ("9-api", [user("a"), said("Sure", prefix=True)], CHAT, f"{BOS}{U}a{A}</think>Sure"),
+    (
+        "url",
+        [user("p<｜extracted_url｜>u", task="read_url")],
+        {},
+        f"{BOS}{U}p<｜extracted_url｜>u<｜read_url｜>",
+    ),
 ]
 
 
@@ -125,6 +133,8 @@ def test_the_generations_of_the_encoder_differ_in_what_efforts_are_called() -> N
         return DeepseekFormat(TOKENIZER, {"encoder": encoder, **switches}).text(S22)
 
     high, most = (text("official", reasoning_effort=e) for e in ("high", "max"))
+    for told in (high, most):  # the prefix stands before all else
+        assert told.startswith(BOS) and told.endswith(f"S{U}2+2?{A}<think>")
     assert len({high, most, text("official", **LOW)}) == 3 and text("official") == high
     assert text("preview", reasoning_effort="high") == text("preview") == text("official", **LOW)
     assert text("preview", reasoning_effort="max") == high
@@ -189,6 +199,7 @@ def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
         ([user("x"), bad, {"role": "tool", "content": "r"}], "arguments of 'f' is not a JSON object"),
         ([user("x", task="translate")], "task 'translate' is not known"),
         ([user("x", task="query"), user("y")], "only the last message may have a task"),
+        ([user("x"), said("a", prefix=True), user("y")], "only the last message may have a prefix"),
         ([user("x", task="title")], "belongs to an assistant message"),
         ([{"role": "critic", "content": "x"}], "role 'critic'"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "text parts only"),
@@ -260,10 +271,10 @@ def _conversation(random: random.Random) -> tuple[list[dict[str, Any]], list[dic
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["official", "preview"])
-def test_a_thousand_random_conversations_come_back_unchanged(encoder: str) -> None:
+def test_two_thousand_random_conversations_come_back_unchanged(encoder: str) -> None:
     """Every answer is tokenised in its context and parsed back, whatever special token's name the text
     spells."""
-    check_round_trips(encoder, 1000)
+    check_round_trips(encoder, 2000)
 
 
 @pytest.mark.parametrize("encoder", ["official", "preview"])

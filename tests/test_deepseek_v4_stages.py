@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import openai
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from draftkit import LLM, SamplingParams, feature_stages, stages, train_stages
@@ -21,13 +23,18 @@ from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ConfigError, TargetError
+from draftkit.handover.deepseek_v4 import write_bundled
 from draftkit.ops.sampling import Sampling
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.weights import TargetFiles
+from draftkit.train.batches import BatchMaker, Cut, split_source
+from draftkit.train.parallel import ALONE, ParallelDrafter
+from draftkit.train.validation import validate
 from support.browser import browsing, needs_browser
 from support.deepseek_v4 import tiny_folder
+from support.hidden_states_server import hidden_states_server
 from support.server import SERVE, Server, serving
 
 SAID = [
@@ -113,6 +120,67 @@ def test_training_goes_on_from_where_a_module_was(
     assert best["validation"]["macro"] >= first - 1e-9
 
 
+def test_a_module_that_was_put_into_the_checkpoint_goes_on_as_it_was(
+    recipe: Recipe, run: Path, tmp_path: Path
+) -> None:
+    """Written under `mtp.*`, read back, trained on: step 0 has its own measured quality, to the last bit."""
+    target, tokenizer = stages.open_target(recipe)
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(recipe.target.path, folder)
+    written = open_drafter(run / "a" / "last", target, torch.float32)
+    write_bundled(cast(DeepseekV4Drafter, written), folder)
+    untouched = Path(recipe.target.path)
+    again = recipe.model_copy(update={"train": replace(recipe.train, steps=1, decode_prompts=0)})
+
+    def first(start: Path, out: Path) -> dict[str, Any]:
+        train(target, tokenizer, again, run, out, start)
+        measured: dict[str, Any] = json.loads((out / "log.jsonl").read_text().splitlines()[0])["validation"]
+        return measured
+
+    own, back = first(run / "a" / "last", tmp_path / "own"), first(folder, tmp_path / "back")
+    features = feature_stages.open_features(recipe, target, tokenizer, [run / "features"])
+    held_out = split_source(features, recipe.train.validation_share, recipe.train.seed).validation
+    cut = Cut(recipe.train.row_tokens, recipe.train.micro_batch_size)
+    maker = BatchMaker(
+        features, held_out, recipe.train.batch_size, recipe.train.anchors, recipe.train.seed, cut
+    )
+    parallel = ParallelDrafter(written, ALONE, False, torch.float32)
+    assert own == back == validate(parallel, maker, recipe.train.loss)
+    assert first(untouched, tmp_path / "released") != own
+
+
+def test_it_trains_on_what_a_vllm_server_reads(
+    recipe: Recipe, run: Path, folder: Path, tmp_path: Path
+) -> None:
+    """The mean of the streams after the last three layers, live, on the answers' tokens alone; the released
+    module goes on, and is validated on a store."""
+    talk, shared = tmp_path / "talk.jsonl", tmp_path / "shared"
+    shared.mkdir()
+    rows = [{"id": c.id, "messages": [m.as_dict() for m in c.messages]} for c in SAID]
+    talk.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [f"target.path={folder}", f"drafter.mask_token_id={recipe.drafter.mask_token_id}"]
+    sets += ["train.loss.tv=0", "train.loss.confidence=0", "train.steps=6", "train.batch_size=4"]
+    sets += ["train.anchors=6", "train.decode_prompts=0", "capture.dtype=float32"]
+    words = ["train", "-r", "tiny-deepseek-v4", "-c", str(talk), "--start-from", str(folder)]
+    words += [w for s in sets for w in ("--set", s)]
+
+    def losses(out: Path, *more: str) -> list[float]:
+        done = CliRunner().invoke(app, [*words, "-o", str(out), *more])
+        assert done.exit_code == 0, done.output
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert lines[0]["validation"]["macro"] >= 1
+        return [line["loss"] for line in lines if "loss" in line]
+
+    held_out = ("--validation", str(run / "features"))
+    target = stages.open_target(recipe)[0]
+    with hidden_states_server(target, [3, 4, 5], shared) as url:
+        theirs = losses(tmp_path / "theirs", "--from", f"vllm={url}", *held_out)
+        refused = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "no"), "--from", f"vllm={url}"])
+    assert isinstance(refused.exception, ConfigError) and "with --validation STORE" in str(refused.exception)
+    assert theirs == pytest.approx(losses(tmp_path / "own", *held_out), abs=1e-4)
+    assert len(theirs) == 6 and theirs[-1] != theirs[0]
+
+
 def test_shapes_and_targets_that_do_not_go_together_are_refused(
     recipe: Recipe, run: Path, folder: Path, tmp_path: Path, target_folder: Path
 ) -> None:
@@ -122,8 +190,13 @@ def test_shapes_and_targets_that_do_not_go_together_are_refused(
         train(target, tokenizer, longer, run, tmp_path, folder)
     other = recipe.model_copy(update={"target": replace(recipe.target, path=str(target_folder))})
     plain, words = stages.open_target(other.model_copy(update={}))
-    with pytest.raises(ConfigError, match="of deepseek_v4's streams vLLM gives the mean after a layer"):
-        feature_stages.server_reader(recipe, TargetFiles(str(folder)), "http://localhost:9", probe=False)
+    tokens_alone = replace(recipe.train, loss=replace(recipe.train.loss, tv=0.0, confidence=0.0))
+    for train_settings, needed in ((recipe.train, False), (tokens_alone, True)):
+        wanted = recipe.model_copy(update={"train": train_settings})
+        with pytest.raises(ConfigError, match="no last hidden states: train on the answers' tokens alone"):
+            feature_stages.server_reader(
+                wanted, TargetFiles(str(folder)), "http://localhost:9", False, needed
+            )
     with pytest.raises(ConfigError, match="dspark_v4 is for DeepSeek-V4, the target is qwen3"):
         train_stages.drafter_config(other, plain, words)
     templated = load_tokenizer(str(folder))
@@ -151,6 +224,7 @@ def test_a_python_program_asks_it_as_any_other(folder: Path, run: Path) -> None:
         LLM(str(folder), "none", settings, template_switches={"think": False})
 
 
+@pytest.mark.slow
 def test_confidences_are_calibrated_and_evaluated_as_any_others(
     folder: Path, run: Path, recipe: Recipe, tmp_path: Path
 ) -> None:

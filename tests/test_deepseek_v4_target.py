@@ -15,13 +15,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftkit.errors import TargetError
+from draftkit.target.check import check_target
 from draftkit.target.deepseek_v4 import Shards, place_of
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors, draft_tensors, total_bytes, total_weights
 from draftkit.target.fp8_fp4 import FP4_VALUES, dequantise_fp4, dequantise_fp8, quantise_fp4, quantise_fp8
 from draftkit.target.interface import TargetInfo
 from draftkit.target.loading import load_target
 from draftkit.target.shards import tensor_places
-from draftkit.target.transformers import TransformersTarget, check_taps, check_target
+from draftkit.target.transformers import TransformersTarget, check_taps
 from draftkit.target.weights import TargetFiles
 from support.deepseek_v4 import tiny_target
 from tools.tiny_v4 import tiny_model, write_checkpoint

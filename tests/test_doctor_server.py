@@ -27,9 +27,17 @@ def test_a_server_that_accepts_less_than_draftkit_is_named() -> None:
     assert finding.check == "server acceptance" and "45 %" in finding.cost
 
 
+def test_a_server_that_drafts_beyond_the_block_is_named() -> None:
+    """The server drafts four tokens a round."""
+    with stub(24, 24) as url:
+        [finding] = check_server(url, None, PROMPTS, expected=None, block=3)[0]
+    assert finding.check == "drafted tokens" and "4.0 tokens are drafted in a round" in finding.what
+    assert "with 3 drafted tokens" in finding.line()
+
+
 def test_a_sound_server_has_no_finding() -> None:
     with stub(24, 24) as url:
-        assert check_server(url, None, PROMPTS, expected=3.4)[0] == []
+        assert check_server(url, None, PROMPTS, expected=3.4, block=4)[0] == []
 
 
 def test_a_server_that_tells_nothing_or_does_not_answer_is_an_error() -> None:

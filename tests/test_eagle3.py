@@ -14,9 +14,9 @@ from draftkit import feature_stages, stages, train_stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message, read_conversations
 from draftkit.decode import decode
-from draftkit.draft.checkpoint import open_drafter
+from draftkit.draft.checkpoint import new_drafter, open_drafter, save_drafter
 from draftkit.draft.drafter import TrainBatch
-from draftkit.draft.eagle3 import EagleDrafter
+from draftkit.draft.eagle3 import NORMS, EagleDrafter
 from draftkit.draft.layout import lay_out
 from draftkit.errors import ConfigError
 from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
@@ -28,7 +28,14 @@ from support.drafters import EAGLE_CONFIG as CONFIG
 from support.drafters import GEMMA, eagle_for
 
 LENGTH, STEPS = 20, 4
-VARIANTS = [{}, {"style": "qwen3"}, {"norm_before_residual": True}, GEMMA, {"feature_layers": (0, 1, 2)}]
+VARIANTS: list[dict[str, object]] = [
+    {},
+    {"style": "qwen3"},
+    {"norm_before_residual": True},
+    GEMMA,
+    {"norm_before_fc": True, "fc_norm": True, "norm_output": True},
+    {"feature_layers": (0, 1, 2)},
+]
 ROPE_ERROR = {"atol": 1e-6, "rtol": 1e-6}  # the package turns by float32 angles
 
 
@@ -88,6 +95,11 @@ def plain_states(drafter: EagleDrafter, tokens_T: torch.Tensor, features_TF: tor
     )
     gemma = config.style == "gemma4"
     rows = torch.arange(length)
+    if config.norm_before_fc:
+        features_TF = rms(features_TF, drafter.input_norm)
+    if config.fc_norm:
+        parts = features_TF.split(config.hidden_size, -1)
+        features_TF = torch.cat([rms(x, n) for x, n in zip(parts, drafter.fc_norm, strict=True)], -1)
     state = features_TF @ drafter.fc.weight.T
     keys, values, masks, states = [], [], [], []
     for step in range(STEPS):
@@ -118,6 +130,7 @@ def plain_states(drafter: EagleDrafter, tokens_T: torch.Tensor, features_TF: tor
         update = (gate * (x @ layer.mlp.up_proj.weight.T)) @ layer.mlp.down_proj.weight.T
         state = (state + rms(update, layer.post_feedforward_layernorm)) * 0.7 if gemma else state + update
         states.append(state)
+        state = rms(state, drafter.norm) if config.norm_output else state
     return torch.stack(states)
 
 
@@ -202,7 +215,7 @@ def test_the_draft_vocabulary_is_what_the_target_writes_most() -> None:
     assert choose_draft_vocabulary(counts, 7).tolist() == list(range(7))
 
 
-@pytest.mark.parametrize("changes", VARIANTS[:4], ids=lambda c: next(iter(c), "plain"))
+@pytest.mark.parametrize("changes", VARIANTS[:5], ids=lambda c: next(iter(c), "plain"))
 def test_training_and_drafting_take_the_same_steps(changes: dict[str, object]) -> None:
     """All anchors at once, against one at a time with a context that grows in pieces and is cropped."""
     drafter, batch = drafter_with(**changes).eval(), random_batch()
@@ -219,6 +232,7 @@ def test_training_and_drafting_take_the_same_steps(changes: dict[str, object]) -
             for k in range(STEPS):
                 state = drafter._step(context, anchor - 1 + k, tokens[:, anchor + k], state)
                 torch.testing.assert_close(state[0, 0], together[block, k], **ROPE_ERROR)
+                state = drafter.fed_back(state)
 
 
 @torch.inference_mode()
@@ -341,3 +355,12 @@ def test_the_recipe_trains_a_drafter_with_a_reduced_vocabulary(target_folder: Pa
     prompt = [4, 20, 31, 7]
     plain = decode(target, None, prompt, Sampling(0.0), 16)
     assert decode(target, drafter, prompt, Sampling(0.0), 16).tokens == plain.tokens
+    # another's EAGLE-3.1 goes on with this recipe, which cannot say its norms: they stay, and learn
+    shape = replace(drafter.config, norm_before_residual=True, **dict.fromkeys(NORMS, True))
+    other = new_drafter(shape, target.embedding_weight(), target.head_weight(), drafter.draft_ids_W)
+    save_drafter(other, tmp_path / "31", {}, torch.float32)
+    train_stages.run_train(target, tokenizer, recipe, source, tmp_path / "on", start_from=tmp_path / "31")
+    learnt = open_drafter(tmp_path / "on" / "best", target)
+    assert learnt.config == shape
+    for name in ("input_norm.weight", "fc_norm.1.weight"):
+        assert not torch.equal(learnt.state_dict()[name], other.state_dict()[name])

@@ -26,7 +26,7 @@ def test_every_part_runs_small_and_finds_nothing_wrong(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     found = json.loads(out.read_text())
-    assert {"families", "answers", "attention", "sampling", "arms", "training"} < found.keys()
+    assert {"families", "answers", "deepseek_v4", "attention", "sampling", "arms", "training"} < found.keys()
     assert not found["left_out"] and found["made"]["commit"]
     assert all(speed["planned"]["tokens_per_second"] > 0 for speed in found["arms"].values())
 

@@ -18,8 +18,9 @@ from draftkit.engine.metrics import EngineMetrics
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling
+from draftkit.target.check import check_target
 from draftkit.target.loading import load_target
-from draftkit.target.transformers import EMBEDDED, TransformersTarget, check_target
+from draftkit.target.transformers import EMBEDDED, TransformersTarget
 from support.engine import finish, tokens_of
 
 GROWTH = Growth(hidden=2, mlp=2, heads=16, kv_heads=4, layers=15, draft_layers=3, vocab=4196)

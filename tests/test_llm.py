@@ -370,6 +370,7 @@ def test_nothing_is_printed_where_nothing_takes_long(llm: LLM, capfd: pytest.Cap
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_program_may_end_while_the_passes_are_being_compiled(tmp_path: Path) -> None:
     program = "from draftkit import LLM; LLM('tiny', 'none')"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}

@@ -3,15 +3,17 @@ them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from draftkit.ops import sampling
-from draftkit.ops.native_sampling import NativeRows, native_rows
+from draftkit.ops.native_sampling import NativeProposals, NativeRows, native_rows
 from draftkit.ops.sampling import DenseRows, Sampling, distributions, row_settings, sample
-from draftkit.ops.verify import RULES, DenseProposals, NativeProposals, Rule, length_distribution, verify
+from draftkit.ops.verify import TOKEN_RULE, DenseProposals, length_distribution, verify
 from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
 
@@ -160,70 +162,94 @@ def proposals(vocab: int, settings: list[Sampling], seed: int = 0) -> tuple[Nati
     logits = some_logits(requests * (gamma + 1), vocab, 3.0, seed)
     p_logits_RGV = logits.view(requests, gamma + 1, vocab)
     q_logits = p_logits_RGV[:, :gamma].flatten(0, 1) + some_logits(requests * gamma, vocab, 0.5, seed + 1)
-    rows_N = torch.cat([p_logits_RGV[r, : n + 1] for r, n in enumerate(lengths_R)])
-    p = described(rows_N, [s for s, n in zip(settings, lengths_R, strict=True) for _ in range(n + 1)])
+    p = described(p_logits_RGV.flatten(0, 1), [s for s in settings for _ in range(gamma + 1)])
     q = described(q_logits, [s for s in settings for _ in range(gamma)])
     tokens, chances = q.draw_with_chances(np.random.default_rng(seed).random(requests * gamma))
-    tokens_RG, first_R = tokens.reshape(requests, gamma), (lengths_R + 1).cumsum() - lengths_R - 1
+    tokens_RG = tokens.reshape(requests, gamma)
     native = NativeProposals(
+        torch.cat([p_logits_RGV[r, : n + 1] for r, n in enumerate(lengths_R)]),
+        row_settings(settings),
+        lengths_R,
         tokens_RG,
         chances.reshape(requests, gamma),
-        p,
-        first_R,
-        q,
         np.arange(requests) * gamma,
-        torch.from_numpy(lengths_R),
+        q,
     )
-    cells = first_R[:, None] + np.minimum(np.arange(gamma + 1), lengths_R[:, None])
-    p_RGV, q_RGV = p.dense().double()[cells], q.dense().double().view(requests, gamma, vocab)
-    return native, DenseProposals(torch.from_numpy(tokens_RG), p_RGV, q_RGV, native.lengths_R)
+    p_RGV = p.dense().double().view(requests, gamma + 1, vocab)
+    q_RGV = q.dense().double().view(requests, gamma, vocab)
+    return native, DenseProposals(torch.from_numpy(tokens_RG), p_RGV, q_RGV, torch.from_numpy(lengths_R))
 
 
+@pytest.mark.parametrize("certain", [False, True], ids=["drawn", "taken for certain"])
 @pytest.mark.parametrize("vocab", [13, 300, VOCAB])
-@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_a_rule_finds_the_same_in_described_rows(rule: Rule, vocab: int) -> None:
+def test_verdicts_in_described_rows_are_those_of_the_token_rule(vocab: int, certain: bool) -> None:
     names = ("plain", "top-p", "top-k and top-p", "greedy", "plain", "all", "top-p", "plain")
     native, dense = proposals(vocab, [SETTINGS[name] for name in names])
-    found_RG, weights_RG = length_distribution(rule, native)
-    wanted_RG, wanted_weights_RG = length_distribution(rule, dense)
-    torch.testing.assert_close(found_RG, wanted_RG, atol=2e-5, rtol=1e-4)
-    verified_RG = torch.arange(4) <= native.lengths_R[:, None]
-    torch.testing.assert_close(weights_RG[verified_RG], wanted_weights_RG[verified_RG], atol=2e-5, rtol=1e-4)
-    grid = torch.linspace(0, 1, 101, dtype=torch.float64)[:-1] + 1e-4
-    for accepted in range(4):
-        reached_R = torch.minimum(torch.full_like(native.lengths_R, accepted), native.lengths_R)
-        weights_R = wanted_weights_RG.gather(1, reached_R[:, None]).squeeze(1)
-        same = [
-            native.draw(reached_R, weights_R, u.expand(len(names)))
-            == dense.draw(reached_R, weights_R, u.expand(len(names)))
-            for u in grid
-        ]
-        assert torch.stack(same).double().mean() > 0.99
+    if certain:
+        native = replace(native, drafts=None, chances_RG=np.zeros_like(native.chances_RG))
+        one_hot_RGV = torch.zeros_like(dense.q_RGV).scatter_(-1, dense.tokens_RG[..., None], 1.0)
+        dense = replace(dense, q_RGV=one_hot_RGV)
+    counted_RG, _ = length_distribution(TOKEN_RULE, dense)
+    borders_RG = counted_RG.cumsum(-1)[:, :-1]
+    same, seen = [], set[tuple[int, int]]()
+    grid = np.linspace(0, 1, 101)[:-1]
+    for first, second in zip(grid, np.random.default_rng(3).permutation(grid), strict=True):
+        uniforms_R2 = np.array([[first, second]]).repeat(len(names), 0)
+        accepted_R, next_R = native.verify(uniforms_R2)
+        wanted = verify(TOKEN_RULE, dense, torch.from_numpy(uniforms_R2))
+        clear_R = ((borders_RG - first).abs() > 1e-4).all(-1).numpy() | (native.lengths_R == 0)
+        assert (accepted_R == wanted.accepted_R.numpy())[clear_R].all()
+        same += (next_R == wanted.next_token_R.numpy())[clear_R].tolist()
+        seen |= {*zip(native.lengths_R.tolist(), accepted_R.tolist(), strict=True)}
+    assert np.mean(same) > 0.99, "but for sums in another order"
+    assert {(3, 0), (3, 3), (1, 1), (0, 0)} <= seen or certain
 
 
+def test_a_row_is_only_looked_at_when_it_is_reached() -> None:
+    """A refused first token: what the rows after it hold does not matter, and costs nothing."""
+    native, _ = proposals(300, [SETTINGS["top-k and top-p"]] * 4)  # the least likely token never comes
+    uniforms_R2 = np.full((4, 2), 1 - 2**-53)
+    refused = replace(native, tokens_RG=native.tokens_RG.copy())
+    refused.tokens_RG[3, 0] = int(native.logits_NV[6].argmin())
+    first = refused.verify(uniforms_R2)
+    refused.logits_NV[7:] = float("nan")
+    for before, after in zip(first, refused.verify(uniforms_R2), strict=True):
+        assert before[3] == after[3]
+    assert first[0][3] == 0
+
+
+@pytest.mark.slow
 def test_the_first_token_of_a_round_has_the_targets_distribution_on_a_real_row() -> None:
-    """Chi-square over many verdicts: drawn from q, verified, the residual's token where it was refused;
-    beside the old way."""
+    """Chi-square over many verdicts: drawn from q, verified, the residual's token where it was refused."""
     count, vocab, setting = 20_000, 49_152, Sampling(0.8, top_k=40, top_p=0.95)
     p_logits_V, noise_V = some_logits(2, vocab, 3.0, seed=5)
     p_logits_V[:40] += 8
-    q_logits_V = p_logits_V + noise_V / 3
-    p = described(torch.stack([p_logits_V, p_logits_V]), [setting] * 2)
-    q = described(q_logits_V[None], [setting])
-    uniforms = torch.from_numpy(np.random.default_rng(7).random((count, 3)))
-    drafted = sample(q.dense().expand(count, -1), uniforms[:, 0])
-    chances = q.chances(np.zeros(count, np.int64), drafted.numpy())
-    lengths_R, zeros = torch.ones(count, dtype=torch.int64), np.zeros(count, np.int64)
-    native = NativeProposals(drafted[:, None].numpy(), chances[:, None], p, zeros, q, zeros, lengths_R)
-    verdict = verify(RULES["token"], native, uniforms[:, 1:])
-    first = torch.where(verdict.accepted_R > 0, drafted, verdict.next_token_R)
-    probs_V = p.dense()[0].double()
+    q = described((p_logits_V + noise_V / 3)[None], [setting])
+    uniforms = np.random.default_rng(7).random((count, 3))
+    q_V = q.dense()[0].double()
+    drafted = sample(q_V.expand(count, -1), torch.from_numpy(uniforms[:, 0])).numpy()
+    chances = q_V.numpy()[drafted]
+    firsts = []
+    for rows in np.split(np.arange(count), 20):
+        many, zeros = len(rows), np.zeros(len(rows), np.int64)
+        accepted, following = NativeProposals(
+            p_logits_V.expand(2 * many, -1),
+            row_settings([setting] * many),
+            zeros + 1,
+            drafted[rows, None],
+            chances[rows, None],
+            zeros,
+            q,
+        ).verify(uniforms[rows, 1:])
+        firsts.append((np.where(accepted > 0, drafted[rows], following), accepted))
+    first, accepted = (torch.from_numpy(np.concatenate(a)) for a in zip(*firsts, strict=True))
+    probs_V = described(p_logits_V[None], [setting]).dense()[0].double()
     kept = probs_V.nonzero().flatten()
     expected = probs_V[kept] * count
     found = torch.bincount(first, minlength=vocab)
     assert int(found.sum() - found[kept].sum()) == 0
     statistic, freedom = float(((found[kept] - expected) ** 2 / expected).sum()), len(kept) - 1
-    assert 0.2 < float((verdict.accepted_R > 0).double().mean()) < 0.98, "both ways are taken"
+    assert 0.2 < float((accepted > 0).double().mean()) < 0.98, "both ways are taken"
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
@@ -253,14 +279,20 @@ def test_rows_over_fewer_columns_stand_for_the_tokens_they_name() -> None:
     vocab, ids_C = 300, torch.arange(1, 300, 3)
     q_logits, p_logits = some_logits(4, len(ids_C), 2.0), some_logits(4, vocab, 2.0, seed=3)
     own = described(q_logits, [Sampling(1.0)] * 4)
-    q = NativeRows(own._library, q_logits, *own._kept[1:3], ids_C, vocab)
+    q = NativeRows(own.library, q_logits, *own._kept[1:3], ids_C, vocab)
     wide = torch.full((4, vocab), float("-inf")).index_copy_(1, ids_C, q_logits)
     torch.testing.assert_close(q.dense(), torch.softmax(wide, -1))
-    p = described(p_logits, [Sampling(0.9)] * 4)
-    places, weights = np.arange(4), np.array([1.0, 0.7, 0.4, 1.0])
-    residual = (torch.from_numpy(weights)[:, None] * p.dense() - q.dense()).clamp_min(0)
-    np.testing.assert_allclose(p.residual_sums(places, q, places, weights), residual.sum(-1), rtol=1e-5)
+    residual = (described(p_logits, [Sampling(0.9)] * 4).dense() - q.dense()).clamp_min(0)
+    never, zeros = q.dense().argmin(-1, keepdim=True).numpy(), np.zeros((4, 1))
     for u in (0.05, 0.4, 0.77):
-        uniforms = np.full(4, u)
-        drawn = p.draw_residuals(places, q, places, weights, uniforms)
-        assert drawn.tolist() == DenseRows(residual).draw(uniforms).tolist()
+        verdict = NativeProposals(
+            p_logits.repeat_interleave(2, 0),
+            row_settings([Sampling(0.9)] * 4),
+            np.ones(4, np.int64),
+            never,
+            zeros,
+            np.arange(4),
+            q,
+        ).verify(np.full((4, 2), u))
+        assert verdict[0].tolist() == [0] * 4
+        assert verdict[1].tolist() == DenseRows(residual).draw(np.full(4, u)).tolist()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import load_drafter, new_drafter, read_config, save_drafter
-from draftkit.draft.dflash2 import Dflash2Drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
@@ -25,7 +24,7 @@ from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import BLOCK_CONFIG, EAGLE_CONFIG
 from support.engine import PROMPTS, finish, small, tokens_of
-from support.plain_forms import Block, block_proposal, eagle_proposal
+from support.plain_forms import Block, block_proposal, eagle_proposal, xpress_proposal
 
 SIZES: dict[str, Any] = {
     "model_type": "qwen3",
@@ -88,6 +87,13 @@ def written(folder: Path, config: dict[str, Any], bias: tuple[str, ...] = ()) ->
     if taps:
         shapes |= {f"candidate_selector.{n}_codebook": (40, 6) for n in ("predecessor", "successor")}
         shapes["candidate_selector.hidden_projection.weight"] = (6, h)
+    if "xpress_rank" in config:
+        x, rank, inner = "xpress_head.", config["xpress_rank"], config["xpress_mlp_hidden"]
+        shapes |= {f"{x}{n}.weight": (40, rank) for n in ("w1", "w2")}
+        shapes |= {f"{x}{n}.weight": (rank, h) for n in ("down_h", "down_g")}
+        shapes |= {f"{x}mlp.{n}.weight": (inner, rank) for n in ("gate_proj", "up_proj")}
+        shapes |= {f"{x}mlp.down_proj.weight": (rank, inner), f"{x}in_proj.weight": (rank, 3 * rank)}
+        shapes[f"{x}mix.L"] = (rank, config["block_size"], config["block_size"])
     tensors = {name: torch.randn(shape) * (0.4 if len(shape) > 1 else 1.0) for name, shape in shapes.items()}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -165,6 +171,73 @@ def test_a_blocks_proposals_are_those_of_a_plain_implementation(name: str, tmp_p
     tokens, rows = block_proposal(tensors, block, features, after[-1])
     assert proposed(drafter, features, after) == tokens and drafter.gamma == size - 1
     assert torch.allclose(distributions(drafter, features, after, tokens), torch.stack(rows), atol=1e-5)
+
+
+XPRESS = DFLASH | {
+    "architectures": ["Qwen3XPressModel"],
+    "xpress_rank": 6,
+    "xpress_mlp_hidden": 12,
+    "xpress_num_passes": 2,
+    "xpress_block_size": 5,
+}
+SPECULATORS_XPRESS = {  # the same drafter as speculators 0.9 writes it
+    "architectures": ["XPressSpeculator"],
+    "speculators_model_type": "xpress",
+    "transformer_layer_config": SIZES,
+    "num_target_layers": 4,
+    "aux_hidden_state_layer_ids": [1, 3],
+    "block_size": 5,
+    "mask_token_id": 3,
+    "draft_vocab_size": 40,
+    "xpress_rank": 6,
+    "xpress_mlp_ratio": 2,
+    "num_jacobi_passes": 2,
+}
+REFINER = {
+    "xpress_head.": "refiner_head.",
+    "mix.L": "mix_l",
+    "w1.": "token_embed.",
+    "w2.": "readout.",
+    "r_head.mlp.gate_proj": "r_head.mlp_gate",
+    "r_head.mlp.up_proj": "r_head.mlp_up",
+    "r_head.mlp.down_proj": "r_head.mlp_down",
+}
+
+
+@pytest.mark.parametrize("passes", [1, 2, 6])
+@pytest.mark.parametrize("anchor", [False, True])
+def test_xpress_drafts_as_a_plain_implementation_does(passes: int, anchor: bool, tmp_path: Path) -> None:
+    config = XPRESS | {"xpress_num_passes": passes, "sample_from_anchor": anchor}
+    tensors = written(tmp_path / "drafter", config)
+    drafter, first = load_drafter(tmp_path / "drafter", torch.float64), 0 if anchor else 1
+    features, after = torch.randn(9, 32, dtype=torch.float64), [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    block = Block((FULL, FULL), 4, 2, 8, 3, 5)
+    plain = xpress_proposal(tensors, block, features, after[-1], passes, first, None)
+    assert proposed(drafter, features, after) == plain[0] and drafter.gamma == 5 - first
+    uniforms = torch.rand(1, drafter.gamma, dtype=torch.float64)
+    tokens, rows = xpress_proposal(tensors, block, features, after[-1], passes, first, uniforms[0].tolist())
+    context = drafter.new_context()
+    drafter.extend(context, features[None], torch.tensor([after]))
+    made = drafter.propose(context, torch.tensor(after[-1:]), Sampling(1.0), uniforms)
+    assert made.tokens_BG[0].tolist() == tokens
+    assert torch.allclose(made.probs_BGV[0].double(), torch.stack(rows), atol=1e-5)
+    for k in range(drafter.gamma):  # a row does not depend on its own uniform number and later ones
+        changed = uniforms.clone()
+        changed[0, k:] = torch.rand(drafter.gamma - k, dtype=torch.float64)
+        other = drafter.propose(context, torch.tensor(after[-1:]), Sampling(1.0), changed)
+        torch.testing.assert_close(other.probs_BGV[:, : k + 1], made.probs_BGV[:, : k + 1])
+
+
+def test_speculators_xpress_is_the_same_drafter(tmp_path: Path) -> None:
+    tensors = written(tmp_path / "drafter", XPRESS)
+    theirs = load_drafter(tmp_path / "drafter")
+    for old, new in REFINER.items():
+        tensors = {name.replace(old, new): t for name, t in tensors.items()}
+    save_file({n: t.float() for n, t in tensors.items()}, tmp_path / "drafter" / "model.safetensors")
+    (tmp_path / "drafter" / "config.json").write_text(json.dumps(SPECULATORS_XPRESS))
+    again = load_drafter(tmp_path / "drafter")
+    assert again.config == theirs.config
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in theirs.state_dict().items())
 
 
 EAGLES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -251,8 +324,15 @@ def test_an_eagle_by_the_name_of_its_target_is_told_by_its_draft_vocabulary(tmp_
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "XPress": (DFLASH | {"architectures": ["Qwen3XPressModel"]}, "XPress .*known are .*DFlash2DraftModel"),
-    "LiLiCorr": (DFLASH | {"architectures": ["LiLiCorrDraftModel"]}, "LiLiCorr"),
+    "XPress of two sizes": (XPRESS | {"xpress_block_size": 8}, "block_size is 5 and xpress_block_size 8"),
+    "XPress of a reduced vocabulary": (XPRESS | {"draft_vocab_size": 20}, "draft_vocab_size"),
+    "XPress on DFlash2": (SPECULATORS_XPRESS | {"xpress_backbone": "dflash2"}, "xpress_backbone"),
+    "XPress with a selector": (SPECULATORS_XPRESS | {"xpress_selector": True}, "xpress_selector"),
+    "XPress without passes": (XPRESS | {"xpress_num_passes": 0}, "refiner_passes: 0 must lie between 1"),
+    "LiLiCorr": (
+        DFLASH | {"architectures": ["LiLiCorrDraftModel"]},
+        "LiLiCorr .*known are .*DFlash2DraftModel, Qwen3XPressModel",
+    ),
     "P-EAGLE": (EAGLE | {"architectures": ["PEagleDraftModel"]}, "P-EAGLE"),
     "Domino": (DFLASH | {"architectures": ["DominoDraftModel"]}, "Domino"),
     "Domino in DFlash's clothes": (DFLASH | nested(projector_type="domino"), "'projector_type' is 'domino'"),
@@ -283,11 +363,13 @@ def test_what_is_only_run_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_engine_gives_the_targets_own_answers_with_dflash2(
-    target: TransformersTarget, tmp_path: Path
+@pytest.mark.parametrize(
+    "config", [DFLASH | {"architectures": ["DFlash2DraftModel"], **nested(**PARTS2)}, XPRESS]
+)
+def test_the_engine_gives_the_targets_own_answers(
+    config: dict[str, Any], target: TransformersTarget, tmp_path: Path
 ) -> None:
     """Through `propose`: greedy answers are the target's, and its drafts are those of the reference loop."""
-    config = DFLASH | {"architectures": ["DFlash2DraftModel"], **nested(**PARTS2)}
     written(tmp_path / "drafter", config)
     shape = replace(
         read_config(tmp_path / "drafter"),
@@ -297,7 +379,6 @@ def test_the_engine_gives_the_targets_own_answers_with_dflash2(
     )
     torch.manual_seed(1)
     drafter = new_drafter(shape, target.embedding_weight(), target.head_weight()).double().eval()
-    assert isinstance(drafter, Dflash2Drafter)
     engine = Engine(target, drafter, small(max_running=4))
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(str(index), prompt, SamplingParams(max_tokens=16, temperature=0.0))

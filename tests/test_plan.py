@@ -116,6 +116,20 @@ def test_a_store_that_does_not_fit_is_exit_code_2_and_says_what_fits(tmp_path: P
     assert told["bytes_per_token"]["live"] < 5
 
 
+def test_a_module_of_one_stage_is_a_third_of_three(tmp_path: Path) -> None:
+    folder = tmp_path / "flash"
+    v4_configs.main("flash", str(folder))
+
+    def counted(stages: int) -> DrafterSizes:
+        recipe = load_recipe("deepseek-v4-flash", [f"target.path={folder}", f"drafter.num_layers={stages}"])
+        return DrafterSizes.of(recipe, target_sizes(str(folder), None, "bfloat16"), 3)
+
+    one, three = counted(1), counted(3)
+    assert (one.layer, one.experts, one.active) == (three.layer, three.experts, three.active)
+    assert one.experts == 256 * 3 * 4096 * 2048
+    assert three.trained - one.trained == 2 * (one.layer + one.experts)
+
+
 def test_one_epoch_is_read_live(tmp_path: Path) -> None:
     folder = config_folder(tmp_path / "qwen", QWEN3_4B | {"num_hidden_layers": 4})
     recipe = load_recipe("qwen3-4b-dspark", [f"target.path={folder}", "drafter.feature_layers=[1,2]"])
@@ -155,6 +169,12 @@ def test_specialising_deepseek_v4_flash_on_several_gpus(devices: int, tmp_path: 
     wanted = state + passes + apart + kept + batch + 16 * 2**25
     assert stages["train from the store"]["memory_bytes"] == pytest.approx(wanted, rel=1e-6)
     assert wanted < 80 * 2**30, "a step fits on a GPU of 80 GB"
+    # capture: all weights in bfloat16, and eager attention over 8,192 tokens with an entry for each 4 of them
+    parameters = target_sizes(str(folder), None, "bfloat16").parameters
+    assert parameters == pytest.approx(284e9, rel=0.01)
+    scores, width = 3 * 64 * (8192 + 2048), 64 * 512
+    held = 8192 * (4 * hidden + 2 * streams * hidden + 3 * width + 2 * width * 10_240 // 8192 + scores)
+    assert stages["capture"]["memory_bytes"] == 2 * (parameters // devices + held)
 
     weights = 166.88e9 - 10.86e9  # of the target as it is stored
     assert stages["generate"]["memory_bytes"] == pytest.approx(weights / devices, rel=1e-3)

@@ -172,6 +172,7 @@ def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:
         assert server.process.wait(20) == 0
 
 
+@pytest.mark.slow
 def test_after_a_sigkill_the_next_process_serves_the_same_port_with_the_same_answers(
     reference: dict[str, str],
 ) -> None:

@@ -109,6 +109,20 @@ def test_first_requests_that_come_together_share_one_process(monkeypatch: pytest
     assert len(made) == 1
 
 
+def test_a_grammar_that_takes_long_holds_up_no_other() -> None:
+    """It waits for a process of its own; those that are over in a moment do not."""
+    slow = StructuredOutputs.model_validate({"json": optional(2000)})
+    quick = StructuredOutputs.model_validate({"choice": ["yes", "perhaps"]})
+    grammars = structured._grammars(SERVED.tokenizer, SERVED.engine.info.vocab_size)
+    with ThreadPoolExecutor(1) as pool:
+        with grammars._slow.turn():
+            tried = pool.submit(constraint_of, slow, SERVED)
+            assert constraint_of(quick, SERVED) is not None
+            with pytest.raises(TimeoutError):
+                tried.result(timeout=2)
+        assert tried.result(timeout=60) is not None
+
+
 def test_an_answer_ends_with_an_error_when_its_grammar_does() -> None:
     class Broken:
         def compute_bitmask(self) -> bytes:
@@ -136,7 +150,7 @@ def test_a_tag_that_is_one_token_is_written_once(special: bool) -> None:
         [AddedToken(t, special=special, normalized=False) for t in ("<tool_call>", "</tool_call>")]
     )
     grammars = Grammars(tokenizer, len(tokenizer))
-    matcher = grammars.matcher(GrammarSource("calls", [[{"name": "now"}], False]))
+    matcher = grammars.matcher(GrammarSource("calls", ["json", [{"name": "now"}], False]))
     constraint = GrammarConstraint(matcher, grammars.table.eos_tokens, len(tokenizer))
     tokens: list[int] = []
     while not constraint.finished and len(tokens) < 200:

@@ -157,7 +157,7 @@ def test_a_layout_that_is_not_said_is_no_guess(tmp_path: Path) -> None:
     [
         (
             {"speculators_model_type": "peagle"},
-            "'peagle' is not known; known are dspark, dflash, dflash2, eagle3",
+            "'peagle' is not known; known are dspark, dflash, dflash2, xpress, eagle3",
         ),
         ({"transformer_layer_config": None}, "field 'transformer_layer_config' is missing"),
         ({"aux_hidden_state_layer_ids": None}, "field 'aux_hidden_state_layer_ids' is missing"),

@@ -1,4 +1,4 @@
-"""Targets behind the seam: features of the right layers, caches that crop, and folders that are refused."""
+"""Targets through their interface: features of the right layers, caches that crop, refused folders."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from draftkit.errors import TargetError
 from draftkit.target import fingerprint as fingerprint_module
+from draftkit.target.check import check_target
 from draftkit.target.loading import load_target
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import TransformersTarget, check_target, spread_feature_layers
+from draftkit.target.transformers import TransformersTarget, spread_feature_layers
 from support.targets import FAMILIES, make_family, make_target_folder
 
 COMMIT = "0123abcd" * 5
@@ -30,6 +31,7 @@ TOKENS = torch.tensor([[5, 30, 7, 61, 12, 9, 44, 3]])
 def test_every_family_gives_its_own_logits_and_features_also_in_pieces(family: str) -> None:
     target = make_family(family)
     check_target(target)
+    assert target.pads_left == (family != "gemma2")  # whose padded rows are no numbers
     whole = target.forward(TOKENS, None, (0, 2))
     with torch.no_grad():
         states = target.model(TOKENS, output_hidden_states=True)
@@ -123,7 +125,7 @@ def test_a_family_that_changes_its_logits_in_an_unknown_way_is_refused(target_fo
         check_target(target)
     target._factor = None
     check_target(target)
-    with pytest.raises(TargetError, match="does not run behind"):
+    with pytest.raises(TargetError, match="does not run through"):
         check_target(make_family_without_cache(target))
 
 

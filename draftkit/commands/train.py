@@ -85,7 +85,8 @@ def command(
     if source and conversations:
         files, tokenizer = stages.read_target(settings)
         read = stages.answers_of(settings, tokenizer, conversations)
-        reader = feature_stages.server_reader(settings, files, parse_from(source), probe)
+        last_hidden = keep is not None or validation is None
+        reader = feature_stages.server_reader(settings, files, parse_from(source), probe, last_hidden)
         live = feature_stages.live_features_by(files, reader, True, tokenizer, settings, read, out, keep)
         held = aside(files, tokenizer)
         report = train_stages.run_train(files, tokenizer, settings, live, out, None, start_from, held)

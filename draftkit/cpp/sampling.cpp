@@ -13,11 +13,16 @@ struct Rows {  // logits, `stride` from one row to the next; softmaxes and sums 
     double *sums;
     const int64_t *ids;  // the token of each column; null where they are the same
 };
-struct Residuals {  // max(0, weight p - q) of pairs of rows; q_row -1 is p itself
-    int64_t count, vocab;
-    const Rows *p, *q;
-    const int64_t *p_row, *q_row;
-    const double *weight;
+struct Proposals {  // of so many requests, each with `places` drafted tokens, of which `lengths` are verified
+    int64_t count, places;
+    const Rows *p, *q;         // row first + k of p follows k drafted tokens, and is described when it is
+                               // reached; row draft_first + k of q is what the k-th token was drawn from. q is
+                               // null where tokens were taken for certain
+    const Setting *settings;   // of the request's rows of p
+    const int64_t *lengths, *first, *draft_first, *tokens;
+    const double *chances;     // of the tokens under q
+    const double *uniforms;    // [count, 2]: for the length, for the token after it
+    int64_t *accepted, *next;  // what comes out
 };
 }
 
@@ -29,53 +34,79 @@ int64_t threads_for(int64_t rows, int64_t columns, int64_t threads) {
     return std::max((int64_t)1, std::min({threads, rows, rows * columns / WORTH_A_THREAD}));
 }
 
-// Chunks of residual weights of one pair. A q over fewer tokens is laid out over all of them first.
+// Chunks of max(0, p - q) of the k-th place of a request. A q over fewer tokens is laid out over all of them
+// first.
 class Residual {
   public:
-    Residual(const Residuals &pairs, int64_t i)
-        : p_(pairs.p->softmaxes[pairs.p_row[i]]), q_(pairs.q->softmaxes[pairs.q_row[i]]),
-          p_logits_(pairs.p->logits + pairs.p_row[i] * pairs.p->stride),
-          q_logits_(pairs.q->logits + pairs.q_row[i] * pairs.q->stride),
-          p_scale_((float)(pairs.weight[i] / p_.total)), q_scale_((float)(1 / q_.total)),
-          spread_out_(pairs.q->ids != nullptr) {
-        if (!spread_out_) return;
+    Residual(const Proposals &all, int64_t r, int64_t k)
+        : all_(all), p_row_(all.first[r] + k), q_row_(all.q ? all.draft_first[r] + k : 0),
+          token_(all.tokens[r * all.places + k]) {
+        if (!all.q || !all.q->ids) return;
         static thread_local std::vector<float> whole;
-        whole.assign(pairs.vocab, 0.f);
+        whole.assign(all.p->columns, 0.f);
         float weights[SPAN];
-        for (int64_t from = 0; from < pairs.q->columns; from += SPAN) {
-            int64_t to = std::min(from + SPAN, pairs.q->columns);
-            weigh(q_, q_logits_, from, to, weights);
-            for (int64_t j = from; j < to; j++) whole[pairs.q->ids[j]] = weights[j - from];
+        for (int64_t from = 0; from < all.q->columns; from += SPAN) {
+            int64_t to = std::min(from + SPAN, all.q->columns);
+            weigh(all.q->softmaxes[q_row_], all.q->logits + q_row_ * all.q->stride, from, to, weights);
+            for (int64_t j = from; j < to; j++) whole[all.q->ids[j]] = weights[j - from];
         }
         whole_ = whole.data();
     }
 
     float operator()(int64_t from, int64_t to, float *out) const {
-        float buffer[SPAN], sum = 0;
-        const float *q = buffer;
-        weigh(p_, p_logits_, from, to, out);
-        if (spread_out_) q = whole_ + from;
-        else weigh(q_, q_logits_, from, to, buffer);
-        for (int64_t j = 0; j < to - from; j++) out[j] = std::max(0.f, out[j] * p_scale_ - q[j] * q_scale_);
+        const Softmax &p = all_.p->softmaxes[p_row_];
+        float buffer[SPAN], sum = 0, p_scale = (float)(1 / p.total);
+        weigh(p, all_.p->logits + p_row_ * all_.p->stride, from, to, out);
+        if (!all_.q) {
+            for (int64_t j = from; j < to; j++) out[j - from] *= j == token_ ? 0.f : p_scale;
+        } else {
+            const Softmax &q = all_.q->softmaxes[q_row_];
+            float q_scale = (float)(1 / q.total);
+            const float *theirs = whole_ ? whole_ + from : buffer;
+            if (!whole_) weigh(q, all_.q->logits + q_row_ * all_.q->stride, from, to, buffer);
+            for (int64_t j = 0; j < to - from; j++)
+                out[j] = std::max(0.f, out[j] * p_scale - theirs[j] * q_scale);
+        }
         for (int64_t j = 0; j < to - from; j++) sum += out[j];
         return sum;
     }
 
   private:
-    const Softmax &p_, &q_;
-    const float *p_logits_, *q_logits_;
-    float p_scale_, q_scale_;
-    bool spread_out_;
+    const Proposals &all_;
+    int64_t p_row_, q_row_, token_;
     const float *whole_ = nullptr;
 };
 
-// Sums of the chunks, and of all.
-double add_up(const Residual &residual, int64_t vocab, double *sums) {
+// A token of what is left of p after q; -1 where nothing is, which only rounding brings about.
+int64_t draw_residual(const Residual &residual, int64_t vocab, double uniform) {
+    static thread_local std::vector<double> sums;
+    sums.resize(chunks_of(vocab));
     float weights[SPAN];
     double sum = 0;
     for (int64_t c = 0, from = 0; from < vocab; c++, from += SPAN)
         sum += sums[c] = residual(from, std::min(from + SPAN, vocab), weights);
-    return sum;
+    return sum > 0 ? draw(vocab, sums.data(), sum, uniform, residual) : -1;
+}
+
+// Token-wise rejection sampling: how many tokens of a request are accepted, and the one after them. More than
+// k are with the product of the first k + 1 of min(1, p / q), so that no row after the end is looked at.
+void verify_request(const Proposals &all, int64_t r) {
+    const Rows &p = *all.p;
+    int64_t chunks = chunks_of(p.columns), length = all.lengths[r], k = 0, row = all.first[r];
+    const float *x = p.logits + row * p.stride;
+    double *sums = p.sums + row * chunks, more = 1;
+    for (;; k++, row++, x += p.stride, sums += chunks) {
+        describe(x, p.columns, all.settings[r], p.softmaxes[row], sums);
+        if (k == length) break;
+        int64_t at = r * all.places + k;
+        double q = all.q ? all.chances[at] : 1;
+        more *= q > 0 ? std::min(1., chance(p.softmaxes[row], x, all.tokens[at]) / q) : 0;
+        if (1 - more > all.uniforms[2 * r]) break;
+    }
+    all.accepted[r] = k;
+    double uniform = all.uniforms[2 * r + 1];
+    int64_t token = k < length ? draw_residual(Residual(all, r, k), p.columns, uniform) : -1;
+    all.next[r] = token >= 0 ? token : draw(x, p.columns, p.softmaxes[row], sums, uniform);
 }
 
 }  // namespace
@@ -100,13 +131,6 @@ extern "C" void draw_rows(const Rows *rows, const double *uniforms, int64_t *tok
     }
 }
 
-// The probability of a column in some rows.
-extern "C" void find_chances(const Rows *rows, int64_t count, const int64_t *row, const int64_t *column,
-                             double *out) {
-    for (int64_t i = 0; i < count; i++)
-        out[i] = chance(rows->softmaxes[row[i]], rows->logits + row[i] * rows->stride, column[i]);
-}
-
 // All probabilities, [count, vocab].
 extern "C" void fill_rows(const Rows *rows, int64_t vocab, float *out) {
     int64_t threads = threads_for(rows->count, rows->columns, rows->threads);
@@ -124,34 +148,9 @@ extern "C" void fill_rows(const Rows *rows, int64_t vocab, float *out) {
     }
 }
 
-// The sum of each residual.
-extern "C" void sum_residuals(const Residuals *pairs, double *out) {
-    int64_t threads = threads_for(pairs->count, pairs->vocab, pairs->p->threads);
+// See `verify_request`.
+extern "C" void verify_tokens(const Proposals *all) {
+    int64_t threads = threads_for(all->count, all->p->columns, all->p->threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t i = 0; i < pairs->count; i++) {
-        std::vector<double> sums(chunks_of(pairs->vocab));
-        out[i] = add_up(Residual(*pairs, i), pairs->vocab, sums.data());
-    }
-}
-
-// One token of each residual; of p where nothing is left of it, which only rounding brings about.
-extern "C" void draw_residuals(const Residuals *pairs, const double *uniforms, int64_t *tokens) {
-    int64_t threads = threads_for(pairs->count, pairs->vocab, pairs->p->threads),
-            chunks = chunks_of(pairs->vocab);
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (int64_t i = 0; i < pairs->count; i++) {
-        const Rows &p = *pairs->p;
-        int64_t row = pairs->p_row[i];
-        if (pairs->q_row[i] >= 0) {
-            Residual residual(*pairs, i);
-            std::vector<double> sums(chunks);
-            double sum = add_up(residual, pairs->vocab, sums.data());
-            if (sum > 0) {
-                tokens[i] = draw(pairs->vocab, sums.data(), sum, uniforms[i], residual);
-                continue;
-            }
-        }
-        tokens[i] =
-            draw(p.logits + row * p.stride, p.columns, p.softmaxes[row], p.sums + row * chunks, uniforms[i]);
-    }
+    for (int64_t r = 0; r < all->count; r++) verify_request(*all, r);
 }

@@ -133,8 +133,9 @@ inline float largest_but(int64_t k, const float *x, int64_t count, Room &room) {
 // Weights are added up in bins of nearly equal ones, and the logits of the bin where the share is reached are
 // sorted.
 inline void keep_nucleus(double top_p, const float *x, int64_t count, Softmax &soft, Room &room) {
-    constexpr int64_t BINS = 4096, LAST = BINS - 1;  // the last one takes all that is smaller
+    constexpr int64_t BINS = 2048, LAST = BINS - 1;  // the last one takes all that is smaller
     constexpr float BINS_PER_UNIT = 100.f;           // of the exponent
+    constexpr int64_t COPIES = 4;  // of the bins: neighbours, often of one bin, need not wait for each other
     auto bin_of = [&](Vec v) {  // never falls as logits fall; the last for what is no number
         Vec bin = (soft.top - v) * soft.slope * BINS_PER_UNIT;
         return __builtin_convertvector(bin < broadcast(LAST) ? bin : broadcast(LAST), IntVec);
@@ -143,33 +144,36 @@ inline void keep_nucleus(double top_p, const float *x, int64_t count, Softmax &s
         for (int64_t c = 0, from = 0; from < count; c++, from += SPAN)
             if (room.tops[c] >= least) visit(c, from, std::min(from + SPAN, count));
     };
-    double bins[BINS] = {}, sum = 0, above = 0;
+    double bins[BINS][COPIES] = {}, sum = 0, above = 0;
     float weights[SPAN];
-    each_chunk(soft.cut,
-               [&](int64_t, int64_t from, int64_t to) { sum += weigh(soft, x, from, to, weights); });
-    double wanted = std::max(top_p, (double)FLT_MIN) * sum;  // the most likely token stays
     // tokens of less than `least` weigh less than what may be left out, all together
-    double least = .5 * (1 - top_p) * sum / count;
+    double least = .5 * (1 - top_p) / count;  // of a sum that is 1 at least
     float lowest = std::max(soft.cut, (float)(soft.top + std::log(std::max(least, DBL_MIN)) / soft.slope));
-    each_chunk(lowest, [&](int64_t, int64_t from, int64_t to) {
-        weigh(soft, x, from, to, weights);
+    each_chunk(soft.cut, [&](int64_t c, int64_t from, int64_t to) {
+        sum += weigh(soft, x, from, to, weights);
+        if (room.tops[c] < lowest) return;
         int64_t i = from;
         for (; i + LANES <= to; i += LANES) {
             IntVec at = bin_of(load(x + i));
-            for (int j = 0; j < LANES; j++) bins[at[j]] += weights[i - from + j];
+            for (int j = 0; j < LANES; j++) bins[at[j]][j % COPIES] += weights[i - from + j];
         }
-        for (; i < to; i++) bins[bin_of(broadcast(x[i]))[0]] += weights[i - from];
+        for (; i < to; i++) bins[bin_of(broadcast(x[i]))[0]][0] += weights[i - from];
     });
+    double wanted = std::max(top_p, (double)FLT_MIN) * sum;  // the most likely token stays
     int64_t bin = 0, found = 0;
-    while (bin < LAST && above + bins[bin] < wanted) above += bins[bin++];
+    for (; bin < LAST; bin++) {
+        double here = 0;
+        for (double part : bins[bin]) here += part;
+        if (above + here >= wanted) break;
+        above += here;
+    }
     float *values = room.values.data();
     each_chunk(lowest, [&](int64_t c, int64_t from, int64_t to) {
         if (bin_of(broadcast(room.tops[c]))[0] > bin) return;
         int64_t i = from;
         for (; i + LANES <= to; i += LANES) {
-            IntVec at = bin_of(load(x + i));
-            for (int j = 0; j < LANES; j++)
-                values[found] = x[i + j], found += at[j] == bin && x[i + j] >= lowest;
+            IntVec here = (bin_of(load(x + i)) == (int32_t)bin) & (load(x + i) >= broadcast(lowest));
+            for (int j = 0; j < LANES && any(here); j++) values[found] = x[i + j], found -= here[j];
         }
         for (; i < to; i++)
             values[found] = x[i], found += bin_of(broadcast(x[i]))[0] == bin && x[i] >= lowest;
@@ -185,8 +189,11 @@ inline void keep_nucleus(double top_p, const float *x, int64_t count, Softmax &s
     double equals = each > 0 ? std::ceil((wanted - above) / each) : count;
     int64_t left = std::max((int64_t)1, (int64_t)std::min(equals, (double)count)), last = count - 1;
     each_chunk(soft.cut, [&](int64_t, int64_t from, int64_t to) {
-        for (int64_t i = from; i < to && left >= 0; i++)
-            if (x[i] == soft.cut && left-- > 0) last = i;
+        for (int64_t i = from; i < to && left >= 0; i += LANES) {
+            if (i + LANES <= to && !any(load(x + i) == broadcast(soft.cut))) continue;
+            for (int64_t j = i; j < std::min(i + LANES, to) && left >= 0; j++)
+                if (x[j] == soft.cut && left-- > 0) last = j;
+        }
     });
     if (left < 0) soft.last = last;
 }

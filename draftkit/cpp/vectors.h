@@ -44,6 +44,11 @@ inline Quad hsum4(Vec a, Vec b, Vec c, Vec d) {  // the sum of each
     Quad rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) + __builtin_shufflevector(r, s, 2, 3, 6, 7);
     return __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
 }
+inline bool any(IntVec mask) {
+    typedef int64_t Longs __attribute__((vector_size(32)));
+    Longs both = (Longs)mask;
+    return (both[0] | both[1] | both[2] | both[3]) != 0;
+}
 inline float hmax(Vec v) {
     float top = v[0];
     for (int64_t i = 1; i < LANES; i++) top = v[i] > top ? v[i] : top;

@@ -24,7 +24,7 @@ from draftkit.doctor.server import check_server
 from draftkit.doctor.text import check_text
 from draftkit.doctor.trials import Ran, acceptance_of, run_trials
 from draftkit.draft.checkpoint import shape_of
-from draftkit.draft.drafter import Drafter
+from draftkit.draft.drafter import Drafter, DrafterConfig
 from draftkit.errors import CheckpointError, DraftkitError, ServeError, TargetError
 from draftkit.evaluate.metrics import accepted_length
 from draftkit.evaluate_stages import first_turns
@@ -104,20 +104,22 @@ def examine(
                 )
                 findings += more + _against_card(pair, ran)
                 facts += told + machine_facts(loaded, mended)
-    if row is not None:
-        try:
-            shape = shape_of(pair.raw, str(drafter), files.info.num_layers)
-        except CheckpointError:
-            pass  # told by the load already
-        else:
-            more, told = check_engine(row, shape, drafter)
-            findings, facts = findings + more, facts + told
+    try:
+        shape = shape_of(pair.raw, str(drafter), files.info.num_layers)
+    except CheckpointError:
+        shape = None  # told by the load already
+    if row is not None and shape is not None:
+        more, told = check_engine(row, shape, drafter)
+        findings, facts = findings + more, facts + told
     if url is not None:
         questions = [asked[p.prompt_id] for p in prompts]
         texts = [str(messages[-1]["content"]) for messages in questions if len(messages) == 1]
         if not texts:
             raise ServeError(f"{settings.prompts}: has no prompt of one message to ask a server")
-        more, told = check_server(url, api_key, texts, expected)
+        block = (
+            shape.gamma if isinstance(shape, DrafterConfig) else None
+        )  # EAGLE-3 drafts as far as it is let
+        more, told = check_server(url, api_key, texts, expected, block)
         findings, facts = findings + more, facts + told
     return Examination(tuple(findings), tuple(facts), numbers)
 

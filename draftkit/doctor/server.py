@@ -19,10 +19,11 @@ FILLER = "The train to the coast leaves at nine and comes back in the evening. "
 
 @dataclass(frozen=True)
 class Asked:
-    """What a server accepted: rounds and accepted drafts of one or several answers."""
+    """What a server accepted: rounds, accepted drafts and all drafts of one or several answers."""
 
     rounds: float
     accepted: float
+    drafted: float
 
     @property
     def accepted_len(self) -> float:
@@ -31,23 +32,26 @@ class Asked:
 
 
 def check_server(
-    url: str, api_key: str | None, prompts: Sequence[str], expected: float | None
+    url: str, api_key: str | None, prompts: Sequence[str], expected: float | None, block: int | None = None
 ) -> tuple[list[Finding], list[str]]:
     """Findings and facts. `expected` is the accepted length of draftkit's own run on these prompts at
-    temperature 0, None where there was none. Raises ServeError when the server does not answer, or says
+    temperature 0, None where there was none; `block` is how many tokens a block drafter was trained to draft.
+    Raises ServeError when the server does not answer, or says
     nothing of its acceptance."""
     settings = LoadSettings(tuple(prompts), requests=1, warmup=0, max_tokens=48, ignore_eos=False)
-    return asyncio.run(_check(url, api_key, settings, expected))
+    return asyncio.run(_check(url, api_key, settings, expected, block))
 
 
 async def _check(
-    url: str, api_key: str | None, settings: LoadSettings, expected: float | None
+    url: str, api_key: str | None, settings: LoadSettings, expected: float | None, block: int | None
 ) -> tuple[list[Finding], list[str]]:
     endpoint = Endpoint(url, api_key, settings)
     try:
         await endpoint.prepare()
         asked = [await _ask(endpoint, prompt) for prompt in settings.prompts]
-        whole = Asked(sum(a.rounds for a in asked), sum(a.accepted for a in asked))
+        whole = Asked(
+            sum(a.rounds for a in asked), sum(a.accepted for a in asked), sum(a.drafted for a in asked)
+        )
         if not whole.rounds:
             raise ServeError(
                 f"{url}: says nothing of drafting, in answers or in /metrics; start it with a drafter, and "
@@ -57,11 +61,26 @@ async def _check(
         first, again = await _ask(endpoint, long), await _ask(endpoint, long)
     finally:
         await endpoint.close()
-    return _findings(whole, first, again, expected), [
+    return [*_too_many(whole, block), *_findings(whole, first, again, expected)], [
         f"server: {endpoint.model} at {url} has accepted length {whole.accepted_len:.2f} on {len(asked)} "
         "prompts "
         f"at temperature 0, {first.accepted_len:.2f} on a long one, {again.accepted_len:.2f} on the same "
         "again"
+    ]
+
+
+def _too_many(whole: Asked, block: int | None) -> list[Finding]:
+    """More drafted tokens than a block drafter's block has."""
+    if block is None or whole.drafted <= block * whole.rounds:
+        return []
+    drafted = f"{whole.drafted / whole.rounds:.1f} tokens are drafted in a round"
+    return [
+        Finding(
+            "drafted tokens",
+            f"{drafted}, the drafter has a block of {block} and was never trained for more",
+            "acceptance at every position, in reports on vLLM",
+            f"start the server with {block} drafted tokens",
+        )
     ]
 
 
@@ -99,10 +118,9 @@ async def _ask(endpoint: Endpoint, prompt: str) -> Asked:
         raise ServeError(f"{endpoint.url}: a request failed: {record.error}; is the server well?")
     told = record.speculation
     if told:
-        return Asked(told.get("num_spec_steps") or 0, told.get("num_accepted_draft_tokens") or 0)
+        kinds = ("num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens")
+        return Asked(*(told.get(kind) or 0 for kind in kinds))
     after = await endpoint.counters()
     grown = {name: value - before.get(name, 0.0) for name, value in after.items()}
-    return Asked(
-        grown.get("spec_decode_num_drafts_total", 0.0),
-        grown.get("spec_decode_num_accepted_tokens_total", 0.0),
-    )
+    counters = ("num_drafts", "num_accepted_tokens", "num_draft_tokens")
+    return Asked(*(grown.get(f"spec_decode_{name}_total", 0.0) for name in counters))

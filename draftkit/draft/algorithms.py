@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -27,13 +27,14 @@ from draftkit.draft.checkpoint_forms import (
     Form,
 )
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
-from draftkit.draft.dflash2 import Dflash2Drafter, not_trained
+from draftkit.draft.dflash2 import Dflash2Drafter
 from draftkit.draft.dflash2_form import DFLASH2
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
 from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
 from draftkit.draft.families import EAGLE_STYLE
 from draftkit.draft.speculators_form import from_speculators, is_speculators
 from draftkit.draft.warm_start import start_from_target
+from draftkit.draft.xpress import XPRESS, XpressDrafter
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.settings import DrafterSettings
 from draftkit.target.loading import OTHER_FAMILIES
@@ -92,6 +93,14 @@ def _eagle_shape(section: DrafterSettings, sizes: Sizes, mask_token_id: int) -> 
     return EagleConfig(**sizes, draft_vocab_size=section.draft_vocab_size)
 
 
+def _not_trained(section: DrafterSettings, sizes: Sizes, mask_token_id: int) -> NoReturn:
+    """Of what others made, and no recipe."""
+    raise ConfigError(
+        f"drafter.algorithm: {section.algorithm} is read and run, not trained; choose dspark, dflash "
+        "or eagle3"
+    )
+
+
 _BLOCK = "draftkit.engine.paged_drafter:PagedBlockDrafter"
 ALGORITHMS: dict[str, Algorithm] = {
     "dspark": Algorithm(BlockDrafter, _block_shape, (DSPARK,), _BLOCK, start_from_target, masks=True),
@@ -104,7 +113,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         style=EAGLE_STYLE,
         layers=1,
     ),
-    "dflash2": Algorithm(Dflash2Drafter, not_trained, (DFLASH2,), masks=True),
+    "dflash2": Algorithm(Dflash2Drafter, _not_trained, (DFLASH2,), masks=True),
+    "xpress": Algorithm(XpressDrafter, _not_trained, (XPRESS,), masks=True),
     "dspark_v4": Algorithm(
         DeepseekV4Drafter,
         deepseek_v4.shape_of,
@@ -185,10 +195,9 @@ def tensors_to_form(tensors: dict[str, Tensor], form: Form, config: DrafterShape
         return form.to_names(tensors, config)
     if not form.with_target_weights:
         tensors = {n: t for n, t in tensors.items() if n not in ("embed_tokens.weight", "lm_head.weight")}
-    if form.renamed is None:
-        return tensors
-    theirs, ours = form.renamed
-    return {name.replace(ours, theirs, 1): value for name, value in tensors.items()}
+    for theirs, ours in form.renamed.items():
+        tensors = {name.replace(ours, theirs, 1): value for name, value in tensors.items()}
+    return tensors
 
 
 def held_by(config: DrafterShape) -> Callable[[str], bool]:
@@ -201,7 +210,6 @@ def tensors_from_form(tensors: dict[str, Tensor], config: DrafterShape) -> dict[
     for form in algorithm_named(config.algorithm).forms:
         if form.from_names is not None:
             return form.from_names(tensors, config)
-        if form.renamed is not None:
-            theirs, ours = form.renamed
+        for theirs, ours in form.renamed.items():
             tensors = {name.replace(theirs, ours, 1): value for name, value in tensors.items()}
     return tensors

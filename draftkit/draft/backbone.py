@@ -105,11 +105,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(act(gate x) * up x)."""
 
-    def __init__(self, config: DrafterShape, activation: str = "silu") -> None:
+    def __init__(self, size: int, inner: int, activation: str = "silu") -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=False)
         self.tanh_gelu = activation == "gelu_pytorch_tanh"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class DraftLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.self_attn = Attention(config, attention_width or config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.mlp = MLP(config, STYLES[config.style].activation)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, STYLES[config.style].activation)
         if self.output_norms:
             self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_eps)

@@ -99,6 +99,10 @@ class BlockDrafter(BlockHeads):
 
     def _block_hidden(self, context: DraftContext, anchor_B: Tensor) -> Tensor:
         """Normed hidden states of the G drafting positions, [B, G, H]."""
+        return self._block_states(context, anchor_B)[:, self.config.block_size - self.gamma :]
+
+    def _block_states(self, context: DraftContext, anchor_B: Tensor) -> Tensor:
+        """Normed hidden states of all positions of the block, [B, P, H]."""
         config, context = self.config, _own(context)
         tokens_BP = torch.full(
             (len(anchor_B), config.block_size), config.mask_token_id, device=anchor_B.device
@@ -120,7 +124,7 @@ class BlockDrafter(BlockHeads):
                 enable_gqa=config.num_heads != config.num_kv_heads,
             )
             x = layer.leave(x, mixed.transpose(1, 2).flatten(2), kept)
-        hidden: Tensor = self.norm(x[:, config.block_size - self.gamma :])
+        hidden: Tensor = self.norm(x)
         return hidden
 
     def _mask(self, layer: int, first: int, length: int) -> Tensor | None:

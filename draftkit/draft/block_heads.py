@@ -20,6 +20,7 @@ from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
 from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target, position_weights
 from draftkit.draft.vocabulary import ReducedHead
+from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
 from draftkit.settings import LossSettings
 
@@ -84,10 +85,15 @@ class BlockHeads(ReducedHead):
 
     def needs_target(self, settings: LossSettings) -> bool:
         """See `Drafter`; the confidence head learns the acceptance rate."""
-        return needs_target(settings) or self.confidence_head is not None
+        return needs_target(settings) or (self.confidence_head is not None and settings.confidence > 0)
 
     def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
-        """All terms over all drafted positions that count; nothing is reduced over processes."""
+        """All terms over all drafted positions that count; nothing is reduced over processes. Raises
+        ConfigError for a drafter that is only run."""
+        if self.config.only_run:
+            raise ConfigError(
+                f"the drafter has {self.config.only_run}: draftkit runs it and does not train it"
+            )
         layout = lay_out(batch, self.gamma, self.config.window)
         row_N, before_XG = layout.row_N, layout.drafted_XG - 1
         hidden_NH = self._train_hidden(batch, layout).flatten(0, 1)[row_N]
@@ -113,7 +119,7 @@ class BlockHeads(ReducedHead):
         weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
         sums = losses.sums(weights_N)
         loss = losses.loss
-        if self.confidence_head is not None:
+        if self.confidence_head is not None and losses.compared:
             logits_N = self.confidence_head(hidden_NH, embedded_Nr).to(losses.ce_N)
             bce_N = F.binary_cross_entropy_with_logits(logits_N, losses.accept_N, reduction="none")
             sums["confidence"] = (weights_N @ bce_N).detach()

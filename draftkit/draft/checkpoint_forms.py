@@ -4,7 +4,7 @@
 |---|---|---|---|
 | Qwen3DSparkModel, Gemma4DSparkModel (DeepSpec) | DSpark, DFlash | own, or borrowed | target_layer_ids: i |
 | LlamaDSparkModel (ours, no engine knows it) | the same, Llama's block | as above | as above |
-| DFlashDraftModel (z-lab; DFlash2: dflash2_form.py) | DFlash 1 + N | the target's | as above |
+| DFlashDraftModel (z-lab; with more: dflash2_form.py, xpress.py) | DFlash 1 + N | the target's | as above |
 | LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM | EAGLE-3, the second with q/k norms | own, or borrowed; a
   reduced head is its own | top level: i + 1, eagle_config: i |
 | Qwen3Eagle3Model, Gemma4Eagle3Model (DeepSpec) | EAGLE-3 | own, or borrowed | target_layer_ids: i |
@@ -15,8 +15,8 @@ llama.cpp read the top-level ids of EAGLE-3, SGLang the nested ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -31,15 +31,15 @@ from draftkit.draft.checkpoint_fields import (
     write_sizes,
 )
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
-from draftkit.draft.eagle3 import EagleConfig
+from draftkit.draft.eagle3 import NORMS, EagleConfig
 from draftkit.errors import CheckpointError
+from draftkit.target.deepseek_v4 import is_draft
 
 FORMS = ("portable", "deepspec")
 _HEADS = {"vanilla": "markov", "gated": "gated", "rnn": "rnn"}
 _MODEL_TYPES = {"qwen3": "qwen3", "gemma4": "gemma4_text", "llama": "llama"}
 # what no form here reads, and why
 NOT_RUN = {
-    "Qwen3XPressModel": "XPress corrects a block's logits in further passes",
     "LiLiCorrDraftModel": "LiLiCorr walks through a block's candidates by scores of its own",
     "DominoDraftModel": "Domino corrects a block's logits with a recurrent cell",
     "PEagleDraftModel": "P-EAGLE drafts all tokens at once from a learned state",
@@ -56,7 +56,7 @@ class Form:
         names: under which of FORMS a person asks for it. styles: the architectures that `config.json` may
         name, and the block style of each. read: the drafter's shape from the fields and the sizes that all
         forms share. write: the fields of `config.json`. refuses: why a shape does not fit this form under one
-        of its names; None: it fits. renamed: beginnings of tensor names, (the form's, ours); in reading those
+        of its names; None: it fits. renamed: beginnings of tensor names, the form's to ours; in reading those
         of other forms are known, too. with_target_weights: embedding and head are in the folder, unless they
         are left out on purpose. sizes: the fields that all forms share, from this form's file. to_names,
         from_names: what `renamed` cannot say, from tensors and shape. holds: which tensors of the folder are
@@ -67,7 +67,7 @@ class Form:
     read: Callable[[Fields, dict[str, Any]], DrafterShape]
     write: Callable[[Any], dict[str, Any]]
     refuses: Callable[[Any, str], str | None] = lambda config, name: None
-    renamed: tuple[str, str] | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)
     with_target_weights: bool = True
     sizes: Callable[[Fields, str, int | None], dict[str, Any]] = read_sizes
     to_names: Callable[[Any, Any], dict[str, Tensor]] | None = None
@@ -203,7 +203,7 @@ def _write_eagle(config: EagleConfig) -> dict[str, Any]:
     return write_sizes(config, *_architecture(EAGLE, config)) | {
         "draft_vocab_size": config.head_size,
         "norm_before_residual": config.norm_before_residual,
-        **{name: True for name in _EAGLE_NORMS if getattr(config, name)},
+        **{name: True for name in NORMS if getattr(config, name)},
         "num_aux_hidden_states": len(layers),
         "eagle_aux_hidden_state_layer_ids": [i + 1 for i in layers],
         "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": layers},
@@ -246,7 +246,7 @@ def _not_eagle(config: EagleConfig, name: str) -> str | None:
 
 def _not_deepspec_eagle(config: EagleConfig, name: str) -> str | None:
     fits = config.style in DEEPSPEC_EAGLE.styles.values()
-    normed = config.norm_before_residual or any(getattr(config, name) for name in _EAGLE_NORMS)
+    normed = config.norm_before_residual or any(getattr(config, name) for name in NORMS)
     if fits and not config.draft_vocab_size and not normed:
         return None
     return (
@@ -256,11 +256,10 @@ def _not_deepspec_eagle(config: EagleConfig, name: str) -> str | None:
     )
 
 
-_EAGLE_NORMS = ("norm_before_fc", "fc_norm", "norm_output")  # of EAGLE-3.1
 _BLOCKS = {"Qwen3DSparkModel": "qwen3", "Gemma4DSparkModel": "gemma4", "LlamaDSparkModel": "llama"}
 _EAGLES = {"LlamaForCausalLMEagle3": "llama", "Eagle3Qwen3ForCausalLM": "qwen3"}
 _DEEPSPEC_EAGLES = {"Qwen3Eagle3Model": "qwen3", "Gemma4Eagle3Model": "gemma4"}
-_LAYER = ("layers.0.", "midlayer.")
+_LAYER = {"layers.0.": "midlayer."}
 DSPARK = Form(FORMS, _BLOCKS, _read_dspark, _write_dspark, _not_dspark)
 DFLASH = Form(
     ("portable",),
@@ -283,5 +282,5 @@ DEEPSEEK_V4 = Form(
     sizes=deepseek_v4.read_sizes,
     to_names=deepseek_v4.to_checkpoint,
     from_names=deepseek_v4.from_checkpoint,
-    holds=deepseek_v4.is_draft,
+    holds=is_draft,
 )

@@ -17,11 +17,10 @@ from draftkit.draft.checkpoint_fields import Fields
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.errors import CheckpointError, TargetError
-from draftkit.target.deepseek_v4 import Place, place_in_block
+from draftkit.target.deepseek_v4 import Place, is_draft, place_in_block
 from draftkit.target.deepseek_v4_tensors import Sizes, TensorSpec, draft_tensors, has_draft_module
 from draftkit.target.fp8_fp4 import dequantise_fp4, dequantise_fp8
 
-PREFIX = "mtp."
 OWN, BUNDLED = "DeepseekV4DSparkModel", "DeepseekV4ForCausalLM"
 STYLES = {OWN: "deepseek_v4", BUNDLED: "deepseek_v4"}
 
@@ -156,7 +155,7 @@ def from_checkpoint(tensors: Mapping[str, Tensor], config: DeepseekV4Shape) -> d
     lost += [
         f"{n} lacks its scale" for n in names if n in bare and _is_small(bare[n]) and _scale_of(n) not in bare
     ]
-    lost += [f"unknown {n}" for n in bare if n.startswith(PREFIX) and n not in names and n[-6:] != ".scale"]
+    lost += [f"unknown {n}" for n in bare if is_draft(n) and n not in names and n[-6:] != ".scale"]
     if lost:
         more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
         raise CheckpointError(
@@ -177,11 +176,6 @@ def tensor_specs(config: DeepseekV4Shape) -> dict[str, TensorSpec]:
     """The module's tensors but for scales, as `config.json` of the checkpoint gives them."""
     raw = write_fields(config) | {"compress_ratios": [0] * config.num_target_layers, "num_hash_layers": 0}
     return {name: spec for name, spec in draft_tensors(raw).items() if not name.endswith(".scale")}
-
-
-def is_draft(name: str) -> bool:
-    """Whether a tensor of a checkpoint belongs to a draft module."""
-    return name.removeprefix("model.").startswith(PREFIX)
 
 
 def _stages(fields: Fields) -> int:

@@ -14,7 +14,6 @@ vocabulary; taps and groups of channels of a convolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,9 @@ from torch import Tensor, nn
 
 from draftkit.draft.backbone import DraftLayer
 from draftkit.draft.block import BlockDrafter
-from draftkit.draft.drafter import DraftContext, DrafterConfig, LossReport, Proposal, TrainBatch
+from draftkit.draft.drafter import DraftContext, DrafterConfig, Proposal
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
-from draftkit.settings import LossSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +58,6 @@ class Dflash2Config(DrafterConfig):
     def only_run(self) -> str | None:
         """As `DrafterShape.only_run`."""
         return "DFlash2's selector"
-
-
-def not_trained(*given: Any) -> NoReturn:
-    """No recipe makes one. Raises ConfigError."""
-    raise ConfigError(
-        "drafter.algorithm: dflash2 is read and run, not trained; choose dspark, dflash or eagle3"
-    )
 
 
 class GroupedConv(nn.Module):
@@ -170,7 +161,3 @@ class Dflash2Drafter(BlockDrafter):
             probs.append(q_BV)
             largest.append(largest_prob(logits_BV))
         return Proposal(torch.stack(tokens, 1), torch.stack(probs, 1), None, torch.stack(largest, 1))
-
-    def loss(self, batch: TrainBatch, settings: LossSettings) -> LossReport:
-        """There is none. Raises ConfigError."""
-        not_trained()

@@ -38,6 +38,9 @@ from draftkit.settings import LossSettings
 CONTEXT_GROWTH = 256  # rows by which a context's memory grows
 
 
+NORMS = ("norm_before_fc", "fc_norm", "norm_output")  # EAGLE-3.1's
+
+
 @dataclass(frozen=True, kw_only=True)
 class EagleConfig(DrafterShape):
     """The shape of an EAGLE-3 drafter; `block_size` is the horizon of training and the number of drafted

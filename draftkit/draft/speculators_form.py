@@ -10,6 +10,7 @@ flags have defaults of their own. Tensors have the usual names, layers as `layer
 | dspark | Qwen3DSparkModel | as `sample_from_anchor` says, which must be written: defaults differ |
 | dflash | DFlashDraftModel | 1 + N |
 | dflash2 | DFlash2DraftModel | 1 + N, through its selector |
+| xpress | Qwen3XPressModel | 1 + N, or as `sample_from_anchor` says |
 | eagle3 | LlamaForCausalLMEagle3, Eagle3Qwen3ForCausalLM by its block's model_type | token by token |
 """
 
@@ -20,8 +21,9 @@ from typing import Any
 from draftkit.draft.checkpoint_fields import Fields
 from draftkit.errors import CheckpointError
 
-KNOWN = ("dspark", "dflash", "dflash2", "eagle3")
+KNOWN = ("dspark", "dflash", "dflash2", "xpress", "eagle3")
 _PARTS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")  # of dflash2
+_BLOCKS = {"dflash": "DFlashDraftModel", "dflash2": "DFlash2DraftModel", "xpress": "Qwen3XPressModel"}
 _EAGLES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}
 _KEPT = (
     "draft_vocab_size mask_token_id block_size markov_rank markov_head_type enable_confidence_head "
@@ -90,5 +92,16 @@ def _blocks(fields: Fields, block: Fields, kind: str) -> dict[str, Any]:
     nested = {"mask_token_id": fields.get("mask_token_id", int), "target_layer_ids": outputs}
     if kind == "dflash2":
         nested |= {name: fields.get(name, int) for name in _PARTS}
-    name = "DFlash2DraftModel" if kind == "dflash2" else "DFlashDraftModel"
-    return {"architectures": [name], "dflash_config": nested}
+    refiner = _refiner(fields) if kind == "xpress" else {}
+    return {"architectures": [_BLOCKS[kind]], "dflash_config": nested, **refiner}
+
+
+def _refiner(fields: Fields) -> dict[str, Any]:
+    fields.demand("xpress_backbone", "dflash")
+    fields.demand("xpress_selector", False)
+    rank = fields.get("xpress_rank", int, 256)
+    return {
+        "xpress_rank": rank,
+        "xpress_mlp_hidden": rank * fields.get("xpress_mlp_ratio", int, 2),
+        "xpress_num_passes": fields.get("num_jacobi_passes", int, 6),
+    }

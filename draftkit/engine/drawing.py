@@ -32,19 +32,6 @@ class Drawn:
         return self.rows.dense()
 
 
-def certainly_drawn(tokens_DG: np.ndarray, like: Distributions) -> Drawn:
-    """Tokens that were not drawn but taken, beside rows of a kind."""
-    if isinstance(like, NativeRows):
-        return Drawn(NativeRows.certain(tokens_DG.ravel(), like), np.ones(tokens_DG.shape))
-    tokens_N1 = torch.from_numpy(tokens_DG.reshape(-1, 1)).to(like.probs_NV.device)
-    return Drawn(
-        DenseRows(
-            like.probs_NV.new_zeros(len(tokens_N1), like.probs_NV.shape[1]).scatter_(1, tokens_N1, 1.0)
-        ),
-        None,
-    )
-
-
 class Drafts(NamedTuple):
     """Proposals: tokens int64 [D, G], what they were drawn from (None: greedily), confidences in (0, 1) [D,
     G], or without a confidence head the largest probabilities [D, G] (see `Proposal`)."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from draftkit.engine.adjust import Adjustment, wide
-from draftkit.engine.drawing import Drawn, certainly_drawn
-from draftkit.ops.native_sampling import NativeRows
-from draftkit.ops.sampling import Distributions, distributions
-from draftkit.ops.verify import TOKEN_RULE, DenseProposals, NativeProposals, Proposals, verify
+from draftkit.engine.drawing import Drawn
+from draftkit.ops.native_sampling import NativeProposals, NativeRows, describable
+from draftkit.ops.sampling import distributions
+from draftkit.ops.verify import TOKEN_RULE, DenseProposals, verify
 
 
 @dataclass(frozen=True)
@@ -72,33 +72,45 @@ def verify_proposals(
         kept_AG &= np.arange(longest) < proposals.lengths_A[:, None]
         accepted_A = np.logical_and.accumulate(kept_AG, 1).sum(1)
         return accepted_A, best_AG[np.arange(len(best_AG)), accepted_A]
+    drawn = proposals.drawn
+    if describable(logits_NV) and (drawn is None or drawn.chances_DG is not None):
+        return _described(logits_NV, proposals, longest, settings_A).verify(uniforms_A2)
     rows_N = distributions(logits_NV, settings_A.repeat(proposals.lengths_A + 1))
     if not longest:
         return np.zeros(len(settings_A), np.int64), rows_N.draw(uniforms_A2[:, 1]).cpu().numpy()
     uniforms = torch.from_numpy(np.ascontiguousarray(uniforms_A2)).to(logits_NV.device)
-    verdict = verify(TOKEN_RULE, _proposals(rows_N, proposals, longest), uniforms)
+    verdict = verify(TOKEN_RULE, _dense(rows_N.dense(), proposals, longest), uniforms)
     accepted, following = torch.stack([verdict.accepted_R, verdict.next_token_R]).cpu().numpy()
     return accepted, following
 
 
-def _proposals(rows_N: Distributions, proposals: ProposalBatch, longest: int) -> Proposals:
-    """`rows_N` are the target's, lengths + 1 of each request."""
-    drawn = proposals.drawn or certainly_drawn(proposals.host_tokens_AG[proposals.drafting], rows_N)
-    gamma, answering = proposals.tokens_AG.shape[1], len(proposals.lengths_A)
-    lengths_A = torch.from_numpy(proposals.lengths_A)
-    if isinstance(rows_N, NativeRows) and isinstance(drawn.rows, NativeRows) and drawn.chances_DG is not None:
-        q_AG, first_A = np.zeros((answering, gamma)), np.zeros(answering, np.int64)
-        q_AG[proposals.drafting] = drawn.chances_DG
-        first_A[proposals.drafting] = np.arange(len(proposals.drafting)) * gamma
-        firsts_A = (proposals.lengths_A + 1).cumsum() - proposals.lengths_A - 1
-        tokens_AG = proposals.host_tokens_AG[:, :longest]
-        return NativeProposals(tokens_AG, q_AG[:, :longest], rows_N, firsts_A, drawn.rows, first_A, lengths_A)
-    probs_NV, cells = rows_N.dense(), _cells(proposals.lengths_A, longest)
-    index = None if cells is None else torch.from_numpy(cells).to(probs_NV.device)
-    p_AGV = probs_NV.unflatten(0, (-1, longest + 1)) if index is None else probs_NV[index]
-    q_DGV = drawn.dense().unflatten(0, (-1, gamma))[:, :longest]
-    q_AGV = place(q_DGV, proposals.drafting, answering)
-    return DenseProposals(proposals.tokens_AG[:, :longest], p_AGV, q_AGV, lengths_A.to(probs_NV.device))
+def _described(
+    logits_NV: Tensor, proposals: ProposalBatch, longest: int, settings_A: np.ndarray
+) -> NativeProposals:
+    answering, drafting, drawn = len(proposals.lengths_A), proposals.drafting, proposals.drawn
+    first_A, chances_AG = np.zeros(answering, np.int64), np.zeros((answering, longest))
+    drafts = None
+    if drawn is not None and drawn.chances_DG is not None and isinstance(drawn.rows, NativeRows):
+        drafts = drawn.rows
+        first_A[drafting] = np.arange(len(drafting)) * drawn.chances_DG.shape[1]
+        chances_AG[drafting] = drawn.chances_DG[:, :longest]
+    tokens_AG = proposals.host_tokens_AG[:, :longest]
+    return NativeProposals(logits_NV, settings_A, proposals.lengths_A, tokens_AG, chances_AG, first_A, drafts)
+
+
+def _dense(p_NV: Tensor, proposals: ProposalBatch, longest: int) -> DenseProposals:
+    """`p_NV` are the target's rows, lengths + 1 of each request."""
+    gamma, cells = proposals.tokens_AG.shape[1], _cells(proposals.lengths_A, longest)
+    index = None if cells is None else torch.from_numpy(cells).to(p_NV.device)
+    p_AGV = p_NV.unflatten(0, (-1, longest + 1)) if index is None else p_NV[index]
+    tokens_AG = proposals.tokens_AG[:, :longest]
+    if proposals.drawn is not None:
+        q_DGV = proposals.drawn.dense().unflatten(0, (-1, gamma))[:, :longest]
+        q_AGV = place(q_DGV, proposals.drafting, len(p_AGV))
+    else:  # greedy drafts
+        q_AGV = torch.zeros_like(p_AGV[:, :-1]).scatter_(-1, tokens_AG[..., None], 1.0)
+    lengths_A = torch.from_numpy(proposals.lengths_A).to(p_NV.device)
+    return DenseProposals(tokens_AG, p_AGV, q_AGV, lengths_A)
 
 
 def adjust_rows(

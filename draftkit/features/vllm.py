@@ -33,6 +33,7 @@ from draftkit.errors import ConfigError, ServeError
 from draftkit.features.compute import cut_windows, longest_of
 from draftkit.features.record import Text
 from draftkit.target.interface import Target, TargetInfo
+from draftkit.target.transformers import last_tap
 
 CONNECTORS = "0.9."  # of hs-connectors: the form of its files and of what it returns
 AT_ONCE = 16  # requests
@@ -43,16 +44,18 @@ SAME = 0.05  # relative distance of the same layer read twice, in half precision
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a server must give: the target's sizes, layers as OUTPUT indices, and its final norm."""
+    """What a server must give: the target's sizes, layers as OUTPUT indices, and its final norm. Without a
+    norm the last hidden states are not asked for: those of a family with several residual streams cannot be
+    made of what the server gives, which is the mean of the streams after a layer, as drafters read it."""
 
     info: TargetInfo
     layers: tuple[int, ...]
-    norm: nn.Module
+    norm: nn.Module | None
 
     @property
     def ids(self) -> list[int]:
-        """The layers and the last hidden state as the server numbers them."""
-        return [*(layer + 1 for layer in self.layers), self.info.num_layers]
+        """The layers, and the last hidden state, as the server numbers them."""
+        return [*(layer + 1 for layer in self.layers), *([self.info.num_layers] if self.norm else [])]
 
 
 class VllmReader:
@@ -66,8 +69,8 @@ class VllmReader:
         self._model = self._first_model()
 
     def read(self, texts: Sequence[Text], last_hidden: bool = True) -> list[tuple[Tensor, Tensor]]:
-        """See `Reader`; on the CPU, always both. A server that batches freely does not give the same bits
-        every time."""
+        """See `Reader`; on the CPU, both where there is a norm. A server that batches freely does not give
+        the same bits every time."""
         longest = longest_of(texts)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             read = dict(zip(longest, pool.map(lambda i: self._one(texts[i].tokens_E), longest), strict=True))
@@ -80,7 +83,7 @@ class VllmReader:
         vocab = self._wanted.info.vocab_size
         tokens_E = torch.arange(PROBE_TOKENS) * 7919 % max(1, vocab - 1)
         features_EF, last_EH = self._one(tokens_E)
-        every = tuple(range(self._wanted.info.num_layers - 1))
+        every = tuple(range(last_tap(self._wanted.info) + 1))
         output = target.forward(tokens_E[None].to(target.device), None, every)
         if output.features_BTF is None:
             raise ServeError("the target returned no features")
@@ -99,14 +102,15 @@ class VllmReader:
                     f"{self.url}: gives {what} where the output of layer {layer} is wanted; start it with "
                     f"eagle_aux_hidden_state_layer_ids {self._wanted.ids} and this very model"
                 )
-        if not _distance(last_EH, output.last_hidden_BTH[0].float().cpu()) <= SAME:
+        own_EH = output.last_hidden_BTH[0].float().cpu()
+        if self._wanted.norm and not _distance(last_EH, own_EH) <= SAME:
             raise ServeError(
                 f"{self.url}: its last hidden state is not the target's; give this model, and as the last of "
                 f"eagle_aux_hidden_state_layer_ids {self._wanted.info.num_layers}"
             )
 
     def _one(self, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [E, F] and last hidden states after the norm [E, H] of one text."""
+        """Features [E, F] and last hidden states after the norm [E, H] (without one [E, 0]) of one text."""
         body = {"model": self._model, "prompt": tokens_E.tolist(), "max_tokens": 1, "temperature": 0}
         answer = self._ask("post", "/v1/completions", json=body)
         params = answer.get("kv_transfer_params")
@@ -155,7 +159,8 @@ class VllmReader:
             raise ServeError(
                 f"{self.url}: gives {given}; start it with layer ids {wanted.ids} and this model"
             )
-        return hidden_EKH[:, :-1].flatten(1), wanted.norm(hidden_EKH[:, -1].float())
+        last_EH = wanted.norm(hidden_EKH[:, -1].float()) if wanted.norm else hidden_EKH[:, 0, :0]
+        return hidden_EKH[:, : len(wanted.layers)].flatten(1), last_EH
 
     def _first_model(self) -> str:
         models = self._ask("get", "/v1/models").get("data") or []

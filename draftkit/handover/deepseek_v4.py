@@ -23,10 +23,12 @@ from torch import Tensor
 from draftkit.artefact import read_json
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
-from draftkit.draft.deepseek_v4_checkpoint import draft_fields, is_draft, place_of
+from draftkit.draft.deepseek_v4_checkpoint import draft_fields, place_of
 from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.errors import CheckpointError, ConfigError
+from draftkit.handover.engines import engine_named
 from draftkit.output import make_folder, write_tensors, write_text
+from draftkit.target.deepseek_v4 import is_draft
 from draftkit.target.deepseek_v4_tensors import FAMILY, TensorSpec, draft_tensors
 from draftkit.target.fp8_fp4 import quantise_fp4, quantise_fp8
 from draftkit.target.weights import TargetFiles
@@ -89,8 +91,7 @@ def write_subfolder(drafter: DeepseekV4Drafter, folder: Path) -> HandedOver:
 
 
 def commands(path: str, config: DeepseekV4Shape) -> dict[str, str]:
-    """How each engine serves the checkpoint with its module (vLLM 0.33, SGLang 0.5.23, llama.cpp after
-    #25784)."""
+    """How each engine of the table (`handover/engines.py`) serves the checkpoint with its module."""
     gamma = config.gamma
     spec = {"method": "dspark", "num_speculative_tokens": gamma, "draft_sample_method": "probabilistic"}
     return {
@@ -105,14 +106,20 @@ def commands(path: str, config: DeepseekV4Shape) -> dict[str, str]:
     }
 
 
-def notes(config: DeepseekV4Shape) -> tuple[str, ...]:
-    """What the commands leave unsaid."""
-    return (
-        f"draft {config.gamma} tokens, the block size it was trained with: more lost acceptance in reports",
-        "vLLM: fp8 KV cache is required by FlashMLA; Model Runner V2; no CPU",
-        "SGLang: give no --speculative-draft-model-path, it finds the module; draft tokens: block size + 1",
-        "the module is stored in FP8 and FP4: measure it again with `draftkit evaluate -d` on this folder",
+def instructions(path: str, config: DeepseekV4Shape) -> list[str]:
+    """The commands with the versions that they were read in, and what they leave unsaid."""
+    told = []
+    for name, line in commands(path, config).items():
+        engine = engine_named(name)
+        told += [f"{name} ({engine.checked}): {line}", *(f"  {n}" for n in engine.all_notes(config))]
+    again = (
+        "where the checkpoint is quantised the module is too: measure it again with `draftkit evaluate -d`"
     )
+    return [
+        *told,
+        f"note: draft {config.gamma} tokens, the block size that it was trained with",
+        f"note: {again}",
+    ]
 
 
 def hand_over_module(folder: Path, out: Path, form: str) -> HandedOver:
@@ -122,8 +129,7 @@ def hand_over_module(folder: Path, out: Path, form: str) -> HandedOver:
     if not isinstance(drafter, DeepseekV4Drafter):
         raise ConfigError(f"--form {form}: is for dspark_v4 drafters; {folder} is {drafter.config.algorithm}")
     made = (write_bundled if form == BUNDLED else write_subfolder)(drafter, out)
-    lines = [f"{name}: {line}" for name, line in commands(str(out), drafter.config).items()]
-    print("\n".join([*lines, *(f"note: {n}" for n in notes(drafter.config))]), file=sys.stderr)
+    print("\n".join(instructions(str(out), drafter.config)), file=sys.stderr)
     return made
 
 

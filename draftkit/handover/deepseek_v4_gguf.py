@@ -15,6 +15,7 @@ from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.errors import CheckpointError, ConfigError
 from draftkit.handover.deepseek_v4 import CONFIG, INDEX, target_config, with_module, write_shards
+from draftkit.handover.engines import engine_named
 from draftkit.target.fp8_fp4 import BLOCK, GROUP
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -57,11 +58,9 @@ def write_v4_gguf(drafter: DeepseekV4Drafter, target: Path, converter: Path, out
 
 def refusals(config: DeepseekV4Shape) -> list[str]:
     """Why llama.cpp has no file for this module; empty when it has."""
-    found = []
+    found = engine_named("llama.cpp").refusals(config)
     if config.scoring != "sqrtsoftplus":
         found.append(f"experts are scored by {config.scoring}, it knows sqrtsoftplus")
-    if not config.confidence_with_markov:
-        found.append("it reads a confidence head with the Markov embedding alone")
     for name, size in (("hidden", config.hidden_size), ("expert", config.intermediate_size)):
         if size % GROUP:
             found.append(f"{name} size {size} is no multiple of {GROUP}, as packed FP4 needs")

@@ -149,13 +149,15 @@ def _scaled_rope(config: DrafterShape) -> str | None:
     )
 
 
+def _xpress(config: DrafterShape) -> str | None:
+    return "it has no XPress" if config.algorithm == "xpress" else None
+
+
 def _window(config: DrafterShape) -> str | None:
     block = _block(config)
-    return (
-        f"it shows the drafter its whole context, not the last {block.window} tokens"
-        if block and block.window
-        else None
-    )
+    if not block or not block.window or block.algorithm == "dspark_v4":  # whose window engines know
+        return None
+    return f"it shows the drafter its whole context, not the last {block.window} tokens"
 
 
 def _logit_scale(config: DrafterShape) -> str | None:
@@ -182,8 +184,16 @@ ENGINES = {
                 "needs a GPU and Model Runner V2 (with Triton); the vLLM of CPUs has no dspark",
                 'add "enable_adaptive_verification": true for a planner; without one the number is fixed',
             ),
+            "dspark_v4": (
+                "FlashMLA needs the fp8 KV cache; Model Runner V2; no CPU",
+                "takes any number of drafted tokens; more than the block size lost acceptance in reports",
+            ),
             "dflash": (_LOAD,),
             "eagle3": (_LOAD,),
+            "xpress": (
+                "needs a GPU and Model Runner V2 (with Triton), and the flat form of the authors: that of "
+                "speculators is not translated",
+            ),
         },
     ),
     "sglang": Engine(
@@ -199,6 +209,7 @@ ENGINES = {
             _llama_eagle,
             _before_residual,
             _eagle_norms,
+            _xpress,
         ),
         (_window, _logit_scale),
         {
@@ -207,6 +218,9 @@ ENGINES = {
                 "a GPU; SGLANG_RAGGED_VERIFY_MODE=compact with the files of draftkit profile and "
                 "calibrate plans "
                 "verification, otherwise all is verified",
+            ),
+            "dspark_v4": (
+                "give no --speculative-draft-model-path, it finds the module; draft tokens: block size + 1",
             ),
             "dflash": (_LOAD,),
             "eagle3": (_LOAD,),
@@ -226,6 +240,7 @@ ENGINES = {
             _gemma_eagle,
             _eagle_output_norms,
             _three_layers,
+            _xpress,
         ),
         (_window, _logit_scale),
         {
@@ -239,7 +254,7 @@ ENGINES = {
         "mlx",
         "mlx-dspark 0.20.3",
         "mlx-dspark",
-        (_markov_alone, _llama_block, _anchor_dflash, _eagle),
+        (_markov_alone, _llama_block, _anchor_dflash, _eagle, _xpress),
         (_window,),
         {"": ("Apple silicon; the drafted tokens follow a cost curve that it measures",)},
     ),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -35,7 +36,10 @@ SOFTMAX = np.dtype(
 CHUNK = 256  # as in the source
 _int, _pointer = ctypes.c_int64, ctypes.c_void_p
 _Rows = structure(("count columns stride threads", _int), ("logits softmaxes sums ids", _pointer))
-_Residuals = structure(("count vocab", _int), ("p q p_row q_row weight", _pointer))
+_Proposals = structure(
+    ("count places", _int),
+    ("p q settings lengths first draft_first tokens chances uniforms accepted next", _pointer),
+)
 
 
 @cache
@@ -65,7 +69,7 @@ class NativeRows:
         ids_C: Tensor | None = None,
         vocab: int | None = None,
     ) -> None:
-        self._library, self.vocab = library, vocab or logits_NC.shape[1]
+        self.library, self.vocab = library, vocab or logits_NC.shape[1]
         self._kept = logits_NC, softmaxes_N, sums_NC, ids_C
         self.structure = _Rows(
             *logits_NC.shape,
@@ -86,27 +90,17 @@ class NativeRows:
         vocabulary."""
         logits, softmaxes, sums, _ = zip(*(part._kept for part in parts), strict=True)
         joined = (torch.stack(logits, 1).flatten(0, 1), np.stack(softmaxes, 1).ravel())
-        return NativeRows(parts[0]._library, *joined, np.stack(sums, 1).reshape(-1, sums[0].shape[1]))
-
-    @staticmethod
-    def certain(tokens_N: np.ndarray, like: NativeRows) -> NativeRows:
-        """Each row has all its mass on one token."""
-        softmaxes_N = np.zeros(len(tokens_N), SOFTMAX)
-        softmaxes_N["total"], softmaxes_N["single"], softmaxes_N["best"] = 1, 1, tokens_N
-        logits_NV = torch.zeros(1, like.vocab).expand(len(tokens_N), -1)  # nobody looks at them
-        return NativeRows(
-            like._library, logits_NV, softmaxes_N, np.empty((len(tokens_N), chunks_of(like.vocab)))
-        )
+        return NativeRows(parts[0].library, *joined, np.stack(sums, 1).reshape(-1, sums[0].shape[1]))
 
     def describe(self, settings_N: np.ndarray) -> None:
         """Work out the softmaxes."""
         settings_N = np.ascontiguousarray(settings_N)
-        self._library.describe_rows(ctypes.byref(self.structure), _at(settings_N))
+        self.library.describe_rows(ctypes.byref(self.structure), _at(settings_N))
 
     def dense(self) -> Tensor:
         """Probabilities, float32 [N, V]."""
         probs_NV = torch.empty(len(self), self.vocab)
-        self._library.fill_rows(ctypes.byref(self.structure), _int(self.vocab), _pointer(probs_NV.data_ptr()))
+        self.library.fill_rows(ctypes.byref(self.structure), _int(self.vocab), _pointer(probs_NV.data_ptr()))
         return probs_NV
 
     def draw(self, uniforms_N: np.ndarray) -> Tensor:
@@ -118,68 +112,72 @@ class NativeRows:
         """Tokens, int64 [N], and their probabilities, float64 [N]."""
         uniforms_N = np.ascontiguousarray(uniforms_N, np.float64)
         tokens_N, chances_N = np.empty(len(self), np.int64), np.empty(len(self))
-        self._library.draw_rows(ctypes.byref(self.structure), _at(uniforms_N), _at(tokens_N), _at(chances_N))
+        self.library.draw_rows(ctypes.byref(self.structure), _at(uniforms_N), _at(tokens_N), _at(chances_N))
         return tokens_N, chances_N
 
-    def chances(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """The probability of a column in each of some rows, float64 of their shape."""
-        rows, columns = (np.ascontiguousarray(a, np.int64) for a in (rows, columns))
-        found = np.empty(rows.shape)
-        self._library.find_chances(
-            ctypes.byref(self.structure), _int(rows.size), _at(rows), _at(columns), _at(found)
+
+@dataclass(frozen=True)
+class NativeProposals:
+    """Proposals of R requests, G drafted tokens each, int64 [R, G]: of `lengths_R`, int64 [R], of them are
+    verified, and `logits_NV` holds lengths + 1 rows of the target for each request, all with its setting,
+    `SETTING` [R]. Row `draft_first_R[r]` + k of `drafts` is what the k-th token was drawn from, with
+    `chances_RG`, float64; None where tokens were taken for certain."""
+
+    logits_NV: Tensor
+    settings_R: np.ndarray
+    lengths_R: np.ndarray
+    tokens_RG: np.ndarray
+    chances_RG: np.ndarray
+    draft_first_R: np.ndarray
+    drafts: NativeRows | None
+
+    def verify(self, uniforms_R2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token-wise rejection sampling as `ops.verify.verify` does it, row by row: how many tokens are
+        accepted, and the token after them, int64 [R] each. The first uniform of a request picks the length,
+        the second the token."""
+        rows, requests = _undescribed(self.logits_NV), len(self.lengths_R)
+        firsts_R = (self.lengths_R + 1).cumsum() - self.lengths_R - 1
+        inputs = [
+            np.ascontiguousarray(self.settings_R),
+            *(
+                np.ascontiguousarray(a, np.int64)
+                for a in (self.lengths_R, firsts_R, self.draft_first_R, self.tokens_RG)
+            ),
+            *(np.ascontiguousarray(a, np.float64) for a in (self.chances_RG, uniforms_R2)),
+        ]
+        accepted_R, next_R = np.empty(requests, np.int64), np.empty(requests, np.int64)
+        ours, theirs = (_address(r.structure) if r is not None else None for r in (rows, self.drafts))
+        proposals = _Proposals(
+            requests, self.tokens_RG.shape[1], ours, theirs, *map(_at, [*inputs, accepted_R, next_R])
         )
-        return found
+        rows.library.verify_tokens(ctypes.byref(proposals))
+        return accepted_R, next_R
 
-    def residual_sums(
-        self, rows: np.ndarray, drafts: NativeRows, draft_rows: np.ndarray, weights: np.ndarray
-    ) -> np.ndarray:
-        """sum over tokens of max(0, weight p - q), of so many rows p of these and q of `drafts`: float64 of
-        their shape."""
-        pairs, _arrays = self._pairs(rows, drafts, draft_rows, weights)
-        found = np.empty(rows.shape)
-        self._library.sum_residuals(ctypes.byref(pairs), _at(found))
-        return found
 
-    def draw_residuals(
-        self,
-        rows: np.ndarray,
-        drafts: NativeRows,
-        draft_rows: np.ndarray,
-        weights: np.ndarray,
-        uniforms: np.ndarray,
-    ) -> np.ndarray:
-        """A token of each residual max(0, weight p - q), int64 [P]; of p itself where `draft_rows` is -1, and
-        where nothing is left, which only rounding brings about."""
-        pairs, _arrays = self._pairs(rows, drafts, draft_rows, weights)
-        uniforms, tokens = np.ascontiguousarray(uniforms, np.float64), np.empty(len(rows), np.int64)
-        self._library.draw_residuals(ctypes.byref(pairs), _at(uniforms), _at(tokens))
-        return tokens
-
-    def _pairs(
-        self, rows: np.ndarray, drafts: NativeRows, draft_rows: np.ndarray, weights: np.ndarray
-    ) -> tuple[ctypes.Structure, tuple[np.ndarray, ...]]:
-        arrays = (
-            np.ascontiguousarray(rows, np.int64),
-            np.ascontiguousarray(draft_rows, np.int64),
-            np.ascontiguousarray(weights, np.float64),
-        )
-        ours, theirs = (ctypes.cast(ctypes.pointer(r.structure), _pointer) for r in (self, drafts))
-        return _Residuals(arrays[0].size, self.vocab, ours, theirs, *map(_at, arrays)), arrays
+def describable(logits_NV: Tensor) -> bool:
+    """Float32 on the CPU, where something can be compiled."""
+    return (
+        logits_NV.device.type == "cpu" and logits_NV.dtype == torch.float32 and sampling_library() is not None
+    )
 
 
 def native_rows(logits_NV: Tensor, settings_N: np.ndarray) -> NativeRows | None:
-    """Described rows; None for tensors that are not float32 on the CPU, or where nothing can be compiled."""
-    if logits_NV.device.type != "cpu" or logits_NV.dtype != torch.float32:
+    """Described rows; None where they are not `describable`."""
+    if not describable(logits_NV):
         return None
+    rows = _undescribed(logits_NV)
+    rows.describe(settings_N)
+    return rows
+
+
+def _undescribed(logits_NV: Tensor) -> NativeRows:
     library = sampling_library()
     if library is None:
-        return None
+        raise NoNative("nothing can be compiled here")
     count, columns = logits_NV.shape
     if count and logits_NV.stride(1) != 1:
         logits_NV = logits_NV.contiguous()
-    rows = NativeRows(library, logits_NV, np.empty(count, SOFTMAX), np.empty((count, chunks_of(columns))))
-    rows.describe(settings_N)
-    return rows
+    return NativeRows(library, logits_NV, np.empty(count, SOFTMAX), np.empty((count, chunks_of(columns))))
 
 
 def chunks_of(columns: int) -> int:
@@ -189,3 +187,7 @@ def chunks_of(columns: int) -> int:
 
 def _at(array: np.ndarray) -> ctypes.c_void_p:
     return _pointer(array.ctypes.data)
+
+
+def _address(structure: ctypes.Structure) -> ctypes.c_void_p:
+    return ctypes.cast(ctypes.pointer(structure), _pointer)

@@ -2,9 +2,9 @@
 
 A rule looks at three things of a proposal: p(x) / q(x) of each drafted token, sums of residual rows max(0, w
 p - q), and the one residual row of the place where the proposal ends, which the next token is drawn from.
-Whole distributions are never needed. `verify` draws; the exhaustive proof of exactness sums over the same
-functions. Temperature 0 is a one-hot target row, a greedy draft a one-hot draft row, and plain decoding a
-proposal of length 0.
+`verify` draws; the exhaustive proof of exactness sums over the same functions. Temperature 0 is a one-hot
+target row, a greedy draft a one-hot draft row, and plain decoding a proposal of length 0. Where rows of
+logits are described instead of made, `native_sampling.NativeProposals` draws the token rule's verdicts.
 
 Shapes: R requests, G = gamma drafted positions, V vocabulary. `lengths_R` is how many drafted tokens of each
 request are verified (0..G); what lies after it is ignored. p is [R, G + 1, V] (target, after the sampling
@@ -15,36 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from draftkit.ops.native_sampling import NativeRows
 from draftkit.ops.sampling import sample
-
-
-class Proposals(Protocol):
-    """What a rule looks at."""
-
-    @property
-    def lengths_R(self) -> Tensor:
-        """How many drafted tokens are verified, int64 [R]."""
-        ...
-
-    def ratios(self) -> Tensor:
-        """p(x) / q(x) of the drafted tokens [R, G]; 0 where the drafter could not have drawn the token."""
-        ...
-
-    def surplus(self, weights_RG: Tensor) -> Tensor:
-        """sum over tokens of max(0, w p - q) at every drafted position, [R, G]."""
-        ...
-
-    def draw(self, accepted_R: Tensor, weights_R: Tensor, uniforms_R: Tensor) -> Tensor:
-        """The token after the accepted ones [R]: from max(0, w p - q), scaled to sum 1, at the first refused
-        position, or from p after the last verified one."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +42,7 @@ class Verdict:
     next_token_R: Tensor
 
 
-def verify(rule: Rule, proposals: Proposals, uniforms_R2: Tensor) -> Verdict:
+def verify(rule: Rule, proposals: DenseProposals, uniforms_R2: Tensor) -> Verdict:
     """Draw the verdict: the first uniform of a request picks the length, the second the token."""
     counted_RG, weights_RG = length_distribution(rule, proposals)
     reached_RG = counted_RG.double().cumsum(-1)  # float32 would round a uniform up to 1
@@ -77,7 +52,7 @@ def verify(rule: Rule, proposals: Proposals, uniforms_R2: Tensor) -> Verdict:
     return Verdict(accepted_R, proposals.draw(accepted_R, weights_R, uniforms_R2[:, 1]))
 
 
-def length_distribution(rule: Rule, proposals: Proposals) -> tuple[Tensor, Tensor]:
+def length_distribution(rule: Rule, proposals: DenseProposals) -> tuple[Tensor, Tensor]:
     """The distribution of the number of accepted tokens, and the weights of each position's residual, both
     [R, G + 1]."""
     ratios_RG = proposals.ratios()
@@ -99,19 +74,20 @@ class DenseProposals:
     lengths_R: Tensor
 
     def ratios(self) -> Tensor:
-        """See `Proposals`."""
+        """p(x) / q(x) of the drafted tokens [R, G]; 0 where the drafter could not have drawn the token."""
         index = self.tokens_RG[..., None]
         p_RG = self.p_RGV[:, : self.tokens_RG.shape[1]].gather(-1, index).squeeze(-1)
         q_RG = self.q_RGV.gather(-1, index).squeeze(-1).to(p_RG)
         return torch.where(q_RG > 0, p_RG / q_RG, 0.0)
 
     def surplus(self, weights_RG: Tensor) -> Tensor:
-        """See `Proposals`."""
+        """sum over tokens of max(0, w p - q) at every drafted position, [R, G]."""
         p_RGV = self.p_RGV[:, : self.tokens_RG.shape[1]]
         return (weights_RG[..., None] * p_RGV - self.q_RGV.to(p_RGV)).clamp_min(0.0).sum(-1)
 
     def draw(self, accepted_R: Tensor, weights_R: Tensor, uniforms_R: Tensor) -> Tensor:
-        """See `Proposals`."""
+        """The token after the accepted ones [R]: from max(0, w p - q), scaled to sum 1, at the first refused
+        position, or from p after the last verified one."""
         return sample(self.next_token_distribution(accepted_R, weights_R), uniforms_R)
 
     def next_token_distribution(self, accepted_R: Tensor, weights_R: Tensor) -> Tensor:
@@ -123,55 +99,6 @@ class DenseProposals:
         q_RV = self.q_RGV[rows, accepted_R.clamp_max(gamma - 1)].to(p_RV)
         residual_RV = _normalise((weights_R[:, None] * p_RV - q_RV).clamp_min(0.0), p_RV)
         return torch.where((accepted_R < self.lengths_R)[:, None], residual_RV, p_RV)
-
-
-@dataclass(frozen=True)
-class NativeProposals:
-    """Proposals over described rows, on the CPU: row `first_R[r]` + k of p follows k drafted tokens of
-    request r, row `draft_first_R[r]` + k of q is what the k-th was drawn from; tokens int64 [R, G] and q of
-    each, float64 [R, G]."""
-
-    tokens_RG: np.ndarray
-    q_RG: np.ndarray
-    p: NativeRows
-    first_R: np.ndarray
-    q: NativeRows
-    draft_first_R: np.ndarray
-    lengths_R: Tensor
-
-    def ratios(self) -> Tensor:
-        """See `Proposals`."""
-        verified_RG = self._verified
-        rows_RG = self.first_R[:, None] + np.arange(self.tokens_RG.shape[1])
-        found_RG = np.zeros(self.tokens_RG.shape)
-        found_RG[verified_RG] = self.p.chances(rows_RG[verified_RG], self.tokens_RG[verified_RG])
-        return torch.from_numpy(
-            np.divide(found_RG, self.q_RG, out=np.zeros_like(found_RG), where=self.q_RG > 0)
-        )
-
-    def surplus(self, weights_RG: Tensor) -> Tensor:
-        """See `Proposals`; 0 at positions that are not verified."""
-        verified_RG, places = self._verified, np.arange(self.tokens_RG.shape[1])
-        rows_RG, draft_rows_RG = self.first_R[:, None] + places, self.draft_first_R[:, None] + places
-        found_RG = np.zeros(self.tokens_RG.shape)
-        found_RG[verified_RG] = self.p.residual_sums(
-            rows_RG[verified_RG], self.q, draft_rows_RG[verified_RG], weights_RG.numpy()[verified_RG]
-        )
-        return torch.from_numpy(found_RG)
-
-    def draw(self, accepted_R: Tensor, weights_R: Tensor, uniforms_R: Tensor) -> Tensor:
-        """See `Proposals`."""
-        accepted = accepted_R.numpy()
-        draft_rows_R = np.where(accepted < self.lengths_R.numpy(), self.draft_first_R + accepted, -1)
-        tokens_R = self.p.draw_residuals(
-            self.first_R + accepted, self.q, draft_rows_R, weights_R.numpy(), uniforms_R.numpy()
-        )
-        return torch.from_numpy(tokens_R)
-
-    @property
-    def _verified(self) -> np.ndarray:
-        verified_RG: np.ndarray = np.arange(self.tokens_RG.shape[1]) < self.lengths_R.numpy()[:, None]
-        return verified_RG
 
 
 def _normalise(residual_RV: Tensor, fallback_RV: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from draftkit.config import Recipe
 from draftkit.draft.algorithms import Algorithm, algorithm_named
-from draftkit.draft.deepseek_v4_checkpoint import tensor_specs
+from draftkit.draft.deepseek_v4_checkpoint import place_of, tensor_specs
 from draftkit.draft.deepseek_v4_shape import shape_of
 from draftkit.draft.families import BlockShape, block_shape, style_of
 from draftkit.draft.losses import CHUNK_LOGITS
@@ -125,7 +125,7 @@ def _of_v4(
     }
     shape = shape_of(section, numbers, section.mask_token_id or 0)
     specs = tensor_specs(shape)
-    stage = {n: s for n, s in specs.items() if n.startswith("mtp.1.")}
+    stage = {n: s for n, s in specs.items() if place_of(n).name.startswith("stages.0.")}
     experts = total_weights({n: s for n, s in stage.items() if ".experts." in n})
     layer = total_weights(stage) - experts
     inner, width, hidden = shape.intermediate_size, shape.num_heads * shape.head_dim, shape.hidden_size

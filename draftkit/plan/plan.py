@@ -97,18 +97,19 @@ def plan(
     epochs = train.epochs if train.steps is None else train.steps * train.batch_size / max(1, counts.samples)
     shape = DrafterSizes.of(recipe, sizes, layers)
     step_memory = shape.train_bytes(recipe, counts, layers, devices)
-    # a V4 target is read by vLLM, over all devices; of others every process has its own
-    holders = devices if sizes.info.family == FAMILY else 1
-    read_memory = reading_bytes(recipe, sizes, layers) - sizes.weight_bytes * (holders - 1) // holders
+    # a V4 target lies over all devices, in vLLM as it is stored; of others every process has its own
+    v4 = sizes.info.family == FAMILY
+    served = sizes.weight_bytes // (devices if v4 else 1)
+    read_memory = reading_bytes(recipe, sizes, layers, devices)
     learning = shape.operations(recipe, counts, layers) * epochs
     stages = (
         StagePlan("generate", round(8 * counts.read), hours(2.0 * sizes.active * counts.targets),
-                  sizes.weight_bytes // holders),
+                  served),
         StagePlan("capture", size_of[capture.dtype], hours(reading), read_memory),
         StagePlan("train from the store", shape.disk_bytes(recipe), hours(learning), step_memory),
         StagePlan("train live", size_of[NO_FEATURES] + shape.disk_bytes(recipe),
                   hours(learning + reading * epochs),
-                  step_memory + read_memory),
+                  step_memory + (served if v4 else read_memory)),
     )  # fmt: skip
     fits = size_of[capture.dtype] <= free
     way, why = _way(capture.dtype, size_of, free, epochs)

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftkit.config import Recipe
 from draftkit.errors import TargetError
-from draftkit.target.deepseek_v4 import FAMILY, raw_config
-from draftkit.target.deepseek_v4_tensors import checkpoint_tensors, draft_tensors, total_bytes
+from draftkit.target.deepseek_v4 import raw_config
+from draftkit.target.deepseek_v4_tensors import FAMILY, checkpoint_tensors, draft_tensors, total_bytes
 from draftkit.target.interface import TargetInfo
 from draftkit.target.loading import longest_context, resolve_target
 from draftkit.target.transformers import DTYPES
@@ -72,12 +72,26 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def reading_bytes(recipe: Recipe, sizes: TargetSizes, layers: int) -> int:
-    """The weights, and what one batch's pass holds: features, last hidden states, a layer's inner states."""
+def reading_bytes(recipe: Recipe, sizes: TargetSizes, layers: int, devices: int) -> int:
+    """What capture holds on each device: weights, and of one batch's pass features, last hidden states and a
+    layer's inner states. A V4 target is read as floats, its layers over all devices."""
     text, item = sizes.text_config, DTYPES[recipe.target.dtype].itemsize
-    inner = getattr(text, "intermediate_size", None) or 4 * sizes.info.hidden_size
     tokens = max(recipe.capture.batch_tokens, recipe.capture.max_length)
+    if sizes.info.family == FAMILY:
+        of_token = (layers + 1) * sizes.info.hidden_size + _v4_layer(text, recipe.capture.max_length)
+        return item * (sizes.parameters // devices + tokens * of_token)
+    inner = getattr(text, "intermediate_size", None) or 4 * sizes.info.hidden_size
     return sizes.weight_bytes + tokens * ((layers + 8) * sizes.info.hidden_size + 3 * int(inner)) * item
+
+
+def _v4_layer(text: Any, length: int) -> int:
+    """Numbers that Transformers' attention, which has one way for V4, holds of a token in texts of this
+    length: streams before and after, queries as they are, rotated and mixed, keys and values of each head,
+    and scores as they come, with the sink and in their softmax."""
+    rates = [rate for kind, rate in text.compress_rates.items() if kind in text.layer_types]
+    keys = length + length // min(rates) if rates else length
+    heads, width = text.num_attention_heads, text.num_attention_heads * text.head_dim
+    return 2 * text.hc_mult * text.hidden_size + 3 * width + 2 * width * keys // length + 3 * heads * keys
 
 
 def _stored_bytes(source: str, revision: str | None, text: Any) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from draftkit.errors import ConfigError
 from draftkit.serve.detokenize import TokenTexts
+from draftkit.serve.formats import ForcedCalls
 from draftkit.serve.limits import check_fits
 from draftkit.serve.problem import bad_request
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
@@ -19,6 +20,25 @@ def format_for(shown: DeepseekFormat, switches: dict[str, Any]) -> DeepseekForma
         return shown.with_switches(switches)
     except ConfigError as error:
         raise bad_request(str(error), "chat_template_kwargs") from error
+
+
+def for_form(
+    forced: ForcedCalls | None, switches: dict[str, Any], tools: list[dict[str, Any]] | None
+) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
+    """Switches and tools of a request whose answer has a form: it is written without thinking, unless the
+    request asks for that. A call that is demanded never is, as at DeepSeek, and a function that is named is
+    shown alone. Raises ApiError 400 when such a call is to be thought about."""
+    effort, names = switches.get("reasoning_effort", "none"), ("thinking", "enable_thinking")
+    thinks = effort != "none" or any(switches.get(name) for name in names)
+    if forced is None:
+        return (switches if thinks else switches | {"thinking": False}), tools
+    if thinks:
+        raise bad_request(
+            "tool_choice: DeepSeek-V4 makes a call that is demanded without thinking; leave reasoning_effort "
+            "and thinking out, or give 'auto'",
+            "tool_choice",
+        )
+    return switches | {"thinking": False}, [{"type": "function", "function": f} for f in forced.functions]
 
 
 def encoded(

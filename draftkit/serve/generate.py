@@ -17,6 +17,7 @@ from draftkit.engine.outputs import PromptToken
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.serve import params as from_body
 from draftkit.serve.choice import Choice, Delta
+from draftkit.serve.grammar_tester import MAX_WAITING
 from draftkit.serve.guard import Guarded
 from draftkit.serve.limits import MAX_SCORES, MAX_TOLD_SCORES
 from draftkit.serve.messages import NamedTool
@@ -34,7 +35,7 @@ from draftkit.serve.stream import (
     unless_client_leaves,
     unless_long,
 )
-from draftkit.serve.structured import MAX_WAITING, GrammarConstraint, constraint_of
+from draftkit.serve.structured import GrammarConstraint, constraint_of
 from draftkit.serve.wire import PlainWire, Wire
 from draftkit.serve.worker import Served, Ticket, Worker
 from draftkit.target.answer_stream import AnswerStream
@@ -156,8 +157,7 @@ async def chat(
     """The response to a chat, written as `wire` has it. Raises ApiError."""
     served = worker.ready()
     from_body.check_model(body.model, served)
-    shown = served.prompt_format
-    if body.forced_calls is not None and (isinstance(shown, DeepseekFormat) or not shown.style.json_calls):
+    if body.forced_calls is not None and served.prompt_format.call_form is None:
         raise bad_request(
             "tool_choice: the target's chat template has no form for calls that can be demanded (JSON in "
             "<tool_call>); give 'auto' or 'none'",
@@ -216,7 +216,7 @@ def _reader(
     that has one part only, in a form that the request gave, or with special tokens that were asked for."""
     shown, forced = served.prompt_format, body.forced_calls is not None
     if isinstance(shown, DeepseekFormat):
-        plain = body.form is not None or not body.skip_special_tokens
+        plain = (body.form is not None and not forced) or not body.skip_special_tokens
         return (None, False) if plain else (partial(shown.reader, tuple(prompt)), True)
     calls = forced or (bool(body.tools) and body.tool_choice != "none" and shown.style.calls)
     if (body.form is not None and not forced) or not (calls or shown.style.thinks):

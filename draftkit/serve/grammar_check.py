@@ -4,8 +4,9 @@ need not.
 llguidance is native code that recurses: a chain of some thousand references overflows the stack, and no
 exception tells of it. So each grammar is tried in a fork of this process first, on a stack that is smaller
 than the server's threads have, with limits on processor time and memory. A fork that dies is an answer, too.
-The server starts this as `python -m draftkit.serve.grammar_check` and speaks to it in lines of JSON: first
-the tokenizer, then one line for each source, which is answered by one line.
+The server starts this as `python -m draftkit.serve.grammar_check quick` (or `slow`) and
+speaks to it in lines of JSON: first the tokenizer, then one line for each source, which is answered by one
+line.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ from draftkit.serve.token_table import token_table
 
 # characters of the compiler's own form, which schemas reach with half of it at most
 MAX_GRAMMAR = 512 * 2**10
-COMPILE_SECONDS = 2.0  # of processor time
-STEP_SECONDS = 0.1  # of processor time, for one mask or one token
+COMPILE_SECONDS = 1.0  # of processor time
+QUICK_SECONDS = 0.2  # of processor time, to compile and to walk; nearly every grammar takes less
+STEP_SECONDS = 0.03  # of processor time, for one mask or one token
 _WALK_TOKENS, _WALK_SECONDS = 48, 0.5
 _PATIENCE = 20.0  # seconds by the clock, where the processors have other things to do
+_TOO_LONG = f"it takes more than {COMPILE_SECONDS:g} s to compile; make it smaller"
 _STACK = 2**20  # bytes; threads have 2 MiB or more
 _MEMORY = 2**29  # bytes that a grammar may take
 _DEATHS = {
-    int(signal.SIGPROF): f"it takes more than {COMPILE_SECONDS:g} s to compile; make it smaller",
-    int(signal.SIGKILL): f"it takes more than {COMPILE_SECONDS:g} s to compile; make it smaller",
+    int(signal.SIGPROF): _TOO_LONG,
+    int(signal.SIGKILL): _TOO_LONG,
     int(signal.SIGSEGV): "its rules or references are chained too deeply; make it flatter",
     int(signal.SIGBUS): "its rules or references are chained too deeply; make it flatter",
     int(signal.SIGABRT): "it takes too much memory, or its rules are chained too deeply; make it smaller",
@@ -44,21 +47,25 @@ _DEATHS = {
 
 
 def main() -> None:
-    """Answer until the server closes the pipe."""
-    os.nice(10)  # streams go before new grammars
+    """Answer until the server closes the pipe. `quick` gives up soon, with {"slow": true}; `slow` takes the
+    time that answers leave."""
+    slow = sys.argv[1:] == ["slow"]
+    os.nice(19 if slow else 10)  # streams go before new grammars
+    if slow and hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     setup = json.loads(sys.stdin.readline())
     table = token_table(setup["tokenizer"], setup["vocab_size"], setup["eos"])
     for line in sys.stdin:
-        print(json.dumps(_in_a_fork(line, table)), flush=True)
+        print(json.dumps(_in_a_fork(line, table, slow)), flush=True)
 
 
-def _in_a_fork(line: str, table: LLTokenizer) -> dict[str, Any]:
+def _in_a_fork(line: str, table: LLTokenizer, slow: bool) -> dict[str, Any]:
     """What `check` says, or why there is no answer."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _limit()
+        _limit(COMPILE_SECONDS + _WALK_SECONDS if slow else QUICK_SECONDS)
         threading.stack_size(_STACK)
         thread = threading.Thread(target=_answer, args=(line, table, writing))
         thread.start()
@@ -76,18 +83,20 @@ def _in_a_fork(line: str, table: LLTokenizer) -> dict[str, Any]:
     os.close(reading)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
+        if not slow and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGKILL):
+            return {"slow": True}
         return {
             "error": _DEATHS.get(os.WTERMSIG(status), f"the compiler ended with signal {os.WTERMSIG(status)}")
         }
     return json.loads(answer) if answer else {"error": "the compiler gave no answer"}
 
 
-def _limit() -> None:
+def _limit(seconds: float) -> None:
     """Processor time until SIGPROF ends the process, and memory until allocations fail."""
     import resource
 
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, COMPILE_SECONDS + _WALK_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
@@ -121,7 +130,7 @@ def check(source: GrammarSource, table: LLTokenizer) -> dict[str, Any]:
     if matcher.is_error():
         return {"error": matcher.get_error()}
     if compiled > COMPILE_SECONDS:
-        return {"error": _DEATHS[signal.SIGPROF]}
+        return {"error": _TOO_LONG}
     slowest = walk(matcher, table)
     if matcher.is_error():
         return {"error": f"answers cannot be walked through: {matcher.get_error()}"}

@@ -19,7 +19,7 @@ from draftkit.target.deepseek_v4_prompts import speaks_deepseek_v4
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.place import EMBEDDED
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import EMBEDDED_PAIR
+from draftkit.target.transformers import EMBEDDED_PAIR, SMOLLM2_PAIR
 
 log = logging.getLogger("draftkit.serve")
 
@@ -32,10 +32,9 @@ class PackagedDrafter:
     calibration: Path
 
 
-SMOLLM2 = EMBEDDED.parent / "smollm2"
 PACKAGED = {  # by the name of its target
     "tiny": PackagedDrafter(EMBEDDED / "drafter", EMBEDDED_PAIR / "calibration.json"),
-    "smollm2": PackagedDrafter(SMOLLM2, SMOLLM2 / "calibration.json"),
+    "smollm2": PackagedDrafter(SMOLLM2_PAIR, SMOLLM2_PAIR / "calibration.json"),
 }
 
 

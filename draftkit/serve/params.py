@@ -79,13 +79,18 @@ def chat_prompt(
     extra = dict(template_kwargs or {})
     shown = served.prompt_format
     if isinstance(shown, DeepseekFormat):
-        if documents or continue_final_message or not add_generation_prompt:
+        if documents or not (add_generation_prompt or continue_final_message):
             raise bad_request(
-                "DeepSeek-V4's encoder has no documents and always begins an answer; leave documents, "
-                "continue_final_message and add_generation_prompt out"
+                "DeepSeek-V4's encoder has no documents and always begins an answer; leave documents and "
+                "add_generation_prompt out"
             )
+        said = [m.as_dict() for m in messages]
+        if continue_final_message and said[-1]["role"] != "assistant":
+            raise bad_request("continue_final_message: the last message is not the assistant's", "messages")
+        if continue_final_message:
+            said[-1]["prefix"] = True
         mode = deepseek_v4.format_for(shown, extra)
-        return deepseek_v4.encoded(mode, [m.as_dict() for m in messages], tools, served.texts, most_tokens)
+        return deepseek_v4.encoded(mode, said, tools, served.texts, most_tokens)
     if not served.tokenizer.chat_template:
         raise bad_request(
             "messages: the target has no chat template, it is no chat model; use /v1/completions", "messages"
@@ -130,11 +135,13 @@ def template_switches(body: ChatBody) -> dict[str, Any]:
 
 def chat_prompts(body: ChatBody, served: Served) -> list[tuple[int, ...]]:
     """Token ids of a chat request's prompt, as a list of one."""
-    kwargs = template_switches(body)
+    kwargs, tools = template_switches(body), body.tools if body.tool_choice != "none" else None
+    if body.form is not None and isinstance(served.prompt_format, DeepseekFormat):
+        kwargs, tools = deepseek_v4.for_form(body.forced_calls, kwargs, tools)
     prompt = chat_prompt(
         body.messages,
         served,
-        tools=body.tools if body.tool_choice != "none" else None,
+        tools=tools,
         documents=body.documents,
         add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,

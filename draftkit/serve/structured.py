@@ -8,11 +8,7 @@ another process has tried it (grammar_check.py).
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections import OrderedDict
@@ -26,7 +22,8 @@ from torch import Tensor
 
 from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs
 from draftkit.serve.grammar_source import GrammarSource, source_of
-from draftkit.serve.problem import ApiError, bad_request, shorten
+from draftkit.serve.grammar_tester import GrammarTester
+from draftkit.serve.problem import bad_request, shorten
 from draftkit.serve.token_table import token_table
 from draftkit.serve.worker import Served
 
@@ -36,7 +33,6 @@ MAX_FORM = 256 * 2**10
 # of processor time for one token of one answer; what is tried before has less (grammar_check.py)
 STEP_SECONDS = 0.25
 _KNOWN = 64  # compiled grammars that are kept
-MAX_WAITING = 16  # grammars that wait to be tried
 _NAMES: dict[type[Any], tuple[str, str]] = {  # the field, and what it gives
     ResponseFormat: ("response_format", "schema"),
     StructuredOutputs: ("structured_outputs", "form"),
@@ -55,7 +51,7 @@ def constraint_of(wanted: Form | None, served: Served) -> GrammarConstraint | No
     try:
         with _MAKING:  # the first requests come together, and each would start a process of its own
             grammars = _grammars(served.tokenizer, served.engine.info.vocab_size)
-        matcher = grammars.matcher(source_of(wanted))
+        matcher = grammars.matcher(source_of(wanted, served.prompt_format.call_form))
     except (ValueError, RecursionError) as error:
         message = shorten(" ".join(str(error).split()), 600)
         raise bad_request(f"{param}: this {what} cannot be compiled: {message}", param) from error
@@ -63,7 +59,8 @@ def constraint_of(wanted: Form | None, served: Served) -> GrammarConstraint | No
 
 
 class Grammars:
-    """The grammars of one tokenizer: those that are known, and the process that tries new ones.
+    """The grammars of one tokenizer: those that are known, and two processes that try new ones: one that is
+    done with each in a moment, and one for what takes longer, which waits for it alone.
 
     Raises ValueError for a tokenizer that has no end token.
     """
@@ -71,16 +68,14 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the target's tokenizer has no end token; ask for text")
-        self._setup = {
+        setup = {
             "tokenizer": tokenizer.backend_tokenizer.to_str(),
             "vocab_size": vocab_size,
             "eos": tokenizer.eos_token_id,
         }
-        self.table: LLTokenizer = token_table(*self._setup.values())
+        self.table: LLTokenizer = token_table(*setup.values())
         self._known: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
-        self._turn = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._quick, self._slow = (GrammarTester(pace, setup) for pace in ("quick", "slow"))
         self.compile_seconds = 0.0  # of processor time, for the grammar that was tried last
 
     def matcher(self, source: GrammarSource) -> LLMatcher:
@@ -93,20 +88,18 @@ class Grammars:
             )
         if (known := self._known.get(key)) is not None:
             return known.deep_copy()
-        if not self._waiting.acquire(blocking=False):
-            raise ApiError(
-                503, "too many new grammars wait to be compiled; try again soon", headers={"Retry-After": "2"}
-            )
-        try:
-            with self._turn:
-                return (self._known.get(key) or self._compiled(key)).deep_copy()
-        finally:
-            self._waiting.release()
+        for tester in (self._quick, self._slow):
+            with tester.turn():  # meanwhile another request may have brought the same one
+                known = self._known.get(key) or self._compiled(key, tester.ask(key))
+            if known is not None:
+                return known.deep_copy()
+        raise ValueError("it takes too long to compile; make it smaller")
 
-    def _compiled(self, key: str) -> LLMatcher:
-        answer = self._ask(key)
+    def _compiled(self, key: str, answer: dict[str, Any]) -> LLMatcher | None:
         if "error" in answer:
             raise ValueError(answer["error"])
+        if "slow" in answer:
+            return None
         self.compile_seconds = answer["compile_seconds"]
         matcher = LLMatcher(self.table, answer["grammar"], log_level=0)
         if matcher.is_error():
@@ -115,35 +108,6 @@ class Grammars:
         while len(self._known) > _KNOWN:
             self._known.popitem(last=False)
         return matcher
-
-    def _ask(self, key: str) -> dict[str, Any]:
-        """What the other process says of a source; it is started where it does not run."""
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "draftkit.serve.grammar_check"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-                start_new_session=True,  # Ctrl-C is for the server, which closes the pipe when it ends
-            )
-            self._say(json.dumps(self._setup))
-        self._say(key)
-        said = self._process.stdout.readline() if self._process.stdout is not None else ""
-        if not said:
-            self._process.kill()
-            self._process.wait()
-            raise ValueError("the process that tries grammars ended; the server's log may say why")
-        return json.loads(said)
-
-    def _say(self, line: str) -> None:
-        if self._process is None or self._process.stdin is None:
-            return
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:  # it ended: there will be no answer, either
-            pass
 
 
 _MAKING = threading.Lock()

@@ -7,7 +7,6 @@ twice."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.utils.hub import cached_file
 
+from draftkit.artefact import read_json
 from draftkit.errors import TargetError
 from draftkit.target.deepseek_v4_check import Found, by_known_name, mismatches
-from draftkit.target.deepseek_v4_tensors import FAMILY as FAMILY
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
 from draftkit.target.fp8_fp4 import dequantise_fp4, dequantise_fp8
 from draftkit.target.shards import tensor_places
@@ -154,8 +153,8 @@ def load_model(name: str, source: str, revision: str | None, config: Any, dtype:
     float32 where that is half precision). Raises TargetError that lists everything that is missing or does
     not fit."""
     raw = raw_config(source, revision)
-    wanted = {n: s for n, s in checkpoint_tensors(raw).items() if not n.startswith(DRAFT_PREFIX)}
-    places = {n: p for n, p in tensor_places(source, revision).items() if not _is_draft(n)}
+    wanted = {n: s for n, s in checkpoint_tensors(raw).items() if not is_draft(n)}
+    places = {n: p for n, p in tensor_places(source, revision).items() if not is_draft(n)}
     shards = Shards(name, places)
     if wrong := mismatches(wanted, shards.found):
         raise TargetError(f"{name}: its tensors do not fit its config.json: {'; '.join(wrong)}")
@@ -194,17 +193,15 @@ def fill(names: Mapping[Place, str], own: Mapping[str, Tensor], shards: Shards) 
 
 def raw_config(source: str, revision: str | None = None) -> dict[str, Any]:
     """`config.json` as it is written. Raises TargetError when it is no mapping."""
-    path = str(cached_file(source, "config.json", revision=revision))
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
-        raise TargetError(f"{path}: is damaged ({error}); copy it again") from error
+    path = Path(str(cached_file(source, "config.json", revision=revision)))
+    found = read_json(path, TargetError)
     if not isinstance(found, dict):
         raise TargetError(f"{path}: is a {type(found).__name__}, must be a mapping; copy it again")
     return found
 
 
-def _is_draft(name: str) -> bool:
+def is_draft(name: str) -> bool:
+    """Whether a tensor of a checkpoint belongs to a draft module."""
     return name.removeprefix("model.").startswith(DRAFT_PREFIX)
 
 

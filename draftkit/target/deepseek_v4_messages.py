@@ -23,7 +23,10 @@ def message_of(recipe: Any, message: Message) -> Any:
     if role != "assistant":
         raise ValueError(f"role {role!r}: DeepSeek-V4 has system, user, assistant, tool and latest_reminder")
     calls = [_call(recipe, c) for c in message.get("tool_calls") or ()]
-    return recipe.AssistantMessage(_text(message.get("content")), reasoning_of(message), calls or None)
+    begun = bool(
+        message.get("prefix") or message.get("wo_eos")
+    )  # DeepSeek's API says prefix, its encoder wo_eos
+    return recipe.AssistantMessage(_text(message.get("content")), reasoning_of(message), calls or None, begun)
 
 
 def _text(content: Any, of_tool: bool = False) -> str:

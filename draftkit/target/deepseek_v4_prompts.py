@@ -21,10 +21,10 @@ from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.deepseek_v4_answers import DeepseekAnswer, DeepseekReader
 from draftkit.target.deepseek_v4_encoder import encoder_digest, load_recipe
 from draftkit.target.deepseek_v4_messages import message_of, reasoning_of, schema_of, tool_of
-from draftkit.target.prompt_format import Message, TemplateError, Tools, Turn, is_answer
+from draftkit.target.prompt_format import CallForm, Message, TemplateError, Tools, Turn, is_answer
 
 DSML, EOS, OPEN, CLOSE = "｜DSML｜", "<｜end▁of▁sentence｜>", "<think>", "</think>"
-ASSISTANT, REMINDER = "<｜Assistant｜>", "<｜latest_reminder｜>"
+ASSISTANT, URL_MARK = "<｜Assistant｜>", "<｜extracted_url｜>"
 NEEDED = ("<｜begin▁of▁sentence｜>", EOS, "<｜User｜>", ASSISTANT, OPEN, CLOSE, DSML)
 EFFORTS = ("low", "high", "max")
 SAME = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}  # as DeepSeek's API takes them
@@ -91,6 +91,11 @@ class DeepseekFormat:
     def digest(self) -> str:
         """sha256 of what the encoder makes of a fixed conversation: it changes when the encoder does."""
         return encoder_digest()
+
+    @property
+    def call_form(self) -> CallForm | None:
+        """See `PromptFormat`."""
+        return "dsml"
 
     def mentions(self, name: str) -> bool:
         """Whether the format has a place for this: a switch, or a field of messages."""
@@ -190,11 +195,14 @@ class DeepseekFormat:
             pieces = _with_thoughts(pieces, messages)
         if task == "action":
             return [*pieces, ("<｜action｜>", True)]
+        if task == "read_url":
+            pieces = [*_with_url(pieces[:-2]), *pieces[-2:]]
         return [*pieces[:-2], (f"<｜{task}｜>", True)] if task else pieces
 
     def _check_tasks(self, messages: Sequence[Message], task: Any) -> None:
-        if any(m.get("task") for m in messages[:-1]):
-            raise TemplateError("only the last message may have a task")
+        for name in ("task", "prefix", "wo_eos"):
+            if any(m.get(name) for m in messages[:-1]):
+                raise TemplateError(f"only the last message may have a {name}")
         if task is None:
             return
         if task not in TASKS:
@@ -226,7 +234,8 @@ class DeepseekFormat:
 
     def _written(self, message: Message, ended: bool) -> list[Piece]:
         """What the assistant wrote, its end included where it wrote one."""
-        bare = {k: v for k, v in message.items() if k not in ("reasoning_content", "reasoning", "task")}
+        left_out = ("reasoning_content", "reasoning", "task", "prefix", "wo_eos")
+        bare = {k: v for k, v in message.items() if k not in left_out}
         quiet = Mode(False, None, True)
         pieces = self._rendered([{"role": "user", "content": ""}, bare], None, quiet)
         first = next(i for i, piece in enumerate(pieces) if piece == (CLOSE, True)) + 1
@@ -257,6 +266,13 @@ def _pieces(text: str, ranges: Sequence[tuple[int, int]]) -> Iterator[Piece]:
         at = end
     if at < len(text):
         yield text[at:], False
+
+
+def _with_url(pieces: list[Piece]) -> list[Piece]:
+    """The URL at the end of the question, after its mark: a special token in this task, as DeepSeek's own
+    encoder has it."""
+    question, mark, url = pieces[-1][0].rpartition(URL_MARK)
+    return [*pieces[:-1], (question, False), (URL_MARK, True), (url, False)] if mark else pieces
 
 
 def _with_thoughts(pieces: Sequence[Piece], messages: Sequence[Message]) -> list[Piece]:

@@ -21,6 +21,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from draftkit.errors import TargetError, one_line
 from draftkit.target import deepseek_v4
+from draftkit.target.check import check_target
+from draftkit.target.deepseek_v4_tensors import FAMILY
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.gguf import unpacked
 from draftkit.target.interface import TargetInfo
@@ -29,7 +31,6 @@ from draftkit.target.transformers import (
     DTYPES,
     NOTHING_LEFT_OUT,
     TransformersTarget,
-    check_target,
 )
 
 # what Transformers raises of files that it cannot read
@@ -81,7 +82,7 @@ def load_target(
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_quantisation(config, path)
         loaded: Any = None
-        if config.model_type != deepseek_v4.FAMILY:
+        if config.model_type != FAMILY:
             loaded = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from draftkit.errors import DataError
 from draftkit.target.answer_parts import AnswerParts
@@ -19,6 +19,8 @@ from draftkit.target.answer_stream import AnswerStream
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
+# Calls that a grammar can demand: JSON in <tool_call> (Hermes, Qwen), DeepSeek's own form.
+CallForm = Literal["json", "dsml"]
 
 
 class TemplateError(DataError):
@@ -55,6 +57,11 @@ class PromptFormat(Protocol):
     @property
     def digest(self) -> str:
         """sha256 of everything that decides how messages are written, but for the switches."""
+        ...
+
+    @property
+    def call_form(self) -> CallForm | None:
+        """How calls that are demanded are written; None: they cannot be."""
         ...
 
     def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from draftkit.errors import ConfigError
 from draftkit.target.answer_parts import AnswerParts, AnswerStyle
 from draftkit.target.answer_stream import AnswerStream, parse_answer
 from draftkit.target.prompt_format import (
+    CallForm,
     Message,
     RewrittenError,
     TemplateError,
@@ -63,6 +64,11 @@ class TemplateFormat:
     def digest(self) -> str:
         """sha256 of the template's text."""
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+
+    @property
+    def call_form(self) -> CallForm | None:
+        """See `PromptFormat`."""
+        return "json" if self.style.json_calls else None
 
     def mentions(self, name: str) -> bool:
         """Whether the template has this word."""

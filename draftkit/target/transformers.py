@@ -10,11 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from draftkit.errors import TargetError, one_line
+from draftkit.errors import TargetError
 from draftkit.target.cache import DynamicTargetCache, ReplayTargetCache, needs_replay
 from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
 from draftkit.target.place import EMBEDDED
 
+SMOLLM2_PAIR = (
+    EMBEDDED.parent / "smollm2"
+)  # a drafter of the target "smollm2", and what was recorded with both
 EMBEDDED_PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with it and the drafter in it, on one CPU thread
 # families whose layers give several residual streams [B, T, N, H], of which drafters read the mean
 STREAM_MEANS = frozenset({"deepseek_v4"})
@@ -41,6 +44,9 @@ class TransformersTarget:
         self._soft_cap: float | None = getattr(text, "final_logit_softcapping", None)  # Gemma
         self._factor: float | None = getattr(text, "logit_scale", None)  # Cohere
         self._divisor: float | None = getattr(text, "logits_scaling", None)  # Granite
+        # Whether rows of a batch may be padded on the left, and padding be kept in a cache: not where
+        # neighbouring tokens are compressed into one entry, nor where `check_target` finds out otherwise.
+        self.pads_left = info.family not in STREAM_MEANS
         self._replay = needs_replay(model)
         self._captured: dict[int, Tensor] = {}
         self._hooked: tuple[int, ...] = ()
@@ -50,12 +56,6 @@ class TransformersTarget:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self._head.weight.device
-
-    @property
-    def pads_left(self) -> bool:
-        """Whether rows of a batch may be padded on the left, and padding be kept in a cache: not where
-        neighbouring tokens are compressed into one entry."""
-        return self.info.family not in STREAM_MEANS
 
     @property
     def last_tap(self) -> int:
@@ -201,57 +201,6 @@ class _EndOfPass(Exception):
 
 def _end_of_pass(module: nn.Module, inputs: Any, output: Any) -> None:
     raise _EndOfPass
-
-
-@torch.inference_mode()
-def check_target(target: TransformersTarget) -> None:
-    """Compare the seam with the model itself on four tokens: logits, and reading in pieces with a crop in
-    between.
-
-    A family that scales its logits in a way not known here, or whose memory works differently, would
-    otherwise give wrong answers without a word, and so would weights that are no numbers. Raises TargetError.
-    """
-    vocab, dtype = target.info.vocab_size, target.head_weight().dtype
-    tokens_BT = torch.tensor([[1 % vocab, vocab // 3, vocab // 2, vocab - 1]], device=target.device)
-    name = f"{target.info.name} ({target.info.family})"
-    try:
-        wanted_BTV = target.model(tokens_BT, use_cache=False).logits
-        whole_BTV = target.logits(target.forward(tokens_BT, None).last_hidden_BTH)
-        cache = target.new_cache()
-        target.forward(tokens_BT[:, :1], cache)
-        target.forward(tokens_BT[:, [1, 0, 0]], cache)
-        cache.crop(2)
-        pieces_BTV = target.logits(target.forward(tokens_BT[:, 2:], cache).last_hidden_BTH)
-        held = cache.length
-        cache.crop(3)
-        again_BTV = target.logits(target.forward(tokens_BT[:, 3:], cache).last_hidden_BTH)
-        mask_BS = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=target.device)
-        padded_BTV = target.logits(target.forward(tokens_BT.repeat(2, 1), None, (), mask_BS).last_hidden_BTH)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-        raise TargetError(
-            f"{name}: this family does not run behind draftkit's target interface: {one_line(error)}"
-        ) from error
-    if not torch.isfinite(wanted_BTV).all():
-        what = f"its logits are no finite numbers in {str(dtype).removeprefix('torch.')}"
-        raise TargetError(f"{name}: {what}; copy its weights again or choose another dtype")
-    scale = float(wanted_BTV.abs().max()) or 1.0
-    single = 1e-3 if dtype in (torch.float32, torch.float64) else 0.03
-    if not float((whole_BTV - wanted_BTV).abs().max()) <= single * scale:  # so that NaN is refused, too
-        raise TargetError(
-            f"{name}: logits differ from the model's own; this family scales them in a way not known here"
-        )
-    # Pieces of other shapes round differently, and experts may then be chosen differently: a coarse bound in
-    # half precision.
-    pieces_BTV = torch.cat([pieces_BTV, again_BTV], 1)
-    if held != 4 or not float((pieces_BTV - wanted_BTV[:, [2, 3, 3]]).abs().max()) <= (10 * single) * scale:
-        raise TargetError(
-            f"{name}: reading in pieces differs from reading at once; its cache does not work behind draftkit"
-        )
-    rows_BTV = torch.cat([padded_BTV[0], padded_BTV[1, :2]])
-    if not float((rows_BTV - wanted_BTV[0, [0, 1, 2, 3, 0, 1]]).abs().max()) <= (10 * single) * scale:
-        raise TargetError(
-            f"{name}: rows that are padded on the right are not read as alone; choose another target"
-        )
 
 
 def last_tap(info: TargetInfo) -> int:

@@ -28,14 +28,19 @@ def hidden_states_server(
     lock, count = threading.Lock(), iter(range(10**6))
 
     def states(tokens: list[int]) -> torch.Tensor:
-        before_norm: list[torch.Tensor] = []
-        norm = target.final_norm()
+        read = torch.tensor([tokens])
+
+        def take(module: Any, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            found.append(hidden.mean(2) if hidden.ndim == 4 else hidden)  # DeepSeek-V4: of its streams
+
         with lock, torch.inference_mode():
-            hook = norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
-            output = target.model(torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
-            hook.remove()
-        streams = [*output.hidden_states[:-1], before_norm[0]]
-        return torch.stack([streams[i][0] for i in ids], 1).contiguous()
+            found = [target.embed(read)]
+            hooks = [layer.register_forward_hook(take) for layer in target.layers]
+            target.model(read, use_cache=False)
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([found[i][0] for i in ids], 1).contiguous()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:

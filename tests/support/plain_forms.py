@@ -73,7 +73,7 @@ def convolved(t: Tensors, name: str, x: Tensor, source: Tensor, side: int, b: Bl
 
 
 def block_hidden(t: Tensors, b: Block, features: Tensor, anchor: int) -> Tensor:
-    """Hidden states of the positions after the anchor's, [P - 1, H]."""
+    """Hidden states of all positions of the block, [P, H]."""
     length = len(features)
     context = [rms(t["fc.weight"] @ f, t["hidden_norm.weight"], EPS) for f in features]
     x = torch.stack([t["embed_tokens.weight"][i] for i in [anchor] + [b.mask] * (b.size - 1)])
@@ -105,13 +105,13 @@ def block_hidden(t: Tensors, b: Block, features: Tensor, anchor: int) -> Tensor:
         read = convolved(t, p + "mlp_conv", entering, entering, 0, b) if b.taps else entering
         update = mlp(t, p, read)
         x = x + (convolved(t, p + "mlp_conv", update, entering, 1, b) if b.taps else update)
-    return rms(x, t["norm.weight"], EPS)[1:]
+    return rms(x, t["norm.weight"], EPS)
 
 
 def block_proposal(t: Tensors, b: Block, features: Tensor, anchor: int) -> tuple[list[int], list[Tensor]]:
     """The likeliest tokens, and the distribution each is the likeliest of."""
     tokens, rows, previous = [], [], anchor
-    for h in block_hidden(t, b, features, anchor):
+    for h in block_hidden(t, b, features, anchor)[1:]:
         logits = t["lm_head.weight"] @ h
         if b.candidates:
             selected = torch.full_like(logits, -math.inf)
@@ -123,6 +123,35 @@ def block_proposal(t: Tensors, b: Block, features: Tensor, anchor: int) -> tuple
         previous = int(logits.argmax())
         tokens.append(previous)
         rows.append(torch.softmax(logits, -1))
+    return tokens, rows
+
+
+def xpress_proposal(
+    t: Tensors, b: Block, features: Tensor, anchor: int, passes: int, first: int, uniforms: list[float] | None
+) -> tuple[list[int], list[Tensor]]:
+    """XPress: tokens and the distribution each is drawn from (without uniforms: the likeliest of), all
+    chosen anew in every pass; `first`: the first position that drafts."""
+    p = "xpress_head."
+    hidden = block_hidden(t, b, features, anchor)
+    mean = sum(hidden) / b.size
+    base = [t["lm_head.weight"] @ h for h in hidden]
+    tokens, rows = [int(logits.argmax()) for logits in base[first:]], []
+    for _ in range(passes):
+        before = ([anchor] * (first + 1) + tokens)[: b.size]
+        entering = [
+            linear(
+                t, p + "in_proj", torch.cat([linear(t, p + "down_h", h), linear(t, p + "down_g", mean), e])
+            )
+            for h, e in zip(hidden, (t[p + "w1.weight"][i] for i in before), strict=True)
+        ]
+        rows = []
+        for k in range(first, b.size):
+            x = entering[k] + sum(t[p + "mix.L"][:, k, j] * entering[j] for j in range(k + 1))
+            rows.append(torch.softmax(base[k] + linear(t, p + "w2", x + mlp(t, p, x)), -1))
+        if uniforms is None:
+            tokens = [int(row.argmax()) for row in rows]
+        else:
+            tokens = [int((row.cumsum(0) <= u).sum()) for row, u in zip(rows, uniforms, strict=True)]
     return tokens, rows
 
 
