@@ -1,9 +1,9 @@
 """A scripted agent with tools, against any OpenAI-compatible server: logs of requests and responses to try
 `draftkit traces` and `draftkit specialise` on.
 
-    draftkit serve --target smollm2 --max-running 16 & python -m tools.agent_traces --server
-    http://127.0.0.1:8000 --conversations 300 --out requests.jsonl draftkit specialise -r smollm2-dspark
-    --traces requests.jsonl --start-from draftkit/assets/smollm2 -o mine
+    draftkit serve --target smollm2 --max-running 16 &
+    python -m tools.agent_traces --conversations 300 --out requests.jsonl
+    draftkit specialise --target smollm2 --traces requests.jsonl --start-from draftkit/assets/smollm2 -o mine
 
 Each conversation is a small task on a made-up office: files, a calendar, prices and sums. The target is
 asked which tool to use, as JSON of a schema (so that a small one calls tools, too); the agent runs it,
