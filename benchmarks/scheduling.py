@@ -1,7 +1,7 @@
 """The scheduled arms against every fixed length and no speculation, over loads, on measured and parametric
 step rates.
 
-    python -m benchmarks.scheduling                                      # traces of the embedded pair
+    python -m benchmarks.scheduling                                      # traces of SmolLM2 and its drafter
     python -m benchmarks.scheduling --traces traces.safetensors --calibration calibration.json \\
         --step-rate step_rate.json --out scheduling.json                 # of another one
 
@@ -75,9 +75,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON; plots go beside it")
     parser.add_argument("--requests", type=int, default=300, help="of a load, and 8 per user at least")
-    parser.add_argument("--traces", type=Path, help="default: the embedded pair's")
+    parser.add_argument("--traces", type=Path, help="default: SmolLM2's pair")
     parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--step-rate", help="measured table; default: the embedded pair's")
+    parser.add_argument("--step-rate", help="measured table; default: SmolLM2's pair")
     parser.add_argument(
         "--tables", nargs="+", choices=["measured", *MACHINES], default=["measured", *MACHINES]
     )

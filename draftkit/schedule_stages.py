@@ -27,7 +27,8 @@ from draftkit.schedule.temperature_scaling import Quality, fit_calibration, qual
 from draftkit.schedule.traces import Origin, Traces, join_traces, load_traces, save_traces
 from draftkit.settings import GenerateSettings
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.transformers import EMBEDDED_PAIR, TransformersTarget
+from draftkit.target.place import SMOLLM2_PAIR
+from draftkit.target.transformers import TransformersTarget
 
 FEW_PROMPTS = 30  # below so many a simulated speed says little
 TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"
@@ -190,12 +191,12 @@ class SimulationInput:
 
 
 def open_simulation(traces: Path | None, step_rate: str | None, calibration: Path | None) -> SimulationInput:
-    """Read files; without traces those of the embedded pair, which brings its own calibration and step rate.
+    """Read files; without traces those of SmolLM2 and its drafter, with their calibration and step rate.
 
     `step_rate` is a file or one of MACHINES. Raises ScheduleError when the parts belong to different pairs.
     """
-    read = load_traces(traces or EMBEDDED_PAIR / TRACES)
-    own = None if traces else EMBEDDED_PAIR / CALIBRATION
+    read = load_traces(traces or SMOLLM2_PAIR / TRACES)
+    own = None if traces else SMOLLM2_PAIR / CALIBRATION
     chosen = calibration or own
     temperatures = load_calibration(chosen, read.gamma, read.origin.drafter_fingerprint) if chosen else None
     notes = (
@@ -206,7 +207,7 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
     elif missing := int(np.isnan(read.confidence_NG).sum()):
         notes.append(f"{missing} confidences are no numbers and count as zero")
     if traces is None:
-        notes.append("proposals are those of the embedded target and its drafter")
+        notes.append("proposals are those of SmolLM2-135M and its drafter")
     if len(read.prompts) < FEW_PROMPTS:
         notes.append(
             f"only {len(read.prompts)} prompts were traced: record {FEW_PROMPTS} or more for a figure"
@@ -220,7 +221,7 @@ def open_simulation(traces: Path | None, step_rate: str | None, calibration: Pat
         return SimulationInput(read, parametric_table(free, tile), temperatures, tuple(notes))
     if step_rate is None and traces is not None:
         raise ScheduleError(f"--step-rate: give a file of draftkit profile, or one of {', '.join(MACHINES)}")
-    table = load_step_rate(Path(step_rate) if step_rate else EMBEDDED_PAIR / STEP_RATE)
+    table = load_step_rate(Path(step_rate) if step_rate else SMOLLM2_PAIR / STEP_RATE)
     table.check_target(read.origin.target_fingerprint)
     return SimulationInput(read, table, temperatures, tuple(notes))
 

@@ -41,7 +41,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """Say what a run with `-m "not slow"` left out, so that nobody takes it for all tests."""
     if config.option.markexpr != "not slow":
         return
-    slow = sum(
-        path.read_text("utf-8").count("pytest.mark.slow") for path in Path(__file__).parent.glob("test_*.py")
+    counts = {
+        path.stem.removeprefix("test_"): path.read_text("utf-8").count("pytest.mark.slow")
+        for path in sorted(Path(__file__).parent.glob("test_*.py"))
+    }
+    terminalreporter.write_line(
+        f"left out: {sum(counts.values())} slow tests or groups of tests, which `make check` runs; of "
+        + ", ".join(name for name, count in counts.items() if count)
     )
-    terminalreporter.write_line(f"left out: {slow} slow tests or groups of tests, which `make check` runs")

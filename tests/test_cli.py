@@ -198,6 +198,7 @@ def test_exit_codes_of_errors() -> None:
     assert [Interrupted(code).exit_code for code in (130, 143)] == [130, 143]
 
 
+@pytest.mark.slow
 def test_compile_builds_everything_once(tmp_path: Path) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "draftkit.cli", "compile"]

@@ -224,6 +224,7 @@ def test_a_python_program_asks_it_as_any_other(folder: Path, run: Path) -> None:
         LLM(str(folder), "none", settings, template_switches={"think": False})
 
 
+@pytest.mark.slow
 def test_confidences_are_calibrated_and_evaluated_as_any_others(
     folder: Path, run: Path, recipe: Recipe, tmp_path: Path
 ) -> None:

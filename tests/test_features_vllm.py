@@ -77,6 +77,7 @@ def test_a_store_from_a_server_is_that_of_the_target(
         torch.testing.assert_close(other.last_hidden_TH, one.last_hidden_TH, **close)
 
 
+@pytest.mark.slow
 def test_live_from_a_server_has_the_losses_of_the_target(
     target: TransformersTarget, target_folder: Path, talk: Path, tmp_path: Path
 ) -> None:

@@ -218,6 +218,7 @@ def test_a_row_is_only_looked_at_when_it_is_reached() -> None:
     assert first[0][3] == 0
 
 
+@pytest.mark.slow
 def test_the_first_token_of_a_round_has_the_targets_distribution_on_a_real_row() -> None:
     """Chi-square over many verdicts: drawn from q, verified, the residual's token where it was refused."""
     count, vocab, setting = 20_000, 49_152, Sampling(0.8, top_k=40, top_p=0.95)

@@ -1,4 +1,4 @@
-"""Targets behind the seam: features of the right layers, caches that crop, and folders that are refused."""
+"""Targets through their interface: features of the right layers, caches that crop, refused folders."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_family_that_changes_its_logits_in_an_unknown_way_is_refused(target_fo
         check_target(target)
     target._factor = None
     check_target(target)
-    with pytest.raises(TargetError, match="does not run behind"):
+    with pytest.raises(TargetError, match="does not run through"):
         check_target(make_family_without_cache(target))
 
 
@@ -258,6 +258,7 @@ def test_bad_tokenizers_are_named(target_folder: Path, tmp_path: Path) -> None:
         load_tokenizer(str(folder))
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_read_from_the_local_cache_without_network(target_folder: Path, tmp_path: Path) -> None:
     """The same files as a folder and as a cached snapshot have the same fingerprint."""
     repository = tmp_path / "models--someone--small"

@@ -30,6 +30,12 @@ def corpus() -> Corpus:
     return build_corpus()
 
 
+@pytest.fixture(scope="module")
+def few(corpus: Corpus) -> Corpus:
+    """A tenth, for trainings of a few steps."""
+    return replace(corpus, train=corpus.train[::10], held_out=corpus.held_out[::10])
+
+
 def rows_of(name: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in (ASSET / name).read_text("utf-8").splitlines()]
 
@@ -38,6 +44,7 @@ def prompt_of(row: dict[str, object]) -> str:
     return row["messages"][0]["content"]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_the_corpus_is_the_same_every_time_and_its_halves_share_nothing(corpus: Corpus) -> None:
     assert build_corpus() == corpus
     for field in ("prompt", "answer"):
@@ -96,7 +103,10 @@ def test_a_device_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_state_of_other_settings_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_state_of_other_settings_is_refused_at_once(
+    tmp_path: Path, few: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.tiny_target.train.build_corpus", lambda: few)
     begun = TinySettings(steps=4, rows=2)
     _save_state(tmp_path / "state", torch.nn.Linear(1, 1), [], begun, 1, 0.0)
     with pytest.raises(
@@ -111,11 +121,10 @@ def test_a_state_of_other_settings_is_refused_at_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # minutes on a busy machine: corpus, tokenizer and held-out loss, three times
 def test_training_goes_on_exactly_where_it_stopped(
-    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: Corpus, few: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four steps in one go, and two runs of which the first is taken away after two steps: the same losses. A
     tenth of the corpus will do."""
-    few = replace(corpus, train=corpus.train[::10], held_out=corpus.held_out[::10])
     monkeypatch.setattr("tools.tiny_target.train.build_corpus", lambda: few)
     settings = TinySettings(steps=4, rows=1, save_every=2, warmup=1)
     train_tiny_target(tmp_path / "whole", settings)
@@ -139,6 +148,7 @@ def test_training_goes_on_exactly_where_it_stopped(
     assert parts == losses
 
 
+@pytest.mark.slow
 def test_the_drafter_beside_the_target_fits_it_and_its_guesses_are_taken() -> None:
     """Three prompts, greedy: the same tokens as plain decoding, and more than one of them per round."""
     target, tokenizer = load_target("tiny"), AutoTokenizer.from_pretrained(ASSET)

@@ -19,12 +19,10 @@ EXAMPLE = "Example: draftkit simulate --step-rate balanced --concurrency 1,64 -o
 
 def command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for simulation.png")] = None,
-    traces: Annotated[
-        Path | None, typer.Option(help="of draftkit calibrate; none = the embedded pair's")
-    ] = None,
+    traces: Annotated[Path | None, typer.Option(help="of draftkit calibrate; none = SmolLM2's pair")] = None,
     step_rate: Annotated[
         str | None,
-        typer.Option(help="file, memory-bound, balanced or compute-bound; none = the embedded pair's"),
+        typer.Option(help="file, memory-bound, balanced or compute-bound; none = SmolLM2's pair"),
     ] = None,
     calibration: Annotated[Path | None, typer.Option(help="of draftkit calibrate")] = None,
     concurrency: Annotated[list[str] | None, typer.Option(help="requests at once, as 1,8,64")] = None,

@@ -1,4 +1,4 @@
-"""The seam behind which a drafter lives, and the plain data that crosses it.
+"""The interface of a drafter, and the plain data that crosses it.
 
 Shapes: B batch, T tokens, G = gamma drafted tokens per round, V vocabulary, H hidden size, F = K * H features
 of K target layers, A anchors, L draft layers.

@@ -9,7 +9,7 @@ Shapes: B answers, T tokens, S longest answer with its prompt, G = gamma drafted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from draftkit.ops.verify import BLOCK_RULE, TOKEN_RULE, DenseProposals, verify
 from draftkit.schedule.traces import Origin, TracedPrompt, Traces
 from draftkit.target.interface import Target
 
-BATCH = 16  # answers read at once
+BATCH, BATCH_TOKENS = 16, 4096  # answers read at once; their tokens, filled up to the longest
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def record_traces(
     chosen = [(i, item) for i, item in enumerate(cut) if len(item.answer) > 1]
     found: dict[int, _Rows] = {}
     by_start = sorted(chosen, key=lambda pair: (len(pair[1].prompt), pair[0]))
-    for first in range(0, len(by_start), BATCH):
-        batch = by_start[first : first + BATCH]
+    for batch in _batches(by_start):
         found.update(zip((i for i, _ in batch), _record_batch(target, drafter, batch, settings), strict=True))
         tick(len(batch))
     origin = Origin(
@@ -86,6 +85,20 @@ def record_traces(
         np.array([a for r in ordered for a in r.block_accepted], np.int64),
         np.array([u for r in ordered for u in r.usable], np.int64),
     )
+
+
+def _batches(items: Sequence[tuple[int, TraceItem]]) -> Iterator[list[tuple[int, TraceItem]]]:
+    """In their order; one that is longer than BATCH_TOKENS alone."""
+    batch: list[tuple[int, TraceItem]] = []
+    longest = 0
+    for index, item in items:
+        longest = max(longest, len(item.prompt) + len(item.answer))
+        if batch and (len(batch) == BATCH or (len(batch) + 1) * longest > BATCH_TOKENS):
+            yield batch
+            batch, longest = [], len(item.prompt) + len(item.answer)
+        batch.append((index, item))
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)

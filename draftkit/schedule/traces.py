@@ -140,7 +140,7 @@ def _digest(metadata: dict[str, str], tensors: dict[str, npt.NDArray[Any]]) -> s
 
 def load_traces(path: Path) -> Traces:
     """Read a file of `save_traces`. Raises ScheduleError for anything else, and for one that is damaged: it
-    holds a sha256 of its content (the embedded pair's is older and has none)."""
+    holds a sha256 of its content."""
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -149,7 +149,7 @@ def load_traces(path: Path) -> Traces:
                     f"{path}: is no trace file ({FORMAT}); record one with draftkit calibrate"
                 )
             tensors = {name: file.get_tensor(name) for name in TENSORS}
-        if metadata.get("sha256", wanted := _digest(metadata, tensors)) != wanted:
+        if metadata.get("sha256") != _digest(metadata, tensors):
             raise ScheduleError(
                 f"{path}: is damaged (another sha256); remove it and record them again with draftkit "
                 f"calibrate"

@@ -1,5 +1,4 @@
-"""A constraint of a caller's own, behind which its errors stay its own: other requests are in the same
-step."""
+"""A constraint that keeps its errors to its own request: other requests are in the same step."""
 
 from __future__ import annotations
 

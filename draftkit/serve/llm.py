@@ -105,8 +105,8 @@ class LLM:
     share batches.
 
     The engine lives in a thread of its own, which takes one thing after the other from all who ask: a
-    signal, which interrupts whoever waits, never interrupts a step. Of a process that forks it stays
-    behind, so a child needs an `LLM` of its own.
+    signal, which interrupts whoever waits, never interrupts a step. A forked child does not
+    have it and needs an `LLM` of its own.
 
     `target` is "tiny", "smollm2", a folder, a GGUF file or a hub id; `drafter` a folder, "none", or None
     (the one packaged for "tiny" or "smollm2"); `step_rate` and `calibration` are files of `draftkit

@@ -1,1 +1,1 @@
-"""Frozen large models behind one small interface."""
+"""Frozen large models with one small interface."""

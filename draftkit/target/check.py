@@ -40,7 +40,7 @@ def check_target(target: TransformersTarget) -> None:
         left_BTV = _padded_left(target, tokens_BT) if target.pads_left else None
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
         raise TargetError(
-            f"{name}: this family does not run behind draftkit's target interface: {one_line(error)}"
+            f"{name}: this family does not run through draftkit's target interface: {one_line(error)}"
         ) from error
     if not torch.isfinite(wanted_BTV).all():
         what = f"its logits are no finite numbers in {str(dtype).removeprefix('torch.')}"
@@ -56,7 +56,7 @@ def check_target(target: TransformersTarget) -> None:
     pieces_BTV = torch.cat([pieces_BTV, again_BTV], 1)
     if held != 4 or not float((pieces_BTV - wanted_BTV[:, [2, 3, 3]]).abs().max()) <= (10 * single) * scale:
         raise TargetError(
-            f"{name}: reading in pieces differs from reading at once; its cache does not work behind draftkit"
+            f"{name}: reading in pieces differs from reading at once; its cache does not work in draftkit"
         )
     rows_BTV = torch.cat([padded_BTV[0], padded_BTV[1, :2]])
     if not float((rows_BTV - wanted_BTV[0, [0, 1, 2, 3, 0, 1]]).abs().max()) <= (10 * single) * scale:

@@ -1,4 +1,4 @@
-"""The seam behind which a target lives: what the rest of draftkit may ask of a frozen large model.
+"""The interface of a target: what the rest of draftkit may ask of a frozen large model.
 
 Shapes: B batch, T new tokens, S cached + new tokens, H hidden size, V vocabulary, F = K * H features of K
 layers. Layer ids are OUTPUT indices: layer i means the residual stream after decoder layer i (0-based), which
