@@ -78,7 +78,7 @@ def test_groups_equal_the_dense_mask_in_values_and_gradients(
         torch.testing.assert_close(mine, autograd, atol=1e-5, rtol=1e-5)
 
 
-def test_groups_stay_within_documents_and_meet_no_key_behind_their_last_stop(
+def test_groups_stay_within_documents_and_meet_no_key_after_their_last_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attention, "GROUP_BLOCKS", 3)

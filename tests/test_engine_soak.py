@@ -12,7 +12,7 @@ from support.engine import PROMPTS, small
 
 
 @pytest.mark.slow
-def test_random_requests_leave_nothing_behind_and_greedy_answers_are_the_reference_loops(
+def test_random_requests_leave_nothing_and_greedy_answers_are_the_reference_loops(
     target: TransformersTarget,
 ) -> None:
     """In a memory that makes requests give way to each other."""

@@ -142,7 +142,7 @@ def test_threads_may_ask_at_the_same_time(llm: LLM) -> None:
     assert found == {i: llm.generate(f"Step {i}", GREEDY)[0].outputs[0].text for i in range(4)}
 
 
-def test_wrong_requests_are_refused_and_leave_nothing_behind(llm: LLM) -> None:
+def test_wrong_requests_are_refused_and_leave_nothing(llm: LLM) -> None:
     with pytest.raises(DataError, match="context is 256"):
         llm.generate(["short", [1] * 300], GREEDY)
     with pytest.raises(DataError, match="2 sampling parameters for 1"):
@@ -177,7 +177,7 @@ def test_one_stream_does_not_wait_for_another_that_waits(
     assert max(taken) <= 6, taken  # where the one that waits keeps the engine to itself: some 50 at once
 
 
-def test_a_stream_that_is_cancelled_at_any_time_leaves_nothing_behind(llm: LLM) -> None:
+def test_a_stream_that_is_cancelled_at_any_time_leaves_nothing(llm: LLM) -> None:
     async def read(seconds: float) -> None:
         async for _ in llm.stream("def add", replace(GREEDY, max_tokens=150)):
             await asyncio.sleep(0)
@@ -334,9 +334,7 @@ def test_a_forked_child_is_told_that_it_has_no_engine(llm: LLM, monkeypatch: pyt
         llm.generate("def add", GREEDY)
 
 
-def test_whatever_goes_wrong_while_adding_leaves_nothing_behind(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_goes_wrong_while_adding_leaves_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise MemoryError("no room for the penalties")
 

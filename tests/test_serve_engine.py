@@ -128,6 +128,7 @@ def test_metrics_count_and_a_client_that_leaves_frees_its_blocks(server: Server)
     assert server.metric("num_requests_running") == 0 and server.metric("generation_tokens_total") > 0
 
 
+@pytest.mark.slow
 def test_ready_means_that_passes_are_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On a machine that has compiled nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -138,6 +139,7 @@ def test_ready_means_that_passes_are_compiled(monkeypatch: pytest.MonkeyPatch, t
         assert server.metric("generation_tokens_total") == 0, "nobody has asked for anything"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_server_says_so_and_serves(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -150,6 +152,7 @@ def test_without_a_compiler_the_server_says_so_and_serves(
         assert server.http.post("/v1/completions", json=body).json()["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:
     with serving(command=SERVE) as server:
         body = {"prompt": "one two three", "max_tokens": 300, "ignore_eos": True}

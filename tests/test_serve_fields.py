@@ -397,10 +397,3 @@ def test_long_paths_and_names_are_cut_in_the_log_and_in_errors(server: Server) -
     assert "404" in server.logged("long-path ") and len(server.logged("long-path ")) < 400
     assert len(server.http.post(TEXTS, json={"prompt": "a", "model": "m" * 5000}).text) < 400
     assert shorten("a" * 200) == "a" * 200 and len(shorten("a" * 201)) == 203
-
-
-def test_bad_words_are_spelled_inside_a_text_and_behind_a_space() -> None:
-    found = SERVED.texts.spellings(["return", " return", "naïve"])
-    assert [SERVED.tokenizer.decode(ids) for ids in found] == ["return", " return", "naïve", " naïve"]
-    body = CompletionBody.model_validate({"prompt": "a", "bad_words": ["return"]})
-    assert from_body.sampling_params(body, SERVED, None).bad_token_ids == found[:2]

@@ -387,7 +387,7 @@ def test_speed_is_the_servers_and_leaves_out_the_tokens_before_its_clock_started
 
 
 @needs_browser
-def test_events_are_read_with_and_without_a_space_behind_the_colon(server: Server, tmp_path: Path) -> None:
+def test_events_are_read_with_and_without_a_space_after_the_colon(server: Server, tmp_path: Path) -> None:
     stream = 'data:{"n":1}\n\ndata: {"n":2}\n\ndata:[DONE]\n\ndata: [DONE]\n\n'
     with chatting(server, tmp_path / "profile") as page:
         read = f"for await (const event of events(new Response({json.dumps(stream)}))) found.push(event.n);"

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from draftkit.serve import params as from_body
 from draftkit.serve.plain_text import PlainText
+from draftkit.serve.protocol import CompletionBody
 from support.fake_engine import fake_served
 from support.server import Server, serving
 
@@ -70,3 +72,10 @@ def test_a_mark_cannot_be_forged() -> None:
 def test_the_common_behaviour_is_an_option() -> None:
     with serving("--honour-special-tokens") as server:
         assert special(tokens(server, INJECTED)) > special(tokens(server, "hi"))
+
+
+def test_bad_words_are_spelled_inside_a_text_and_after_a_space() -> None:
+    found = SERVED.texts.spellings(["return", " return", "naïve"])
+    assert [SERVED.tokenizer.decode(ids) for ids in found] == ["return", " return", "naïve", " naïve"]
+    body = CompletionBody.model_validate({"prompt": "a", "bad_words": ["return"]})
+    assert from_body.sampling_params(body, SERVED, None).bad_token_ids == found[:2]

@@ -10,7 +10,7 @@ from draftkit.target.loading import load_target
 
 
 @pytest.mark.slow
-def test_clients_that_come_and_go_leave_nothing_behind_and_greedy_answers_are_the_reference_loops() -> None:
+def test_clients_that_come_and_go_leave_nothing_and_greedy_answers_are_the_reference_loops() -> None:
     """In a memory that makes requests give way to each other."""
     target = load_target("tiny")
     questions = read_questions(target, "tiny", 12, 60)

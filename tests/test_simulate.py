@@ -61,6 +61,7 @@ def test_greedy_traces_tell_what_decoding_does(target: TransformersTarget) -> No
         assert row == end
 
 
+@pytest.mark.slow
 def test_sampled_traces_accept_as_often_as_decoding_does(target: TransformersTarget) -> None:
     drafter, prompt, sampling = make_drafter(target, block=3), (4, 20, 31, 7), Sampling(0.25)
     start = decode(target, None, prompt, Sampling(0.0), 2).tokens

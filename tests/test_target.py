@@ -258,6 +258,7 @@ def test_bad_tokenizers_are_named(target_folder: Path, tmp_path: Path) -> None:
         load_tokenizer(str(folder))
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_read_from_the_local_cache_without_network(target_folder: Path, tmp_path: Path) -> None:
     """The same files as a folder and as a cached snapshot have the same fingerprint."""
     repository = tmp_path / "models--someone--small"

@@ -20,20 +20,6 @@ from draftkit.engine.sampling_params import Constraint, SamplingParams
 _NEVER = float("-inf")
 
 
-def needs_adjustment(params: SamplingParams) -> bool:
-    """Whether anything but temperature, top-k, top-p and min-p shapes the distribution."""
-    return bool(
-        params.logit_bias
-        or params.allowed_token_ids is not None
-        or params.bad_token_ids
-        or params.min_tokens
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.repetition_penalty != 1
-        or params.constraint is not None
-    )
-
-
 class Adjustment:
     """The state of one request; `drafts` are the tokens after the answer that a proposal adds."""
 
@@ -59,7 +45,7 @@ class Adjustment:
         if params.allowed_token_ids is not None:
             self._forbidden_V = torch.ones(vocab_size, dtype=torch.bool, device=like.device)
             self._forbidden_V[list(params.allowed_token_ids)] = False
-        self._penalties = _Penalties(params, prompt) if _penalises(params) else None
+        self._penalties = _Penalties(params, prompt) if params.penalises else None
 
     def apply(self, logits_PV: Tensor, drafts: Sequence[int], first: int = 0) -> None:
         """Change logits [P, V], float32 or wider, in place; row i follows the answer and the first `first` +
@@ -125,10 +111,6 @@ def _forbid(logits_V: Tensor, ids: Tensor) -> None:
         logits_V[ids] = _NEVER
         if bool(logits_V.amax() == _NEVER):
             logits_V[ids] = before
-
-
-def _penalises(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
 
 class _Penalties:

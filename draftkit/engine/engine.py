@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from draftkit.draft.drafter import Drafter
-from draftkit.engine.adjust import Adjustment, needs_adjustment
+from draftkit.engine.adjust import Adjustment
 from draftkit.engine.commit import Outcome, commit
 from draftkit.engine.compiled import compile_models
 from draftkit.engine.drawing import Drawing
@@ -31,7 +31,7 @@ from draftkit.engine.outputs import StepOutput
 from draftkit.engine.paged_model import ReadOut
 from draftkit.engine.passes import Pass
 from draftkit.engine.plan import LengthPlanner
-from draftkit.engine.request import Request, Uniforms
+from draftkit.engine.request import Request, Uniforms, check_request
 from draftkit.engine.round import ProposalBatch, adjust_rows, place, verify_proposals
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.engine.scheduler import ScheduledBatch, Scheduler
@@ -98,7 +98,9 @@ class Engine:
             tokens = list(map(operator.index, tokens))
         except TypeError as error:
             raise DataError(f"a prompt is a list of token ids, which are whole numbers ({error})") from error
-        self._check(request_id, tokens, params)
+        if request_id in self._requests:
+            raise DataError(f"request {request_id} is there already; give every request a name of its own")
+        check_request(tokens, params, self.info.vocab_size, self.info.max_length)
         stop_ids: dict[int, int | None] = {t: t for t in params.stop_token_ids}
         if not params.ignore_eos:
             stop_ids |= dict.fromkeys(self._models.stop_token_ids)
@@ -116,7 +118,7 @@ class Engine:
             gamma,
             per_position=[0] * gamma,
         )
-        if needs_adjustment(params):
+        if params.adjusts:
             like = torch.empty(0, device=self._models.device)
             self._adjustments[request_id] = Adjustment(
                 params, tokens, list(stop_ids), self.info.vocab_size, like
@@ -255,7 +257,8 @@ class Engine:
                 step.ends_R[: batch.answering] - proposals.lengths_A - 1,
             )
             rows = [np.arange(a, b) for a, b in zip(starts, ends, strict=True)] or [ends]
-            scoring = to_score(batch, step.firsts_R)
+            if any(r.unscored for r in batch.requests):
+                scoring = to_score(batch, step.firsts_R)
             wanted = self._on_device(np.concatenate(rows + [rows_S for _, rows_S in scoring]))
         read = self._models.model.read(step, wanted, self._models.feature_layers)
         self._tally.verify_seconds += time.perf_counter() - began
@@ -334,37 +337,6 @@ class Engine:
     @property
     def _model_seconds(self) -> float:
         return self._tally.draft_seconds + self._tally.verify_seconds
-
-    def _check(self, request_id: str, tokens: Sequence[int], params: SamplingParams) -> None:
-        vocab, longest = self.info.vocab_size, self.info.max_length
-        if request_id in self._requests:
-            raise DataError(f"request {request_id} is there already; give every request a name of its own")
-        if not 1 <= len(tokens) < longest:
-            raise DataError(
-                f"a prompt of {len(tokens)} tokens: give 1 to {longest - 1} (the context is {longest})"
-            )
-        if params.max_tokens is not None and len(tokens) + params.max_tokens > longest:
-            raise DataError(
-                f"{len(tokens)} prompt + {params.max_tokens} new tokens: the context is {longest}; ask "
-                f"for less"
-            )
-        allowed = params.allowed_token_ids
-        for name, ids in (
-            ("prompt", tokens),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias or ()),
-            ("allowed_token_ids", allowed or ()),
-            ("bad_token_ids", [token for word in params.bad_token_ids for token in word]),
-        ):
-            wrong = next((t for t in ids if not 0 <= t < vocab), None)
-            if wrong is not None:
-                raise DataError(
-                    f"{name}: token id {wrong} is out of vocabulary; allowed are 0 to {vocab - 1}"
-                )
-        if allowed is not None and not allowed:
-            raise DataError(
-                "allowed_token_ids is empty: no token could follow; leave it out or give at least one id"
-            )
 
 
 def _forget(planner: LengthPlanner, models: Models, request: Request) -> None:

@@ -29,7 +29,7 @@ from draftkit.draft.rotary import rotary_frequencies
 from draftkit.engine.drawing import Drafts, Drawing
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses
 from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
-from draftkit.engine.paged_model import fuse_qkv
+from draftkit.engine.paged_model import fuse_layer
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import (
     AttentionShape,
@@ -80,7 +80,7 @@ class PagedBlockDrafter:
         self.draft_ids_W, self._over_target = drafter.draft_ids_W, drafter.over_target
         rotary = rotary_of(config, max_length, self.norm)
         blocks = cast(list[DraftLayer], list(drafter.layers))
-        layers = tuple(fuse_layer(block, config, rotary, config.window) for block in blocks)
+        layers = tuple(fuse_draft_layer(block, config, rotary, config.window) for block in blocks)
         shape = StackShape(config.hidden_size, config.rms_eps, style.activation == "gelu_pytorch_tanh")
         self.stack = Stack(shape, layers, slots)
         attentions = [block.self_attn for block in blocks]
@@ -262,34 +262,15 @@ def rotary_of(config: DrafterShape, max_length: int, like: Tensor) -> Tensor:
     return rotary_table(max_length + config.block_size, frequencies, factor, like.dtype).to(like.device)
 
 
-def fuse_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: int | None) -> Layer:
+def fuse_draft_layer(layer: DraftLayer, config: DrafterShape, rotary: Tensor, window: int | None) -> Layer:
     """A drafter's layer as the stack wants it."""
-    module, size = layer.self_attn, config.head_dim
-    qk_norm = None
-    if module.q_norm is not None and module.k_norm is not None:
-        q, k = (pair_rows(n.weight, size) for n in (module.q_norm, module.k_norm))
-        qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
-    after_attention = layer.post_attention_layernorm.weight
-    return Layer(
-        attention=AttentionShape(
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=size,
-            scale=module.scale,
-            window=window,
-            value_norm=module.value_norm,
-        ),
-        rotary=rotary,
-        input_norm=layer.input_layernorm.weight,
-        qkv=fuse_qkv(module, size),
-        qkv_bias=None,
-        qk_norm=qk_norm,
-        out=module.o_proj.weight,
-        out_bias=None,
-        post_attention_norm=after_attention if layer.output_norms else None,
-        mlp_norm=layer.pre_feedforward_layernorm.weight if layer.output_norms else after_attention,
-        gate_up=torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
-        down=layer.mlp.down_proj.weight,
-        mlp_out_norm=layer.post_feedforward_layernorm.weight if layer.output_norms else None,
-        output_scale=float(layer.layer_scalar) if layer.output_norms else 1.0,
+    module = layer.self_attn
+    attention = AttentionShape(
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        scale=module.scale,
+        window=window,
+        value_norm=module.value_norm,
     )
+    return fuse_layer(layer, attention, rotary, layer.output_norms, lambda norm: cast(Tensor, norm.weight))

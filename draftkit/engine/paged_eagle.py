@@ -22,7 +22,7 @@ from draftkit.draft.backbone import embed
 from draftkit.draft.eagle3 import EagleDrafter
 from draftkit.draft.families import STYLES
 from draftkit.engine.drawing import Drafts, Drawing
-from draftkit.engine.paged_drafter import DraftingPass, fuse_layer, rotary_of, take_largest
+from draftkit.engine.paged_drafter import DraftingPass, fuse_draft_layer, rotary_of, take_largest
 from draftkit.engine.passes import Pass
 from draftkit.engine.stack import Stack, StackShape
 from draftkit.ops.sampling import largest_prob
@@ -38,7 +38,7 @@ class PagedEagle:
         config = drafter.config
         self.config, self.gamma, self._drafter = config, config.gamma, drafter
         rotary = rotary_of(config, max_length, drafter.norm.weight)
-        self._layer = fuse_layer(drafter.midlayer, config, rotary, None)
+        self._layer = fuse_draft_layer(drafter.midlayer, config, rotary, None)
         shape = StackShape(
             config.hidden_size, config.rms_eps, STYLES[config.style].activation == "gelu_pytorch_tanh"
         )

@@ -5,7 +5,9 @@ Shapes: T tokens, W wanted rows, H hidden, V vocabulary, F = K * H features of K
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -204,24 +206,33 @@ def _fuse(layer: Any, family: Family, rotary: Tensor, config: Any) -> Layer:
         window=_window(module, config),
         value_norm=family.value_norm,
     )
-    out_norm = _norm_weight(layer.post_feedforward_layernorm, family) if family.output_norms else None
-    mlp_norm = layer.pre_feedforward_layernorm if family.output_norms else layer.post_attention_layernorm
+    return fuse_layer(layer, attention, rotary, family.output_norms, partial(_norm_weight, family=family))
+
+
+def fuse_layer(
+    layer: Any, attention: AttentionShape, rotary: Tensor, output_norms: bool, weight: Callable[[Any], Tensor]
+) -> Layer:
+    """A layer of a target or of a drafter as the stack wants it; `weight` gives what a norm multiplies by."""
+    module, size = layer.self_attn, attention.head_dim
+    after_attention = weight(layer.post_attention_layernorm)
+    qk_norm = None  # [N + M, D] in pair order
+    if getattr(module, "q_norm", None) is not None:
+        q, k = (pair_rows(weight(norm), size) for norm in (module.q_norm, module.k_norm))
+        qk_norm = torch.cat([q.expand(attention.heads, -1), k.expand(attention.kv_heads, -1)])
     return Layer(
         attention=attention,
         rotary=rotary,
-        input_norm=_norm_weight(layer.input_layernorm, family),
+        input_norm=weight(layer.input_layernorm),
         qkv=fuse_qkv(module, size),
         qkv_bias=_fuse_bias(module, size),
-        qk_norm=_fuse_qk_norm(module, attention, family),
+        qk_norm=qk_norm,
         out=module.o_proj.weight,
         out_bias=module.o_proj.bias,
-        post_attention_norm=_norm_weight(layer.post_attention_layernorm, family)
-        if family.output_norms
-        else None,
-        mlp_norm=_norm_weight(mlp_norm, family),
+        post_attention_norm=after_attention if output_norms else None,
+        mlp_norm=weight(layer.pre_feedforward_layernorm) if output_norms else after_attention,
         gate_up=torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight]),
         down=layer.mlp.down_proj.weight,
-        mlp_out_norm=out_norm,
+        mlp_out_norm=weight(layer.post_feedforward_layernorm) if output_norms else None,
         output_scale=float(getattr(layer, "layer_scalar", 1.0)),
     )
 
@@ -251,14 +262,6 @@ def fuse_qkv(attention: Any, head_dim: int) -> Tensor:
     q, k = (pair_rows(p.weight, head_dim) for p in (attention.q_proj, attention.k_proj))
     values = attention.k_proj if attention.v_proj is None else attention.v_proj
     return torch.cat([q, k, values.weight])
-
-
-def _fuse_qk_norm(module: Any, shape: AttentionShape, family: Family) -> Tensor | None:
-    """[N + M, D] in pair order, or None for a family without norms of queries and keys."""
-    if getattr(module, "q_norm", None) is None:
-        return None
-    q, k = (pair_rows(_norm_weight(n, family), shape.head_dim) for n in (module.q_norm, module.k_norm))
-    return torch.cat([q.expand(shape.heads, -1), k.expand(shape.kv_heads, -1)])
 
 
 def _fuse_bias(attention: Any, head_dim: int) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,6 +13,7 @@ import torch
 from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.outputs import PromptToken, RequestStats
 from draftkit.engine.sampling_params import SamplingParams
+from draftkit.errors import DataError
 from draftkit.ops.sampling import request_generator
 
 _ROUNDS_AHEAD = 32
@@ -117,4 +119,32 @@ class Request:
             started - self.arrived,
             answered - started,
             now - answered,
+        )
+
+
+def check_request(tokens: Sequence[int], params: SamplingParams, vocab: int, longest: int) -> None:
+    """Raise DataError where a prompt and what is asked for do not go into a context of `longest` tokens, or
+    name tokens that a vocabulary of `vocab` does not have."""
+    if not 1 <= len(tokens) < longest:
+        raise DataError(
+            f"a prompt of {len(tokens)} tokens: give 1 to {longest - 1} (the context is {longest})"
+        )
+    if params.max_tokens is not None and len(tokens) + params.max_tokens > longest:
+        raise DataError(
+            f"{len(tokens)} prompt + {params.max_tokens} new tokens: the context is {longest}; ask for less"
+        )
+    allowed = params.allowed_token_ids
+    for name, ids in (
+        ("prompt", tokens),
+        ("stop_token_ids", params.stop_token_ids),
+        ("logit_bias", params.logit_bias or ()),
+        ("allowed_token_ids", allowed or ()),
+        ("bad_token_ids", [token for word in params.bad_token_ids for token in word]),
+    ):
+        wrong = next((t for t in ids if not 0 <= t < vocab), None)
+        if wrong is not None:
+            raise DataError(f"{name}: token id {wrong} is out of vocabulary; allowed are 0 to {vocab - 1}")
+    if allowed is not None and not allowed:
+        raise DataError(
+            "allowed_token_ids is empty: no token could follow; leave it out or give at least one id"
         )

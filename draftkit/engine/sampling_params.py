@@ -123,6 +123,17 @@ class SamplingParams:
                 "a constraint and allowed_token_ids may leave no token to choose; give one of them"
             )
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether anything but temperature, top-k, top-p and min-p shapes the distribution."""
+        ids = self.allowed_token_ids is not None or self.bad_token_ids or self.logit_bias
+        return bool(ids or self.min_tokens or self.penalises or self.constraint is not None)
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens that are there already change the logits."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
     def of_answer(
         self, index: int, max_tokens: int | None, constraint: Constraint | None = None
     ) -> SamplingParams:

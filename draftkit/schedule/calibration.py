@@ -92,9 +92,9 @@ def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibr
     return calibration
 
 
-def logit(confidence: Floats) -> Floats:
-    """Log odds; confidences are kept away from 0 and 1."""
-    clipped = np.asarray(confidence, np.float64).clip(EDGE, 1 - EDGE)
+def logit(confidence: Floats, edge: float = EDGE) -> Floats:
+    """Log odds; confidences are kept `edge` away from 0 and 1."""
+    clipped = np.asarray(confidence, np.float64).clip(edge, 1 - edge)
     return np.log(clipped) - np.log1p(-clipped)
 
 

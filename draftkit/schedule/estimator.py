@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from draftkit.schedule.calibration import logit, sigmoid
 from draftkit.schedule.step_rate import Floats, Ints
 
 EDGE = 1e-4  # m is kept this far from 0 and 1
@@ -35,7 +36,7 @@ class AcceptanceEstimator:
     def confidence(self, draft_max_RG: Floats) -> Floats:
         """Estimated probability that each drafted token is accepted given those before, [R, G]; NaN counts as
         zero."""
-        return _sigmoid(self.weights[0] * _logit(draft_max_RG) + self.weights[1:])
+        return sigmoid(self.weights[0] * _logit(draft_max_RG) + self.weights[1:])
 
     def observe(self, draft_max_RG: Floats, accepted_R: Ints, verified_R: Ints) -> None:
         """Learn from a step: `accepted_R` of the first `verified_R` drafted tokens were kept."""
@@ -59,7 +60,7 @@ class AcceptanceEstimator:
         design[np.arange(count), 1 + self._position_M[:count]] = 1.0
         prior = np.concatenate([[1.0], np.zeros(self.gamma)])
         for _ in range(NEWTON_STEPS):
-            chance = _sigmoid(design @ self.weights)
+            chance = sigmoid(design @ self.weights)
             slope = design.T @ (self._kept_M[:count] - chance) - PRIOR_WEIGHT * (self.weights - prior)
             curvature = (design * (chance * (1 - chance))[:, None]).T @ design + PRIOR_WEIGHT * np.eye(
                 1 + self.gamma
@@ -68,9 +69,4 @@ class AcceptanceEstimator:
 
 
 def _logit(chance: Floats) -> Floats:
-    clipped = np.nan_to_num(np.asarray(chance, np.float64)).clip(EDGE, 1 - EDGE)
-    return np.log(clipped) - np.log1p(-clipped)
-
-
-def _sigmoid(logit: Floats) -> Floats:
-    return 1 / (1 + np.exp(-logit))
+    return logit(np.nan_to_num(np.asarray(chance, np.float64)), EDGE)

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from draftkit.serve.formats import one_of
 from draftkit.serve.limits import MAX_MESSAGES, MAX_NAME, MAX_STOPS, MAX_TOOLS
+from draftkit.serve.messages import one_of
 from draftkit.serve.problem import Refusal, bad_request, shorten
 from draftkit.serve.protocol import INT64, Body, ChatBody, Finite, RequestBody, Word
 from draftkit.serve.wire import as_chat

@@ -10,23 +10,10 @@ from pydantic import (
     AliasChoices,
     BaseModel,
     Field,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
 
-
-def one_of(what: str) -> WrapValidator:
-    """For fields that may be several things: one sentence instead of what was wrong with each of them."""
-
-    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return handler(value)
-        except ValidationError:
-            raise ValueError(f"must be {what}") from None
-
-    return WrapValidator(check)
+from draftkit.serve.messages import one_of
 
 
 class JsonSchema(BaseModel):

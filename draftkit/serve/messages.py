@@ -5,10 +5,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
-from draftkit.serve.formats import one_of
 from draftkit.serve.limits import MAX_MESSAGES, MAX_TOOLS
+
+
+def one_of(what: str) -> WrapValidator:
+    """For fields that may be several things: one sentence instead of what was wrong with each of them."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {what}") from None
+
+    return WrapValidator(check)
 
 
 class ContentPart(BaseModel):

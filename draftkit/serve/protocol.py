@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs, one_of
+from draftkit.serve.formats import ForcedCalls, Form, ResponseFormat, StructuredOutputs
 from draftkit.serve.limits import (
     MAX_ALLOWED_IDS,
     MAX_BAD_WORDS,
@@ -33,7 +33,7 @@ from draftkit.serve.limits import (
     MAX_STOPS,
     MAX_WORD,
 )
-from draftkit.serve.messages import Messages, NamedTool, Tools
+from draftkit.serve.messages import Messages, NamedTool, Tools, one_of
 from draftkit.serve.problem import Refusal, shorten
 from draftkit.serve.unsupported import UNSUPPORTED, refuse_unsupported
 
