@@ -30,8 +30,8 @@ from draftkit.doctor.recorded import Recorded, record
 from draftkit.doctor.server import check_server
 from draftkit.draft.checkpoint import open_drafter, save_drafter
 from draftkit.target.loading import load_target
-from draftkit.target.place import EMBEDDED
-from draftkit.target.transformers import DTYPES, SMOLLM2_PAIR, TransformersTarget
+from draftkit.target.place import EMBEDDED, SMOLLM2_DRAFTER
+from draftkit.target.transformers import DTYPES, TransformersTarget
 from draftkit.target.weights import TargetFiles
 from support.deepseek_v4 import tiny_folder
 from support.drafting_stub import stub
@@ -105,7 +105,7 @@ def cases() -> Iterator[Case]:
     for form in ("portable", "deepspec", "float32"):
         yield Case(f"sound: embedded, {form}", (), lambda folder, form=form: _written(folder, form))  # type: ignore[misc]
     yield Case("sound: embedded, as packaged", (), lambda folder: _sound("tiny", DRAFTER))
-    yield Case("sound: SmolLM2, as packaged", (), lambda folder: _sound("smollm2", SMOLLM2_PAIR))
+    yield Case("sound: SmolLM2, as packaged", (), lambda folder: _sound("smollm2", SMOLLM2_DRAFTER))
 
 
 def _copies(embedding: float, head: float) -> Fault:

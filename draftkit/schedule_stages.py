@@ -27,7 +27,8 @@ from draftkit.schedule.temperature_scaling import Quality, fit_calibration, qual
 from draftkit.schedule.traces import Origin, Traces, join_traces, load_traces, save_traces
 from draftkit.settings import GenerateSettings
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.transformers import SMOLLM2_PAIR, TransformersTarget
+from draftkit.target.place import SMOLLM2_PAIR
+from draftkit.target.transformers import TransformersTarget
 
 FEW_PROMPTS = 30  # below so many a simulated speed says little
 TRACES, CALIBRATION, STEP_RATE = "traces.safetensors", "calibration.json", "step_rate.json"

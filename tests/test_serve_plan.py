@@ -22,7 +22,7 @@ from draftkit.serve import pair
 from draftkit.serve.llm import LLM
 from draftkit.serve.pair import PlanFiles, find_drafter, open_pair
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.transformers import EMBEDDED, EMBEDDED_PAIR
+from draftkit.target.place import EMBEDDED, EMBEDDED_PAIR
 from support.server import serving
 
 SERVE = (sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")
@@ -53,6 +53,14 @@ def test_the_server_plans_by_the_files_that_it_is_given(tmp_path: Path) -> None:
         verified = server.metric("spec_decode_num_verified_tokens_total")
         assert verified > 0.7 * server.metric("spec_decode_num_draft_tokens_total") > 0
         assert 0 <= server.metric("confidence_calibration_error") <= 1
+
+
+@pytest.mark.parametrize("name", pair.PACKAGED)
+def test_what_is_packaged_belongs_together(name: str) -> None:
+    packaged = pair.PACKAGED[name]
+    own = fingerprint(packaged.folder)
+    gamma = json.loads((packaged.folder / "config.json").read_text("utf-8"))["block_size"]
+    assert load_calibration(packaged.calibration, gamma, own).num_samples > 1000
 
 
 def test_the_embedded_pair_takes_the_calibration_of_its_own_drafter_and_no_other(

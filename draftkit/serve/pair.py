@@ -17,9 +17,8 @@ from draftkit.schedule.calibration import Calibration, load_calibration
 from draftkit.schedule.step_rate_table import load_step_rate
 from draftkit.target.deepseek_v4_prompts import speaks_deepseek_v4
 from draftkit.target.fingerprint import fingerprint
-from draftkit.target.place import EMBEDDED
+from draftkit.target.place import EMBEDDED, EMBEDDED_PAIR, SMOLLM2_DRAFTER, SMOLLM2_PAIR
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import EMBEDDED_PAIR, SMOLLM2_PAIR
 
 log = logging.getLogger("draftkit.serve")
 
@@ -34,7 +33,7 @@ class PackagedDrafter:
 
 PACKAGED = {  # by the name of its target
     "tiny": PackagedDrafter(EMBEDDED / "drafter", EMBEDDED_PAIR / "calibration.json"),
-    "smollm2": PackagedDrafter(SMOLLM2_PAIR, SMOLLM2_PAIR / "calibration.json"),
+    "smollm2": PackagedDrafter(SMOLLM2_DRAFTER, SMOLLM2_PAIR / "calibration.json"),
 }
 
 

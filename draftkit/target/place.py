@@ -12,6 +12,9 @@ from draftkit.suggest import looks_like_path, nearest_path
 from draftkit.target.gguf import gguf_in, smollm2_file
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
+# a drafter of the target "smollm2"; what was recorded with each target and its packaged drafter
+SMOLLM2_DRAFTER = EMBEDDED.parent / "smollm2"
+EMBEDDED_PAIR, SMOLLM2_PAIR = EMBEDDED.parent / "tiny-pair", EMBEDDED.parent / "smollm2-pair"
 HUB_SECONDS = 1.5  # in which a hub answers; a slower one is left to the library that fetches from it
 _GIVE = "give a folder that `save_pretrained` wrote, a GGUF file or a hub id"
 

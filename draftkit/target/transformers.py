@@ -13,12 +13,7 @@ from torch import Tensor, nn
 from draftkit.errors import TargetError
 from draftkit.target.cache import DynamicTargetCache, ReplayTargetCache, needs_replay
 from draftkit.target.interface import TargetCache, TargetInfo, TargetOutput
-from draftkit.target.place import EMBEDDED
 
-SMOLLM2_PAIR = (
-    EMBEDDED.parent / "smollm2"
-)  # a drafter of the target "smollm2", and what was recorded with both
-EMBEDDED_PAIR = EMBEDDED.parent / "tiny-pair"  # recorded with it and the drafter in it, on one CPU thread
 # families whose layers give several residual streams [B, T, N, H], of which drafters read the mean
 STREAM_MEANS = frozenset({"deepseek_v4"})
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
