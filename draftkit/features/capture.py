@@ -11,18 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
 
 from draftkit.data.messages import Conversation
 from draftkit.data.samples import SampleCounts
 from draftkit.errors import FeatureStoreError
 from draftkit.features.compute import Reader, batches
-from draftkit.features.index import Index
+from draftkit.features.index import Index, Key
 from draftkit.features.manifest import StoreManifest, begin_store
-from draftkit.features.record import NO_FEATURES, Text
-from draftkit.features.texts import Chunk, PartTexts, added, chunks, rendered
+from draftkit.features.overlap import WriterThread
+from draftkit.features.record import NO_FEATURES, RecordForm, Text
+from draftkit.features.rendering import Rendering
+from draftkit.features.texts import Chunk, PartTexts, added, chunks
 from draftkit.features.writer import SHARD_BYTES, WORK, StoreWriter, check_room
 from draftkit.output import lock_of
 from draftkit.settings import CaptureSettings
@@ -77,8 +85,12 @@ def capture(
     if largest > SHARD_BYTES:
         told = f"capture.max_length: a window of {settings.max_length} tokens takes {largest / 2**30:.2f} GiB"
         raise FeatureStoreError(f"{told}, a shard holds {SHARD_BYTES / 2**30:.0f}; give less, or dtype fp8")
-    with StoreWriter(out) as writer:
-        work = _Work(writer, manifest, info, reader, prompt_format, settings, append, tick)
+    with (
+        StoreWriter(out) as writer,
+        WriterThread() as thread,
+        Rendering(prompt_format, info, settings) as rendering,
+    ):
+        work = _Work(writer, thread, rendering, manifest, reader, settings, append, tick)
         while not work.walk(conversations):
             time.sleep(WAIT_SECONDS)
         return work.report()
@@ -107,15 +119,24 @@ def manifest_for(
     )
 
 
+@dataclass(frozen=True)
+class _Held:
+    """A chunk that this process has locked, and what gives its texts."""
+
+    chunk: Chunk
+    lock: FileLock
+    texts: Callable[[], PartTexts]
+
+
 @dataclass
 class _Work:
     """One process's work on a store."""
 
     writer: StoreWriter
+    thread: WriterThread
+    rendering: Rendering
     manifest: StoreManifest
-    info: TargetInfo
     reader: Reader | None
-    prompt_format: PromptFormat
     settings: CaptureSettings
     append: bool
     tick: Callable[[int, int], None]
@@ -128,10 +149,26 @@ class _Work:
     def walk(self, conversations: Iterable[Conversation]) -> bool:
         """Work on every chunk that is open and that nobody holds; True when the input is finished."""
         digests, count, busy = [], 0, False
-        for chunk in self._chunks(conversations):
-            digests.append(chunk.digest)
-            count += len(chunk.conversations)
-            busy |= not self._one(chunk)
+        held: deque[_Held] = deque()  # some are rendered while the target reads another
+        try:
+            for chunk in self._chunks(conversations):
+                digests.append(chunk.digest)
+                count += len(chunk.conversations)
+                if self.index.is_done(chunk.number):
+                    continue
+                lock = self._lock(chunk)
+                busy |= lock is None
+                if lock is not None and not self.index.is_done(chunk.number):
+                    held.append(_Held(chunk, lock, self.rendering.ask(chunk)))
+                elif lock is not None:
+                    lock.release()
+                while len(held) > self.rendering.ahead:
+                    self._one(held.popleft())
+            while held:
+                self._one(held.popleft())
+        finally:
+            for left in held:
+                left.lock.release()
         if not digests:
             raise FeatureStoreError("none of 0 conversations has an answer; give others")
         self.index.refresh()
@@ -183,29 +220,30 @@ class _Work:
             "or give --append to add these to a finished one"
         )
 
-    def _one(self, chunk: Chunk) -> bool:
-        """Work on a chunk; False when another process holds it."""
-        if self.index.is_done(chunk.number):
-            return True
+    def _lock(self, chunk: Chunk) -> FileLock | None:
+        """The lock of a chunk's part, None when another process works on it."""
         lock = lock_of(self.writer.folder / WORK / f"part-{chunk.number:06d}.lock")
-        if lock is None:
-            return False
-        try:
+        if lock is not None:
             self.index.refresh()  # another process may have finished it meanwhile
-            if not self.index.is_done(chunk.number):
-                part = rendered(chunk, self.prompt_format, self.info, self.settings)
-                if chunk.number not in self.index.begun:
-                    self.writer.note({"begun": chunk.number, "digest": chunk.digest})
-                self._write(chunk.number, part)
-                note = {"part": chunk.number, "records": len(part.texts), "digest": chunk.digest}
-                self.writer.note(note | part.note())
-                self.tick(len(chunk.conversations), part.tokens)
+        return lock
+
+    def _one(self, held: _Held) -> None:
+        """Work on a chunk and let go of it."""
+        chunk = held.chunk
+        try:
+            part = held.texts()
+            if chunk.number not in self.index.begun:
+                self.writer.note({"begun": chunk.number, "digest": chunk.digest})
+            self._write(chunk.number, part)
+            note = {"part": chunk.number, "records": len(part.texts), "digest": chunk.digest}
+            self.writer.note(note | part.note())
+            self.tick(len(chunk.conversations), part.tokens)
         finally:
-            lock.release()
-        return True
+            held.lock.release()
 
     def _write(self, number: int, part: PartTexts) -> None:
-        """Write what is missing of a part; what is read together does not depend on what is there."""
+        """Write what is missing of a part; what is read together does not depend on what is there. Meanwhile
+        the index is the thread's."""
         there = self.index.keys_of(number)
         missing = [t for t in part.texts if t.key not in there]
         check_room(self.writer.folder, sum(self.manifest.form.record_bytes(t) for t in missing))
@@ -213,16 +251,17 @@ class _Work:
         for batch in batches(numbered, self.settings.batch_tokens):
             texts = [part.texts[i] for i in batch]
             if any(t.key not in there for t in texts):
-                wanted = [(t, number, r) for t, r in self._records(texts) if t.key not in there]
-                self.writer.add(wanted)
+                self._put(number, texts, there)
+        self.thread.drain()
 
-    def _records(self, texts: list[Text]) -> Iterator[tuple[Text, bytes]]:
+    def _put(self, number: int, texts: list[Text], there: set[Key]) -> None:
+        """Read texts, and hand over those that are not there."""
         form = self.manifest.form
-        if self.reader is None:
-            yield from ((text, form.encode(text, None, None)) for text in texts)
-            return
-        for text, (features_TF, hidden_TH) in zip(texts, self.reader.read(texts), strict=True):
-            yield text, form.encode(text, features_TF, hidden_TH)
+        read: list[Any] = self.reader.read(texts) if self.reader else [(None, None)] * len(texts)
+        wanted = [(t, pair) for t, pair in zip(texts, read, strict=True) if t.key not in there]
+        device = read[0][0].device if self.reader else torch.device("cpu")
+        encode = partial(_encoded, form, number, wanted)
+        self.thread.put(device, encode, self.writer.add)
 
     def _finish(self, digests: list[str], conversations: int) -> None:
         """Say in the index that the input is finished, once."""
@@ -238,6 +277,10 @@ class _Work:
             self.writer.note(note | {"digest": digest})
         if lock is not None:
             lock.release()
+
+
+def _encoded(form: RecordForm, number: int, wanted: list[Any]) -> list[tuple[Text, int, bytes]]:
+    return [(text, number, form.encode(text, *pair)) for text, pair in wanted]
 
 
 def _chain(first: Chunk, rest: Iterator[Chunk]) -> Iterator[Chunk]:

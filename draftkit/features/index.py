@@ -122,9 +122,10 @@ class Index:
         self.lines = IndexLines()
         self.refresh()
 
-    def refresh(self) -> None:
-        """Read what was added since."""
-        for path in sorted(self.folder.glob(FILES)):
+    def refresh(self, own: Path | None = None) -> None:
+        """Read what was added since, to all files or to `own`: a folder may hold many thousand shards to look
+        through."""
+        for path in [own] if own else sorted(self.folder.glob(FILES)):
             if path not in self._read:
                 self.lines.files.append(path)
             at = self._read.get(path, 0)
@@ -158,6 +159,8 @@ class Index:
 
     def keys_of(self, part: int) -> set[Key]:
         """Which records of a part are there."""
+        if not self.written.get(part):  # most are new: no walk through all that was written before
+            return set()
         columns = self.columns()
         rows = np.flatnonzero((columns["part"] == part) & self.alive())
         three = [columns[name][rows].tolist() for name in ("conversation", "sample", "window")]

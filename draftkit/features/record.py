@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from draftkit.errors import FeatureStoreError
@@ -53,6 +55,18 @@ class Text:
     def mask(self) -> Tensor:
         """The window's loss mask, bool [T]."""
         return self.loss_mask_E[self.start :]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes as arrays: torch would open a file for each tensor."""
+        arrays = self.tokens_E.numpy().astype(np.uint32), self.loss_mask_E.numpy()
+        return _text_of_arrays, (self.key, self.id, self.domain, *arrays, self.start)
+
+
+def _text_of_arrays(
+    key: tuple[int, int, int], name: str, domain: str, ids: NDArray[Any], mask: NDArray[Any], start: int
+) -> Text:
+    tokens_E = torch.from_numpy(ids.astype(np.int64))
+    return Text(key, name, domain, tokens_E, torch.from_numpy(mask.copy()), start)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ class StoreWriter:
             self.number += 1
         self._lock = lock
         self.index = Index(folder)
-        path = folder / f"index-{self.number:03d}.jsonl"
-        with naming(path):
-            self._lines = path.open("ab")
-            self._lines.truncate(self.index.end_of(path))  # what a kill tore off
+        self._path = folder / f"index-{self.number:03d}.jsonl"
+        with naming(self._path):
+            self._lines = self._path.open("ab")
+            self._lines.truncate(self.index.end_of(self._path))  # what a kill tore off
         self._shard_number, end = self.index.shard_ends(self.number)
         self._open_shard(end)
         self._synced = time.monotonic()
@@ -75,13 +75,13 @@ class StoreWriter:
             self._shard.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 os.fsync(self._shard.fileno())
-        with naming(self.folder / f"index-{self.number:03d}.jsonl"):
+        with naming(self._path):
             self._lines.write(b"".join(index_line(note) for note in notes))
             self._lines.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 os.fsync(self._lines.fileno())
                 self._synced = time.monotonic()
-        self.index.refresh()
+        self.index.refresh(self._path)
 
     def _next_shard(self) -> None:
         with naming(self.folder / shard_name(self.number, self._shard_number)):
