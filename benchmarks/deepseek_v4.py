@@ -36,6 +36,7 @@ from draftkit.target.transformers import TransformersTarget
 PROMPT, LIMIT = 24, 64  # tokens of a prompt, at most, and of its answer
 NOISE = 2e-3  # of a logit: what float32 makes of passes of other shapes
 GREEDY = Sampling(0.0)
+ARMS = ("trained, loop", "trained, engine", "random, loop", "random, engine")  # the module, and who answers
 
 
 class NGram(Drafter):
@@ -90,7 +91,7 @@ def read_prompts(folder: Path, name: str) -> list[list[int]]:
     return [list(shown.prompt(row["messages"][:-1])) for row in rows]
 
 
-def lossless(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
+def lossless(folder: Path, drafter: Path, count: int, chosen_arms: Sequence[str] = ARMS) -> dict[str, Any]:
     """Greedy answers of the reference loop and of the engine, with the trained module and the random one in
     the checkpoint, against those of the target alone; where they part, the distance of the two logits."""
     target = load_target(str(folder))
@@ -99,19 +100,19 @@ def lossless(folder: Path, drafter: Path, count: int) -> dict[str, Any]:
     chosen = parts[:: max(1, len(parts) // count)][:count]
     alone = greedy(target, torch.tensor(chosen))
     arms, began = {}, time.perf_counter()
-    for name, source in (("trained", drafter), ("random", folder)):
-        module = open_drafter(source, target)
-        for how, answer in (("loop", by_loop), ("engine", by_engine)):
-            with progress_bar(f"{name} module, {how}", len(chosen)) as bar:
-                answers = answer(target, module, chosen, lambda bar=bar: bar.update(1))
-            rows = zip(chosen, answers, alone, strict=True)
-            gaps = [gap(target, p, got.tokens, wanted) for p, got, wanted in rows if got.tokens != wanted]
-            arm = arms[f"{name}, {how}"] = {
-                "parted": len(gaps),
-                "largest_gap": max(gaps, default=0.0),
-                "accepted_length": round(mean(map(accepted_length, answers)), 3),
-            }
-            print(f"{name}, {how}: {arm}", file=sys.stderr, flush=True)
+    for name in chosen_arms:
+        module = open_drafter(drafter if name.startswith("trained") else folder, target)
+        answer = by_loop if name.endswith("loop") else by_engine
+        with progress_bar(f"module: {name}", len(chosen)) as bar:
+            answers = answer(target, module, chosen, lambda bar=bar: bar.update(1))
+        rows = zip(chosen, answers, alone, strict=True)
+        gaps = [gap(target, p, got.tokens, wanted) for p, got, wanted in rows if got.tokens != wanted]
+        arms[name] = {
+            "parted": len(gaps),
+            "largest_gap": max(gaps, default=0.0),
+            "accepted_length": round(mean(map(accepted_length, answers)), 3),
+        }
+        print(f"{name}: {arms[name]}", file=sys.stderr, flush=True)
     return {
         "prompts": len(chosen),
         "tokens": sum(map(len, alone)),
@@ -210,10 +211,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--drafter", type=Path, required=True)
     parser.add_argument("--prompts", type=int, help="lossless: 200, worth: 24")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help="of lossless; all of them")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    measure, usual = (lossless, 200) if given.what == "lossless" else (worth, 24)
-    told = measure(given.folder, given.drafter, given.prompts or usual)
+    if given.what == "lossless":
+        told = lossless(given.folder, given.drafter, given.prompts or 200, given.arms)
+    else:
+        told = worth(given.folder, given.drafter, given.prompts or 24)
     print(json.dumps(told, indent=1))
     if not told.get("lossless", True):
         raise SystemExit(1)

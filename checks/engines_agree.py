@@ -22,17 +22,18 @@ from typing import Any
 
 TINY = Path(__file__).parent.parent / "draftkit" / "assets" / "tiny"
 NONE = Path("none")
+Chat = list[dict[str, str]]
 Result = tuple[list[list[int]], int, int]  # answers, rounds, accepted drafted tokens
 
 
-def read_chats(per_domain: int) -> list[list[dict[str, str]]]:
-    """The first user turns of the first held-out prompts of every domain."""
-    chats: dict[str, list[list[dict[str, str]]]] = {}
-    for line in (TINY / "heldout.jsonl").read_text("utf-8").splitlines():
+def read_chats(per_domain: int, path: Path = TINY / "heldout.jsonl") -> list[tuple[str, Chat]]:
+    """The first user turns of the first prompts of every domain of a file, with the domain."""
+    chats: dict[str, list[Chat]] = {}
+    for line in path.read_text("utf-8").splitlines():
         record = json.loads(line)
         first = next(m for m in record["messages"] if m["role"] == "user")
         chats.setdefault(record["domain"], []).append([{"role": "user", "content": first["content"]}])
-    return [chat for domain in chats.values() for chat in domain[:per_domain]]
+    return [(domain, chat) for domain, found in chats.items() for chat in found[:per_domain]]
 
 
 def run_vllm(options: argparse.Namespace) -> Result:
@@ -56,7 +57,8 @@ def run_vllm(options: argparse.Namespace) -> Result:
         speculative_config=speculative,
     )
     sampling = SamplingParams(temperature=0.0, max_tokens=options.new_tokens)
-    answers = llm.chat(read_chats(options.prompts), sampling, use_tqdm=False)
+    chats = [chat for _, chat in read_chats(options.prompts)]
+    answers = llm.chat(chats, sampling, use_tqdm=False)
     counters = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
     rounds, accepted = (
         int(counters.get(f"vllm:spec_decode_num_{name}", 0)) for name in ("drafts", "accepted_tokens")
@@ -89,7 +91,7 @@ def run_draftkit(options: argparse.Namespace) -> Result:
 
         drafter.config = replace(drafter.config, block_size=options.tokens)
     answers, rounds, accepted = [], 0, 0
-    for chat in read_chats(options.prompts):
+    for _, chat in read_chats(options.prompts):
         done = decode(
             target, drafter, TemplateFormat(tokenizer).prompt(chat), Sampling(0.0), options.new_tokens
         )

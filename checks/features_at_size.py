@@ -6,7 +6,9 @@ Synthetic conversations (random ids, half of them the answer) are captured by th
 is a stub that answers at once with one layer of 8 numbers, so that what is measured is the work on texts,
 index and shards. Capture ends after `--seconds`; the same command goes on where it was. Then, in processes of
 their own, a drafter is trained on the store: from nothing to the end of the first step, and the loader alone
-for three steps more. Last, on a second store of 1,024 samples with vectors of 5 x 256 numbers, one step of
+for three steps more. Then a store whose index has `--index` records, each of which is one of the first
+thousand that were captured: a training is opened and takes its first step, and capture adds 64 conversations.
+Last, on a second store of 1,024 samples with vectors of 5 x 256 numbers, one step of
 batch 512 and one of batch 8, both with micro-batches of one row, which must have the same peak of memory.
 
 Peak memory is the process's own (VmHWM); bytes are those that read calls gave it (/proc/self/io). One thread.
@@ -17,10 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +35,11 @@ from draftkit.data.messages import Conversation, Message, WrittenTurn
 from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.drafter import DrafterConfig
 from draftkit.features import capture as capturing
+from draftkit.features.index import index_line
+from draftkit.features.manifest import begin_store
 from draftkit.features.record import Text
 from draftkit.features.store import FeatureStore
+from draftkit.features.texts import PART, PartTexts
 from draftkit.features.writer import StoreWriter
 from draftkit.settings import CaptureSettings, LossSettings
 from draftkit.target.interface import TargetInfo
@@ -47,6 +54,7 @@ TALK = (Message("user", "What?"), Message("assistant", "That."))
 SMALL, LARGE = (8, (1,)), (256, (1, 2, 3, 4, 5))  # hidden size and layers
 LARGE_SAMPLES, LARGE_TOKENS = 1024, 512
 BATCHES = (512, 8)
+REPEATED, ADDED = 1000, 64
 
 
 class OutOfTime(Exception):
@@ -97,8 +105,26 @@ def conversations(records: int, tokens: int) -> Iterator[Conversation]:
         yield Conversation(f"conversation-{n}", "chat", TALK, turns=(turn,))
 
 
+def with_large_index(small: Path, out: Path, records: int) -> None:
+    """A store of as many records, whose bytes are those of the first REPEATED of another one."""
+    store = FeatureStore(small)
+    some = [store.record(i) for i in range(min(REPEATED, len(store)))]
+    begin_store(out, store.manifest)
+    for shard in small.glob("shard-*"):
+        shutil.copyfile(shard, out / shard.name)  # a writer cuts off what the index does not know
+    parts = -(-records // PART)
+    about = {"input": True, "first": 0, "parts": parts, "conversations": records, "first_conversation": 0}
+    with (out / "index-000.jsonl").open("wb") as file:
+        for n in range(records):
+            file.write(index_line(replace(some[n % len(some)], key=(n, 0, 0), part=n // PART).note()))
+        for part in range(parts):
+            note = {"part": part, "records": min(PART, records - part * PART), "digest": "made"}
+            file.write(index_line(note | PartTexts([]).note()))
+        file.write(index_line(about | {"digest": "made"}))
+
+
 def captured(
-    folder: Path, records: int, tokens: int, kind: tuple[int, Any], seconds: float
+    folder: Path, records: int, tokens: int, kind: tuple[int, Any], seconds: float, append: bool = False
 ) -> dict[str, Any]:
     """Capture until all is there, or the time is over."""
     hidden, layers = kind
@@ -113,7 +139,7 @@ def captured(
     shown, talk = TemplateFormat(load_tokenizer("tiny")), conversations(records, tokens)
     finished = True
     try:
-        capturing.capture(info, stub, shown, talk, folder, layers, settings, tick)
+        capturing.capture(info, stub, shown, talk, folder, layers, settings, tick, append)
     except OutOfTime:
         finished = False
     return {
@@ -178,9 +204,21 @@ def alone(options: argparse.Namespace, stage: str, batch: int = 0) -> dict[str, 
     """A stage in a process of its own."""
     words = [sys.executable, "-m", "checks.features_at_size", "--work", str(options.work)]
     words += ["--records", str(options.records), "--tokens", str(options.tokens)]
-    words += ["--seconds", str(options.seconds), "--stage", stage, "--batch", str(batch)]
+    words += [
+        "--index",
+        str(options.index),
+        "--seconds",
+        str(options.seconds),
+        "--stage",
+        stage,
+        "--batch",
+        str(batch),
+    ]
     found: dict[str, Any] = json.loads(subprocess.check_output(words))
     return found
+
+
+STAGES = ["capture", "train", "index", "train-index", "append", "capture-large", "train-large"]
 
 
 def main() -> None:
@@ -190,20 +228,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--index", type=int, default=1_000_000)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--seconds", type=float, default=500, help="of capture; given again, it goes on")
-    parser.add_argument("--stage", choices=["capture", "train", "capture-large", "train-large"])
+    parser.add_argument("--stage", choices=STAGES)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    small, large = options.work / "small", options.work / "large"
+    small, large, wide = (options.work / name for name in ("small", "large", "wide"))
     if options.stage == "capture":
         print(json.dumps(captured(small, options.records, options.tokens, SMALL, options.seconds)))
     elif options.stage == "capture-large":
         print(json.dumps(captured(large, LARGE_SAMPLES, LARGE_TOKENS, LARGE, options.seconds)))
     elif options.stage == "train":
         print(json.dumps(trained(small, SMALL, options.batch, 1, 4)))
+    elif options.stage == "index":
+        with_large_index(small, wide, options.index)
+        print("{}")
+    elif options.stage == "train-index":
+        print(json.dumps(trained(wide, SMALL, options.batch, 1, 4)))
+    elif options.stage == "append":
+        print(json.dumps(captured(wide, ADDED, options.tokens, SMALL, options.seconds, append=True)))
     elif options.stage == "train-large":
         print(json.dumps(trained(large, LARGE, options.batch, 1, 1)))
     else:
@@ -217,6 +263,9 @@ def whole(options: argparse.Namespace, small: Path) -> int:
     good = True
     if found["capture"]["finished"]:
         found["train"] = [alone(options, "train", batch) for batch in BATCHES]
+        alone(options, "index")
+        found["train_of_large_index"] = alone(options, "train-index", BATCHES[0])
+        found["capture_into_large_index"] = alone(options, "append")
         alone(options, "capture-large")
         found["micro_batch_1"] = [alone(options, "train-large", batch) for batch in BATCHES]
         peaks = [run["peak_mb"] for run in found["micro_batch_1"]]

@@ -1,10 +1,10 @@
 """A pair in llama.cpp's own server and here: greedy answers, drafted and accepted tokens on the same
-prompts, and the server's speed with the drafter over without.
+prompts, and the server's speed with the drafter over without, by domain.
 
     python -m checks.llama_agree --server llama-server --target TARGET.gguf --drafter FOLDER -o out.json
 
-The drafter is handed over first (`draftkit export --for llama.cpp`). The server runs twice, with it and
-without; every prompt goes as token ids to /completion at temperature 0, one at a time. Ours is the
+The drafter is handed over first (`draftkit export --for llama.cpp`). Two servers run, with it and without;
+every prompt goes as token ids to /completion of both at temperature 0, one at a time and in turn. Ours is the
 reference loop in float32 on the weights of the same file. Where answers differ, the two decode another text
 from there on: these prompts are counted apart, since arithmetic settles near ties (see docs/handover.md).
 """
@@ -15,15 +15,16 @@ import argparse
 import json
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import quantiles
 from typing import Any
 
 import httpx
 import torch
 
-from checks.engines_agree import cpu_name, read_chats
+from checks.engines_agree import TINY, cpu_name, read_chats
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.handover.export import hand_over
@@ -88,26 +89,28 @@ def main() -> None:
     parser.add_argument("--target", required=True, help="GGUF")
     parser.add_argument("--drafter", type=Path, required=True, help="folder")
     parser.add_argument("--prompts", type=int, default=2, help="per domain")
+    parser.add_argument("--chats", type=Path, default=TINY / "heldout.jsonl", help="where they lie")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--port", type=int, default=8099)
+    parser.add_argument("--port", type=int, default=8099, help="and the next one")
     parser.add_argument("--out", "-o", required=True)
     options = parser.parse_args()
     made = hand_over(
         "llama.cpp", options.drafter, Path(options.out).with_suffix(".gguf"), options.target, "bfloat16"
     )
     shown = TemplateFormat(load_tokenizer(options.target))
-    prompts = [list(shown.prompt(chat)) for chat in read_chats(options.prompts)]
+    chats = read_chats(options.prompts, options.chats)
+    prompts = [list(shown.prompt(chat)) for _, chat in chats]
     kind = made.command[made.command.index("--spec-type") :].split()[1]
-    with serving(options) as http:
-        plain = [ask(http, prompt, options.new_tokens) for prompt in prompts]
     target = load_target(options.target)
     drafter = load_drafter(options.drafter, torch.float32, target)
     more = ("-md", str(made.path), "--spec-type", kind, "--spec-draft-n-max", str(drafter.gamma))
-    with serving(options, *more) as http:
-        theirs = [ask(http, prompt, options.new_tokens) for prompt in prompts]
+    plain, theirs = _in_turn(options, more, prompts)
     ours = [decode(target, drafter, prompt, Sampling(0.0), options.new_tokens) for prompt in prompts]
-    rows = [_row(p, t, o, target.info.stop_token_ids) for p, t, o in zip(plain, theirs, ours, strict=True)]
+    rows = [
+        {"domain": chat[0], **_row(p, t, o, target.info.stop_token_ids)}
+        for chat, p, t, o in zip(chats, plain, theirs, ours, strict=True)
+    ]
     same = [row for row in rows if row["same_answer"]]
     found = {
         "prompts": len(rows),
@@ -117,13 +120,47 @@ def main() -> None:
         "same_answers_as_ours": len(same),
         "accepted_in_these": {name: sum(row[name] for row in same) for name in ("theirs", "ours")},
         "accepted_in_all": {name: sum(row[name] for row in rows) for name in ("theirs", "ours")},
-        "speed_over_without": sum(p["seconds"] for p in plain) / sum(t["seconds"] for t in theirs),
+        "speed_over_without": {
+            name: _speed_up([row for row in rows if name in (row["domain"], "all")])
+            for name in [*dict.fromkeys(row["domain"] for row in rows), "all"]
+        },
         "threads": options.threads,
         "cpu": cpu_name(),
         "rows": rows,
     }
     Path(options.out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps({name: value for name, value in found.items() if name != "rows"}))
+
+
+def _in_turn(
+    options: argparse.Namespace, more: Sequence[str], prompts: Sequence[list[int]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Answers without the drafter and with it, prompt by prompt, the order changing each time."""
+    second = argparse.Namespace(**vars(options) | {"port": options.port + 1})
+    found: list[list[dict[str, Any]]] = [[], []]
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(options)), stack.enter_context(serving(second, *more))]
+        for http in servers:
+            ask(http, prompts[0], options.new_tokens)  # the first answer of a server is slower
+        for number, prompt in enumerate(prompts):
+            for which in (0, 1) if number % 2 else (1, 0):
+                found[which].append(ask(servers[which], prompt, options.new_tokens))
+    return found[0], found[1]
+
+
+def _speed_up(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Decoded tokens per second with the drafter over without: of all prompts together, and the quartiles of
+    single ones."""
+    each = [row["tokens"][1] / row["seconds"][1] * row["seconds"][0] / row["tokens"][0] for row in rows]
+    whole = [sum(row["tokens"][i] for row in rows) / sum(row["seconds"][i] for row in rows) for i in (0, 1)]
+    low, middle, high = quantiles(each, n=4) if len(each) > 1 else each * 3
+    accepted, drafted = sum(row["theirs"] for row in rows), sum(row["drafted"] for row in rows)
+    return {
+        "prompts": len(rows),
+        "ratio": round(whole[1] / whole[0], 3),
+        "quartiles": [round(value, 3) for value in (low, middle, high)],
+        "accepted_share": round(accepted / max(1, drafted), 3),
+    }
 
 
 def _row(plain: dict[str, Any], theirs: dict[str, Any], ours: Any, stops: tuple[int, ...]) -> dict[str, Any]:
@@ -137,6 +174,7 @@ def _row(plain: dict[str, Any], theirs: dict[str, Any], ours: Any, stops: tuple[
         "rounds": len(ours.rounds),
         "drafted": theirs["drafted"],
         "seconds": [plain["seconds"], theirs["seconds"]],
+        "tokens": [len(plain["tokens"]), len(theirs["tokens"])],
     }
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from draftkit.data.answers import Answer, Answers, Question
-from draftkit.data.conversations import iterate_conversations
+from draftkit.data.conversations import iterate_conversations, iterate_rows
 from draftkit.data.generate import generate_file
 from draftkit.data.records import made_with
 from draftkit.features.texts import chunks, rendered
@@ -92,7 +92,7 @@ def generate(work: Path, count: int, began: float) -> None:
     watch(note)
     shown = TemplateFormat(load_tokenizer(str(EMBEDDED)))
     about = made_with(shown, "a stub", (), SETTINGS)
-    prompts = lambda first: iterate_conversations([work / "prompts.jsonl"], first=first)  # noqa: E731
+    prompts = lambda first: iterate_rows([work / "prompts.jsonl"], first=first)  # noqa: E731
     report = generate_file(Stub(note, began), shown, prompts, work / "answers.jsonl", SETTINGS, about)
     told(note, peak=peak_bytes(), records=report.records)
 

@@ -35,7 +35,7 @@ from typing import Any
 
 from checks.chats import conversations
 from draftkit.data.answers import Answer, Answers, Question
-from draftkit.data.conversations import iterate_conversations
+from draftkit.data.conversations import iterate_conversations, iterate_rows
 from draftkit.data.generate import generate_file
 from draftkit.data.messages import Conversation
 from draftkit.data.records import made_with
@@ -192,7 +192,7 @@ def count_exact(
     target = Target(says)
 
     def read(first: int) -> Iterator[Conversation]:
-        return iterate_conversations([asked], first=first)
+        return iterate_rows([asked], first=first)
 
     generate_file(target, shown, read, out, SETTINGS, made_with(shown, "known", (), SETTINGS))
     samples = list(samples_of(iterate_conversations([out]), shown, len(shown.tokenizer), SampleCounts()))

@@ -31,7 +31,7 @@ import httpx
 from checks.misbehaving import MisbehavingHandler, MisbehavingServer
 from draftkit.config import load_recipe
 from draftkit.data import servers
-from draftkit.data.conversations import iterate_conversations
+from draftkit.data.conversations import iterate_rows
 from draftkit.stages import run_generate_by_servers
 from draftkit.target.transformers import EMBEDDED
 
@@ -127,7 +127,7 @@ def answered(
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     if trouble == "killed":
         threading.Thread(target=_kill_when_due, args=(proxy, process), daemon=True).start()
-    read = lambda first: iterate_conversations([source], first=first)  # noqa: E731
+    read = lambda first: iterate_rows([source], first=first)  # noqa: E731
     run_generate_by_servers(recipe, read, out, [good, proxy.url], NAME, None)
     proxy.over.set()
     proxy.shutdown()

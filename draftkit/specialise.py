@@ -14,7 +14,7 @@ from rich.table import Table
 
 from draftkit import evaluate_stages, feature_stages, stages, train_stages
 from draftkit.config import Recipe, dump_recipe, load_recipe
-from draftkit.data.conversations import SkippedRows, iterate_conversations
+from draftkit.data.conversations import SkippedRows, iterate_conversations, iterate_rows
 from draftkit.data.traces import make_traces
 from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.errors import ConfigError, DataError
@@ -36,6 +36,7 @@ class Specialised:
         for place, after in enumerate(self.after):
             before = self.before[place] if self.before else None
             for domain, length in after.accepted_len.items():
+                timed = "all" if domain == "macro" else domain
                 found.append(
                     {
                         "temperature": after.settings["sampling"]["temperature"],
@@ -43,10 +44,8 @@ class Specialised:
                         "prompts": sum(domain in ("macro", r.domain) for r in after.records),
                         "before": asdict(before.accepted_len[domain]) if before else None,
                         "after": asdict(length),
-                        "speed_before": before.speed[domain].ratio
-                        if before and domain in before.speed
-                        else None,
-                        "speed_after": after.speed[domain].ratio if domain in after.speed else None,
+                        "speed_before": before and _ratio(before, timed),
+                        "speed_after": _ratio(after, timed),
                     }
                 )
         return found
@@ -97,7 +96,7 @@ def run_specialise(
             target,
             tokenizer,
             recipe,
-            lambda first: iterate_conversations(asked, refused.anew(), first),
+            lambda first: iterate_rows(asked, refused.anew(), first),
             answers,
             skipped=refused,
         )
@@ -124,20 +123,22 @@ def run_specialise(
     )
     after = evaluate_stages.evaluate_prompts(target, recipe, out / "drafter" / "best", prompts, out / "after")
     found = Specialised(tuple(before), tuple(after))
+    about = {"environment": after[0].environment, "traces": asdict(report), "steps": trained.steps}
     write_text(
         out / "specialised.json",
-        as_json({"rows": found.rows(), "recipe": dump_recipe(recipe)}, indent=1) + "\n",
+        as_json(about | {"rows": found.rows(), "recipe": dump_recipe(recipe)}, indent=1) + "\n",
     )
     return found
 
 
 def print_specialised(found: Specialised, console: Console | None = None) -> None:
     """The table before and after, by temperature and domain."""
-    table = Table(
-        title="held-out conversations: accepted length (95 %), speed over plain decoding", box=box.SIMPLE_HEAD
-    )
+    title = "held-out conversations: accepted length (95 %), speed over plain decoding"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("T", "domain", "prompts", "before", "after", "speed before", "speed after"):
-        table.add_column(column, justify="left" if column == "domain" else "right")
+        table.add_column(
+            column, justify="left" if column == "domain" else "right", no_wrap="speed" not in column
+        )
     for row in found.rows():
         table.add_row(
             f"{row['temperature']:g}",
@@ -147,6 +148,10 @@ def print_specialised(found: Specialised, console: Console | None = None) -> Non
             *("-" if row[side] is None else f"{row[side]:.2f}" for side in ("speed_before", "speed_after")),
         )
     (console or Console()).print(table)
+
+
+def _ratio(result: EvalResult, domain: str) -> float | None:
+    return result.speed[domain].ratio if domain in result.speed else None
 
 
 def _interval(given: dict[str, float] | None) -> str:

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from draftkit.data.generate import GenerateReport, generate_file
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import SharedWork
 from draftkit.data.records import check_rendered_as, made_with, read_manifest
-from draftkit.data.refused import asked_ones, learnt_ones
+from draftkit.data.refused import learnt_ones
 from draftkit.data.servers import ServerAnswers
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import load_drafter, open_drafter, save_drafter
@@ -88,7 +87,7 @@ def run_generate(
     target: TransformersTarget,
     tokenizer: Any,
     recipe: Recipe,
-    prompts: Callable[[int], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation | None]],
     out: Path,
     answers: Answers | None = None,
     total: int | None = None,
@@ -106,7 +105,7 @@ def run_generate(
 
 def run_generate_by_servers(
     recipe: Recipe,
-    prompts: Callable[[int], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation | None]],
     out: Path,
     urls: Sequence[str],
     model: str | None,
@@ -127,7 +126,7 @@ def _generate(
     answers: Answers,
     shown: PromptFormat,
     recipe: Recipe,
-    prompts: Callable[[int], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation | None]],
     out: Path,
     about: dict[str, Any],
     total: int | None,
@@ -135,9 +134,6 @@ def _generate(
 ) -> GenerateReport:
     """Generate, and tell the progress; of `total` conversations those that are there already count as
     done."""
-    read = prompts
-    if skipped is not None:
-        read = lambda first: islice(asked_ones(prompts(0), shown, skipped), first, None)  # noqa: E731
     before = SharedWork(out).count()
     made, done, began = 0, 0, time.perf_counter()
     with progress_bar("generate", total) as bar:
@@ -153,7 +149,7 @@ def _generate(
                 note += f", at most {clock(most / rate)} left"
             bar.update(advance=conversations, note=note)
 
-        return generate_file(answers, shown, read, out, recipe.generate, about, tick)
+        return generate_file(answers, shown, prompts, out, recipe.generate, about, tick, skipped)
 
 
 def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:

@@ -190,31 +190,6 @@ def test_a_torn_line_is_made_again(
         assert records(torn) == records(answers)
 
 
-def test_a_run_that_goes_on_begins_at_the_last_part_and_leaves_nothing_out(
-    answers: Path, target: TransformersTarget, shown: TemplateFormat, answer_all: Answers, tmp_path: Path
-) -> None:
-    """Parts of 64 prompts: the first one is half done, the second one was begun."""
-    out, many = tmp_path / "a.jsonl", prompts(150)
-    about = made_with(shown, target.info.fingerprint, target.info.stop_token_ids, SETTINGS)
-    assert generate(target, shown, many, out, SETTINGS, answer_all).records == len(many) == len(records(out))
-    lines = out.read_bytes().splitlines(keepends=True)
-    places = {json.loads(line)["id"]: line for line in lines}
-    parts = tmp_path / "b.jsonl.parts"
-    parts.mkdir()
-    (parts / "000000.jsonl").write_bytes(b"".join(places[p.id] for p in many[:30]))
-    (parts / "000001.jsonl").write_bytes(b"".join(places[p.id] for p in many[64:70]))
-    manifest_path(tmp_path / "b.jsonl").write_bytes(manifest_path(out).read_bytes())
-    asked: list[int] = []
-
-    def read(first: int) -> list[Conversation]:
-        asked.append(first)
-        return many[first:]
-
-    generate_file(answer_all, shown, read, tmp_path / "b.jsonl", SETTINGS, about)
-    assert asked[0] == 64 and asked[1] == 0
-    assert records(tmp_path / "b.jsonl") == records(out)
-
-
 def test_other_settings_are_refused(
     answers: Path, target: TransformersTarget, shown: Any, answer_all: Answers
 ) -> None:

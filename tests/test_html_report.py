@@ -121,6 +121,10 @@ def test_a_browser_shows_it_light_and_dark_without_a_complaint(tmp_path: Path) -
         assert min(sizes) > 20
         assert page.run("document.querySelectorAll('.answer .accepted').length") == 2
         assert page.run("document.documentElement.scrollWidth <= innerWidth")
-        page.call("Emulation.setEmulatedMedia", media="print")
-        assert page.run("getComputedStyle(document.querySelector('details')).display") == "block"
+        dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+        page.call("Emulation.setEmulatedMedia", media="print", features=dark)
+        paper = page.run("getComputedStyle(document.querySelector('.answer .accepted')).backgroundColor")
+        assert paper == "rgb(205, 236, 205)", "paper is light whatever the screen is"
+        assert page.run("document.querySelector('#settings').checkVisibility()")
+        assert len(page.call("Page.printToPDF", printBackground=True)["data"]) > 10_000
         assert page.console == []

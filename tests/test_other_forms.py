@@ -20,6 +20,7 @@ from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import CheckpointError
 from draftkit.handover.engines import ENGINES
+from draftkit.handover.export import command_for
 from draftkit.ops.sampling import Sampling
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import BLOCK_CONFIG, EAGLE_CONFIG
@@ -54,6 +55,10 @@ EAGLE = SIZES | {
     "ttt_length": 4,
 }
 PARTS2 = {"conv_kernel_size": 2, "conv_group_size": 4, "selector_rank": 6, "selector_top_k": 5}
+DFLASH2 = DFLASH | {
+    "architectures": ["DFlash2DraftModel"],
+    "dflash_config": {**DFLASH["dflash_config"], **PARTS2},
+}
 TYPES = ["sliding_attention", "full_attention"]
 
 
@@ -139,11 +144,7 @@ BLOCKS: dict[str, tuple[dict[str, Any], tuple[Any, ...], tuple[str, ...]]] = {
     "all causal": (nested(causal=True), ((None, True),) * 2, ()),
     "attention biases": ({"attention_bias": True}, (FULL, FULL), BOTH),
     "biases without the last": ({"attention_bias": True}, (FULL, FULL), BOTH[:3]),
-    "DFlash2": (
-        {"architectures": ["DFlash2DraftModel"], **nested(**PARTS2)},
-        (FULL, FULL),
-        (),
-    ),
+    "DFlash2": (DFLASH2, (FULL, FULL), ()),
     "DFlash2, sliding and not causal": (
         {
             "architectures": ["DFlash2DraftModel"],
@@ -296,8 +297,7 @@ def test_specforges_fields_lie_in_a_section(tmp_path: Path) -> None:
 
 
 def test_speculators_dflash2_is_the_same_drafter(tmp_path: Path) -> None:
-    config = DFLASH | {"architectures": ["DFlash2DraftModel"], **nested(**PARTS2)}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(DFLASH2))
     wanted = read_config(tmp_path)
     said = {
         "speculators_model_type": "dflash2",
@@ -355,6 +355,18 @@ def test_what_is_not_run_is_refused_by_name(name: str, tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+def test_engines_take_dflash2_by_the_method_of_dflash(tmp_path: Path) -> None:
+    """So says a model card of such a folder; XPress is refused where there is none."""
+    (tmp_path / "config.json").write_text(json.dumps(DFLASH2))
+    shape = read_config(tmp_path)
+    assert '"method": "dflash"' in command_for("vllm", shape, "T", tmp_path)
+    assert "--speculative-algorithm DFLASH " in command_for("sglang", shape, "T", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(XPRESS))
+    shape = read_config(tmp_path)
+    refusing = [name for name, e in ENGINES.items() if "it has no XPress" in e.refusals(shape)]
+    assert refusing == ["sglang", "llama.cpp", "mlx"]
+
+
 def test_what_is_only_run_is_not_written(tmp_path: Path) -> None:
     written(tmp_path / "drafter", DFLASH | {"attention_bias": True}, BOTH)
     drafter = load_drafter(tmp_path / "drafter")
@@ -363,9 +375,7 @@ def test_what_is_only_run_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "config", [DFLASH | {"architectures": ["DFlash2DraftModel"], **nested(**PARTS2)}, XPRESS]
-)
+@pytest.mark.parametrize("config", [DFLASH2, XPRESS])
 def test_the_engine_gives_the_targets_own_answers(
     config: dict[str, Any], target: TransformersTarget, tmp_path: Path
 ) -> None:

@@ -92,7 +92,7 @@ def test_budgets_see_survivals_of_the_step_before_only() -> None:
     planner, slots = BudgetPlanner(3, 1, StepRate((1, 2, 3, 4), (1.0, 1.0, 1.1, 1.3))), np.array([0, 2])
 
     def lengths(*survivals: float) -> list[int]:
-        return planner.lengths(slots[: len(survivals)], np.array(survivals)[:, None]).tolist()
+        return planner.plan(slots[: len(survivals)], np.array(survivals)[:, None]).tolist()
 
     assert lengths(0.1, 0.3) == [1, 1], "nothing is known: every chance is given"
     assert lengths(0.9, 0.8) == [1, 0], "one only, by what the step before said"

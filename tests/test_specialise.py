@@ -3,18 +3,20 @@ drafter."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from draftkit import feature_stages, stages, train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.draft.checkpoint_files import read_provenance
 from draftkit.errors import CheckpointError, ConfigError, DataError
 from draftkit.features.store import FeatureStore
-from draftkit.specialise import recipe_for, run_specialise
+from draftkit.specialise import print_specialised, recipe_for, run_specialise
 from draftkit.target.loading import load_target
 from support.targets import make_target_folder
 
@@ -84,6 +86,10 @@ def test_a_drafter_goes_on_and_the_table_has_both_sides(
     for row in rows:
         assert row["before"]["low"] <= row["before"]["value"] <= row["before"]["high"]
         assert row["after"]["value"] >= 1 and row["prompts"] > 0
+        assert row["speed_before"] > 0 and row["speed_after"] > 0, row["domain"]
+    printed = io.StringIO()
+    print_specialised(found, Console(file=printed, width=80))
+    assert "\u2026" not in printed.getvalue(), "whole intervals, in 80 columns"
     assert told[0].startswith("read 180 rows") and told[1].startswith("dropped 0 repeated, 120 beginnings")
     assert read_provenance(tmp_path / "drafter" / "best")["started_from"]
     again = run_specialise(recipe_for(None, [], start, tmp_path), [log], tmp_path, start, say=told.append)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from draftkit.data.conversations import read_conversations
-from draftkit.data.traces import SPLITS, make_traces
+from draftkit.data.traces import SPLITS, domain_of, make_traces
 from draftkit.errors import DataError
 
 ARGUMENTS = '{"city": "Bern"}'
@@ -128,16 +128,87 @@ def test_each_format_gives_the_same_conversation(name: str, tmp_path: Path) -> N
     assert (found.domain, report.domains) == ("tool calls", {"tool calls": 1})
 
 
-def test_vllms_log_holds_prompts(tmp_path: Path) -> None:
-    turns = [("user", 'Hi <b>"you"</b>'), ("assistant", "Ho"), ("user", "Again")]
-    prompt = "".join(f"<|im_start|>{role}\n{said}<|im_end|>\n" for role, said in turns)
-    line = (
-        f"INFO 11-29 [logger.py:43] Received request chatcmpl-1: prompt: {prompt!r}, params: "
-        f"SamplingParams(n=1)."
-    )
-    make_traces([write(tmp_path / "vllm.log", ["INFO starting", line])], tmp_path / "out")
+PROMPT = "".join(
+    f"<|im_start|>{role}\n{said}<|im_end|>\n"
+    for role, said in (("user", 'Hi <b>"you"</b>'), ("assistant", "Ho"), ("user", "It's again"))
+)
+OLD = (
+    f"INFO 11-29 [logger.py:43] Received request chatcmpl-1: prompt: {PROMPT!r}, params: SamplingParams(n=1)."
+)
+NEW = [
+    f"DEBUG 11-29 [logger.py:58] Request chatcmpl-1 details: prompt: {PROMPT!r}, prompt_token_ids: [1]",
+    "INFO 11-29 [request_logger.py:70] Received request chatcmpl-1: params: SamplingParams(n=1).",
+]
+ANSWER = "INFO 11-29 [request_logger.py:94] Generated response chatcmpl-1: output: {!r}, "
+ANSWER += "output_token_ids: [5], finish_reason: {}"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said", "cut"),
+    [
+        (["INFO starting", OLD], [], False),
+        (NEW, [], False),
+        ([*NEW, ANSWER.format('I\'m \n"here"', "stop")], ['I\'m \n"here"'], False),
+        ([*NEW, ANSWER.format("I am", "length")], ["I am"], True),
+        ([*NEW, ANSWER.format("[tool_calls: weather({})]", "tool_calls")], [], False),
+    ],
+)
+def test_vllms_log_holds_prompts_and_answers(
+    lines: list[str], said: list[str], cut: bool, tmp_path: Path
+) -> None:
+    make_traces([write(tmp_path / "vllm.log", lines)], tmp_path / "out")
     [found] = kept(tmp_path / "out")
-    assert [m.content for m in found.messages] == ['Hi <b>"you"</b>', "Ho", "Again"]
+    assert [m.content for m in found.messages] == ['Hi <b>"you"</b>', "Ho", "It's again", *said]
+    assert found.cut is cut
+
+
+def test_no_end_is_learnt_from_answers_that_a_limit_cut(tmp_path: Path) -> None:
+    """One in the middle, of which a shorter log says that it was cut, and the last one."""
+
+    def body(messages: list[Any], answer: Any, reason: str) -> dict[str, Any]:
+        return {
+            "request": {"messages": messages},
+            "response": {"choices": [{"message": answer, "finish_reason": reason}]},
+        }
+
+    half, on, whole = {"role": "assistant", "content": "Sun"}, {"role": "user", "content": "Go on."}, SAID
+    rows = [body([ASKED], half, "length"), body([ASKED, half, on], whole, "stop")]
+    rows.append(body([ASKED, half, on, whole, on], half, "length"))
+    report, _ = make_traces([write(tmp_path / "log.jsonl", rows)], tmp_path / "out")
+    [found] = kept(tmp_path / "out")
+    assert [m.weight for m in found.messages] == [None, 0, None, None, None, None]
+    assert (found.finish_reason, found.cut, report.cut, report.beginnings) == ("length", True, 2, 2)
+    session = [
+        claude("user", "Which weather?"),
+        claude("assistant", [{"type": "text", "text": "Sun"}], id="m1", stop_reason="max_tokens"),
+        claude("user", "Go on."),
+        claude("assistant", [{"type": "text", "text": "Sun"}], id="m2", stop_reason="max_tokens"),
+    ]
+    make_traces([write(tmp_path / "session.jsonl", session)], tmp_path / "sessions")
+    [found] = kept(tmp_path / "sessions")
+    assert [m.weight for m in found.messages] == [None, 0, None, None] and found.cut
+    said = json.dumps([parts("assistant", {"type": "text", "content": "Sun"}) | {"finish_reason": "length"}])
+    span = {"name": "chat", "attributes": SPAN | {"gen_ai.output.messages": said}}
+    make_traces([write(tmp_path / "span.jsonl", [span])], tmp_path / "spans")
+    assert kept(tmp_path / "spans")[0].cut
+
+
+@pytest.mark.parametrize(
+    ("answer", "domain"),
+    [
+        ('{"tool": "price", "argument": "toner"}', "tool calls"),
+        ('{"action": "Search", "action_input": {"query": "x"}}', "tool calls"),
+        ('{"name": "weather", "arguments": {}}', "tool calls"),
+        ('{"name": "Ada"}', "prose"),
+        ('{"tool": "price", "argu', "prose"),
+        ("<tool_call>\n{}\n</tool_call>", "tool calls"),
+        ("<think>so</think>Yes.", "reasoning"),
+        ("```python\nx\n```", "code"),
+        ("Yes.", "prose"),
+    ],
+)
+def test_an_answers_domain(answer: str, domain: str) -> None:
+    assert domain_of([{"role": "user", "content": "{}"}, {"role": "assistant", "content": answer}]) == domain
 
 
 def test_repetitions_and_beginnings_are_dropped_and_related_ones_stay_together(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """A scripted agent with tools, against any OpenAI-compatible server: logs of requests and responses to try
 `draftkit traces` and `draftkit specialise` on.
 
-    draftkit serve --target smollm2 --max-running 16 & python -m tools.agent_traces --server
-    http://127.0.0.1:8000 --conversations 300 --out requests.jsonl draftkit specialise -r smollm2-dspark
-    --traces requests.jsonl --start-from draftkit/assets/smollm2 -o mine
+    draftkit serve --target smollm2 --max-running 16 &
+    python -m tools.agent_traces --conversations 300 --out requests.jsonl
+    draftkit specialise --target smollm2 --traces requests.jsonl --start-from draftkit/assets/smollm2 -o mine
 
 Each conversation is a small task on a made-up office: files, a calendar, prices and sums. The target is
 asked which tool to use, as JSON of a schema (so that a small one calls tools, too); the agent runs it,
@@ -42,6 +42,7 @@ SYSTEM = (
     + '\nTo use one, answer with JSON only: {"tool": "...", "argument": "..."}. Results come from the user. '
     "Then answer in one or two plain sentences."
 )
+SAY = "Say it in a sentence."
 CALL = {
     "type": "object",
     "properties": {
@@ -93,7 +94,7 @@ class Office:
 
 
 def tasks(chance: random.Random) -> list[str]:
-    """What a conversation is about: two or three questions, and the report."""
+    """What a conversation is about: one or two questions, and the report."""
     person, good, other = chance.choice(PEOPLE), *chance.sample(GOODS, 2)
     questions = [
         f"When does {person} have meetings this week?",
@@ -103,7 +104,7 @@ def tasks(chance: random.Random) -> list[str]:
         "Which files are there, and which one is about money?",
         "How much have we spent in the last three months?",
     ]
-    return [*chance.sample(questions, chance.randint(2, 3)), "Write a short report of all this for my boss."]
+    return [*chance.sample(questions, chance.randint(1, 2)), "Write a short report of all this for my boss."]
 
 
 async def converse(http: httpx.AsyncClient, model: str, seed: int, most: int) -> list[dict[str, Any]]:
@@ -130,7 +131,7 @@ async def converse(http: httpx.AsyncClient, model: str, seed: int, most: int) ->
                 result = office.use(call["tool"], call["argument"])
             except ValueError:  # it was cut
                 result = "that was no tool; answer without one"
-            messages.append({"role": "user", "content": f"Result:\n{result}"})
+            messages.append({"role": "user", "content": f"Result:\n{result}\n{SAY}"})
             await ask()
         messages.append({"role": "user", "content": report})
         await ask()

@@ -79,11 +79,14 @@ def request(walk: Walk) -> tuple[str, ...]:
     while worker.state == "loading" or not server.started:
         time.sleep(0.05)
     engine, port = worker.ready().engine, server.servers[0].sockets[0].getsockname()[1]
-    walk.on = True
-    answer = httpx.post(
-        f"http://127.0.0.1:{port}/v1/chat/completions", json=QUESTION, timeout=60, trust_env=False
-    )
-    walk.on = False
+    for _ in range(5):  # a gate that rests, or no luck, leaves one without accepted drafts
+        walk.on = True
+        answer = httpx.post(
+            f"http://127.0.0.1:{port}/v1/chat/completions", json=QUESTION, timeout=60, trust_env=False
+        )
+        walk.on = False
+        if engine.metrics.accepted:
+            break
     if answer.status_code != 200 or not engine.metrics.accepted:
         raise SystemExit(f"the request was not answered with drafts: {answer.status_code}, {engine.metrics}")
     server.should_exit = True

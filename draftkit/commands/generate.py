@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,7 +55,7 @@ def command(
         SkippedRows,
         check_beginning,
         count_rows,
-        iterate_conversations,
+        iterate_rows,
     )
 
     check_beginning(prompts or [], skip_invalid)
@@ -67,10 +66,8 @@ def command(
     paths = prompts or [stages.TINY_PROMPTS]
     skipped = SkippedRows() if skip_invalid else None
 
-    def read(first: int) -> Iterator[Conversation]:
-        if skipped is None:
-            return iterate_conversations(paths, first=first)
-        return islice(iterate_conversations(paths, skipped.anew()), first, None)
+    def read(first: int) -> Iterator[Conversation | None]:
+        return iterate_rows(paths, skipped and skipped.anew(), first)
 
     total = count_rows(paths)
     if servers:

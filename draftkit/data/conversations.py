@@ -17,7 +17,14 @@ from draftkit.data.messages import Conversation, Message
 from draftkit.data.row_forms import conversation_of
 from draftkit.errors import DataError
 
-__all__ = ["Conversation", "Message", "SkippedRows", "iterate_conversations", "read_conversations"]
+__all__ = [
+    "Conversation",
+    "Message",
+    "SkippedRows",
+    "iterate_conversations",
+    "iterate_rows",
+    "read_conversations",
+]
 
 NAMED = 10  # rows that are left out are named up to here, then counted
 CHECKED_FIRST = 1000  # rows that are read before anything heavy is loaded
@@ -56,14 +63,22 @@ def read_conversations(paths: Iterable[Path]) -> list[Conversation]:
 
 
 def iterate_conversations(
-    paths: Iterable[Path], skipped: SkippedRows | None = None, first: int = 0
+    paths: Iterable[Path], skipped: SkippedRows | None = None
 ) -> Iterator[Conversation]:
     """Conversations one after the other, in the order of the files; of what was read only the ids are
-    remembered. The `first` rows are passed over without being read.
+    remembered.
 
     Rows that are wrong are left out into `skipped`, where it is given. Raises DataError that names the file,
     the line and what is wrong otherwise, and for files that hold none.
     """
+    return (found for found in iterate_rows(paths, skipped) if found is not None)
+
+
+def iterate_rows(
+    paths: Iterable[Path], skipped: SkippedRows | None = None, first: int = 0
+) -> Iterator[Conversation | None]:
+    """`iterate_conversations` row by row: None for one that is left out. The `first` rows are passed over
+    without being looked at."""
     seen: set[bytes] = set()
     number = 0
     for path in paths:
@@ -82,6 +97,7 @@ def iterate_conversations(
                 if skipped is None:
                     raise
                 skipped.add(str(error))
+                yield None
                 continue
             seen.add(digest)
             yield conversation

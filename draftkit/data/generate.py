@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from draftkit.data.answers import Answers
+from draftkit.data.conversations import SkippedRows
 from draftkit.data.dialogue import TOO_LONG, Dialogue
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import Part, SharedWork
 from draftkit.data.records import check_manifest
+from draftkit.data.refused import asked_ones
 from draftkit.settings import GenerateSettings
 from draftkit.target.prompt_format import PromptFormat
 
@@ -43,40 +45,42 @@ class GenerateReport:
 def generate_file(
     answers: Answers,
     prompt_format: PromptFormat,
-    prompts: Callable[[int], Iterable[Conversation]],
+    prompts: Callable[[int], Iterable[Conversation | None]],
     out: Path,
     settings: GenerateSettings,
     made_with: dict[str, Any],
     tick: Callable[[int, int], None] = lambda conversations, tokens: None,
+    skipped: SkippedRows | None = None,
 ) -> GenerateReport:
     """Answer all prompts into `out`, together with other processes that do the same.
 
-    `prompts(n)` gives those after the first n, anew each time it is called; they are not held in memory. A
-    run that goes on begins where the last one was, and looks at all of them before it ends. `made_with`
-    goes into the manifest. The reason "length" marks an answer that a limit cut, or a conversation that
+    `prompts(n)` gives those after the first n rows, anew each time it is called, None for a row that is left
+    out; they are not held in memory. A run that goes on begins where the last one was, and looks at all of
+    them before it ends. `made_with` goes into the manifest. What the chat template refuses goes into
+    `skipped`, where it is given. The reason "length" marks an answer that a limit cut, or a conversation that
     filled the context before its last turn, "too_long" a prompt that leaves no room for an answer; a line
     on standard error counts these. `tick(conversations, tokens)` is called for tokens as they are written,
     and for conversations as they finish. Raises DataError when `out` was begun with something else, holds
-    answers to other prompts of the same ids, and when the chat template refuses a prompt.
+    answers to other prompts of the same ids, and when the chat template refuses a prompt that may not be
+    skipped.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     work = SharedWork(out)
     check_manifest(out, made_with, prompt_format.today, work.begun)
     report = GenerateReport()
     answers.on_tokens = lambda count: tick(0, count)
-    first = work.reached
+    all_parts = False
     while True:
-        claims = work.claims(iter(prompts(first)), first)
-        for record in _answer(answers, prompt_format, claims, settings):
+        claims = work.claims(prompts, all_parts)
+        for record in _answer(answers, prompt_format, claims, settings, skipped):
             report.answered_here += 1
             report.tokens_here += record["completion_tokens"]
             tick(1, 0)
-        if first:
-            first = 0
-            continue
-        if not work.busy and work.join():
+        if all_parts and not work.busy and work.join():
             break
-        time.sleep(WAIT_SECONDS)
+        if all_parts or work.busy:
+            time.sleep(WAIT_SECONDS)
+        all_parts = not work.busy
     for done in work.reasons.values():
         report.reasons[done.reason] = report.reasons.get(done.reason, 0) + 1
     if count := report.reasons.get(TOO_LONG):
@@ -87,18 +91,32 @@ def generate_file(
 
 
 def _answer(
-    answers: Answers, prompt_format: PromptFormat, parts: Iterator[Part], settings: GenerateSettings
+    answers: Answers,
+    prompt_format: PromptFormat,
+    parts: Iterator[Part],
+    settings: GenerateSettings,
+    skipped: SkippedRows | None,
 ) -> Iterator[dict[str, Any]]:
     """Records as they are finished and written. As many conversations are open as `answers` has room for."""
     running: dict[str, tuple[Dialogue, Part]] = {}
     held: list[Part] = []
     waiting = ((p, part) for part in _kept(parts, held) for p in part.todo)
+
+    def close(part: Part) -> None:
+        part.close()
+        held.remove(part)
+
     try:
         while True:
             while answers.room and (item := next(waiting, None)):
-                dialogue = Dialogue(item[0], prompt_format, settings.seed)
+                prompt, part = item
+                if skipped is not None and not any(asked_ones([prompt], prompt_format, skipped)):
+                    if part.leave_out(prompt.id):
+                        close(part)
+                    continue
+                dialogue = Dialogue(prompt, prompt_format, settings.seed)
                 if dialogue.question is not None:
-                    running[dialogue.id] = dialogue, item[1]
+                    running[dialogue.id] = dialogue, part
                     answers.ask(dialogue.question, settings)
             if not running:
                 return
@@ -111,8 +129,7 @@ def _answer(
                 del running[key]
                 record = dialogue.record()
                 if part.add(record):
-                    part.close()
-                    held.remove(part)
+                    close(part)
                 yield record
     finally:
         for part in held:

@@ -28,18 +28,20 @@ def bodies(objects: Iterable[Row]) -> Iterator[Row]:
         tools = request.get("tools") or _body(
             request.get("optional_params") or request.get("model_parameters")
         ).get("tools")
-        yield {"messages": [*messages, *_answers(response)], "tools": tools, "domain": one.get("domain")}
+        answers, reason = _answer(response)
+        row = {"messages": [*messages, *answers], "tools": tools, "finish_reason": reason}
+        yield row | {"domain": one.get("domain")}
 
 
-def _answers(response: Row) -> list[Row]:
-    """The assistant's message of a response; none of an error or of a stream that was not joined."""
-    choices = response.get("choices")
-    message = (
-        choices[0].get("message")
-        if isinstance(choices, list) and choices and isinstance(choices[0], dict)
-        else None
-    )
-    return [{**message, "role": "assistant"}] if isinstance(message, dict) else []
+def _answer(response: Row) -> tuple[list[Row], Any]:
+    """The assistant's message of a response and why it ended; none of an error or of a stream that was not
+    joined."""
+    choices = _listed(response.get("choices"))
+    choice = _body(choices[0]) if choices else {}
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return [], None
+    return [{**message, "role": "assistant"}], choice.get("finish_reason")
 
 
 def _body(value: Any) -> Row:
@@ -52,7 +54,11 @@ def _body(value: Any) -> Row:
     return value if isinstance(value, dict) else {}
 
 
-_VLLM = re.compile(r"Received request (\S+?): prompt: ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")")
+_QUOTED = r"('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")"  # a text as Python's repr has it
+_VLLM = re.compile(rf"(?:Received request|Request) (\S+?)(?: details)?: prompt: {_QUOTED}")
+_VLLM_ANSWER = re.compile(
+    rf"Generated response (\S+?)(?: \(streaming complete\))?: output: {_QUOTED},.*finish_reason: (\w+)"
+)
 _CHAT_MARKS = (
     re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL),
     re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>", re.DOTALL),
@@ -61,17 +67,29 @@ _CHAT_MARKS = (
 
 
 def vllm_lines(lines: Iterable[str]) -> Iterator[Row]:
-    """vLLM's own log with `--enable-log-requests`: rendered prompts, taken apart where their marks are
-    ChatML's, Llama 3's or Gemma's."""
+    """vLLM's own log with `--enable-log-requests` (its prompts stand there at VLLM_LOGGING_LEVEL=DEBUG):
+    rendered prompts, taken apart where their marks are ChatML's, Llama 3's or Gemma's, with the answers where
+    `--enable-log-outputs` gave them."""
+    asked: dict[str, Row] = {}
     for line in lines:
         if found := _VLLM.search(line):
             text = ast.literal_eval(found[2])
             turns = next((t for marks in _CHAT_MARKS if (t := marks.findall(text))), [])
             roles = {"model": "assistant", "ipython": "tool"}
-            yield {
-                "id": found[1],
-                "messages": [{"role": roles.get(r, r), "content": c.strip()} for r, c in turns] or text,
-            }
+            messages = [{"role": roles.get(r, r), "content": c.strip()} for r, c in turns]
+            row: Row = {"id": found[1], "messages": messages or text}
+            if (earlier := asked.pop(found[1], None)) is not None:
+                yield earlier
+            asked[found[1]] = row
+        elif (found := _VLLM_ANSWER.search(line)) and not found[2][1:].startswith("[tool_calls: "):
+            name = next((n for n in (found[1], f"{found[1]}-0") if n in asked), "")
+            row = asked.pop(name, {})
+            if isinstance(row.get("messages"), list):
+                row["messages"].append({"role": "assistant", "content": ast.literal_eval(found[2])})
+                row["finish_reason"] = found[3]
+            if row:
+                yield row
+    yield from asked.values()
 
 
 def otel_spans(objects: Iterable[Row]) -> Iterator[Row]:
@@ -89,7 +107,9 @@ def otel_spans(objects: Iterable[Row]) -> Iterator[Row]:
             )
             messages = [{"role": "system", "content": system}] if system else []
             messages += [m for raw in [*given, *said] for m in _from_parts(raw)]
-            yield {"messages": messages, "tools": _listed(about.get("gen_ai.tool.definitions"))}
+            reason = said[-1].get("finish_reason") if said else None
+            tools = _listed(about.get("gen_ai.tool.definitions"))
+            yield {"messages": messages, "tools": tools, "finish_reason": reason}
 
 
 def _attributes(given: Any) -> Row:
@@ -134,6 +154,7 @@ def claude_code(objects: Iterable[Row]) -> Iterator[Row]:
     session."""
     sessions: dict[str, list[Row]] = {}
     open_ids: dict[str, Any] = {}
+    cut: dict[str, Row] = {}  # the last answer that a limit ended
     for one in objects:
         message = one.get("message")
         if one.get("type") not in ("user", "assistant") or not isinstance(message, dict) or one.get("isMeta"):
@@ -148,9 +169,16 @@ def claude_code(objects: Iterable[Row]) -> Iterator[Row]:
                 _join(told[-1], said)
             else:
                 told.append(said)
+            if message.get("stop_reason") == "max_tokens":
+                cut[session] = told[-1]
+                told[-1]["weight"] = 0
         open_ids[session] = message.get("id") if message.get("role") == "assistant" else None
     for name, told in sessions.items():
-        yield {"id": name, "messages": told}
+        if told and cut.get(name) is told[-1]:
+            del told[-1]["weight"]
+            yield {"id": name, "messages": told, "finish_reason": "length"}
+        else:
+            yield {"id": name, "messages": told}
 
 
 def _from_blocks(message: Row) -> Iterator[Row]:
@@ -240,7 +268,7 @@ def _as_text(value: Any) -> str:
 
 FORMATS: dict[str, tuple[str, Callable[[Any], Iterator[Row]]]] = {
     "bodies": ("requests and responses of the chat API (also LiteLLM's), or conversations", bodies),
-    "vllm": ("vLLM's log with --enable-log-requests", vllm_lines),
+    "vllm": ("vLLM's log with --enable-log-requests, and --enable-log-outputs", vllm_lines),
     "otel": ("OpenTelemetry GenAI spans", otel_spans),
     "claude-code": ("session files of Claude Code", claude_code),
     "codex": ("session files of Codex", codex),

@@ -1,8 +1,10 @@
 """Work on one file of records, divided among processes and machines that share a disk.
 
-Prompts are cut into parts of PART. Who works on a part holds a lock on its file, which the system takes away
-when the process dies, so that what a dead one left is taken over. When all parts are there one process joins
-them, in order, into the file of records; a kill at any moment loses no finished record and doubles none.
+Rows of prompts are cut into parts of PART. Who works on a part holds a lock on its file, which the system
+takes away when the process dies, so that what a dead one left is taken over. A part whose lock file is gone
+is finished: a run that goes on finds its first question by the names of the files, however many records
+there are, and looks at all of them once, before it ends. Then one process joins the parts, in order, into the
+file of records; a kill at any moment loses no finished record and doubles none.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from draftkit.data.records import Done, asked_hash, recover
 from draftkit.errors import DataError
 from draftkit.output import lock_of, naming
 
-PART = 64  # prompts
+PART = 64  # rows
 SYNC_SECONDS = 1.0  # a record survives the process at once, a power cut after this
 
 
@@ -45,7 +47,11 @@ class Part:
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 os.fsync(self._file.fileno())
                 self._synced = time.monotonic()
-        self._open.discard(record["id"])
+        return self.leave_out(record["id"])
+
+    def leave_out(self, name: str) -> bool:
+        """Nothing more comes of a prompt; True when it was the part's last."""
+        self._open.discard(name)
         return not self._open
 
     def close(self) -> None:
@@ -54,7 +60,13 @@ class Part:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-        self._lock.release()
+        _let_go(self._lock, finished=not self._open)
+
+
+def _let_go(lock: FileLock, finished: bool) -> None:
+    if finished:
+        Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 class SharedWork:
@@ -72,29 +84,34 @@ class SharedWork:
         return any(f.stat().st_size for f in (self._out, *self._folder.glob("*.jsonl")) if f.exists())
 
     def count(self) -> int:
-        """Finished records, joined or not."""
-        files = (f for f in (self._out, *self._folder.glob("*.jsonl")) if f.exists())
-        return sum(count_lines(f) for f in files)
+        """About how many rows are done, joined or not: of finished parts only the last one is read."""
+        parts = sorted(self._folder.glob("*.jsonl"))
+        full = [path for path in parts[:-1] if _is_finished(path)]
+        counted = [path for path in (self._out, *parts) if path not in set(full) and path.exists()]
+        return PART * len(full) + sum(map(count_lines, counted))
 
     @property
     def reasons(self) -> Mapping[str, Done]:
         """What is known of the records in `out`, by id."""
         return self._done
 
-    @property
-    def reached(self) -> int:
-        """Prompts before the last part that was begun: a run that goes on finds work after them at once."""
-        return PART * max((int(f.stem) for f in self._folder.glob("*.jsonl")), default=0)
+    def claims(
+        self, prompts: Callable[[int], Iterable[Conversation | None]], all_parts: bool
+    ) -> Iterator[Part]:
+        """One walk over the rows that `prompts(first)` gives, None for one that is left out: the parts that
+        have something to do and that nobody else holds.
 
-    def claims(self, prompts: Iterator[Conversation], first: int = 0) -> Iterator[Part]:
-        """One walk over all prompts, or those from `first` on: the parts that have something to do and
-        that nobody else holds. Raises DataError when a record answers another prompt of the same id."""
-        self.busy, number = 0, first // PART
+        With `all_parts` every record is looked at; without, finished parts are passed over by their files
+        alone. Raises DataError when a record answers another prompt of the same id.
+        """
+        self.busy = 0
         self._read_out()
-        while chunk := list(islice(prompts, PART)):
-            self._check_asked(chunk, self._done)
-            missing = [p for p in chunk if p.id not in self._done]
-            if missing and (part := self._claim(self._folder / f"{number:06d}.jsonl", missing)):
+        number = 0 if all_parts else self._first_unfinished()
+        rows = iter(prompts(PART * number))
+        while chunk := list(islice(rows, PART)):
+            path = self._folder / f"{number:06d}.jsonl"
+            asked = [prompt for prompt in chunk if prompt is not None]
+            if (all_parts or not _is_finished(path)) and (part := self._claim(path, asked)):
                 yield part
             number += 1
 
@@ -112,39 +129,59 @@ class SharedWork:
                 for path in sorted(self._folder.glob("*.jsonl")):
                     names = recover(path)  # cuts off what a kill tore
                     lines = path.read_bytes().splitlines(keepends=True)
-                    file.writelines(
-                        line for name, line in sorted(zip(names, lines, strict=True)) if name not in done
-                    )
+                    for name, line in sorted(zip(names, lines, strict=True)):
+                        if name not in done:
+                            file.write(line)
+                            done[name] = names[name]
                 file.flush()
                 os.fsync(file.fileno())
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._read_out()
+        self._done, self._size = done, self._out.stat().st_size
         return True
+
+    def _first_unfinished(self) -> int:
+        """The number of the first part that is not finished, by the names of the files."""
+        locks = [int(path.stem) for path in self._folder.glob("[0-9]*.lock")]
+        begun = [int(path.stem) for path in self._folder.glob("*.jsonl")]
+        return min(locks, default=max(begun, default=-1) + 1)
 
     def _claim(self, path: Path, prompts: Sequence[Conversation]) -> Part | None:
         """A part with what it lacks; None when another process holds it, or when nothing is left to do."""
+        if _is_finished(path) and not self._missing(prompts, recover(path)):
+            return None
+        if not (path.exists() or self._missing(prompts, {})):
+            return None
         lock = lock_of(path.with_suffix(".lock"))
         if lock is None:
             self.busy += 1
             return None
-        self._read_out()  # another process may have joined the parts meanwhile
-        done = self._done | recover(path)
-        self._check_asked(prompts, done)
-        if missing := [p for p in prompts if p.id not in done]:
+        there = recover(path)
+        self._read_out()  # after the part, which another process may have joined meanwhile
+        if missing := self._missing(prompts, there):
             return Part(path, lock, missing)
-        lock.release()
+        _let_go(lock, finished=True)
         return None
 
-    def _check_asked(self, prompts: Sequence[Conversation], done: Mapping[str, Done]) -> None:
-        other = next((p.id for p in prompts if p.id in done and done[p.id].asked != asked_hash(p)), None)
-        if other is not None:
-            raise DataError(
-                f"{self._out}: holds an answer to another prompt of id {other!r}; choose another file or "
-                f"remove it"
-            )
+    def _missing(self, prompts: Sequence[Conversation], there: Mapping[str, Done]) -> list[Conversation]:
+        """Prompts without a record, neither in a part nor in `out`."""
+        missing = []
+        for prompt in prompts:
+            done = there.get(prompt.id) or self._done.get(prompt.id)
+            if done is None:
+                missing.append(prompt)
+            elif done.asked != asked_hash(prompt):
+                raise DataError(
+                    f"{self._out}: holds an answer to another prompt of id {prompt.id!r}; choose another "
+                    f"file or remove it"
+                )
+        return missing
 
     def _read_out(self) -> None:
         size = self._out.stat().st_size if self._out.exists() else 0
         if size != self._size:
             self._done = recover(self._out)
             self._size = self._out.stat().st_size if self._out.exists() else 0
+
+
+def _is_finished(part: Path) -> bool:
+    return part.exists() and not part.with_suffix(".lock").exists()

@@ -62,8 +62,9 @@ def conversation_of(row: Any, where: str, stem: str) -> Conversation:
         )
     text = json.dumps([[m.as_dict() for m in messages], tools], ensure_ascii=False)
     _check_characters(f"{row.get('id')}{row.get('domain')}{text}", where)
-    made_up = f"{stem}-{where.rsplit(':', 1)[1]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    identity = str(row["id"]) if row.get("id", "") != "" else made_up
+    identity = str(row.get("id", ""))
+    if not identity:
+        identity = f"{stem}-{where.rsplit(':', 1)[1]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     domain = str(row.get("domain") or stem)
     return Conversation(
         identity, domain, tuple(messages), tools, turns, str(reason) if reason else None, switches
@@ -168,12 +169,9 @@ def _message(raw: Any, where: str) -> Message:
         [{"function": raw["function_call"]}] if raw.get("function_call") else []
     )
     reasoning = next((raw[k] for k in ("reasoning_content", "reasoning", "thinking") if raw.get(k)), None)
-    for name, value in (
-        ("reasoning_content", reasoning),
-        ("name", raw.get("name")),
-        ("tool_call_id", raw.get("tool_call_id")),
-    ):
-        if not isinstance(value, str | None):
+    for name in ("reasoning_content", "name", "tool_call_id"):
+        value = reasoning if name == "reasoning_content" else raw.get(name)
+        if value is not None and not isinstance(value, str):
             raise DataError(f"{where}: {name} is a {type(value).__name__}, must be a string")
     weight = raw.get("weight")
     if not isinstance(weight, int | float | None):
@@ -258,9 +256,7 @@ def _turns(row: dict[str, Any], where: str) -> tuple[WrittenTurn, ...]:
 
 
 def _ids(given: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(given, list) or not all(
-        isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given
-    ):
+    if not isinstance(given, list) or set(map(type, given)) - {int} or min(given, default=0) < 0:
         raise DataError(f"{where} must be a list of token ids, is {given!r:.40}")
     return tuple(given)
 

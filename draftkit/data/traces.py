@@ -25,6 +25,8 @@ from draftkit.output import as_json, make_folder, write_text
 
 SPLITS = ("train", "validation", "heldout")
 _LOOKED_AT = 50  # lines by which a format is recognised
+_CALLED = {"tool", "tool_name", "function", "name", "action"}  # keys of a call that is written as JSON
+_CALLED_WITH = {"argument", "arguments", "args", "parameters", "input", "action_input"}
 
 
 @dataclass
@@ -37,6 +39,7 @@ class TracesReport:
     repeated: int = 0
     beginnings: int = 0  # of longer conversations
     without_answer: int = 0
+    cut: int = 0  # answers that a limit ended: no end of turn is learnt from them
     masked: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)  # conversations by split
     domains: dict[str, int] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class TracesReport:
         return [
             f"read {self.rows} rows: " + ", ".join(f"{path} ({name})" for path, name in self.formats.items()),
             f"dropped {dropped}, {self.without_answer} without an answer, {self.invalid} invalid",
-            f"masked secrets: {masked}",
+            f"masked secrets: {masked}; answers that a limit cut: {self.cut}",
             f"kept {kept}; " + ", ".join(f"{name} {count}" for name, count in sorted(self.domains.items())),
         ]
 
@@ -147,11 +150,14 @@ def _objects(lines: Iterable[str], path: Path, skipped: SkippedRows) -> Iterator
 def _without_repetitions(found: Sequence[Conversation], report: TracesReport) -> Iterator[Conversation]:
     """Conversations with an answer, each once, and none that is the beginning of another."""
     beginnings: set[str] = set()
+    cut: set[str] = set()
     whole: list[str] = []
     for conversation in found:
         digests = list(_prefix_hashes(conversation.messages))
         whole.append(digests[-1])
         beginnings.update(digests[:-1])
+        if conversation.cut:
+            cut.add(digests[-1])
     seen: set[str] = set()
     for conversation, digest in zip(found, whole, strict=True):
         if digest in seen:
@@ -161,8 +167,20 @@ def _without_repetitions(found: Sequence[Conversation], report: TracesReport) ->
         elif not any(m.role == "assistant" for m in conversation.messages):
             report.without_answer += 1
         else:
-            yield conversation
+            yield _with_cuts(conversation, cut, report)
         seen.add(digest)
+
+
+def _with_cuts(conversation: Conversation, cut: set[str], report: TracesReport) -> Conversation:
+    """The conversation with the answers marked that a limit ended, as the shorter logs of it say: one in the
+    middle is not learnt, the last one without an end of turn."""
+    ends = [digest in cut for digest in _prefix_hashes(conversation.messages)]
+    marked = zip(conversation.messages, ends, strict=True)
+    messages = [replace(m, weight=0) if ended else m for m, ended in marked]
+    messages[-1] = conversation.messages[-1]
+    report.cut += sum(m.role == "assistant" and m.weight == 0 for m in messages) + ends[-1]
+    reason = "length" if ends[-1] else conversation.finish_reason
+    return replace(conversation, messages=tuple(messages), finish_reason=reason)
 
 
 def _prefix_hashes(messages: Sequence[Message]) -> Iterator[str]:
@@ -191,11 +209,23 @@ def _split_of(conversation: Conversation, validation_share: float, held_out_shar
 def domain_of(messages: Iterable[Mapping[str, Any]]) -> str:
     """tool calls, reasoning, code or prose: what the assistant's messages (OpenAI's, as dicts) hold."""
     answers = [m for m in messages if m["role"] == "assistant"]
-    if any(m.get("tool_calls") or "<tool_call>" in (m.get("content") or "") for m in answers):
+    if any(m.get("tool_calls") or _is_call(m.get("content") or "") for m in answers):
         return "tool calls"
     if any(m.get("reasoning_content") or "</think>" in (m.get("content") or "") for m in answers):
         return "reasoning"
     return "code" if any("```" in (m.get("content") or "") for m in answers) else "prose"
+
+
+def _is_call(content: str) -> bool:
+    """Whether an answer calls a tool in its text: by a tag, or as JSON alone, as agents ask for where a
+    template shows no tools."""
+    if "<tool_call>" in content:
+        return True
+    try:
+        said = json.loads(content) if content.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(said, dict) and bool(_CALLED & said.keys()) and bool(_CALLED_WITH & said.keys())
 
 
 def _masked(conversation: Conversation, counts: dict[str, int]) -> Conversation:
@@ -218,5 +248,6 @@ def _masked_message(message: Message, counts: dict[str, int]) -> Message:
 
 
 def _row(conversation: Conversation) -> dict[str, Any]:
-    row = {"id": conversation.id, "domain": conversation.domain, "messages": conversation.as_dicts()}
+    row: dict[str, Any] = {"id": conversation.id, "domain": conversation.domain}
+    row |= {"messages": conversation.as_dicts()} | ({"finish_reason": "length"} if conversation.cut else {})
     return row | ({"tools": list(conversation.tools)} if conversation.tools else {})

@@ -229,7 +229,7 @@ class Engine:
             time.perf_counter() - began - (drawing.seconds if drawing is not None else 0.0)
         )
         confidence = self._planner.confidence(told, largest)
-        lengths_A[chosen] = self._planner.lengths(drafting, confidence, batch.decoding - len(drafting))
+        lengths_A[chosen] = self._planner.plan(drafting, confidence, batch.decoding - len(drafting))
         placed = place(tokens_DG, chosen, batch.answering)
         return ProposalBatch(placed, drawn, lengths_A, chosen, confidence, largest)
 

@@ -63,16 +63,16 @@ class LengthPlanner:
             return None
         return self._estimator.confidence(largest_DG)
 
-    def lengths(
+    def plan(
         self, drafting: Sequence[Request], confidence_DG: np.ndarray | None, others: int = 0
     ) -> np.ndarray:
-        """How many drafted tokens of each are verified, int64 [D]; `others` decode beside them without
+        """Settle how many drafted tokens of each are verified, int64 [D]; `others` decode beside them without
         drafting."""
         most_D = np.array([self._most(r) for r in drafting], np.int64)
         if self._budgets is None or confidence_DG is None:
             return most_D
         survival_DG = survival_of(confidence_DG)
-        admitted_D = self._budgets.lengths(np.array([r.row for r in drafting]), survival_DG, others)
+        admitted_D = self._budgets.plan(np.array([r.row for r in drafting]), survival_DG, others)
         whole_D = np.array([r.keeps_proposal for r in drafting])
         return np.where(whole_D, most_D, np.minimum(admitted_D, most_D))
 

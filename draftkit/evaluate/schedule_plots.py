@@ -101,23 +101,3 @@ def plot_simulation(outcomes: Sequence[Outcome], path: Path) -> None:
 def _best_fixed(arms: Mapping[str, Outcome]) -> Outcome:
     fixed = [o for name, o in arms.items() if name.startswith("fixed") or name == "one token"]
     return max(fixed, key=lambda o: o.throughput)
-
-
-def plot_thresholds(
-    thresholds: Sequence[float], by_domain: Mapping[str, tuple[Floats, Floats]], path: Path
-) -> None:
-    """Acceptance rate of verified tokens and tokens per step over the static threshold (the paper's Figure
-    5)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for domain, (rate, tokens) in by_domain.items():
-        left.plot(thresholds, rate, marker="o", label=domain)
-        right.plot(thresholds, tokens, marker="o", label=domain)
-    left.set(xlabel="confidence threshold", ylabel="accepted share of verified tokens", ylim=(0, 1))
-    right.set(xlabel="confidence threshold", ylabel="tokens per step", ylim=(1, None))
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.legend()
-    save_figure(figure, path)

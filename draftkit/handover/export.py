@@ -154,19 +154,20 @@ def _made_to_fit(engine: Engine, drafter: Drafter, target: TargetFiles) -> tuple
 def command_for(engine: str, config: DrafterShape, target: str, drafter: Path) -> str:
     """The command that serves the pair. All proposals of the drafter; `draftkit doctor` says how many pay."""
     count, place = config.gamma, str(drafter)
+    method = "dflash" if config.algorithm == "dflash2" else config.algorithm  # engines tell them apart
     anchor = isinstance(config, DrafterConfig) and config.layout == "anchor"
     if engine == "vllm":
-        speculative = {"method": config.algorithm, "model": place, "num_speculative_tokens": count}
+        speculative = {"method": method, "model": place, "num_speculative_tokens": count}
         if config.algorithm == "dspark":
             speculative["draft_sample_method"] = "probabilistic"
         return shlex.join(["vllm", "serve", target, "--speculative-config", json.dumps(speculative)])
     if engine == "sglang":
         words = ["python", "-m", "sglang.launch_server", "--model-path", target, "--speculative-algorithm"]
-        words += [config.algorithm.upper(), "--speculative-draft-model-path", place]
+        words += [method.upper(), "--speculative-draft-model-path", place]
         if config.algorithm == "eagle3":
             sizes = {"num-steps": count, "eagle-topk": 1, "num-draft-tokens": count + 1}
         else:
-            sizes = {f"{config.algorithm}-block-size": config.block_size}
+            sizes = {f"{method}-block-size": config.block_size}
         return shlex.join([*words, *(w for n, v in sizes.items() for w in (f"--speculative-{n}", str(v)))])
     if engine == "llama.cpp":
         kind = "draft-dspark" if anchor else "draft-dflash"
@@ -182,9 +183,7 @@ def command_for(engine: str, config: DrafterShape, target: str, drafter: Path) -
             str(count),
         ]
         return shlex.join([*words, "--jinja", "--metrics"])
-    return shlex.join(
-        ["mlx-dspark", "serve", "--model", target, "--drafter", place, "--mode", config.algorithm]
-    )
+    return shlex.join(["mlx-dspark", "serve", "--model", target, "--drafter", place, "--mode", method])
 
 
 def print_handed_over(made: HandedOver) -> None:

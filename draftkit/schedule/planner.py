@@ -110,8 +110,8 @@ class BudgetPlanner:
         self._mean_G = np.ones(gamma) if prior_G is None else np.array(prior_G, np.float64)
         self._weight = 1.0 if prior_G is None else MEMORY
 
-    def lengths(self, slots_R: Ints, survival_RG: Floats, others: int = 0) -> Ints:
-        """Lengths [R] of a step that drafts for the requests of these slots; its survivals are remembered."""
+    def plan(self, slots_R: Ints, survival_RG: Floats, others: int = 0) -> Ints:
+        """Settle the lengths [R] of a step that drafts for these slots, and remember its survivals."""
         past_RG = self._past_SG[slots_R]
         stale_RG = np.where(np.isnan(past_RG), self._mean_G, past_RG)
         self._past_SG[slots_R] = survival_RG

@@ -109,7 +109,7 @@ def budget_arm(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decision:
     by this step's."""
     if not gate.drafts(len(batch.slots_R)):
         return _plain(batch)
-    return Decision(planner.lengths(batch.slots_R, batch.survival_RG), True)
+    return Decision(planner.plan(batch.slots_R, batch.survival_RG), True)
 
 
 def oracle_arm(batch: Batch, gate: Gate, planner: BudgetPlanner) -> Decision:
