@@ -30,9 +30,9 @@ from draftkit.data.records import made_with
 from draftkit.features.texts import chunks, rendered
 from draftkit.settings import CaptureSettings, GenerateSettings
 from draftkit.target.interface import TargetInfo
+from draftkit.target.place import EMBEDDED
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import EMBEDDED
 
 MOST_MEMORY, FIRST_SECONDS, RESUME_SECONDS = 2 * 2**30, 60.0, 30.0
 ANSWER = tuple(range(20, 28))

@@ -33,7 +33,7 @@ from draftkit.config import load_recipe
 from draftkit.data import servers
 from draftkit.data.conversations import iterate_rows
 from draftkit.stages import run_generate_by_servers
-from draftkit.target.transformers import EMBEDDED
+from draftkit.target.place import EMBEDDED
 
 NAME = "tiny"
 TROUBLES = (

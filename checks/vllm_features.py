@@ -28,7 +28,7 @@ from draftkit.errors import ServeError
 from draftkit.features.store import FeatureStore
 from draftkit.features.vllm import VllmReader, Wanted
 from draftkit.target.loading import resolve_target
-from draftkit.target.transformers import EMBEDDED
+from draftkit.target.place import EMBEDDED
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from checks.forked import Disk, finished
-from draftkit.target.transformers import EMBEDDED
+from draftkit.target.place import EMBEDDED
 
 pytestmark = pytest.mark.slow
 QUICK = ["-r", "tiny-quickstart", "--set", "generate.max_new_tokens=16", "--set", "generate.batch_size=8"]

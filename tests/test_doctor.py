@@ -31,9 +31,10 @@ from draftkit.evaluate_stages import first_turns
 from draftkit.schedule.step_rate import StepRate
 from draftkit.stages import read_prompts
 from draftkit.target.loading import load_target
+from draftkit.target.place import EMBEDDED
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import EMBEDDED, TransformersTarget
+from draftkit.target.transformers import TransformersTarget
 from support.faulty import (
     UNKNOWN,
     Fault,

@@ -14,8 +14,8 @@ import torch
 from draftkit.errors import TargetError
 from draftkit.target import gguf as gguf_target
 from draftkit.target.loading import load_target, resolve_target
+from draftkit.target.place import EMBEDDED
 from draftkit.target.tokenizer import load_tokenizer
-from draftkit.target.transformers import EMBEDDED
 from support.gguf_file import quantised, small_llama, write_gguf
 
 VOCAB = 4096

@@ -20,7 +20,8 @@ from draftkit.engine.settings import EngineSettings
 from draftkit.ops.sampling import Sampling
 from draftkit.target.check import check_target
 from draftkit.target.loading import load_target
-from draftkit.target.transformers import EMBEDDED, TransformersTarget
+from draftkit.target.place import EMBEDDED
+from draftkit.target.transformers import TransformersTarget
 from support.engine import finish, tokens_of
 
 GROWTH = Growth(hidden=2, mlp=2, heads=16, kv_heads=4, layers=15, draft_layers=3, vocab=4196)

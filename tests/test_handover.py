@@ -21,7 +21,7 @@ from draftkit.errors import CheckpointError, ConfigError
 from draftkit.handover.engines import ENGINES
 from draftkit.handover.export import hand_over
 from draftkit.handover.full_vocabulary import with_full_vocabulary
-from draftkit.target.transformers import EMBEDDED
+from draftkit.target.place import EMBEDDED
 from draftkit.target.weights import TargetFiles
 from support.drafters import BLOCK_CONFIG, EAGLE_CONFIG
 from support.faulty import faulty, reduced

@@ -21,7 +21,8 @@ from draftkit.errors import ServeError
 from draftkit.ops.sampling import Sampling
 from draftkit.target.interface import TargetInfo
 from draftkit.target.loading import load_target
-from draftkit.target.transformers import EMBEDDED, TransformersTarget
+from draftkit.target.place import EMBEDDED
+from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter, make_eagle
 from support.engine import PROMPTS, finish, small, tokens_of
 from support.paged_target import build

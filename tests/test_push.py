@@ -15,7 +15,7 @@ from draftkit.errors import CheckpointError, ConfigError, DataError
 from draftkit.evaluate.metrics import Interval
 from draftkit.evaluate.run import EvalResult
 from draftkit.handover.hub import push
-from draftkit.target.transformers import EMBEDDED
+from draftkit.target.place import EMBEDDED
 
 DRAFTER = EMBEDDED / "drafter"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from draftkit.artefact import DIGEST, sealed
 from draftkit.target.interface import TargetWeights
-from draftkit.target.transformers import EMBEDDED
+from draftkit.target.place import EMBEDDED
 
 Fields, Tensors = dict[str, Any], dict[str, Tensor]
 Fault = Callable[[Fields, Tensors, Fields], None]  # changes config.json, weights and provenance in place
