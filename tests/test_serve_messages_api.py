@@ -149,6 +149,13 @@ def test_keys_and_errors_are_those_that_its_clients_know() -> None:
         ({"messages": [{"role": "user", "content": 3}]}, "a text or a list of blocks"),
         ({"tool_choice": {"type": "any"}, "tools": []}, "needs tools"),
         ({"stop_sequences": ["x"] * 99}, "stop_sequences"),
+        (
+            {
+                "tools": None,
+                "output_config": {"format": {"type": "json_schema", "schema": {"type": "nothing"}}},
+            },
+            "output_config.format: this schema cannot be compiled",
+        ),
     ],
 )
 def test_what_is_refused_is_told_in_anthropics_form(

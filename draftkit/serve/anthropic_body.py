@@ -17,6 +17,12 @@ _REFUSED = {
     "container": "",
     "mcp_servers": "; give the servers' functions as tools",
 }
+# what the chat calls fields of a message's request
+CHAT_NAMES = {
+    "response_format": "output_config.format",
+    "reasoning_effort": "output_config.effort",
+    "chat_template_kwargs": "thinking",
+}
 Blocks = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 Content = Annotated[
     str | Blocks, one_of('a text or a list of blocks such as {"type": "text", "text": "..."}')
