@@ -3,7 +3,8 @@ instead."""
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+import json
+from dataclasses import FrozenInstanceError, asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 
 from draftkit.config import RECIPES, Recipe, dump_recipe, load_recipe
 from draftkit.errors import ConfigError
+from draftkit.target.place import SMOLLM2_DRAFTER
 
 PACKAGED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -33,6 +35,12 @@ def mistake(tmp_path: Path, text: str, *overrides: str) -> str:
 @pytest.mark.parametrize("name", PACKAGED)
 def test_every_packaged_recipe_loads_by_its_name_and_carries_it(name: str) -> None:
     assert load_recipe(name).name == name
+
+
+def test_the_packaged_drafter_of_smollm2_goes_on_training_under_its_packaged_recipe() -> None:
+    made = json.loads((SMOLLM2_DRAFTER / "draftkit.json").read_text("utf-8"))["recipe"]
+    packaged = json.loads(json.dumps(asdict(load_recipe(made["name"]).drafter)))
+    assert made["drafter"] == packaged
 
 
 def test_a_name_alone_is_a_recipe_and_all_else_is_default(tmp_path: Path) -> None:
