@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -36,12 +35,12 @@ class WriterThread:
     def put(self, device: torch.device, encode: Callable[[], T], write: Callable[[T], None]) -> None:
         """Write what `encode` makes of tensors on `device`; wait while WAITING others do.
 
-        On a GPU the thread encodes, in a stream of its own: copies wait for the passes before them alone. On
-        a CPU the caller does: a second thread's operations would start a second team of OpenMP threads.
+        On a GPU the thread encodes, in a stream of its own: copies wait for the passes before them alone.
+        Elsewhere the caller does: on a CPU a second thread would start a second team of OpenMP threads.
         """
         while self._waiting and (len(self._waiting) >= WAITING or self._waiting[0].done()):
             self._waiting.popleft().result()
-        if device.type == "cpu":
+        if device.type != "cuda":
             encoded = encode()
             self._waiting.append(self._pool.submit(self._run, lambda: write(encoded)))
             return
@@ -71,8 +70,6 @@ class WriterThread:
     def _after_this(self, device: torch.device) -> Callable[[], Any]:
         """A context whose operations come after those that the caller has given the device until now, and
         wait for none of the later ones."""
-        if device.type != "cuda":
-            return nullcontext
         stream = self._streams.setdefault(device, torch.cuda.Stream(device))
         ready = torch.cuda.Event()
         ready.record(torch.cuda.current_stream(device))
