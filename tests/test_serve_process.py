@@ -235,7 +235,7 @@ def test_a_reader_who_stalls_does_not_hold_up_the_end() -> None:
     with serving("--drain-seconds", "1", "--text", "word " * 200) as server:
         host, port = server.url.removeprefix("http://").split(":")
         raw = json.dumps(
-            {"prompt": "x", "n": 100, "max_tokens": 200, "stream": True, "return_token_origins": True}
+            {"prompt": "x", "n": 128, "max_tokens": 200, "stream": True, "return_token_origins": True}
         ).encode()
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Request-Id: stalled\r\nContent-Type: "
