@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from draftkit.data.messages import Conversation, Message, WrittenTurn
 from draftkit.errors import DataError, FeatureStoreError
+from draftkit.features import capture as capture_module
 from draftkit.features import rendering
 from draftkit.features import texts as texts_module
 from draftkit.features.capture import capture
@@ -179,3 +181,35 @@ def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(
         with pytest.raises(FeatureStoreError, match=r"rendered conversations was ended .* run the same"):
             captured(shown, tmp_path, MadeReader(), talk())
     assert len(captured(shown, tmp_path, MadeReader(), talk())) == COUNT
+
+
+def test_nothing_is_written_any_more_when_a_failed_capture_lets_go_of_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process takes the part over at once, and would write the same records again."""
+    told: list[str] = []
+    add, lock_of = StoreWriter.add, capture_module.lock_of
+
+    class Broken(MadeReader):
+        def read(self, texts: Sequence[Text], last_hidden: bool = True) -> list[tuple[Tensor, Tensor]]:
+            if self.asked == 2:
+                raise RuntimeError("out of memory")
+            return super().read(texts, last_hidden)
+
+    def slowly(writer: StoreWriter, records: Sequence[tuple[Text, int, bytes]]) -> None:
+        time.sleep(0.2)
+        add(writer, records)
+        told.append("written")
+
+    def noting(path: Path) -> Any:
+        lock = lock_of(path)
+        if lock is not None and path.name.startswith("part-"):
+            release = lock.release
+            monkeypatch.setattr(lock, "release", lambda: (told.append("released"), release()))
+        return lock
+
+    monkeypatch.setattr(StoreWriter, "add", slowly)
+    monkeypatch.setattr(capture_module, "lock_of", noting)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        capture(INFO, Broken(), TemplateFormat(load_tokenizer("tiny")), talk(6), tmp_path, (1,), SETTINGS)
+    assert told == ["written", "written", "released"]

@@ -12,6 +12,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from pydantic import BaseModel, ConfigDict, Field
 
+from draftkit.serve.call_grammar import dsml_calls
 from draftkit.serve.grammar_source import GrammarSource, grammar_of
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from support.deepseek_v4 import tiny_folder
@@ -190,3 +191,24 @@ def test_a_call_cannot_be_demanded_of_thought(client: openai.OpenAI) -> None:
     odd = {"type": "function", "function": {"name": "f", "parameters": {"anyOf": [{}]}}}
     with pytest.raises(openai.BadRequestError, match="anyOf beside the parameters of f"):
         ask(client, 0, tools=[odd])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"type": "string", "minLength": "1}/ | /x{1"},
+        {"type": "string", "maxLength": True},
+        {"type": "string", "minLength": -1},
+        {"enum": []},
+    ],
+)
+def test_bounds_that_are_no_numbers_never_get_into_the_grammar_as_they_are(value: dict[str, Any]) -> None:
+    """They are a parameter in JSON, whose schema the compiler refuses or reads."""
+    rules = dsml_calls([{"name": "f", "parameters": {"properties": {"p": value}}}], False)
+    assert 'string="' not in rules and "/x{1" not in rules.split("%json")[0]
+    assert "%json" in rules
+
+
+def test_a_reference_to_a_schema_that_is_true_allows_anything() -> None:
+    parameters = {"$defs": {"X": True}, "properties": {"p": {"$ref": "#/$defs/X"}}}
+    assert "%json" in dsml_calls([{"name": "f", "parameters": parameters}], False)

@@ -296,3 +296,10 @@ def test_rows_over_fewer_columns_stand_for_the_tokens_they_name() -> None:
         ).verify(np.full((4, 2), u))
         assert verdict[0].tolist() == [0] * 4
         assert verdict[1].tolist() == DenseRows(residual).draw(np.full(4, u)).tolist()
+
+
+def test_a_row_without_a_number_above_minus_infinity_is_its_first_token() -> None:
+    logits_NV = torch.tensor([[float("nan"), float("-inf"), float("-inf")]])
+    settings = row_settings([Sampling(1.0)])
+    assert described(logits_NV, [Sampling(1.0)]).dense().tolist() == [[1.0, 0.0, 0.0]]
+    assert sampling._processed(logits_NV, settings).tolist() == [[1.0, 0.0, 0.0]]

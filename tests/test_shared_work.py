@@ -113,7 +113,9 @@ def test_the_first_question_is_found_by_the_names_of_files_and_all_is_looked_at_
     run.put(1, [*lines[PART : PART + 5], b'{"id": "torn'], finished=False)
     run.put(2, lines[2 * PART : 3 * PART], finished=True)
     read, recover = list[str](), parts_module.recover
-    monkeypatch.setattr(parts_module, "recover", lambda path: read.append(path.stem) or recover(path))
+    monkeypatch.setattr(
+        parts_module, "recover", lambda path, cut=True: read.append(path.stem) or recover(path, cut)
+    )
     assert SharedWork(run.out).count() == 2 * PART + 5, "rows of finished parts and lines of others"
 
     class Noting(Parrot):
@@ -181,3 +183,11 @@ def test_rows_that_are_left_out_are_passed_over_too_and_counted_in_the_end(make:
         f"prompts.jsonl:{2 * PART + 2}",
     ]
     assert records(run.out) == records(whole.out)
+
+
+def test_a_process_that_looks_on_cuts_off_nothing_of_what_another_one_joins(tmp_path: Path) -> None:
+    """The line that is being written is not whole yet; its writer goes on after it."""
+    out = tmp_path / "a.jsonl"
+    out.write_bytes(b'{"torn')
+    assert list(SharedWork(out).claims(lambda first: iter(()), True)) == []
+    assert out.read_bytes() == b'{"torn'

@@ -207,7 +207,7 @@ inline void describe(const float *x, int64_t count, const Setting &setting, Soft
         bool elsewhere = soft.best % SPAN == 0 && room.tops[soft.best / SPAN] != soft.top;
         soft.best += elsewhere ? SPAN : 1;
     }
-    if (soft.best >= count) soft.best = 0;  // no number at all
+    if (soft.best >= count || soft.top == -INFINITY) soft.best = 0;  // no number above -infinity
     soft.slope = (float)std::min(1 / setting.temperature, (double)FLT_MAX);
     soft.single = !(setting.temperature > 0) || !std::isfinite(soft.top);
     if (!soft.single) {

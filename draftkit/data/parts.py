@@ -147,7 +147,7 @@ class SharedWork:
 
     def _claim(self, path: Path, prompts: Sequence[Conversation]) -> Part | None:
         """A part with what it lacks; None when another process holds it, or when nothing is left to do."""
-        if _is_finished(path) and not self._missing(prompts, recover(path)):
+        if _is_finished(path) and not self._missing(prompts, recover(path, cut=False)):
             return None
         if not (path.exists() or self._missing(prompts, {})):
             return None
@@ -179,8 +179,8 @@ class SharedWork:
     def _read_out(self) -> None:
         size = self._out.stat().st_size if self._out.exists() else 0
         if size != self._size:
-            self._done = recover(self._out)
-            self._size = self._out.stat().st_size if self._out.exists() else 0
+            # another process may be joining; what comes after this size is read the next time
+            self._done, self._size = recover(self._out, cut=False), size
 
 
 def _is_finished(part: Path) -> bool:

@@ -56,9 +56,10 @@ class Done:
     reason: str
 
 
-def recover(path: Path) -> dict[str, Done]:
-    """What is answered already, by id; a last line that was torn by a crash is cut off. Raises DataError for
-    a file of something else, or one that holds a record twice."""
+def recover(path: Path, cut: bool = True) -> dict[str, Done]:
+    """What is answered already, by id. A last line that is not whole is passed over, and with `cut` cut off:
+    a crash tore it. Without the file's lock leave it there, another process may be writing it. Raises
+    DataError for a file of something else, or one that holds a record twice."""
     if not path.exists():
         return {}
     done: dict[str, Done] = {}
@@ -77,7 +78,7 @@ def recover(path: Path) -> dict[str, Done]:
                 twice[name] += 1
             done[name] = Done(head[2].decode(), sys.intern(head[3].decode()))
             whole += len(line)
-    if whole < path.stat().st_size:
+    if cut and whole < path.stat().st_size:
         with path.open("r+b") as file:
             file.truncate(whole)
     if doubled := [name for name, count in twice.items() if count]:

@@ -90,7 +90,8 @@ def _described(
     answering, drafting, drawn = len(proposals.lengths_A), proposals.drafting, proposals.drawn
     first_A, chances_AG = np.zeros(answering, np.int64), np.zeros((answering, longest))
     drafts = None
-    if drawn is not None and drawn.chances_DG is not None and isinstance(drawn.rows, NativeRows):
+    if drawn is not None:
+        assert isinstance(drawn.rows, NativeRows) and drawn.chances_DG is not None
         drafts = drawn.rows
         first_A[drafting] = np.arange(len(drafting)) * drawn.chances_DG.shape[1]
         chances_AG[drafting] = drawn.chances_DG[:, :longest]

@@ -248,11 +248,13 @@ class _Work:
         missing = [t for t in part.texts if t.key not in there]
         check_room(self.writer.folder, sum(self.manifest.form.record_bytes(t) for t in missing))
         numbered = [(i, len(text.tokens_E)) for i, text in enumerate(part.texts)]
-        for batch in batches(numbered, self.settings.batch_tokens):
-            texts = [part.texts[i] for i in batch]
-            if any(t.key not in there for t in texts):
-                self._put(number, texts, there)
-        self.thread.drain()
+        try:
+            for batch in batches(numbered, self.settings.batch_tokens):
+                texts = [part.texts[i] for i in batch]
+                if any(t.key not in there for t in texts):
+                    self._put(number, texts, there)
+        finally:  # nothing is written any more when the part's lock is released
+            self.thread.drain()
 
     def _put(self, number: int, texts: list[Text], there: set[Key]) -> None:
         """Read texts, and hand over those that are not there."""

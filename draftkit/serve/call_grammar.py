@@ -86,6 +86,9 @@ def _text(schema: dict[str, Any]) -> str | None:
     """The regular expression of a parameter that is text; None for other types, and for what a JSON schema
     can demand of a text beyond its length."""
     choices = [schema["const"]] if "const" in schema else schema.get("enum")
+    bounds = [schema[name] for name in ("minLength", "maxLength") if name in schema]
+    if choices == [] or not all(type(bound) is int and bound >= 0 for bound in bounds):
+        return None  # as JSON, where the compiler of schemas says what it cannot read
     if schema.keys() - _OF_TEXT or schema.get("type", "string" if choices else None) != "string":
         return None
     least, most = schema.get("minLength", 0), schema.get("maxLength")
@@ -101,8 +104,8 @@ def _looked_up(schema: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]
     where, _, name = (
         reference.removeprefix("#/").partition("/") if isinstance(reference, str) else ("", "", "")
     )
-    found: dict[str, Any] = (shared.get(where) or {}).get(name, schema)
-    return found
+    found = (shared.get(where) or {}).get(name, schema)
+    return found if isinstance(found, dict) else schema
 
 
 def _attribute(name: str) -> str:

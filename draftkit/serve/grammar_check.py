@@ -39,7 +39,7 @@ _STACK = 2**20  # bytes; threads have 2 MiB or more
 _MEMORY = 2**29  # bytes that a grammar may take
 _DEATHS = {
     int(signal.SIGPROF): _TOO_LONG,
-    int(signal.SIGKILL): _TOO_LONG,
+    int(signal.SIGKILL): f"it was not compiled within {_PATIENCE:g} s, the server is busy; try again",
     int(signal.SIGSEGV): "its rules or references are chained too deeply; make it flatter",
     int(signal.SIGBUS): "its rules or references are chained too deeply; make it flatter",
     int(signal.SIGABRT): "it takes too much memory, or its rules are chained too deeply; make it smaller",
@@ -51,10 +51,10 @@ def main() -> None:
     time that answers leave."""
     slow = sys.argv[1:] == ["slow"]
     os.nice(19 if slow else 10)  # streams go before new grammars
-    if slow and hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     setup = json.loads(sys.stdin.readline())
     table = token_table(setup["tokenizer"], setup["vocab_size"], setup["eos"])
+    if slow and hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     for line in sys.stdin:
         print(json.dumps(_in_a_fork(line, table, slow)), flush=True)
 

@@ -56,11 +56,14 @@ class GrammarTester:
             self._say(json.dumps(self._setup))
         self._say(source)
         said = self.process.stdout.readline() if self.process.stdout is not None else ""
-        if not said:
+        try:
+            answer: dict[str, Any] = json.loads(said)
+        except ValueError:
+            # no answer, or something else was written: later answers would be taken for those before them
             self.process.kill()
             self.process.wait()
-            raise ValueError("the process that tries grammars ended; the server's log may say why")
-        return json.loads(said)
+            raise ValueError("the process that tries grammars ended; the server's log may say why") from None
+        return answer
 
     def _say(self, line: str) -> None:
         if self.process is None or self.process.stdin is None:

@@ -13,10 +13,10 @@ from draftkit.target.transformers import TransformersTarget
 
 
 @torch.inference_mode()
-def check_target(target: TransformersTarget) -> None:
+def check_target(target: TransformersTarget) -> bool:
     """Compare the seam with the model itself on four tokens: logits, reading in pieces with crops in between,
-    and rows that are padded on the right. Rows padded on the left may give something else (Gemma 2: no
-    numbers); `pads_left` is false then, and nobody pads so.
+    and rows that are padded on the right. Returns whether rows padded on the left are read as alone, too
+    (Gemma 2 gives no numbers): where not, nobody may pad so.
 
     A family that scales its logits in a way not known here, or whose memory works differently, would
     otherwise give wrong answers without a word, and so would weights that are no numbers. Raises TargetError.
@@ -63,10 +63,11 @@ def check_target(target: TransformersTarget) -> None:
         raise TargetError(
             f"{name}: rows that are padded on the right are not read as alone; choose another target"
         )
-    if left_BTV is not None:
-        rows_BTV = torch.cat([left_BTV[0], left_BTV[1, 2:]])
-        difference = float((rows_BTV - wanted_BTV[0, [0, 1, 2, 3, 0, 1]]).abs().max())
-        target.pads_left = difference <= (10 * single) * scale
+    if left_BTV is None:
+        return False
+    rows_BTV = torch.cat([left_BTV[0], left_BTV[1, 2:]])
+    difference = float((rows_BTV - wanted_BTV[0, [0, 1, 2, 3, 0, 1]]).abs().max())
+    return difference <= (10 * single) * scale
 
 
 def _padded_left(target: TransformersTarget, tokens_BT: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def load_target(
         target = TransformersTarget(model.to(device) if spread == "none" else model, info)
     except (RuntimeError, AssertionError) as error:
         raise TargetError(f"{path}: cannot use device {device!r}: {one_line(error)}") from error
-    check_target(target)
+    target.pads_left = check_target(target)
     return target
 
 

@@ -40,7 +40,7 @@ class TransformersTarget:
         self._factor: float | None = getattr(text, "logit_scale", None)  # Cohere
         self._divisor: float | None = getattr(text, "logits_scaling", None)  # Granite
         # Whether rows of a batch may be padded on the left, and padding be kept in a cache: not where
-        # neighbouring tokens are compressed into one entry, nor where `check_target` finds out otherwise.
+        # neighbouring tokens are compressed into one entry, nor where `check_target` says otherwise.
         self.pads_left = info.family not in STREAM_MEANS
         self._replay = needs_replay(model)
         self._captured: dict[int, Tensor] = {}
