@@ -95,9 +95,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8099, help="and the next one")
     parser.add_argument("--out", "-o", required=True)
     options = parser.parse_args()
-    made = hand_over(
-        "llama.cpp", options.drafter, Path(options.out).with_suffix(".gguf"), options.target, "bfloat16"
-    )
+    file = Path(options.out).with_suffix(".gguf")  # of this check, also when an earlier run left it
+    made = hand_over("llama.cpp", options.drafter, file, options.target, "bfloat16", overwrite=True)
     shown = TemplateFormat(load_tokenizer(options.target))
     chats = read_chats(options.prompts, options.chats)
     prompts = [list(shown.prompt(chat)) for _, chat in chats]
