@@ -18,7 +18,7 @@ from draftkit.data.samples import naming_conversation
 from draftkit.data.traces import domain_of
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.evaluate.metrics import domains_of
-from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate, speed_prompts
+from draftkit.evaluate.run import EvalPrompt, EvalResult, environment, evaluate
 from draftkit.ops.sampling import Sampling
 from draftkit.output import as_json, one_writer
 from draftkit.progress import progress_bar
@@ -104,11 +104,9 @@ def evaluate_prompts(
             made_from = hashlib.sha256(f"{made_with} {section} {sampling}".encode()).hexdigest()
             result = kept_result(path, made_from) if world.first else None
             if not world.from_first(float(result is not None)):  # the others wait here for the speed, too
-                timed = sum(map(len, speed_prompts(chosen, section.speed_prompts).values()))
-                share = len(range(world.rank, len(chosen), world.size)) + timed * world.first
+                share = len(range(world.rank, len(chosen), world.size))
                 with progress_bar(f"evaluate T={temperature:g}", share) as bar:
-                    tick = lambda: bar.update(advance=1)  # noqa: E731
-                    result = evaluate(target, opened, chosen, section, sampling, tick, world)
+                    result = evaluate(target, opened, chosen, section, sampling, bar, world)
                 result = replace(result, settings=result.settings | {"made_from": made_from})
                 if world.first:
                     result.save(path)

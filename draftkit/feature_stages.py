@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -163,18 +164,21 @@ def capture_by(
     out: Path,
     append: bool = False,
 ) -> CaptureReport:
-    """`run_capture` by any reader; without one the texts alone."""
+    """`run_capture` by any reader; without one the texts alone. How many conversations there are is shown
+    where their length or `__length_hint__` says it."""
     begun = read_manifest(out).today if (out / MANIFEST).exists() else None
     shown = prompt_format(recipe, tokenizer, begun)
     layers = feature_layers_of(recipe, target)
     read, started = 0, time.perf_counter()
-    with progress_bar("capture" if reader else "render", None) as bar:
+    total = length_hint(conversations) or None
+    with progress_bar("capture" if reader else "render", total) as bar:
 
         def tick(conversations: int, tokens: int) -> None:
             nonlocal read
             read += tokens
             rate = read / (time.perf_counter() - started)
-            bar.update(advance=conversations, note=f"{rate:,.0f} tokens/s")
+            note = f"{read:,} tokens, {rate:,.0f} tokens/s" if read else None
+            bar.update(advance=conversations, note=note)
 
         settings = recipe.capture
         report = capture(target.info, reader, shown, conversations, out, layers, settings, tick, append)

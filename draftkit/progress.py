@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 QUIET = 2.0  # seconds; what takes less is not told
@@ -26,6 +26,11 @@ class Bar(Protocol):
         note: str | None = None,
     ) -> None:
         """What is new; what is not given stays."""
+        ...
+
+    def part(self, title: str, total: int | None) -> AbstractContextManager[Bar]:
+        """Something else that is done meanwhile, with a name, a count and a clock of its own; afterwards the
+        step goes on."""
         ...
 
 
@@ -46,17 +51,20 @@ def doing(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(title: str, total: int | None, note: str = "") -> Iterator[Bar]:
+def progress_bar(
+    title: str, total: int | None, note: str = "", done: int = 0, percent: bool = False
+) -> Iterator[Bar]:
     """A bar with remaining time on a terminal. Elsewhere a line after two seconds, and then every ten. Of
-    several processes of one run (torchrun) the first one tells."""
+    several processes of one run (torchrun) the first one tells. `done` were so before it began; `percent`:
+    the count is one of 100."""
     if os.environ.get("RANK", "0") != "0":
-        yield _Silent()
+        yield SILENT
         return
     if sys.stderr.isatty():
-        with _rich_bar(title, total, note) as bar:
+        with _rich_bar(title, total, note, done, percent) as bar:
             yield bar
         return
-    lines = _Lines(title, total, note)
+    lines = _Lines(_Count(title, total, note, done, percent))
     try:
         yield lines
     finally:
@@ -69,13 +77,63 @@ class _Silent:
     def update(self, *_: object, **__: object) -> None:
         """See `Bar`."""
 
+    @contextmanager
+    def part(self, title: str, total: int | None) -> Iterator[Bar]:
+        """See `Bar`."""
+        yield self
+
+
+SILENT: Bar = _Silent()
+
+
+class _Count:
+    """What is counted, and since when."""
+
+    def __init__(
+        self, title: str, total: int | None, note: str = "", done: int = 0, percent: bool = False
+    ) -> None:
+        self.title, self.total, self.note, self.percent = title, total, note, percent
+        self.before = self.done = done
+        self.began = self.moved = time.monotonic()
+
+    def update(
+        self,
+        advance: int = 0,
+        completed: int | None = None,
+        total: int | None = None,
+        note: str | None = None,
+    ) -> None:
+        """See `Bar`."""
+        done = self.done + advance if completed is None else completed
+        self.moved = self.moved if done == self.done else time.monotonic()
+        self.done = done
+        self.total = self.total if total is None else total
+        self.note = self.note if note is None else note
+
+    def line(self) -> str:
+        """As it stands now. What is left is told by the rate until the count last moved, so that it never
+        grows while nothing does."""
+        now = time.monotonic()
+        told = [f"{self.title} {_counted(self.done, self.total, self.percent)}"]
+        told += [*([self.note] if self.note else []), clock(now - self.began)]
+        made = self.done - self.before
+        if self.total and "left" not in self.note and made > 0:
+            left = (self.moved - self.began) * (self.total - self.done) / made - (now - self.moved)
+            told += [f"{clock(left)} left"] if left > 0 else []
+        return ", ".join(told)
+
+
+def _counted(done: float, total: float | None, percent: bool) -> str:
+    if percent:
+        return f"{done:.0f} %"
+    return f"{done:.0f}/{total:.0f}" if total is not None else f"{done:.0f}"
+
 
 class _Lines:
     """Lines that a thread writes, so that a step that makes no progress shows as such."""
 
-    def __init__(self, title: str, total: int | None, note: str) -> None:
-        self._title, self._total, self._done, self._note = title, total, 0, note
-        self._began, self._over = time.monotonic(), threading.Event()
+    def __init__(self, count: _Count) -> None:
+        self._count, self._over = count, threading.Event()
         self._thread = threading.Thread(target=self._write, daemon=True, name="draftkit-progress")
         self._thread.start()
 
@@ -87,15 +145,26 @@ class _Lines:
         note: str | None = None,
     ) -> None:
         """See `Bar`."""
-        self._done = self._done + advance if completed is None else completed
-        self._total = self._total if total is None else total
-        self._note = self._note if note is None else note
+        self._count.update(advance, completed, total, note)
+
+    @contextmanager
+    def part(self, title: str, total: int | None) -> Iterator[Bar]:
+        """See `Bar`."""
+        whole, self._count = self._count, _Count(title, total)
+        try:
+            yield self
+        finally:
+            self._last()
+            self._count = whole
 
     def end(self) -> None:
         """No line more; a last one where there were others."""
         self._over.set()
         self._thread.join()
-        if time.monotonic() - self._began > QUIET:
+        self._last()
+
+    def _last(self) -> None:
+        if time.monotonic() - self._count.began > QUIET:
             self._print()
 
     def _write(self) -> None:
@@ -105,26 +174,27 @@ class _Lines:
             wait = LINE_EVERY
 
     def _print(self) -> None:
-        seconds = time.monotonic() - self._began
-        counted = f"{self._done}/{self._total}" if self._total is not None else str(self._done)
-        told = [f"{self._title} {counted}", *([self._note.strip()] if self._note else []), clock(seconds)]
-        if self._total and "left" not in self._note and 0 < self._done < self._total:
-            told.append(f"{clock(seconds * (self._total - self._done) / self._done)} left")
-        print(", ".join(told), file=sys.stderr, flush=True)
+        print(self._count.line(), file=sys.stderr, flush=True)
 
 
 @contextmanager
-def _rich_bar(title: str, total: int | None, note: str) -> Iterator[Bar]:
+def _rich_bar(title: str, total: int | None, note: str, done: int, percent: bool) -> Iterator[Bar]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
-        MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Counted(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(_counted(task.completed, task.total, task.fields["percent"]))
 
     class Rich:
         def __init__(self, progress: Progress, task: TaskID) -> None:
@@ -144,11 +214,25 @@ def _rich_bar(title: str, total: int | None, note: str) -> Iterator[Bar]:
                 **{name: value for name, value in given.items() if value is not None},
             )
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+        @contextmanager
+        def part(self, title: str, total: int | None) -> Iterator[Bar]:
+            task = self._progress.add_task(title, total=total, note="", percent=False)
+            try:
+                yield Rich(self._progress, task)
+            finally:
+                self._progress.remove_task(task)
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        Counted(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)
     ) as progress:
-        yield Rich(progress, progress.add_task(title, total=total, note=note))
+        whole = progress.add_task(title, total=total, completed=done, note=note, percent=percent)
+        yield Rich(progress, whole)
 
 
 def clock(seconds: float) -> str:

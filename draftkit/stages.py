@@ -11,7 +11,12 @@ from typing import Any
 
 from draftkit.config import Recipe
 from draftkit.data.answers import Answers
-from draftkit.data.conversations import SkippedRows, iterate_conversations, read_conversations
+from draftkit.data.conversations import (
+    SkippedRows,
+    count_rows,
+    iterate_conversations,
+    read_conversations,
+)
 from draftkit.data.generate import GenerateReport, generate_file
 from draftkit.data.messages import Conversation
 from draftkit.data.parts import SharedWork
@@ -136,8 +141,7 @@ def _generate(
     done."""
     before = SharedWork(out).count()
     made, done, began = 0, 0, time.perf_counter()
-    with progress_bar("generate", total) as bar:
-        bar.update(completed=before)
+    with progress_bar("generate", total, done=before) as bar:
 
         def tick(conversations: int, tokens: int) -> None:
             nonlocal made, done
@@ -165,13 +169,16 @@ def feature_layers(recipe: Recipe, target: TargetWeights) -> tuple[int, ...]:
 
 
 class Walks:
-    """Conversations that can be read more than once, from their files."""
+    """Conversations that can be read more than once, from their files, and about how many they are."""
 
-    def __init__(self, read: Callable[[], Iterable[Conversation]]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[], Iterable[Conversation]], count: int | None) -> None:
+        self._read, self._count = read, count
 
     def __iter__(self) -> Iterator[Conversation]:
         return iter(self._read())
+
+    def __length_hint__(self) -> int:
+        return self._count or 0
 
 
 def answers_of(
@@ -184,8 +191,10 @@ def answers_of(
     for path in paths:
         check_rendered_as(path, shown)
     if skipped is None:
-        return Walks(lambda: iterate_conversations(paths))
-    return Walks(lambda: learnt_ones(iterate_conversations(paths, skipped.anew()), shown, skipped))
+        return Walks(lambda: iterate_conversations(paths), count_rows(paths))
+    return Walks(
+        lambda: learnt_ones(iterate_conversations(paths, skipped.anew()), shown, skipped), count_rows(paths)
+    )
 
 
 def run_export(

@@ -93,11 +93,11 @@ def run_train(
         "recipe": recipe.model_dump(),
         **({"started_from": fingerprint(start_from)} if start_from else {}),
     }
-    with progress_bar("train", 100) as bar, join_world() as world:
+    with progress_bar("train", 100, percent=True) as bar, join_world() as world:
 
         def show(p: trainer.Progress) -> None:
-            note = f"% step {p.step}  {p.step / max(p.seconds, 1e-9):.1f} steps/s  loss {p.loss:.3f}"
-            note += f"  accepted length {p.accepted_len:.2f}" if p.accepted_len else ""
+            note = f"step {p.step}, {p.step / max(p.seconds, 1e-9):.1f} steps/s, loss {p.loss:.3f}"
+            note += f", accepted length {p.accepted_len:.2f}" if p.accepted_len else ""
             bar.update(completed=int(100 * p.share), note=note)
 
         def note_recipe() -> None:
@@ -117,6 +117,7 @@ def run_train(
             start,
             start_from is not None,
             validation,
+            bar,
         )
 
 

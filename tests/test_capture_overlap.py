@@ -72,6 +72,23 @@ def captured(
     return FeatureStore(out)
 
 
+def test_records_are_counted_as_they_are_read_and_those_of_an_earlier_run_at_once(
+    shown: TemplateFormat, tmp_path: Path
+) -> None:
+    told: list[tuple[int, int]] = []
+
+    def run() -> None:
+        told.clear()
+        capture(INFO, MadeReader(), shown, talk(), tmp_path, (1,), SETTINGS, lambda *one: told.append(one))
+
+    run()
+    assert len(told) == COUNT and {conversations for conversations, _ in told} == {1}
+    store = FeatureStore(tmp_path)
+    assert sum(tokens for _, tokens in told) == sum(len(store[i].tokens_T) for i in range(len(store)))
+    run()
+    assert told == [(COUNT, 0)]
+
+
 def test_the_target_reads_on_while_a_batch_is_written(
     shown: TemplateFormat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from draftkit.evaluate.speed import _speed
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import EvaluateSettings
 from draftkit.target.transformers import TransformersTarget
+from support.bar import Counted
 from support.drafters import make_drafter
 
 PROMPTS = [EvalPrompt(str(i), ["code", "chat"][i % 2], (4 + i % 20, 20, 31 + i)) for i in range(10)]
@@ -33,10 +34,10 @@ def test_rounds_by_the_engine_are_those_of_the_reference_loop(
     target: TransformersTarget, temperature: float
 ) -> None:
     settings = EvaluateSettings(max_new_tokens=24, batch_size=4, speed_prompts=0)
-    drafter, ticks = make_drafter(target), []
-    by_engine = evaluate(target, drafter, PROMPTS, settings, Sampling(temperature), lambda: ticks.append(1))
+    drafter, bar = make_drafter(target), Counted()
+    by_engine = evaluate(target, drafter, PROMPTS, settings, Sampling(temperature), bar)
     by_loop = evaluate(target, drafter, PROMPTS, replace(settings, batch_size=1), Sampling(temperature))
-    assert len(ticks) == len(PROMPTS) and by_engine.speed == {}
+    assert bar.done == len(PROMPTS) and by_engine.speed == {}
     for one, other in zip(by_engine.records, by_loop.records, strict=True):
         assert (one.prompt_id, one.new_tokens, one.finish_reason) == (
             other.prompt_id,
@@ -102,7 +103,9 @@ def test_speed_is_the_engines_by_domain_and_of_all_tokens_over_all_seconds(
     target: TransformersTarget,
 ) -> None:
     settings = EvaluateSettings(max_new_tokens=6, batch_size=4, speed_prompts=2)
-    speed = evaluate(target, make_drafter(target), PROMPTS[:7], settings, Sampling(0.0)).speed
+    bar = Counted()
+    speed = evaluate(target, make_drafter(target), PROMPTS[:7], settings, Sampling(0.0), bar).speed
+    assert bar.done == 7 and [(p.title, p.total, p.done) for p in bar.parts] == [("speed T=0", 4, 4)]
     assert list(speed) == ["code", "chat", "all"] and [s.prompts for s in speed.values()] == [2, 2, 4]
     for s in speed.values():
         assert 0 < s.low <= s.ratio <= s.high and 0 <= s.drafting <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from draftkit.features.source import FeatureSource
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train.batches import BatchMaker
+from support.bar import Counted
 
 
 def talks(count: int, domain: str) -> list[Conversation]:
@@ -51,9 +53,12 @@ def test_validation_is_on_the_given_features_and_all_others_are_learnt(
         init(self, source, indices, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(BatchMaker, "__init__", noted)
-    out = tmp_path / "drafter"
+    out, bar = tmp_path / "drafter", Counted()
+    monkeypatch.setattr(train_stages, "progress_bar", lambda *_, **__: nullcontext(bar))
     train_stages.run_train(target, tokenizer, recipe, learnt, out, lambda: target, None, aside)
     assert made == [(learnt, 8), (aside, 3)]
+    told = [("validate", 3, 3), ("answer validation prompts", 2, 2)]  # each with a counter of its own
+    assert [(part.title, part.total, part.done) for part in bar.parts] == 2 * told
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     found = [line["validation"] for line in lines if "validation" in line]
     assert found and all("chat" in one and "code" not in one and one["decoded"] >= 1 for one in found)

@@ -9,6 +9,7 @@ import typer
 
 from draftkit.commands.early import check_inputs
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
     OutOption,
     PromptsOption,
@@ -19,6 +20,7 @@ from draftkit.commands.options import (
     with_target,
 )
 from draftkit.output import as_json, make_folder
+from draftkit.progress import doing
 from draftkit.suggest import following
 
 EXAMPLE = "Example: draftkit calibrate -d drafter/best -o calibration"
@@ -42,10 +44,11 @@ def command(
     settings = recipe_of(recipe, overrides)
     make_folder(out)
     check_inputs(settings, drafter, prompts or [])
-    from draftkit import evaluate_stages, schedule_stages, stages
-    from draftkit.draft.checkpoint import open_drafter
-    from draftkit.evaluate.schedule_report import calibration_notes, print_calibration
-    from draftkit.ops.sampling import Sampling
+    with doing(LIBRARIES):
+        from draftkit import evaluate_stages, schedule_stages, stages
+        from draftkit.draft.checkpoint import open_drafter
+        from draftkit.evaluate.schedule_report import calibration_notes, print_calibration
+        from draftkit.ops.sampling import Sampling
 
     read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
     model, tokenizer = stages.open_target(settings)

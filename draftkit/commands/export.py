@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 
 from draftkit.commands.early import check_pair
-from draftkit.commands.options import JsonOption, OutOption
+from draftkit.commands.options import LIBRARIES, JsonOption, OutOption
 from draftkit.draft.place import check_drafter
 from draftkit.errors import ConfigError
 from draftkit.output import as_json, make_folder
+from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit export -d drafter/best -o handed --for vllm --target Qwen/Qwen3-4B"
 
@@ -59,7 +60,8 @@ def command(
         check_drafter(drafter)
         if target:
             check_pair(target)
-        from draftkit import stages
+        with doing(LIBRARIES):
+            from draftkit import stages
 
         lent = (target, borrow, borrow_rows)
         count = stages.run_export(drafter, out, form or "portable", dtype, *lent, overwrite=overwrite)
@@ -71,7 +73,8 @@ def command(
         raise ConfigError("--for: needs the --target that the engine will serve")
     check_drafter(drafter)
     check_pair(target)
-    from draftkit.handover.export import hand_over, print_handed_over
+    with doing(LIBRARIES):
+        from draftkit.handover.export import hand_over, print_handed_over
 
     made = hand_over(engine, drafter, out, target, dtype, overwrite, converter)
     typer.echo(as_json(asdict(made) | {"path": str(made.path)})) if json_output else print_handed_over(made)

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
 )
 from draftkit.output import as_json
+from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit features verify features --repair"
 
@@ -25,7 +27,8 @@ def command(
     """Read a whole feature store and name each record that is damaged; exit code 1 where one is."""
     from dataclasses import asdict
 
-    from draftkit.feature_stages import run_verify
+    with doing(LIBRARIES):
+        from draftkit.feature_stages import run_verify
 
     found = run_verify(folder, repair)
     if json_output:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
     OutOption,
     RecipeOption,
@@ -17,6 +18,7 @@ from draftkit.commands.options import (
     with_target,
 )
 from draftkit.output import as_json
+from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit plan -r qwen3-4b-dspark --count 1000000 --tokens 4096"
 
@@ -42,7 +44,8 @@ def command(
     no weights are needed. Exit code 2 where the disk of --out cannot hold the store."""
     overrides = with_target(overrides, target)
     settings = recipe_of(recipe, overrides)
-    from draftkit.plan import plan as planning
+    with doing(LIBRARIES):
+        from draftkit.plan import plan as planning
 
     made = planning.plan(settings, conversations or [], (count, tokens, answers), out, devices, tflops)
     if json_output:

@@ -9,6 +9,7 @@ import typer
 
 from draftkit.commands.early import check_inputs
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
     OutOption,
     RecipeOption,
@@ -19,6 +20,7 @@ from draftkit.commands.options import (
 )
 from draftkit.errors import ConfigError
 from draftkit.output import check_file
+from draftkit.progress import doing
 from draftkit.suggest import following
 
 EXAMPLE = "Example: draftkit profile -d drafter/best -o step_rate.json"
@@ -49,12 +51,13 @@ def command(
         )
     check_file(out)
     check_inputs(settings, drafter)
-    import torch
+    with doing(LIBRARIES):
+        import torch
 
-    from draftkit import schedule_stages, stages
-    from draftkit.draft.checkpoint import open_drafter
-    from draftkit.evaluate.profile import profile_settings
-    from draftkit.evaluate.schedule_report import print_step_rate
+        from draftkit import schedule_stages, stages
+        from draftkit.draft.checkpoint import open_drafter
+        from draftkit.evaluate.profile import profile_settings
+        from draftkit.evaluate.schedule_report import print_step_rate
 
     if threads:
         torch.set_num_threads(threads)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from draftkit.commands.options import JsonOption
+from draftkit.commands.options import LIBRARIES, JsonOption
 from draftkit.output import as_json
+from draftkit.progress import doing
 
 EXAMPLE = (
     "Example: draftkit push drafter/best you/qwen3-4b-dspark --results results --licence apache-2.0 --dry-run"
@@ -30,7 +31,8 @@ def command(
 
     With a model card: measured lengths with intervals, what it was trained for, and the commands of the
     engines that load it. What nobody measured or stated, the card says so."""
-    from draftkit.handover.hub import push
+    with doing(LIBRARIES):
+        from draftkit.handover.hub import push
 
     made = push(drafter, repo, results, licence, data, private, dry_run)
     if json_output:

@@ -10,12 +10,14 @@ import typer
 
 from draftkit.commands.early import check_inputs
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
     OutOption,
     RecipeOption,
     SetOption,
     recipe_of,
 )
+from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit quickstart --out runs/quickstart --minutes 6"
 
@@ -33,6 +35,12 @@ def command(
     # The machine is this command's alone: cores that wait for the next operation stay awake a few ms longer
     # (libgomp reads this when torch is imported), which makes small training steps 5 to 10 % faster.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000000")
-    from draftkit.quickstart import run_quickstart
+    typer.echo(
+        f"a drafter for the embedded target in about {minutes:g} minutes, into {out}: generate, capture, "
+        "train, evaluate",
+        err=True,
+    )
+    with doing(LIBRARIES):
+        from draftkit.quickstart import run_quickstart
 
     run_quickstart(settings, out, minutes, json_output)

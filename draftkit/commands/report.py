@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from draftkit.commands.options import LIBRARIES
 from draftkit.errors import ConfigError
 from draftkit.output import check_file
+from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit report runs/quickstart"
 
@@ -26,7 +28,8 @@ def command(
         raise ConfigError(f"{run}: no such folder; give the folder of a run, or of an evaluation's results")
     page = out or run / "report.html"
     check_file(page)
-    from draftkit.evaluate.html_report import write_report
+    with doing(LIBRARIES):
+        from draftkit.evaluate.html_report import write_report
 
     found = write_report(run, page)
     left_out = f" (not there: {'; '.join(found.missing)})" if found.missing else ""

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from draftkit.commands.early import check_given, check_serving
+from draftkit.commands.options import LIBRARIES
 from draftkit.engine.settings import EngineSettings
+from draftkit.progress import doing
 from draftkit.serve.settings import ServeSettings
 
 EXAMPLE = "Example: draftkit serve --drafter drafter/best"
@@ -119,7 +121,8 @@ def command(
     check_given("--step-rate", step_rate)
     check_given("--calibration", calibration)
     check_serving(target, drafter, engine)
-    from draftkit.serve.server import load_served, run_server
+    with doing(LIBRARIES):
+        from draftkit.serve.server import load_served, run_server
 
     pair = (
         target,

@@ -10,9 +10,11 @@ import typer
 from draftkit.commands.early import check_simulation
 from draftkit.commands.numbers import whole_numbers
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
 )
 from draftkit.output import as_json, make_folder
+from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit simulate --step-rate balanced --concurrency 1,64 -o simulation"
 
@@ -38,9 +40,10 @@ def command(
     check_simulation(traces, step_rate, calibration)
     from dataclasses import asdict
 
-    from draftkit import schedule_stages
-    from draftkit.evaluate.schedule_report import print_simulation
-    from draftkit.schedule.simulate import Load
+    with doing(LIBRARIES):
+        from draftkit import schedule_stages
+        from draftkit.evaluate.schedule_report import print_simulation
+        from draftkit.schedule.simulate import Load
 
     source = schedule_stages.open_simulation(traces, step_rate, calibration)
     levels = whole_numbers("--concurrency", concurrency) or ([256] if rate else [1, 4, 16, 64])

@@ -9,6 +9,7 @@ import typer
 
 from draftkit.commands.early import check_given, check_pair
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
     LogFormatOption,
     OutOption,
@@ -17,6 +18,7 @@ from draftkit.commands.options import (
     with_target,
 )
 from draftkit.output import as_json
+from draftkit.progress import doing
 from draftkit.suggest import following
 
 EXAMPLE = "Example: draftkit specialise --traces requests.jsonl --start-from drafter/best -o mine"
@@ -49,7 +51,8 @@ def command(
         check_given("--traces", log)
     if target:
         check_pair(target, None, start_from)
-    from draftkit.specialise import print_specialised, recipe_for, run_specialise
+    with doing(LIBRARIES):
+        from draftkit.specialise import print_specialised, recipe_for, run_specialise
 
     settings = recipe_for(recipe, with_target(overrides, target), start_from, out)
     say = lambda line: typer.echo(line, err=json_output)  # noqa: E731

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from draftkit.commands.options import (
+    LIBRARIES,
     JsonOption,
 )
+from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit verify-lossless --tables 200"
 
@@ -23,7 +25,8 @@ def command(
 ) -> None:
     """Prove that drafting leaves the distribution unchanged. By enumeration, for each rule and planner; exit
     code 1 if it does not."""
-    from draftkit.evaluate.lossless import print_lossless, run_lossless
+    with doing(LIBRARIES):
+        from draftkit.evaluate.lossless import print_lossless, run_lossless
 
     findings = run_lossless(vocab, gamma or [2, 3], tables)
     if not print_lossless(findings, tables, vocab, json_output):

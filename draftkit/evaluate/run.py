@@ -38,6 +38,7 @@ from draftkit.evaluate.speed import Speed, measure_speed
 from draftkit.ops.sampling import Sampling
 from draftkit.ops.verify import TOKEN_RULE
 from draftkit.output import as_json, write_text
+from draftkit.progress import SILENT, Bar
 from draftkit.settings import EvaluateSettings
 from draftkit.target.transformers import TransformersTarget
 from draftkit.train.parallel import ALONE, World
@@ -99,7 +100,7 @@ def evaluate(
     prompts: Sequence[EvalPrompt],
     settings: EvaluateSettings,
     sampling: Sampling,
-    tick: Tick = lambda: None,
+    bar: Bar = SILENT,
     world: World = ALONE,
 ) -> EvalResult:
     """Answer every prompt with the drafter, `batch_size` at a time by the engine, or one by one by the
@@ -107,11 +108,11 @@ def evaluate(
 
     Several processes share the prompts, and all return the same records; the first one measures the speed.
     The seed of a prompt is the base seed plus its index, so that results do not depend on order or process
-    count. `tick` is called after every prompt of either kind. Raises DataError for a prompt that does not
-    fit.
+    count. `bar` counts the prompts, and those of the speed in a part of its own. Raises DataError for a
+    prompt that does not fit.
     """
     own = range(world.rank, len(prompts), world.size)
-    decoded = _answers(target, drafter, prompts, own, settings, sampling, tick)
+    decoded = _answers(target, drafter, prompts, own, settings, sampling, lambda: bar.update(advance=1))
     found = [
         (
             i,
@@ -126,7 +127,9 @@ def evaluate(
     speed = {}
     if world.first:
         timed, limit = speed_prompts(prompts, settings.speed_prompts), settings.max_new_tokens
-        speed = measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick)
+        with bar.part(f"speed T={sampling.temperature:g}", sum(map(len, timed.values()))) as part:
+            tick = lambda: part.update(advance=1)  # noqa: E731
+            speed = measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick)
     return result_of(target, records, settings, sampling, speed)
 
 

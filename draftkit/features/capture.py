@@ -13,7 +13,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ def capture(
 ) -> CaptureReport:
     """Fill the store in `out` by what `reader` gives, or with texts alone where there is none; what is there
     already stays, so that an interrupted capture goes on. `conversations` may be walked several times. With
-    `append` other conversations are added to a finished store. `tick` is told what this process has finished.
+    `append` other conversations are added to a finished store. `tick` is told of conversations that are
+    finished, now or before, and of tokens that this process has read.
 
     Raises FeatureStoreError when `out` holds a store of something else or the disk has too little room,
     DataError when the chat template refuses a conversation.
@@ -141,6 +142,7 @@ class _Work:
     append: bool
     tick: Callable[[int, int], None]
     first: int = -1  # part of this input
+    told: set[int] = field(default_factory=set)  # parts that were ticked
 
     @property
     def index(self) -> Index:
@@ -155,6 +157,9 @@ class _Work:
                 digests.append(chunk.digest)
                 count += len(chunk.conversations)
                 if self.index.is_done(chunk.number):
+                    if chunk.number not in self.told:
+                        self.told.add(chunk.number)
+                        self.tick(len(chunk.conversations), 0)
                     continue
                 lock = self._lock(chunk)
                 busy |= lock is None
@@ -234,16 +239,17 @@ class _Work:
             part = held.texts()
             if chunk.number not in self.index.begun:
                 self.writer.note({"begun": chunk.number, "digest": chunk.digest})
-            self._write(chunk.number, part)
+            self.told.add(chunk.number)
+            self._write(chunk.number, part, len(chunk.conversations))
             note = {"part": chunk.number, "records": len(part.texts), "digest": chunk.digest}
             self.writer.note(note | part.note())
-            self.tick(len(chunk.conversations), part.tokens)
         finally:
             held.lock.release()
 
-    def _write(self, number: int, part: PartTexts) -> None:
+    def _write(self, number: int, part: PartTexts, conversations: int) -> None:
         """Write what is missing of a part; what is read together does not depend on what is there. Meanwhile
-        the index is the thread's."""
+        the index is the thread's. Its `conversations` are ticked by the share of its texts."""
+        done = 0
         there = self.index.keys_of(number)
         missing = [t for t in part.texts if t.key not in there]
         check_room(self.writer.folder, sum(self.manifest.form.record_bytes(t) for t in missing))
@@ -253,6 +259,12 @@ class _Work:
                 texts = [part.texts[i] for i in batch]
                 if any(t.key not in there for t in texts):
                     self._put(number, texts, there)
+                ticked = conversations * done // len(part.texts)
+                done += len(batch)
+                read = sum(len(t.tokens_E) for t in texts)
+                self.tick(conversations * done // len(part.texts) - ticked, read)
+            if not part.texts:
+                self.tick(conversations, 0)
         finally:  # nothing is written any more when the part's lock is released
             self.thread.drain()
 

@@ -98,12 +98,17 @@ class BatchMaker:
     def batches(self, step: int) -> Iterator[TrainBatch]:
         """This process's micro-batches of a step: the same number in every process, empty ones where rows run
         out."""
-        return self._made(self.samples(step), self.seed * 1_000_003 + step)
+        seed = self.seed * 1_000_003 + step
+        return (self._collated(group, seed) for group in self._groups(self.samples(step)))
 
-    def validation(self) -> Iterator[TrainBatch]:
-        """All samples in order, with the same anchors every time."""
+    def validation(self) -> Iterator[tuple[int, TrainBatch]]:
+        """All samples in order, with the same anchors every time; and about how many are done after each
+        micro-batch, all processes together."""
         for start in range(0, len(self.indices), self.size):
-            yield from self._made(self.indices[start : start + self.size].tolist(), -1)
+            chosen = self.indices[start : start + self.size].tolist()
+            groups = self._groups(chosen)
+            for number, group in enumerate(groups, 1):
+                yield start + len(chosen) * number // len(groups), self._collated(group, -1)
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch; samples of weight 2 stand in it twice, of weight 0.25 in one of four."""
@@ -119,15 +124,17 @@ class BatchMaker:
         order: NDArray[np.int64] = self.indices[place]
         return order
 
-    def _made(self, chosen: list[int], seed: int) -> Iterator[TrainBatch]:
+    def _groups(self, chosen: list[int]) -> list[list[list[int]]]:
+        """Rows of samples by micro-batch, as many in every process; empty where rows run out."""
         lengths = self.lengths[chosen].tolist()
         rows = pack(lengths, max(*lengths, self.cut.row_tokens or 0))
         own = rows[self.cut.rank :: self.cut.processes]
         most = -(-len(rows) // self.cut.processes)  # rows of the first process
         size = min(self.cut.micro_batch_size or most, most)
-        for start in range(0, most, size):
-            group = own[start : start + size]
-            yield self._collated([[chosen[place] for place in row] for row in group], seed)
+        return [
+            [[chosen[place] for place in row] for row in own[start : start + size]]
+            for start in range(0, most, size)
+        ]
 
     def _collated(self, rows: list[list[int]], seed: int) -> TrainBatch:
         if not rows:

@@ -25,6 +25,7 @@ from draftkit.draft.drafter import Drafter
 from draftkit.errors import DataError, Interrupted
 from draftkit.features.source import FeatureSource
 from draftkit.interrupt import noted_signals
+from draftkit.progress import SILENT, Bar
 from draftkit.settings import TrainSettings
 from draftkit.target.interface import Target
 from draftkit.train.batches import BatchMaker, Cut, Split, split_source, steps_from
@@ -79,6 +80,7 @@ def train(
     start: str = "",
     continued: bool = False,
     validation: FeatureSource | None = None,
+    bar: Bar = SILENT,
 ) -> TrainReport:
     """Train `drafter` on `source` into `out/best`, `out/last` and `out/checkpoints`; a run that was
     interrupted goes on from `out/state`, also with another number of processes. `accepted` is called once in
@@ -86,7 +88,7 @@ def train(
     answers `decode_prompts`, in a run of one process. `start` says how the weights of step 0 were made, which
     a state must agree with; a drafter that is `continued` is validated before the first step, so that `best`
     is never worse than it was. `validation` holds the samples to validate on; without it a share of `source`
-    is set aside.
+    is set aside. `bar` shows how far a validation is; `report` is told each step.
 
     Raises DataError when the source is too small or when losses stop being finite, CheckpointError when
     `out/state` belongs to another run, and ConfigError for a tracker that is not installed. SIGINT and
@@ -123,13 +125,16 @@ def train(
     def check(step: Position) -> tuple[Position, dict[str, Any]]:
         """Validate, and keep the drafter where it is worth it. The state is saved once the log has the step:
         a kill between the two loses no line."""
-        lengths: dict[str, Any] = validate(parallel, held_out, settings.loss)
+        with bar.part("validate", len(held_out.indices)) as part:
+            lengths: dict[str, Any] = validate(parallel, held_out, settings.loss, part)
         whole = parallel.whole()
         better = lengths["macro"] > step.best
         if world.first:
             if settings.decode_prompts and world.size == 1:
                 count, seed = settings.decode_prompts, settings.seed
-                lengths |= {"decoded": decoded_length(whole, model(), aside, split.validation, count, seed)}
+                with bar.part("answer validation prompts", min(count, len(split.validation))) as part:
+                    decoded = decoded_length(whole, model(), aside, split.validation, count, seed, part)
+                lengths |= {"decoded": decoded}
             note = provenance | {"step": step.step, "validation": lengths}
             _keep_numbered(whole, out / "checkpoints", note, settings.keep_checkpoints)
             if better:

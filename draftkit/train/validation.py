@@ -14,6 +14,7 @@ from draftkit.decode import decode
 from draftkit.draft.drafter import Drafter, LossReport, TrainBatch
 from draftkit.features.source import FeatureSource
 from draftkit.ops.sampling import Sampling
+from draftkit.progress import SILENT, Bar
 from draftkit.settings import LossSettings
 from draftkit.target.interface import Target
 from draftkit.train.batches import BatchMaker, to_device
@@ -23,23 +24,27 @@ DECODED_TOKENS = 64  # per prompt
 
 
 @torch.no_grad()
-def validate(parallel: ParallelDrafter, maker: BatchMaker, settings: LossSettings) -> dict[str, float]:
+def validate(
+    parallel: ParallelDrafter, maker: BatchMaker, settings: LossSettings, bar: Bar = SILENT
+) -> dict[str, float]:
     """Simulated accepted length by domain, their mean as "macro", and the loss, over all processes.
 
     The expected number of tokens of a round whose block follows the conversation: 1 + sum_k prod_{i <= k} (1
-    - TV_i / 2), TV = |q - p|_1, averaged over the anchors whose whole block lies in the answer.
+    - TV_i / 2), TV = |q - p|_1, averaged over the anchors whose whole block lies in the answer. `bar` counts
+    samples.
     """
     device, domains = parallel.world.device, maker.domains
     lengths_D2 = torch.zeros(len(domains), 2, dtype=torch.float64, device=device)  # sums and counts
     loss_2 = torch.zeros(1, 2, dtype=torch.float64, device=device)
     parallel.drafter.eval()
-    for cpu_batch in maker.validation():
+    for done, cpu_batch in maker.validation():
         batch = to_device(cpu_batch, device)
         report = parallel.loss(batch, settings)
         loss_2 += torch.stack([report.loss_sum, report.weight_sum]).double()
         expected_N, domain_N = expected_lengths(report, batch, parallel.drafter.gamma)
         found = torch.stack([expected_N, torch.ones_like(expected_N)], 1)
         lengths_D2.index_add_(0, domain_N, found.double())
+        bar.update(completed=done)
     parallel.drafter.train()
     totals = parallel.world.add_up(torch.cat([lengths_D2, loss_2])).tolist()
     lengths = {d: total / count for d, (total, count) in zip(domains, totals, strict=False) if count}
@@ -63,6 +68,7 @@ def decoded_length(
     indices: NDArray[np.int64],
     count: int,
     seed: int,
+    bar: Bar = SILENT,
 ) -> float:
     """Tokens per round when `count` of the conversations' first prompts are answered at temperature 1 by
     `decode`.
@@ -81,4 +87,5 @@ def decoded_length(
             done = decode(target, drafter, prompt, Sampling(1.0), DECODED_TOKENS, seed + index)
             emitted += sum(r.emitted for r in done.rounds[:-1])
             rounds += len(done.rounds[:-1])
+        bar.update(advance=1)
     return emitted / rounds if rounds else float("nan")
