@@ -60,16 +60,64 @@ MISTAKES = (
     Mistake("bench --url http://127.0.0.1:9", "is the server up"),
     Mistake("chat --url http://127.0.0.1:9 hello", "is the server up"),
     Mistake("trian", "Did you mean 'train'?"),
+    Mistake(
+        "capture -c answers.jsonl -o out --taget tiny", "--taget: no such option, did you mean --target?"
+    ),
+    Mistake("serve --threads zero", "--threads zero: must be a whole number; see "),
+    Mistake("serve --kv-gib much", "--kv-gib much: must be a number; see "),
+    Mistake("serve --target smollm3", "smollm3: no such folder; did you mean smollm2?"),
+    Mistake("serve --target tinny", "tinny: no such folder; did you mean tiny?"),
+    Mistake("serve --drafter named", "is for another target (smollm2) (hidden size 9999"),
+    Mistake("serve --max-length 1000000", "--max-length is 1000000, and tiny holds "),
+    Mistake(
+        "serve --step-rate features", "--step-rate features: is a folder; give a file of draftkit profile"
+    ),
+    Mistake("serve --drafter broken.jsonl", "broken.jsonl: is a file; give the folder of a drafter"),
+    Mistake("generate -p features -o out.jsonl", "features: is a folder; give a JSONL file of conversations"),
+    Mistake("generate -p other.jsonl -o answers.jsonl", "holds an answer to another prompt of id 'a'"),
+    Mistake("capture -c features -o out", "features: is a folder; give a JSONL file of conversations"),
+    Mistake("train -f broken.jsonl -o out", "--features broken.jsonl: is a file; give a feature store"),
+    Mistake("train -f other -o out", "--features other: is no feature store"),
+    Mistake("train -f features -o out -r other", "other: is a folder and no recipe"),
+    Mistake("train -f features -o out --set train.leraning_rate=1", "did you mean train.lr?"),
+    Mistake("train -f features -o out --set train.num_epochs=1", "did you mean train.epochs?"),
+    Mistake("train -f features -o out --set lr=1", "lr: is not a known key; did you mean train.lr?"),
+    Mistake("evaluate -d broken.jsonl -o out", "broken.jsonl: is a file; give the folder of a drafter"),
+    Mistake("evaluate -d runs/quick/drafter/best -o out -p features", "features: is a folder; give a JSONL"),
+    Mistake(
+        "simulate --traces features", "--traces features: is a folder; give a file of draftkit calibrate"
+    ),
+    Mistake("simulate --step-rate features", "--step-rate features: is a folder; give a file"),
+    Mistake("specialise --traces nothere.jsonl -o out", "nothere.jsonl: no such file; give a file of logs"),
+    Mistake("specialise --traces features -o out", "--traces features: is a folder; give a file of logs"),
+    Mistake(
+        "export -d runs/quick/drafter/best -o out --for vlm", "engine 'vlm' is not known; did you mean vllm?"
+    ),
+    Mistake(
+        "doctor -d runs/quick/drafter/best --engine vlm", "engine 'vlm' is not known; did you mean vllm?"
+    ),
+    Mistake("report broken.jsonl", "broken.jsonl: is a file; give the folder of a run"),
+    Mistake("recipes nosuch", "no such recipe; give a YAML file, or one of "),
+    Mistake("features verify broken.jsonl", "broken.jsonl: is a file; give a feature store"),
 )
+
+
+# of another prompt than other.jsonl's
+ANSWER = b'{"id": "a", "asked": "0123456789abcdef", "finish_reason": "stop", "messages": []}\n'
 
 
 def prepare(folder: Path) -> None:
     """What the commands find: a run, features, two folders that are no whole target, a broken file."""
-    for name in ("runs/quick/drafter/best", "features", "targets/bare", "targets/small", "other"):
+    for name in ("runs/quick/drafter/best", "features", "targets/bare", "targets/small", "other", "named"):
         (folder / name).mkdir(parents=True)
     (folder / "runs/quick/drafter/best/config.json").write_text("{}")
     (folder / "targets/small/config.json").write_text("{}")
-    (folder / "other/config.json").write_text('{"hidden_size": 9999}')
+    for name in ("other", "named"):
+        (folder / name / "config.json").write_text('{"hidden_size": 9999}')
+    (folder / "named/draftkit.json").write_text('{"target": "smollm2"}')
+    (folder / "features/manifest.json").write_text("{}")
+    (folder / "answers.jsonl").write_bytes(ANSWER)
+    (folder / "other.jsonl").write_text('{"id": "a", "prompt": "What is a set?"}\n')
     (folder / "broken.jsonl").write_text('{"prompt": "What is a list?"\n')
 
 

@@ -35,6 +35,7 @@ from draftkit.commands import (
     train,
     verify_lossless,
 )
+from draftkit.commands.usage import UsageError, told_in_one_line
 from draftkit.commands.user_defaults import user_defaults
 from draftkit.errors import DraftkitError, Interrupted
 from draftkit.interrupt import raise_on_signals
@@ -98,7 +99,12 @@ def main() -> None:
     143."""
     raise_on_signals()
     try:
-        app(default_map=user_defaults(app))
+        sys.exit(app(default_map=user_defaults(app), standalone_mode=False))
+    except typer.Abort:  # a question that nobody answered
+        sys.exit(1)
+    except UsageError as error:
+        typer.echo(told_in_one_line(error), err=True)
+        sys.exit(2)
     except (DraftkitError, Interrupted, OSError) as error:
         goes_on = isinstance(error, Interrupted) and GOES_ON.intersection(sys.argv[1:2])
         hint = "; run the same command again to go on" if goes_on else ""

@@ -24,7 +24,7 @@ from draftkit.settings import (
     TargetSettings,
     TrainSettings,
 )
-from draftkit.suggest import nearest, nearest_path
+from draftkit.suggest import nearest, nearest_key, nearest_path
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 2**18
@@ -88,9 +88,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         hint = nearest(name_or_path, packaged_recipes()) or nearest_path(Path(name_or_path))
-        raise ConfigError(
-            f"{name_or_path}: no such recipe{hint or '; give a YAML file, or a name of `draftkit recipes`'}"
-        )
+        allowed = f"; give a YAML file, or one of {', '.join(packaged_recipes())}"
+        what = "is a folder and no recipe" if Path(name_or_path).is_dir() else "no such recipe"
+        raise ConfigError(f"{name_or_path}: {what}{hint or allowed}")
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path}: has {path.stat().st_size} bytes; a recipe has {MAX_BYTES} at most")
     raw = _parse(path.read_bytes(), str(path))
@@ -145,6 +145,19 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     place[key] = _parse(text.encode(), f"override {override!r}")
 
 
+def _meant(given: list[str], allowed: list[str]) -> str | None:
+    """The dotted key that was probably meant: of the same section, or the same key of another one."""
+    *section, name = given
+    if key := nearest_key(name, allowed):
+        return ".".join([*section, key])
+    others = {
+        other: field.annotation.__pydantic_fields__
+        for other, field in Recipe.model_fields.items()
+        if hasattr(field.annotation, "__pydantic_fields__")
+    }
+    return next((f"{other}.{name}" for other, keys in others.items() if name in keys), None)
+
+
 def _first(error: ValidationError) -> str:
     """The first mistake in words, with its dotted field and, for an unknown key, the nearest allowed one."""
     mistake = error.errors()[0]
@@ -155,8 +168,9 @@ def _first(error: ValidationError) -> str:
             items = isinstance(part, int)  # in a list of sections
             section = get_args(section)[0] if items else section.__pydantic_fields__[part].annotation
         allowed = list(section.__pydantic_fields__)
-        hint = nearest(str(mistake["loc"][-1]), allowed) or f"; allowed are {', '.join(allowed)}"
-        return f"{field}: is not a known key{hint}"
+        meant = _meant([str(part) for part in mistake["loc"]], allowed)
+        hint = f"did you mean {meant}?" if meant else f"allowed are {', '.join(allowed)}"
+        return f"{field}: is not a known key; {hint}"
     if mistake["type"] == "missing":
         return f"{field}: is missing and must be given"
     if mistake["type"] == "dataclass_type":

@@ -18,16 +18,48 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def nearest_path(path: Path) -> str:
     """The same for a path: the first part of it that is missing is replaced by what lies there under a
-    similar name."""
+    similar name; a common ending alone makes none alike."""
     given = [path, *path.parents]
     missing = next((p for p in reversed(given) if not p.exists()), None)
     if missing is None or not missing.parent.is_dir():
         return ""
-    found = difflib.get_close_matches(missing.name, [p.name for p in missing.parent.iterdir()], 1)
+    there = [p.name for p in missing.parent.iterdir() if _alike(p.stem, missing.stem)]
+    found = difflib.get_close_matches(missing.name, there, 1)
     if not found:
         return ""
     meant = missing.parent / found[0] / path.relative_to(missing)
     return f"; did you mean {meant}?" if meant.exists() else f"; did you mean {missing.parent / found[0]}?"
+
+
+def _alike(one: str, other: str) -> bool:
+    return bool(difflib.get_close_matches(one, [other]))
+
+
+def nearest_key(name: str, known: Iterable[str]) -> str | None:
+    """The key of a recipe that was probably meant: alike as a whole, by the first letters of its words
+    (learning_rate: lr), or one that has a word of it."""
+    keys = list(known)
+    if found := difflib.get_close_matches(name, keys, 1):
+        return found[0]
+    words = name.split("_")
+    if (letters := "".join(word[:1] for word in words)) in keys:
+        return letters
+    own = {word: key for key in reversed(keys) for word in key.split("_")}
+    return next((own[f[0]] for w in words if (f := difflib.get_close_matches(w, own, 1, 0.8))), None)
+
+
+def no_file(path: Path, give: str) -> str:
+    """Why a path is no file, in words that follow it; `give` is what to give instead."""
+    if path.is_dir():
+        return f"is a folder; give {give}"
+    return f"no such file{nearest_path(path) or f'; give {give}'}"
+
+
+def no_folder(path: Path, give: str) -> str:
+    """Why a path is no folder, in words that follow it; `give` is what to give instead."""
+    if path.exists():
+        return f"is a file; give {give}"
+    return f"no such folder{nearest_path(path) or f'; give {give}'}"
 
 
 def looks_like_path(name: str) -> bool:
@@ -45,9 +77,22 @@ def program() -> str:
     return shlex.quote(str(beside)) if beside.exists() else f"{shlex.quote(sys.executable)} -m draftkit"
 
 
-def following(command: str, recipe: str = "", overrides: Sequence[str] | None = None) -> str:
-    """`draftkit COMMAND`, with the recipe and the overrides that this command was given."""
+# Sections of a recipe that a command does not read, because the stages before it have
+_OVER = {
+    "capture": ("generate",),
+    "train": ("generate", "capture"),
+    "evaluate": ("generate", "capture", "drafter", "train"),
+    "profile": ("generate", "capture", "drafter", "train", "evaluate"),
+}
+
+
+def following(
+    command: str, recipe: str = "", overrides: Sequence[str] | None = None, target: str | None = None
+) -> str:
+    """`draftkit COMMAND`, with what this one was given of recipe, target and overrides, and COMMAND reads."""
     chosen = ["-r", recipe] if recipe and recipe != "tiny-dspark" else []
+    chosen += ["--target", target] if target else []
     for override in overrides or ():
-        chosen += ["--set", override]
+        if override.partition(".")[0] not in _OVER.get(command.split()[0], ()):
+            chosen += ["--set", override]
     return " ".join([program(), command, *map(shlex.quote, chosen)])

@@ -180,7 +180,7 @@ def test_a_signal_unwinds_the_command_and_sets_the_exit_code(number: signal.Sign
 def test_an_interrupted_command_promises_to_go_on_only_where_it_does(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(default_map: object) -> None:
+    def interrupted(**_: object) -> None:
         raise Interrupted(130)
 
     monkeypatch.setattr(cli, "app", interrupted)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,9 +17,14 @@ from typer.testing import CliRunner
 from checks.provoked_errors import MISTAKES, SECONDS, Mistake, prepare, provoke
 from draftkit import cli
 from draftkit.commands.chat import statistics
+from draftkit.commands.early import ENGINE_NAMES, STORES
 from draftkit.commands.user_defaults import user_defaults
 from draftkit.config import packaged_recipes
 from draftkit.errors import ConfigError
+from draftkit.features.deepspec import INDEX
+from draftkit.features.manifest import MANIFEST
+from draftkit.handover.engines import ENGINES
+from draftkit.suggest import following, nearest_path
 from support.server import TEXT, Server, serving
 
 
@@ -40,6 +46,44 @@ def test_a_mistake_is_told_before_anything_heavy_is_loaded(mistake: Mistake, pre
     assert "Traceback" not in done.stderr
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert spent < SECONDS, spent
+
+
+def test_a_usage_error_is_one_line(prepared: Path) -> None:
+    for command in ("trian", "capture -c x -o y --taget tiny", "serve --threads zero", "capture"):
+        done = provoke(Mistake(command, ""), prepared)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and "--help" in done.stderr
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+        assert "--set" not in done.stderr
+
+
+def test_what_is_known_without_torch_is_what_the_stages_know() -> None:
+    assert tuple(ENGINES) == ENGINE_NAMES
+    assert STORES == (MANIFEST, INDEX)
+
+
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        (
+            "capture -c answers.jsonl -o features",
+            ["--set", "drafter.num_features=3", "--set", "train.lr=1e-3"],
+        ),
+        ("train -f features -o drafter", ["--set", "drafter.num_features=3", "--set", "train.lr=1e-3"]),
+        ("evaluate -d drafter/best -o results", []),
+        ("profile -d drafter/best -o step_rate.json", []),
+    ],
+)
+def test_the_next_command_is_given_the_target_and_what_it_reads(command: str, hint: list[str]) -> None:
+    overrides = ["generate.seed=1", "drafter.num_features=3", "train.lr=1e-3"]
+    told = following(command, "tiny-dspark", overrides, "tiny")
+    assert shlex.split(told)[-len(hint) - 2 :] == ["--target", "tiny", *hint]
+    assert command in told and "target.path" not in told
+
+
+def test_a_wrong_guess_is_not_made_by_the_ending_alone(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").touch()
+    assert nearest_path(tmp_path / "nothere.jsonl") == ""
+    assert nearest_path(tmp_path / "answer.jsonl").endswith("answers.jsonl?")
 
 
 def test_no_summary_of_a_command_is_cut() -> None:

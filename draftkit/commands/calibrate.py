@@ -40,8 +40,7 @@ def command(
     reads the result."""
     from dataclasses import asdict
 
-    overrides = with_target(overrides, target)
-    settings = recipe_of(recipe, overrides)
+    settings = recipe_of(recipe, with_target(overrides, target))
     make_folder(out)
     check_inputs(settings, drafter, prompts or [])
     with doing(LIBRARIES):
@@ -71,7 +70,7 @@ def command(
             typer.echo(note)
         typer.echo(
             f"written to {out / schedule_stages.CALIBRATION}; next: "
-            f"{following(f'profile -d {drafter} -o step_rate.json', recipe, overrides)}, then "
+            f"{following(f'profile -d {drafter} -o step_rate.json', recipe, overrides, target)}, then "
             f"{following(f'simulate --traces {file} --calibration {out / schedule_stages.CALIBRATION}')} "
             "--step-rate step_rate.json"
         )

@@ -45,8 +45,7 @@ def command(
     """Let the target read conversations into a feature store. The same command goes on where it was
     interrupted. Several processes may share the work: start all of them, or torchrun, with the same
     command."""
-    overrides = with_target(overrides, target)
-    settings = recipe_of(recipe, overrides)
+    settings = recipe_of(recipe, with_target(overrides, target))
     make_folder(out)
     from draftkit.data.conversations import SkippedRows, check_beginning
 
@@ -71,5 +70,5 @@ def command(
         skipped.report()
     typer.echo(
         f"{report.samples} samples, {report.tokens} tokens in {out} ({report.left_out()}); "
-        f"next: {following(f'train -f {out} -o drafter', recipe, overrides)}"
+        f"next: {following(f'train -f {out} -o drafter', recipe, overrides, target)}"
     )

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from draftkit.commands.early import check_engine, check_given
 from draftkit.commands.options import LIBRARIES, JsonOption
+from draftkit.draft.place import check_drafter
 from draftkit.errors import ConfigError
 from draftkit.output import as_json
 from draftkit.progress import doing
@@ -41,6 +43,10 @@ def command(
     Each finding is one line with what it costs and the mend; then facts: accepted length, break-even on this
     machine, how many tokens to draft. Exit code 1 when something was found."""
     chosen = _switches(switches or [])
+    check_engine(engine)
+    check_drafter(drafter)
+    if prompts is not None:
+        check_given("--prompts", prompts, "a JSONL file of conversations")
     with doing(LIBRARIES):
         from draftkit.doctor.examine import DoctorSettings, examine, print_examination
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftkit.errors import ConfigError, ServeError
-from draftkit.suggest import nearest, nearest_path
+from draftkit.suggest import nearest, nearest_path, no_file, no_folder
+
+STORES = ("manifest.json", "samples.idx")  # draftkit's and DeepSpec's have one of these
+ENGINE_NAMES = ("vllm", "sglang", "llama.cpp", "mlx")
 
 if TYPE_CHECKING:
     from draftkit.config import Recipe
@@ -34,22 +38,62 @@ def check_inputs(recipe: Recipe, drafter: Path | None = None, prompts: Iterable[
     check_pair(recipe.target.path, recipe.target.revision, drafter)
 
 
-def check_given(option: str, path: Path | None) -> None:
-    """Raise ConfigError when an option names a file or a folder that is not there."""
-    if path is not None and not path.exists():
-        raise ConfigError(f"{option} {path}: no such file or folder{nearest_path(path)}")
+def check_given(option: str, path: Path | None, give: str = "a file") -> None:
+    """Raise ConfigError when an option names no file; `give` says what it takes."""
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{option} {path}: {no_file(path, give)}")
+
+
+def check_store(option: str, folder: Path) -> None:
+    """Raise ConfigError when an option names no folder of features."""
+    if not folder.is_dir():
+        raise ConfigError(f"{option} {folder}: {no_folder(folder, 'a feature store')}")
+    if not any((folder / name).exists() for name in STORES):
+        raise ConfigError(f"{option} {folder}: is no feature store; give the folder that `capture` wrote")
+
+
+def check_engine(name: str | None) -> None:
+    """Raise ConfigError for an engine that no drafter can be handed to."""
+    if name is not None and name not in ENGINE_NAMES:
+        allowed = f"choose one of {', '.join(ENGINE_NAMES)}"
+        raise ConfigError(f"engine {name!r} is not known{nearest(name, ENGINE_NAMES)}; {allowed}")
+
+
+def check_answers(out: Path, prompts: Sequence[Path], skip_invalid: bool) -> None:
+    """Raise DataError when a file of answers holds answers to other prompts than these, as far as the first
+    rows say."""
+    from draftkit.data.conversations import CHECKED_FIRST, SkippedRows, iterate_conversations
+    from draftkit.data.parts import SharedWork
+
+    if prompts and (work := SharedWork(out)).begun:
+        rows = iterate_conversations(prompts, SkippedRows() if skip_invalid else None)
+        work.check(islice(rows, CHECKED_FIRST))
 
 
 def check_simulation(traces: Path | None, step_rate: str | None, calibration: Path | None) -> None:
     """Raise ConfigError when the files of a simulation are not there, or the kind of machine is not known."""
     from draftkit.schedule.machines import MACHINES
 
-    check_given("--traces", traces)
-    check_given("--calibration", calibration)
-    if step_rate is not None and step_rate not in MACHINES and not Path(step_rate).exists():
+    check_given("--traces", traces, "a file of draftkit calibrate")
+    check_given("--calibration", calibration, "a file of draftkit calibrate")
+    if step_rate is not None and step_rate not in MACHINES and not Path(step_rate).is_file():
         hint = nearest(step_rate, MACHINES) or nearest_path(Path(step_rate))
         allowed = f"; give a file of draftkit profile, or one of {', '.join(MACHINES)}"
-        raise ConfigError(f"--step-rate {step_rate}: no such file{hint or allowed}")
+        what = "is a folder" if Path(step_rate).is_dir() else "no such file"
+        raise ConfigError(f"--step-rate {step_rate}: {what}{hint or allowed}")
+
+
+def check_length(target: str, asked: int | None) -> None:
+    """Raise ServeError when requests may be longer than the target's own context, as far as its
+    configuration says."""
+    from draftkit.target.place import find_target, sizes_of
+
+    place = find_target(target)
+    holds = sizes_of(place).get("max_position_embeddings") if place is not None and place.is_dir() else None
+    if asked is not None and isinstance(holds, int) and asked > holds:
+        raise ServeError(
+            f"--max-length is {asked}, and {target} holds {holds} tokens; give less, or leave it out for those"
+        )
 
 
 def check_serving(target: str, drafter: str | None, settings: EngineSettings) -> None:
@@ -58,6 +102,7 @@ def check_serving(target: str, drafter: str | None, settings: EngineSettings) ->
 
     check_device(settings.device)
     check_pair(target, None, None if drafter in (None, "none") else Path(str(drafter)))
+    check_length(target, settings.max_length)
     on_processor = settings.device == "cpu" or not may_have_gpu()
     asked, has = settings.kv_bytes, memory_bytes()
     if on_processor and asked is not None and asked > has:

@@ -22,6 +22,7 @@ from draftkit.commands.options import (
 from draftkit.errors import ConfigError
 from draftkit.output import make_folder
 from draftkit.progress import doing
+from draftkit.suggest import following
 
 if TYPE_CHECKING:
     from draftkit.config import Recipe
@@ -78,7 +79,11 @@ def command(
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     plot_acceptance(results, out / "acceptance.png")
-    typer.echo(evaluate_stages.summary(results)) if json_output else print_report(results)
+    if json_output:
+        typer.echo(evaluate_stages.summary(results))
+        return
+    print_report(results)
+    typer.echo(f"next: {following(f'serve -d {drafter}', target=settings.target.path)}")
 
 
 def _suite(

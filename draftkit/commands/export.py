@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from draftkit.commands.early import check_pair
+from draftkit.commands.early import check_engine, check_pair
 from draftkit.commands.options import LIBRARIES, JsonOption, OutOption
 from draftkit.draft.place import check_drafter
 from draftkit.errors import ConfigError
@@ -53,6 +53,7 @@ def command(
 
     With --for it is written as that engine loads it (for llama.cpp as GGUF), or refused with the reason; the
     command that runs the pair is printed, with what holds for the engine's version."""
+    check_engine(engine)
     if engine is None:
         if converter is not None:
             raise ConfigError("--converter: goes with --for llama.cpp")

@@ -11,8 +11,10 @@ from draftkit.commands.options import (
     LIBRARIES,
     JsonOption,
 )
+from draftkit.errors import ConfigError
 from draftkit.output import as_json
 from draftkit.progress import doing
+from draftkit.suggest import no_folder
 
 EXAMPLE = "Example: draftkit features verify features --repair"
 
@@ -27,6 +29,8 @@ def command(
     """Read a whole feature store and name each record that is damaged; exit code 1 where one is."""
     from dataclasses import asdict
 
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: {no_folder(folder, 'a feature store')}")
     with doing(LIBRARIES):
         from draftkit.feature_stages import run_verify
 

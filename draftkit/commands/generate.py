@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftkit.commands.early import check_inputs
+from draftkit.commands.early import check_answers, check_inputs
 from draftkit.commands.options import (
     LIBRARIES,
     OutOption,
@@ -46,8 +46,7 @@ def command(
 ) -> None:
     """Let the target answer prompts. The same command goes on where it was interrupted, and several processes
     that are given the same command share the work."""
-    overrides = with_target(overrides, target)
-    settings = recipe_of(recipe, overrides)
+    settings = recipe_of(recipe, with_target(overrides, target))
     if any(out.resolve() == path.resolve() for path in prompts or []):
         raise ConfigError(f"--out {out} is the file of prompts; choose another")
     check_file(out)
@@ -59,6 +58,7 @@ def command(
     )
 
     check_beginning(prompts or [], skip_invalid)
+    check_answers(out, prompts or [], skip_invalid)
     check_inputs(settings)
     with doing(LIBRARIES):
         from draftkit import stages
@@ -80,5 +80,5 @@ def command(
     ends = ", ".join(f"{count} {reason}" for reason, count in sorted(report.reasons.items()))
     typer.echo(
         f"{report.records} conversations ({ends}) in {out}; next: "
-        f"{following(f'capture -c {out} -o features', recipe, overrides)}"
+        f"{following(f'capture -c {out} -o features', recipe, overrides, target)}"
     )

@@ -11,8 +11,11 @@ from draftkit.commands.options import LIBRARIES
 from draftkit.errors import ConfigError
 from draftkit.output import check_file
 from draftkit.progress import doing
+from draftkit.suggest import no_folder
 
 EXAMPLE = "Example: draftkit report runs/quickstart"
+
+RUN = "the folder of a run, or of an evaluation's results"
 
 
 def command(
@@ -25,7 +28,7 @@ def command(
 
     One file that needs nothing else. Of a run that was cut off it shows what there is."""
     if not run.is_dir():
-        raise ConfigError(f"{run}: no such folder; give the folder of a run, or of an evaluation's results")
+        raise ConfigError(f"{run}: {no_folder(run, RUN)}")
     page = out or run / "report.html"
     check_file(page)
     with doing(LIBRARIES):

@@ -118,8 +118,8 @@ def command(
             max_length=max_length,
             kv_bytes=max(1, int(kv_gib * 2**30)) if kv_gib is not None else None,
         )
-    check_given("--step-rate", step_rate)
-    check_given("--calibration", calibration)
+    check_given("--step-rate", step_rate, "a file of draftkit profile")
+    check_given("--calibration", calibration, "a file of draftkit calibrate")
     check_serving(target, drafter, engine)
     with doing(LIBRARIES):
         from draftkit.serve.server import load_served, run_server

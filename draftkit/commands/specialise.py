@@ -48,7 +48,7 @@ def command(
     """Make a drafter for your own traffic. Runs traces, capture and train, and prints a table of before and
     after on held-out conversations."""
     for log in logs:
-        check_given("--traces", log)
+        check_given("--traces", log, "a file of logs")
     if target:
         check_pair(target, None, start_from)
     with doing(LIBRARIES):

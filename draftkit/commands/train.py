@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from draftkit.commands.early import check_given, check_inputs
+from draftkit.commands.early import check_inputs, check_store
 from draftkit.commands.options import (
     LIBRARIES,
     FromOption,
@@ -60,8 +60,7 @@ def command(
 ) -> None:
     """Train a drafter. On a feature store, on live features of conversations, or on both: then the first
     epoch fills the store. The same command goes on where it was interrupted."""
-    overrides = with_target(overrides, target)
-    settings = recipe_of(recipe, overrides)
+    settings = recipe_of(recipe, with_target(overrides, target))
     if not features and not conversations:
         raise ConfigError("give --features (a store), --conversations (live), or both (live, and kept)")
     if source and not conversations:
@@ -71,7 +70,9 @@ def command(
     make_folder(out)
     for store in features or []:
         if not conversations:  # which would fill it
-            check_given("--features", Path(store if Path(store).exists() else store.partition("=")[0]))
+            check_store("--features", Path(store if Path(store).exists() else store.rpartition("=")[0]))
+    if validation is not None:
+        check_store("--validation", validation)
     check_inputs(settings, start_from, conversations or [])
     with doing(LIBRARIES):
         from draftkit import feature_stages, stages, train_stages
@@ -108,5 +109,6 @@ def command(
     best = out / "best"
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
-        f"next: {following(f'evaluate -d {best} -o results', recipe, overrides)}"
+        f"next: {following(f'evaluate -d {best} -o results', recipe, overrides, target)}, "
+        "with -p FILE on prompts of your own that it never saw"
     )

@@ -16,6 +16,7 @@ from draftkit.data.lines import check_line
 from draftkit.data.messages import Conversation, Message
 from draftkit.data.row_forms import conversation_of
 from draftkit.errors import DataError
+from draftkit.suggest import no_file
 
 __all__ = [
     "Conversation",
@@ -132,7 +133,7 @@ def check_beginning(paths: Iterable[Path], skip_invalid: bool) -> None:
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, row) of a file; rows of JSONL as they stand there, in bytes."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give a JSONL file of conversations")
+        raise DataError(f"{path}: {no_file(path, 'a JSONL file of conversations')}")
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return

@@ -95,6 +95,13 @@ class SharedWork:
         """What is known of the records in `out`, by id."""
         return self._done
 
+    def check(self, prompts: Iterable[Conversation]) -> None:
+        """Raise DataError when a record, joined or not, answers another prompt of the same id."""
+        there: dict[str, Done] = {}
+        for path in (*self._folder.glob("*.jsonl"), self._out):
+            there |= recover(path, cut=False)
+        self._missing(list(prompts), there)
+
     def claims(
         self, prompts: Callable[[int], Iterable[Conversation | None]], all_parts: bool
     ) -> Iterator[Part]:

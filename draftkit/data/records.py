@@ -26,7 +26,6 @@ from draftkit.errors import DataError
 from draftkit.output import write_text
 from draftkit.settings import GenerateSettings
 from draftkit.target.prompt_format import PromptFormat
-from draftkit.target.tokenizer import tokenizer_hash
 
 _HEAD = re.compile(
     rb'\{"id": ("(?:[^"\\]|\\.)*"), "asked": "([0-9a-f]{16})", "finish_reason": "(\w+)", .*\}\n', re.DOTALL
@@ -100,6 +99,8 @@ def made_with(
     settings: GenerateSettings,
 ) -> dict[str, Any]:
     """Everything that decides what records say; how many are made at a time does not."""
+    from draftkit.target.tokenizer import tokenizer_hash  # imports transformers
+
     chosen = {k: v for k, v in asdict(settings).items() if k != "batch_size"}
     found = {
         "target": target_fingerprint,
@@ -146,6 +147,8 @@ def check_manifest(out: Path, wanted: Mapping[str, Any], today: date | None, beg
 def check_rendered_as(out: Path, prompt_format: PromptFormat) -> None:
     """Raise DataError when a file of records was made with another template, tokenizer or other switches than
     these."""
+    from draftkit.target.tokenizer import tokenizer_hash  # imports transformers
+
     found = read_manifest(out)
     if found is None:
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from draftkit.errors import CheckpointError
-from draftkit.suggest import nearest_path
+from draftkit.suggest import no_folder
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.place import sizes_of
 
@@ -17,9 +18,7 @@ def check_drafter(folder: Path, target: Path | None = None) -> None:
     """Raise CheckpointError unless the folder holds a drafter, and, as far as both say, one for the target in
     this folder."""
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder{nearest_path(folder) or '; give the folder of a drafter'}"
-        )
+        raise CheckpointError(f"{folder}: {no_folder(folder, 'the folder of a drafter')}")
     if not (folder / "config.json").exists():
         inside = next((folder / name for name in _INSIDE if (folder / name / "config.json").exists()), None)
         hint = f"did you mean {inside}?" if inside else "give the folder of a drafter"
@@ -29,15 +28,26 @@ def check_drafter(folder: Path, target: Path | None = None) -> None:
 
 
 def _check_fits(folder: Path, target: Path) -> None:
+    note = _note(folder)
+    named = f" ({note['target']})" if isinstance(note.get("target"), str) else ""
     own, wanted = sizes_of(folder).get("hidden_size"), sizes_of(target).get("hidden_size")
     if isinstance(own, int) and isinstance(wanted, int) and own != wanted:
         raise CheckpointError(
-            f"{folder}: is for another target (hidden size {own}, that of {target} is {wanted}); give the "
-            f"drafter of this one"
+            f"{folder}: is for another target{named} (hidden size {own}, that of {target} is {wanted}); give "
+            f"the drafter of this one, or --target of that one"
         )
-    try:
-        made_for = json.loads((folder / "draftkit.json").read_text("utf-8")).get("target_fingerprint")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return  # not draftkit's, or damaged, which loading it tells
+    made_for = note.get("target_fingerprint")
     if made_for and made_for != fingerprint(target):
-        raise CheckpointError(f"{folder}: was trained for another target than {target}; train it again")
+        raise CheckpointError(
+            f"{folder}: was trained for another target{named} than {target}; train it again, or give "
+            "--target of that one"
+        )
+
+
+def _note(folder: Path) -> dict[str, Any]:
+    """What draftkit wrote beside a drafter; empty where it is not draftkit's, or damaged, which loading it
+    tells."""
+    try:
+        return dict(json.loads((folder / "draftkit.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}

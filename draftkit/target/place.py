@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from draftkit.errors import TargetError
-from draftkit.suggest import looks_like_path, nearest_path
+from draftkit.suggest import looks_like_path, nearest, nearest_path
 from draftkit.target.gguf import gguf_in, smollm2_file
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 # a drafter of the target "smollm2"; what was recorded with each target and its packaged drafter
 SMOLLM2_DRAFTER = EMBEDDED.parent / "smollm2"
 EMBEDDED_PAIR, SMOLLM2_PAIR = EMBEDDED.parent / "tiny-pair", EMBEDDED.parent / "smollm2-pair"
+NAMES = ("tiny", "smollm2")  # targets that need no folder
 HUB_SECONDS = 1.5  # in which a hub answers; a slower one is left to the library that fetches from it
 _GIVE = "give a folder that `save_pretrained` wrote, a GGUF file or a hub id"
 
@@ -36,6 +37,8 @@ def find_target(path: str, revision: str | None = None) -> Path | None:
     if not folder.is_dir():
         if looks_like_path(path):
             raise TargetError(f"{path}: no such folder{nearest_path(folder) or f'; {_GIVE}'}")
+        if "/" not in path and (hint := nearest(path, NAMES)):
+            raise TargetError(f"{path}: no such folder{hint}")
         _check_hub(path, revision)
         return None
     if list(folder.glob("*.gguf")) and not list(folder.glob("*.safetensors")):
