@@ -74,7 +74,7 @@ MISTAKES = (
     ),
     Mistake("serve --drafter broken.jsonl", "broken.jsonl: is a file; give the folder of a drafter"),
     Mistake("generate -p features -o out.jsonl", "features: is a folder; give a JSONL file of conversations"),
-    Mistake("generate -p other.jsonl -o answers.jsonl", "holds an answer to another prompt of id 'a'"),
+    Mistake("generate -p sets.jsonl -o answers.jsonl", "holds an answer to another prompt of id 'a'"),
     Mistake("capture -c features -o out", "features: is a folder; give a JSONL file of conversations"),
     Mistake("train -f broken.jsonl -o out", "--features broken.jsonl: is a file; give a feature store"),
     Mistake("train -f other -o out", "--features other: is no feature store"),
@@ -102,7 +102,7 @@ MISTAKES = (
 )
 
 
-# of another prompt than other.jsonl's
+# of another prompt than sets.jsonl's
 ANSWER = b'{"id": "a", "asked": "0123456789abcdef", "finish_reason": "stop", "messages": []}\n'
 
 
@@ -117,7 +117,7 @@ def prepare(folder: Path) -> None:
     (folder / "named/draftkit.json").write_text('{"target": "smollm2"}')
     (folder / "features/manifest.json").write_text("{}")
     (folder / "answers.jsonl").write_bytes(ANSWER)
-    (folder / "other.jsonl").write_text('{"id": "a", "prompt": "What is a set?"}\n')
+    (folder / "sets.jsonl").write_text('{"id": "a", "prompt": "What is a set?"}\n')
     (folder / "broken.jsonl").write_text('{"prompt": "What is a list?"\n')
 
 

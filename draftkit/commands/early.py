@@ -92,7 +92,7 @@ def check_length(target: str, asked: int | None) -> None:
     holds = sizes_of(place).get("max_position_embeddings") if place is not None and place.is_dir() else None
     if asked is not None and isinstance(holds, int) and asked > holds:
         raise ServeError(
-            f"--max-length is {asked}, and {target} holds {holds} tokens; give less, or leave it out for those"
+            f"--max-length is {asked}, and {target} holds {holds} tokens; give less, or leave it out"
         )
 
 
