@@ -126,7 +126,7 @@ def evaluate(
     speed = {}
     if world.first:
         timed, limit = speed_prompts(prompts, settings.speed_prompts), settings.max_new_tokens
-        speed = measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick)
+        speed = measure_speed(target, drafter, timed, sampling, limit, tick)
     return result_of(target, records, settings, sampling, speed)
 
 
