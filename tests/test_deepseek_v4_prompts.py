@@ -192,6 +192,32 @@ def test_answers_are_parsed_whole_and_in_pieces() -> None:
     assert parsed(f"plain{EOS}", CHAT) == (None, "plain")
 
 
+@pytest.mark.parametrize("tag", ["parameter", "invoke", "tool_calls"])
+def test_a_closing_tag_in_a_string_of_json_is_no_end(tag: str) -> None:
+    """DeepSeek's parser alone cuts the value there, which leaves no JSON."""
+    given: dict[str, Any] = {"city": "Rom", "more": [f"a</｜DSML｜{tag}>b", {"k": '<x "y">'}], "days": 2}
+    calls = [call("get_weather", "c0", **given), call("get_weather", "c1", city="Oslo")]
+    shown = DeepseekFormat(TOKENIZER, CHAT)
+    said_by_it = shown.text([user("x"), said("Hi", tool_calls=calls), user("y")])
+    text = said_by_it.partition(CLOSE)[2].partition(f"{EOS}{U}")[0]
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]  # every tag is DeepSeek's own token
+    reader = shown.reader(with_calls=True)
+    for parts in (shown.parse(ids), reader.add(text) + reader.finish()):
+        assert parts.content == "Hi"
+        made = [json.loads(c["function"]["arguments"]) for c in parts.tool_calls]
+        assert made == [given, {"city": "Oslo"}]
+
+
+def test_arguments_that_are_no_json_stay_as_deepseeks_parser_gives_them() -> None:
+    text = block(("Rom", 2)).replace(">2<", '>"2<') + EOS
+    (made,) = (
+        DeepseekFormat(TOKENIZER, CHAT)
+        .parse(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+        .tool_calls
+    )
+    assert made["function"] == {"name": "get_weather", "arguments": '{"city": "Rom", "days": "2}'}
+
+
 def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = DeepseekFormat(TOKENIZER)
     bad = said("", tool_calls=[{"id": "c", "function": {"name": "f", "arguments": "{bad"}}])
