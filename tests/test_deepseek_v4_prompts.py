@@ -227,6 +227,18 @@ def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
         ([user("x", task="query"), user("y")], "only the last message may have a task"),
         ([user("x"), said("a", prefix=True), user("y")], "only the last message may have a prefix"),
         ([user("x", task="title")], "belongs to an assistant message"),
+        ([user("x"), said("a", task="title", prefix=True)], "comes after a whole answer; leave prefix out"),
+        ([{"role": "tool", "content": "x", "task": "query"}], "belongs to a user message"),
+        ([user("x"), said("", tool_calls=[{"id": "c", "function": "f"}]), user("y")], "tool_calls must be"),
+        ([user("x"), said("", tool_calls=[{"id": "c"}]), user("y")], "tool_calls must be"),
+        (
+            [user("x"), said("", tool_calls=[call("f", "c", a=float("nan"))])],
+            "arguments of 'f' is not a JSON object",
+        ),
+        ([user("x", response_format="json")], "response_format is a str, must be an object"),
+        ([user("x", response_format={"type": "json_schema"})], "'json_schema' is missing"),
+        ([user("x"), said("a", ["r"]), user("y")], "str"),
+        ([user("\ud800")], "surrogates not allowed"),
         ([{"role": "critic", "content": "x"}], "role 'critic'"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "text parts only"),
     ):
@@ -239,6 +251,8 @@ def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
         ({"thinking": "yes"}, "must be true or false"),
         ({"reasoning_effort": "enormous"}, "choose none, low, high, max"),
         ({"encoder": "v3"}, "choose official or preview"),
+        ({"reasoning_effort": ["high"]}, "choose none, low, high, max"),
+        ({"drop_thinking": 1}, "must be true or false"),
         ({"reasoning_effort": "none", "thinking": True}, "give one of the two"),
     ):
         with pytest.raises(ConfigError, match=told):
