@@ -65,8 +65,11 @@ class Sizes:
             rates = {SLIDING: 0, SPARSE: 4, HEAVY: 128} | (given if isinstance(given, dict) else {})
             return [(kind, rates[kind]) for kind in kinds]
         ratios = self.raw.get("compress_ratios")
-        known = isinstance(ratios, list) and all(type(r) is int and r in _KINDS for r in ratios)
-        if not known or len(ratios) < count:
+        if (
+            not isinstance(ratios, list)
+            or len(ratios) < count
+            or not all(type(ratio) is int and ratio in _KINDS for ratio in ratios)
+        ):
             raise TargetError(
                 f"config.json: compress_ratios must have 0, 4 or 128 for each of {count} layers; "
                 "give DeepSeek's own file"
