@@ -91,6 +91,8 @@ def begin_store(folder: Path, wanted: StoreManifest) -> StoreManifest:
     Raises FeatureStoreError that says in what a store that is there differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "state.json").exists():
+        raise FeatureStoreError(f"{folder}: holds a data set of Hugging Face; choose another folder")
     if not (folder / MANIFEST).exists():
         mine = folder / f"{MANIFEST}.{os.getpid()}"
         write_text(mine, json.dumps(sealed(json.loads(json.dumps(asdict(wanted)))), indent=1) + "\n")
