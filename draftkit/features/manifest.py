@@ -123,8 +123,10 @@ def read_manifest(folder: Path) -> StoreManifest:
                 f"{folder}: is a target cache of DeepSpec, which is only read; give it to draftkit train -f"
             )
         if raw["version"] != VERSION:
+            newer = isinstance(raw["version"], int) and raw["version"] > VERSION
             version = f"is of version {raw['version']}, this draftkit reads {VERSION}"
-            raise FeatureStoreError(f"{path}: {version}; capture again into an empty folder")
+            do = "take the draftkit that wrote it" if newer else "capture again into an empty folder"
+            raise FeatureStoreError(f"{path}: {version}; {do}")
         if not is_intact(raw):
             raise FeatureStoreError(
                 f"{path}: is damaged (another digest than its own); capture again into an empty folder"
