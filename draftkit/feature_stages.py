@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from draftkit.config import Recipe
 from draftkit.data.messages import Conversation
@@ -102,7 +104,11 @@ def _stored_states(recipe: Recipe, target: TargetWeights, folder: Path, probe: b
         told = f"no last hidden state of {target.info.family} can be made of what vLLM stores"
         raise ConfigError(f"--features {folder}: {told}; capture a store")
     norm = target.final_norm()
-    module = norm.loaded() if isinstance(norm, StoredModule) else copy.deepcopy(norm).cpu().float()
+    module = (
+        norm.loaded()
+        if isinstance(norm, StoredModule)
+        else copy.deepcopy(cast(nn.Module, norm)).cpu().float()
+    )
     states = StoredStates(folder, Wanted(target.info, feature_layers_of(recipe, target), module))
     if probe and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough
         states.probe(target if isinstance(target, TransformersTarget) else open_target(recipe)[0])

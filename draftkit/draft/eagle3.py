@@ -303,10 +303,10 @@ class EagleDrafter(ReducedHead):
         table = self._rope_table(batch.tokens_BT.shape[1] + self.gamma).to(self.fc.weight.dtype)
         features_CF = batch.features_BTF.flatten(0, 1)[layout.context_C]
         features_CH = self.project(features_CF)
-        join, queries, keys_values, finish = (
-            for_device(part, features_CH.device)
-            for part in (EagleLayer.join, EagleLayer.queries, Attention.keys_values, EagleLayer.finish)
-        )
+        device = features_CH.device
+        join, queries = for_device(EagleLayer.join, device), for_device(EagleLayer.queries, device)
+        keys_values = for_device(Attention.keys_values, device)
+        finish = for_device(EagleLayer.finish, device)
         u_CU, _ = join(layer, self._embed(tokens_T[layout.context_C + 1]), features_CH)
         seen = keys_values(layer.self_attn, u_CU, _rotation(table[positions_T[layout.context_C]]))
 
