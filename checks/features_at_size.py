@@ -193,7 +193,7 @@ def trained(folder: Path, kind: tuple[int, Any], batch: int, micro: int | None, 
 
 def counted(batches: Iterator[TrainBatch], read: list[int]) -> Iterator[TrainBatch]:
     """The same batches; what reading them takes is added up. A first step reads modules and libraries, too,
-    which it has to import: 0.1 MB, twice what eight small records have."""
+    which it has to import: more than eight small records have."""
     while True:
         before = bytes_read()
         batch = next(batches, None)

@@ -33,7 +33,7 @@ Place = tuple[int, int, int]  # writer, shard, offset
 Key = tuple[int, int, int]  # conversation, sample, window
 
 
-_as_json = json.JSONEncoder(separators=(",", ":")).encode  # made once: half of a line's time
+_as_json = json.JSONEncoder(separators=(",", ":")).encode  # made once, not for each line
 
 
 def index_line(note: dict[str, Any]) -> bytes:
