@@ -126,6 +126,9 @@ def print_table(report: dict[str, Any]) -> None:
     Console(width=160).print(table)
 
 
+_NAMES = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "EAGLE-3"}
+
+
 def plot_report(report: dict[str, Any], path: Path) -> None:
     """Conditional acceptance by position, one panel per domain and one for all, one line per arm (Figure
     2)."""
@@ -137,11 +140,16 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
     for axis, panel in zip(axes, panels, strict=True):
         for name, row in report["arms"].items():
             values = [float("nan") if v is None else v for v in row["acceptance"][panel]]
-            axis.plot(range(1, len(values) + 1), values, marker="o", label=name)
-        axis.set(title=panel, xlabel="position in the block", ylim=(0, 1))
+            axis.plot(range(1, len(values) + 1), values, marker="o", label=_NAMES.get(name, name))
+        axis.set(title=panel, xlabel="position of the draft", ylim=(0, 1))
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("accepted, given those before")
+    axes[0].set_ylabel("share of drafts accepted")
+    figure.suptitle(
+        "How often the target accepts the draft at each position, where all drafts before it were accepted "
+        f"(T = 1, {report['environment']['prompts']} prompts)",
+        fontsize="medium",
+    )
     axes[-1].legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=110)
 

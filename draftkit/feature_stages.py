@@ -3,13 +3,16 @@ target while the drafter trains."""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from operator import length_hint
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from draftkit.config import Recipe
 from draftkit.data.messages import Conversation
@@ -23,6 +26,7 @@ from draftkit.features.join import JoinedFeatures
 from draftkit.features.live import FillingFeatures, LiveFeatures
 from draftkit.features.manifest import MANIFEST, read_manifest
 from draftkit.features.source import FeatureSource
+from draftkit.features.speculators import StoredStates, is_data_set
 from draftkit.features.split import led
 from draftkit.features.store import FeatureStore
 from draftkit.features.verify import Verified, verify
@@ -32,7 +36,7 @@ from draftkit.stages import feature_layers, open_target, prompt_format
 from draftkit.target.interface import Target, TargetWeights
 from draftkit.target.tokenizer import template_hash, tokenizer_hash
 from draftkit.target.transformers import STREAM_MEANS, TransformersTarget, check_taps
-from draftkit.target.weights import TargetFiles
+from draftkit.target.weights import StoredModule, TargetFiles
 
 TEXTS = "texts"  # beside a drafter whose features are live
 
@@ -66,29 +70,50 @@ def run_capture(
 
 
 def open_features(
-    recipe: Recipe, target: TargetWeights, tokenizer: Any, folders: Sequence[str | Path]
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, folders: Sequence[str | Path], probe: bool = True
 ) -> FeatureSource:
-    """A feature store, or a target cache that DeepSpec wrote, or several joined: "FOLDER=WEIGHT" takes a part
-    of one, or takes it more often.
+    """A feature store, a target cache that DeepSpec wrote, hidden states stored for speculators, or several
+    joined: "FOLDER=WEIGHT" takes a part of one, or takes it more often. Stored hidden states do not say of
+    which layers they are: with `probe` the target reads some of the same tokens.
 
     Raises FeatureStoreError when one does not match the recipe, ConfigError for a weight that is none.
     """
     named = [_weighed(str(folder)) for folder in folders]
-    sources = [_opened(recipe, target, tokenizer, folder) for folder, _ in named]
+    sources = [_opened(recipe, target, tokenizer, folder, probe) for folder, _ in named]
     if len(sources) == 1 and named[0][1] == 1:
         return sources[0]
     return JoinedFeatures(sources, [weight for _, weight in named])
 
 
-def _opened(recipe: Recipe, target: TargetWeights, tokenizer: Any, folder: Path) -> FeatureSource:
+def _opened(
+    recipe: Recipe, target: TargetWeights, tokenizer: Any, folder: Path, probe: bool
+) -> FeatureSource:
     layers = feature_layers(recipe, target)
     if is_target_cache(folder):
         return TargetCache(folder, target.info, layers)
+    if is_data_set(folder):
+        return _stored_states(recipe, target, folder, probe)
     store = FeatureStore(folder)
     switches = recipe.target.template_switches
     made = (target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches)
     store.check_matches(*made)
     return store
+
+
+def _stored_states(recipe: Recipe, target: TargetWeights, folder: Path, probe: bool) -> StoredStates:
+    if target.info.family in STREAM_MEANS:
+        told = f"no last hidden state of {target.info.family} can be made of what vLLM stores"
+        raise ConfigError(f"--features {folder}: {told}; capture a store")
+    norm = target.final_norm()
+    module = (
+        norm.loaded()
+        if isinstance(norm, StoredModule)
+        else copy.deepcopy(cast(nn.Module, norm)).cpu().float()
+    )
+    states = StoredStates(folder, Wanted(target.info, feature_layers_of(recipe, target), module))
+    if probe and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough
+        states.probe(target if isinstance(target, TransformersTarget) else open_target(recipe)[0])
+    return states
 
 
 def live_features(

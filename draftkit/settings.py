@@ -164,6 +164,10 @@ class LossSettings(Section):
     weighting: Annotated[
         Literal["decay", "dpace"], Field(description="dpace: all but confidence, arXiv 2605.18810")
     ] = "decay"
+    average: Annotated[
+        Literal["tokens", "conversations"],
+        Field(description="conversations: each one's sum over its length, prompt and all, then their mean"),
+    ] = "tokens"
 
     @model_validator(mode="after")
     def _learns_something(self) -> LossSettings:

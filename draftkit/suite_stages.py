@@ -101,11 +101,7 @@ def _answered(
     timed = _timed(
         shown, sets, section.speed_prompts, target.info.max_length - section.max_new_tokens - drafter.gamma
     )
-    speed = (
-        measure_speed(target, drafter, timed, sampling, section.max_new_tokens, section.seed)
-        if world.first
-        else {}
-    )
+    speed = measure_speed(target, drafter, timed, sampling, section.max_new_tokens) if world.first else {}
     result = result_of(target, answered, section, sampling, speed)
     return replace(result, settings=result.settings | {"suite": "paper", "skipped": skipped_by_set(records)})
 

@@ -23,6 +23,7 @@ from draftkit.config import packaged_recipes
 from draftkit.errors import ConfigError
 from draftkit.features.deepspec import INDEX
 from draftkit.features.manifest import MANIFEST
+from draftkit.features.speculators import DATA_SET
 from draftkit.handover.engines import ENGINES
 from draftkit.suggest import following, nearest_path
 from support.server import TEXT, Server, serving
@@ -58,7 +59,7 @@ def test_a_usage_error_is_one_line(prepared: Path) -> None:
 
 def test_what_is_known_without_torch_is_what_the_stages_know() -> None:
     assert tuple(ENGINES) == ENGINE_NAMES
-    assert STORES == (MANIFEST, INDEX)
+    assert STORES == (MANIFEST, INDEX, DATA_SET)
 
 
 @pytest.mark.parametrize(

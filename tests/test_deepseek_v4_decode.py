@@ -114,6 +114,32 @@ def test_the_engine_gives_the_targets_own_greedy_answers_to_many_requests_at_onc
     assert engine.metrics.kv_used == 0
 
 
+def test_the_engines_sampled_answers_are_those_of_the_reference_loop(target: TransformersTarget) -> None:
+    """Drafts are drawn from the drafter's own distribution, and the same numbers give the same tokens: what
+    is proven of the loop holds for the engine. A request that a penalty changes keeps greedy drafts."""
+    drafter = tiny_drafter(target)
+    engine = Engine(target, drafter, small(dtype="float32", max_running=4))
+    asked = [
+        (seed, prompt, Sampling(1.0, top_p=0.9 if seed % 2 else 1.0))
+        for seed, prompt in enumerate(PROMPTS[:4])
+    ]
+    for seed, prompt, how in asked:
+        params = SamplingParams(max_tokens=24, temperature=1.0, top_p=how.top_p, seed=seed)
+        engine.add_request(str(seed), prompt, params)
+    engine.add_request("greedy", PROMPTS[4], SamplingParams(max_tokens=12, temperature=0.0))
+    changed = SamplingParams(max_tokens=12, temperature=1.0, seed=9, presence_penalty=0.5)
+    engine.add_request("changed", PROMPTS[5], changed)
+    outputs, accepted = finish(engine), 0
+    for seed, prompt, how in asked:
+        wanted = decode(target, drafter, prompt, how, 24, seed)
+        assert tokens_of(outputs[str(seed)]) == list(wanted.tokens)
+        accepted += sum(done.accepted for done in wanted.rounds)
+    assert accepted > 0
+    alone = decode(target, None, PROMPTS[4], Sampling(0.0), 12).tokens
+    assert check_same(target, PROMPTS[4], tokens_of(outputs["greedy"]), alone) == 0
+    assert len(tokens_of(outputs["changed"])) == 12
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_the_distribution_is_the_targets_own_by_enumeration(rule: object) -> None:
     """Three tokens, two drafted, both models' own probabilities after every text of up to five tokens."""

@@ -192,6 +192,32 @@ def test_answers_are_parsed_whole_and_in_pieces() -> None:
     assert parsed(f"plain{EOS}", CHAT) == (None, "plain")
 
 
+@pytest.mark.parametrize("tag", ["parameter", "invoke", "tool_calls"])
+def test_a_closing_tag_in_a_string_of_json_is_no_end(tag: str) -> None:
+    """DeepSeek's parser alone cuts the value there, which leaves no JSON."""
+    given: dict[str, Any] = {"city": "Rom", "more": [f"a</｜DSML｜{tag}>b", {"k": '<x "y">'}], "days": 2}
+    calls = [call("get_weather", "c0", **given), call("get_weather", "c1", city="Oslo")]
+    shown = DeepseekFormat(TOKENIZER, CHAT)
+    said_by_it = shown.text([user("x"), said("Hi", tool_calls=calls), user("y")])
+    text = said_by_it.partition(CLOSE)[2].partition(f"{EOS}{U}")[0]
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]  # every tag is DeepSeek's own token
+    reader = shown.reader(with_calls=True)
+    for parts in (shown.parse(ids), reader.add(text) + reader.finish()):
+        assert parts.content == "Hi"
+        made = [json.loads(c["function"]["arguments"]) for c in parts.tool_calls]
+        assert made == [given, {"city": "Oslo"}]
+
+
+def test_arguments_that_are_no_json_stay_as_deepseeks_parser_gives_them() -> None:
+    text = block(("Rom", 2)).replace(">2<", '>"2<') + EOS
+    (made,) = (
+        DeepseekFormat(TOKENIZER, CHAT)
+        .parse(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+        .tool_calls
+    )
+    assert made["function"] == {"name": "get_weather", "arguments": '{"city": "Rom", "days": "2}'}
+
+
 def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = DeepseekFormat(TOKENIZER)
     bad = said("", tool_calls=[{"id": "c", "function": {"name": "f", "arguments": "{bad"}}])
@@ -201,6 +227,18 @@ def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
         ([user("x", task="query"), user("y")], "only the last message may have a task"),
         ([user("x"), said("a", prefix=True), user("y")], "only the last message may have a prefix"),
         ([user("x", task="title")], "belongs to an assistant message"),
+        ([user("x"), said("a", task="title", prefix=True)], "comes after a whole answer; leave prefix out"),
+        ([{"role": "tool", "content": "x", "task": "query"}], "belongs to a user message"),
+        ([user("x"), said("", tool_calls=[{"id": "c", "function": "f"}]), user("y")], "tool_calls must be"),
+        ([user("x"), said("", tool_calls=[{"id": "c"}]), user("y")], "tool_calls must be"),
+        (
+            [user("x"), said("", tool_calls=[call("f", "c", a=float("nan"))])],
+            "arguments of 'f' is not a JSON object",
+        ),
+        ([user("x", response_format="json")], "response_format is a str, must be an object"),
+        ([user("x", response_format={"type": "json_schema"})], "'json_schema' is missing"),
+        ([user("x"), said("a", ["r"]), user("y")], "str"),
+        ([user("\ud800")], "surrogates not allowed"),
         ([{"role": "critic", "content": "x"}], "role 'critic'"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "text parts only"),
     ):
@@ -213,6 +251,8 @@ def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
         ({"thinking": "yes"}, "must be true or false"),
         ({"reasoning_effort": "enormous"}, "choose none, low, high, max"),
         ({"encoder": "v3"}, "choose official or preview"),
+        ({"reasoning_effort": ["high"]}, "choose none, low, high, max"),
+        ({"drop_thinking": 1}, "must be true or false"),
         ({"reasoning_effort": "none", "thinking": True}, "give one of the two"),
     ):
         with pytest.raises(ConfigError, match=told):

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from draftkit.config import load_recipe
 from draftkit.errors import TargetError
+from draftkit.feature_stages import run_capture
 from draftkit.target.check import check_target
 from draftkit.target.deepseek_v4 import Shards, place_of
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors, draft_tensors, total_bytes, total_weights
@@ -280,7 +282,7 @@ def test_another_generation_is_refused_by_name(model: Any, tmp_path: Path) -> No
             load(str(folder))
 
 
-def test_gemma_3n_runs_and_is_refused_before_it_is_captured() -> None:
+def test_gemma_3n_runs_and_is_refused_before_it_is_captured(tmp_path: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8}
     config = AutoConfig.for_model(
         "gemma3n_text",
@@ -301,3 +303,7 @@ def test_gemma_3n_runs_and_is_refused_before_it_is_captured() -> None:
     check_target(target)
     with pytest.raises(TargetError, match=r"layer 1 of family gemma3n_text gives \[4, 1, 1, 32\]"):
         check_taps(target, (1,))
+    recipe = load_recipe("tiny-dspark", ["drafter.feature_layers=[1,2]"])
+    with pytest.raises(TargetError, match="no hidden states"):
+        run_capture(target, None, recipe, [], tmp_path / "features")
+    assert not (tmp_path / "features").exists()

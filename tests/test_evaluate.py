@@ -16,6 +16,7 @@ from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import save_drafter
 from draftkit.engine.engine import Engine
+from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import Interrupted
 from draftkit.evaluate import speed as speed_module
 from draftkit.evaluate.run import EvalPrompt, EvalResult, evaluate
@@ -119,6 +120,21 @@ def test_a_ratio_is_that_of_sums_and_not_a_mean_of_ratios() -> None:
     assert (speed.prompts, speed.drafting, speed.low, speed.high) == pytest.approx((2, 0.75, 0.5, 3.0))
 
 
+def test_timed_answers_have_no_seed_so_that_the_planner_may_rest(
+    target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int | None] = []
+    add = Engine.add_request
+
+    def spy(self: Engine, name: str, tokens: Sequence[int], params: SamplingParams) -> None:
+        seeds.append(params.seed)
+        add(self, name, tokens, params)
+
+    monkeypatch.setattr(Engine, "add_request", spy)
+    speed_module.measure_speed(target, make_drafter(target), {"code": [[4, 5]]}, Sampling(1.0), 6)
+    assert seeds == [None] * 4  # both engines, warm-up and measured
+
+
 def test_the_engine_without_a_drafter_is_the_baseline_and_both_are_warm(
     target: TransformersTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +147,7 @@ def test_the_engine_without_a_drafter_is_the_baseline_and_both_are_warm(
     monkeypatch.setattr(speed_module, "_answer", answer)
     prompts = {"code": [[4, 5]], "chat": [[6, 7], [8, 9]]}
     drafter = make_drafter(target)
-    speed_module.measure_speed(target, drafter, prompts, Sampling(0.0), 6, 0)
+    speed_module.measure_speed(target, drafter, prompts, Sampling(0.0), 6)
     gamma, warm = drafter.gamma, 2 * len(prompts["code"] + prompts["chat"])
     assert asked[warm:] == [(gamma, 4), (0, 4), (0, 6), (gamma, 6), (gamma, 8), (0, 8)]
     assert {g for g, _ in asked[:warm]} == {0, gamma}

@@ -252,7 +252,7 @@ def test_recipes_of_the_paper_have_its_values(name: str) -> None:
     assert (drafter.algorithm, drafter.block_size, layers) == (kind, 7, 1 if kind == "eagle3" else 5)
     assert (drafter.head, drafter.markov_rank, len(drafter.feature_layers or ())) == ("markov", 256, 5)
     assert (train.anchors, train.lr, train.warmup, train.batch_size, train.epochs) == (
-        512,
+        4096 if kind == "eagle3" else 512,
         6e-4,
         0.04,
         512,

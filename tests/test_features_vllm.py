@@ -108,7 +108,7 @@ def test_live_from_a_server_has_the_losses_of_the_target(
         ([2, 3, 4], r"gives the output of layer 1 where the output of layer 0 is wanted; .*\[1, 3, 4\]"),
         ([0, 2, 4], r"gives another model's where the output of layer 0 is wanted"),
         ([1, 3, 3], r"its last hidden state is not the target's"),
-        ([1, 4], r"gives \[24, 2, 32\] numbers where \[24, 3, 32\] are wanted"),
+        ([1, 4], r"gives \[24, 2, 32\] numbers \(float32\) where \[24, 3, 32\] are wanted"),
     ],
 )
 def test_other_layers_are_refused(

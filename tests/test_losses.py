@@ -11,49 +11,12 @@ from torch import Tensor
 
 from draftkit.config import load_recipe
 from draftkit.draft import losses
+from draftkit.draft.loss_chunks import cut_rows
 from draftkit.draft.losses import Head, Rows, distillation_loss, dpace_weights
 from draftkit.errors import ConfigError
 from draftkit.ops.native_training import native_fits, training_library
 from draftkit.settings import LossSettings
-
-HIDDEN, RANK, VOCABULARY, GAMMA = 6, 4, 23, 5
-# whole and shortened blocks, and two that are absent
-GRID = [0, 1, 2, 3, 4, 5, 6, 10, 15, 16, 17, 18, 19, 20, 30, 31]
-TERMS = {
-    "CE": LossSettings(ce=1, tv=0),
-    "TV": LossSettings(ce=0, tv=1),
-    "KL": LossSettings(ce=0, tv=0, kl=1),
-    "LK": LossSettings(ce=0, tv=0, lk=1),
-    "the paper's mix": LossSettings(),
-    "all at once": LossSettings(ce=0.3, tv=0.5, kl=0.7, lk=0.9, decay=2.0),
-    "D-PACE": LossSettings(ce=1, tv=0, weighting="dpace"),
-    "D-PACE on all": LossSettings(ce=0.3, tv=0.5, kl=0.7, lk=0.9, weighting="dpace"),
-}
-
-
-def make_rows(
-    dtype: torch.dtype = torch.float64,
-    soft_cap: float | None = None,
-    scale: float = 1.0,
-    vocabulary: int = VOCABULARY,
-) -> Rows:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int, grad: bool = False) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
-
-    head = Head(random(vocabulary, HIDDEN), scale, soft_cap)
-    return Rows(
-        hidden_NH=random(len(GRID), HIDDEN, grad=True),
-        head=head,
-        markov=(random(len(GRID), RANK, grad=True), random(vocabulary, RANK, grad=True)),
-        target_hidden_NH=random(len(GRID), HIDDEN),
-        target_head=head,
-        tokens_N=torch.randint(0, vocabulary, (len(GRID),), generator=generator),
-        grid_N=torch.tensor(GRID),
-        gamma=GAMMA,
-        place_N=torch.arange(len(GRID)),
-    )
+from support.loss_rows import GAMMA, GRID, HIDDEN, TERMS, VOCABULARY, make_rows
 
 
 def plain(rows: Rows, settings: LossSettings) -> Tensor:
@@ -149,7 +112,8 @@ def test_chunks_and_slices_change_nothing(
     wanted = gradients_of(rows)
     monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)
     monkeypatch.setattr(losses, "SLICE_LOGITS", piece)
-    sizes = [s.stop - s.start for s in losses._whole_blocks(rows.grid_N, GAMMA, chunk)]
+    chunks = cut_rows(rows.grid_N, rows.place_N, GAMMA, chunk, piece // VOCABULARY).parts
+    sizes = [c.rows.stop - c.rows.start for c in chunks]
     assert sum(sizes) == len(GRID) and (len(sizes) > 1) is (chunk < 1000)
     distillation_loss(rows, settings).loss.backward()
     for mine, whole in zip(gradients_of(rows), wanted, strict=True):

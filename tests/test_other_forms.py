@@ -379,7 +379,7 @@ def test_what_is_only_run_is_not_written(tmp_path: Path) -> None:
 def test_the_engine_gives_the_targets_own_answers(
     config: dict[str, Any], target: TransformersTarget, tmp_path: Path
 ) -> None:
-    """Through `propose`: greedy answers are the target's, and its drafts are those of the reference loop."""
+    """Through `propose`: greedy answers are the target's, sampled ones those of the reference loop."""
     written(tmp_path / "drafter", config)
     shape = replace(
         read_config(tmp_path / "drafter"),
@@ -392,7 +392,10 @@ def test_the_engine_gives_the_targets_own_answers(
     engine = Engine(target, drafter, small(max_running=4))
     for index, prompt in enumerate(PROMPTS):
         engine.add_request(str(index), prompt, SamplingParams(max_tokens=16, temperature=0.0))
+        engine.add_request(f"{index} sampled", prompt, SamplingParams(max_tokens=16, seed=index))
     outputs = finish(engine)
     for index, prompt in enumerate(PROMPTS):
         assert tokens_of(outputs[str(index)]) == list(decode(target, None, prompt, Sampling(0.0), 16).tokens)
+        sampled = decode(target, drafter, prompt, Sampling(1.0), 16, index).tokens
+        assert tokens_of(outputs[f"{index} sampled"]) == list(sampled)
     assert engine.metrics.drafted > 0

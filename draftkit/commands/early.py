@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from draftkit.errors import ConfigError, ServeError
 from draftkit.suggest import nearest, nearest_path, no_file, no_folder
 
-STORES = ("manifest.json", "samples.idx")  # draftkit's and DeepSpec's have one of these
+# one of these is in the folder of features that draftkit, DeepSpec or speculators wrote
+STORES = ("manifest.json", "samples.idx", "state.json")
 ENGINE_NAMES = ("vllm", "sglang", "llama.cpp", "mlx")
 
 if TYPE_CHECKING:

@@ -42,7 +42,8 @@ FromOption = Annotated[
     str | None, typer.Option("--from", help="vllm=URL: a vLLM server reads them (docs/features.md)")
 ]
 ProbeOption = Annotated[
-    bool, typer.Option("--probe/--no-probe", help="compare the server's layers with the target's first")
+    bool,
+    typer.Option("--probe/--no-probe", help="compare a server's or stored layers with the target's first"),
 ]
 
 LIBRARIES = "loading PyTorch and Transformers"  # what a command is doing before it says anything

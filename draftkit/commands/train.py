@@ -38,7 +38,10 @@ def command(
     features: Annotated[
         list[str] | None,
         typer.Option(
-            "--features", "-f", help="feature store; repeatable, FOLDER=0.5 takes a half in an epoch"
+            "--features",
+            "-f",
+            help="feature store, or what DeepSpec or speculators stored; repeatable, FOLDER=0.5 takes a half "
+            "in an epoch",
         ),
     ] = None,
     conversations: Annotated[
@@ -81,7 +84,7 @@ def command(
 
     def aside(target: Any, tokenizer: Any) -> Any:
         folders = [validation] if validation else []
-        return feature_stages.open_features(settings, target, tokenizer, folders) if folders else None
+        return feature_stages.open_features(settings, target, tokenizer, folders, probe) if folders else None
 
     if source and conversations:
         files, tokenizer = stages.read_target(settings)
@@ -101,7 +104,7 @@ def command(
         )
     else:
         files, tokenizer = stages.read_target(settings)
-        stored = feature_stages.open_features(settings, files, tokenizer, features or [])
+        stored = feature_stages.open_features(settings, files, tokenizer, features or [], probe)
         held = aside(files, tokenizer)
         report = train_stages.run_train(files, tokenizer, settings, stored, out, None, start_from, held)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks

@@ -18,6 +18,7 @@ from draftkit.draft.drafter import DrafterShape
 from draftkit.draft.families import STYLES
 from draftkit.draft.rotary import rotary_frequencies
 from draftkit.ops.attention import BlockPlan, block_attention
+from draftkit.ops.compiled import for_device
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, ready to broadcast over heads
 
@@ -142,11 +143,17 @@ class DraftLayer(nn.Module):
     ) -> Tensor:
         """All blocks of a batch at once: [Q, H] to [Q, H], each block over its part of the context and
         itself."""
+        attention, device = self.self_attn, x_QH.device
+        q, *own = for_device(DraftLayer.project, device)(self, x_QH, block_rope)
+        seen = for_device(Attention.keys_values, device)(attention, context_CH, context_rope)
+        mixed = block_attention(q, (own[0], own[1]), seen, plan, attention.scale)
+        return for_device(DraftLayer.finish, device)(self, x_QH, mixed.flatten(1))
+
+    def project(self, x_QH: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [Q, N, D], keys and values [Q, M, D] of a block's positions."""
         attention, normed = self.self_attn, self.input_layernorm(x_QH)
-        q = attention.queries(attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim)), block_rope)
-        own = attention.keys_values(normed, block_rope)
-        seen = attention.keys_values(context_CH, context_rope)
-        return self.finish(x_QH, block_attention(q, own, seen, plan, attention.scale).flatten(1))
+        q = attention.queries(attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim)), rotation)
+        return q, *attention.keys_values(normed, rotation)
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What attention reads of the residual stream [..., H], and what `leave` needs beside it."""

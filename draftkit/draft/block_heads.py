@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftkit.draft.averaging import row_weights
 from draftkit.draft.backbone import embed
 from draftkit.draft.drafter import DraftContext, DrafterConfig, LossReport, Proposal, TrainBatch
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target, position_weights
+from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target
 from draftkit.draft.vocabulary import ReducedHead
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
@@ -95,7 +96,7 @@ class BlockHeads(ReducedHead):
                 f"the drafter has {self.config.only_run}: draftkit runs it and does not train it"
             )
         layout = lay_out(batch, self.gamma, self.config.window)
-        row_N, before_XG = layout.row_N, layout.drafted_XG - 1
+        row_N, before_XG, weights = layout.row_N, layout.drafted_XG - 1, row_weights(batch, layout, settings)
         hidden_NH = self._train_hidden(batch, layout).flatten(0, 1)[row_N]
         previous_N = batch.tokens_BT.flatten()[before_XG].flatten()[row_N]
         embedded_Nr, markov_Nr = self._train_markov(hidden_NH, previous_N, layout)
@@ -114,9 +115,10 @@ class BlockHeads(ReducedHead):
             grid_N=row_N,
             gamma=self.gamma,
             draft_ids_W=self.draft_ids_W,
+            scale_N=weights.scale_N,
         )
         losses = distillation_loss(rows, settings)
-        weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
+        weights_N = weights.weights_N.to(losses.ce_N)
         sums = losses.sums(weights_N)
         loss = losses.loss
         if self.confidence_head is not None and losses.compared:
@@ -124,7 +126,7 @@ class BlockHeads(ReducedHead):
             bce_N = F.binary_cross_entropy_with_logits(logits_N, losses.accept_N, reduction="none")
             sums["confidence"] = (weights_N @ bce_N).detach()
             loss = loss + settings.confidence * (weights_N @ bce_N)
-        return LossReport(loss, weights_N.sum(), sums, losses.accept_N, layout.grid_N)
+        return LossReport(loss, weights.total, sums, losses.accept_N, layout.grid_N)
 
     def _train_markov(
         self, hidden_NH: Tensor, previous_N: Tensor, layout: TrainLayout

@@ -123,7 +123,10 @@ def assemble(
 ) -> Drafter:
     """A drafter of this shape from tensors under the names of any form. Raises CheckpointError as
     `load_drafter`; `where` is what its message begins with."""
-    tensors = tensors_from_form(tensors, config)
+    try:
+        tensors = tensors_from_form(tensors, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     ids_W = _take_draft_ids(where, config, tensors)
     for name in (EMBEDDING, HEAD):
         if name not in tensors:

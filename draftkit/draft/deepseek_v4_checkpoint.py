@@ -18,10 +18,20 @@ from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.deepseek_v4_shape import DeepseekV4Shape
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.target.deepseek_v4 import Place, is_draft, place_in_block
+from draftkit.target.deepseek_v4_check import Found, by_known_name, mismatches
 from draftkit.target.deepseek_v4_tensors import Sizes, TensorSpec, draft_tensors, has_draft_module
 from draftkit.target.fp8_fp4 import dequantise_fp4, dequantise_fp8
 
 OWN, BUNDLED = "DeepseekV4DSparkModel", "DeepseekV4ForCausalLM"
+_TYPES = {  # safetensors' names
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.int8: "I8",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
 STYLES = {OWN: "deepseek_v4", BUNDLED: "deepseek_v4"}
 
 
@@ -144,38 +154,36 @@ def to_checkpoint(tensors: Mapping[str, Tensor], config: DeepseekV4Shape) -> dic
 def from_checkpoint(tensors: Mapping[str, Tensor], config: DeepseekV4Shape) -> dict[str, Tensor]:
     """DeepSeek's tensors, dequantised where they have scales, by our names.
 
-    Raises CheckpointError that lists all that is missing, unknown or of another shape.
+    Raises CheckpointError that lists all that is missing, unknown or of another shape or type.
     """
-    names = list(tensor_specs(config))
-    bare = {n.removeprefix("model."): t for n, t in tensors.items()}
-    bare |= {n.replace(".attn.norm.", ".attn.kv_norm."): t for n, t in bare.items() if ".attn.norm." in n}
+    found = {
+        name: Found(name, tuple(t.shape), _TYPES.get(t.dtype, str(t.dtype)))
+        for name, t in tensors.items()
+        if is_draft(name)
+    }
+    wanted = draft_tensors(_raw(config))
+    if wrong := mismatches(wanted, found):
+        raise CheckpointError(f"the draft module's tensors do not fit its configuration: {'; '.join(wrong)}")
+    known = by_known_name(wanted, found)
     with torch.device("meta"):
-        wanted = DeepseekV4Drafter(config).state_dict()
-    lost = [f"missing {n}" for n in names if n not in bare]
-    lost += [
-        f"{n} lacks its scale" for n in names if n in bare and _is_small(bare[n]) and _scale_of(n) not in bare
-    ]
-    lost += [f"unknown {n}" for n in bare if is_draft(n) and n not in names and n[-6:] != ".scale"]
-    if lost:
-        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
-        raise CheckpointError(
-            f"the draft module's tensors do not fit its configuration: {'; '.join(lost[:8])}{more}"
-        )
-    found: dict[str, Tensor] = {}
-    for name in names:
-        place, value = place_of(name), _as_floats(bare[name], bare.get(_scale_of(name)))
-        whole = found.setdefault(place.name, torch.empty(wanted[place.name].shape, dtype=value.dtype))
-        part = place.part_of(whole)
-        if part.shape != value.shape:
-            raise CheckpointError(f"{name} is {list(value.shape)}, the configuration says {list(part.shape)}")
-        part.copy_(value)
-    return found
+        shapes = {name: t.shape for name, t in DeepseekV4Drafter(config).state_dict().items()}
+    own: dict[str, Tensor] = {}
+    for name in tensor_specs(config):
+        scale = known.get(name.removesuffix("weight") + "scale")
+        value = _as_floats(tensors[known[name].name], tensors[scale.name] if scale else None)
+        place = place_of(name)
+        whole = own.setdefault(place.name, torch.empty(shapes[place.name], dtype=value.dtype))
+        place.part_of(whole).copy_(value)
+    return own
 
 
 def tensor_specs(config: DeepseekV4Shape) -> dict[str, TensorSpec]:
     """The module's tensors but for scales, as `config.json` of the checkpoint gives them."""
-    raw = write_fields(config) | {"compress_ratios": [0] * config.num_target_layers, "num_hash_layers": 0}
-    return {name: spec for name, spec in draft_tensors(raw).items() if not name.endswith(".scale")}
+    return {name: spec for name, spec in draft_tensors(_raw(config)).items() if not name.endswith(".scale")}
+
+
+def _raw(config: DeepseekV4Shape) -> dict[str, Any]:
+    return write_fields(config) | {"compress_ratios": [0] * config.num_target_layers, "num_hash_layers": 0}
 
 
 def _stages(fields: Fields) -> int:
@@ -183,14 +191,6 @@ def _stages(fields: Fields) -> int:
         return Sizes(fields.raw).stages
     except TargetError as error:
         raise CheckpointError(f"{fields.where}: {error}") from error
-
-
-def _scale_of(name: str) -> str:
-    return name.removesuffix("weight") + "scale"
-
-
-def _is_small(tensor: Tensor) -> bool:
-    return tensor.element_size() == 1
 
 
 def _as_floats(tensor: Tensor, scale: Tensor | None) -> Tensor:

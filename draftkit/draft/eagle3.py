@@ -25,13 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from draftkit.draft.backbone import DraftLayer, RMSNorm, Rotation, embed, rope_table
+from draftkit.draft.averaging import row_weights
+from draftkit.draft.backbone import Attention, DraftLayer, RMSNorm, Rotation, embed, rope_table
 from draftkit.draft.drafter import DraftContext, DrafterShape, LossReport, Proposal, TrainBatch
 from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target, position_weights
+from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target
 from draftkit.draft.vocabulary import ReducedHead
 from draftkit.errors import ConfigError
 from draftkit.ops.attention import block_attention, plan_blocks
+from draftkit.ops.compiled import for_device
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample
 from draftkit.settings import LossSettings
 
@@ -271,6 +273,7 @@ class EagleDrafter(ReducedHead):
         has_row_BA = batch.positions_BT.gather(1, batch.anchors_BA) > 0
         layout = lay_out(replace(batch, anchor_mask_BA=batch.anchor_mask_BA & has_row_BA), self.gamma, None)
         row_N, drafted_N = layout.row_N, layout.drafted_XG.flatten()[layout.row_N]
+        weights = row_weights(batch, layout, settings)
         hidden_NH = self.norm(self._train_states(batch, layout).flatten(0, 1)[row_N])
         rows = Rows(
             hidden_NH=hidden_NH,
@@ -283,11 +286,12 @@ class EagleDrafter(ReducedHead):
             gamma=self.gamma,
             place_N=drafted_N,
             draft_ids_W=self.draft_ids_W,
+            scale_N=weights.scale_N,
         )
         losses = distillation_loss(rows, settings)
-        weights_N = position_weights(settings, self.gamma).to(losses.ce_N)[row_N % self.gamma]
+        weights_N = weights.weights_N.to(losses.ce_N)
         sums = losses.sums(weights_N)
-        return LossReport(losses.loss, weights_N.sum(), sums, losses.accept_N, layout.grid_N)
+        return LossReport(losses.loss, weights.total, sums, losses.accept_N, layout.grid_N)
 
     def _train_states(self, batch: TrainBatch, layout: TrainLayout) -> Tensor:
         """States of all unrolled steps of all blocks, before the final norm: [X, G, H].
@@ -299,18 +303,22 @@ class EagleDrafter(ReducedHead):
         table = self._rope_table(batch.tokens_BT.shape[1] + self.gamma).to(self.fc.weight.dtype)
         features_CF = batch.features_BTF.flatten(0, 1)[layout.context_C]
         features_CH = self.project(features_CF)
-        u_CU, _ = layer.join(self._embed(tokens_T[layout.context_C + 1]), features_CH)
-        seen = layer.self_attn.keys_values(u_CU, _rotation(table[positions_T[layout.context_C]]))
+        device = features_CH.device
+        join, queries = for_device(EagleLayer.join, device), for_device(EagleLayer.queries, device)
+        keys_values = for_device(Attention.keys_values, device)
+        finish = for_device(EagleLayer.finish, device)
+        u_CU, _ = join(layer, self._embed(tokens_T[layout.context_C + 1]), features_CH)
+        seen = keys_values(layer.self_attn, u_CU, _rotation(table[positions_T[layout.context_C]]))
 
         state_XH, states = features_CH[layout.stop_X - 1], []
         own: list[tuple[Tensor, Tensor]] = []
         nothing = tuple(t[:0] for t in seen)
         for k in range(self.gamma):
             place_X = (layout.anchor_X + k).clamp_max(len(tokens_T) - 1)
-            u_XU, residual_XH = layer.join(self._embed(tokens_T[place_X]), state_XH)
+            u_XU, residual_XH = join(layer, self._embed(tokens_T[place_X]), state_XH)
             rotation = _rotation(table[positions_T[layout.anchor_X] - 1 + k])
             if k:
-                own.append(layer.self_attn.keys_values(u_XU, rotation))
+                own.append(keys_values(layer.self_attn, u_XU, rotation))
             keys, values = (
                 (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*own, strict=True)) if own else nothing
             )
@@ -323,10 +331,9 @@ class EagleDrafter(ReducedHead):
                 self.config.head_dim,
                 own=k,
             )
-            mixed = block_attention(
-                layer.queries(u_XU, rotation), (keys, values), seen, plan, layer.self_attn.scale
-            )
-            state_XH = layer.finish(residual_XH, mixed.flatten(1))
+            q_XND = queries(layer, u_XU, rotation)
+            mixed = block_attention(q_XND, (keys, values), seen, plan, layer.self_attn.scale)
+            state_XH = finish(layer, residual_XH, mixed.flatten(1))
             states.append(state_XH)
             state_XH = self.fed_back(state_XH)
         return torch.stack(states, 1)

@@ -29,13 +29,14 @@ Shapes: N rows, H hidden, r Markov rank, V vocabulary, G block positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draftkit.draft.loss_chunks import Chunk, Chunks, cut_rows
+from draftkit.ops.compiled import for_device
 from draftkit.ops.native_training import RowDistances, native_fits
 from draftkit.settings import LossSettings
 
@@ -85,6 +86,7 @@ class Rows:
     gamma: int
     place_N: Tensor  # int64; rows with one number have one target state, whose logits are made once per chunk
     draft_ids_W: Tensor | None = None  # target ids of a reduced draft vocabulary, the rows of `head`
+    scale_N: Tensor | None = None  # a factor of each row's weight, whatever its position
 
 
 @dataclass(frozen=True)
@@ -165,76 +167,61 @@ def _all_chunks(
     vocabulary, device = len(rows.target_head.weight_VH), rows.tokens_N.device
     accuracy = torch.promote_types(rows.target_hidden_NH.dtype, torch.float32)
     values_4N = torch.zeros(4, len(rows.tokens_N), dtype=accuracy, device=device)
+    weight_N = _fixed_weights(rows, settings).to(values_4N)
     chunk_rows = min(CHUNK_ROWS, CHUNK_LOGITS // vocabulary)
     slice_rows = SLICE_LOGITS // vocabulary if device.type == "cpu" else chunk_rows
-    for chunk in _whole_blocks(rows.grid_N, rows.gamma, chunk_rows):
-        _one_chunk(rows, chunk, slice_rows, settings, values_4N, gradients)
+    chunks = cut_rows(rows.grid_N, rows.place_N, rows.gamma, chunk_rows, slice_rows)
+    for chunk in chunks.parts:
+        _one_chunk(rows, chunk, chunks, weight_N, settings, values_4N, gradients)
     return values_4N, [
         g if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, sources, strict=True)
     ]
 
 
+def _fixed_weights(rows: Rows, settings: LossSettings) -> Tensor:
+    """What of each row's weight is known before its confidence, [N]."""
+    weights_G = position_weights(settings, rows.gamma).to(rows.grid_N.device)
+    if settings.weighting == "dpace":
+        weights_G = torch.ones_like(weights_G)
+    weight_N = weights_G[rows.grid_N % rows.gamma]
+    return weight_N if rows.scale_N is None else weight_N * rows.scale_N
+
+
 def _one_chunk(
     rows: Rows,
-    chunk: slice,
-    slice_rows: int,
+    chunk: Chunk,
+    chunks: Chunks,
+    weight_N: Tensor,
     settings: LossSettings,
     values_4N: Tensor,
     gradients: list[Tensor | None],
 ) -> None:
     """Write a chunk's values and gradients; its logits end with this call."""
     wanted = any(g is not None for g in gradients)
-    weights_G = position_weights(settings, rows.gamma).to(values_4N)
-    draft, derivative = _draft_logits(rows, chunk)
-    if not rows.target_hidden_NH.shape[1]:
-        for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
-            place = slice(chunk.start + part.start, chunk.start + part.stop)
-            logits_nV = draft[part].to(values_4N.dtype)
-            tokens = rows.tokens_N[place, None], rows.grid_N[place], weights_G
-            values_4N[:, place], draft[part] = _cross_entropy(logits_nV, *tokens, settings)
-        if wanted:
-            _push_back(rows, chunk, draft, derivative, gradients)
-        return
-    first_u, state_n = _shared_states(rows, chunk)
-    target = rows.target_head.logits(rows.target_hidden_NH[chunk][first_u])
-    if native_fits(draft.shape[1], draft, target):
-        values_4N[:, chunk] = _native_chunk(rows, chunk, draft, target, state_n, weights_G, settings, wanted)
+    place = chunk.rows
+    draft, derivative = _draft_logits(rows, place)
+    compared = bool(rows.target_hidden_NH.shape[1])
+    states_U = chunks.first_U[chunk.states]
+    target = rows.target_head.logits(rows.target_hidden_NH[states_U]) if compared else draft[:0]
+    if compared and native_fits(draft.shape[1], draft, target):
+        state_n, weight_n = chunks.state_N[place], weight_N[place]
+        values_4N[:, place] = _native_chunk(rows, place, draft, target, state_n, weight_n, settings, wanted)
     else:
-        for part in _whole_blocks(rows.grid_N[chunk], rows.gamma, slice_rows):
-            place = slice(chunk.start + part.start, chunk.start + part.stop)
-            values_4N[:, place], gradient = _slice(
-                draft[part].to(values_4N.dtype),
-                target[state_n[part]].to(values_4N.dtype),
-                rows.tokens_N[place, None],
-                rows.grid_N[place],
-                weights_G,
-                rows.draft_ids_W,
-                settings,
-                wanted,
-            )
+        for part in chunk.slices:
+            own = slice(part.start - place.start, part.stop - place.start)
+            about = rows.tokens_N[part, None], rows.grid_N[part], weight_N[part], rows.gamma
+            logits_nV = draft[own].to(values_4N.dtype)
+            if compared:
+                target_nV = target[chunks.state_N[part]].to(values_4N.dtype)
+                values_4N[:, part], gradient = for_device(_slice, draft.device)(
+                    logits_nV, target_nV, *about, rows.draft_ids_W, settings, wanted
+                )
+            else:
+                values_4N[:, part], gradient = _cross_entropy(logits_nV, *about, settings)
             if gradient is not None:
-                draft[part] = gradient
+                draft[own] = gradient
     if wanted:
-        _push_back(rows, chunk, draft, derivative, gradients)
-
-
-def _shared_states(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor]:
-    """One row of the chunk for each of its u target states, and the state of each row: blocks overlap. int64
-    [u], [n]."""
-    own_n = torch.arange(chunk.stop - chunk.start, device=rows.tokens_N.device)
-    places_u, state_n = rows.place_N[chunk].unique(return_inverse=True)
-    return torch.empty_like(places_u).scatter_(0, state_n, own_n), state_n
-
-
-def _whole_blocks(grid_N: Tensor, gamma: int, rows: int) -> list[slice]:
-    """Cut sorted rows into slices of at most `rows` rows that never cut a block; at least one block each."""
-    if not len(grid_N):
-        return []
-    step = max(1, rows // gamma) * gamma
-    first, last = int(grid_N[0]) // gamma * gamma, int(grid_N[-1])
-    borders = torch.arange(first, last + step, step, device=grid_N.device)
-    edges = [*torch.searchsorted(grid_N, borders).tolist(), len(grid_N)]
-    return [slice(a, b) for a, b in pairwise(edges) if a < b]
+        _push_back(rows, place, draft, derivative, gradients)
 
 
 def _draft_logits(rows: Rows, chunk: slice) -> tuple[Tensor, Tensor | None]:
@@ -254,7 +241,7 @@ def _native_chunk(
     draft_nV: Tensor,
     target_uV: Tensor,
     state_n: Tensor,
-    weights_G: Tensor,
+    weight_n: Tensor,
     settings: LossSettings,
     wanted: bool,
 ) -> Tensor:
@@ -263,7 +250,7 @@ def _native_chunk(
     token_n, reduced = rows.tokens_N[chunk], rows.draft_ids_W is not None
     inside_uV = target_uV[:, rows.draft_ids_W] if reduced else target_uV
     found = RowDistances(draft_nV, inside_uV, state_n, token_n, target_uV if reduced else None)
-    by_ce, by_tv, by_kl = _shares(found.ce, found.tv, rows.grid_N[chunk], weights_G, settings)
+    by_ce, by_tv, by_kl = _shares(found.ce, found.tv, rows.grid_N[chunk], weight_n, rows.gamma, settings)
     known_n = token_n >= 0
     shares = by_ce * known_n, by_tv, by_kl
     if wanted:
@@ -277,7 +264,8 @@ def _slice(
     target_nV: Tensor,
     token_n1: Tensor,
     grid_n: Tensor,
-    weights_G: Tensor,
+    weight_n: Tensor,
+    gamma: int,
     draft_ids_W: Tensor | None,
     settings: LossSettings,
     with_gradient: bool,
@@ -300,7 +288,7 @@ def _slice(
     tv = difference.abs().sum(-1)
     if outside_n is not None:
         tv = tv + outside_n
-    by_ce, by_tv, by_kl = _shares(ce, tv, grid_n, weights_G, settings)
+    by_ce, by_tv, by_kl = _shares(ce, tv, grid_n, weight_n, gamma, settings)
     ce, by_ce = ce.where(known_n, 0.0), by_ce * known_n
     values = _values((by_ce, by_tv, by_kl), ce, tv, kl)
     if not with_gradient:
@@ -314,13 +302,13 @@ def _slice(
 
 
 def _cross_entropy(
-    logits_nV: Tensor, token_n1: Tensor, grid_n: Tensor, weights_G: Tensor, settings: LossSettings
+    logits_nV: Tensor, token_n1: Tensor, grid_n: Tensor, weight_n: Tensor, gamma: int, settings: LossSettings
 ) -> tuple[Tensor, Tensor]:
     """`_slice` without a target: CE alone."""
     log_q = torch.log_softmax(logits_nV, -1)
     known_n, token_n1 = token_n1[:, 0] >= 0, token_n1.clamp_min(0)
     ce = (-log_q.gather(-1, token_n1).squeeze(-1)).masked_fill(~known_n, float("inf"))
-    by_ce, *_ = _shares(ce, torch.zeros_like(ce), grid_n, weights_G, settings)
+    by_ce, *_ = _shares(ce, torch.zeros_like(ce), grid_n, weight_n, gamma, settings)
     ce, by_ce = ce.where(known_n, 0.0), by_ce * known_n
     unknown = torch.full_like(ce, float("nan"))
     gradient = log_q.exp_().mul_(by_ce[:, None]).scatter_add_(-1, token_n1, -by_ce[:, None])
@@ -328,12 +316,12 @@ def _cross_entropy(
 
 
 def _shares(
-    ce_n: Tensor, tv_n: Tensor, grid_n: Tensor, weights_G: Tensor, settings: LossSettings
+    ce_n: Tensor, tv_n: Tensor, grid_n: Tensor, weight_n: Tensor, gamma: int, settings: LossSettings
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What CE, TV and KL of each row count in the objective, [n] each; LK counts as its parts."""
-    weight = weights_G[grid_n % len(weights_G)]
+    weight = weight_n
     if settings.weighting == "dpace":
-        weight = dpace_weights(ce_n, grid_n, len(weights_G))
+        weight = weight * dpace_weights(ce_n, grid_n, gamma)
     share = torch.exp(-LK_SHARPNESS * (1 - tv_n / 2).clamp(0, 1))
     by_tv = weight * (settings.tv + settings.lk * (1 - share) / 2)
     return weight * settings.ce, by_tv, weight * (settings.kl + settings.lk * share)
@@ -347,10 +335,10 @@ def _values(shares: tuple[Tensor, Tensor, Tensor], ce_n: Tensor, tv_n: Tensor, k
 
 def dpace_weights(ce_n: Tensor, grid_n: Tensor, gamma: int) -> Tensor:
     """D-PACE's weights [n] of the rows of whole blocks, from each row's CE."""
-    block_n, slot_n = grid_n // gamma, grid_n % gamma
-    block_n = block_n - block_n[0]
+    slot_n, number_n = grid_n % gamma, grid_n // gamma
+    block_n = F.pad((number_n[1:] != number_n[:-1]).long().cumsum(0), (1, 0))  # counted among these
     # 0 after a block's end: nothing is gained there
-    confidence = ce_n.new_zeros(int(block_n[-1]) + 1, gamma)
+    confidence = ce_n.new_zeros(len(ce_n), gamma)
     confidence[block_n, slot_n] = (1 - DPACE_ALPHA) * torch.exp(-ce_n) + DPACE_ALPHA
     gained = confidence.cumprod(-1)
     return gained.flip(-1).cumsum(-1).flip(-1)[block_n, slot_n]

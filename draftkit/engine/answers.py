@@ -69,7 +69,7 @@ class EngineAnswers(Answers):
         return found
 
 
-def sampling_params(sampling: Sampling, max_new_tokens: int, seed: int) -> SamplingParams:
+def sampling_params(sampling: Sampling, max_new_tokens: int, seed: int | None) -> SamplingParams:
     """The engine's form of what `decode` takes."""
     return SamplingParams(
         max_tokens=max_new_tokens,

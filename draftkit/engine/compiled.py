@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses, cuda_recorder
+from draftkit.engine.memory import return_freed_memory
 from draftkit.engine.models import Models
 from draftkit.engine.native import Ends, NativeStack
 from draftkit.engine.paged_drafter import NativeDrafter, PagedBlockDrafter, RecordedDrafter
@@ -64,6 +65,7 @@ def compile_passes(
                 raise NoNative("no kernels for these heads or this dtype, or Triton is missing")
             record_passes(model, drafter, feature_layers, widest, cuda_recorder())
             return None
+        return_freed_memory()  # of loading, before every weight lies here twice
         with torch.inference_mode():
             native = _native_model(model)
             if drafter is not None:

@@ -65,6 +65,10 @@ class Drawing:
         self._chances: list[np.ndarray] = []
         self.seconds = 0.0
 
+    def adjusts_row(self, row: int) -> bool:
+        """Whether something but sampling settings changes this request's logits."""
+        return any(row == adjusted for adjusted, _, _ in self._adjusted)
+
     def adjust(self, logits_DV: Tensor, position: int) -> None:
         """Change logits of one position in place."""
         began = time.perf_counter()

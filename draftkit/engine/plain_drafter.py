@@ -1,8 +1,9 @@
 """Drafters without a paged form: `Drafter.propose`, one request after the other, after the interface of the
 paged ones.
 
-A proposal is what the drafter finds most likely, at any temperature of the request: it was drawn with
-certainty, and that is the distribution it is verified against.
+A proposal is drawn as the request's sampling settings say, and verified against the very probabilities that
+it was drawn from. Where something else changes the request's logits (a grammar, penalties) it is what the
+drafter finds most likely: that was drawn with certainty.
 
 Shapes: R requests, T tokens, G = gamma drafted tokens, F = K * H features.
 """
@@ -13,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draftkit.draft.drafter import DraftContext, Drafter
-from draftkit.engine.drawing import Drafts, Drawing
+from draftkit.draft.drafter import DraftContext, Drafter, Proposal
+from draftkit.engine.drawing import Drafts, Drawing, Drawn
 from draftkit.engine.paged_drafter import DraftingPass
 from draftkit.engine.passes import Pass
-from draftkit.ops.sampling import Sampling
+from draftkit.ops.native_sampling import SETTING
+from draftkit.ops.sampling import DenseRows, Sampling
 
 
 class PlainDrafter:
@@ -44,20 +46,29 @@ class PlainDrafter:
 
     @torch.inference_mode()
     def draft(self, step: Pass, anchors_R: Tensor, drawing: Drawing | None) -> Drafts:
-        """What the drafter finds most likely after every request's anchor; `drawing` makes no difference."""
-        uniforms = torch.zeros(1, self.gamma, dtype=torch.float64, device=anchors_R.device)
-        proposals = [
-            self._drafter.propose(self._context(step, row), anchors_R[row : row + 1], Sampling(0.0), uniforms)
-            for row in range(len(anchors_R))
-        ]
+        """Proposals after every request's anchor; `drawing` None drafts greedily."""
+        proposals = [self._proposal(step, anchors_R, row, drawing) for row in range(len(anchors_R))]
+        drawn = None
+        if drawing is not None and not drawing.greedy:
+            drawn = Drawn(DenseRows(torch.cat([p.probs_BGV for p in proposals]).flatten(0, 1)), None)
         tokens_RG = torch.cat([p.tokens_BG for p in proposals])
         confidence = [p.confidence_BG for p in proposals if p.confidence_BG is not None]
         largest = [p.largest_BG for p in proposals if p.largest_BG is not None]
         return Drafts(
             tokens_RG,
-            None,
+            drawn,
             torch.cat(confidence) if len(confidence) == len(proposals) else None,
             torch.cat(largest) if len(largest) == len(proposals) and not confidence else None,
+        )
+
+    def _proposal(self, step: Pass, anchors_R: Tensor, row: int, drawing: Drawing | None) -> Proposal:
+        sampling, uniforms_1G = Sampling(0.0), np.zeros((1, self.gamma))
+        if drawing is not None and not drawing.adjusts_row(row):
+            setting, uniforms_1G = drawing.settings_D[row], drawing.uniforms_DG[row : row + 1]
+            sampling = Sampling(**{name: setting[name].item() for name in SETTING.names or ()})
+        context, anchor_1 = self._context(step, row), anchors_R[row : row + 1]
+        return self._drafter.propose(
+            context, anchor_1, sampling, torch.from_numpy(uniforms_1G).to(anchors_R.device)
         )
 
     def forget(self, block: int) -> None:

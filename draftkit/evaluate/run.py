@@ -129,7 +129,7 @@ def evaluate(
         timed, limit = speed_prompts(prompts, settings.speed_prompts), settings.max_new_tokens
         with bar.part(f"speed T={sampling.temperature:g}", sum(map(len, timed.values()))) as part:
             tick = lambda: part.update(advance=1)  # noqa: E731
-            speed = measure_speed(target, drafter, timed, sampling, limit, settings.seed, tick)
+            speed = measure_speed(target, drafter, timed, sampling, limit, tick)
     return result_of(target, records, settings, sampling, speed)
 
 

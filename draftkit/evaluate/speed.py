@@ -43,10 +43,10 @@ def measure_speed(
     prompts: Mapping[str, Sequence[Sequence[int]]],
     sampling: Sampling,
     max_new_tokens: int,
-    seed: int,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, Speed]:
-    """Speeds by domain, and "all"; `prompts` are token ids by domain. Lengths are planned, as in serving.
+    """Speeds by domain, and "all"; `prompts` are token ids by domain. Lengths are planned, as in serving:
+    answers have no seed, since seeded ones draft at every step.
 
     Both engines are warm before the first measured answer and take turns, each answer timed from the prompt
     to its end. `tick` is called after every prompt. Empty without prompts.
@@ -58,23 +58,23 @@ def measure_speed(
     engines = [Engine(target, None, room), Engine(target, drafter, room)]
     for _, tokens in asked[:: max(1, len(asked) // WARM_UP)]:
         for engine in engines:
-            _answer(engine, tokens, sampling, max_new_tokens, seed)
+            _answer(engine, tokens, sampling, max_new_tokens)
     found: dict[str, list[list[float]]] = {}
     for index, (domain, tokens) in enumerate(asked):
         row: list[list[float]] = [[], []]
         for which in (0, 1) if index % 2 else (1, 0):  # so that each comes as often after the other
-            row[which] = _answer(engines[which], tokens, sampling, max_new_tokens, seed + index)
+            row[which] = _answer(engines[which], tokens, sampling, max_new_tokens)
         found.setdefault(domain, []).append(row[0] + row[1])
         tick()
     every = [row for rows in found.values() for row in rows]
     return {domain: _speed(rows) for domain, rows in found.items()} | {"all": _speed(every)}
 
 
-def _answer(engine: Engine, prompt: Sequence[int], sampling: Sampling, limit: int, seed: int) -> list[float]:
+def _answer(engine: Engine, prompt: Sequence[int], sampling: Sampling, limit: int) -> list[float]:
     """Tokens of one answer, its seconds, rounds that could have drafted, and how many did."""
     before, tokens = engine.metrics, 0
     began = time.perf_counter()
-    engine.add_request("speed", prompt, sampling_params(sampling, limit, seed))
+    engine.add_request("speed", prompt, sampling_params(sampling, limit, None))
     while engine.has_work():
         tokens += sum(len(output.events) for output in engine.step())
     seconds, after = time.perf_counter() - began, engine.metrics

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import zlib
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ Place = tuple[int, int, int]  # writer, shard, offset
 Key = tuple[int, int, int]  # conversation, sample, window
 
 
+_as_json = json.JSONEncoder(separators=(",", ":")).encode  # made once, not for each line
+
+
 def index_line(note: dict[str, Any]) -> bytes:
     """A note as a line with its checksum."""
-    text = json.dumps(note, separators=(",", ":"))[:-1]
+    text = _as_json(note)[:-1]
     return f'{text}{CHECK}{zlib.crc32(text.encode()):08x}"}}\n'.encode()
 
 
@@ -138,6 +142,19 @@ class Index:
                     self._take(line[:-1], path, at)
                     at += len(line)
             self._read[path] = at
+
+    def take_own(self, path: Path, notes: Sequence[dict[str, Any]], lines: Sequence[bytes]) -> None:
+        """Take up what this process has just appended to its own file, which was read as far as there: a
+        record's numbers need not be parsed again."""
+        at = self._read[path]
+        for note, line in zip(notes, lines, strict=True):
+            self._lines[path] = self._lines.get(path, 0) + 1
+            if "record" in note:
+                self._take_record(note["record"], path, at)
+            else:
+                self._take(line[:-1], path, at)
+            at += len(line)
+        self._read[path] = at
 
     def end_of(self, path: Path) -> int:
         """Bytes of whole lines of a file."""

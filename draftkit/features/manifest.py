@@ -91,6 +91,8 @@ def begin_store(folder: Path, wanted: StoreManifest) -> StoreManifest:
     Raises FeatureStoreError that says in what a store that is there differs.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "state.json").exists():
+        raise FeatureStoreError(f"{folder}: holds a data set of Hugging Face; choose another folder")
     if not (folder / MANIFEST).exists():
         mine = folder / f"{MANIFEST}.{os.getpid()}"
         write_text(mine, json.dumps(sealed(json.loads(json.dumps(asdict(wanted)))), indent=1) + "\n")
@@ -121,8 +123,10 @@ def read_manifest(folder: Path) -> StoreManifest:
                 f"{folder}: is a target cache of DeepSpec, which is only read; give it to draftkit train -f"
             )
         if raw["version"] != VERSION:
+            newer = isinstance(raw["version"], int) and raw["version"] > VERSION
             version = f"is of version {raw['version']}, this draftkit reads {VERSION}"
-            raise FeatureStoreError(f"{path}: {version}; capture again into an empty folder")
+            do = "take the draftkit that wrote it" if newer else "capture again into an empty folder"
+            raise FeatureStoreError(f"{path}: {version}; {do}")
         if not is_intact(raw):
             raise FeatureStoreError(
                 f"{path}: is damaged (another digest than its own); capture again into an empty folder"

@@ -31,15 +31,14 @@ from torch import Tensor, nn
 
 from draftkit.errors import ConfigError, ServeError
 from draftkit.features.compute import cut_windows, longest_of
+from draftkit.features.probe import compare_states
 from draftkit.features.record import Text
 from draftkit.target.interface import Target, TargetInfo
-from draftkit.target.transformers import last_tap
 
 CONNECTORS = "0.9."  # of hs-connectors: the form of its files and of what it returns
 AT_ONCE = 16  # requests
 WAIT_SECONDS = 600.0  # for an answer, and for its file
 PROBE_TOKENS = 24
-SAME = 0.05  # relative distance of the same layer read twice, in half precision
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,30 @@ class Wanted:
         """The layers, and the last hidden state, as the server numbers them."""
         return [*(layer + 1 for layer in self.layers), *([self.info.num_layers] if self.norm else [])]
 
+    @torch.inference_mode()
+    def split(self, sample: dict[str, Tensor], tokens_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [E, F] and last hidden states after the norm [E, H] (without one [E, 0]) of what
+        hs-connectors gives of a text: `hidden_states` [E, layers, H], `token_ids` [E]. Raises ValueError that
+        says what differs."""
+        hidden_EKH, read_E = sample.get("hidden_states"), sample.get("token_ids")
+        if hidden_EKH is None or read_E is None:
+            raise ValueError(f"gives {', '.join(sorted(sample)) or 'nothing'}, no hidden_states or token_ids")
+        if not torch.equal(read_E.to(tokens_E), tokens_E):
+            raise ValueError("gives the states of other tokens")
+        shape = [len(tokens_E), len(self.ids), self.info.hidden_size]
+        if list(hidden_EKH.shape) != shape or not hidden_EKH.is_floating_point():
+            kind = str(hidden_EKH.dtype).removeprefix("torch.")
+            raise ValueError(f"gives {list(hidden_EKH.shape)} numbers ({kind}) where {shape} are wanted")
+        last_EH = self.norm(hidden_EKH[:, -1].float()) if self.norm else hidden_EKH[:, 0, :0]
+        return hidden_EKH[:, : len(self.layers)].flatten(1), last_EH
+
 
 class VllmReader:
     """Reads texts by a server, several at a time. Raises ServeError that names the server when it is not
     there, extracts nothing, or other layers; ConfigError when hs-connectors is missing or another version."""
 
     def __init__(self, url: str, wanted: Wanted) -> None:
-        self._transfer = _transfer()
+        self._transfer = connector_files("--from vllm", Path())
         self.url, self._wanted = url.rstrip("/"), wanted
         self._client = httpx.Client(base_url=self.url, timeout=WAIT_SECONDS)
         self._model = self._first_model()
@@ -76,38 +92,14 @@ class VllmReader:
             read = dict(zip(longest, pool.map(lambda i: self._one(texts[i].tokens_E), longest), strict=True))
         return cut_windows(texts, longest, read)
 
-    @torch.inference_mode()
     def probe(self, target: Target) -> None:
         """Read a few tokens by both and compare. Raises ServeError that says which layer the server gave
         instead, or that its model is another one."""
-        vocab = self._wanted.info.vocab_size
+        wanted, vocab = self._wanted, self._wanted.info.vocab_size
         tokens_E = torch.arange(PROBE_TOKENS) * 7919 % max(1, vocab - 1)
-        features_EF, last_EH = self._one(tokens_E)
-        every = tuple(range(last_tap(self._wanted.info) + 1))
-        output = target.forward(tokens_E[None].to(target.device), None, every)
-        if output.features_BTF is None:
-            raise ServeError("the target returned no features")
-        hidden = self._wanted.info.hidden_size
-        own = output.features_BTF[0].float().cpu().unflatten(-1, (-1, hidden)).unbind(1)
-        found = features_EF.float().unflatten(-1, (-1, hidden)).unbind(1)
-        for layer, given in zip(self._wanted.layers, found, strict=True):
-            if not _distance(given, own[layer]) <= SAME:
-                like = min(every, key=lambda i: _distance(given, own[i]))
-                what = (
-                    f"the output of layer {like}"
-                    if _distance(given, own[like]) <= SAME
-                    else "another model's"
-                )
-                raise ServeError(
-                    f"{self.url}: gives {what} where the output of layer {layer} is wanted; start it with "
-                    f"eagle_aux_hidden_state_layer_ids {self._wanted.ids} and this very model"
-                )
-        own_EH = output.last_hidden_BTH[0].float().cpu()
-        if self._wanted.norm and not _distance(last_EH, own_EH) <= SAME:
-            raise ServeError(
-                f"{self.url}: its last hidden state is not the target's; give this model, and as the last of "
-                f"eagle_aux_hidden_state_layer_ids {self._wanted.info.num_layers}"
-            )
+        advice = f"start it with eagle_aux_hidden_state_layer_ids {wanted.ids} and this very model"
+        states, last = self._one(tokens_E), wanted.norm is not None
+        compare_states(self.url, ServeError, target, wanted.layers, tokens_E, states, last, advice)
 
     def _one(self, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
         """Features [E, F] and last hidden states after the norm [E, H] (without one [E, 0]) of one text."""
@@ -132,7 +124,11 @@ class VllmReader:
             )
         self._transfer.delete(handle)
         Path(f"{handle}.lock").unlink(missing_ok=True)
-        return self._split(sample, tokens_E)
+        try:
+            return self._wanted.split(sample, tokens_E)
+        except ValueError as error:
+            told = f"{error}; start it with layer ids {self._wanted.ids} and this model"
+            raise ServeError(f"{self.url}: {told}") from error
 
     def _written(self, params: dict[str, Any]) -> dict[str, Tensor] | None:
         """What the server writes of a request. It does so in its next step, which may take longer than the
@@ -145,22 +141,6 @@ class VllmReader:
             except TimeoutError:
                 if time.monotonic() > until:
                     raise
-
-    @torch.inference_mode()
-    def _split(self, sample: dict[str, Tensor], tokens_E: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_EKH, wanted = sample["hidden_states"], self._wanted
-        shape = (len(tokens_E), len(wanted.ids), wanted.info.hidden_size)
-        if not torch.equal(sample["token_ids"].to(tokens_E), tokens_E):
-            raise ServeError(
-                f"{self.url}: gives the states of other tokens; is it a connector of hs-connectors?"
-            )
-        if tuple(hidden_EKH.shape) != shape:
-            given = f"{list(hidden_EKH.shape)} numbers where {list(shape)} are wanted"
-            raise ServeError(
-                f"{self.url}: gives {given}; start it with layer ids {wanted.ids} and this model"
-            )
-        last_EH = wanted.norm(hidden_EKH[:, -1].float()) if wanted.norm else hidden_EKH[:, 0, :0]
-        return hidden_EKH[:, : len(wanted.layers)].flatten(1), last_EH
 
     def _first_model(self) -> str:
         models = self._ask("get", "/v1/models").get("data") or []
@@ -180,20 +160,15 @@ class VllmReader:
         return found
 
 
-def _transfer() -> Any:
-    """What reads the server's files, of half or eight bits alike."""
+def connector_files(asked_by: str, folder: Path) -> Any:
+    """What reads the files of vLLM's connectors, of half or eight bits alike; those that were kept lie in
+    `folder`. Raises ConfigError when hs-connectors is missing or another version."""
     try:
         import hs_connectors
     except ImportError as error:
-        raise ConfigError("--from vllm: needs hs-connectors; pip install 'draftkit[vllm]'") from error
+        raise ConfigError(f"{asked_by}: needs hs-connectors; pip install 'draftkit[vllm]'") from error
     if not (found := version("hs-connectors")).startswith(CONNECTORS):
         raise ConfigError(
-            f"--from vllm: hs-connectors {found} is installed, this draftkit knows {CONNECTORS}x"
+            f"{asked_by}: hs-connectors {found} is installed, this draftkit knows {CONNECTORS}x"
         )
-    return hs_connectors.FP8Transfer(Path())
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Relative, without the first token: its stream is far larger than all others in many models."""
-    a, b = a[1:].float(), b[1:].float()
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+    return hs_connectors.FP8Transfer(folder)

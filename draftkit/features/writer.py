@@ -37,6 +37,7 @@ class StoreWriter:
         with naming(self._path):
             self._lines = self._path.open("ab")
             self._lines.truncate(self.index.end_of(self._path))  # what a kill tore off
+        self.index.refresh(self._path)
         self._shard_number, end = self.index.shard_ends(self.number)
         self._open_shard(end)
         self._synced = time.monotonic()
@@ -75,13 +76,14 @@ class StoreWriter:
             self._shard.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 os.fsync(self._shard.fileno())
+        lines = [index_line(note) for note in notes]
         with naming(self._path):
-            self._lines.write(b"".join(index_line(note) for note in notes))
+            self._lines.write(b"".join(lines))
             self._lines.flush()
             if time.monotonic() - self._synced > SYNC_SECONDS:
                 os.fsync(self._lines.fileno())
                 self._synced = time.monotonic()
-        self.index.refresh(self._path)
+        self.index.take_own(self._path, notes, lines)
 
     def _next_shard(self) -> None:
         with naming(self.folder / shard_name(self.number, self._shard_number)):

@@ -15,7 +15,7 @@ from draftkit.errors import TargetError
 from draftkit.target.deepseek_v4 import raw_config
 from draftkit.target.deepseek_v4_tensors import FAMILY, checkpoint_tensors, draft_tensors, total_bytes
 from draftkit.target.interface import TargetInfo
-from draftkit.target.loading import longest_context, resolve_target
+from draftkit.target.loading import UNREADABLE, longest_context, refuse_by_name, resolve_target, said
 from draftkit.target.transformers import DTYPES
 
 
@@ -36,13 +36,13 @@ def target_sizes(path: str, revision: str | None, dtype: str) -> TargetSizes:
     when there is none, or of a family without a skeleton."""
     folder = Path(path)
     source = path if (folder / "config.json").is_file() else resolve_target(path)
+    refuse_by_name(path, source, revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        line = str(error).splitlines()[0]
-        raise TargetError(f"{path}: its configuration cannot be read: {line}") from error
+    except UNREADABLE as error:
+        raise TargetError(f"{path}: its configuration cannot be read: {said(error)}") from error
     text, size = config.get_text_config(), DTYPES[dtype].itemsize
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n and "shared" not in n)
     whole = sum(p.numel() for p in model.parameters())

@@ -10,6 +10,7 @@ from typing import Any
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.drafter import Drafter
 from draftkit.engine.engine import Engine
+from draftkit.engine.memory import return_freed_memory
 from draftkit.engine.models import load_for_engine
 from draftkit.engine.settings import EngineSettings
 from draftkit.errors import ScheduleError, ServeError
@@ -79,6 +80,8 @@ def open_pair(
             calibration = _packaged_calibration(PACKAGED[target].calibration, opened, own)
         settings = replace(settings, calibration=calibration)
     engine = Engine(loaded, opened, settings)
+    del loaded, opened  # the engine has its own layout of the weights
+    return_freed_memory()
     info = engine.info
     log.info(
         "drafter %s (%s), forward %s, %d KV blocks",

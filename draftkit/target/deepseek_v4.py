@@ -24,7 +24,7 @@ from transformers.utils.hub import cached_file
 from draftkit.artefact import read_json
 from draftkit.errors import TargetError
 from draftkit.target.deepseek_v4_check import Found, by_known_name, mismatches
-from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
+from draftkit.target.deepseek_v4_tensors import TensorSpec, checkpoint_tensors
 from draftkit.target.fp8_fp4 import dequantise_fp4, dequantise_fp8
 from draftkit.target.shards import tensor_places
 
@@ -152,8 +152,8 @@ def load_model(name: str, source: str, revision: str | None, config: Any, dtype:
     """`DeepseekV4ForCausalLM` with a checkpoint's weights in `dtype` (norms, hyper-connections and sinks in
     float32 where that is half precision). Raises TargetError that lists everything that is missing or does
     not fit."""
-    raw = raw_config(source, revision)
-    wanted = {n: s for n, s in checkpoint_tensors(raw).items() if not is_draft(n)}
+    tensors = wanted_tensors(name, raw_config(source, revision))
+    wanted = {n: s for n, s in tensors.items() if not is_draft(n)}
     places = {n: p for n, p in tensor_places(source, revision).items() if not is_draft(n)}
     shards = Shards(name, places)
     if wrong := mismatches(wanted, shards.found):
@@ -189,6 +189,14 @@ def fill(names: Mapping[Place, str], own: Mapping[str, Tensor], shards: Shards) 
         scale = known.get(name.removesuffix("weight") + "scale") if name.endswith(".weight") else None
         target = own[place.name]
         place.part_of(target).copy_(shards.read(known[name], scale, target.dtype))
+
+
+def wanted_tensors(name: str, raw: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """`checkpoint_tensors`, whose errors name the checkpoint, too."""
+    try:
+        return checkpoint_tensors(raw)
+    except TargetError as error:
+        raise TargetError(f"{name}: {error}") from error
 
 
 def raw_config(source: str, revision: str | None = None) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A DeepSeek-V4 answer taken apart as it comes: reasoning, content and tool calls, by DeepSeek's own parser.
 
 The parser reads text. A special token's name that the model spelled with ordinary tokens is no special token:
-it gets a mark before the parser sees it, which is taken out of what the parser gives."""
+it gets a mark before the parser sees it, which is taken out of what the parser gives. The parser ends a
+parameter at the first closing tag, also within a string of JSON: an answer whose arguments are no JSON then
+is read a second time, with marks in such strings."""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.answer_stream import AnswerDelta, AnswerStream
 
 _MARK = "\ue000"  # private use
+_JSON_VALUE = re.compile(r'<｜DSML｜parameter name="[^"]*" string="false">\s*')
 _ENDS = ("<｜end▁of▁sentence｜>", "<｜User｜>")
 
 
@@ -21,15 +24,9 @@ class DeepseekAnswer:
     """Takes an answer's tokens in any pieces. Each piece gives OpenAI's deltas; `finish` gives the whole."""
 
     def __init__(self, recipe: Any, tokenizer: Any, names: Mapping[int, str], thinking: bool) -> None:
-        request = recipe.ConversationRequest(
-            recipe.Conversation([recipe.UserMessage("")]), recipe.ModelVersion.DeepseekV4Pro
-        )
-        stage = recipe.ThinkingInitialStage.ReasoningStart if thinking else None
-        self._recipe, self._tokenizer, self._names = recipe, tokenizer, names
-        self._processor = recipe.StreamProcessor(
-            recipe.ChatCompletionRequest.chunk_generator(request, "answer", "model"),
-            recipe.ParsingOptions(thinking_initial_stage=stage),
-        )
+        self._recipe, self._tokenizer, self._names, self._thinking = recipe, tokenizer, names, thinking
+        self._processor = _processor(recipe, thinking)
+        self._text: list[str] = []  # that the parser was given
         self._whole = recipe.ChatCompletionResponse("answer", "model", 0, 0, 0)
         self._spelled = re.compile(
             "|".join(re.escape(n) for n in sorted(names.values(), key=len, reverse=True))
@@ -57,7 +54,9 @@ class DeepseekAnswer:
     def finish(self) -> AnswerParts:
         """The whole answer, when there are no more tokens; calls numbered from call_0."""
         self.close()
-        message = json.loads(self._whole.to_json())["choices"][0]["message"]
+        message = _message(self._whole)
+        if any(not _is_object(call) for call in message.get("tool_calls") or ()):
+            message = self._read_again() or message
         calls = tuple(
             {
                 "id": f"call_{number}",
@@ -97,7 +96,19 @@ class DeepseekAnswer:
     def _push(self, text: str) -> list[dict[str, Any]]:
         if self._ended:
             return []
+        self._text.append(text)
         return self._taken(self._processor.push(self._recipe.InferenceChunk.text(text, 1)))
+
+    def _read_again(self) -> dict[str, Any] | None:
+        """The answer with strings of JSON left whole; None where its arguments are no JSON all the same."""
+        text = self._recipe.InferenceChunk.text(_with_whole_strings("".join(self._text)), 1)
+        stop = self._recipe.InferenceChunk.finish(self._recipe.InferenceFinishReason.Stop)
+        processor = _processor(self._recipe, self._thinking)
+        whole = self._recipe.ChatCompletionResponse("answer", "model", 0, 0, 0)
+        for chunk in (*processor.push(text), *processor.push(stop), *processor.finish()):
+            whole.accumulate(chunk)
+        message = _message(whole)
+        return message if all(map(_is_object, message.get("tool_calls") or ())) else None
 
     def _taken(self, chunks: Sequence[Any]) -> list[dict[str, Any]]:
         deltas = [json.loads(chunk.to_json())["choices"][0]["delta"] for chunk in chunks]
@@ -119,6 +130,45 @@ class DeepseekReader(AnswerStream):
     def finish(self) -> AnswerDelta:
         """What is left when the answer ends, and its calls."""
         return _summed(self._answer.close()) + AnswerDelta(tool_calls=self._answer.finish().tool_calls)
+
+
+def _processor(recipe: Any, thinking: bool) -> Any:
+    request = recipe.ConversationRequest(
+        recipe.Conversation([recipe.UserMessage("")]), recipe.ModelVersion.DeepseekV4Pro
+    )
+    stage = recipe.ThinkingInitialStage.ReasoningStart if thinking else None
+    return recipe.StreamProcessor(
+        recipe.ChatCompletionRequest.chunk_generator(request, "answer", "model"),
+        recipe.ParsingOptions(thinking_initial_stage=stage),
+    )
+
+
+def _message(whole: Any) -> dict[str, Any]:
+    message: dict[str, Any] = json.loads(whole.to_json())["choices"][0]["message"]
+    return message
+
+
+def _is_object(call: Mapping[str, Any]) -> bool:
+    """Whether a call's arguments are a JSON object."""
+    try:
+        return isinstance(json.loads(call["function"]["arguments"]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _with_whole_strings(text: str) -> str:
+    """The text with a mark after each < of a parameter in JSON that is whole: it stands in a string."""
+    parts, at = list[str](), 0
+    for opening in _JSON_VALUE.finditer(text):
+        if opening.start() < at:  # within the value before
+            continue
+        try:
+            end = json.JSONDecoder().raw_decode(text, opening.end())[1]
+        except (ValueError, RecursionError):
+            continue
+        parts += [text[at : opening.end()], text[opening.end() : end].replace("<", "<" + _MARK)]
+        at = end
+    return "".join([*parts, text[at:]])
 
 
 def _summed(deltas: Sequence[dict[str, Any]]) -> AnswerDelta:

@@ -52,8 +52,10 @@ def reasoning_of(message: Message) -> str | None:
 
 
 def schema_of(message: Message) -> Any:
-    """The schema of a message's `response_format`."""
+    """The schema of a message's `response_format`. Raises ValueError when that is no object."""
     asked = message["response_format"]
+    if not isinstance(asked, Mapping):
+        raise ValueError(f"response_format is a {type(asked).__name__}, must be an object")
     return asked["json_schema"].get("schema", {}) if asked.get("type") == "json_schema" else asked
 
 
@@ -65,13 +67,20 @@ def tool_of(recipe: Any, tool: Mapping[str, Any]) -> Any:
     )
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def _call(recipe: Any, call: Mapping[str, Any]) -> Any:
-    """A call of the history. Raises ValueError when its arguments are no JSON object."""
-    function = call.get("function") or {}
+    """A call of the history. Raises ValueError when it has no function, or arguments that are no JSON
+    object."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError('tool_calls must be {"type": "function", "function": {"name": "...", ...}}')
     arguments = function.get("arguments") or "{}"
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     try:
-        fits = isinstance(json.loads(written), dict)
+        fits = isinstance(json.loads(written, parse_constant=_no_number), dict)
     except ValueError:
         fits = False
     if not fits:

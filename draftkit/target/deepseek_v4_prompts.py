@@ -115,7 +115,7 @@ class DeepseekFormat:
             if name.endswith("thinking") and type(value) is not bool:
                 raise ConfigError(f"template switch {name}: {value!r} must be true or false")
         effort = switches.get("reasoning_effort", "high")
-        if SAME.get(effort, effort) not in (*EFFORTS, "none"):
+        if not isinstance(effort, str) or SAME.get(effort, effort) not in (*EFFORTS, "none"):
             raise ConfigError(
                 f"template switch reasoning_effort: {effort!r} is not known, choose none, "
                 + ", ".join(EFFORTS)
@@ -207,10 +207,12 @@ class DeepseekFormat:
             return
         if task not in TASKS:
             raise TemplateError(f"task {task!r} is not known, choose one of {', '.join(TASKS)}")
-        if (task == "title") != (messages[-1]["role"] == "assistant"):
-            raise TemplateError(
-                f"task {task!r} belongs to {'an assistant' if task == 'title' else 'a user'} message"
-            )
+        owners = ("assistant",) if task == "title" else ("user", "developer")
+        if messages[-1]["role"] not in owners:
+            whose = "an assistant" if task == "title" else "a user"
+            raise TemplateError(f"task {task!r} belongs to {whose} message")
+        if messages[-1].get("prefix") or messages[-1].get("wo_eos"):
+            raise TemplateError(f"task {task!r} comes after a whole answer; leave prefix out")
         if f"<｜{task}｜>" not in self._ids:
             raise TemplateError(f"the tokenizer has no token for the task {task!r}")
         if task != "action" and self.switches.get("thinking", self.switches.get("enable_thinking")):
@@ -218,8 +220,8 @@ class DeepseekFormat:
 
     def _rendered(self, messages: Sequence[Message], tools: Tools | None, mode: Mode) -> list[Piece]:
         recipe = self._recipe
-        schema = next((schema_of(m) for m in messages if m.get("response_format")), None)
         try:
+            schema = next((schema_of(m) for m in messages if m.get("response_format")), None)
             conversation = recipe.Conversation(
                 [message_of(recipe, m) for m in messages],
                 thinking_mode=mode.thinking,
@@ -228,7 +230,9 @@ class DeepseekFormat:
                 response_schema=schema,
             )
             rendered = recipe.DeepseekV4Encoding().render_conversation(conversation)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except KeyError as error:  # of a call, a tool or a response_format
+            raise TemplateError(f"{error} is missing") from error
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise TemplateError(" ".join(str(error).split()) or type(error).__name__) from error
         return list(_pieces(rendered.prompt, rendered.special_ranges))
 

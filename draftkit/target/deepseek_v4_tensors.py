@@ -47,9 +47,12 @@ class Sizes:
     raw: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> int:
-        value = self.raw.get(name)
-        if type(value) is not int or value < 0:
-            raise TargetError(f"config.json: {name} is {value!r}, must be a number; give DeepSeek's own file")
+        value, least = self.raw.get(name), 0 if name == "num_hash_layers" else 1
+        if type(value) is not int or value < least:
+            raise TargetError(
+                f"config.json: {name} is {value!r}, must be a whole number of at least {least}; "
+                "give DeepSeek's own file"
+            )
         return value
 
     @property
@@ -57,11 +60,16 @@ class Sizes:
         """Kind of attention and compression ratio of each layer, from DeepSeek's `compress_ratios` or from
         what Transformers makes of them."""
         kinds, count = self.raw.get("layer_types"), self["num_hidden_layers"]
-        if isinstance(kinds, list) and len(kinds) == count:
-            rates = {SPARSE: 4, HEAVY: 128} | (self.raw.get("compress_rates") or {})
-            return [(kind, int(rates.get(kind, 0))) for kind in kinds]
+        if isinstance(kinds, list) and len(kinds) == count and all(k in _KINDS.values() for k in kinds):
+            given = self.raw.get("compress_rates")
+            rates = {SLIDING: 0, SPARSE: 4, HEAVY: 128} | (given if isinstance(given, dict) else {})
+            return [(kind, rates[kind]) for kind in kinds]
         ratios = self.raw.get("compress_ratios")
-        if not isinstance(ratios, list) or len(ratios) < count or set(ratios) - _KINDS.keys():
+        if (
+            not isinstance(ratios, list)
+            or len(ratios) < count
+            or not all(type(ratio) is int and ratio in _KINDS for ratio in ratios)
+        ):
             raise TargetError(
                 f"config.json: compress_ratios must have 0, 4 or 128 for each of {count} layers; "
                 "give DeepSeek's own file"
@@ -75,6 +83,17 @@ class Sizes:
         return kinds.count("hash_moe") if isinstance(kinds, list) else self["num_hash_layers"]
 
     @property
+    def taps(self) -> list[int]:
+        """Target layers that the draft module reads."""
+        found = self.raw.get("dspark_target_layer_ids")
+        if not isinstance(found, list) or not found or not all(type(i) is int for i in found):
+            raise TargetError(
+                f"config.json: dspark_target_layer_ids is {found!r}, must be a list of layers; "
+                "give DeepSeek's own file"
+            )
+        return found
+
+    @property
     def stages(self) -> int:
         """Stages of a DSpark draft module, 0 without one. `num_nextn_predict_layers` says 1 for all of
         them."""
@@ -84,7 +103,7 @@ class Sizes:
             return self["n_mtp_layers"]
         ratios = self.raw.get("compress_ratios")
         more = len(ratios) - self["num_hidden_layers"] if isinstance(ratios, list) else 0
-        return more if more > 0 else len(self.raw.get("dspark_target_layer_ids") or ())
+        return more if more > 0 else len(self.taps)
 
 
 def checkpoint_tensors(config: Mapping[str, Any]) -> dict[str, TensorSpec]:
@@ -136,8 +155,7 @@ def total_weights(tensors: Mapping[str, TensorSpec]) -> int:
 def _draft_extras(sizes: Sizes, stage: int) -> Iterator[tuple[str, TensorSpec]]:
     hidden, streams, vocab = sizes["hidden_size"], sizes["hc_mult"], sizes["vocab_size"]
     if stage == 0:
-        taps = len(sizes.raw.get("dspark_target_layer_ids") or ())
-        yield from _fp8("main_proj", hidden, taps * hidden)
+        yield from _fp8("main_proj", hidden, len(sizes.taps) * hidden)
         yield "main_norm.weight", TensorSpec((hidden,), "BF16")
     if stage == sizes.stages - 1:
         rank = sizes["dspark_markov_rank"]
@@ -145,7 +163,8 @@ def _draft_extras(sizes: Sizes, stage: int) -> Iterator[tuple[str, TensorSpec]]:
         yield from _collapse("hc_head", streams, hidden).items()
         for name in ("markov_w1", "markov_w2"):
             yield f"markov_head.{name}.weight", TensorSpec((vocab, rank), "BF16")
-        yield "confidence_head.proj.weight", TensorSpec((1, hidden + rank), "BF16")
+        read = hidden + (rank if sizes.raw.get("confidence_head_with_markov", True) else 0)
+        yield "confidence_head.proj.weight", TensorSpec((1, read), "BF16")
 
 
 def _block(sizes: Sizes, kind: str, ratio: int, hashed: bool) -> Iterator[tuple[str, TensorSpec]]:

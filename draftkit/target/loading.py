@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.distributed.configuration_utils import DistributedConfig
@@ -43,6 +44,7 @@ UNREADABLE = (
     AttributeError,
     ImportError,
     SafetensorError,
+    StrictDataclassError,  # a field of another type than the family's
 )
 _SCALE = re.compile(
     r"scale|qweight|qzeros|scales$|g_idx|absmax|weight_packed|_blocks$|zero_point|quant_state"
@@ -81,9 +83,8 @@ def load_target(
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_quantisation(config, path)
-        loaded: Any = None
         if config.model_type != FAMILY:
-            loaded = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
                 dtype=DTYPES[dtype],
@@ -92,14 +93,11 @@ def load_target(
                 output_loading_info=True,
                 **_placement(device, spread),
             )
+        else:
+            loaded = _deepseek_v4(path, source, revision, config, dtype, spread), NOTHING_LEFT_OUT
         folder = Path(str(cached_file(source, "config.json", revision=revision))).parent
     except UNREADABLE as error:
-        raise TargetError(f"{path}: cannot load a target: {one_line(error)}") from error
-    if loaded is None:
-        if spread == "tensors":
-            raise TargetError(f"{path}: DeepSeek-V4's tensors are not split; give target.spread: layers")
-        model = deepseek_v4.load_model(path, source, revision, config, DTYPES[dtype])
-        loaded = deepseek_v4.over_devices(model) if spread == "layers" else model, NOTHING_LEFT_OUT
+        raise TargetError(f"{path}: cannot load a target: {said(error)}") from error
     model, loading = loaded
     if loading["missing_keys"]:  # Transformers would go on with random numbers in their place
         missing = sorted(loading["missing_keys"])
@@ -128,6 +126,22 @@ def load_target(
     return target
 
 
+def said(error: Exception) -> str:
+    """What an error of Transformers says, in one line."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split())
+    if isinstance(error, KeyError):  # a name that it looked up
+        return f"its configuration has {one_line(error)}, which Transformers does not know"
+    return one_line(error)
+
+
+def _deepseek_v4(path: str, source: str, revision: str | None, config: Any, dtype: str, spread: str) -> Any:
+    if spread == "tensors":
+        raise TargetError(f"{path}: DeepSeek-V4's tensors are not split; give target.spread: layers")
+    model = deepseek_v4.load_model(path, source, revision, config, DTYPES[dtype])
+    return deepseek_v4.over_devices(model) if spread == "layers" else model
+
+
 # families that look like one that draftkit runs and are another
 OTHER_FAMILIES = {"deepseek_v41": "DeepSeek-V4.1, another architecture than DeepSeek-V4"}
 
@@ -143,12 +157,15 @@ def model_type(source: str, revision: str | None = None) -> str | None:
 
 
 def refuse_by_name(path: str, source: str, revision: str | None = None) -> None:
-    """Raise TargetError for a family that would be taken for another one."""
+    """Raise TargetError for a family that would be taken for another one, and for a DeepSeek-V4 whose
+    `config.json` lacks what its tensors follow from."""
     kind = model_type(source, revision)
     if kind in OTHER_FAMILIES:
         raise TargetError(
             f"{path}: is {OTHER_FAMILIES[kind]}, which draftkit does not run; give another target"
         )
+    if kind == FAMILY:
+        deepseek_v4.wanted_tensors(path, deepseek_v4.raw_config(source, revision))
 
 
 LONGROPE_SPARE = 64  # positions that a proposal may reach beyond the last token of an answer

@@ -20,7 +20,14 @@ from transformers.utils.hub import cached_file
 from draftkit.errors import TargetError
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetInfo
-from draftkit.target.loading import UNREADABLE, longest_context, refuse_by_name, resolve_target, stop_tokens
+from draftkit.target.loading import (
+    UNREADABLE,
+    longest_context,
+    refuse_by_name,
+    resolve_target,
+    said,
+    stop_tokens,
+)
 from draftkit.target.shards import tensor_places
 from draftkit.target.transformers import DTYPES, TransformersTarget
 
@@ -69,7 +76,7 @@ class TargetFiles:
             if (folder / "generation_config.json").exists():
                 model.generation_config = GenerationConfig.from_pretrained(folder)
         except UNREADABLE as error:
-            raise TargetError(f"{path}: its files cannot be read: {error}") from error
+            raise TargetError(f"{path}: its files cannot be read: {said(error)}") from error
         self.text_config = config.get_text_config()
         self.info = TargetInfo(
             name=path,

@@ -232,6 +232,8 @@ def _fingerprint(source: FeatureSource, drafter: Drafter, settings: TrainSetting
     about = {k: v for k, v in asdict(settings).items() if k not in FREE}
     if not settings.groups:  # states of before there were groups
         del about["groups"]
+    if settings.loss.average == "tokens":  # and before there was a choice
+        del about["loss"]["average"]
     text = json.dumps(
         [source.made_from(), asdict(drafter.config), about, start], sort_keys=True, default=list
     )

@@ -20,27 +20,30 @@ from safetensors.torch import save_file
 from draftkit.target.transformers import TransformersTarget
 
 
+def states_of(target: TransformersTarget, tokens: list[int], ids: list[int]) -> torch.Tensor:
+    """[tokens, ids, H]. `ids` count hidden states, 0 is the embedding; the last layer's is taken before the
+    norm."""
+    read = torch.tensor([tokens])
+
+    def take(module: Any, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        found.append(hidden.mean(2) if hidden.ndim == 4 else hidden)  # DeepSeek-V4: of its streams
+
+    with torch.inference_mode():
+        found = [target.embed(read)]
+        hooks = [layer.register_forward_hook(take) for layer in target.layers]
+        target.model(read, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([found[i][0] for i in ids], 1).contiguous()
+
+
 @contextmanager
 def hidden_states_server(
     target: TransformersTarget, ids: list[int], folder: Path, fp8: bool = False, extracts: bool = True
 ) -> Iterator[str]:
-    """Its URL. `ids` count hidden states, 0 is the embedding; the last layer's is taken before the norm."""
+    """Its URL; it gives `states_of`."""
     lock, count = threading.Lock(), iter(range(10**6))
-
-    def states(tokens: list[int]) -> torch.Tensor:
-        read = torch.tensor([tokens])
-
-        def take(module: Any, inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            found.append(hidden.mean(2) if hidden.ndim == 4 else hidden)  # DeepSeek-V4: of its streams
-
-        with lock, torch.inference_mode():
-            found = [target.embed(read)]
-            hooks = [layer.register_forward_hook(take) for layer in target.layers]
-            target.model(read, use_cache=False)
-            for hook in hooks:
-                hook.remove()
-        return torch.stack([found[i][0] for i in ids], 1).contiguous()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -69,7 +72,8 @@ def hidden_states_server(
             self.answer({"choices": [{"text": "x"}], "kv_transfer_params": {"hidden_states_path": str(path)}})
 
         def write(self, path: Path, prompt: list[int], held: int) -> None:
-            hidden = states(prompt)
+            with lock:
+                hidden = states_of(target, prompt, ids)
             tensors = {"hidden_states": hidden, "token_ids": torch.tensor(prompt)}
             if fp8:
                 tensors["hidden_states"], tensors[SCALES_KEY] = quantize_tensor_to_fp8(hidden)

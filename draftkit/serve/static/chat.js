@@ -295,11 +295,13 @@ async function begin() {
   const own = ++tries;
   let told = "connecting…", final = false;
   try {
-    const response = await fetch("/v1/models", { headers: headers() });
-    const body = await response.json();
-    final = response.ok || response.status === 401; // after a 401 only another key helps
-    told = response.ok ? `${body.data[0].id} · ${body.data[0].gamma} drafts per round` :
-      response.status !== 401 ? "loading…" : at("key").value ? "wrong API key" : "needs an API key";
+    if ((await fetch("/ready")).status === 503) told = "loading…";
+    else {
+      const response = await fetch("/v1/models", { headers: headers() }), body = await response.json();
+      final = response.ok || response.status === 401; // after a 401 only another key helps
+      told = response.ok ? `${body.data[0].id} · ${body.data[0].gamma} drafts per round` :
+        at("key").value ? "wrong API key" : "needs an API key";
+    }
   } catch { /* nobody answers yet */ }
   if (own !== tries) return; // a later try knows better
   at("model").textContent = told;

@@ -1,0 +1,211 @@
+"""Mistakes with DeepSeek-V4 on the command line: exit code 2, one line, and nothing is left half written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from draftkit import cli
+from support.deepseek_v4 import tiny_folder
+
+INDEX, SECOND = "model.safetensors.index.json", "model-00002-of-00002.safetensors"
+ANSWERED = [{"role": "user", "content": "Add 3."}, {"role": "assistant", "content": "3 + 4 = 7."}]
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{bad"}}
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("v4") / "DeepSeek-V4-tiny")
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "DeepSeek-V4-Flash-0731"))
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the entry point; the one line that it ends with."""
+
+    def run(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["draftkit", *map(str, words)])
+        monkeypatch.setattr(cli, "raise_on_signals", lambda: None)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and "Traceback" not in said, said
+        [line] = [line for line in said.splitlines() if line.startswith("error: ")]
+        return line
+
+    return run
+
+
+def change(folder: Path, **fields: Any) -> None:
+    """Set fields of `config.json`."""
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | fields))
+
+
+def put(folder: Path, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of one that is there."""
+    file = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    save_file(load_file(file) | {name: tensor}, file)
+
+
+def capture(folder: Path, out: Path, said: list[dict[str, Any]] = ANSWERED) -> list[object]:
+    """The words of a capture of one conversation."""
+    talk = out.with_name("talk.jsonl")
+    talk.write_text(json.dumps({"id": "a", "messages": said}) + "\n")
+    return ["capture", "-r", "tiny-deepseek-v4", "--set", f"target.path={folder}", "-c", talk, "-o", out]
+
+
+def cut(folder: Path) -> None:
+    """Half a shard."""
+    whole = (folder / SECOND).read_bytes()
+    (folder / SECOND).write_bytes(whole[: len(whole) // 2])
+
+
+def one_file(folder: Path, share: float) -> None:
+    """A checkpoint of one file, of which a share is left."""
+    tensors = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    for path in (*folder.glob("*.safetensors"), folder / INDEX):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: int(share * len(whole))])
+
+
+EIGHT_BITS = torch.zeros(32, 64).to(torch.float8_e4m3fn)
+BAD_TARGETS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "V4.1": (lambda f: change(f, model_type="deepseek_v41"), "is DeepSeek-V4.1, another architecture"),
+    "shard missing": (lambda f: (f / SECOND).unlink(), f"{SECOND} is missing, which the index names"),
+    "shard cut": (cut, f"{SECOND}: is damaged"),
+    "file cut": (lambda f: one_file(f, 0.5), "model.safetensors: is damaged"),
+    "file empty": (lambda f: one_file(f, 0), "model.safetensors: is damaged"),
+    "no index": (lambda f: (f / INDEX).unlink(), f"has no model.safetensors and no {INDEX}"),
+    "index no JSON": (lambda f: (f / INDEX).write_text("{"), f"{INDEX}: is damaged"),
+    "index without map": (lambda f: (f / INDEX).write_text("[]"), "has no weight_map from tensors to files"),
+    "index leads out": (
+        lambda f: (f / INDEX).write_text(json.dumps({"weight_map": {"embed.weight": "../x"}})),
+        "has no weight_map from tensors to files beside it",
+    ),
+    "scales missing": (
+        lambda f: put(f, "layers.0.attn.wq_a.weight", EIGHT_BITS),
+        "scales missing: layers.0.attn.wq_a.scale",
+    ),
+    "hc_mult 3": (lambda f: change(f, hc_mult=3), "hc_head_base is F32 [4], must be"),
+    "hc_mult text": (
+        lambda f: change(f, hc_mult="4"),
+        "hc_mult is '4', must be a whole number of at least 1",
+    ),
+    "o_groups 0": (lambda f: change(f, o_groups=0), "o_groups is 0, must be a whole number"),
+    "ratios": (lambda f: change(f, compress_ratios=[[0]] * 5), "compress_ratios must have 0, 4 or 128"),
+    "rope": (lambda f: change(f, rope_scaling="yarn"), "Validation error for field 'rope_parameters'"),
+    "scoring": (lambda f: change(f, scoring_func="sum"), "has 'sum', which Transformers does not know"),
+    "taps": (lambda f: change(f, dspark_target_layer_ids="last"), "must be a list of layers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TARGETS)
+def test_checkpoints_that_are_none(
+    name: str, folder: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    damage, told = BAD_TARGETS[name]
+    damage(folder)
+    line = refused(*capture(folder, tmp_path / "features"))
+    assert told in line and str(folder) in line
+    assert not list((tmp_path / "features").iterdir())
+
+
+def without_module(folder: Path) -> None:
+    """A preview checkpoint's configuration."""
+    raw = json.loads((folder / "config.json").read_text())
+    kept = {name: value for name, value in raw.items() if not name.startswith("dspark_")}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def wrong_scales(folder: Path) -> None:
+    """More scales than the weight has blocks: read as they are, they would be other numbers."""
+    put(folder, "mtp.0.attn.wq_a.weight", EIGHT_BITS)
+    index = json.loads((folder / INDEX).read_text())
+    name = "mtp.0.attn.wq_a.scale"
+    index["weight_map"][name] = index["weight_map"]["mtp.0.attn.wq_a.weight"]
+    (folder / INDEX).write_text(json.dumps(index))
+    put(folder, name, torch.ones(7, 9).to(torch.float8_e8m0fnu))
+
+
+BAD_MODULES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "preview": (without_module, "has no dspark_* keys: a preview checkpoint without a DSpark module"),
+    "scales missing": (
+        lambda f: put(f, "mtp.0.attn.wq_a.weight", EIGHT_BITS),
+        "scales missing: mtp.0.attn.wq_a.scale",
+    ),
+    "scales of another shape": (wrong_scales, "mtp.0.attn.wq_a.scale is F8_E8M0 [7, 9], must be"),
+    "integers": (
+        lambda f: put(f, "mtp.1.attn.wkv.weight", torch.zeros(32, 64, dtype=torch.int64)),
+        "mtp.1.attn.wkv.weight is torch.int64 [32, 64], must be",
+    ),
+    "rank": (lambda f: change(f, dspark_markov_rank=8), "markov_head.markov_w1.weight is F32"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODULES)
+def test_modules_that_are_none(
+    name: str, folder: Path, refused: Callable[..., str], sound: Path, tmp_path: Path
+) -> None:
+    """`export` reads the module before it writes anything."""
+    damage, told = BAD_MODULES[name]
+    damage(folder)
+    out = Path(shutil.copytree(sound, tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    line = refused("export", "-d", folder, "-o", out, "--form", "bundled")
+    assert told in line and str(folder) in line
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_what_is_asked_of_a_sound_one(
+    folder: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments that are no JSON, a longer block than the module has, efforts of the other encoder, no
+    encoder."""
+    out = tmp_path / "out"
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    line = refused(*capture(folder, out, [*ANSWERED, {"role": "user", "content": "go"}, called]))
+    assert "JSON" in line and "arguments" in line, line
+    longer = ["--set", "drafter.block_size=7", "--start-from", folder]
+    noise = json.loads((folder / "config.json").read_text())["dspark_noise_token_id"]
+    longer += ["--set", f"drafter.mask_token_id={noise}"]
+    words = ["train", *capture(folder, tmp_path / "run")[1:], *longer]
+    assert "block_size is 5, the recipe has 7" in refused(*words)
+    low = ["--set", "target.template_switches={reasoning_effort: low, encoder: preview}"]
+    assert "the preview encoder has no low" in refused(*capture(folder, out), *low)
+    monkeypatch.setitem(sys.modules, "deepseek_recipe", None)
+    assert "pip install 'draftkit[deepseek]'" in refused(*capture(folder, out))
+    assert not list(out.iterdir())
+
+
+def test_the_doctor_names_what_is_wrong_with_a_pair(
+    folder: Path, sound: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    """A preview's module before official weights that lost a scale, served with the preview's encoder; and
+    V4.1, which is no V4."""
+    module = Path(shutil.copytree(sound, tmp_path / "DeepSeek-V4-Flash-DSpark"))
+    put(folder, "layers.0.attn.wq_a.weight", EIGHT_BITS)
+    words = ["doctor", "--target", str(folder), "-d", str(module), "--switch", "encoder=preview", "--json"]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 1, done.output
+    found = {f["check"]: f["what"] for f in json.loads(done.stdout)["findings"]}
+    assert "scales missing: layers.0.attn.wq_a.scale" in found["checkpoint"]
+    assert "is of the official weights, the module was made for" in found["generation"]
+    assert "was trained with the official one" in found["encoder"]
+    change(folder, model_type="deepseek_v41")
+    assert "is DeepSeek-V4.1" in refused("doctor", "--target", folder, "-d", module)
