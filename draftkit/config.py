@@ -150,12 +150,9 @@ def _meant(given: list[str], allowed: list[str]) -> str | None:
     *section, name = given
     if key := nearest_key(name, allowed):
         return ".".join([*section, key])
-    others = {
-        other: field.annotation.__pydantic_fields__
-        for other, field in Recipe.model_fields.items()
-        if hasattr(field.annotation, "__pydantic_fields__")
-    }
-    return next((f"{other}.{name}" for other, keys in others.items() if name in keys), None)
+    sections: dict[str, Any] = {other: field.annotation for other, field in Recipe.model_fields.items()}
+    keys = {other: getattr(section, "__pydantic_fields__", {}) for other, section in sections.items()}
+    return next((f"{other}.{name}" for other, own in keys.items() if name in own), None)
 
 
 def _first(error: ValidationError) -> str:

@@ -124,10 +124,16 @@ def test_a_wrong_value_names_field_rule_and_value(tmp_path: Path, text: str, wor
     [
         (
             "name: a\ntrain: {learning_rat: 1}\n",
-            ["train.learning_rat:", "not a known key", "allowed are", "lr"],
+            ["train.learning_rat:", "not a known key", "did you mean train.lr?"],
         ),
-        ("name: a\ntrain: {warm_up: 0.1}\n", ["train.warm_up:", "did you mean warmup?"]),
-        ("name: a\ntrain: {loss: {confidense: 1}}\n", ["train.loss.confidense:", "did you mean confidence?"]),
+        ("name: a\ntrain: {warm_up: 0.1}\n", ["train.warm_up:", "did you mean train.warmup?"]),
+        (
+            "name: a\ntrain: {loss: {confidense: 1}}\n",
+            ["train.loss.confidense:", "did you mean train.loss.confidence?"],
+        ),
+        ("name: a\ntrain: {num_epochs: 3}\n", ["did you mean train.epochs?"]),
+        ("name: a\ntrain: {zzz: 3}\n", ["allowed are epochs, steps"]),
+        ("name: a\nlr: 3\n", ["lr: is not a known key; did you mean train.lr?"]),
         ("name: a\ntrian: {lr: 1}\n", ["trian:", "did you mean train?"]),
         (
             "name: a\ntrain: {groups: [{parameters: fc.*, lt: 1}]}\n",
