@@ -97,7 +97,7 @@ MISTAKES = (
         "doctor -d runs/quick/drafter/best --engine vlm", "engine 'vlm' is not known; did you mean vllm?"
     ),
     Mistake("report broken.jsonl", "broken.jsonl: is a file; give the folder of a run"),
-    Mistake("recipes nosuch", "no such recipe; give a YAML file, or one of "),
+    Mistake("recipes nosuch", "or one of `draftkit recipes`: deepseek"),
     Mistake("features verify broken.jsonl", "broken.jsonl: is a file; give a feature store"),
 )
 

@@ -88,7 +88,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         path = RECIPES / f"{name_or_path}.yaml"
     if not path.is_file():
         hint = nearest(name_or_path, packaged_recipes()) or nearest_path(Path(name_or_path))
-        allowed = f"; give a YAML file, or one of {', '.join(packaged_recipes())}"
+        allowed = f"; give a YAML file, or one of `draftkit recipes`: {', '.join(packaged_recipes())}"
         what = "is a folder and no recipe" if Path(name_or_path).is_dir() else "no such recipe"
         raise ConfigError(f"{name_or_path}: {what}{hint or allowed}")
     if path.stat().st_size > MAX_BYTES:
