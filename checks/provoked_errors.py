@@ -68,7 +68,7 @@ MISTAKES = (
     Mistake("serve --target smollm3", "smollm3: no such folder; did you mean smollm2?"),
     Mistake("serve --target tinny", "tinny: no such folder; did you mean tiny?"),
     Mistake("serve --drafter named", "is for another target (smollm2) (hidden size 9999"),
-    Mistake("serve --max-length 1000000", "--max-length is 1000000, and tiny holds "),
+    Mistake("serve --max-length 1000000", "--max-length is 1000000; tiny allows 2048 at most"),
     Mistake(
         "serve --step-rate features", "--step-rate features: is a folder; give a file of draftkit profile"
     ),

@@ -92,9 +92,7 @@ def check_length(target: str, asked: int | None) -> None:
     place = find_target(target)
     holds = sizes_of(place).get("max_position_embeddings") if place is not None and place.is_dir() else None
     if asked is not None and isinstance(holds, int) and asked > holds:
-        raise ServeError(
-            f"--max-length is {asked}, and {target} holds {holds} tokens; give less, or leave it out"
-        )
+        raise ServeError(f"--max-length is {asked}; {target} allows {holds} at most")
 
 
 def check_serving(target: str, drafter: str | None, settings: EngineSettings) -> None:
