@@ -77,6 +77,7 @@ MISTAKES = (
     Mistake("generate -p sets.jsonl -o answers.jsonl", "holds an answer to another prompt of id 'a'"),
     Mistake("capture -c features -o out", "features: is a folder; give a JSONL file of conversations"),
     Mistake("train -f broken.jsonl -o out", "--features broken.jsonl: is a file; give a feature store"),
+    Mistake("train -f featurs=0.5 -o out", "did you mean features?"),
     Mistake("train -f other -o out", "--features other: is no feature store"),
     Mistake("train -f features -o out -r other", "other: is a folder and no recipe"),
     Mistake("train -f features -o out --set train.leraning_rate=1", "did you mean train.lr?"),

@@ -73,7 +73,9 @@ def command(
     make_folder(out)
     for store in features or []:
         if not conversations:  # which would fill it
-            check_store("--features", Path(store if Path(store).exists() else store.rpartition("=")[0]))
+            check_store(
+                "--features", Path(store if Path(store).exists() else store.rpartition("=")[0] or store)
+            )
     if validation is not None:
         check_store("--validation", validation)
     check_inputs(settings, start_from, conversations or [])
