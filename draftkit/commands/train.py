@@ -114,6 +114,6 @@ def command(
     best = out / "best"
     typer.echo(
         f"{report.steps} steps in {report.seconds:.0f} s, simulated accepted length {report.best:.2f}; "
-        f"next: {following(f'evaluate -d {best} -o results', recipe, overrides, target)}, "
-        "with -p FILE on prompts of your own that it never saw"
+        f"next: {following(f'evaluate -d {best} -o results', recipe, overrides, target)} "
+        "(add -p FILE: prompts of your own that it never saw)"
     )
