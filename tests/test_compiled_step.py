@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from draftkit.draft import losses
@@ -19,7 +20,7 @@ from draftkit.settings import LossSettings
 from draftkit.train.batches import choose_anchors, collate
 from support.drafters import EAGLE_CONFIG, block_drafter
 
-STEPS = 8
+STEPS = 5
 SETTINGS = LossSettings(kl=0.2)
 
 
@@ -78,7 +79,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("algorithm", ["dspark", "eagle3"])
+@pytest.mark.parametrize("algorithm", ["dspark", pytest.param("eagle3", marks=pytest.mark.slow)])
 def test_compiled_steps_have_the_losses_of_others_and_compile_once(
     algorithm: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +107,25 @@ def test_what_cannot_be_compiled_is_told_once_and_runs_as_it_is(
     told = [line for line in capsys.readouterr().err.splitlines() if "cannot be compiled here" in line]
     assert len(told) == len(set(told)) == 4, told
     assert all("no compiler" in line for line in told)
+
+
+def test_a_backward_that_cannot_be_compiled_is_told_like_a_forward(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no backward")
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: graph.forward, bw_compiler=broken)
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    monkeypatch.setattr(compiled, "compiles_on", lambda kind: True)
+    x = torch.arange(3.0, requires_grad=True)
+    compiled.for_device(cubed, torch.device("cuda"))(x).backward()
+    assert x.grad is not None and x.grad.tolist() == [0.0, 3.0, 12.0]
+    assert "cubed cannot be compiled here (no backward)" in capsys.readouterr().err
+
+
+def cubed(x: torch.Tensor) -> torch.Tensor:
+    return (x**3).sum()
 
 
 def test_a_machine_without_a_compiler_is_found_out_before(

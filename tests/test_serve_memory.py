@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from draftkit.target.place import EMBEDDED
@@ -27,14 +28,16 @@ print(own_bytes() - before)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux what a process holds")
 def test_each_weight_of_a_served_model_lies_in_memory_once(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=4096, num_hidden_layers=3
+        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=3072, num_hidden_layers=3
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     weights = sum(p.nbytes for p in model.parameters())
     run = subprocess.run([sys.executable, "-c", OPEN, tmp_path], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 1.25 * weights
+    assert int(run.stdout) < 1.1 * weights

@@ -201,6 +201,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (cut("data-*.arrow"), r"is no data set with input_ids and loss_mask"),
     (rows(loss_mask=None), r"is no data set with input_ids and loss_mask"),
     (rows(loss_mask=lambda v: [v[0][:-1], *v[1:]]), r"sample 0 lacks ids or a mask of them"),
+    (rows(loss_mask=lambda v: [1] * len(v)), r"sample 0 lacks ids or a mask of them"),
     (rows(input_ids=lambda v: [[10**6, *v[0][1:]], *v[1:]]), r"sample 0 has token 1000000, .* has \d+"),
     (rows(input_ids=lambda v: [[-1, *v[0][1:]], *v[1:]]), r"sample 0 has token -1"),
     (rows(input_ids=lambda v: ["text"] * len(v)), r"its input_ids are no lists"),

@@ -33,7 +33,7 @@ from draftkit.target.interface import Target
 DATA_SET = "state.json"  # of a data set that was saved
 STATES = "hidden_states"
 DOMAIN = "all"  # it knows no domains
-LOOKED_AT = 64  # samples that are read before a run begins
+LOOKED_AT = 16  # samples that are read before a run begins
 PROBED_TOKENS = 128  # of a sample
 AGAIN = "run speculators' data_generation_offline.py on this folder again"
 
@@ -60,7 +60,7 @@ class StoredStates:
         self._check_files()
         digest = hashlib.sha256()
         self._dtype = torch.bfloat16
-        for index in range(0, len(self), max(1, len(self) // LOOKED_AT)):
+        for index in np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).astype(int):
             sample = self._sample(index, True)
             self._dtype = sample.features_TF.dtype
             digest.update(sample.features_TF.contiguous().view(torch.uint8).numpy().tobytes())
@@ -185,7 +185,7 @@ def _lengths(ids: Any, folder: Path) -> NDArray[np.int64]:
 
 def _row(column: Any, index: int) -> NDArray[Any] | None:
     """A sample's whole numbers; None where it has none."""
-    values = column[index].values
+    values = getattr(column[index], "values", None)  # only a list has them
     if values is None or values.null_count:
         return None
     numbers: NDArray[Any] = values.to_numpy(zero_copy_only=False)

@@ -42,7 +42,10 @@ def _probe(x: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _compiled(function: Callable[P, R]) -> Callable[P, R]:
     from torch._dynamo.exc import TorchDynamoException  # seconds to import
+    from torch._functorch import config
 
+    # compiled with the forward, where a failure can still be answered
+    backward_too = config.patch(force_non_lazy_backward_lowering=True)
     compiled = torch.compile(function, dynamic=True, backend=BACKEND)
     failed = False
 
@@ -51,7 +54,8 @@ def _compiled(function: Callable[P, R]) -> Callable[P, R]:
         nonlocal failed
         if not failed:
             try:
-                return compiled(*args, **kwargs)
+                with backward_too:
+                    return compiled(*args, **kwargs)
             except TorchDynamoException as error:
                 failed = True
                 _tell(function.__qualname__, error)

@@ -63,6 +63,8 @@ class Sizes:
         if isinstance(kinds, list) and len(kinds) == count and all(k in _KINDS.values() for k in kinds):
             given = self.raw.get("compress_rates")
             rates = {SLIDING: 0, SPARSE: 4, HEAVY: 128} | (given if isinstance(given, dict) else {})
+            if not all(type(rate) is int and rate >= 0 for rate in rates.values()):
+                raise TargetError("config.json: compress_rates are whole numbers; give DeepSeek's own file")
             return [(kind, rates[kind]) for kind in kinds]
         ratios = self.raw.get("compress_ratios")
         if (
