@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shlex
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from checks.provoked_errors import MISTAKES, SECONDS, Mistake, prepare, provoke
+from checks.provoked_errors import MISTAKES, Mistake, prepare, provoke
 from draftkit import cli
 from draftkit.commands.chat import statistics
 from draftkit.commands.early import ENGINE_NAMES, STORES
@@ -33,20 +32,16 @@ from support.server import TEXT, Server, serving
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mistakes")
     prepare(folder)
+    (folder / "torch.py").write_text("raise SystemExit('PyTorch was imported')")
     return folder
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.command)
 def test_a_mistake_is_told_before_anything_heavy_is_loaded(mistake: Mistake, prepared: Path) -> None:
-    """Processor time: what an idle machine's clock shows. Importing torch and transformers alone takes
-    more."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Without PyTorch, whose import takes seconds; the check says how long each takes."""
     done = provoke(mistake, prepared)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2 and mistake.told in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert spent < SECONDS, spent
 
 
 def test_a_usage_error_is_one_line(prepared: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_folder_of_the_same_name_does_not_hide_a_packaged_recipe(
         ("train.lr", ["'train.lr'", "section.key=value"]),
         ("=3", ["'=3'", "section.key=value"]),
         ("name.lr=3", ["'name.lr=3'", "name", "not a section"]),
-        ("train.lrr=3", ["train.lrr:", "did you mean lr?"]),
+        ("train.lrr=3", ["train.lrr:", "did you mean train.lr?"]),
         ("train.lr=fast", ["train.lr:", "'fast'"]),
         ("train..lr=1", ["train.", "not a known key"]),
         ("train.lr=[1", ["train.lr=[1"]),
