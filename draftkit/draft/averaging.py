@@ -23,8 +23,8 @@ from draftkit.settings import LossSettings
 
 @dataclass(frozen=True)
 class RowWeights:
-    """`weights_N` of the rows, `total` their denominator, and what of the weights the position does not say;
-    None: nothing. Float32."""
+    """`weights_N` of the rows, `total` their denominator, `scale_N` the factor of a row's weight beside its
+    position's, or None. As accurate as the features, float32 at least."""
 
     weights_N: Tensor
     total: Tensor
@@ -34,7 +34,8 @@ class RowWeights:
 def row_weights(batch: TrainBatch, layout: TrainLayout, settings: LossSettings) -> RowWeights:
     """The weights of the rows that count; no wait for the device."""
     gamma = layout.drafted_XG.shape[1]
-    weights_G = position_weights(settings, gamma).to(layout.row_N.device)
+    accuracy = torch.promote_types(batch.features_BTF.dtype, torch.float32)
+    weights_G = position_weights(settings, gamma).to(layout.row_N.device, accuracy)
     weights_N = weights_G[layout.row_N % gamma]
     if settings.average == "tokens":
         return RowWeights(weights_N, weights_N.sum(), None)
@@ -43,7 +44,7 @@ def row_weights(batch: TrainBatch, layout: TrainLayout, settings: LossSettings) 
     number_T = (batch.document_BT + first_B1).flatten()  # padding has one of its own in each row
     counts = weights_G.new_zeros(2, rows * (length + 1) + 1)
     counts.index_add_(
-        1, number_T, torch.stack([torch.ones_like(number_T), batch.loss_mask_BT.flatten()]).float()
+        1, number_T, torch.stack([torch.ones_like(number_T), batch.loss_mask_BT.flatten()]).to(accuracy)
     )
     scale_N = 1 / counts[0][number_T[layout.anchor_X[layout.row_N // gamma]]]
-    return RowWeights(weights_N * scale_N, (counts[1] > 0).sum().float(), scale_N)
+    return RowWeights(weights_N * scale_N, (counts[1] > 0).sum().to(accuracy), scale_N)
