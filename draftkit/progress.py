@@ -137,15 +137,9 @@ class _Lines:
         self._thread = threading.Thread(target=self._write, daemon=True, name="draftkit-progress")
         self._thread.start()
 
-    def update(
-        self,
-        advance: int = 0,
-        completed: int | None = None,
-        total: int | None = None,
-        note: str | None = None,
-    ) -> None:
+    def update(self, *new: Any, **named: Any) -> None:
         """See `Bar`."""
-        self._count.update(advance, completed, total, note)
+        self._count.update(*new, **named)
 
     @contextmanager
     def part(self, title: str, total: int | None) -> Iterator[Bar]:

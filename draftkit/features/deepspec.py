@@ -25,12 +25,18 @@ from torch import Tensor
 
 from draftkit.artefact import is_plain_name, read_json
 from draftkit.errors import FeatureStoreError
-from draftkit.features.source import FeatureSample, context_of, empty_sample, target_places
+from draftkit.features.source import (
+    DOMAIN,
+    FeatureSample,
+    OthersSamples,
+    context_of,
+    empty_sample,
+    target_places,
+)
 from draftkit.target.interface import TargetInfo
 
 VERSION = 2
 INDEX = "samples.idx"
-DOMAIN = "all"  # it knows no domains
 PLACES = ("ids", "attention", "mask", "features", "last_hidden")  # of a sample's tensors in its shard
 INDEX_RECORD = np.dtype(
     [("sample", "<u8"), ("shard", "<u4"), ("tokens", "<u4"), *((name, "<u8") for name in PLACES)]
@@ -44,7 +50,7 @@ def is_target_cache(folder: Path) -> bool:
     return (folder / INDEX).is_file()
 
 
-class TargetCache:
+class TargetCache(OthersSamples):
     """The samples of a cache for a target and the layers of a drafter. Threads may share it.
 
     Raises FeatureStoreError that names what differs: version, kinds of numbers, target, layers, hidden size,
@@ -81,18 +87,6 @@ class TargetCache:
     def lengths(self) -> NDArray[np.int64]:
         """See `FeatureSource`."""
         return self._index["tokens"].astype(np.int64)
-
-    def domains(self) -> Sequence[str]:
-        """One for all."""
-        return [DOMAIN] * len(self)
-
-    def conversations(self) -> NDArray[np.int64]:
-        """Each sample is a conversation."""
-        return np.arange(len(self))
-
-    def weights(self) -> NDArray[np.float64]:
-        """See `FeatureSource`."""
-        return np.ones(len(self))
 
     def made_from(self) -> dict[str, Any]:
         """The manifest, and a digest of the index."""

@@ -80,6 +80,29 @@ class FeatureSource(Protocol):
         ...
 
 
+DOMAIN = "all"  # of samples whose writer knows no domains
+
+
+class OthersSamples:
+    """What folders of other tools do not say of their samples: each is a conversation of its own, of one
+    domain, and taken once in an epoch. See `FeatureSource`."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def domains(self) -> Sequence[str]:
+        """One for all."""
+        return [DOMAIN] * len(self)
+
+    def conversations(self) -> NDArray[np.int64]:
+        """Each sample is a conversation."""
+        return np.arange(len(self))
+
+    def weights(self) -> NDArray[np.float64]:
+        """Once each."""
+        return np.ones(len(self))
+
+
 def context_of(loss_mask_T: Tensor) -> int:
     """Places before the last anchor: a token the target wrote that is followed by another one. Features of
     later places are never looked at."""

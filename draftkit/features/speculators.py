@@ -26,13 +26,12 @@ from torch import Tensor
 
 from draftkit.errors import ConfigError, FeatureStoreError, reason
 from draftkit.features.probe import compare_states
-from draftkit.features.source import FeatureSample, empty_sample
+from draftkit.features.source import DOMAIN, FeatureSample, OthersSamples, empty_sample
 from draftkit.features.vllm import Wanted, connector_files
 from draftkit.target.interface import Target
 
 DATA_SET = "state.json"  # of a data set that was saved
 STATES = "hidden_states"
-DOMAIN = "all"  # it knows no domains
 LOOKED_AT = 16  # samples that are read before a run begins
 PROBED_TOKENS = 128  # of a sample
 AGAIN = "run speculators' data_generation_offline.py on this folder again"
@@ -43,7 +42,7 @@ def is_data_set(folder: Path) -> bool:
     return (folder / DATA_SET).is_file()
 
 
-class StoredStates:
+class StoredStates(OthersSamples):
     """The samples of a folder, for a target and the layers of a drafter. Threads may share it.
 
     Raises FeatureStoreError that names the sample and what differs or is missing, ConfigError where datasets
@@ -72,18 +71,6 @@ class StoredStates:
     def lengths(self) -> NDArray[np.int64]:
         """See `FeatureSource`."""
         return self._lengths
-
-    def domains(self) -> Sequence[str]:
-        """One for all."""
-        return [DOMAIN] * len(self)
-
-    def conversations(self) -> NDArray[np.int64]:
-        """Each sample is a conversation."""
-        return np.arange(len(self))
-
-    def weights(self) -> NDArray[np.float64]:
-        """See `FeatureSource`."""
-        return np.ones(len(self))
 
     def made_from(self) -> dict[str, Any]:
         """The data set's own fingerprint, the layers, and a digest of some features."""
