@@ -139,7 +139,8 @@ def run_quickstart(recipe: Recipe, out: Path, minutes: float, to_json: bool = Fa
         LARGER.format(speed_up=larger, traces=out / TRACES),
     ]
     console.print("\n" + "\n".join(word for word in words if word), highlight=False)
-    console.print(NEXT.format(drafter=run / "best", draftkit=program()), highlight=False, soft_wrap=True)  # a command is one line
+    following = NEXT.format(drafter=run / "best", draftkit=program())
+    console.print(following, highlight=False, soft_wrap=True)  # each command in one line
 
 
 LARGER = """\
