@@ -183,6 +183,16 @@ def test_recomputed_activations_change_no_bit_and_are_not_kept(
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
 
 
+def test_the_target_s_head_has_the_drafter_s_type(
+    recipe: Recipe, target: TransformersTarget, tokenizer: Any
+) -> None:
+    """Else each chunk of each loss makes it anew: a third of an EAGLE-3 step at a vocabulary of 49,152."""
+    drafter = train_stages.new_drafter_for(recipe, target, tokenizer)
+    drafter.target_head_VH = drafter.lm_head.weight.detach().bfloat16()
+    ParallelDrafter(drafter, ALONE, False, torch.bfloat16)
+    assert drafter.target_head_VH.dtype == drafter.lm_head.weight.dtype == torch.float32
+
+
 def test_betas_are_the_recipe_s(
     store: FeatureStore, recipe: Recipe, target: TransformersTarget, tokenizer: Any
 ) -> None:
