@@ -100,6 +100,41 @@ MISTAKES = (
     Mistake("report broken.jsonl", "broken.jsonl: is a file; give the folder of a run"),
     Mistake("recipes nosuch", "or one of `draftkit recipes`: deepseek"),
     Mistake("features verify broken.jsonl", "broken.jsonl: is a file; give a feature store"),
+    Mistake("mix features -o out.jsonl", "features: is a folder; give a YAML file of sources"),
+    Mistake("mix nothing.yaml -o out.jsonl", "nothing.yaml: no such file; give a YAML file of sources"),
+    Mistake("mix broken.jsonl -o features", "--out features is a folder; give the name of a file"),
+    Mistake("traces features -o out", "features: is a folder; give a file of logs"),
+    Mistake(
+        "capture -c sets.jsonl -o broken.jsonl", "--out broken.jsonl is a file; give the name of a folder"
+    ),
+    Mistake("specialise --traces sets.jsonl -o broken.jsonl", "--out broken.jsonl is a file; give the name"),
+    Mistake("quickstart -o broken.jsonl", "--out broken.jsonl is a file; give the name of a folder"),
+    Mistake("plan -c features", "features: is a folder; give a JSONL file of conversations"),
+    Mistake(
+        "bench --url http://127.0.0.1:9 -p features",
+        "--prompts features: is a folder; give a JSONL file of prompts",
+    ),
+    Mistake("bench --url http://127.0.0.1:9 -p set.jsonl", "did you mean sets.jsonl?"),
+    Mistake("push broken.jsonl me/mine", "broken.jsonl: is a file; give the folder of a drafter"),
+    Mistake(
+        "push runs/quick/drafter/best me/mine --results broken.jsonl",
+        "--results broken.jsonl: is a file; give the folder that `draftkit evaluate` wrote",
+    ),
+    Mistake("push runs/quick/drafter/best me/mine --results nothing", "--results nothing: no such folder"),
+    Mistake("suite fetch --from broken.jsonl", "--from broken.jsonl: is a file; give a folder of files such"),
+    Mistake("suite fetch --from nothing", "--from nothing: no such folder; give a folder of files such"),
+    Mistake(
+        "evaluate --suite paper --suite-folder broken.jsonl -d runs/quick/drafter/best -o out",
+        "--suite-folder broken.jsonl: is a file; give the folder of `draftkit suite fetch",
+    ),
+    Mistake(
+        "export --for llama.cpp --converter features -d runs/quick/drafter/best -o out --target tiny",
+        "--converter features: is a folder; give llama.cpp's convert_hf_to_gguf.py",
+    ),
+    Mistake(
+        "export --for llama.cpp --converter nothing.py -d runs/quick/drafter/best -o out --target tiny",
+        "--converter nothing.py: no such file; give llama.cpp's convert_hf_to_gguf.py",
+    ),
 )
 
 

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 def make_folder(out: Path) -> None:
     """Make the folder where results go. Raises ConfigError when it cannot be one, or cannot be written to."""
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file; give the name of a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out):

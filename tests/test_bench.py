@@ -194,9 +194,9 @@ def test_results_are_written_after_each_measurement(tmp_path: Path, monkeypatch:
 
 def test_an_out_that_is_a_file_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        done = bench("--url", "http://127.0.0.1:9", "--out", str(out))
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "must be a folder" in done.stderr
+    for out, told in (("file", "is a file; give the name of a folder"), ("file/below", "must be a folder")):
+        done = bench("--url", "http://127.0.0.1:9", "--out", str(tmp_path / out))
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and told in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from draftkit.commands.early import check_given
 from draftkit.commands.numbers import whole_numbers
 from draftkit.commands.options import (
     JsonOption,
@@ -54,7 +55,7 @@ def command(
     One OpenAI-compatible server, or two to compare them.
 
     Exit code 2 when a request fails; what was measured is printed and written all the same."""
-
+    check_given("--prompts", prompts, "a JSONL file of prompts")
     from draftkit.serve.bench import read_prompts, run_bench
     from draftkit.serve.bench_report import print_bench
 

@@ -40,15 +40,20 @@ def check_inputs(recipe: Recipe, drafter: Path | None = None, prompts: Iterable[
 
 
 def check_given(option: str, path: Path | None, give: str = "a file") -> None:
-    """Raise ConfigError when an option names no file; `give` says what it takes."""
+    """Raise ConfigError when an option, or an argument (""), names no file; `give` says what it takes."""
     if path is not None and not path.is_file():
-        raise ConfigError(f"{option} {path}: {no_file(path, give)}")
+        raise ConfigError(f"{option} {path}: {no_file(path, give)}".lstrip())
+
+
+def check_folder(option: str, path: Path | None, give: str) -> None:
+    """The same of a folder."""
+    if path is not None and not path.is_dir():
+        raise ConfigError(f"{option} {path}: {no_folder(path, give)}")
 
 
 def check_store(option: str, folder: Path) -> None:
     """Raise ConfigError when an option names no folder of features."""
-    if not folder.is_dir():
-        raise ConfigError(f"{option} {folder}: {no_folder(folder, 'a feature store')}")
+    check_folder(option, folder, "a feature store")
     if not any((folder / name).exists() for name in STORES):
         raise ConfigError(f"{option} {folder}: is no feature store; give the folder that `capture` wrote")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftkit.commands.early import check_inputs
+from draftkit.commands.early import check_folder, check_inputs
 from draftkit.commands.options import (
     LIBRARIES,
     JsonOption,
@@ -59,6 +59,7 @@ def command(
         raise ConfigError(f"--suite {suite}: is not known, there is paper")
     if suite and prompts:
         raise ConfigError("--suite has its own prompts; leave out --prompts")
+    check_folder("--suite-folder", suite_folder, "the folder of `draftkit suite fetch --out`")
     make_folder(out)
     check_inputs(settings, drafter, prompts or [])
     with doing(LIBRARIES):

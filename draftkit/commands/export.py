@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from draftkit.commands.early import check_engine, check_pair
+from draftkit.commands.early import check_engine, check_given, check_pair
 from draftkit.commands.options import LIBRARIES, JsonOption, OutOption
 from draftkit.draft.place import check_drafter
 from draftkit.errors import ConfigError
@@ -70,6 +70,7 @@ def command(
         return
     if form or borrow or borrow_rows:
         raise ConfigError("--for: the engine decides form and contents; leave out --form and --borrow")
+    check_given("--converter", converter, "llama.cpp's convert_hf_to_gguf.py")
     if target is None:
         raise ConfigError("--for: needs the --target that the engine will serve")
     check_drafter(drafter)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from draftkit.commands.early import check_given
 from draftkit.commands.options import (
     JsonOption,
     OutOption,
@@ -31,6 +32,8 @@ def command(
 
     Presets: open-perfectblend, sharegpt, ultrachat, magpie, nemotron-chat, nemotron-code, nemotron-math,
     toolace and hermes-tools; they and hub ids are read through `datasets` (extra `data`)."""
+    check_given("", mixture, "a YAML file of sources")
+    check_file(out)
     from dataclasses import asdict
 
     from draftkit.data.conversations import SkippedRows
@@ -38,7 +41,6 @@ def command(
     from draftkit.data.sources import read_mixture
 
     chosen = read_mixture(mixture)
-    check_file(out)
     skipped = SkippedRows() if skip_invalid else None
     report = write_mixture(chosen, out, limit, skipped)
     if skipped:

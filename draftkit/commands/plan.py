@@ -44,6 +44,9 @@ def command(
     no weights are needed. Exit code 2 where the disk of --out cannot hold the store."""
     overrides = with_target(overrides, target)
     settings = recipe_of(recipe, overrides)
+    from draftkit.data.conversations import check_beginning
+
+    check_beginning(conversations or [], skip_invalid=False)
     with doing(LIBRARIES):
         from draftkit.plan import plan as planning
 

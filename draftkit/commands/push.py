@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from draftkit.commands.early import check_folder
 from draftkit.commands.options import LIBRARIES, JsonOption
+from draftkit.draft.place import check_drafter
 from draftkit.output import as_json
 from draftkit.progress import doing
 
@@ -31,6 +33,8 @@ def command(
 
     With a model card: measured lengths with intervals, what it was trained for, and the commands of the
     engines that load it. What nobody measured or stated, the card says so."""
+    check_drafter(drafter)
+    check_folder("--results", results, "the folder that `draftkit evaluate` wrote")
     with doing(LIBRARIES):
         from draftkit.handover.hub import push
 

@@ -17,6 +17,7 @@ from draftkit.commands.options import (
     SetOption,
     recipe_of,
 )
+from draftkit.output import make_folder
 from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit quickstart --out runs/quickstart --minutes 6"
@@ -31,6 +32,7 @@ def command(
 ) -> None:
     """All stages on the embedded target, in a few minutes."""
     settings = recipe_of(recipe, overrides)
+    make_folder(out)
     check_inputs(settings)
     # The machine is this command's alone: cores that wait for the next operation stay awake a few ms longer
     # (libgomp reads this when torch is imported), which makes small training steps 5 to 10 % faster.

@@ -17,7 +17,7 @@ from draftkit.commands.options import (
     StartOption,
     with_target,
 )
-from draftkit.output import as_json
+from draftkit.output import as_json, make_folder
 from draftkit.progress import doing
 from draftkit.suggest import following
 
@@ -49,6 +49,7 @@ def command(
     after on held-out conversations."""
     for log in logs:
         check_given("--traces", log, "a file of logs")
+    make_folder(out)
     if target:
         check_pair(target, None, start_from)
     with doing(LIBRARIES):

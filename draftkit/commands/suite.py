@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from draftkit.commands.early import check_folder
 from draftkit.commands.options import JsonOption
 from draftkit.output import as_json
 
@@ -23,6 +24,7 @@ def command(
 ) -> None:
     """Fetch the nine sets of the paper's Table 1. Once, with the commit and licence of each, or from a
     folder; rows are counted. draftkit evaluate --suite paper asks them."""
+    check_folder("--from", source, "a folder of files such as gsm8k.jsonl")
     from draftkit.evaluate.fetch import fetch_suite
     from draftkit.evaluate.suites import PAPER, copy_suite, missing_from, suite_folder
 

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from draftkit.commands.early import check_given
 from draftkit.commands.options import (
     JsonOption,
     LogFormatOption,
     OutOption,
 )
-from draftkit.output import as_json
+from draftkit.output import as_json, make_folder
 from draftkit.suggest import following
 
 EXAMPLE = "Example: draftkit traces requests.jsonl ~/.codex/sessions/rollout.jsonl -o traces"
@@ -35,6 +36,9 @@ def command(
 
     Formats: bodies (requests and responses of the chat API, LiteLLM's log, conversations), vllm (its log with
     --enable-log-requests), otel (OpenTelemetry GenAI spans), claude-code and codex (their session files)."""
+    for log in logs:
+        check_given("", log, "a file of logs")
+    make_folder(out)
     from dataclasses import asdict
 
     from draftkit.data.traces import make_traces
