@@ -108,6 +108,10 @@ MISTAKES = (
         "capture -c sets.jsonl -o broken.jsonl", "--out broken.jsonl is a file; give the name of a folder"
     ),
     Mistake("specialise --traces sets.jsonl -o broken.jsonl", "--out broken.jsonl is a file; give the name"),
+    Mistake(
+        "specialise --traces sets.jsonl -o out --start-from broken.jsonl",
+        "broken.jsonl: is a file; give the folder of a drafter",
+    ),
     Mistake("quickstart -o broken.jsonl", "--out broken.jsonl is a file; give the name of a folder"),
     Mistake("plan -c features", "features: is a folder; give a JSONL file of conversations"),
     Mistake(

@@ -17,6 +17,7 @@ from draftkit.commands.options import (
     StartOption,
     with_target,
 )
+from draftkit.draft.place import check_drafter
 from draftkit.output import as_json, make_folder
 from draftkit.progress import doing
 from draftkit.suggest import following
@@ -52,6 +53,8 @@ def command(
     make_folder(out)
     if target:
         check_pair(target, None, start_from)
+    elif start_from:
+        check_drafter(start_from)
     with doing(LIBRARIES):
         from draftkit.specialise import print_specialised, recipe_for, run_specialise
 
