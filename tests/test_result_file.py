@@ -27,7 +27,7 @@ def test_a_result_says_commit_command_date_device_and_versions(
 
 def test_every_result_is_cited_by_a_document_or_a_script() -> None:
     root = Path(__file__).parents[1]
-    sources = [*root.glob("*.md"), *(root / "docs").glob("*.md")]
+    sources = [*root.glob("*.md"), *(root / "docs").rglob("*.md")]
     sources += [p for name in ("benchmarks", "checks", "tests") for p in (root / name).glob("*.py")]
     sources += (root / "benchmarks").glob("*.yaml")
     text = "\n".join(path.read_text("utf-8") for path in sources)

@@ -3,7 +3,8 @@
 Its layers start as copies of some of the target's, its final norm as the target's, and the projection of the
 features passes the deepest one through, with a fifth of the usual random start on top. The drafter's frozen
 embedding and head are the target's too, so a first layer that is copied knows what it reads, and a last one
-speaks the head's language: layers spread over the target learn faster than its last ones (docs/training.md).
+speaks the head's language: layers spread over the target learn faster than its last ones
+(docs/results/recipes.md).
 
 A target without norms on queries and keys (Llama) lends nothing to a drafter with them (the Qwen3 block,
 which engines load for every target). Such a norm divides by the vector's own size; the weights that undo this

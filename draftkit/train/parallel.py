@@ -125,9 +125,7 @@ class ParallelDrafter:
         self._whole = drafter
         if world.device.type == "cpu":
             compute = torch.float32  # `products_in` rounds what is multiplied
-            drafter.to(
-                next(drafter.parameters()).dtype
-            )  # the target's head, else for each chunk of each loss
+            drafter.to(next(drafter.parameters()).dtype)  # the target's head: else each chunk would make it
         self._objective = Objective(drafter)
         if world.size > 1 or compute != torch.float32:
             self._whole = copy.deepcopy(drafter).cpu() if world.first else drafter
