@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
+from draftkit.draft.loss_terms import position_weights
+from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.settings import LossSettings
 
 ARMS = ("sliced", "whole", "whole, forward only")

@@ -17,7 +17,7 @@ from torch import nn
 from draftkit.config import Recipe
 from draftkit.data.messages import Conversation
 from draftkit.data.samples import SampleCounts
-from draftkit.draft.losses import needs_target
+from draftkit.draft.loss_terms import needs_target
 from draftkit.errors import ConfigError
 from draftkit.features.capture import CaptureReport, capture
 from draftkit.features.compute import Reader, TargetReader

@@ -14,7 +14,7 @@ from draftkit.data.mask_token import choose_mask_token
 from draftkit.draft.algorithms import algorithm_named
 from draftkit.draft.checkpoint import new_drafter, open_drafter
 from draftkit.draft.drafter import Drafter, DrafterShape
-from draftkit.draft.eagle3 import NORMS
+from draftkit.draft.eagle3_shape import NORMS
 from draftkit.draft.families import block_shape, style_of
 from draftkit.draft.warm_start import CapturedText
 from draftkit.errors import ConfigError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from draftkit.draft.checkpoint import new_drafter, open_drafter
 from draftkit.draft.drafter import Drafter, DrafterConfig
-from draftkit.draft.eagle3 import EagleConfig
+from draftkit.draft.eagle3_shape import EagleConfig
 from draftkit.engine.compiled import compile_passes
 from draftkit.engine.engine import Engine
 from draftkit.engine.native import HALVES, TILES, NativeStack

@@ -16,15 +16,8 @@ from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.drafter import DraftContext, Proposal
 from draftkit.engine.engine import Engine
 from draftkit.engine.sampling_params import SamplingParams
-from draftkit.evaluate.exactness import (
-    DEVIATION_ALLOWED,
-    Tables,
-    _first_of_depth,
-    deviation,
-    output_distribution,
-    planner_cases,
-    random_step_rate,
-)
+from draftkit.evaluate.exactness import DEVIATION_ALLOWED, deviation, output_distribution
+from draftkit.evaluate.exactness_cases import Tables, first_of_depth, planner_cases, random_step_rate
 from draftkit.ops.sampling import Sampling
 from draftkit.ops.verify import RULES
 from draftkit.target.interface import TargetInfo
@@ -198,7 +191,7 @@ def _tables(gamma: int, length: int) -> Tables:
     target = TransformersTarget(model, TargetInfo("v4", None, "f", vocab, 64, 5, (), 512, "deepseek_v4"))
     drafter = tiny_drafter(target, vocab_size=vocab, mask_token_id=2, block_size=gamma)
     torch.nn.init.normal_(drafter.markov_head.markov_w2.weight, std=2.0)
-    nodes = _first_of_depth(vocab, length + gamma)
+    nodes = first_of_depth(vocab, length + gamma)
     texts: list[list[int]] = [[]]
     for node in range(nodes):
         texts += [[*texts[node], t] for t in range(vocab)]

@@ -16,7 +16,9 @@ from draftkit.data.conversations import Conversation, Message, read_conversation
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import new_drafter, open_drafter, save_drafter
 from draftkit.draft.drafter import TrainBatch
-from draftkit.draft.eagle3 import NORMS, EagleDrafter
+from draftkit.draft.eagle3 import EagleDrafter
+from draftkit.draft.eagle3_shape import NORMS
+from draftkit.draft.eagle3_training import unrolled_states
 from draftkit.draft.layout import lay_out
 from draftkit.errors import ConfigError
 from draftkit.features.draft_vocabulary import choose_draft_vocabulary, count_answer_tokens
@@ -142,7 +144,7 @@ def test_states_loss_and_gradients_equal_a_second_implementation(changes: dict[s
     report.loss_sum.backward()
     found = {n: p.grad.clone() for n, p in drafter.named_parameters() if p.grad is not None}
     drafter.zero_grad()
-    states_XGH = drafter._train_states(batch, lay_out(batch, STEPS, None))
+    states_XGH = unrolled_states(drafter, batch, lay_out(batch, STEPS, None))
 
     loss, weights, accepts, rows = torch.zeros(()), 0.0, [], []
     anchors = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
@@ -191,7 +193,7 @@ def test_a_reduced_vocabulary_is_trained_against_the_targets_whole_distribution(
     drafter.choose_vocabulary(ids, target_head)
     report = drafter.loss(batch, LossSettings(ce=1.0, tv=0.5, decay=3.0))
     layout = lay_out(batch, STEPS, None)
-    states = drafter._train_states(batch, layout).flatten(0, 1)[layout.row_N]
+    states = unrolled_states(drafter, batch, layout).flatten(0, 1)[layout.row_N]
     q = torch.zeros(len(states), 40, dtype=torch.float64)
     q[:, ids] = torch.softmax(rms(states, drafter.norm) @ drafter.lm_head.weight.T, -1)
     loss = torch.zeros((), dtype=torch.float64)
@@ -219,7 +221,7 @@ def test_the_draft_vocabulary_is_what_the_target_writes_most() -> None:
 def test_training_and_drafting_take_the_same_steps(changes: dict[str, object]) -> None:
     """All anchors at once, against one at a time with a context that grows in pieces and is cropped."""
     drafter, batch = drafter_with(**changes).eval(), random_batch()
-    together = drafter._train_states(batch, lay_out(batch, STEPS, None))
+    together = unrolled_states(drafter, batch, lay_out(batch, STEPS, None))
     for block, row, anchor in ((0, 0, 6), (3, 1, 12)):
         tokens, features = batch.tokens_BT[row : row + 1], batch.features_BTF[row : row + 1]
         context = drafter.new_context()

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from draftkit.config import load_recipe
 from draftkit.draft.drafter import TrainBatch
-from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.draft.eagle3 import EagleDrafter
+from draftkit.draft.eagle3_shape import EagleConfig
+from draftkit.draft.eagle3_training import unrolled_states
 from draftkit.draft.layout import lay_out
 from draftkit.features.source import FeatureSample
 from draftkit.settings import LossSettings
@@ -68,7 +70,7 @@ def test_the_objective_is_the_mean_over_conversations_of_sums_over_their_lengths
     for one in samples:
         alone = batch_of([[one]])
         layout = lay_out(alone, drafter.gamma, None)
-        states_XGH = drafter._train_states(alone, layout)
+        states_XGH = unrolled_states(drafter, alone, layout)
         of_conversation = torch.zeros(())
         for block, anchor in enumerate(layout.anchor_X.tolist()):
             for k in range(drafter.gamma):
@@ -192,6 +194,7 @@ def test_gemma4_12b_eagle3_has_gemmas_block() -> None:
     )
     batch = batch_of([[answer]])
     layout = lay_out(batch, drafter.gamma, None)
-    found = drafter._train_states(batch, layout)[:, 0]  # of anchors 0, 1, ...; that of anchor a is row a - 1
+    # of anchors 0, 1, ...; that of anchor a is row a - 1
+    found = unrolled_states(drafter, batch, layout)[:, 0]
     torch.testing.assert_close(found[1:], state[0, : len(found) - 1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(drafter.logits(found[1:]), capped[0, : len(found) - 1], atol=1e-5, rtol=1e-4)

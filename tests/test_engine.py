@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from draftkit.decode import decode
 from draftkit.draft.checkpoint import new_drafter
-from draftkit.draft.eagle3 import EagleConfig
+from draftkit.draft.eagle3_shape import EagleConfig
 from draftkit.engine.engine import Engine
 from draftkit.engine.kv_cache import BlockTable
 from draftkit.engine.paged_drafter import PagedBlockDrafter

@@ -9,15 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from draftkit.cli import app
-from draftkit.evaluate.exactness import (
-    DEVIATION_ALLOWED,
+from draftkit.evaluate.exactness import DEVIATION_ALLOWED, _Plans, deviation, output_distribution, prove
+from draftkit.evaluate.exactness_cases import (
     PlannerCase,
-    _Plans,
     appendix_a,
-    deviation,
-    output_distribution,
     planner_cases,
-    prove,
     random_step_rate,
     random_tables,
     same_step_search,

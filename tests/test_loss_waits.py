@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from draftkit.draft import losses
+from draftkit.draft import loss_terms, losses
 from draftkit.draft.loss_chunks import cut_rows
 from draftkit.draft.losses import Rows, distillation_loss
 from draftkit.settings import LossSettings
@@ -77,14 +77,14 @@ def test_waits_do_not_grow_with_the_chunks(
 
 def test_the_counter_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """One more wait in each chunk is seen."""
-    original = losses._values
+    original = loss_terms.row_values
 
     def waiting(*args: Any) -> torch.Tensor:
         found: torch.Tensor = original(*args)
         assert float(found.sum()) > 0
         return found
 
-    monkeypatch.setattr(losses, "_values", waiting)
+    monkeypatch.setattr(loss_terms, "row_values", waiting)
     few = waits_of(make_rows(), LossSettings(), monkeypatch)
     monkeypatch.setattr(losses, "CHUNK_ROWS", GAMMA)
     monkeypatch.setattr(losses, "SLICE_LOGITS", GAMMA * VOCABULARY)

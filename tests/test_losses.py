@@ -12,7 +12,8 @@ from torch import Tensor
 from draftkit.config import load_recipe
 from draftkit.draft import losses
 from draftkit.draft.loss_chunks import cut_rows
-from draftkit.draft.losses import Head, Rows, distillation_loss, dpace_weights
+from draftkit.draft.loss_terms import dpace_weights
+from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.errors import ConfigError
 from draftkit.ops.native_training import native_fits, training_library
 from draftkit.settings import LossSettings
@@ -82,7 +83,7 @@ def test_the_cpp_functions_equal_the_plain_formula(
     settings: LossSettings, soft_cap: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take float32 and a vocabulary of whole vectors; rows share target states."""
-    monkeypatch.setattr(losses, "_slice", None)  # the operations
+    monkeypatch.setattr(losses, "terms_and_gradient", None)  # the operations
     monkeypatch.setattr(losses, "CHUNK_ROWS", chunk)
     shared = torch.tensor([0, *range(len(GRID) - 1)])
     rows, exact = (

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.draft.eagle3 import EagleDrafter
+from draftkit.draft.eagle3_shape import EagleConfig
 from draftkit.engine.drawing import Drawing
 from draftkit.engine.paged_eagle import PagedEagle
 from draftkit.engine.passes import Pass

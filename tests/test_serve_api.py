@@ -347,11 +347,7 @@ def test_head_answers_as_get_without_a_body(server: Server) -> None:
 
 def test_every_metric_is_described(server: Server) -> None:
     server.http.post("/v1/chat/completions", json=CHAT)
-    text = (
-        (Path(__file__).parents[1] / "docs" / "measuring.md")
-        .read_text("utf-8")
-        .split("## Metrics")[1]
-    )
+    text = (Path(__file__).parents[1] / "docs" / "measuring.md").read_text("utf-8").split("## Metrics")[1]
     families = [
         f.name.removeprefix("draftkit:")
         for f in text_string_to_metric_families(server.http.get("/metrics").text)

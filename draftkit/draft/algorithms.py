@@ -30,7 +30,8 @@ from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.draft.dflash2 import Dflash2Drafter
 from draftkit.draft.dflash2_form import DFLASH2
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
-from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.draft.eagle3 import EagleDrafter
+from draftkit.draft.eagle3_shape import EagleConfig
 from draftkit.draft.families import EAGLE_STYLE
 from draftkit.draft.speculators_form import from_speculators, is_speculators
 from draftkit.draft.warm_start import start_from_target

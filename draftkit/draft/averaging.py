@@ -17,7 +17,7 @@ from torch import Tensor
 
 from draftkit.draft.drafter import TrainBatch
 from draftkit.draft.layout import TrainLayout
-from draftkit.draft.losses import position_weights
+from draftkit.draft.loss_terms import position_weights
 from draftkit.settings import LossSettings
 
 

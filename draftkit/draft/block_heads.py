@@ -19,7 +19,8 @@ from draftkit.draft.backbone import embed
 from draftkit.draft.drafter import DraftContext, DrafterConfig, LossReport, Proposal, TrainBatch
 from draftkit.draft.heads import ConfidenceHead, MarkovHead
 from draftkit.draft.layout import TrainLayout, lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss, needs_target
+from draftkit.draft.loss_terms import needs_target
+from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.draft.vocabulary import ReducedHead
 from draftkit.errors import ConfigError
 from draftkit.ops.sampling import Sampling, largest_prob, processed_probs, sample

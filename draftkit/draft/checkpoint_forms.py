@@ -31,7 +31,7 @@ from draftkit.draft.checkpoint_fields import (
     write_sizes,
 )
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
-from draftkit.draft.eagle3 import NORMS, EagleConfig
+from draftkit.draft.eagle3_shape import NORMS, EagleConfig
 from draftkit.errors import CheckpointError
 from draftkit.target.deepseek_v4 import is_draft
 

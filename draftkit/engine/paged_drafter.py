@@ -28,7 +28,8 @@ from draftkit.draft.families import STYLES
 from draftkit.draft.rotary import rotary_frequencies
 from draftkit.engine.drawing import Drafts, Drawing
 from draftkit.engine.graphs import Outputs, Record, RecordedPasses
-from draftkit.engine.native import Ends, NativeContext, NativeHead, NativeStack
+from draftkit.engine.native import Ends, NativeContext, NativeStack
+from draftkit.engine.native_head import NativeHead
 from draftkit.engine.paged_model import fuse_layer
 from draftkit.engine.passes import PagedPass, Pass
 from draftkit.engine.stack import (

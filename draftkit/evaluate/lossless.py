@@ -9,14 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from draftkit.errors import ScheduleError
-from draftkit.evaluate.exactness import (
-    DEVIATION_ALLOWED,
-    Finding,
-    appendix_a,
-    output_distribution,
-    prove,
-    same_step_search,
-)
+from draftkit.evaluate.exactness import DEVIATION_ALLOWED, Finding, output_distribution, prove
+from draftkit.evaluate.exactness_cases import appendix_a, same_step_search
 from draftkit.ops.verify import TOKEN_RULE
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from draftkit.draft.drafter import DrafterConfig, DrafterShape
-from draftkit.draft.eagle3 import EagleConfig
+from draftkit.draft.eagle3_shape import EagleConfig
 from draftkit.errors import ConfigError
 
 Rule = Callable[[DrafterShape], str | None]

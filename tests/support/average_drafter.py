@@ -18,7 +18,8 @@ from draftkit.draft.checkpoint_fields import Fields, write_sizes
 from draftkit.draft.checkpoint_forms import Form
 from draftkit.draft.drafter import DraftContext, Drafter, DrafterShape, LossReport, Proposal, TrainBatch
 from draftkit.draft.layout import lay_out
-from draftkit.draft.losses import Head, Rows, distillation_loss, position_weights
+from draftkit.draft.loss_terms import position_weights
+from draftkit.draft.losses import Head, Rows, distillation_loss
 from draftkit.ops.sampling import Sampling, processed_probs, sample
 from draftkit.settings import DrafterSettings, LossSettings
 

@@ -9,7 +9,8 @@ import torch
 from draftkit.draft.block import BlockDrafter
 from draftkit.draft.checkpoint import new_drafter
 from draftkit.draft.drafter import Drafter, DrafterConfig, DrafterShape
-from draftkit.draft.eagle3 import EagleConfig, EagleDrafter
+from draftkit.draft.eagle3 import EagleDrafter
+from draftkit.draft.eagle3_shape import EagleConfig
 from draftkit.target.transformers import TransformersTarget
 
 BLOCK_CONFIG = DrafterConfig(
