@@ -57,7 +57,7 @@ def every_turn(
         except (RewrittenError, TemplateError):
             continue
         for number, turn in enumerate(turns):
-            said = shown.parse(turn.answer_ids).message()
+            said = shown.parse(turn.answer_ids, turn.prompt_ids).message()
             domain = domain_of([said])
             counts[domain] = counts.get(domain, 0) + 1
             if counts[domain] <= per_domain and len(turn.prompt_ids) <= room:

@@ -190,10 +190,11 @@ def answers_of(
     shown = prompt_format(recipe, tokenizer)
     for path in paths:
         check_rendered_as(path, shown)
+    rows, switches = count_rows(paths), recipe.target.template_switches
     if skipped is None:
-        return Walks(lambda: iterate_conversations(paths), count_rows(paths))
+        return Walks(lambda: iterate_conversations(paths, None, switches), rows)
     return Walks(
-        lambda: learnt_ones(iterate_conversations(paths, skipped.anew()), shown, skipped), count_rows(paths)
+        lambda: learnt_ones(iterate_conversations(paths, skipped.anew(), switches), shown, skipped), rows
     )
 
 

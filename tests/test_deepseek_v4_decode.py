@@ -4,6 +4,7 @@ alone."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -57,6 +58,36 @@ class Scripted(DeepseekV4Drafter):
         tokens_BG = torch.tensor([tokens])
         probs = torch.nn.functional.one_hot(tokens_BG, self.config.vocab_size).float()
         return Proposal(tokens_BG, probs, made.confidence_BG, made.largest_BG)
+
+
+class Greedy(DeepseekV4Drafter):
+    """Proposes what it finds most likely, whatever the request's settings."""
+
+    def propose(
+        self, context: DraftContext, anchor_B: Tensor, sampling: Sampling, uniforms_BG: Tensor
+    ) -> Proposal:
+        return super().propose(context, anchor_B, Sampling(0.0), uniforms_BG)
+
+
+class Penalised:
+    """A target that likes each token of the answer, drafts of this pass among them, less by `presence` of a
+    logit: what a request with `presence_penalty` sees."""
+
+    def __init__(self, target: TransformersTarget, prompt: int, presence: float) -> None:
+        self._target, self._prompt, self._presence = target, prompt, presence
+        self.info, self.device, self.new_cache = target.info, target.device, target.new_cache
+        self._read: list[int] = []
+
+    def forward(self, tokens_BT: Tensor, cache: Any, layers: Sequence[int] = ()) -> Any:
+        self._read = [*self._read[: cache.length], *tokens_BT[0].tolist()]
+        return self._target.forward(tokens_BT, cache, layers)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self._target.logits(hidden).clone()
+        rows = logits.view(-1, logits.shape[-1])
+        for place, row in enumerate(rows, len(self._read) - len(rows) + 1):
+            row[list(set(self._read[self._prompt : place]))] -= self._presence
+        return logits
 
 
 def check_same(
@@ -130,7 +161,13 @@ def test_the_engines_sampled_answers_are_those_of_the_reference_loop(target: Tra
     assert accepted > 0
     alone = decode(target, None, PROMPTS[4], Sampling(0.0), 12).tokens
     assert check_same(target, PROMPTS[4], tokens_of(outputs["greedy"]), alone) == 0
-    assert len(tokens_of(outputs["changed"])) == 12
+    prompt = PROMPTS[5]
+    drafter.__class__ = Greedy
+    penalised = cast(TransformersTarget, Penalised(target, len(prompt), 0.5))
+    wanted = decode(penalised, drafter, prompt, Sampling(1.0), 12, 9)
+    assert tokens_of(outputs["changed"]) == list(wanted.tokens)
+    assert wanted.tokens != decode(target, drafter, prompt, Sampling(1.0), 12, 9).tokens
+    assert sum(done.accepted for done in wanted.rounds) > 0
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())

@@ -15,7 +15,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from draftkit import cli
+from draftkit.target.prompt_format import TemplateError
+from draftkit.target.template_format import TemplateFormat
+from draftkit.target.tokenizer import load_tokenizer
 from support.deepseek_v4 import tiny_folder
+from support.records import records
 
 INDEX, SECOND = "model.safetensors.index.json", "model-00002-of-00002.safetensors"
 ANSWERED = [{"role": "user", "content": "Add 3."}, {"role": "assistant", "content": "3 + 4 = 7."}]
@@ -209,3 +213,137 @@ def test_the_doctor_names_what_is_wrong_with_a_pair(
     assert "was trained with the official one" in found["encoder"]
     change(folder, model_type="deepseek_v41")
     assert "is DeepSeek-V4.1" in refused("doctor", "--target", folder, "-d", module)
+
+
+def user(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text, **more}
+
+
+def said(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def system(form: Any) -> dict[str, Any]:
+    return {"role": "system", "content": "S", "response_format": form}
+
+
+def write(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+    path.write_text("".join(json.dumps({"id": n, "messages": m}) + "\n" for n, m in rows.items()))
+
+
+SCHEMA = {"type": "object"}
+FORM = "response_format"
+GOOD_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BAD_FIELDS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "unknown": (
+        [user("x", task="translate")],
+        "messages[0]: task 'translate' is not known, choose one of action",
+    ),
+    "no text": ([user("x", task=["query"])], "messages[0]: task ['query'] is not known"),
+    "false": ([user("x", task=False)], "messages[0]: task False is not known"),
+    "not last": ([user("x", task="query"), user("y")], "only the last message may have a task"),
+    "answered twice": (
+        [user("x", task="query"), said("a"), user("y"), said("b")],
+        "only the last message may have a task, before the answer to it",
+    ),
+    "task of a tool": (
+        [user("x"), said("", tool_calls=[GOOD_CALL]), {"role": "tool", "content": "r", "task": "query"}],
+        "messages[2]: task 'query' belongs to a message of the user",
+    ),
+    "task of an answer": (
+        [user("x"), said("a", task="query")],
+        "task 'query' belongs to a message of the user",
+    ),
+    "title of a question": ([user("x", task="title")], "task 'title' belongs to a message of the assistant"),
+    "prefix of a question": ([user("x", prefix=True)], "prefix belongs to a message of the assistant"),
+    "prefix no switch": (
+        [user("x"), said("a", prefix="yes")],
+        "messages[1]: prefix is 'yes', must be true or false",
+    ),
+    "prefix a number": ([user("x"), said("a", prefix=1)], "prefix is 1, must be true or false"),
+    "prefix empty": ([user("x"), said("", prefix=True)], "prefix: the message has no content to go on with"),
+    "prefix of parts": (
+        [user("x"), said("", prefix=True) | {"content": [{"type": "text", "text": ""}]}],
+        "prefix: the message has no content to go on with",
+    ),
+    "prefix with calls": (
+        [user("x"), said("a", prefix=True, tool_calls=[GOOD_CALL])],
+        "after its tool_calls an answer",
+    ),
+    "prefix and title": ([user("x"), said("a", prefix=True, task="title")], "leave prefix out"),
+    "prefix in the middle": (
+        [user("x"), said("a", prefix=True), said("b"), user("y")],
+        "only the last message may have a prefix",
+    ),
+    "DeepSeek's name": (
+        [user("x"), said("a", wo_eos=True), user("y")],
+        "only the last message may have a prefix",
+    ),
+    "form a text": ([system("json"), user("x")], "messages[0]: response_format is a str, must be an object"),
+    "form empty": ([system({}), user("x")], "response_format is empty"),
+    "form without schema": (
+        [system({"type": "json_schema"}), user("x")],
+        "needs json_schema.schema, an object",
+    ),
+    "form with no schema in it": (
+        [system({"type": "json_schema", "json_schema": {"name": "n"}}), user("x")],
+        "needs json_schema.schema, an object",
+    ),
+    "form of a question": ([user("x", response_format=SCHEMA)], f"{FORM} belongs to a message of the system"),
+    "two forms": ([system(SCHEMA), system(SCHEMA), user("x")], f"only one message may have a {FORM}"),
+    "half a character": ([system({"a": "\ud800"}), user("x")], "holds half a character"),
+}
+
+
+NOWHERE = ["-r", "tiny-deepseek-v4", "--set", "target.path=/there/is/none"]  # told before it is looked for
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_mistakes_are_told_with_file_and_line_before_a_target_is_looked_for(
+    name: str, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    row, told = BAD_FIELDS[name]
+    file = tmp_path / "p.jsonl"
+    write(file, {"ok": [user("x")], name: row})
+    line = refused("generate", *NOWHERE, "-p", file, "-o", tmp_path / "a.jsonl")
+    assert f"{file}:2: " in line and told in line, line
+    assert line == refused("capture", *NOWHERE, "-c", file, "-o", tmp_path / "f")
+
+
+@pytest.mark.parametrize("task", ["query", "title"])
+def test_thinking_that_is_asked_of_a_task_that_forbids_it(
+    task: str, refused: Callable[..., str], folder: Path, tmp_path: Path
+) -> None:
+    row = {"title": [user("x"), said("a", task="title")], "query": [user("x", task="query")]}[task]
+    file = tmp_path / "p.jsonl"
+    write(file, {"ok": [user("x", task="action")], "bad": row})
+    on = ["--set", "target.template_switches={thinking: true}"]
+    out = tmp_path / "a.jsonl"
+    for command in (
+        ["generate", "-p", file, "-o", out],
+        ["capture", "-c", file, "-o", tmp_path / "f"],
+        ["train", "-c", file, "-o", tmp_path / "r"],
+    ):
+        line = refused(*command, *NOWHERE, *on)
+        assert f"{file}:2: " in line and f"task {task!r} is answered without thinking" in line, line
+    there = ["-r", "tiny-deepseek-v4", "--set", f"target.path={folder}", "--set", "generate.max_new_tokens=2"]
+    words = ["generate", *there, *on, "--skip-invalid", "-p", str(file), "-o", str(out)]
+    assert CliRunner().invoke(cli.app, words).exit_code == 0
+    assert list(records(out)) == ["ok"], "the other one is left out"
+
+
+def test_a_chat_template_refuses_what_it_does_not_look_for(
+    refused: Callable[..., str], target_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "p.jsonl"
+    write(file, {"a": [user("x", task="query")]})
+    line = refused("generate", "--target", target_folder, "-p", file, "-o", tmp_path / "a.jsonl")
+    assert "conversation a: " in line and "task is a field of DeepSeek-V4's" in line, line
+    tokenizer = load_tokenizer(str(target_folder))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['task'] }}:{{ m.content }}{% endfor %}"
+    shown = TemplateFormat(tokenizer)
+    assert shown.text([user("x", task="query")]) == "query:x"
+    for message in (said("a", prefix=True), said("a", wo_eos=True), system(SCHEMA)):
+        with pytest.raises(TemplateError, match="this template does not look for it"):
+            shown.prompt([user("x"), message])
+    assert shown.text([user("x", task="query", prefix=False, response_format=None)]) == "query:x"

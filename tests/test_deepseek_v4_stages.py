@@ -22,7 +22,7 @@ from draftkit.decode import decode
 from draftkit.draft.checkpoint import open_drafter
 from draftkit.draft.deepseek_v4 import DeepseekV4Drafter
 from draftkit.engine.settings import EngineSettings
-from draftkit.errors import ConfigError, TargetError
+from draftkit.errors import ConfigError, DataError, TargetError
 from draftkit.handover.deepseek_v4 import write_bundled
 from draftkit.ops.sampling import Sampling
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
@@ -218,6 +218,13 @@ def test_a_python_program_asks_it_as_any_other(folder: Path, run: Path) -> None:
     target, tokenizer = load_target(str(folder)), load_tokenizer(str(folder))
     prompt = DeepseekFormat(tokenizer, {"thinking": False}).prompt(asked)
     assert answer.prompt_token_ids == prompt
+    begun: list[dict[str, Any]] = [{"role": "assistant", "content": "Step 1", "prefix": True}]
+    task = [{"role": "user", "content": "Add 3.", "task": "query"}]
+    for messages in (task, asked + begun):
+        [made] = llm.chat(messages, SamplingParams(max_tokens=1, temperature=0))
+        assert made.prompt_token_ids == DeepseekFormat(tokenizer, {"thinking": False}).prompt(messages)
+    with pytest.raises(DataError, match="only the last message may have a task"):
+        llm.chat(task + asked)
     alone = decode(target, None, prompt, Sampling(0.0), 16)
     assert answer.outputs[0].token_ids == alone.tokens
     assert answer.outputs[0].stats.drafted > 0
@@ -327,6 +334,12 @@ def test_the_server_takes_modes_and_gives_reasoning_apart(client: openai.OpenAI,
         with pytest.raises(openai.BadRequestError, match=told):
             ask(**fields)
     assert client.models.list().data[0].thinking == ["low", "high", "max"]  # type: ignore[attr-defined]
+    asked[0] = {"role": "user", "content": "x", "task": "action"}  # after it nothing is thought
+    for stream in (False, True):
+        made = ask(reasoning_effort="low", stream=stream)
+        said = [c.choices[0].delta for c in made if c.choices] if stream else [made.choices[0].message]
+        assert "".join(one.content or "" for one in said)
+        assert not any(getattr(one, "reasoning_content", None) for one in said)
     asked[0] = {"role": "user", "content": "x", "task": "translate"}
     with pytest.raises(openai.BadRequestError, match="task 'translate' is not known"):
         ask()

@@ -49,7 +49,7 @@ def command(
     make_folder(out)
     from draftkit.data.conversations import SkippedRows, check_beginning
 
-    check_beginning(conversations, skip_invalid)
+    check_beginning(conversations, skip_invalid, settings.target.template_switches)
     check_inputs(settings)
     with doing(LIBRARIES):
         from draftkit import feature_stages, stages

@@ -35,7 +35,7 @@ def check_inputs(recipe: Recipe, drafter: Path | None = None, prompts: Iterable[
     DraftkitError."""
     from draftkit.data.conversations import check_beginning
 
-    check_beginning(prompts, skip_invalid=False)
+    check_beginning(prompts, False, recipe.target.template_switches)
     check_pair(recipe.target.path, recipe.target.revision, drafter)
 
 

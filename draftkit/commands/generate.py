@@ -57,7 +57,8 @@ def command(
         iterate_rows,
     )
 
-    check_beginning(prompts or [], skip_invalid)
+    switches = settings.target.template_switches
+    check_beginning(prompts or [], skip_invalid, switches)
     check_answers(out, prompts or [], skip_invalid)
     check_inputs(settings)
     with doing(LIBRARIES):
@@ -67,7 +68,7 @@ def command(
     skipped = SkippedRows() if skip_invalid else None
 
     def read(first: int) -> Iterator[Conversation | None]:
-        return iterate_rows(paths, skipped and skipped.anew(), first)
+        return iterate_rows(paths, skipped and skipped.anew(), first, switches)
 
     total = count_rows(paths)
     if servers:

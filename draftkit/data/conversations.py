@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
@@ -64,19 +64,23 @@ def read_conversations(paths: Iterable[Path]) -> list[Conversation]:
 
 
 def iterate_conversations(
-    paths: Iterable[Path], skipped: SkippedRows | None = None
+    paths: Iterable[Path], skipped: SkippedRows | None = None, switches: Mapping[str, Any] | None = None
 ) -> Iterator[Conversation]:
     """Conversations one after the other, in the order of the files; of what was read only the ids are
     remembered.
 
     Rows that are wrong are left out into `skipped`, where it is given. Raises DataError that names the file,
-    the line and what is wrong otherwise, and for files that hold none.
+    the line and what is wrong otherwise, and for files that hold none. With `switches` (the recipe's template
+    switches) messages are wrong, too, that cannot be shown with these.
     """
-    return (found for found in iterate_rows(paths, skipped) if found is not None)
+    return (found for found in iterate_rows(paths, skipped, 0, switches) if found is not None)
 
 
 def iterate_rows(
-    paths: Iterable[Path], skipped: SkippedRows | None = None, first: int = 0
+    paths: Iterable[Path],
+    skipped: SkippedRows | None = None,
+    first: int = 0,
+    switches: Mapping[str, Any] | None = None,
 ) -> Iterator[Conversation | None]:
     """`iterate_conversations` row by row: None for one that is left out. The `first` rows are passed over
     without being looked at."""
@@ -90,7 +94,7 @@ def iterate_rows(
                 continue
             try:
                 row = _checked(found, where) if isinstance(found, bytes) else found
-                conversation = conversation_of(row, where, path.stem)
+                conversation = conversation_of(row, where, path.stem, switches)
                 digest = blake2b(conversation.id.encode(), digest_size=8).digest()
                 if digest in seen:
                     raise DataError(f"{where}: id {conversation.id!r} was there before; ids must be unique")
@@ -121,12 +125,13 @@ def count_rows(paths: Iterable[Path]) -> int | None:
     return sum(count_lines(path) for path in files)
 
 
-def check_beginning(paths: Iterable[Path], skip_invalid: bool) -> None:
+def check_beginning(
+    paths: Iterable[Path], skip_invalid: bool, switches: Mapping[str, Any] | None = None
+) -> None:
     """Read the first rows, so that a file of something else is told before anything heavy is loaded."""
     for path in paths:
-        for _ in islice(
-            iterate_conversations([path], SkippedRows() if skip_invalid else None), CHECKED_FIRST
-        ):
+        skipped = SkippedRows() if skip_invalid else None
+        for _ in islice(iterate_conversations([path], skipped, switches), CHECKED_FIRST):
             pass
 
 

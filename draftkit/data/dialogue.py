@@ -2,7 +2,8 @@
 
 Without tool results the answers make the history: each user turn is asked after the answer to the one before.
 With tool results in it the recorded history stays, because a result belongs to the very call before it, and
-the target answers anew at each place where the assistant spoke.
+the target answers anew at each place where the assistant spoke. So it is with an assistant's message that has
+a task (its title) or is a prefix, after which the last answer comes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Dialogue:
         self._asked = asked_hash(conversation)
         self._format, self._seed = prompt_format, seed
         self._messages = asked.as_dicts()
-        self._recorded = asked.has_tool_results
+        self._recorded = asked.keeps_history
         self._history: list[dict[str, Any]] = []
         self._places = _places(self._messages) if self._recorded else []
         self._answers: list[dict[str, Any]] = []
@@ -55,7 +56,7 @@ class Dialogue:
             while self._answers and not self._recorded and self._history[-1]["role"] != "assistant":
                 self._history.pop()  # it ends with its last answer
             return
-        message = answer.message or self._format.parse(answer.tokens).message()
+        message = answer.message or self._format.parse(answer.tokens, question.prompt_ids).message()
         says = bool(message.get("content") or message.get("tool_calls") or message.get("reasoning_content"))
         ids = {"prompt_ids": list(question.prompt_ids), "answer_ids": list(answer.tokens)}
         turn = {**ids, "finish_reason": answer.finish_reason}
@@ -120,9 +121,9 @@ class Dialogue:
 
 
 def _places(messages: list[dict[str, Any]]) -> list[int]:
-    """Where the assistant answers in a recorded history: its turns after a user's or a tool's, and the
-    end."""
-    roles = [m["role"] for m in messages]
+    """Where the assistant answers in a recorded history: its turns after a user's or a tool's, which a prefix
+    is not, and the end."""
+    roles = ["prefix" if m.get("prefix") else m["role"] for m in messages]
     spoken = [i for i in range(1, len(roles)) if roles[i] == "assistant" and roles[i - 1] in ("user", "tool")]
     return [*spoken, len(messages)]
 

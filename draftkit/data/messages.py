@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from draftkit.target.deepseek_v4_messages import FIELDS, asks
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -11,7 +13,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 @dataclass(frozen=True)
 class Message:
     """One turn of a conversation. `tool_calls` have OpenAI's form; `weight` 0 marks an answer that is not to
-    be learnt."""
+    be learnt. `task`, `response_format` and `prefix` are DeepSeek-V4's (`target/deepseek_v4_messages.py`)."""
 
     role: str
     content: str | None = None
@@ -20,6 +22,21 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
     weight: float | None = None
+    task: str | None = None
+    response_format: dict[str, Any] | None = None
+    prefix: bool | None = None
+
+    def __repr__(self) -> str:
+        """Without DeepSeek-V4's fields where it has none: digests of feature stores are made of this."""
+        said = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = (f"{k}={v!r}" for k, v in said.items() if v is not None or k not in FIELDS)
+        return f"Message({', '.join(shown)})"
+
+    @property
+    def asks(self) -> bool:
+        """Whether what comes next is about this very message: an answer to its task, or what follows its
+        prefix."""
+        return asks(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """OpenAI's form, as prompt formats take it."""
@@ -29,6 +46,7 @@ class Message:
             "tool_call_id": self.tool_call_id,
             "name": self.name,
             "weight": self.weight,
+            **{field: getattr(self, field) for field in FIELDS},
         }
         return {"role": self.role, "content": self.content} | {
             k: v for k, v in optional.items() if v is not None
@@ -82,14 +100,15 @@ class Conversation:
         return replace(self, messages=self.messages[: first + 1], turns=())
 
     def prompt(self) -> Conversation:
-        """What is asked: every assistant turn removed; with tool results in it, up to the last one or the
-        last user turn, the calls that they answer kept."""
-        if not self.has_tool_results:
+        """What is asked: every assistant turn removed. Where the history must stay, all up to the last turn
+        that asks: a user's, a tool's, or an assistant's with a task or a prefix."""
+        if not self.keeps_history:
             return replace(self, messages=tuple(m for m in self.messages if m.role != "assistant"), turns=())
-        last = max(i for i, m in enumerate(self.messages) if m.role in ("user", "tool"))
-        return replace(self, messages=self.messages[: last + 1], turns=())
+        asking = (i for i, m in enumerate(self.messages) if m.role in ("user", "tool") or m.asks)
+        return replace(self, messages=self.messages[: max(asking) + 1], turns=())
 
     @property
-    def has_tool_results(self) -> bool:
-        """Whether results of tools stand in it: they answer the very calls before them, which must stay."""
-        return any(m.role == "tool" for m in self.messages)
+    def keeps_history(self) -> bool:
+        """Whether the assistant's turns must stay: results of tools answer the very calls before them, a
+        title is that of the very answer, and a prefix is gone on with."""
+        return any(m.role == "tool" or (m.role == "assistant" and m.asks) for m in self.messages)

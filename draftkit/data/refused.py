@@ -43,7 +43,7 @@ def learnt_ones(
 def _with_answers(asked: Conversation) -> list[dict[str, Any]]:
     """The messages of a prompt; where answers will stand between them, one letter stands for each."""
     messages = asked.as_dicts()
-    if asked.has_tool_results:
+    if asked.keeps_history:
         return messages
     found: list[dict[str, Any]] = []
     for message in messages:

@@ -15,6 +15,7 @@ from typing import Any
 
 from draftkit.data.messages import ROLES, Conversation, Message, WrittenTurn
 from draftkit.errors import DataError
+from draftkit.target.deepseek_v4_messages import check_conversation, fields_of
 from draftkit.target.prompt_format import content_text
 
 _SPEAKERS = {
@@ -38,8 +39,11 @@ _ANSWERS = ("response", "completion", "answer", "output")
 _FORMS = ("messages", "conversations", "turns", "prompt", "instruction")
 
 
-def conversation_of(row: Any, where: str, stem: str) -> Conversation:
-    """The conversation in a row. `where` names it in errors, `stem` is the domain of rows that give none."""
+def conversation_of(
+    row: Any, where: str, stem: str, switches: Mapping[str, Any] | None = None
+) -> Conversation:
+    """The conversation in a row. `where` names it in errors, `stem` is the domain of rows that give none;
+    `switches`: those that it will be shown with, where they are known."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: is a {type(row).__name__}, must be a JSON object")
     row = {k: v for k, v in row.items() if v is not None}
@@ -52,13 +56,17 @@ def conversation_of(row: Any, where: str, stem: str) -> Conversation:
     for key in ("id", "domain"):
         if not isinstance(row.get(key, ""), str | int):
             raise DataError(f"{where}: {key} is a {type(row[key]).__name__}, must be a string")
+    try:
+        check_conversation([m.as_dict() for m in messages], switches or {})
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
     tools = _tools(row.get("tools", row.get("functions", [])), where)
     turns = _turns(row, where)
     reason = row.get("finish_reason", turns[-1].finish_reason if turns else None)
-    switches = row.get("switches")
-    if not isinstance(switches, dict | None):
+    made_with = row.get("switches")
+    if not isinstance(made_with, dict | None):
         raise DataError(
-            f"{where}: switches is a {type(switches).__name__}, must be an object of template switches"
+            f"{where}: switches is a {type(made_with).__name__}, must be an object of template switches"
         )
     text = json.dumps([[m.as_dict() for m in messages], tools], ensure_ascii=False)
     _check_characters(f"{row.get('id')}{row.get('domain')}{text}", where)
@@ -67,7 +75,7 @@ def conversation_of(row: Any, where: str, stem: str) -> Conversation:
         identity = f"{stem}-{where.rsplit(':', 1)[1]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     domain = str(row.get("domain") or stem)
     return Conversation(
-        identity, domain, tuple(messages), tools, turns, str(reason) if reason else None, switches
+        identity, domain, tuple(messages), tools, turns, str(reason) if reason else None, made_with
     )
 
 
@@ -139,7 +147,7 @@ def _spoken(raw: Any, where: str) -> Message:
     if role is None:
         raise DataError(f"{where}: from {speaker!r} is not known; speakers are {', '.join(_SPEAKERS)}")
     if speaker != "function_call":
-        return _message({"role": role, "content": value}, where)
+        return _message({"role": role, "content": value} | fields_of(raw), where)
     calls = _json(value, where) if isinstance(value, str) else value
     listed = calls if isinstance(calls, list) else [calls]
     return _message(
@@ -185,6 +193,7 @@ def _message(raw: Any, where: str) -> Message:
         raw.get("tool_call_id"),
         raw.get("name"),
         weight,
+        **fields_of(raw),
     )
 
 

@@ -189,9 +189,8 @@ def _of_hub(source: Source, skipped: SkippedRows | None) -> Iterator[Conversatio
 
 def _digest(conversation: Conversation) -> bytes:
     """Of what is asked: the same question with another answer is the same."""
-    text = json.dumps(
-        [m.content for m in conversation.messages if m.role in ("user", "tool")], ensure_ascii=False
-    )
+    asked = [m for m in conversation.messages if m.role in ("user", "tool") or m.asks]
+    text = json.dumps([[m.content, m.task, m.prefix] for m in asked], ensure_ascii=False)
     return hashlib.sha256(text.encode()).digest()[:8]
 
 

@@ -22,6 +22,7 @@ from draftkit.data.row_forms import conversation_of
 from draftkit.data.secrets import mask_secrets
 from draftkit.errors import DataError
 from draftkit.output import as_json, make_folder, write_text
+from draftkit.target.deepseek_v4_messages import fields_of
 
 SPLITS = ("train", "validation", "heldout")
 _LOOKED_AT = 50  # lines by which a format is recognised
@@ -185,11 +186,12 @@ def _with_cuts(conversation: Conversation, cut: set[str], report: TracesReport) 
 
 def _prefix_hashes(messages: Sequence[Message]) -> Iterator[str]:
     """A digest of the first message, the first two, ...; ids of calls, which differ from log to log, do not
-    count."""
+    count. DeepSeek-V4's fields do, where a message has them."""
     digest = hashlib.sha256()
     for m in messages:
         calls = [c["function"] for c in m.tool_calls]
-        digest.update(json.dumps([m.role, m.content or "", calls], ensure_ascii=False).encode())
+        own = [said] if (said := fields_of(m.as_dict())) else []
+        digest.update(json.dumps([m.role, m.content or "", calls, *own], ensure_ascii=False).encode())
         yield digest.hexdigest()
 
 

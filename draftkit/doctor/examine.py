@@ -31,6 +31,7 @@ from draftkit.evaluate_stages import first_turns
 from draftkit.handover.engines import engine_named
 from draftkit.progress import progress_bar
 from draftkit.stages import read_prompts
+from draftkit.target.deepseek_v4_messages import asks
 from draftkit.target.deepseek_v4_tensors import FAMILY
 from draftkit.target.formats import format_of
 from draftkit.target.loading import best_device, load_target
@@ -113,7 +114,8 @@ def examine(
         findings, facts = findings + more, facts + told
     if url is not None:
         questions = [asked[p.prompt_id] for p in prompts]
-        texts = [str(messages[-1]["content"]) for messages in questions if len(messages) == 1]
+        alone = [messages[0] for messages in questions if len(messages) == 1 and not asks(messages[0])]
+        texts = [str(message["content"]) for message in alone]
         if not texts:
             raise ServeError(f"{settings.prompts}: has no prompt of one message to ask a server")
         block = (

@@ -83,7 +83,7 @@ def answer_suite(
         ]
         for (chat, prompt), decoded in zip(asked, decode_all(engine, requests, tick), strict=True):
             found.append(_record(shown, drafter, chat, turn, len(prompt), decoded))
-            said = shown.parse(decoded.tokens).message()
+            said = shown.parse(decoded.tokens, prompt).message()
             chat.messages.append({"role": "assistant", "content": said.get("content") or ""})
         chats = [chat for chat, _ in asked]
     return found

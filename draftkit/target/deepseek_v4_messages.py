@@ -1,12 +1,88 @@
-"""OpenAI's messages and tools as DeepSeek's package `deepseek-recipe` has them."""
+"""OpenAI's messages and tools as DeepSeek's package `deepseek-recipe` has them, and the fields of messages
+that DeepSeek-V4 has beyond OpenAI's: `task` (its quick instructions), `response_format` and `prefix`.
+
+The fields are checked here for all: files of conversations, the server and `LLM`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from draftkit.target.prompt_format import Message
+
+FIELDS = ("task", "response_format", "prefix")
+TASKS = ("action", "query", "authority", "domain", "read_url", "title")
+_OWNERS = {
+    "task": ("user", "developer"),
+    "title": ("assistant",),  # a task, too
+    "response_format": ("system", "developer"),
+    "prefix": ("assistant",),
+}
+
+
+def fields_of(message: Message) -> dict[str, Any]:
+    """Those of FIELDS that a message has. What is null, and a prefix that is false, it has not; DeepSeek's
+    encoder calls a prefix `wo_eos`."""
+    begun = message.get("wo_eos") if message.get("prefix") in (None, False) else message["prefix"]
+    found = {name: message.get(name) for name in FIELDS} | {"prefix": begun if begun is not False else None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def asks(message: Message) -> bool:
+    """Whether what comes next is about this very message: an answer to its task, or what follows its
+    prefix."""
+    return not fields_of(message).keys().isdisjoint(("task", "prefix"))
+
+
+def check_request(messages: Sequence[Message], switches: Mapping[str, Any]) -> None:
+    """Raise ValueError when FIELDS have values that they cannot have, or stand where a request that is shown
+    with these switches cannot have them."""
+    for place, message in enumerate(messages):
+        if fields_of(message):
+            try:
+                _check(message, switches)
+            except ValueError as error:
+                raise ValueError(f"messages[{place}]: {error}") from None
+    for message in messages[:-1]:
+        if asks(message):
+            name = "task" if "task" in fields_of(message) else "prefix"
+            raise ValueError(f"only the last message may have a {name}, before the answer to it")
+    if sum("response_format" in fields_of(message) for message in messages) > 1:
+        raise ValueError("only one message may have a response_format")
+
+
+def check_conversation(messages: Sequence[Message], switches: Mapping[str, Any]) -> None:
+    """`check_request` of a conversation, whose last message may be the answer."""
+    answered = messages[-1]["role"] == "assistant" and not asks(messages[-1])
+    check_request(messages[:-1] if answered else messages, switches)
+
+
+def _check(message: Message, switches: Mapping[str, Any]) -> None:
+    """Raise ValueError when a message cannot have the values of FIELDS that it has."""
+    found, role = fields_of(message), message["role"]
+    task = found.get("task")
+    if "task" in found and task not in TASKS:
+        raise ValueError(f"task {task!r:.40} is not known, choose one of {', '.join(TASKS)}")
+    if found.get("prefix", True) is not True:
+        raise ValueError(f"prefix is {found['prefix']!r:.40}, must be true or false")
+    if "response_format" in found:
+        schema_of(message)
+    for name in found:
+        owners = _OWNERS["title" if (name, task) == ("task", "title") else name]
+        if role not in owners:
+            what = f"task {task!r}" if name == "task" else name
+            raise ValueError(f"{what} belongs to a message of the {owners[0]}")
+    if task not in (None, "action") and switches.get("thinking", switches.get("enable_thinking")):
+        raise ValueError(f"task {task!r} is answered without thinking; leave the switch thinking out")
+    if "prefix" not in found:
+        return
+    if task is not None:
+        raise ValueError(f"task {task!r} comes after a whole answer; leave prefix out")
+    if message.get("tool_calls"):
+        raise ValueError("prefix: after its tool_calls an answer ends; leave one of the two out")
+    if not (_text(message.get("content")) or reasoning_of(message)):
+        raise ValueError("prefix: the message has no content to go on with; leave it out")
 
 
 def message_of(recipe: Any, message: Message) -> Any:
@@ -23,9 +99,7 @@ def message_of(recipe: Any, message: Message) -> Any:
     if role != "assistant":
         raise ValueError(f"role {role!r}: DeepSeek-V4 has system, user, assistant, tool and latest_reminder")
     calls = [_call(recipe, c) for c in message.get("tool_calls") or ()]
-    begun = bool(
-        message.get("prefix") or message.get("wo_eos")
-    )  # DeepSeek's API says prefix, its encoder wo_eos
+    begun = "prefix" in fields_of(message)
     return recipe.AssistantMessage(_text(message.get("content")), reasoning_of(message), calls or None, begun)
 
 
@@ -52,11 +126,20 @@ def reasoning_of(message: Message) -> str | None:
 
 
 def schema_of(message: Message) -> Any:
-    """The schema of a message's `response_format`. Raises ValueError when that is no object."""
+    """What the model is shown of a message's `response_format`: the schema in it, or all of it (a schema
+    itself, or {"type": "json_object"}); None for {"type": "text"}, which asks for nothing. Raises ValueError
+    when that is no object, or has no schema."""
     asked = message["response_format"]
     if not isinstance(asked, Mapping):
         raise ValueError(f"response_format is a {type(asked).__name__}, must be an object")
-    return asked["json_schema"].get("schema", {}) if asked.get("type") == "json_schema" else asked
+    if not asked:
+        raise ValueError('response_format is empty; give {"type": "json_object"}, or a schema')
+    if asked.get("type") != "json_schema":
+        return None if asked.get("type") == "text" else asked
+    about = asked.get("json_schema")
+    if not isinstance(about, Mapping) or not isinstance(about.get("schema"), Mapping):
+        raise ValueError("response_format of type json_schema needs json_schema.schema, an object")
+    return about["schema"]
 
 
 def tool_of(recipe: Any, tool: Mapping[str, Any]) -> Any:

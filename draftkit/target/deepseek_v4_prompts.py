@@ -20,7 +20,15 @@ from draftkit.errors import ConfigError, TargetError
 from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.deepseek_v4_answers import DeepseekAnswer, DeepseekReader
 from draftkit.target.deepseek_v4_encoder import encoder_digest, load_recipe
-from draftkit.target.deepseek_v4_messages import message_of, reasoning_of, schema_of, tool_of
+from draftkit.target.deepseek_v4_messages import (
+    FIELDS,
+    check_request,
+    fields_of,
+    message_of,
+    reasoning_of,
+    schema_of,
+    tool_of,
+)
 from draftkit.target.prompt_format import CallForm, Message, TemplateError, Tools, Turn, is_answer
 
 DSML, EOS, OPEN, CLOSE = "｜DSML｜", "<｜end▁of▁sentence｜>", "<think>", "</think>"
@@ -29,7 +37,6 @@ NEEDED = ("<｜begin▁of▁sentence｜>", EOS, "<｜User｜>", ASSISTANT, OPEN,
 EFFORTS = ("low", "high", "max")
 SAME = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}  # as DeepSeek's API takes them
 ENCODERS = ("official", "preview")
-TASKS = ("action", "query", "authority", "domain", "read_url", "title")
 _OFFICIAL = re.compile(r"DeepSeek-V4-(?:Flash|Pro)-\d{4}")
 _PREVIEW = re.compile(r"DeepSeek-V4-(?:Flash|Pro)(?:-DSpark|-Base)?")
 _SWITCHES = ("thinking", "enable_thinking", "reasoning_effort", "drop_thinking", "encoder")
@@ -99,7 +106,7 @@ class DeepseekFormat:
 
     def mentions(self, name: str) -> bool:
         """Whether the format has a place for this: a switch, or a field of messages."""
-        return name in (*_SWITCHES, "tools", "tool_calls", "reasoning_content")
+        return name in (*_SWITCHES, *FIELDS, "tools", "tool_calls", "reasoning_content")
 
     def check_switches(self, switches: Mapping[str, Any]) -> None:
         """Raise ConfigError for a switch that DeepSeek-V4 does not have, or a value that it does not take."""
@@ -144,26 +151,32 @@ class DeepseekFormat:
         for place, message in enumerate(messages):
             if is_answer(messages, place):
                 ended = not (cut and place == len(messages) - 1)
-                written = self._written(message, ended)
                 prompt = self.prompt(messages[:place], tools)
+                written = self._written(message, ended, self._opens_thinking(prompt))
                 found.append(Turn(prompt, self._encoded(written)))
         return found
 
-    def parse(self, answer_ids: Sequence[int]) -> AnswerParts:
+    def parse(self, answer_ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> AnswerParts:
         """An answer's reasoning, content and tool calls."""
-        stream = self.stream()
+        stream = self.stream(prompt_ids)
         stream.add(answer_ids)
         return stream.finish()
 
-    def stream(self) -> DeepseekAnswer:
+    def stream(self, prompt_ids: Sequence[int] = ()) -> DeepseekAnswer:
         """A parser that takes an answer's tokens as they come."""
-        return DeepseekAnswer(self._recipe, self.tokenizer, self._names, self.mode.thinking)
+        opened = self._opens_thinking(prompt_ids)
+        return DeepseekAnswer(self._recipe, self.tokenizer, self._names, opened)
 
     def reader(self, prompt_ids: Sequence[int] = (), with_calls: bool = True) -> DeepseekReader:
-        """A parser that takes an answer's text as it comes; its prompt says whether it begins with
-        thinking."""
-        opened = self._ids[OPEN] in prompt_ids[-2:] if prompt_ids else self.mode.thinking
-        return DeepseekReader(DeepseekAnswer(self._recipe, self.tokenizer, self._names, opened))
+        """A parser that takes an answer's text as it comes."""
+        return DeepseekReader(self.stream(prompt_ids))
+
+    def _opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
+        """Whether the answer to a prompt begins with thinking: <think> is the prompt's last special token. It
+        is not after a task, nor after a prefix of what follows the thinking. Without a prompt the mode says
+        it."""
+        last = next((i for i in reversed(prompt_ids) if i in self._names), None)
+        return self.mode.thinking if last is None else last == self._ids[OPEN]
 
     def unshown(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, ...]:
         """What of a conversation the model is not shown."""
@@ -187,8 +200,13 @@ class DeepseekFormat:
         return Mode(True, asked, drop)
 
     def _prompt_pieces(self, messages: Sequence[Message], tools: Tools | None) -> list[Piece]:
+        try:
+            check_request(messages, self.switches)
+        except ValueError as error:
+            raise TemplateError(str(error)) from error
         task = messages[-1].get("task") if messages else None
-        self._check_tasks(messages, task)
+        if task is not None and f"<｜{task}｜>" not in self._ids:
+            raise TemplateError(f"the tokenizer has no token for the task {task!r}")
         mode = self.mode if task in (None, "action") else Mode(False, None, self.mode.drop)
         pieces = self._rendered(messages, tools, mode)
         if mode.thinking and not mode.drop:
@@ -199,29 +217,10 @@ class DeepseekFormat:
             pieces = [*_with_url(pieces[:-2]), *pieces[-2:]]
         return [*pieces[:-2], (f"<｜{task}｜>", True)] if task else pieces
 
-    def _check_tasks(self, messages: Sequence[Message], task: Any) -> None:
-        for name in ("task", "prefix", "wo_eos"):
-            if any(m.get(name) for m in messages[:-1]):
-                raise TemplateError(f"only the last message may have a {name}")
-        if task is None:
-            return
-        if task not in TASKS:
-            raise TemplateError(f"task {task!r} is not known, choose one of {', '.join(TASKS)}")
-        owners = ("assistant",) if task == "title" else ("user", "developer")
-        if messages[-1]["role"] not in owners:
-            whose = "an assistant" if task == "title" else "a user"
-            raise TemplateError(f"task {task!r} belongs to {whose} message")
-        if messages[-1].get("prefix") or messages[-1].get("wo_eos"):
-            raise TemplateError(f"task {task!r} comes after a whole answer; leave prefix out")
-        if f"<｜{task}｜>" not in self._ids:
-            raise TemplateError(f"the tokenizer has no token for the task {task!r}")
-        if task != "action" and self.switches.get("thinking", self.switches.get("enable_thinking")):
-            raise TemplateError(f"task {task!r} is answered without thinking; leave thinking out")
-
     def _rendered(self, messages: Sequence[Message], tools: Tools | None, mode: Mode) -> list[Piece]:
         recipe = self._recipe
         try:
-            schema = next((schema_of(m) for m in messages if m.get("response_format")), None)
+            schema = next((schema_of(m) for m in messages if "response_format" in fields_of(m)), None)
             conversation = recipe.Conversation(
                 [message_of(recipe, m) for m in messages],
                 thinking_mode=mode.thinking,
@@ -230,21 +229,22 @@ class DeepseekFormat:
                 response_schema=schema,
             )
             rendered = recipe.DeepseekV4Encoding().render_conversation(conversation)
-        except KeyError as error:  # of a call, a tool or a response_format
+        except KeyError as error:  # of a call or a tool
             raise TemplateError(f"{error} is missing") from error
-        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             raise TemplateError(" ".join(str(error).split()) or type(error).__name__) from error
         return list(_pieces(rendered.prompt, rendered.special_ranges))
 
-    def _written(self, message: Message, ended: bool) -> list[Piece]:
-        """What the assistant wrote, its end included where it wrote one."""
-        left_out = ("reasoning_content", "reasoning", "task", "prefix", "wo_eos")
+    def _written(self, message: Message, ended: bool, thinks: bool) -> list[Piece]:
+        """What the assistant wrote after a prompt that has opened its thinking, or has not; its end included
+        where it wrote one."""
+        left_out = (*FIELDS, "wo_eos", "reasoning_content", "reasoning")
         bare = {k: v for k, v in message.items() if k not in left_out}
         quiet = Mode(False, None, True)
         pieces = self._rendered([{"role": "user", "content": ""}, bare], None, quiet)
         first = next(i for i, piece in enumerate(pieces) if piece == (CLOSE, True)) + 1
         last = max(i for i, piece in enumerate(pieces) if piece == (EOS, True))
-        thought = [(reasoning_of(message) or "", False), (CLOSE, True)] if self.mode.thinking else []
+        thought = [(reasoning_of(message) or "", False), (CLOSE, True)] if thinks else []
         return [*thought, *pieces[first : last + ended]]
 
     def _encoded(self, pieces: Sequence[Piece]) -> tuple[int, ...]:

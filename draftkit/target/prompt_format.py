@@ -77,8 +77,8 @@ class PromptFormat(Protocol):
         """
         ...
 
-    def parse(self, answer_ids: Sequence[int]) -> AnswerParts:
-        """An answer's reasoning, content and tool calls."""
+    def parse(self, answer_ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> AnswerParts:
+        """The reasoning, content and tool calls of the answer to a prompt."""
         ...
 
     def reader(self, prompt_ids: Sequence[int] = (), with_calls: bool = True) -> AnswerStream:
@@ -121,9 +121,10 @@ def call_with_object(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_answer(messages: Sequence[Message], place: int) -> bool:
-    """Whether the assistant answers somebody here, says something, and is to be learnt from."""
+    """Whether the assistant answers somebody here, says something, and is to be learnt from. A prefix is
+    given to it."""
     message = messages[place]
-    if message["role"] != "assistant" or message.get("weight") == 0:
+    if message["role"] != "assistant" or message.get("weight") == 0 or message.get("prefix"):
         return False
     says = message.get("content") or message.get("tool_calls") or message.get("reasoning_content")
     return bool(says) and any(m["role"] in ("user", "tool") for m in messages[:place])

@@ -12,6 +12,7 @@ from typing import Any
 from draftkit.errors import ConfigError
 from draftkit.target.answer_parts import AnswerParts, AnswerStyle
 from draftkit.target.answer_stream import AnswerStream, parse_answer
+from draftkit.target.deepseek_v4_messages import FIELDS, fields_of
 from draftkit.target.prompt_format import (
     CallForm,
     Message,
@@ -147,8 +148,8 @@ class TemplateFormat:
             known_text, known_ids = self._ids.up_to_special(prompt, prompt_ids)
         return found
 
-    def parse(self, answer_ids: Sequence[int]) -> AnswerParts:
-        """An answer's reasoning, content and tool calls."""
+    def parse(self, answer_ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> AnswerParts:
+        """The reasoning, content and tool calls of an answer, whatever its prompt."""
         text = self.tokenizer.decode(answer_ids, skip_special_tokens=False)
         return parse_answer(self.style, text, tuple(self._ids.special.values()))
 
@@ -217,6 +218,9 @@ class TemplateFormat:
         reasoning has the name that this template looks for. Raises ValueError for what cannot be shown at
         all."""
         shown = {k: v for k, v in message.items() if v is not None}
+        own = fields_of(message)
+        if own and (lost := sorted(own.keys() - set(self._looks_for(*FIELDS)))):
+            raise ValueError(f"{lost[0]} is a field of DeepSeek-V4's, this template does not look for it")
         if shown["role"] == "developer" and not self.mentions("developer"):
             shown["role"] = "system"
         shown["content"] = content_text(shown.get("content"))
@@ -236,7 +240,11 @@ class TemplateFormat:
 
     def _reasoning_names(self) -> tuple[str, ...]:
         """The names under which the template looks for an assistant's reasoning."""
-        asked = r"""(?:\.|\[['"]|get\(['"]|['"])(reasoning_content|reasoning|thinking)\b"""
+        return self._looks_for("reasoning_content", "reasoning", "thinking")
+
+    def _looks_for(self, *names: str) -> tuple[str, ...]:
+        """Those of some fields of messages that the template looks for."""
+        asked = rf"""(?:\.|\[['"]|get\(['"]|['"])({"|".join(names)})\b"""
         return tuple(sorted(set(re.findall(asked, self.source))))
 
     def _thinks_in_content(self) -> bool:

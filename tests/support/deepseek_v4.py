@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
 from transformers import DeepseekV4Config
 
 from draftkit.draft.checkpoint import new_drafter
@@ -50,9 +51,17 @@ def tiny_drafter(target: TransformersTarget, spread: float = 0.15, **changes: An
     return drafter.eval()
 
 
-def tiny_folder(folder: Path, **changes: Any) -> Path:
-    """A random tiny V4 with tokenizer and a random draft module, as DeepSeek writes them."""
+def whole_tokenizer() -> Any:
+    """The tiny tokenizer with the tokens of all tasks."""
     tokenizer = v4_tokenizer(TEXTS)
+    more = [AddedToken(f"<｜{task}｜>", special=True, normalized=False) for task in ("authority", "domain")]
+    tokenizer.add_tokens(more)
+    return tokenizer
+
+
+def tiny_folder(folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
+    """A random tiny V4 with tokenizer and a random draft module, as DeepSeek writes them."""
+    tokenizer = tokenizer or v4_tokenizer(TEXTS)
     raw = TINY | {
         "vocab_size": len(tokenizer) + 1,
         "dspark_noise_token_id": len(tokenizer),
