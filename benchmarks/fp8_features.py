@@ -108,7 +108,7 @@ def acceptance(drafter: Drafter, source: FeatureSource, settings: LossSettings) 
     """Mean acceptance rate by position, given that all before it are the target's."""
     parallel = ParallelDrafter(drafter.eval(), ALONE, False, torch.float32)
     sums, counts = torch.zeros(drafter.gamma), torch.zeros(drafter.gamma)
-    for batch in BatchMaker(source, range(len(source)), 8, 16, 0, Cut()).validation():
+    for _, batch in BatchMaker(source, range(len(source)), 8, 16, 0, Cut()).validation():
         report = parallel.loss(batch, settings)
         place = report.rows_N % drafter.gamma
         sums.index_add_(0, place, report.accept_N.float())

@@ -100,6 +100,8 @@ MISTAKES = (
     Mistake("report broken.jsonl", "broken.jsonl: is a file; give the folder of a run"),
     Mistake("recipes nosuch", "or one of `draftkit recipes`: deepseek"),
     Mistake("features verify broken.jsonl", "broken.jsonl: is a file; give a feature store"),
+    Mistake("serve --target targets/huge", "config.json has num_experts 1,000,000,000, and its 1 tensors"),
+    Mistake("generate -o out.jsonl --target targets/huge", "config.json has num_experts 1,000,000,000, and"),
     Mistake("mix features -o out.jsonl", "features: is a folder; give a YAML file of sources"),
     Mistake("mix nothing.yaml -o out.jsonl", "nothing.yaml: no such file; give a YAML file of sources"),
     Mistake("mix broken.jsonl -o features", "--out features is a folder; give the name of a file"),
@@ -152,6 +154,11 @@ def prepare(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     (folder / "runs/quick/drafter/best/config.json").write_text("{}")
     (folder / "targets/small/config.json").write_text("{}")
+    (folder / "targets/huge").mkdir()
+    (folder / "targets/huge/config.json").write_text('{"hidden_size": 2, "num_experts": 1000000000}')
+    header = b'{"norm.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+    weights = len(header).to_bytes(8, "little") + header + bytes(8)
+    (folder / "targets/huge/model.safetensors").write_bytes(weights)
     for name in ("other", "named"):
         (folder / name / "config.json").write_text('{"hidden_size": 9999}')
     (folder / "named/draftkit.json").write_text('{"target": "smollm2"}')

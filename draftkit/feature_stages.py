@@ -79,20 +79,23 @@ def open_features(
     Raises FeatureStoreError when one does not match the recipe, ConfigError for a weight that is none.
     """
     named = [_weighed(str(folder)) for folder in folders]
-    sources = [_opened(recipe, target, tokenizer, folder, probe) for folder, _ in named]
+    sources = [_opened(recipe, target, tokenizer, folder) for folder, _ in named]
+    states = [source for source in sources if isinstance(source, StoredStates)]
+    if probe and states and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough
+        model = target if isinstance(target, TransformersTarget) else open_target(recipe)[0]
+        for one in states:
+            one.probe(model)
     if len(sources) == 1 and named[0][1] == 1:
         return sources[0]
     return JoinedFeatures(sources, [weight for _, weight in named])
 
 
-def _opened(
-    recipe: Recipe, target: TargetWeights, tokenizer: Any, folder: Path, probe: bool
-) -> FeatureSource:
+def _opened(recipe: Recipe, target: TargetWeights, tokenizer: Any, folder: Path) -> FeatureSource:
     layers = feature_layers(recipe, target)
     if is_target_cache(folder):
         return TargetCache(folder, target.info, layers)
     if is_data_set(folder):
-        return _stored_states(recipe, target, folder, probe)
+        return _stored_states(recipe, target, folder)
     store = FeatureStore(folder)
     switches = recipe.target.template_switches
     made = (target.info.fingerprint, layers, template_hash(tokenizer), tokenizer_hash(tokenizer), switches)
@@ -100,7 +103,7 @@ def _opened(
     return store
 
 
-def _stored_states(recipe: Recipe, target: TargetWeights, folder: Path, probe: bool) -> StoredStates:
+def _stored_states(recipe: Recipe, target: TargetWeights, folder: Path) -> StoredStates:
     if target.info.family in STREAM_MEANS:
         told = f"no last hidden state of {target.info.family} can be made of what vLLM stores"
         raise ConfigError(f"--features {folder}: {told}; capture a store")
@@ -110,10 +113,7 @@ def _stored_states(recipe: Recipe, target: TargetWeights, folder: Path, probe: b
         if isinstance(norm, StoredModule)
         else copy.deepcopy(cast(nn.Module, norm)).cpu().float()
     )
-    states = StoredStates(folder, Wanted(target.info, feature_layers_of(recipe, target), module))
-    if probe and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes is enough
-        states.probe(target if isinstance(target, TransformersTarget) else open_target(recipe)[0])
-    return states
+    return StoredStates(folder, Wanted(target.info, feature_layers_of(recipe, target), module))
 
 
 def live_features(

@@ -236,6 +236,21 @@ def test_without_a_probe_the_target_is_not_asked(opened: Any, recipe: Recipe, pr
     assert len(feature_stages.open_features(recipe, *opened, [prepared], probe=False)) == 14
 
 
+def test_several_folders_are_probed_by_a_target_that_is_opened_once(
+    opened: Any, recipe: Recipe, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times: list[Recipe] = []
+    original = feature_stages.open_target
+    monkeypatch.setattr(feature_stages, "open_target", lambda r: times.append(r) or original(r))
+    files, tokenizer = stages.read_target(recipe)
+    folders = [Path(shutil.copytree(written, tmp_path / name)) for name in ("one", "two")]
+    assert len(feature_stages.open_features(recipe, files, tokenizer, folders)) == 28
+    assert len(times) == 1
+    every(lambda s: s[:, [1, 0, 2]])(folders[1])
+    with pytest.raises(FeatureStoreError, match=r"two: hs_\d+.*gives the output of layer 2"):
+        feature_stages.open_features(recipe, files, tokenizer, folders)
+
+
 def test_a_family_of_several_streams_is_refused(opened: Any, recipe: Recipe, prepared: Path) -> None:
     info = replace(opened[0].info, family="deepseek_v4")
     with pytest.raises(

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 
 def check_pair(target: str, revision: str | None = None, drafter: Path | None = None) -> None:
-    """Raise TargetError unless there is such a target, CheckpointError unless the drafter is there and, as
-    far as its files say, for this target."""
+    """Raise TargetError unless there is such a target, with weights of the sizes that its configuration says;
+    CheckpointError unless the drafter is there and, as far as its files say, for this target."""
     from draftkit.draft.place import check_drafter
-    from draftkit.target.place import find_target
+    from draftkit.target.config_sizes import check_counts, held_in
+    from draftkit.target.place import find_target, sizes_of
 
     place = find_target(target, revision)
+    if place is not None and place.is_dir():
+        check_counts(target, sizes_of(place), held_in(place))
     if drafter is not None:
         check_drafter(drafter, place)
 

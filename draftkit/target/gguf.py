@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from draftkit.errors import TargetError, one_line
+from draftkit.target.config_sizes import EXPERTS, LAYERS, SIDES, Held, check_counts
 from draftkit.target.fingerprint import SOURCE, hash_contents
 
 MAGIC = b"GGUF"
@@ -118,7 +119,10 @@ def _check_magic(file: Path) -> None:
 
 def _unpack(parts: list[Path], folder: Path, fingerprint: str) -> None:
     """Unpack into a folder beside `folder`, which takes its name when it is complete."""
-    numbers = sum(_check_tensors(part) for part in parts)
+    each = [_check_tensors(part) for part in parts]
+    tensors, numbers = sum(held.tensors for held in each), sum(held.numbers for held in each)
+    held = Held(tensors, max(held.longest for held in each), numbers)
+    check_counts(str(parts[0]), _sizes(parts[0]), held, "its metadata")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
@@ -148,21 +152,29 @@ def _unpack(parts: list[Path], folder: Path, fingerprint: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_tensors(file: Path) -> int:
-    """How many numbers a file's tensors hold. Raises TargetError when one of them ends after the file
+def _check_tensors(file: Path) -> Held:
+    """What a file's tensors hold. Raises TargetError when one of them ends after the file
     does."""
     gguf = gguf_package()
     try:
         reader = gguf.GGUFReader(file)
         end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
-        numbers = sum(int(t.n_elements) for t in reader.tensors)
+        longest = max((int(side) for t in reader.tensors for side in t.shape), default=0)
+        held = Held(len(reader.tensors), longest, sum(int(t.n_elements) for t in reader.tensors))
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError, MemoryError) as error:
         raise TargetError(f"{file}: is cut off or damaged ({one_line(error)}); copy it again") from error
     if end > file.stat().st_size:
         raise TargetError(
             f"{file}: is cut off, its last tensor ends at byte {end} of {file.stat().st_size}; copy it again"
         )
-    return numbers
+    return held
+
+
+def _sizes(file: Path) -> dict[str, Any]:
+    """What a file's metadata says of layers, experts and sizes, by the names that all architectures share."""
+    fields = gguf_package().GGUFReader(file).fields
+    named = {key.partition(".")[2]: field for key, field in fields.items()}
+    return {name: named[name].contents() for name in (*LAYERS, *EXPERTS, *SIDES) if name in named}
 
 
 def _convert(file: Path, folder: Path) -> None:

@@ -23,11 +23,13 @@ from transformers.utils.logging import disable_progress_bar
 from draftkit.errors import TargetError, one_line
 from draftkit.target import deepseek_v4
 from draftkit.target.check import check_target
+from draftkit.target.config_sizes import Held, check_counts, check_numbers, held_by, held_in, may_be_larger
 from draftkit.target.deepseek_v4_tensors import FAMILY
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.gguf import unpacked
 from draftkit.target.interface import TargetInfo
 from draftkit.target.place import find_target
+from draftkit.target.shards import tensor_places
 from draftkit.target.transformers import (
     DTYPES,
     NOTHING_LEFT_OUT,
@@ -78,12 +80,16 @@ def load_target(
         raise TargetError(f"{path}: cannot use device {device!r}: {one_line(error)}") from error
     source = resolve_target(path, revision)
     refuse_by_name(path, source, revision)
+    raw, held = written_config(source, revision), _held(source, revision)
+    check_counts(path, raw, held)
     if not sys.stderr.isatty():
         disable_progress_bar()  # Transformers draws its bar into log files too
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_quantisation(config, path)
         if config.model_type != FAMILY:
+            if held is not None and may_be_larger(raw, held):
+                _check_skeleton(path, raw, config, held)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
@@ -146,20 +152,25 @@ def _deepseek_v4(path: str, source: str, revision: str | None, config: Any, dtyp
 OTHER_FAMILIES = {"deepseek_v41": "DeepSeek-V4.1, another architecture than DeepSeek-V4"}
 
 
-def model_type(source: str, revision: str | None = None) -> str | None:
-    """The family that a `config.json` names; None where it cannot be read, which whoever reads it all will
-    say."""
+def written_config(source: str, revision: str | None = None) -> dict[str, Any]:
+    """`config.json` as it is written; empty where it cannot be read, which whoever reads it all will say."""
     try:
-        found = PretrainedConfig.get_config_dict(source, revision=revision)[0].get("model_type")
-    except (OSError, ValueError):
-        return None
+        return dict(PretrainedConfig.get_config_dict(source, revision=revision)[0])
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def model_type(source: str, revision: str | None = None) -> str | None:
+    """The family that a `config.json` names; None where it cannot be read."""
+    found = written_config(source, revision).get("model_type")
     return str(found) if found else None
 
 
 def refuse_by_name(path: str, source: str, revision: str | None = None) -> None:
-    """Raise TargetError for a family that would be taken for another one, and for a DeepSeek-V4 whose
-    `config.json` lacks what its tensors follow from."""
+    """Raise TargetError for a family that would be taken for another one, for counts that the weights in a
+    folder cannot have, and for a DeepSeek-V4 whose `config.json` lacks what its tensors follow from."""
     kind = model_type(source, revision)
+    check_counts(path, written_config(source, revision), held_in(Path(source)))
     if kind in OTHER_FAMILIES:
         raise TargetError(
             f"{path}: is {OTHER_FAMILIES[kind]}, which draftkit does not run; give another target"
@@ -192,6 +203,21 @@ def resolve_target(path: str, revision: str | None = None) -> str:
     if place is None:
         return path
     return str(place if place.is_dir() else unpacked(place))
+
+
+def _held(source: str, revision: str | None) -> Held | None:
+    """What a target's weights hold; shards of a hub checkpoint are fetched where they are missing."""
+    if Path(source).is_dir():
+        return held_in(Path(source))
+    return held_by(map(Path, sorted(set(tensor_places(source, revision).values()))))
+
+
+def _check_skeleton(path: str, raw: dict[str, Any], config: Any, held: Held) -> None:
+    """Raise TargetError for a model that is larger than its weights, by its skeleton, which takes no memory:
+    Transformers makes what is missing, or has another shape, before it says so."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    check_numbers(path, raw, sum(parameter.numel() for parameter in model.parameters()), held)
 
 
 def _check_quantisation(config: Any, path: str) -> None:

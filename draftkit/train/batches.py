@@ -99,14 +99,18 @@ class BatchMaker:
         """This process's micro-batches of a step: the same number in every process, empty ones where rows run
         out."""
         seed = self.seed * 1_000_003 + step
-        return (self._collated(group, seed) for group in self._groups(self.samples(step)))
+        return (
+            self._collated(group, seed)
+            for group in self._groups(self.samples(step), self.cut.micro_batch_size)
+        )
 
     def validation(self) -> Iterator[tuple[int, TrainBatch]]:
         """All samples in order, with the same anchors every time; and about how many are done after each
-        micro-batch, all processes together."""
+        micro-batch, all processes together. Without a size of micro-batches each has one row: no gradient
+        waits for the others, and the count moves."""
         for start in range(0, len(self.indices), self.size):
             chosen = self.indices[start : start + self.size].tolist()
-            groups = self._groups(chosen)
+            groups = self._groups(chosen, self.cut.micro_batch_size or 1)
             for number, group in enumerate(groups, 1):
                 yield start + len(chosen) * number // len(groups), self._collated(group, -1)
 
@@ -124,13 +128,14 @@ class BatchMaker:
         order: NDArray[np.int64] = self.indices[place]
         return order
 
-    def _groups(self, chosen: list[int]) -> list[list[list[int]]]:
-        """Rows of samples by micro-batch, as many in every process; empty where rows run out."""
+    def _groups(self, chosen: list[int], size: int | None) -> list[list[list[int]]]:
+        """Rows of samples by micro-batch of `size` rows, or all, as many in every process; empty where rows
+        run out."""
         lengths = self.lengths[chosen].tolist()
         rows = pack(lengths, max(*lengths, self.cut.row_tokens or 0))
         own = rows[self.cut.rank :: self.cut.processes]
         most = -(-len(rows) // self.cut.processes)  # rows of the first process
-        size = min(self.cut.micro_batch_size or most, most)
+        size = min(size or most, most)
         return [
             [[chosen[place] for place in row] for row in own[start : start + size]]
             for start in range(0, most, size)

@@ -12,6 +12,7 @@ class Counted:
     def __init__(self, title: str = "", total: int | None = None) -> None:
         self.title, self.total, self.done = title, total, 0
         self.parts: list[Counted] = []
+        self.seen: list[int] = []  # each count that there was
 
     def update(
         self,
@@ -22,6 +23,7 @@ class Counted:
     ) -> None:
         """See `draftkit.progress.Bar`."""
         self.done = self.done + advance if completed is None else completed
+        self.seen.append(self.done)
 
     @contextmanager
     def part(self, title: str, total: int | None) -> Iterator[Counted]:
