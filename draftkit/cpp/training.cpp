@@ -5,6 +5,10 @@
 // number of threads.
 #include <vector>
 
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
+
 #include "vectors.h"
 
 extern "C" {
@@ -198,6 +202,15 @@ void each_meeting(const Blocks &all, const Work &work) {
 }  // namespace
 
 extern "C" {
+
+// In each thread of a team numbers too small for a normal float count as 0, or not.
+void flush_denormals(int64_t threads, int64_t on) {
+#ifdef __SSE__
+    constexpr unsigned BITS = 0x8040;  // flush to zero, denormals are zero
+#pragma omp parallel num_threads(threads)
+    _mm_setcsr(on ? _mm_getcsr() | BITS : _mm_getcsr() & ~BITS);
+#endif
+}
 
 void attend_blocks(const Blocks *all) { each_meeting(*all, attend); }
 

@@ -49,6 +49,15 @@ def native_fits(size: int, *tensors: Tensor) -> bool:
     return fits and training_library() is not None
 
 
+def flush_denormals(on: bool) -> None:
+    """Whether numbers too small for a normal float count as 0, here and in the threads that share this one's
+    work: PyTorch's own switch is for the calling thread."""
+    torch.set_flush_denormal(on)
+    library = training_library()
+    if library is not None:
+        library.flush_denormals(_int(torch.get_num_threads()), _int(on))
+
+
 @dataclass(frozen=True)
 class Ranges:
     """Which keys each block sees, int64 [X] twice, and the first block of each document, int64 [documents +

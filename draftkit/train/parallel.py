@@ -91,19 +91,6 @@ def join_world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-@contextmanager
-def products_in(compute: torch.dtype, device: torch.device) -> Iterator[None]:
-    """bfloat16 passes on a CPU are float32 tensors: matrix products alone round what they multiply, where the
-    processor has instructions for it (AMX, AVX-512 BF16), and add up in float32."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cpu" and compute == torch.bfloat16:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class Objective(nn.Module):
     """A drafter's loss as a forward pass, which is what FSDP2 wraps."""
 
@@ -124,7 +111,7 @@ class ParallelDrafter:
         self.drafter, self.world = drafter, world
         self._whole = drafter
         if world.device.type == "cpu":
-            compute = torch.float32  # `products_in` rounds what is multiplied
+            compute = torch.float32  # `arithmetic` rounds what is multiplied
             drafter.to(next(drafter.parameters()).dtype)  # the target's head: else each chunk would make it
         self._objective = Objective(drafter)
         if world.size > 1 or compute != torch.float32:

@@ -28,10 +28,11 @@ from draftkit.interrupt import noted_signals
 from draftkit.progress import SILENT, Bar
 from draftkit.settings import TrainSettings
 from draftkit.target.interface import Target
+from draftkit.train.arithmetic import arithmetic
 from draftkit.train.batches import BatchMaker, Cut, Split, split_source, steps_from
 from draftkit.train.log import TrainLog
 from draftkit.train.optim import lr_scale, new_optimizer, take_step
-from draftkit.train.parallel import ParallelDrafter, World, products_in
+from draftkit.train.parallel import ParallelDrafter, World
 from draftkit.train.state import Position, load_state, save_state
 from draftkit.train.validation import decoded_length, validate
 
@@ -144,7 +145,7 @@ def train(
         ), lengths
 
     with (
-        products_in(compute, world.device),
+        arithmetic(compute, world.device),
         TrainLog(out, at.step, settings.track, provenance, world.first) as log,
         noted_signals() as signalled,
         closing(steps_from(maker, at.step, world.device)) as steps,
