@@ -214,6 +214,22 @@ def test_numbers_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
             shown.prompt([system({"a": value}), user("x")])
 
 
+@pytest.mark.parametrize("row", ["prefix", "thought prefix", "query"])
+def test_an_answer_goes_on_with_its_prefix_line_ends_too(row: str) -> None:
+    """DeepSeek's parser drops line ends where an answer begins; after a prefix it does not begin."""
+    shown, text = DeepseekFormat(TOKENIZER), "\n\nStep 2.\n"
+    prompt = shown.prompt(ASKED[row])
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    parts, reader = shown.parse(ids, prompt), shown.reader(prompt)
+    pieces = [*map(reader.add, text), reader.finish()]
+    for content, thought in (
+        (parts.content, parts.reasoning),
+        ("".join(p.content for p in pieces), "".join(p.reasoning for p in pieces)),
+    ):
+        assert (thought or "") == (text if row == "thought prefix" else "")
+        assert content == {"prefix": text, "thought prefix": "", "query": text.lstrip()}[row]
+
+
 def test_no_format_is_no_format() -> None:
     shown = DeepseekFormat(TOKENIZER)
     plain = [{"role": "system", "content": "S"}, user("x")]
