@@ -15,7 +15,7 @@ from draftkit.errors import TargetError
 from draftkit.target.deepseek_v4 import raw_config
 from draftkit.target.deepseek_v4_tensors import FAMILY, checkpoint_tensors, draft_tensors, total_bytes
 from draftkit.target.interface import TargetInfo
-from draftkit.target.loading import UNREADABLE, longest_context, refuse_by_name, resolve_target, said
+from draftkit.target.loading import UNREADABLE, checked_config, longest_context, resolve_target, said
 from draftkit.target.transformers import DTYPES
 
 
@@ -36,7 +36,7 @@ def target_sizes(path: str, revision: str | None, dtype: str) -> TargetSizes:
     when there is none, or of a family without a skeleton."""
     folder = Path(path)
     source = path if (folder / "config.json").is_file() else resolve_target(path)
-    refuse_by_name(path, source, revision)
+    checked_config(path, source, revision)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         with torch.device("meta"):

@@ -18,7 +18,8 @@ LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "block_count")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "expert_count")
 SIDES = ("hidden_size", "n_embd", "d_model", "vocab_size", "embedding_length")
 _INNER = ("intermediate_size", "moe_intermediate_size", "n_inner")
-_PACKED = 8  # numbers that one of a quantised tensor may hold at most
+_PACKED = 16  # numbers that one of a quantised tensor may hold at most
+_LACKING = 2  # times what a folder holds: less is told by the names of what is missing
 _DESCRIBED = 8192  # bytes that a layer, or an expert of one, takes at least when it is described alone
 _LENGTH = 8  # bytes before a safetensors header, which say how long it is
 _ADVICE = "correct it, or copy the checkpoint again"
@@ -105,7 +106,7 @@ def check_numbers(name: str, config: Mapping[str, Any], numbers: int, held: Held
 
 
 def _most_numbers(config: Mapping[str, Any], held: Held) -> int:
-    return held.numbers * (_PACKED if config.get("quantization_config") else 1)
+    return held.numbers * (_PACKED if config.get("quantization_config") else _LACKING)
 
 
 def _largest(fields: Mapping[str, Any], names: Iterable[str]) -> int:

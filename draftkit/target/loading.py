@@ -79,9 +79,8 @@ def load_target(
     except (RuntimeError, AssertionError) as error:
         raise TargetError(f"{path}: cannot use device {device!r}: {one_line(error)}") from error
     source = resolve_target(path, revision)
-    refuse_by_name(path, source, revision)
-    raw, held = written_config(source, revision), _held(source, revision)
-    check_counts(path, raw, held)
+    raw, held = checked_config(path, source, revision), _held(source, revision)
+    check_counts(path, raw, held)  # of a hub id, whose weights are fetched now
     if not sys.stderr.isatty():
         disable_progress_bar()  # Transformers draws its bar into log files too
     try:
@@ -166,17 +165,19 @@ def model_type(source: str, revision: str | None = None) -> str | None:
     return str(found) if found else None
 
 
-def refuse_by_name(path: str, source: str, revision: str | None = None) -> None:
-    """Raise TargetError for a family that would be taken for another one, for counts that the weights in a
-    folder cannot have, and for a DeepSeek-V4 whose `config.json` lacks what its tensors follow from."""
-    kind = model_type(source, revision)
-    check_counts(path, written_config(source, revision), held_in(Path(source)))
+def checked_config(path: str, source: str, revision: str | None = None) -> dict[str, Any]:
+    """`written_config`. Raises TargetError for a family that would be taken for another one, for counts that
+    the weights in a folder cannot have, and for a DeepSeek-V4 that lacks what its tensors follow from."""
+    raw = written_config(source, revision)
+    kind = str(raw.get("model_type"))
+    check_counts(path, raw, held_in(Path(source)))
     if kind in OTHER_FAMILIES:
         raise TargetError(
             f"{path}: is {OTHER_FAMILIES[kind]}, which draftkit does not run; give another target"
         )
     if kind == FAMILY:
         deepseek_v4.wanted_tensors(path, deepseek_v4.raw_config(source, revision))
+    return raw
 
 
 LONGROPE_SPARE = 64  # positions that a proposal may reach beyond the last token of an answer

@@ -22,8 +22,8 @@ from draftkit.target.fingerprint import fingerprint
 from draftkit.target.interface import TargetInfo
 from draftkit.target.loading import (
     UNREADABLE,
+    checked_config,
     longest_context,
-    refuse_by_name,
     resolve_target,
     said,
     stop_tokens,
@@ -66,7 +66,7 @@ class TargetFiles:
         skeleton."""
         self._name, self._dtype = path, DTYPES[dtype]
         source = resolve_target(path, revision)
-        refuse_by_name(path, source, revision)
+        checked_config(path, source, revision)
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
             with torch.device("meta"):
