@@ -241,7 +241,12 @@ def test_several_folders_are_probed_by_a_target_that_is_opened_once(
 ) -> None:
     times: list[Recipe] = []
     original = feature_stages.open_target
-    monkeypatch.setattr(feature_stages, "open_target", lambda r: times.append(r) or original(r))
+
+    def noted(given: Recipe) -> Any:
+        times.append(given)
+        return original(given)
+
+    monkeypatch.setattr(feature_stages, "open_target", noted)
     files, tokenizer = stages.read_target(recipe)
     folders = [Path(shutil.copytree(written, tmp_path / name)) for name in ("one", "two")]
     assert len(feature_stages.open_features(recipe, files, tokenizer, folders)) == 28
