@@ -91,7 +91,7 @@ def may_be_larger(config: Mapping[str, Any], held: Held) -> bool:
     hidden, layers, inner = (_largest(fields, names) for names in (SIDES[:3], LAYERS, _INNER))
     widths = (fields.get("num_attention_heads"), fields.get("head_dim"))
     heads = prod(max(1, _number(width)) for width in widths)
-    rough = hidden * max(_number(fields.get("vocab_size")), layers * max(inner, heads, hidden))
+    rough = hidden * (_number(fields.get("vocab_size")) + layers * (3 * inner + 2 * heads))
     return bool(_largest(fields, EXPERTS)) or rough > _most_numbers(config, held)
 
 
