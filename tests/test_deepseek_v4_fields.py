@@ -13,9 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from draftkit import cli
+from draftkit.data.answers import Answer
 from draftkit.data.conversations import Conversation, Message, read_conversations
+from draftkit.data.dialogue import Dialogue
 from draftkit.data.messages import WrittenTurn
 from draftkit.data.records import asked_hash
+from draftkit.data.row_forms import conversation_of
+from draftkit.data.samples import SampleCounts, samples_of
 from draftkit.data.sources import Mixture, mix
 from draftkit.data.traces import make_traces
 from draftkit.decode import decode
@@ -192,6 +196,21 @@ def test_an_answer_in_text_is_learnt_alone(words: list[str], encoder: str, tmp_p
     assert len(found) == len(ASKED) + 1
 
 
+def test_a_servers_answer_in_text_is_learnt_alone(encoder: str) -> None:
+    """Of a server that gives no ids: its record is tokenised where the prompt ends."""
+    shown = DeepseekFormat(TOKENIZER, {"encoder": encoder})
+    for name, row in ASKED.items():
+        dialogue = Dialogue(conversation_of({"id": name, "messages": row}, "f:1", "f"), shown, 0)
+        while dialogue.question is not None:
+            dialogue.answered(Answer((), "stop", said(" returns 7")))
+        record = conversation_of(dialogue.record(), "f:1", "f")
+        [sample] = samples_of([record], shown, len(TOKENIZER), SampleCounts())
+        asked = by_deepseek(name, encoder)
+        learnt = sample.tokens[sample.loss_mask.index(True) :]
+        assert list(sample.tokens) == asked + list(learnt) and all(sample.loss_mask[len(asked) :])
+        assert TOKENIZER.decode(learnt).removeprefix("</think>") == " returns 7<｜end▁of▁sentence｜>"
+
+
 def test_evaluation_asks_the_same(encoder: str, tmp_path: Path) -> None:
     shown = DeepseekFormat(TOKENIZER, {"encoder": encoder})
     asked = read_conversations([write(tmp_path / "p.jsonl", ASKED)])
@@ -212,6 +231,22 @@ def test_numbers_that_json_cannot_hold_are_refused(tmp_path: Path) -> None:
     for value in (float("nan"), 2**70, 10**400):
         with pytest.raises(TemplateError):
             shown.prompt([system({"a": value}), user("x")])
+
+
+@pytest.mark.parametrize("row", ["prefix", "thought prefix", "query"])
+def test_an_answer_goes_on_with_its_prefix_line_ends_too(row: str) -> None:
+    """DeepSeek's parser drops line ends where an answer begins; after a prefix it does not begin."""
+    shown, text = DeepseekFormat(TOKENIZER), "\n\nStep 2.\n"
+    prompt = shown.prompt(ASKED[row])
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    parts, reader = shown.parse(ids, prompt), shown.reader(prompt)
+    pieces = [*map(reader.add, text), reader.finish()]
+    for content, thought in (
+        (parts.content, parts.reasoning),
+        ("".join(p.content for p in pieces), "".join(p.reasoning for p in pieces)),
+    ):
+        assert (thought or "") == (text if row == "thought prefix" else "")
+        assert content == {"prefix": text, "thought prefix": "", "query": text.lstrip()}[row]
 
 
 def test_no_format_is_no_format() -> None:

@@ -10,22 +10,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.answer_stream import AnswerDelta, AnswerStream
 
 _MARK = "\ue000"  # private use
 _JSON_VALUE = re.compile(r'<｜DSML｜parameter name="[^"]*" string="false">\s*')
+# Where an answer begins, by DeepSeek's names; None: in the content, without thinking before it.
+Stage = Literal["ReasoningStart", "ReasoningContinuation", "ContentContinuation"] | None
 _ENDS = ("<｜end▁of▁sentence｜>", "<｜User｜>")
 
 
 class DeepseekAnswer:
     """Takes an answer's tokens in any pieces. Each piece gives OpenAI's deltas; `finish` gives the whole."""
 
-    def __init__(self, recipe: Any, tokenizer: Any, names: Mapping[int, str], thinking: bool) -> None:
-        self._recipe, self._tokenizer, self._names, self._thinking = recipe, tokenizer, names, thinking
-        self._processor = _processor(recipe, thinking)
+    def __init__(self, recipe: Any, tokenizer: Any, names: Mapping[int, str], stage: Stage) -> None:
+        self._recipe, self._tokenizer, self._names, self._stage = recipe, tokenizer, names, stage
+        self._processor = _processor(recipe, stage)
         self._text: list[str] = []  # that the parser was given
         self._whole = recipe.ChatCompletionResponse("answer", "model", 0, 0, 0)
         self._spelled = re.compile(
@@ -103,7 +105,7 @@ class DeepseekAnswer:
         """The answer with strings of JSON left whole; None where its arguments are no JSON all the same."""
         text = self._recipe.InferenceChunk.text(_with_whole_strings("".join(self._text)), 1)
         stop = self._recipe.InferenceChunk.finish(self._recipe.InferenceFinishReason.Stop)
-        processor = _processor(self._recipe, self._thinking)
+        processor = _processor(self._recipe, self._stage)
         whole = self._recipe.ChatCompletionResponse("answer", "model", 0, 0, 0)
         for chunk in (*processor.push(text), *processor.push(stop), *processor.finish()):
             whole.accumulate(chunk)
@@ -132,14 +134,14 @@ class DeepseekReader(AnswerStream):
         return _summed(self._answer.close()) + AnswerDelta(tool_calls=self._answer.finish().tool_calls)
 
 
-def _processor(recipe: Any, thinking: bool) -> Any:
+def _processor(recipe: Any, stage: Stage) -> Any:
     request = recipe.ConversationRequest(
         recipe.Conversation([recipe.UserMessage("")]), recipe.ModelVersion.DeepseekV4Pro
     )
-    stage = recipe.ThinkingInitialStage.ReasoningStart if thinking else None
+    begins = getattr(recipe.ThinkingInitialStage, stage) if stage else None
     return recipe.StreamProcessor(
         recipe.ChatCompletionRequest.chunk_generator(request, "answer", "model"),
-        recipe.ParsingOptions(thinking_initial_stage=stage),
+        recipe.ParsingOptions(thinking_initial_stage=begins),
     )
 
 

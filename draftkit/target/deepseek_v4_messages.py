@@ -24,8 +24,10 @@ _OWNERS = {
 def fields_of(message: Message) -> dict[str, Any]:
     """Those of FIELDS that a message has. What is null, and a prefix that is false, it has not; DeepSeek's
     encoder calls a prefix `wo_eos`."""
-    begun = message.get("wo_eos") if message.get("prefix") in (None, False) else message["prefix"]
-    found = {name: message.get(name) for name in FIELDS} | {"prefix": begun if begun is not False else None}
+    prefix = message.get("prefix")
+    if prefix is None or prefix is False:
+        prefix = message.get("wo_eos")
+    found = {name: message.get(name) for name in FIELDS} | {"prefix": None if prefix is False else prefix}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -60,7 +62,7 @@ def check_conversation(messages: Sequence[Message], switches: Mapping[str, Any])
 
 def _check(message: Message, switches: Mapping[str, Any]) -> None:
     """Raise ValueError when a message cannot have the values of FIELDS that it has."""
-    found, role = fields_of(message), message["role"]
+    found, role = fields_of(message), message.get("role")
     task = found.get("task")
     if "task" in found and task not in TASKS:
         raise ValueError(f"task {task!r:.40} is not known, choose one of {', '.join(TASKS)}")

@@ -18,7 +18,7 @@ from typing import Any
 
 from draftkit.errors import ConfigError, TargetError
 from draftkit.target.answer_parts import AnswerParts
-from draftkit.target.deepseek_v4_answers import DeepseekAnswer, DeepseekReader
+from draftkit.target.deepseek_v4_answers import DeepseekAnswer, DeepseekReader, Stage
 from draftkit.target.deepseek_v4_encoder import encoder_digest, load_recipe
 from draftkit.target.deepseek_v4_messages import (
     FIELDS,
@@ -152,7 +152,8 @@ class DeepseekFormat:
             if is_answer(messages, place):
                 ended = not (cut and place == len(messages) - 1)
                 prompt = self.prompt(messages[:place], tools)
-                written = self._written(message, ended, self._opens_thinking(prompt))
+                thinks = self._stage(prompt) in ("ReasoningStart", "ReasoningContinuation")
+                written = self._written(message, ended, thinks)
                 found.append(Turn(prompt, self._encoded(written)))
         return found
 
@@ -164,19 +165,22 @@ class DeepseekFormat:
 
     def stream(self, prompt_ids: Sequence[int] = ()) -> DeepseekAnswer:
         """A parser that takes an answer's tokens as they come."""
-        opened = self._opens_thinking(prompt_ids)
-        return DeepseekAnswer(self._recipe, self.tokenizer, self._names, opened)
+        return DeepseekAnswer(self._recipe, self.tokenizer, self._names, self._stage(prompt_ids))
 
     def reader(self, prompt_ids: Sequence[int] = (), with_calls: bool = True) -> DeepseekReader:
         """A parser that takes an answer's text as it comes."""
         return DeepseekReader(self.stream(prompt_ids))
 
-    def _opens_thinking(self, prompt_ids: Sequence[int]) -> bool:
-        """Whether the answer to a prompt begins with thinking: <think> is the prompt's last special token. It
-        is not after a task, nor after a prefix of what follows the thinking. Without a prompt the mode says
-        it."""
-        last = next((i for i in reversed(prompt_ids) if i in self._names), None)
-        return self.mode.thinking if last is None else last == self._ids[OPEN]
+    def _stage(self, prompt_ids: Sequence[int]) -> Stage:
+        """Where the answer to a prompt begins: in its thinking where <think> is the prompt's last special
+        token, and in what goes on where text follows that. Without a prompt the mode says it."""
+        places = (i for i in reversed(range(len(prompt_ids))) if prompt_ids[i] in self._names)
+        if (last := next(places, None)) is None:
+            return "ReasoningStart" if self.mode.thinking else None
+        begun = last < len(prompt_ids) - 1
+        if prompt_ids[last] == self._ids[OPEN]:
+            return "ReasoningContinuation" if begun else "ReasoningStart"
+        return "ContentContinuation" if begun else None
 
     def unshown(self, messages: Sequence[Message], tools: Tools | None = None) -> tuple[str, ...]:
         """What of a conversation the model is not shown."""
@@ -202,7 +206,7 @@ class DeepseekFormat:
     def _prompt_pieces(self, messages: Sequence[Message], tools: Tools | None) -> list[Piece]:
         try:
             check_request(messages, self.switches)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise TemplateError(str(error)) from error
         task = messages[-1].get("task") if messages else None
         if task is not None and f"<｜{task}｜>" not in self._ids:
