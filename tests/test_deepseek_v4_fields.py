@@ -13,9 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from draftkit import cli
+from draftkit.data.answers import Answer
 from draftkit.data.conversations import Conversation, Message, read_conversations
+from draftkit.data.dialogue import Dialogue
 from draftkit.data.messages import WrittenTurn
 from draftkit.data.records import asked_hash
+from draftkit.data.row_forms import conversation_of
+from draftkit.data.samples import SampleCounts, samples_of
 from draftkit.data.sources import Mixture, mix
 from draftkit.data.traces import make_traces
 from draftkit.decode import decode
@@ -190,6 +194,21 @@ def test_an_answer_in_text_is_learnt_alone(words: list[str], encoder: str, tmp_p
         assert ids == prompt + answer, name
         assert mask == [False] * len(prompt) + [True] * len(answer), name
     assert len(found) == len(ASKED) + 1
+
+
+def test_a_servers_answer_in_text_is_learnt_alone(encoder: str) -> None:
+    """Of a server that gives no ids: its record is tokenised where the prompt ends."""
+    shown = DeepseekFormat(TOKENIZER, {"encoder": encoder})
+    for name, row in ASKED.items():
+        dialogue = Dialogue(conversation_of({"id": name, "messages": row}, "f:1", "f"), shown, 0)
+        while dialogue.question is not None:
+            dialogue.answered(Answer((), "stop", said(" returns 7")))
+        record = conversation_of(dialogue.record(), "f:1", "f")
+        [sample] = samples_of([record], shown, len(TOKENIZER), SampleCounts())
+        asked = by_deepseek(name, encoder)
+        learnt = sample.tokens[sample.loss_mask.index(True) :]
+        assert list(sample.tokens) == asked + list(learnt) and all(sample.loss_mask[len(asked) :])
+        assert TOKENIZER.decode(learnt).removeprefix("</think>") == " returns 7<｜end▁of▁sentence｜>"
 
 
 def test_evaluation_asks_the_same(encoder: str, tmp_path: Path) -> None:

@@ -226,6 +226,8 @@ def test_what_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatc
         ([user("x", task="translate")], "task 'translate' is not known"),
         ([user("x", task="query"), user("y")], "only the last message may have a task"),
         ([user("x"), said("a", prefix=True), user("y")], "only the last message may have a prefix"),
+        ([{"content": "x", "task": "query"}], "belongs to a message of the user"),
+        ([user("x"), {"role": "assistant", "content": 5, "prefix": True}], "int"),
         ([user("x", task="title")], "belongs to a message of the assistant"),
         ([user("x"), said("a", task="title", prefix=True)], "comes after a whole answer; leave prefix out"),
         ([{"role": "tool", "content": "x", "task": "query"}], "belongs to a message of the user"),

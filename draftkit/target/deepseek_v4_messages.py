@@ -62,7 +62,7 @@ def check_conversation(messages: Sequence[Message], switches: Mapping[str, Any])
 
 def _check(message: Message, switches: Mapping[str, Any]) -> None:
     """Raise ValueError when a message cannot have the values of FIELDS that it has."""
-    found, role = fields_of(message), message["role"]
+    found, role = fields_of(message), message.get("role")
     task = found.get("task")
     if "task" in found and task not in TASKS:
         raise ValueError(f"task {task!r:.40} is not known, choose one of {', '.join(TASKS)}")

@@ -206,7 +206,7 @@ class DeepseekFormat:
     def _prompt_pieces(self, messages: Sequence[Message], tools: Tools | None) -> list[Piece]:
         try:
             check_request(messages, self.switches)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise TemplateError(str(error)) from error
         task = messages[-1].get("task") if messages else None
         if task is not None and f"<｜{task}｜>" not in self._ids:
