@@ -100,7 +100,7 @@ MISTAKES = (
     Mistake("report broken.jsonl", "broken.jsonl: is a file; give the folder of a run"),
     Mistake("recipes nosuch", "or one of `draftkit recipes`: deepseek"),
     Mistake("features verify broken.jsonl", "broken.jsonl: is a file; give a feature store"),
-    Mistake("serve --target targets/huge", "config.json has num_experts 1,000,000,000, and its 1 tensors"),
+    Mistake("serve --target targets/huge", "config.json has num_experts 1,000,000,000, and the 1 tensors"),
     Mistake("generate -o out.jsonl --target targets/huge", "config.json has num_experts 1,000,000,000, and"),
     Mistake("mix features -o out.jsonl", "features: is a folder; give a YAML file of sources"),
     Mistake("mix nothing.yaml -o out.jsonl", "nothing.yaml: no such file; give a YAML file of sources"),

@@ -20,14 +20,14 @@ from support.targets import FAMILIES, make_family
 VOCAB = 4096  # of the tokenizer
 
 HUGE = {  # a field of config.json, and what is said; by family
-    ("llama", "num_hidden_layers", 10**9): "num_hidden_layers 1,000,000,000, and its",
-    ("llama", "hidden_size", 10**9): "hidden_size 1,000,000,000, and its",
-    ("llama", "vocab_size", 10**9): "vocab_size 1,000,000,000, and its",
+    ("llama", "num_hidden_layers", 10**9): "num_hidden_layers 1,000,000,000, and the",
+    ("llama", "hidden_size", 10**9): "hidden_size 1,000,000,000, and the",
+    ("llama", "vocab_size", 10**9): "vocab_size 1,000,000,000, and the",
     ("llama", "num_hidden_layers", 30): "describes a model of",
     ("llama", "intermediate_size", 10**9): "describes a model of",
     ("llama", "intermediate_size", 10**5): "describes a model of",
     ("llama", "head_dim", 10**6): "describes a model of",
-    ("qwen3_moe", "num_local_experts", 10**9): "num_local_experts 1,000,000,000, and its",
+    ("qwen3_moe", "num_local_experts", 10**9): "num_local_experts 1,000,000,000, and the",
     ("qwen3_moe", "num_local_experts", 80): "describes a model of",
     ("qwen3_moe", "moe_intermediate_size", 10**6): "describes a model of",
 }
@@ -75,7 +75,7 @@ def test_metadata_of_a_gguf_file_that_its_tensors_cannot_have_are_named(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(gguf.GGUFWriter, "add_block_count", add_huge_count)
     write_gguf(tmp_path / "huge.gguf", small_llama(VOCAB), EMBEDDED)
-    with pytest.raises(TargetError, match=r"its metadata has block_count 1,000,000,000, and its"):
+    with pytest.raises(TargetError, match=r"its metadata has block_count 1,000,000,000, and the"):
         unpacked(tmp_path / "huge.gguf")
 
 

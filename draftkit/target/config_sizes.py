@@ -66,21 +66,21 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def check_counts(name: str, config: Mapping[str, Any], held: Held | None, where: str = "config.json") -> None:
-    """Raise TargetError for a count or a side that no tensor of the weights can have; `config` is the raw
-    mapping. Without weights: for more parts than this machine can describe."""
+    """Raise TargetError for a count or a side that the weights cannot have, however they are laid out;
+    `config` is the raw mapping. Without weights: for more parts than this machine can describe."""
     fields = text_part(config)
     if held is None:
         parts = _largest(fields, LAYERS) * max(1, _largest(fields, EXPERTS))
         if parts * _DESCRIBED > memory_bytes():
             raise TargetError(f"{name}: {where} has {parts} layers and experts of layers; {_ADVICE}")
         return
-    most_of = ((LAYERS, held.tensors), (EXPERTS, max(held.tensors, held.longest)), (SIDES, held.longest))
+    most_of = ((LAYERS, held.tensors), (EXPERTS, max(held.tensors, held.longest)), (SIDES, held.numbers))
     for names, most in most_of:
         for field in names:
             if (value := _number(fields.get(field))) > most:
                 raise TargetError(
-                    f"{name}: {where} has {field} {value:,}, and its {held.tensors} tensors, none of them "
-                    f"longer than {held.longest}, allow {most} at most; {_ADVICE}"
+                    f"{name}: {where} has {field} {value:,}, and the {held.tensors} tensors of {held.numbers:,} "
+                    f"numbers allow {most:,} at most; {_ADVICE}"
                 )
 
 
