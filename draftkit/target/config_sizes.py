@@ -79,8 +79,8 @@ def check_counts(name: str, config: Mapping[str, Any], held: Held | None, where:
         for field in names:
             if (value := _number(fields.get(field))) > most:
                 raise TargetError(
-                    f"{name}: {where} has {field} {value:,}, and the {held.tensors} tensors of {held.numbers:,} "
-                    f"numbers allow {most:,} at most; {_ADVICE}"
+                    f"{name}: {where} has {field} {value:,}, and the {held.tensors} tensors of "
+                    f"{held.numbers:,} numbers allow {most:,} at most; {_ADVICE}"
                 )
 
 
