@@ -31,14 +31,14 @@ from draftkit.train.parallel import join_world
 
 def first_turns(shown: PromptFormat, prompts: Sequence[Conversation], per_domain: int) -> list[EvalPrompt]:
     """The first prompts of every domain, rendered; of a conversation the first turn only, and the table says
-    so."""
+    so (`Conversation.measured`)."""
     chosen: list[EvalPrompt] = []
     counts: dict[str, int] = {}
     for p in prompts:
         counts[p.domain] = counts.get(p.domain, 0) + 1
         if counts[p.domain] <= per_domain:
             with naming_conversation(p.id):
-                tokens = shown.prompt(p.first_turn().as_dicts(), p.tools)
+                tokens = shown.prompt(p.measured().as_dicts(), p.tools)
             chosen.append(EvalPrompt(p.id, p.domain, tokens))
     return chosen
 

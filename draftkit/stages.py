@@ -15,7 +15,6 @@ from draftkit.data.conversations import (
     SkippedRows,
     count_rows,
     iterate_conversations,
-    read_conversations,
 )
 from draftkit.data.generate import GenerateReport, generate_file
 from draftkit.data.messages import Conversation
@@ -34,7 +33,7 @@ from draftkit.progress import clock, doing, progress_bar
 from draftkit.target.formats import format_of
 from draftkit.target.interface import TargetWeights
 from draftkit.target.loading import best_device, load_target
-from draftkit.target.place import EMBEDDED
+from draftkit.target.place import EMBEDDED, deepseek_v4_switches
 from draftkit.target.prompt_format import PromptFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import DTYPES, TransformersTarget
@@ -190,7 +189,7 @@ def answers_of(
     shown = prompt_format(recipe, tokenizer)
     for path in paths:
         check_rendered_as(path, shown)
-    rows, switches = count_rows(paths), recipe.target.template_switches
+    rows, switches = count_rows(paths), deepseek_v4_switches(recipe.target)
     if skipped is None:
         return Walks(lambda: iterate_conversations(paths, None, switches), rows)
     return Walks(
@@ -243,6 +242,6 @@ def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
         )
 
 
-def read_prompts(paths: Sequence[Path]) -> list[Conversation]:
-    """Prompts of one or more files."""
-    return read_conversations(paths)
+def read_prompts(paths: Sequence[Path], recipe: Recipe | None = None) -> list[Conversation]:
+    """Prompts of one or more files, for the recipe's target where it is known."""
+    return list(iterate_conversations(paths, None, recipe and deepseek_v4_switches(recipe.target)))

@@ -3,35 +3,41 @@ from a file through `generate`, records and `capture`, token for token as DeepSe
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import deepseek_recipe as recipe
+import httpx
 import pytest
 from typer.testing import CliRunner
 
 from draftkit import cli
-from draftkit.data.answers import Answer
+from draftkit.data.answers import Answer, Question
 from draftkit.data.conversations import Conversation, Message, read_conversations
 from draftkit.data.dialogue import Dialogue
 from draftkit.data.messages import WrittenTurn
 from draftkit.data.records import asked_hash
 from draftkit.data.row_forms import conversation_of
-from draftkit.data.samples import SampleCounts, samples_of
+from draftkit.data.samples import CutAnswers, SampleCounts, samples_of
+from draftkit.data.server_requests import Server, answer_of
 from draftkit.data.sources import Mixture, mix
 from draftkit.data.traces import make_traces
 from draftkit.decode import decode
+from draftkit.errors import ServeError
 from draftkit.evaluate_stages import every_turn, first_turns
 from draftkit.features.store import FeatureStore
 from draftkit.features.texts import chunks
 from draftkit.ops.sampling import Sampling
+from draftkit.settings import GenerateSettings
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.loading import load_target
 from draftkit.target.prompt_format import TemplateError
 from support.deepseek_v4 import tiny_folder, whole_tokenizer
 from support.records import records
+from support.stub_server import MODEL, StubServer, stubs
 
 TOKENIZER = whole_tokenizer()
 OWN = recipe.DeepseekV4Encoding().with_tokenizer(
@@ -215,8 +221,7 @@ def test_evaluation_asks_the_same(encoder: str, tmp_path: Path) -> None:
     shown = DeepseekFormat(TOKENIZER, {"encoder": encoder})
     asked = read_conversations([write(tmp_path / "p.jsonl", ASKED)])
     for one in first_turns(shown, asked, len(asked)):
-        if one.prompt_id not in ("title", "prefix", "thought prefix"):  # which are not the first turn
-            assert list(one.tokens) == by_deepseek(one.prompt_id, encoder)
+        assert list(one.tokens) == by_deepseek(one.prompt_id, encoder), one.prompt_id
     written = {name: [*row, said("7")] for name, row in ASKED.items()}
     turns = every_turn(shown, read_conversations([write(tmp_path / "t.jsonl", written)]), 99, 4096)
     found = {one.prompt_id.partition("#")[0]: list(one.tokens) for one in turns}
@@ -298,3 +303,77 @@ def test_what_has_none_of_the_fields_keeps_its_digests() -> None:
         changed = replace(told, messages=(replace(messages[0], **more), *messages[1:]))
         assert asked_hash(changed) != asked_hash(told)
         assert next(chunks([changed], 0, 0)).digest != chunk.digest
+
+
+def counts_of(row: Row, cut_answers: CutAnswers = "keep", **more: Any) -> SampleCounts:
+    """What becomes of a conversation that is learnt."""
+    counts, shown = SampleCounts(), DeepseekFormat(TOKENIZER)
+    read = conversation_of({"id": "a", "messages": row, **more}, "f:1", "f", {})
+    list(samples_of([read], shown, len(TOKENIZER), counts, cut_answers))
+    return counts
+
+
+@pytest.mark.parametrize("name", ["prefix", "query"])
+def test_thoughts_that_the_model_cannot_have_had_are_not_learnt(name: str) -> None:
+    assert counts_of([*ASKED[name], said(" returns 7")]).samples == 1
+    thought = counts_of([*ASKED[name], said(" returns 7", reasoning_content="R")])
+    assert (thought.samples, thought.rewritten) == (0, 1)
+    going_on = [*ASKED["thought prefix"], said("7", reasoning_content=" 1")]
+    assert counts_of(going_on).samples == 1
+
+
+def test_the_answer_before_a_prefix_was_not_cut() -> None:
+    row = [user("a"), said("b", reasoning_content="r"), user("c"), said("d", prefix=True)]
+    before = counts_of(row, "drop", finish_reason="length")
+    assert (before.samples, before.cut_dropped) == (1, 0)
+    own = counts_of([*row, said(" e")], "drop", finish_reason="length")
+    assert (own.samples, own.cut_dropped) == (1, 1)
+
+
+def test_a_log_of_a_continued_answer_has_a_prefix_and_formats_are_masked(tmp_path: Path) -> None:
+    secret = "sk-proj-" + "aB3dE6gH9jK2" * 3
+    form = {"type": "object", "description": f"the key\n{secret}", "enum": ['a\nb@c.org "']}
+    request = {"messages": [system(form), user("x"), said("Step 1")], "continue_final_message": True}
+    answer = {"choices": [{"message": said(" and 2"), "finish_reason": "stop"}]}
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"request": request, "response": answer}) + "\n")
+    make_traces([log], tmp_path / "out")
+    [file] = [f for f in (tmp_path / "out").glob("*.jsonl") if f.stat().st_size]
+    assert secret not in file.read_text()
+    [read] = read_conversations([file])
+    assert read.messages[0].response_format == form | {
+        "description": "the key\n<token>",
+        "enum": ['a\n<mail address> "'],
+    }
+    assert read.as_dicts()[2:] == [said("Step 1", prefix=True), said(" and 2")]
+
+
+@pytest.mark.parametrize("counted", [None, -1, 0])
+def test_a_server_that_shows_its_model_something_else_ends_the_run(counted: int | None) -> None:
+    """One that does not know the fields leaves them out, and the answer is to another question."""
+    shown = DeepseekFormat(TOKENIZER)
+    settings = GenerateSettings(max_new_tokens=6)
+
+    def answer(row: Row) -> Answer:
+        prompt = shown.prompt(row)
+        question = Question("a", prompt, (0, 0), tuple(row), ())
+        wrong = None if counted is None else len(prompt) + counted
+        [stub] = servers
+        stub.prompt_tokens = wrong  # type: ignore[assignment]
+        about = Server(f"http://127.0.0.1:{stub.server_port}", MODEL, False, 4096)
+
+        async def asked() -> Answer:
+            async with httpx.AsyncClient() as client:
+                return await answer_of(client, about, question, settings, shown)
+
+        return asyncio.run(asked())
+
+    with stubs(StubServer(0, ids=False)) as servers:
+        assert answer([user("x")]).message
+        for name, row in ASKED.items():
+            if counted == 0:
+                assert answer(row).message
+                continue
+            with pytest.raises(ServeError, match="conversation a, where this recipe shows") as told:
+                answer(row)
+            assert "task, response_format and prefix" in str(told.value), name

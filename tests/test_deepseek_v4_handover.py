@@ -19,7 +19,7 @@ from draftkit.errors import CheckpointError, TargetError
 from draftkit.handover.deepseek_v4 import commands, write_bundled, write_subfolder
 from draftkit.handover.deepseek_v4_gguf import refusals
 from draftkit.handover.engines import engine_named
-from draftkit.target.deepseek_v4_prompts import generation
+from draftkit.target.deepseek_v4_encoder import generation
 from draftkit.target.deepseek_v4_tensors import checkpoint_tensors
 from draftkit.target.fp8_fp4 import dequantise_fp4, quantise_fp4
 from draftkit.target.loading import load_target

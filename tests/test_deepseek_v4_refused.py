@@ -237,10 +237,10 @@ GOOD_CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments
 BAD_FIELDS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "unknown": (
         [user("x", task="translate")],
-        "messages[0]: task 'translate' is not known, choose one of action",
+        "messages[0]: DeepSeek-V4's task 'translate' is not known, choose one of action",
     ),
-    "no text": ([user("x", task=["query"])], "messages[0]: task ['query'] is not known"),
-    "false": ([user("x", task=False)], "messages[0]: task False is not known"),
+    "no text": ([user("x", task=["query"])], "messages[0]: DeepSeek-V4's task ['query'] is not known"),
+    "false": ([user("x", task=False)], "messages[0]: DeepSeek-V4's task False is not known"),
     "not last": ([user("x", task="query"), user("y")], "only the last message may have a task"),
     "answered twice": (
         [user("x", task="query"), said("a"), user("y"), said("b")],
@@ -248,7 +248,7 @@ BAD_FIELDS: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "task of a tool": (
         [user("x"), said("", tool_calls=[GOOD_CALL]), {"role": "tool", "content": "r", "task": "query"}],
-        "messages[2]: task 'query' belongs to a message of the user",
+        "messages[2]: DeepSeek-V4's task 'query' belongs to a message of the user",
     ),
     "task of an answer": (
         [user("x"), said("a", task="query")],
@@ -256,9 +256,27 @@ BAD_FIELDS: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "title of a question": ([user("x", task="title")], "task 'title' belongs to a message of the assistant"),
     "prefix of a question": ([user("x", prefix=True)], "prefix belongs to a message of the assistant"),
+    "task of a developer": (
+        [{"role": "developer", "content": "x", "task": "query"}, user("y")],
+        "task 'query' belongs to a message of the user",
+    ),
+    "nothing": ([user("x", task="")], "task '' is not known"),
+    "format of an answer": (
+        [user("x"), said("a", response_format=SCHEMA)],
+        "messages[1]: DeepSeek-V4's response_format belongs to a message of the system",
+    ),
+    "task of the answer": ([user("x"), said("a", task="math")], "task 'math' is not known"),
+    "title of nothing": (
+        [user("x"), said("", reasoning_content="r", task="title")],
+        "task 'title': the message has no content to give a title to; leave it out",
+    ),
+    "title of calls": (
+        [user("x"), said("a", task="title", tool_calls=[GOOD_CALL])],
+        "task 'title': after its tool_calls an answer ends",
+    ),
     "prefix no switch": (
         [user("x"), said("a", prefix="yes")],
-        "messages[1]: prefix is 'yes', must be true or false",
+        "messages[1]: DeepSeek-V4's prefix is 'yes', must be true or false",
     ),
     "prefix a number": ([user("x"), said("a", prefix=1)], "prefix is 1, must be true or false"),
     "prefix empty": ([user("x"), said("", prefix=True)], "prefix: the message has no content to go on with"),
@@ -279,7 +297,10 @@ BAD_FIELDS: dict[str, tuple[list[dict[str, Any]], str]] = {
         [user("x"), said("a", wo_eos=True), user("y")],
         "only the last message may have a prefix",
     ),
-    "form a text": ([system("json"), user("x")], "messages[0]: response_format is a str, must be an object"),
+    "form a text": (
+        [system("json"), user("x")],
+        "messages[0]: DeepSeek-V4's response_format is a str, must be",
+    ),
     "form empty": ([system({}), user("x")], "response_format is empty"),
     "form without schema": (
         [system({"type": "json_schema"}), user("x")],
@@ -295,24 +316,31 @@ BAD_FIELDS: dict[str, tuple[list[dict[str, Any]], str]] = {
 }
 
 
-NOWHERE = ["-r", "tiny-deepseek-v4", "--set", "target.path=/there/is/none"]  # told before it is looked for
-
-
 @pytest.mark.parametrize("name", BAD_FIELDS)
-def test_mistakes_are_told_with_file_and_line_before_a_target_is_looked_for(
-    name: str, refused: Callable[..., str], tmp_path: Path
+def test_mistakes_are_told_with_file_and_line_before_the_target_is_loaded(
+    name: str, refused: Callable[..., str], unloadable: list[str], tmp_path: Path
 ) -> None:
     row, told = BAD_FIELDS[name]
     file = tmp_path / "p.jsonl"
     write(file, {"ok": [user("x")], name: row})
-    line = refused("generate", *NOWHERE, "-p", file, "-o", tmp_path / "a.jsonl")
+    line = refused("generate", *unloadable, "-p", file, "-o", tmp_path / "a.jsonl")
     assert f"{file}:2: " in line and told in line, line
-    assert line == refused("capture", *NOWHERE, "-c", file, "-o", tmp_path / "f")
+    assert "DeepSeek-V4's" in line or "only" in told or "half a character" in told, line
+    for command in (["capture", "-o", tmp_path / "f"], ["plan"]):
+        assert line == refused(*command, *unloadable, "-c", file)
+
+
+@pytest.fixture
+def unloadable(tmp_path: Path) -> list[str]:
+    """Options for a folder that is DeepSeek-V4's by its configuration, and has nothing else."""
+    (tmp_path / "v4").mkdir()
+    (tmp_path / "v4" / "config.json").write_text('{"model_type": "deepseek_v4"}')
+    return ["-r", "tiny-deepseek-v4", "--set", f"target.path={tmp_path / 'v4'}"]
 
 
 @pytest.mark.parametrize("task", ["query", "title"])
 def test_thinking_that_is_asked_of_a_task_that_forbids_it(
-    task: str, refused: Callable[..., str], folder: Path, tmp_path: Path
+    task: str, refused: Callable[..., str], unloadable: list[str], folder: Path, tmp_path: Path
 ) -> None:
     row = {"title": [user("x"), said("a", task="title")], "query": [user("x", task="query")]}[task]
     file = tmp_path / "p.jsonl"
@@ -323,8 +351,9 @@ def test_thinking_that_is_asked_of_a_task_that_forbids_it(
         ["generate", "-p", file, "-o", out],
         ["capture", "-c", file, "-o", tmp_path / "f"],
         ["train", "-c", file, "-o", tmp_path / "r"],
+        ["plan", "-c", file],
     ):
-        line = refused(*command, *NOWHERE, *on)
+        line = refused(*command, *unloadable, *on)
         assert f"{file}:2: " in line and f"task {task!r} is answered without thinking" in line, line
     there = ["-r", "tiny-deepseek-v4", "--set", f"target.path={folder}", "--set", "generate.max_new_tokens=2"]
     words = ["generate", *there, *on, "--skip-invalid", "-p", str(file), "-o", str(out)]
@@ -339,6 +368,11 @@ def test_a_chat_template_refuses_what_it_does_not_look_for(
     write(file, {"a": [user("x", task="query")]})
     line = refused("generate", "--target", target_folder, "-p", file, "-o", tmp_path / "a.jsonl")
     assert "conversation a: " in line and "task is a field of DeepSeek-V4's" in line, line
+    assert "remove it for other targets than DeepSeek-V4" in line
+    write(file, {"a": [user("x"), said("Step 1", prefix=True)]})  # which no answer follows
+    two = ["--set", "drafter.num_features=2"]
+    line = refused("capture", "--target", target_folder, *two, "-c", file, "-o", tmp_path / "f")
+    assert "conversation a: " in line and "prefix is a field of DeepSeek-V4's" in line, line
     tokenizer = load_tokenizer(str(target_folder))
     tokenizer.chat_template = "{% for m in messages %}{{ m['task'] }}:{{ m.content }}{% endfor %}"
     shown = TemplateFormat(tokenizer)

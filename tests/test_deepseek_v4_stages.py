@@ -343,3 +343,9 @@ def test_the_server_takes_modes_and_gives_reasoning_apart(client: openai.OpenAI,
     asked[0] = {"role": "user", "content": "x", "task": "translate"}
     with pytest.raises(openai.BadRequestError, match="task 'translate' is not known"):
         ask()
+    begun: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": ""}]
+    called = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for last, told in (({}, "has no content"), ({"tool_calls": [called]}, "has tool_calls")):
+        asked[:] = [begun[0], begun[1] | last]
+        with pytest.raises(openai.BadRequestError, match=f"continue_final_message: the last message {told}"):
+            ask(extra_body={"continue_final_message": True})

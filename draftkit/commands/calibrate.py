@@ -49,7 +49,7 @@ def command(
         from draftkit.evaluate.schedule_report import calibration_notes, print_calibration
         from draftkit.ops.sampling import Sampling
 
-    read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
+    read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT], settings)
     model, tokenizer = stages.open_target(settings)
     stages.check_drafter_switches(settings, drafter)
     shown = stages.prompt_format(settings, tokenizer)

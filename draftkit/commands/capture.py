@@ -48,8 +48,9 @@ def command(
     settings = recipe_of(recipe, with_target(overrides, target))
     make_folder(out)
     from draftkit.data.conversations import SkippedRows, check_beginning
+    from draftkit.target.place import deepseek_v4_switches
 
-    check_beginning(conversations, skip_invalid, settings.target.template_switches)
+    check_beginning(conversations, skip_invalid, deepseek_v4_switches(settings.target))
     check_inputs(settings)
     with doing(LIBRARIES):
         from draftkit import feature_stages, stages

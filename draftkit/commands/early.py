@@ -37,8 +37,9 @@ def check_inputs(recipe: Recipe, drafter: Path | None = None, prompts: Iterable[
     """The recipe's target, a drafter for it, and the first rows of files of conversations. Raises
     DraftkitError."""
     from draftkit.data.conversations import check_beginning
+    from draftkit.target.place import deepseek_v4_switches
 
-    check_beginning(prompts, False, recipe.target.template_switches)
+    check_beginning(prompts, False, deepseek_v4_switches(recipe.target))
     check_pair(recipe.target.path, recipe.target.revision, drafter)
 
 

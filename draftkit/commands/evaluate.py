@@ -74,7 +74,7 @@ def command(
     if suite:
         results = _suite(settings, drafter, suite_folder, out, limit, json_output)
     else:
-        read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT])
+        read = stages.read_prompts(prompts or [stages.TINY_HELD_OUT], settings)
         model, tokenizer = stages.open_target(settings)
         results = evaluate_stages.run_evaluate(model, tokenizer, settings, drafter, read, out, threads)
     if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks

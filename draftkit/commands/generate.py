@@ -56,9 +56,9 @@ def command(
         count_rows,
         iterate_rows,
     )
+    from draftkit.target.place import deepseek_v4_switches
 
-    switches = settings.target.template_switches
-    check_beginning(prompts or [], skip_invalid, switches)
+    check_beginning(prompts or [], skip_invalid, deepseek_v4_switches(settings.target))
     check_answers(out, prompts or [], skip_invalid)
     check_inputs(settings)
     with doing(LIBRARIES):
@@ -68,7 +68,7 @@ def command(
     skipped = SkippedRows() if skip_invalid else None
 
     def read(first: int) -> Iterator[Conversation | None]:
-        return iterate_rows(paths, skipped and skipped.anew(), first, switches)
+        return iterate_rows(paths, skipped and skipped.anew(), first, deepseek_v4_switches(settings.target))
 
     total = count_rows(paths)
     if servers:

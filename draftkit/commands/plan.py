@@ -45,8 +45,9 @@ def command(
     overrides = with_target(overrides, target)
     settings = recipe_of(recipe, overrides)
     from draftkit.data.conversations import check_beginning
+    from draftkit.target.place import deepseek_v4_switches
 
-    check_beginning(conversations or [], skip_invalid=False)
+    check_beginning(conversations or [], False, deepseek_v4_switches(settings.target))
     with doing(LIBRARIES):
         from draftkit.plan import plan as planning
 

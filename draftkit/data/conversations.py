@@ -70,8 +70,8 @@ def iterate_conversations(
     remembered.
 
     Rows that are wrong are left out into `skipped`, where it is given. Raises DataError that names the file,
-    the line and what is wrong otherwise, and for files that hold none. With `switches` (the recipe's template
-    switches) messages are wrong, too, that cannot be shown with these.
+    the line and what is wrong otherwise, and for files that hold none. With `switches` (those of a
+    DeepSeek-V4 target) messages are wrong, too, whose fields it cannot be shown with these.
     """
     return (found for found in iterate_rows(paths, skipped, 0, switches) if found is not None)
 

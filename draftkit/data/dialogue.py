@@ -15,6 +15,7 @@ from draftkit.data.answers import NO_ROOM, Answer, Question
 from draftkit.data.messages import Conversation
 from draftkit.data.records import asked_hash
 from draftkit.data.samples import naming_conversation
+from draftkit.target.deepseek_v4_messages import fields_of
 from draftkit.target.prompt_format import PromptFormat
 
 TOO_LONG = "too_long"
@@ -123,7 +124,7 @@ class Dialogue:
 def _places(messages: list[dict[str, Any]]) -> list[int]:
     """Where the assistant answers in a recorded history: its turns after a user's or a tool's, which a prefix
     is not, and the end."""
-    roles = ["prefix" if m.get("prefix") else m["role"] for m in messages]
+    roles = ["prefix" if "prefix" in fields_of(m) else m["role"] for m in messages]
     spoken = [i for i in range(1, len(roles)) if roles[i] == "assistant" and roles[i - 1] in ("user", "tool")]
     return [*spoken, len(messages)]
 

@@ -25,6 +25,8 @@ def bodies(objects: Iterable[Row]) -> Iterator[Row]:
         if not isinstance(messages, list):
             yield one  # another form of a conversation, or nothing: said where rows are read
             continue
+        if request.get("continue_final_message") and _body((messages or [0])[-1]).get("role") == "assistant":
+            messages = [*messages[:-1], _body(messages[-1]) | {"prefix": True}]
         tools = request.get("tools") or _body(
             request.get("optional_params") or request.get("model_parameters")
         ).get("tools")
@@ -232,10 +234,8 @@ def codex(objects: Iterable[Row]) -> Iterator[Row]:
             told.append({"role": item.get("role"), "content": text} | _thought(item, thought))
             thought = None
         elif item.get("type") == "reasoning":
-            thought = (
-                "\n".join(p.get("text", "") for p in item.get("content") or item.get("summary") or [])
-                or thought
-            )
+            parts = item.get("content") or item.get("summary") or []
+            thought = "\n".join(p.get("text", "") for p in parts) or thought
         elif item.get("type") == "function_call":
             call = _call(item.get("call_id"), item.get("name"), item.get("arguments"))
             told.append(

@@ -99,6 +99,14 @@ class Conversation:
         first = next(i for i, m in enumerate(self.messages) if m.role == "user")
         return replace(self, messages=self.messages[: first + 1], turns=())
 
+    def measured(self) -> Conversation:
+        """What evaluation asks: the first turn; where a message has DeepSeek-V4's task or prefix, all up to
+        that."""
+        asking = [i for i, m in enumerate(self.messages) if m.asks]
+        return (
+            replace(self, messages=self.messages[: asking[-1] + 1], turns=()) if asking else self.first_turn()
+        )
+
     def prompt(self) -> Conversation:
         """What is asked: every assistant turn removed. Where the history must stay, all up to the last turn
         that asks: a user's, a tool's, or an assistant's with a task or a prefix."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from draftkit.data.messages import ROLES, Conversation, Message, WrittenTurn
 from draftkit.errors import DataError
-from draftkit.target.deepseek_v4_messages import check_conversation, fields_of
+from draftkit.target.deepseek_v4_messages import FIELDS, check_conversation, fields_of, given_fields
 from draftkit.target.prompt_format import content_text
 
 _SPEAKERS = {
@@ -43,7 +44,8 @@ def conversation_of(
     row: Any, where: str, stem: str, switches: Mapping[str, Any] | None = None
 ) -> Conversation:
     """The conversation in a row. `where` names it in errors, `stem` is the domain of rows that give none;
-    `switches`: those that it will be shown with, where they are known."""
+    `switches`: those of the DeepSeek-V4 target that it will be shown to. None: another one, or none is known,
+    and what is not DeepSeek-V4's own of its messages' fields is left out."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: is a {type(row).__name__}, must be a JSON object")
     row = {k: v for k, v in row.items() if v is not None}
@@ -56,10 +58,13 @@ def conversation_of(
     for key in ("id", "domain"):
         if not isinstance(row.get(key, ""), str | int):
             raise DataError(f"{where}: {key} is a {type(row[key]).__name__}, must be a string")
-    try:
-        check_conversation([m.as_dict() for m in messages], switches or {})
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from error
+    if switches is None:
+        messages = [_with_own_fields(m) for m in messages]
+    else:
+        try:
+            check_conversation([m.as_dict() for m in messages], switches)
+        except ValueError as error:
+            raise DataError(f"{where}: {error}") from error
     tools = _tools(row.get("tools", row.get("functions", [])), where)
     turns = _turns(row, where)
     reason = row.get("finish_reason", turns[-1].finish_reason if turns else None)
@@ -147,7 +152,7 @@ def _spoken(raw: Any, where: str) -> Message:
     if role is None:
         raise DataError(f"{where}: from {speaker!r} is not known; speakers are {', '.join(_SPEAKERS)}")
     if speaker != "function_call":
-        return _message({"role": role, "content": value} | fields_of(raw), where)
+        return _message({"role": role, "content": value} | given_fields(raw), where)
     calls = _json(value, where) if isinstance(value, str) else value
     listed = calls if isinstance(calls, list) else [calls]
     return _message(
@@ -193,8 +198,14 @@ def _message(raw: Any, where: str) -> Message:
         raw.get("tool_call_id"),
         raw.get("name"),
         weight,
-        **fields_of(raw),
+        **given_fields(raw),
     )
+
+
+def _with_own_fields(message: Message) -> Message:
+    """The message without values of DeepSeek-V4's fields that are not its own: another program's keys."""
+    given = {name: value for name in FIELDS if (value := getattr(message, name)) is not None}
+    return replace(message, **dict.fromkeys(given.keys() - fields_of(given).keys())) if given else message
 
 
 def _calls(given: Any, where: str) -> tuple[dict[str, Any], ...]:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from draftkit.data.messages import Conversation, WrittenTurn
 from draftkit.errors import DataError
-from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError
+from draftkit.target.prompt_format import PromptFormat, RewrittenError, TemplateError, is_answer
 
 CutAnswers = Literal["keep", "drop"]
 
@@ -101,14 +101,15 @@ def _turns_of_text(
     conversation: Conversation, prompt_format: PromptFormat, counts: SampleCounts
 ) -> tuple[WrittenTurn, ...]:
     messages, tools = conversation.as_dicts(), conversation.tools
-    last = conversation.messages[-1]
-    if conversation.cut and "<think>" in (last.content or "") and "</think>" not in (last.content or ""):
+    last = conversation.messages[-1].content or ""
+    cut = conversation.cut and is_answer(messages, len(messages) - 1)
+    if cut and "<think>" in last and "</think>" not in last:
         raise RewrittenError("it was cut in its thinking, which a template cannot write")
     with naming_conversation(conversation.id):
-        turns = prompt_format.turns(messages, tools, conversation.cut)
+        turns = prompt_format.turns(messages, tools, cut)
     counts.unshown.update(prompt_format.unshown(messages, tools))
     reasons = ["stop"] * len(turns)
-    if conversation.cut and turns and last.role == "assistant":
+    if cut and turns:
         reasons[-1] = "length"
     return tuple(WrittenTurn(t.prompt_ids, t.answer_ids, why) for t, why in zip(turns, reasons, strict=True))
 

@@ -16,6 +16,7 @@ from draftkit.data.answers import NO_ROOM, Answer, Question, answer_limit
 from draftkit.errors import ServeError
 from draftkit.ops.sampling import combined_seed
 from draftkit.settings import GenerateSettings
+from draftkit.target.deepseek_v4_messages import fields_of
 from draftkit.target.prompt_format import PromptFormat
 
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -66,6 +67,8 @@ async def answer_of(
     except httpx.HTTPError as error:
         raise TryElsewhere(f"{type(error).__name__} {error}".strip()) from error
     said = _body_of(response, question.key, server)
+    if not server.gives_ids:
+        _check_fields(said, question, server)
     choice = said["choices"][0]
     reason = str(choice.get("finish_reason") or "stop")
     if server.gives_ids:
@@ -96,6 +99,18 @@ def _as_chat(
     if shown.switches:
         body["chat_template_kwargs"] = dict(shown.switches)
     return body
+
+
+def _check_fields(said: dict[str, Any], question: Question, server: Server) -> None:
+    """Raise ServeError for the answer to DeepSeek-V4's fields of messages by a server that did not show them
+    to its model: one that does not know them leaves them out."""
+    counted, length = (said.get("usage") or {}).get("prompt_tokens"), len(question.prompt_ids)
+    if counted != length and any(map(fields_of, question.messages)):
+        raise ServeError(
+            f"{server.url} shows its model {counted or 'an unknown number of'} tokens of conversation "
+            f"{question.key}, where this recipe shows {length}: it may not know DeepSeek-V4's task, "
+            "response_format and prefix; serve by draftkit, or remove them"
+        )
 
 
 def _message_of(raw: dict[str, Any]) -> dict[str, Any]:

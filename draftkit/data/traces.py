@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -246,7 +247,15 @@ def _masked_message(message: Message, counts: dict[str, int]) -> Message:
         content=mask_secrets(message.content, counts) if message.content else message.content,
         reasoning=mask_secrets(message.reasoning, counts) if message.reasoning else None,
         tool_calls=tuple(calls),
+        response_format=message.response_format and _masked_format(message.response_format, counts),
     )
+
+
+def _masked_format(form: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
+    """A response format with each of its texts masked."""
+    masked = lambda text: json.dumps(mask_secrets(json.loads(text[0]), counts))  # noqa: E731
+    found: dict[str, Any] = json.loads(re.sub(r'"(?:[^"\\]|\\.)*"', masked, json.dumps(form)))
+    return found
 
 
 def _row(conversation: Conversation) -> dict[str, Any]:

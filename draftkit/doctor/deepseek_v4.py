@@ -13,7 +13,7 @@ from draftkit.draft.deepseek_v4_checkpoint import BUNDLED
 from draftkit.errors import CheckpointError, TargetError
 from draftkit.target.deepseek_v4 import Shards, is_draft
 from draftkit.target.deepseek_v4_check import mismatches
-from draftkit.target.deepseek_v4_prompts import generation
+from draftkit.target.deepseek_v4_encoder import generation
 from draftkit.target.deepseek_v4_tensors import FAMILY, checkpoint_tensors, has_draft_module
 from draftkit.target.loading import OTHER_FAMILIES
 from draftkit.target.shards import tensor_places

@@ -85,7 +85,7 @@ def examine(
     expected: float | None = None
     conversations = read_prompts([settings.prompts])
     prompts = first_turns(shown, conversations, settings.per_domain)
-    asked = {c.id: c.first_turn().as_dicts() for c in conversations}
+    asked = {c.id: c.measured().as_dicts() for c in conversations}
     loaded = _load(target, facts)
     if loaded is not None:
         with progress_bar("doctor", None) as bar:

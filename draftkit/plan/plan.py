@@ -25,6 +25,7 @@ from draftkit.plan.target import matrix_rate, reading_bytes, target_sizes
 from draftkit.stages import prompt_format
 from draftkit.target.deepseek_v4_tensors import FAMILY
 from draftkit.target.loading import best_device
+from draftkit.target.place import deepseek_v4_switches
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import DTYPES
 
@@ -79,9 +80,12 @@ def plan(
     capture, train = recipe.capture, recipe.train
     if conversations:
         tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
-        total = sum(1 for _ in iterate_conversations(conversations))
+        switches = deepseek_v4_switches(recipe.target)
+        total = sum(1 for _ in iterate_conversations(conversations, None, switches))
         shown = prompt_format(recipe, tokenizer)
-        counts = counted(iterate_conversations(conversations), total, shown, sizes.info, capture)
+        counts = counted(
+            iterate_conversations(conversations, None, switches), total, shown, sizes.info, capture
+        )
     else:
         counts = assumed_counts(*assumed, capture.max_length)
     layers = len(recipe.drafter.feature_layers or ()) or recipe.drafter.num_features

@@ -10,6 +10,7 @@ from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.formats import ForcedCalls
 from draftkit.serve.limits import check_fits
 from draftkit.serve.problem import bad_request
+from draftkit.target.deepseek_v4_messages import reasoning_of
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.prompt_format import TemplateError
 
@@ -20,6 +21,19 @@ def format_for(shown: DeepseekFormat, switches: dict[str, Any]) -> DeepseekForma
         return shown.with_switches(switches)
     except ConfigError as error:
         raise bad_request(str(error), "chat_template_kwargs") from error
+
+
+def begun(message: dict[str, Any]) -> dict[str, Any]:
+    """The last message of a request with `continue_final_message`, as the encoder has it. Raises ApiError
+    400."""
+    lacking = {
+        "is not the assistant's": message["role"] != "assistant",
+        "has tool_calls, after which an answer ends": bool(message.get("tool_calls")),
+        "has no content to go on with": not (message.get("content") or reasoning_of(message)),
+    }
+    if told := next((what for what, is_so in lacking.items() if is_so), None):
+        raise bad_request(f"continue_final_message: the last message {told}", "messages")
+    return message | {"prefix": True}
 
 
 def for_form(

@@ -1,5 +1,6 @@
 """What a chat is made of: messages with their parts, tools and the choice among them. Fields that are not
-listed are ignored, but for a message's, which go to the chat template."""
+listed are ignored, but for a message's, which go to the chat template. One that does not look for
+DeepSeek-V4's own refuses these."""
 
 from __future__ import annotations
 

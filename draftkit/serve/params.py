@@ -85,10 +85,8 @@ def chat_prompt(
                 "add_generation_prompt out"
             )
         said = [m.as_dict() for m in messages]
-        if continue_final_message and said[-1]["role"] != "assistant":
-            raise bad_request("continue_final_message: the last message is not the assistant's", "messages")
         if continue_final_message:
-            said[-1]["prefix"] = True
+            said[-1] = deepseek_v4.begun(said[-1])
         mode = deepseek_v4.format_for(shown, extra)
         return deepseek_v4.encoded(mode, said, tools, served.texts, most_tokens)
     if not served.tokenizer.chat_template:

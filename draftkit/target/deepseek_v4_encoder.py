@@ -1,8 +1,10 @@
-"""DeepSeek's package `deepseek-recipe` as it is installed: whether it is, and what it writes."""
+"""DeepSeek's package `deepseek-recipe` as it is installed: whether it is, what it writes, and which
+generation of its encoder a checkpoint's name says."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from importlib import import_module
 from typing import Any
 
@@ -10,6 +12,8 @@ from draftkit.errors import TargetError
 from draftkit.target.deepseek_v4_messages import tool_of
 
 INSTALL = "pip install 'draftkit[deepseek]'"
+_OFFICIAL = re.compile(r"DeepSeek-V4-(?:Flash|Pro)-\d{4}")
+_PREVIEW = re.compile(r"DeepSeek-V4-(?:Flash|Pro)(?:-DSpark|-Base)?")
 _PROBE = (
     {"role": "system", "content": "S"},
     {"role": "user", "content": "U"},
@@ -17,6 +21,14 @@ _PROBE = (
     {"role": "user", "content": "V"},
 )
 _PROBE_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+def generation(name: str) -> str | None:
+    """The generation, "official" or "preview", that a checkpoint's name says; None for another name."""
+    last = name.rstrip("/").split("/")[-1]
+    if _OFFICIAL.fullmatch(last):
+        return "official"
+    return "preview" if _PREVIEW.fullmatch(last) else None
 
 
 def load_recipe() -> Any:

@@ -1,20 +1,28 @@
 """OpenAI's messages and tools as DeepSeek's package `deepseek-recipe` has them, and the fields of messages
 that DeepSeek-V4 has beyond OpenAI's: `task` (its quick instructions), `response_format` and `prefix`.
 
-The fields are checked here for all: files of conversations, the server and `LLM`."""
+The fields are checked here for all: files of conversations, the server and `LLM`. Other programs write keys
+of these names, too: a value that is not DeepSeek-V4's own is wrong for a DeepSeek-V4 target alone, and means
+nothing to any other (`fields_of`)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from draftkit.target.prompt_format import Message
+if TYPE_CHECKING:
+    from draftkit.target.prompt_format import Message
 
 FIELDS = ("task", "response_format", "prefix")
 TASKS = ("action", "query", "authority", "domain", "read_url", "title")
+_OWN: dict[str, Callable[[Any], bool]] = {
+    "task": lambda value: value in TASKS,
+    "response_format": lambda value: isinstance(value, Mapping) and bool(value),
+    "prefix": lambda value: value is True,
+}
 _OWNERS = {
-    "task": ("user", "developer"),
+    "task": ("user",),
     "title": ("assistant",),  # a task, too
     "response_format": ("system", "developer"),
     "prefix": ("assistant",),
@@ -22,8 +30,14 @@ _OWNERS = {
 
 
 def fields_of(message: Message) -> dict[str, Any]:
-    """Those of FIELDS that a message has. What is null, and a prefix that is false, it has not; DeepSeek's
-    encoder calls a prefix `wo_eos`."""
+    """Those of FIELDS that a message has with a value of DeepSeek-V4's own: one of TASKS, an object that is
+    not empty, a prefix that is true."""
+    return {name: value for name, value in given_fields(message).items() if _OWN[name](value)}
+
+
+def given_fields(message: Message) -> dict[str, Any]:
+    """Those of FIELDS that a message has with any value. What is null, and a prefix that is false, it has
+    not; DeepSeek's encoder calls a prefix `wo_eos`."""
     prefix = message.get("prefix")
     if prefix is None or prefix is False:
         prefix = message.get("wo_eos")
@@ -37,15 +51,17 @@ def asks(message: Message) -> bool:
     return not fields_of(message).keys().isdisjoint(("task", "prefix"))
 
 
-def check_request(messages: Sequence[Message], switches: Mapping[str, Any]) -> None:
-    """Raise ValueError when FIELDS have values that they cannot have, or stand where a request that is shown
-    with these switches cannot have them."""
-    for place, message in enumerate(messages):
-        if fields_of(message):
+def check_request(
+    messages: Sequence[Message], switches: Mapping[str, Any], answer: Message | None = None
+) -> None:
+    """Raise ValueError when FIELDS have values that they cannot have, or stand where a request to DeepSeek-V4
+    that is shown with these switches, or its answer, cannot have them."""
+    for place, message in enumerate([*messages, answer] if answer else messages):
+        if given_fields(message):
             try:
                 _check(message, switches)
             except ValueError as error:
-                raise ValueError(f"messages[{place}]: {error}") from None
+                raise ValueError(f"messages[{place}]: DeepSeek-V4's {error}") from None
     for message in messages[:-1]:
         if asks(message):
             name = "task" if "task" in fields_of(message) else "prefix"
@@ -57,34 +73,34 @@ def check_request(messages: Sequence[Message], switches: Mapping[str, Any]) -> N
 def check_conversation(messages: Sequence[Message], switches: Mapping[str, Any]) -> None:
     """`check_request` of a conversation, whose last message may be the answer."""
     answered = messages[-1]["role"] == "assistant" and not asks(messages[-1])
-    check_request(messages[:-1] if answered else messages, switches)
+    check_request(*(messages[:-1], switches, messages[-1]) if answered else (messages, switches))
 
 
 def _check(message: Message, switches: Mapping[str, Any]) -> None:
     """Raise ValueError when a message cannot have the values of FIELDS that it has."""
-    found, role = fields_of(message), message.get("role")
+    found, role = given_fields(message), message.get("role")
     task = found.get("task")
     if "task" in found and task not in TASKS:
-        raise ValueError(f"task {task!r:.40} is not known, choose one of {', '.join(TASKS)}")
+        raise ValueError(f"task {task!r:.40} is not known, choose one of {', '.join(TASKS)}, or remove it")
     if found.get("prefix", True) is not True:
-        raise ValueError(f"prefix is {found['prefix']!r:.40}, must be true or false")
+        raise ValueError(f"prefix is {found['prefix']!r:.40}, must be true or false; change or remove it")
     if "response_format" in found:
         schema_of(message)
     for name in found:
         owners = _OWNERS["title" if (name, task) == ("task", "title") else name]
         if role not in owners:
             what = f"task {task!r}" if name == "task" else name
-            raise ValueError(f"{what} belongs to a message of the {owners[0]}")
+            raise ValueError(f"{what} belongs to a message of the {owners[0]}; move or remove it")
     if task not in (None, "action") and switches.get("thinking", switches.get("enable_thinking")):
         raise ValueError(f"task {task!r} is answered without thinking; leave the switch thinking out")
-    if "prefix" not in found:
-        return
-    if task is not None:
+    if "prefix" in found and task is not None:
         raise ValueError(f"task {task!r} comes after a whole answer; leave prefix out")
-    if message.get("tool_calls"):
-        raise ValueError("prefix: after its tool_calls an answer ends; leave one of the two out")
-    if not (_text(message.get("content")) or reasoning_of(message)):
-        raise ValueError("prefix: the message has no content to go on with; leave it out")
+    if "prefix" in found or task == "title":
+        what, use = ("prefix", "go on with") if "prefix" in found else ("task 'title'", "give a title to")
+        if message.get("tool_calls"):
+            raise ValueError(f"{what}: after its tool_calls an answer ends; leave one of the two out")
+        if not (_text(message.get("content")) or ("prefix" in found and reasoning_of(message))):
+            raise ValueError(f"{what}: the message has no content to {use}; leave it out")
 
 
 def message_of(recipe: Any, message: Message) -> Any:
@@ -133,9 +149,11 @@ def schema_of(message: Message) -> Any:
     when that is no object, or has no schema."""
     asked = message["response_format"]
     if not isinstance(asked, Mapping):
-        raise ValueError(f"response_format is a {type(asked).__name__}, must be an object")
+        raise ValueError(
+            f"response_format is a {type(asked).__name__}, must be an object; change or remove it"
+        )
     if not asked:
-        raise ValueError('response_format is empty; give {"type": "json_object"}, or a schema')
+        raise ValueError('response_format is empty; give {"type": "json_object"} or a schema, or remove it')
     if asked.get("type") != "json_schema":
         return None if asked.get("type") == "text" else asked
     about = asked.get("json_schema")

@@ -9,7 +9,6 @@ encoder: the preview checkpoints (DeepSeek-V4-Flash, -Pro, *-DSpark) do not know
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -19,7 +18,7 @@ from typing import Any
 from draftkit.errors import ConfigError, TargetError
 from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.deepseek_v4_answers import DeepseekAnswer, DeepseekReader, Stage
-from draftkit.target.deepseek_v4_encoder import encoder_digest, load_recipe
+from draftkit.target.deepseek_v4_encoder import encoder_digest, generation, load_recipe
 from draftkit.target.deepseek_v4_messages import (
     FIELDS,
     check_request,
@@ -29,7 +28,15 @@ from draftkit.target.deepseek_v4_messages import (
     schema_of,
     tool_of,
 )
-from draftkit.target.prompt_format import CallForm, Message, TemplateError, Tools, Turn, is_answer
+from draftkit.target.prompt_format import (
+    CallForm,
+    Message,
+    RewrittenError,
+    TemplateError,
+    Tools,
+    Turn,
+    is_answer,
+)
 
 DSML, EOS, OPEN, CLOSE = "｜DSML｜", "<｜end▁of▁sentence｜>", "<think>", "</think>"
 ASSISTANT, URL_MARK = "<｜Assistant｜>", "<｜extracted_url｜>"
@@ -37,18 +44,8 @@ NEEDED = ("<｜begin▁of▁sentence｜>", EOS, "<｜User｜>", ASSISTANT, OPEN,
 EFFORTS = ("low", "high", "max")
 SAME = {"minimal": "low", "medium": "high", "xhigh": "high", "ultra": "max"}  # as DeepSeek's API takes them
 ENCODERS = ("official", "preview")
-_OFFICIAL = re.compile(r"DeepSeek-V4-(?:Flash|Pro)-\d{4}")
-_PREVIEW = re.compile(r"DeepSeek-V4-(?:Flash|Pro)(?:-DSpark|-Base)?")
 _SWITCHES = ("thinking", "enable_thinking", "reasoning_effort", "drop_thinking", "encoder")
 Piece = tuple[str, bool]  # text, and whether it is one special token
-
-
-def generation(name: str) -> str | None:
-    """The generation, "official" or "preview", that a checkpoint's name says; None for another name."""
-    last = name.rstrip("/").split("/")[-1]
-    if _OFFICIAL.fullmatch(last):
-        return "official"
-    return "preview" if _PREVIEW.fullmatch(last) else None
 
 
 def speaks_deepseek_v4(tokenizer: Any) -> bool:
@@ -146,13 +143,18 @@ class DeepseekFormat:
         return "".join(text for text, _ in self._prompt_pieces(messages, tools))
 
     def turns(self, messages: Sequence[Message], tools: Tools | None = None, cut: bool = False) -> list[Turn]:
-        """Every answer of a conversation in its own context, in order."""
+        """Every answer of a conversation in its own context, in order. Raises RewrittenError for one that was
+        thought about after a task or a prefix, where the model does not think."""
         found = []
         for place, message in enumerate(messages):
             if is_answer(messages, place):
                 ended = not (cut and place == len(messages) - 1)
                 prompt = self.prompt(messages[:place], tools)
                 thinks = self._stage(prompt) in ("ReasoningStart", "ReasoningContinuation")
+                if self.mode.thinking and not thinks and reasoning_of(message):
+                    raise RewrittenError(
+                        "after a task or a prefix nothing is thought, and the answer has that"
+                    )
                 written = self._written(message, ended, thinks)
                 found.append(Turn(prompt, self._encoded(written)))
         return found

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import functools
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draftkit.errors import TargetError
 from draftkit.suggest import looks_like_path, nearest, nearest_path
+from draftkit.target.deepseek_v4_tensors import FAMILY
 from draftkit.target.gguf import gguf_in, smollm2_file
+
+if TYPE_CHECKING:
+    from draftkit.settings import TargetSettings
 
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny"
 # a drafter of the target "smollm2"; what was recorded with each target and its packaged drafter
@@ -91,3 +96,17 @@ def sizes_of(folder: Path) -> dict[str, Any]:
         return dict(fields.get("text_config") or fields)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def deepseek_v4_switches(target: TargetSettings) -> dict[str, Any] | None:
+    """The template switches of a target whose configuration, in its folder or the hub's cache on this
+    machine, says that it is DeepSeek-V4; None of another target."""
+    folder = Path(target.path)
+    if not folder.exists() and "/" in target.path and not looks_like_path(target.path):
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        with suppress(HFValidationError):
+            cached = try_to_load_from_cache(target.path, "config.json", revision=target.revision)
+            folder = Path(cached).parent if isinstance(cached, str) else folder
+    return target.template_switches if sizes_of(folder).get("model_type") == FAMILY else None

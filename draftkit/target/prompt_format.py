@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 from draftkit.errors import DataError
 from draftkit.target.answer_parts import AnswerParts
 from draftkit.target.answer_stream import AnswerStream
+from draftkit.target.deepseek_v4_messages import fields_of
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]]
@@ -124,7 +125,7 @@ def is_answer(messages: Sequence[Message], place: int) -> bool:
     """Whether the assistant answers somebody here, says something, and is to be learnt from. A prefix is
     given to it."""
     message = messages[place]
-    if message["role"] != "assistant" or message.get("weight") == 0 or message.get("prefix"):
+    if message["role"] != "assistant" or message.get("weight") == 0 or "prefix" in fields_of(message):
         return False
     says = message.get("content") or message.get("tool_calls") or message.get("reasoning_content")
     return bool(says) and any(m["role"] in ("user", "tool") for m in messages[:place])

@@ -100,6 +100,7 @@ class TemplateFormat:
 
         Raises TemplateError with the template's reason.
         """
+        self._check_fields(messages)
         try:
             shown = [self._as_template_has_it(m) for m in messages]
             variables = self._dated(tools) if self.today and self.mentions("strftime_now") else {}
@@ -128,6 +129,7 @@ class TemplateFormat:
         """Every answer of a conversation in its own context. Assistant turns that nobody asked for, that say
         nothing, whose tool calls the template does not show, or that have OpenAI's weight 0 are context only.
         """
+        self._check_fields(messages)
         found: list[Turn] = []
         known_text, known_ids = "", self.encode("")  # a prompt that goes on from here is tokenised from here
         for place, message in enumerate(messages):
@@ -218,9 +220,6 @@ class TemplateFormat:
         reasoning has the name that this template looks for. Raises ValueError for what cannot be shown at
         all."""
         shown = {k: v for k, v in message.items() if v is not None}
-        own = fields_of(message)
-        if own and (lost := sorted(own.keys() - set(self._looks_for(*FIELDS)))):
-            raise ValueError(f"{lost[0]} is a field of DeepSeek-V4's, this template does not look for it")
         if shown["role"] == "developer" and not self.mentions("developer"):
             shown["role"] = "system"
         shown["content"] = content_text(shown.get("content"))
@@ -237,6 +236,15 @@ class TemplateFormat:
             elif not names and self._thinks_in_content():
                 shown["content"] = f"<think>\n{reasoning.strip()}\n</think>\n\n{shown['content']}"
         return shown
+
+    def _check_fields(self, messages: Sequence[Message]) -> None:
+        """Raise TemplateError for a field of DeepSeek-V4's that the template does not look for."""
+        there = {name for message in messages for name in fields_of(message)}
+        if there and (lost := sorted(there - set(self._looks_for(*FIELDS)))):
+            raise TemplateError(
+                f"{lost[0]} is a field of DeepSeek-V4's, this template does not look for it: remove it for "
+                "other targets than DeepSeek-V4"
+            )
 
     def _reasoning_names(self) -> tuple[str, ...]:
         """The names under which the template looks for an assistant's reasoning."""
