@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from draftkit.ops import native_training
+from draftkit.ops.native_training import flush_denormals
 from draftkit.train.arithmetic import arithmetic
 
 CPU = torch.device("cpu")
@@ -30,6 +32,26 @@ def test_denormals_are_zero_in_every_thread_and_only_inside(two_threads: None) -
     assert zeros() == 0
     with arithmetic(torch.float32, CPU):
         assert zeros() == 1
+    assert zeros() == 0
+
+
+def test_without_compiled_functions_nothing_changes(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_training, "training_library", lambda: None)
+    with arithmetic(torch.float32, CPU):
+        assert zeros() == 0
+    assert zeros() == 0
+
+
+def test_who_wanted_them_as_zero_keeps_that(two_threads: None) -> None:
+    flush_denormals(True)
+    try:
+        with arithmetic(torch.float32, CPU):
+            pass
+        assert zeros() == 1
+    finally:
+        flush_denormals(False)
     assert zeros() == 0
 
 

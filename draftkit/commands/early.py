@@ -45,7 +45,7 @@ def check_inputs(recipe: Recipe, drafter: Path | None = None, prompts: Iterable[
 
 def check_given(option: str, path: Path | None, give: str = "a file") -> None:
     """Raise ConfigError when an option, or an argument (""), names no file; `give` says what it takes."""
-    if path is not None and not path.is_file():
+    if path is not None and (path.is_dir() or not path.exists()):  # a pipe is fine
         raise ConfigError(f"{option} {path}: {no_file(path, give)}".lstrip())
 
 

@@ -203,12 +203,16 @@ void each_meeting(const Blocks &all, const Work &work) {
 
 extern "C" {
 
-// In each thread of a team numbers too small for a normal float count as 0, or not.
-void flush_denormals(int64_t threads, int64_t on) {
+// In each thread of a team numbers too small for a normal float count as 0, or not; what was so in this one.
+int flush_denormals(int64_t threads, int64_t on) {
 #ifdef __SSE__
     constexpr unsigned BITS = 0x8040;  // flush to zero, denormals are zero
+    unsigned before = _mm_getcsr();
 #pragma omp parallel num_threads(threads)
     _mm_setcsr(on ? _mm_getcsr() | BITS : _mm_getcsr() & ~BITS);
+    return (before & BITS) == BITS;
+#else
+    return 0;
 #endif
 }
 

@@ -49,13 +49,14 @@ def native_fits(size: int, *tensors: Tensor) -> bool:
     return fits and training_library() is not None
 
 
-def flush_denormals(on: bool) -> None:
-    """Whether numbers too small for a normal float count as 0, here and in the threads that share this one's
-    work: PyTorch's own switch is for the calling thread."""
-    torch.set_flush_denormal(on)
+def flush_denormals(on: bool) -> bool:
+    """Whether numbers too small for a normal float count as 0 from here on, in this thread and those that
+    share its work (PyTorch's own switch is for the calling thread alone); gives what was so before.
+
+    Nothing changes where nothing can be compiled, and on processors without SSE.
+    """
     library = training_library()
-    if library is not None:
-        library.flush_denormals(_int(torch.get_num_threads()), _int(on))
+    return library is not None and bool(library.flush_denormals(_int(torch.get_num_threads()), _int(on)))
 
 
 @dataclass(frozen=True)
