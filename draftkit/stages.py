@@ -244,4 +244,5 @@ def check_drafter_switches(recipe: Recipe, drafter: Path) -> None:
 
 def read_prompts(paths: Sequence[Path], recipe: Recipe | None = None) -> list[Conversation]:
     """Prompts of one or more files, for the recipe's target where it is known."""
-    return list(iterate_conversations(paths, None, recipe and deepseek_v4_switches(recipe.target)))
+    switches = deepseek_v4_switches(recipe.target) if recipe else None
+    return list(iterate_conversations(paths, None, switches))

@@ -205,7 +205,8 @@ def _message(raw: Any, where: str) -> Message:
 def _with_own_fields(message: Message) -> Message:
     """The message without values of DeepSeek-V4's fields that are not its own: another program's keys."""
     given = {name: value for name in FIELDS if (value := getattr(message, name)) is not None}
-    return replace(message, **dict.fromkeys(given.keys() - fields_of(given).keys())) if given else message
+    nothing: dict[str, Any] = dict.fromkeys(given.keys() - fields_of(given).keys())
+    return replace(message, **nothing) if nothing else message
 
 
 def _calls(given: Any, where: str) -> tuple[dict[str, Any], ...]:
