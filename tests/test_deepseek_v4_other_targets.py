@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from draftkit.data.conversations import iterate_conversations, read_conversations
@@ -15,6 +16,7 @@ from draftkit.target.deepseek_v4_messages import FIELDS
 from draftkit.target.place import deepseek_v4_switches
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
+from support.server import serving
 
 
 def user(text: str, **more: Any) -> dict[str, Any]:
@@ -62,3 +64,25 @@ def test_a_target_is_known_by_its_configuration_in_the_hubs_cache_too(
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, *_, **__: cached.get(name))
     assert deepseek_v4_switches(TargetSettings(path="deepseek-ai/DeepSeek-V4-Flash")) == {}
     assert deepseek_v4_switches(TargetSettings(path="other/model")) is None
+
+
+def test_a_server_of_another_target_ignores_them_and_refuses_deepseeks_own() -> None:
+    with serving() as server:
+
+        def ask(**more: Any) -> httpx.Response:
+            body = {"messages": [user("x"), said("a"), user("y", **more)], "max_tokens": 2}
+            return server.http.post("/v1/chat/completions", json=body)
+
+        plain = ask().json()["usage"]["prompt_tokens"]
+        for more in ({"task": "chat-123"}, {"prefix": ""}, {"response_format": {}}, {"prefix": False}):
+            answer = ask(**more)
+            assert (answer.status_code, answer.json()["usage"]["prompt_tokens"]) == (200, plain), more
+        own: tuple[dict[str, Any], ...] = (
+            {"task": "query"},
+            {"prefix": True},
+            {"response_format": {"type": "object"}},
+        )
+        for more in own:
+            answer = ask(**more)
+            told = f"{next(iter(more))} is a field of DeepSeek-V4's"
+            assert answer.status_code == 400 and told in answer.json()["error"]["message"], more
