@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
@@ -66,10 +67,13 @@ def write_text(path: Path, text: str) -> None:
 
     Raises OSError that names the file when the disk does not take it.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")  # processes that write one file at once
     with naming(path):
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_tensors(

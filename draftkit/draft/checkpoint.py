@@ -47,11 +47,8 @@ def new_drafter(
     do not fit.
     """
     drafter = build(config)
-    if draft_ids_W is None:
-        drafter.choose_vocabulary(None, None)  # the target's head is the drafter's own
-    else:
-        drafter.choose_vocabulary(draft_ids_W, head_VH)
-        head_VH = head_VH[draft_ids_W]
+    drafter.choose_vocabulary(draft_ids_W, head_VH)
+    head_VH = head_VH if draft_ids_W is None else head_VH[draft_ids_W]
     for module, source in ((drafter.embed_tokens, embedding_VH), (drafter.lm_head, head_VH)):
         if module.weight.shape != source.shape:
             raise CheckpointError(

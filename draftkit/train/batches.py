@@ -99,22 +99,16 @@ class BatchMaker:
         """This process's micro-batches of a step: the same number in every process, empty ones where rows run
         out."""
         seed = self.seed * 1_000_003 + step
-        rows, most, size = self._rows(self.samples(step))
-        groups = (rows[start : start + size] for start in range(0, most, size))
-        return (self._collated(group, self._read(group), seed) for group in groups)
+        return (self._collated(group, seed) for group in self._groups(self.samples(step)))
 
     def validation(self) -> Iterator[tuple[int, TrainBatch]]:
         """All samples in order, with the same anchors every time; and about how many are done after each
-        batch, all processes together. A micro-batch is read at once and comes row by row: no gradient waits
-        for the others, and the count moves."""
+        micro-batch, all processes together."""
         for start in range(0, len(self.indices), self.size):
             chosen = self.indices[start : start + self.size].tolist()
-            rows, most, size = self._rows(chosen)
-            for first in range(0, most, size):
-                read = self._read(rows[first : first + size])
-                for place in range(first, min(first + size, most)):
-                    done = start + len(chosen) * (place + 1) // most
-                    yield done, self._collated(rows[place : place + 1], read, -1)
+            groups = self._groups(chosen)
+            for number, group in enumerate(groups, 1):
+                yield start + len(chosen) * number // len(groups), self._collated(group, -1)
 
     def _shuffled(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch; samples of weight 2 stand in it twice, of weight 0.25 in one of four."""
@@ -130,25 +124,24 @@ class BatchMaker:
         order: NDArray[np.int64] = self.indices[place]
         return order
 
-    def _rows(self, chosen: list[int]) -> tuple[list[list[int]], int, int]:
-        """This process's rows of samples, the most that a process has of them, and how many are a
-        micro-batch."""
+    def _groups(self, chosen: list[int]) -> list[list[list[int]]]:
+        """Rows of samples by micro-batch, as many in every process; empty where rows run out."""
         lengths = self.lengths[chosen].tolist()
-        packed = pack(lengths, max(*lengths, self.cut.row_tokens or 0))
-        own = packed[self.cut.rank :: self.cut.processes]
-        most = -(-len(packed) // self.cut.processes)  # rows of the first process
-        rows = [[chosen[place] for place in row] for row in own]
-        return rows, most, min(self.cut.micro_batch_size or most, most)
+        rows = pack(lengths, max(*lengths, self.cut.row_tokens or 0))
+        own = rows[self.cut.rank :: self.cut.processes]
+        most = -(-len(rows) // self.cut.processes)  # rows of the first process
+        size = min(self.cut.micro_batch_size or most, most)
+        return [
+            [[chosen[place] for place in row] for row in own[start : start + size]]
+            for start in range(0, most, size)
+        ]
 
-    def _read(self, rows: list[list[int]]) -> dict[int, FeatureSample]:
-        """The samples of some rows by number; a weight may ask for one twice."""
-        wanted = list(dict.fromkeys(i for row in rows for i in row))
-        found = map(self._trimmed, self.source.read(wanted, self._last_hidden)) if wanted else ()
-        return dict(zip(wanted, found, strict=True))
-
-    def _collated(self, rows: list[list[int]], read: dict[int, FeatureSample], seed: int) -> TrainBatch:
+    def _collated(self, rows: list[list[int]], seed: int) -> TrainBatch:
         if not rows:
             return empty_batch(self._trimmed(self.source.empty()), self.domains)
+        wanted = dict.fromkeys(i for row in rows for i in row)  # a weight may ask for one twice
+        found = map(self._trimmed, self.source.read(list(wanted), self._last_hidden))
+        read = dict(zip(wanted, found, strict=True))
         samples = [[read[i] for i in row] for row in rows]
         anchors = [
             [
