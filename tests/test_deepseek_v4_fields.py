@@ -35,7 +35,7 @@ from draftkit.settings import GenerateSettings
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.loading import load_target
 from draftkit.target.prompt_format import TemplateError
-from support.deepseek_v4 import tiny_folder, whole_tokenizer
+from support.deepseek_v4 import said, system, tiny_folder, user, whole_tokenizer
 from support.records import records
 from support.stub_server import MODEL, StubServer, stubs
 
@@ -48,18 +48,6 @@ SCHEMA = {
     "properties": {"é": {"type": "string", "description": "<think> <｜User｜> </think>"}},
 }
 Row = list[dict[str, Any]]
-
-
-def user(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "user", "content": text, **more}
-
-
-def said(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(form: Any) -> dict[str, Any]:
-    return {"role": "system", "content": "S", "response_format": form}
 
 
 ASKED: dict[str, Row] = {

@@ -18,7 +18,7 @@ from draftkit import cli
 from draftkit.target.prompt_format import TemplateError
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
-from support.deepseek_v4 import tiny_folder
+from support.deepseek_v4 import said, system, tiny_folder, user
 from support.records import records
 
 INDEX, SECOND = "model.safetensors.index.json", "model-00002-of-00002.safetensors"
@@ -213,18 +213,6 @@ def test_the_doctor_names_what_is_wrong_with_a_pair(
     assert "was trained with the official one" in found["encoder"]
     change(folder, model_type="deepseek_v41")
     assert "is DeepSeek-V4.1" in refused("doctor", "--target", folder, "-d", module)
-
-
-def user(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "user", "content": text, **more}
-
-
-def said(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def system(form: Any) -> dict[str, Any]:
-    return {"role": "system", "content": "S", "response_format": form}
 
 
 def write(path: Path, rows: dict[str, list[dict[str, Any]]]) -> None:

@@ -8,11 +8,13 @@ import json
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from checks.forked import Disk, finished
+from draftkit.output import write_text
 from draftkit.target.place import EMBEDDED
 
 pytestmark = pytest.mark.slow
@@ -101,3 +103,12 @@ def test_a_device_that_is_full_is_told_as_such() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode != 0 and "No space left" in done.stderr
+
+
+def test_writers_of_one_file_do_not_take_each_others_unfinished_one(tmp_path: Path) -> None:
+    """Processes of one command write the same manifest at once."""
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: write_text(tmp_path / "note", f"{n}" * 100), range(400)))
+    text = (tmp_path / "note").read_text()
+    assert text == text[: len(text) // 100] * 100
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]

@@ -72,3 +72,18 @@ def tiny_folder(folder: Path, tokenizer: Any = None, **changes: Any) -> Path:
     write_checkpoint(folder, tiny_model(**raw), raw)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def user(text: str, **more: Any) -> dict[str, Any]:
+    """A user's message."""
+    return {"role": "user", "content": text, **more}
+
+
+def said(text: str, **more: Any) -> dict[str, Any]:
+    """An assistant's message."""
+    return {"role": "assistant", "content": text, **more}
+
+
+def system(form: Any) -> dict[str, Any]:
+    """A system message with a response_format."""
+    return {"role": "system", "content": "S", "response_format": form}
