@@ -10,7 +10,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,9 +31,14 @@ class Disk:
     keeps_out: bool = False
 
 
-def start(command: Sequence[str], log: Path, disk: Disk | None = None) -> BaseProcess:
-    """Begin `draftkit COMMAND...`; what it prints goes to `log`."""
-    process = _CONTEXT.Process(target=_run, args=(list(command), log, disk or Disk()))
+def start(
+    command: Sequence[str],
+    log: Path,
+    disk: Disk | None = None,
+    before: Callable[[], None] | None = None,
+) -> BaseProcess:
+    """Begin `draftkit COMMAND...`; what it prints goes to `log`. `before` is called there first."""
+    process = _CONTEXT.Process(target=_run, args=(list(command), log, disk or Disk(), before))
     process.start()
     return process
 
@@ -46,7 +51,7 @@ def finished(command: Sequence[str], log: Path, disk: Disk | None = None) -> tup
     return process.exitcode, log.read_text("utf-8", "replace")
 
 
-def _run(command: list[str], log: Path, disk: Disk) -> None:
+def _run(command: list[str], log: Path, disk: Disk, before: Callable[[], None] | None) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -57,6 +62,8 @@ def _run(command: list[str], log: Path, disk: Disk) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if disk.deadly else signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk.most_bytes, disk.most_bytes))
+    if before is not None:
+        before()
     from draftkit.cli import main
 
     sys.argv = ["draftkit", *command]

@@ -4,29 +4,33 @@ them."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from checks import forked
+from checks.forked import Disk
 from draftkit import stages
 from draftkit.config import load_recipe
 from draftkit.errors import ConfigError
-from draftkit.features.index import Index
+from draftkit.features.index import Index, shard_name
 from draftkit.features.store import FeatureStore
 from draftkit.features.verify import verify
+from support import together
+from support.patience import wait_until
+from support.stopping import RECORDS, signal_at, wait_for_stop
 
 pytestmark = pytest.mark.slow
 
 WORDS = "list value holds step return what add number the a of is".split()
 COUNT = 1500
+NOTES = "draftkit.features.writer:StoreWriter.note"
 
 
 class Captures:
@@ -43,10 +47,12 @@ class Captures:
         self._sets = [f"target.path={target_folder}", "drafter.num_features=2", "capture.batch_tokens=512"]
 
     def start(self, out: Path, processes: int = 1, *more: str) -> subprocess.Popen[str]:
-        start = [sys.executable, "-m"]
+        """Several divide the work; with further settings they may do something else together."""
+        run = ["-m", "draftkit.cli"]
         if processes > 1:
-            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        command = [*start, "draftkit.cli", *self.words(out, *more)]
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+            run = [*torchrun, *(run if more else [together.SCRIPT])]
+        command = [sys.executable, *run, *self.words(out, *more)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def words(self, out: Path, *more: str) -> list[str]:
@@ -56,7 +62,7 @@ class Captures:
 
     def finish(self, out: Path, processes: int = 1, *more: str) -> str:
         process = self.start(out, processes, *more)
-        told, errors = process.communicate(timeout=300)
+        told, errors = process.communicate()
         assert process.returncode == 0, errors[-3000:]
         return told
 
@@ -90,20 +96,17 @@ def test_a_killed_process_loses_nothing_and_its_share_is_taken_over(
 ) -> None:
     """Two processes that know nothing of each other; one is killed while it holds a part."""
     out, log = tmp_path / "out", tmp_path / "log.txt"
-    first = forked.start(captures.words(out), tmp_path / "first.txt")
+    first = forked.start(captures.words(out), tmp_path / "first.txt", before=partial(signal_at, RECORDS, 3))
     assert first.pid is not None
-    while not in_the_middle(out):
-        os.kill(first.pid, signal.SIGCONT)
-        time.sleep(0.001)
-        os.kill(first.pid, signal.SIGSTOP)
+    wait_for_stop(first.pid)
+    assert in_the_middle(out)
     second = forked.start(captures.words(out), log)
-    while not Index(out).parts and second.is_alive():
-        time.sleep(0.01)
+    wait_until(lambda: Index(out).parts or not second.is_alive())
     assert second.is_alive(), "it waits for what the first one holds"
     first.kill()
     first.join()
     assert first.exitcode == -signal.SIGKILL and in_the_middle(out)
-    second.join(240)
+    second.join()
     assert second.exitcode == 0, log.read_text()
     assert FeatureStore(out).digest() == alone.digest()
 
@@ -118,17 +121,20 @@ def in_the_middle(out: Path) -> bool:
 def test_twenty_kills_lose_no_record_and_change_no_bit(
     captures: Captures, alone: FeatureStore, tmp_path: Path
 ) -> None:
+    """In turn after some records, before their lines are in the index, and in the middle of a write."""
     rng, before = random.Random(1), 0
     out, log = tmp_path / "out", tmp_path / "log.txt"
-    index = out / "index-000.jsonl"
-    for _ in range(20):
-        process = forked.start(captures.words(out), log)
-        grown = before + rng.randrange(1, 20_000)
-        while process.is_alive() and (not index.exists() or index.stat().st_size < grown):
-            time.sleep(0.001)
-        process.kill()
+    index, shard = out / "index-000.jsonl", out / shard_name(0, 0)
+    for number in range(20):
+        disk, ends = Disk(), partial(
+            signal_at, NOTES, rng.randrange(2, 8), signal.SIGKILL, before=number % 3 == 0
+        )  # fmt: skip
+        if number % 3 == 2:
+            most = (shard.stat().st_size if shard.exists() else 0) + rng.randrange(1, 200_000)
+            disk, ends = Disk(most, deadly=True), None
+        process = forked.start(captures.words(out), log, disk, ends)
         process.join()
-        assert process.exitcode == -signal.SIGKILL, log.read_text()
+        assert process.exitcode in (-signal.SIGKILL, -signal.SIGXFSZ), log.read_text()
         assert not verify(out).damaged
         assert index.stat().st_size >= before, "what was written stays"
         before = index.stat().st_size

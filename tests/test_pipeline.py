@@ -6,16 +6,16 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from support import stopping
 from support.records import prompts
 
 
-def command(target_folder: Path, *arguments: str) -> list[str]:
+def words(target_folder: Path, *arguments: str) -> list[str]:
+    """A command with its settings, without the program."""
     settings = [
         f"target.path={target_folder}",
         "drafter.num_features=2",
@@ -23,21 +23,17 @@ def command(target_folder: Path, *arguments: str) -> list[str]:
         "generate.batch_size=2",
     ]
     settings += ["train.epochs=100000", "train.validate_every=5", "drafter.num_layers=1"]
-    return [sys.executable, "-m", "draftkit.cli", *arguments, *(x for s in settings for x in ("--set", s))]
+    return [*arguments, *(x for s in settings for x in ("--set", s))]
+
+
+def command(target_folder: Path, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "draftkit.cli", *words(target_folder, *arguments)]
 
 
 def write_prompts(path: Path, count: int) -> Path:
     rows = [{"id": p.id, "domain": p.domain, "messages": p.as_dicts()} for p in prompts(count)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
-
-
-def has_content(path: Path) -> bool:
-    return path.exists() and path.stat().st_size > 0
-
-
-def parts_have_content(out: Path) -> bool:
-    return any(has_content(p) for p in out.with_name(out.name + ".parts").glob("*.jsonl"))
 
 
 def steps_done(drafter: Path) -> int:
@@ -48,28 +44,26 @@ def steps_done(drafter: Path) -> int:
         return 0
 
 
-def run_until(arguments: list[str], ready: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
-    """Start a process, send the signal as soon as `ready()`; (exit code, standard error)."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ready() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+def ended(arguments: list[str], place: str, count: int, number: signal.Signals) -> tuple[int, str]:
+    """Run a command that is sent the signal after so many calls of a function; (exit code, standard
+    error)."""
+    program = [sys.executable, stopping.SCRIPT, place, str(count), *arguments]
+    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    stopping.wait_for_stop(process.pid)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate()
     return process.returncode, errors
 
 
 @pytest.mark.slow
 def test_generate_survives_sigkill_with_the_same_records(target_folder: Path, tmp_path: Path) -> None:
-    """A real process, killed again and again the moment it has written something, ends with what one run
-    gives."""
+    """A real process, killed when it has written something, ends with what one run gives."""
     source = write_prompts(tmp_path / "prompts.jsonl", 40)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     arguments = ["generate", "-p", str(source), "-o"]
     assert subprocess.run(command(target_folder, *arguments, str(whole)), capture_output=True).returncode == 0
-    code, _ = run_until(
-        command(target_folder, *arguments, str(killed)), lambda: parts_have_content(killed), signal.SIGKILL
-    )
+    code, _ = ended(words(target_folder, *arguments, str(killed)), stopping.ANSWERS, 5, signal.SIGKILL)
     assert code == -signal.SIGKILL
     left = sum(
         len(p.read_bytes().splitlines()) for p in killed.with_name("killed.jsonl.parts").glob("*.jsonl")
@@ -86,10 +80,10 @@ def test_signals_end_every_stage_in_order_and_it_goes_on(target_folder: Path, tm
     """SIGINT and SIGTERM in turn."""
     source = write_prompts(tmp_path / "prompts.jsonl", 1500)
     generated, features, drafter = tmp_path / "answers.jsonl", tmp_path / "features", tmp_path / "drafter"
-    generate = command(target_folder, "generate", "-p", str(source), "-o", str(generated))
-    ended = run_until(generate, lambda: parts_have_content(generated), signal.SIGINT)
-    assert ended[0] == 130, ended[1]
-    assert ended[1].splitlines()[-1] == "error: interrupted; run the same command again to go on"
+    generate = words(target_folder, "generate", "-p", str(source), "-o", str(generated))
+    code, told = ended(generate, stopping.ANSWERS, 3, signal.SIGINT)
+    assert code == 130, told
+    assert told.splitlines()[-1] == "error: interrupted; run the same command again to go on"
     small = write_prompts(tmp_path / "small.jsonl", 8)
     done = subprocess.run(
         command(target_folder, "generate", "-p", str(small), "-o", str(tmp_path / "a.jsonl")), check=True
@@ -103,9 +97,9 @@ def test_signals_end_every_stage_in_order_and_it_goes_on(target_folder: Path, tm
     long.write_text(
         "".join(json.dumps(r | {"id": f"{r['id']}-{i}"}) + "\n" for i in range(400) for r in rows)
     )
-    reading = command(target_folder, "capture", "-c", str(long), "-o", str(features))
-    ended = run_until(reading, lambda: has_content(features / "index-000.jsonl"), signal.SIGTERM)
-    assert ended[0] == 143, ended[1]
+    reading = words(target_folder, "capture", "-c", str(long), "-o", str(features))
+    code, told = ended(reading, stopping.RECORDS, 1, signal.SIGTERM)
+    assert code == 143, told
     stop = subprocess.run(
         command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(features))
     )
@@ -114,11 +108,12 @@ def test_signals_end_every_stage_in_order_and_it_goes_on(target_folder: Path, tm
         command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "f")),
         check=True,
     )
-    train = command(target_folder, "train", "-f", str(tmp_path / "f"), "-o", str(drafter))
-    ended = run_until(train, lambda: steps_done(drafter) >= 1, signal.SIGINT)
-    assert ended[0] == 130, ended[1]
+    train = words(target_folder, "train", "-f", str(tmp_path / "f"), "-o", str(drafter))
+    code, told = ended(train, stopping.STATES, 1, signal.SIGINT)
+    assert code == 130, told
     before = steps_done(drafter)
-    ended = run_until(train, lambda: steps_done(drafter) > before, signal.SIGTERM)
-    assert ended[0] == 143, ended[1]
+    assert before > 0
+    code, told = ended(train, stopping.STATES, 1, signal.SIGTERM)
+    assert code == 143, told
     assert steps_done(drafter) > before, "it went on, not back"
     assert (drafter / "best" / "config.json").exists()

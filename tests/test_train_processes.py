@@ -7,11 +7,10 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -21,6 +20,8 @@ from draftkit.settings import CaptureSettings
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
+from support import stopping
+from support.patience import PATIENCE, wait_until
 from support.stores import capture_by
 
 pytestmark = pytest.mark.slow
@@ -61,36 +62,40 @@ class Runs:
         values |= {"train.validate_every": 10, "train.validation_share": 0.2, "train.decode_prompts": 2}
         self.values, self.features = values, features
 
-    def command(self, out: Path, processes: int = 1, **changed: Any) -> list[str]:
+    def command(self, out: Path, processes: int = 1, stops: bool = False, **changed: Any) -> list[str]:
+        """With `stops` each process stops itself when the state was saved for the first time."""
         values = self.values | {f"train.{k}" if "." not in k else k: v for k, v in changed.items()}
         sets = [
             part
             for key, value in values.items()
             for part in ("--set", f"{key}={json.dumps(value, default=str)}")
         ]
-        start = [sys.executable, "-m"]
+        start = [sys.executable]
         if processes > 1:
-            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        return [*start, "draftkit.cli", "train", "-f", str(self.features), "-o", str(out), *sets]
+            start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        run = [stopping.SCRIPT, stopping.STATES, "1"] if stops else ["-m", "draftkit.cli"]
+        return [*start, *run, "train", "-f", str(self.features), "-o", str(out), *sets]
 
     def finish(self, out: Path, processes: int = 1, **changed: Any) -> str:
-        done = subprocess.run(
-            self.command(out, processes, **changed), capture_output=True, text=True, timeout=300
-        )
+        done = subprocess.run(self.command(out, processes, **changed), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    def end(
-        self, out: Path, ready: Callable[[], bool], number: signal.Signals, processes: int = 1, **changed: Any
-    ) -> int:
-        process = subprocess.Popen(
-            self.command(out, processes, **changed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 240
-        while not ready() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
+    def end(self, out: Path, number: signal.Signals, processes: int = 1, **changed: Any) -> int:
+        """Send the signal when the state was saved for the first time, to torchrun where there are several;
+        the exit code."""
+        command = self.command(out, processes, stops=True, **changed)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        workers = [process.pid]
+        if processes > 1:
+            of_torchrun = psutil.Process(process.pid).children
+            wait_until(lambda: len(of_torchrun()) == processes or process.poll() is not None)
+            workers = [child.pid for child in of_torchrun()]
+        stopping.wait_for_stop(*workers)
         process.send_signal(number)
-        return process.wait(timeout=120)
+        if number != signal.SIGKILL:
+            stopping.let_go(workers, number)
+        return process.wait(PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +158,7 @@ def test_several_processes_give_the_loss_curve_and_validation_of_one(
 def test_a_killed_run_goes_on_to_the_same_bits(
     number: signal.Signals, code: int, runs: Runs, alone: Path, tmp_path: Path
 ) -> None:
-    assert runs.end(tmp_path, lambda: (tmp_path / "state" / "position.json").exists(), number) == code
+    assert runs.end(tmp_path, number) == code
     assert 10 <= len(curve(tmp_path)) < STEPS, "it was ended in the middle"
     runs.finish(tmp_path)
     assert curve(tmp_path) == curve(alone)
@@ -168,7 +173,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     """SIGTERM to torchrun reaches all processes, which end after the same step; what they saved fits any
     number."""
     state = tmp_path / "state" / "position.json"
-    ended = runs.end(tmp_path, state.exists, signal.SIGTERM, before, shard=shard)
+    ended = runs.end(tmp_path, signal.SIGTERM, before, shard=shard)
     assert ended != 0
     reached = json.loads(state.read_text())["step"]
     assert 10 <= reached < STEPS
