@@ -1,4 +1,4 @@
-"""`draftkit capture` under torchrun: each process works on a part before any of them has finished one,
+"""`draftkit capture` in several processes: each works on a part before any of them has finished one,
 however long it takes the others to come."""
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def meet(place: Path) -> None:
     wait_until(lambda: len(list(place.iterdir())) == int(os.environ["WORLD_SIZE"]), "all processes")
 
 
-if __name__ == "__main__":
-    from draftkit.cli import main
+def wait_before_the_first_part() -> None:
+    """From now on this process does."""
     from draftkit.features import capture
 
     one, met = capture._Work._one, list[int]()
@@ -36,4 +36,10 @@ if __name__ == "__main__":
         one(self, held)
 
     capture._Work._one = together  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    from draftkit.cli import main
+
+    wait_before_the_first_part()
     main()
