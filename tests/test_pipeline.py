@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from checks.forked import finished, start
 from support import stopping
 from support.records import prompts
 
@@ -26,10 +27,6 @@ def words(target_folder: Path, *arguments: str) -> list[str]:
     return [*arguments, *(x for s in settings for x in ("--set", s))]
 
 
-def command(target_folder: Path, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "draftkit.cli", *words(target_folder, *arguments)]
-
-
 def write_prompts(path: Path, count: int) -> Path:
     rows = [{"id": p.id, "domain": p.domain, "messages": p.as_dicts()} for p in prompts(count)]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -44,76 +41,74 @@ def steps_done(drafter: Path) -> int:
         return 0
 
 
-def ended(arguments: list[str], place: str, count: int, number: signal.Signals) -> tuple[int, str]:
-    """Run a command that is sent the signal after so many calls of a function; (exit code, standard
-    error)."""
-    program = [sys.executable, stopping.SCRIPT, place, str(count), *arguments]
-    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def done(command: list[str], log: Path) -> None:
+    """Run a command to its end."""
+    code, told = finished(command, log)
+    assert code == 0, told
+
+
+def ended(command: list[str], log: Path, place: str, count: int, number: signal.Signals) -> tuple[int, str]:
+    """Run a command that is sent the signal after so many calls of a function; its exit code and what it
+    printed."""
+    process = start(command, log, before=partial(stopping.signal_at, place, count))
+    assert process.pid is not None and process.exitcode is None
     stopping.wait_for_stop(process.pid)
-    process.send_signal(number)
-    process.send_signal(signal.SIGCONT)
-    _, errors = process.communicate()
-    return process.returncode, errors
+    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, log.read_text()
 
 
 @pytest.mark.slow
 def test_generate_survives_sigkill_with_the_same_records(target_folder: Path, tmp_path: Path) -> None:
     """A real process, killed when it has written something, ends with what one run gives."""
     source = write_prompts(tmp_path / "prompts.jsonl", 40)
-    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    whole, killed, log = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl", tmp_path / "log"
     arguments = ["generate", "-p", str(source), "-o"]
-    assert subprocess.run(command(target_folder, *arguments, str(whole)), capture_output=True).returncode == 0
-    code, _ = ended(words(target_folder, *arguments, str(killed)), stopping.ANSWERS, 5, signal.SIGKILL)
+    done(words(target_folder, *arguments, str(whole)), log)
+    code, _ = ended(words(target_folder, *arguments, str(killed)), log, stopping.ANSWERS, 5, signal.SIGKILL)
     assert code == -signal.SIGKILL
     left = sum(
         len(p.read_bytes().splitlines()) for p in killed.with_name("killed.jsonl.parts").glob("*.jsonl")
     )
     assert 0 < left < 40, "it was killed in the middle"
-    assert (
-        subprocess.run(command(target_folder, *arguments, str(killed)), capture_output=True).returncode == 0
-    )
+    done(words(target_folder, *arguments, str(killed)), log)
     assert killed.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow
 def test_signals_end_every_stage_in_order_and_it_goes_on(target_folder: Path, tmp_path: Path) -> None:
     """SIGINT and SIGTERM in turn."""
-    source = write_prompts(tmp_path / "prompts.jsonl", 1500)
+    source, log = write_prompts(tmp_path / "prompts.jsonl", 40), tmp_path / "log"
     generated, features, drafter = tmp_path / "answers.jsonl", tmp_path / "features", tmp_path / "drafter"
     generate = words(target_folder, "generate", "-p", str(source), "-o", str(generated))
-    code, told = ended(generate, stopping.ANSWERS, 3, signal.SIGINT)
+    code, told = ended(generate, log, stopping.ANSWERS, 3, signal.SIGINT)
     assert code == 130, told
     assert told.splitlines()[-1] == "error: interrupted; run the same command again to go on"
-    small = write_prompts(tmp_path / "small.jsonl", 8)
-    done = subprocess.run(
-        command(target_folder, "generate", "-p", str(small), "-o", str(tmp_path / "a.jsonl")), check=True
+    small, answers, long = (
+        write_prompts(tmp_path / "small.jsonl", 8),
+        tmp_path / "a.jsonl",
+        tmp_path / "long.jsonl",
     )
-    assert done.returncode == 0
-    long = tmp_path / "long.jsonl"
-    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    done(words(target_folder, "generate", "-p", str(small), "-o", str(answers)), log)
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
     rows = [r for r in rows if r["messages"][-1]["role"] == "assistant"]
     for row in rows:
         del row["record_digest"]  # they get other ids
-    long.write_text(
-        "".join(json.dumps(r | {"id": f"{r['id']}-{i}"}) + "\n" for i in range(400) for r in rows)
-    )
+    long.write_text("".join(json.dumps(r | {"id": f"{r['id']}-{i}"}) + "\n" for i in range(40) for r in rows))
     reading = words(target_folder, "capture", "-c", str(long), "-o", str(features))
-    code, told = ended(reading, stopping.RECORDS, 1, signal.SIGTERM)
+    code, told = ended(reading, log, stopping.RECORDS, 1, signal.SIGTERM)
     assert code == 143, told
-    stop = subprocess.run(
-        command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(features))
-    )
-    assert stop.returncode == 2, "a store of other conversations is not mixed in"
-    subprocess.run(
-        command(target_folder, "capture", "-c", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "f")),
-        check=True,
-    )
+    code, told = finished(words(target_folder, "capture", "-c", str(answers), "-o", str(features)), log)
+    assert code == 2, f"a store of other conversations is not mixed in: {told}"
+    done(words(target_folder, "capture", "-c", str(answers), "-o", str(tmp_path / "f")), log)
     train = words(target_folder, "train", "-f", str(tmp_path / "f"), "-o", str(drafter))
-    code, told = ended(train, stopping.STATES, 1, signal.SIGINT)
+    code, told = ended(train, log, stopping.STATES, 1, signal.SIGINT)
     assert code == 130, told
     before = steps_done(drafter)
     assert before > 0
-    code, told = ended(train, stopping.STATES, 1, signal.SIGTERM)
+    code, told = ended(train, log, stopping.STATES, 1, signal.SIGTERM)
     assert code == 143, told
     assert steps_done(drafter) > before, "it went on, not back"
     assert (drafter / "best" / "config.json").exists()
