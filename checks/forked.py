@@ -18,7 +18,10 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["draftkit.cli", "draftkit.quickstart", "draftkit.schedule_stages", "matplotlib.figure"]
+    [
+        *("draftkit.cli", "draftkit.quickstart", "draftkit.schedule_stages", "draftkit.serve.server"),
+        "matplotlib.figure",
+    ]
 )
 _IN_ORDER = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
 _DAC_OVERRIDE, _CAPABILITIES_3 = 1, 0x20080522  # linux/capability.h

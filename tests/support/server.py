@@ -11,12 +11,15 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import IO, Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from checks.forked import start
 from support.patience import PATIENCE, wait_until
 
 ASSET = Path(__file__).parents[2] / "draftkit" / "assets" / "tiny"
@@ -68,13 +71,47 @@ class Server:
         return self.connect(head.encode() + b"\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
 
 
+class Forked:
+    """What `Server` asks of a process, of a forked one."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process, self.pid = process, process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> None:
+        self._process.join()
+
+
 @contextmanager
 def serving(*options: str, command: Sequence[str] = (sys.executable, str(FAKE))) -> Iterator[Server]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
-    log: list[str] = []
     assert process.stderr is not None
-    reader = threading.Thread(target=_read, args=(process.stderr, log), daemon=True)
+    with _running(process, process.stderr) as server:
+        yield server
+
+
+@contextmanager
+def forked_serving(*options: str) -> Iterator[Server]:
+    """`draftkit serve`, from a process that has imported everything; for tests that neither end it nor ask
+    how it begins."""
+    with TemporaryDirectory() as folder:
+        pipe = Path(folder) / "log"
+        os.mkfifo(pipe)
+        process = Forked(start(["serve", "--port", "0", *options], pipe))
+        with pipe.open() as log, _running(process, log) as server:
+            yield server
+
+
+@contextmanager
+def _running(process: Any, stream: IO[str]) -> Iterator[Server]:
+    log: list[str] = []
+    reader = threading.Thread(target=_read, args=(stream, log), daemon=True)
     reader.start()
     try:
         server = Server(process, "", log)
