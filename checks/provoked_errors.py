@@ -141,6 +141,14 @@ MISTAKES = (
         "export --for llama.cpp --converter nothing.py -d runs/quick/drafter/best -o out --target tiny",
         "--converter nothing.py: no such file; give llama.cpp's convert_hf_to_gguf.py",
     ),
+    Mistake(
+        "export --for vllm -d runs/quick/drafter/best -o broken.jsonl --target tiny",
+        "--out broken.jsonl is a file; give the name of a folder",
+    ),
+    Mistake(
+        "export --for llama.cpp -d runs/quick/drafter/best -o broken.jsonl --target tiny",
+        "--out broken.jsonl is a file; give the name of a folder",
+    ),
 )
 
 
