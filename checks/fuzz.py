@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 
 from benchmarks.result_file import print_result
-from benchmarks.server_process import ServerProcess, server_process
+from benchmarks.server_process import PATIENCE, ServerProcess, server_process
 from checks.openapi_cases import Raw, bodies, raws
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
@@ -70,7 +70,7 @@ class Report:
 def fuzz(server: ServerProcess, cases: int) -> Report:
     """Send `cases` requests, one after another, beside the second client."""
     report, began = Report(), time.perf_counter()
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
         described = http.get("/openapi.json").json()
         definitions = described["components"]["schemas"]
         posts = {path: _body_of(routes) for path, routes in described["paths"].items() if "post" in routes}
@@ -181,12 +181,12 @@ def _controlled(server: ServerProcess, report: Report) -> Iterator[None]:
         )
 
     def ask_on(wanted: str) -> None:
-        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
             while not stop.wait(0.05):
                 report.wrong_controls += ask(http) != wanted
                 report.controls += 1
 
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as http:
         thread = threading.Thread(target=ask_on, args=(ask(http),), daemon=True)
     thread.start()
     try:

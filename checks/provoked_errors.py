@@ -185,9 +185,7 @@ def environment(folder: Path) -> dict[str, str]:
 def provoke(mistake: Mistake, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in the prepared folder."""
     command = [sys.executable, "-m", "draftkit", *mistake.command.split()]
-    return subprocess.run(
-        command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import httpx
 from rich.progress import track
 
 from benchmarks.result_file import print_result
-from benchmarks.server_process import ServerProcess, server_process
+from benchmarks.server_process import PATIENCE, ServerProcess, server_process
 
 MESSAGES = [{"role": "user", "content": "Solve for x: 3x + 4 = 19."}]
 QUESTION: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0}
@@ -51,7 +51,7 @@ def ask(server: ServerProcess) -> Start:
     """The first answer of a server that has just become ready."""
     began = time.monotonic()
     answer = httpx.post(
-        server.url + "/v1/chat/completions", json=QUESTION, timeout=60, trust_env=False
+        server.url + "/v1/chat/completions", json=QUESTION, timeout=PATIENCE, trust_env=False
     ).raise_for_status()
     text = answer.json()["choices"][0]["message"]["content"]
     return Start(server.ready_seconds, server.ready_seconds + time.monotonic() - began, text)
@@ -64,11 +64,11 @@ def kill_under_load(server: ServerProcess, streams: int) -> int:
     def read() -> None:
         try:
             with httpx.stream(
-                "POST", server.url + "/v1/completions", json=ENDLESS, timeout=60, trust_env=False
+                "POST", server.url + "/v1/completions", json=ENDLESS, timeout=PATIENCE, trust_env=False
             ) as response:
                 lines = response.iter_lines()
                 next(lines)
-                begun.wait(60)
+                begun.wait(PATIENCE)
                 for _ in lines:
                     pass
         except httpx.TransportError:
@@ -77,10 +77,10 @@ def kill_under_load(server: ServerProcess, streams: int) -> int:
     threads = [threading.Thread(target=read) for _ in range(streams)]
     for thread in threads:
         thread.start()
-    begun.wait(60)
+    begun.wait(PATIENCE)
     running = int(server.metric("num_requests_running"))
     server.process.kill()
-    server.process.wait(10)
+    server.process.wait(PATIENCE)
     for thread in threads:
         thread.join(60)
     return running

@@ -27,7 +27,7 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.result_file import print_result
-from benchmarks.server_process import ServerProcess, server_process
+from benchmarks.server_process import PATIENCE, ServerProcess, server_process
 from checks.soak import ROUNDING, top_gap
 from draftkit.data.conversations import read_conversations
 from draftkit.decode import decode
@@ -239,7 +239,7 @@ class Soak:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
         options: dict[str, Any] = {
             "base_url": self.server.url,
-            "timeout": 60,
+            "timeout": PATIENCE,
             "trust_env": False,
             "limits": limits,
         }

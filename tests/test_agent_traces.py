@@ -25,7 +25,7 @@ def test_its_log_becomes_conversations_of_words_and_calls(tmp_path: Path) -> Non
             str(log),
             *given,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report, _ = make_traces([log], tmp_path / "traces", validation_share=0.2, held_out_share=0.2)
     files = [p for p in (tmp_path / "traces").glob("*.jsonl") if p.stat().st_size]

@@ -24,6 +24,7 @@ from draftkit.output import as_json
 from draftkit.serve.bench import ratios, read_prompts, run_bench, summarise
 from draftkit.serve.load import Endpoint, Record, run_load
 from draftkit.serve.settings import LoadSettings
+from support.patience import PATIENCE
 from support.server import Server, serving
 
 SETTINGS = LoadSettings(prompts=("one", "two", "three"), requests=6, warmup=1, max_tokens=31)
@@ -60,20 +61,39 @@ def test_a_summary_counts_good_requests_only_and_gives_each_token_its_share() ->
 
 
 def test_closed_loop_measures_what_the_server_does(slow: Server, fast: Server, tmp_path: Path) -> None:
-    """The stand-in makes 1 token in its first step and 3 in each of the next ten; every step sleeps."""
+    """The stand-in makes 1 token in its first step and 3 in each of the next ten; every step sleeps, and may
+    take longer."""
     results = run_bench([fast.url, slow.url + "/v1"], [1, 4], SETTINGS, tmp_path)
     assert json.loads((tmp_path / "bench.json").read_text("utf-8")) == json.loads(json.dumps(results))
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     for run in results["runs"]:
         first, second = run["servers"]
-        for server in run["servers"]:
+        for server, step in ((first, 0.005), (second, 0.02)):
             assert server["failed"] == 0 and server["output_tokens"] == 31 * server["requests"]
             assert server["accepted_len"] == 3.0 and server["accepted_len_source"] == "responses"
-        assert second["e2e"]["p50"] >= 0.22 and second["inter_token"]["mean"] >= 0.02 / 3
+            assert server["e2e"]["p50"] >= 11 * step and server["inter_token"]["mean"] >= step / 3
+            assert 0 < server["tokens_per_s"] <= run["concurrency"] * 31 / (11 * step)
         assert run["ratios"]["tokens_per_s"] == pytest.approx(first["tokens_per_s"] / second["tokens_per_s"])
-        assert run["ratios"]["tokens_per_s"] > 1.2
-    one, four = (run["servers"][1]["tokens_per_s"] for run in results["runs"])
-    assert four > 1.7 * one
+
+
+def test_the_closed_loop_keeps_so_many_in_flight_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server answers when four have come."""
+    ask, now, seen = Endpoint.ask, itertools.count(), list[int]()
+    running: set[int] = set()
+
+    async def counted(self: Endpoint, prompt: str) -> Record:
+        number = next(now)
+        running.add(number)
+        seen.append(len(running))
+        record = await ask(self, prompt)
+        running.discard(number)
+        return record
+
+    monkeypatch.setattr(Endpoint, "ask", counted)
+    with plain_server(lives=1, together=4) as url:
+        settings = LoadSettings(prompts=("one",), requests=8, warmup=0, max_tokens=2)
+        [run] = run_bench([url], [4], settings)["runs"]
+    assert run["servers"][0]["failed"] == 0 and len(seen) == 8 and max(seen) == 4
 
 
 def test_poisson_arrivals_follow_the_seed_and_rate(fast: Server) -> None:
@@ -118,7 +138,7 @@ def plain_server(lives: int, cut_off: Container[int] = (), together: int = 1) ->
     """A server without usage that is found `lives` times, then no more. It ends the answers of the numbers in
     `cut_off`, from 1 on, too early, and answers when `together` requests have come."""
     left = iter(range(lives))
-    numbers, meeting = itertools.count(1), threading.Barrier(together, timeout=10)
+    numbers, meeting = itertools.count(1), threading.Barrier(together, timeout=PATIENCE)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -154,10 +174,16 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True)
 
 
+def errors(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """What was said, but for the progress that a run tells of which takes longer than two seconds."""
+    return [line for line in done.stderr.splitlines() if not re.match(r".* \d+ users \d+/\d+, ", line)]
+
+
 def test_what_was_measured_stays_when_the_server_goes(tmp_path: Path) -> None:
     with plain_server(lives=1) as url:
         done = bench("--url", url, "--concurrency", "1", "--concurrency", "2", "--out", str(tmp_path))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "does not answer" in done.stderr
+    [error] = errors(done)
+    assert done.returncode == 2 and "does not answer" in error
     assert f"no usage from {url}: chunks are counted as tokens" in done.stdout and "TTFT" in done.stdout
     [run] = json.loads((tmp_path / "bench.json").read_text("utf-8"))["runs"]
     assert (
@@ -239,9 +265,9 @@ def test_a_request_that_failed_is_told_below_the_table_and_by_the_exit_code(tmp_
     with plain_server(lives=1, cut_off={2}) as url:
         done = bench("--url", url, "--requests", "3", "--out", str(tmp_path))
     assert done.returncode == 2 and "TTFT" in done.stdout
-    assert done.stderr == (
-        f"error: {url} at concurrency 1: 1 of 3 requests failed; the first one with the stream ended early\n"
-    )
+    assert errors(done) == [
+        f"error: {url} at concurrency 1: 1 of 3 requests failed; the first one with the stream ended early"
+    ]
     [run] = json.loads((tmp_path / "bench.json").read_text("utf-8"))["runs"]
     assert run["servers"][0]["failed"] == 1 and run["servers"][0]["output_tokens"] == 4
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from draftkit.commands.numbers import whole_numbers
+from draftkit.serve.bench import ratio_interval, ratios, summarise
 from draftkit.serve.bench_report import notes
+from draftkit.serve.load import Record
 from support.server import Server, serving
 
 
@@ -28,8 +30,8 @@ def fast() -> Iterator[Server]:
 
 
 def test_one_server_with_drafts_and_without(fast: Server, tmp_path: Path) -> None:
-    """The stand-in makes three tokens per step with drafts and one without: the ratio and its interval say
-    so."""
+    """The stand-in makes three tokens per step with drafts and one without. How fast that was depends on the
+    machine; what is made of such times is tested below."""
     done = bench(
         "--url",
         fast.url,
@@ -50,9 +52,24 @@ def test_one_server_with_drafts_and_without(fast: Server, tmp_path: Path) -> Non
         assert 2.9 < on["accepted_len"] <= 3.0, "the last round of an answer is shorter"
         assert on["drafted_share"] == 1.0 and off["accepted_len"] is None
         low, high = run["ratio_per_user_95"]
-        assert 1.5 < low <= run["ratios"]["tokens_per_s_per_user"] <= high < 4
+        assert 0 < low <= run["ratios"]["tokens_per_s_per_user"] <= high
     assert "ignore_eos" in done.stdout and "rested" not in done.stdout
     assert "95 %" in done.stdout and "drafts off" in done.stdout
+
+
+def test_a_ratio_and_its_interval_are_those_of_the_speeds_of_requests() -> None:
+    """Thirty tokens in 0.1 s with drafts, and in 0.3 s but for one of four without."""
+
+    def arm(*seconds: float) -> dict[str, Any]:
+        records = [Record(sent=5.0, first=5.01, done=5.0 + s, output_tokens=30) for s in seconds]
+        return summarise(records, 1.0, {})
+
+    on, off = arm(0.1, 0.1, 0.1, 0.1), arm(0.3, 0.3, 0.3, 0.6)
+    assert on["request_speeds"] == pytest.approx([300.0] * 4)
+    assert off["request_speeds"] == pytest.approx([100.0, 100.0, 100.0, 50.0])
+    assert ratios([on, off])["tokens_per_s_per_user"] == pytest.approx(3.0)
+    assert ratio_interval(on["request_speeds"], off["request_speeds"]) == pytest.approx((3.0, 6.0), rel=0.35)
+    assert ratio_interval(on["request_speeds"], off["request_speeds"][:1]) is None
 
 
 def test_answers_may_end_by_themselves(fast: Server) -> None:

@@ -28,6 +28,7 @@ from draftkit.settings import CaptureSettings
 from draftkit.target.interface import TargetInfo
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
+from support.patience import PATIENCE, wait_until
 
 HIDDEN, COUNT = 4, 48
 INFO = TargetInfo("made", None, "made", 1 << 16, HIDDEN, 4, (), 4096, "none")
@@ -95,7 +96,7 @@ def test_the_target_reads_on_while_a_batch_is_written(
     reader, add = MadeReader(), StoreWriter.add
 
     def wait_for_the_second(writer: StoreWriter, records: list[tuple[Text, int, bytes]]) -> None:
-        assert reader.second.wait(60), "nothing is read before the first batch is written"
+        assert reader.second.wait(PATIENCE), "nothing is read before the first batch is written"
         add(writer, records)
 
     monkeypatch.setattr(StoreWriter, "add", wait_for_the_second)
@@ -111,18 +112,17 @@ def test_few_batches_wait_for_a_slow_disk(
     reader, goes_on, add = MadeReader(), Event(), StoreWriter.add
 
     def slow(writer: StoreWriter, records: list[tuple[Text, int, bytes]]) -> None:
-        goes_on.wait(60)
+        goes_on.wait(PATIENCE)
         add(writer, records)
 
     monkeypatch.setattr(StoreWriter, "add", slow)
     work = Thread(target=captured, args=(shown, tmp_path, reader, talk()))
     work.start()
-    while reader.asked < MOST_READ:
-        time.sleep(0.01)
-    time.sleep(0.3)
+    wait_until(lambda: reader.asked >= MOST_READ)
+    time.sleep(0.3)  # in which no more is read
     held = reader.asked
     goes_on.set()
-    work.join(60)
+    work.join()
     assert held == MOST_READ and len(FeatureStore(tmp_path)) == COUNT
 
 

@@ -164,7 +164,7 @@ def server() -> Iterator[Server]:
 
 def chat(*arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "draftkit", "chat", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, input=said, timeout=110)
+    return subprocess.run(command, capture_output=True, text=True, input=said)
 
 
 def test_a_question_is_answered_with_a_line_of_statistics(server: Server) -> None:

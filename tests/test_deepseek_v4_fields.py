@@ -36,6 +36,7 @@ from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from draftkit.target.loading import load_target
 from draftkit.target.prompt_format import TemplateError
 from support.deepseek_v4 import said, system, tiny_folder, user, whole_tokenizer
+from support.patience import PATIENCE
 from support.records import records
 from support.stub_server import MODEL, StubServer, stubs
 
@@ -351,7 +352,7 @@ def test_a_server_that_shows_its_model_something_else_ends_the_run(counted: int 
         about = Server(f"http://127.0.0.1:{stub.server_port}", MODEL, False, 4096)
 
         async def asked() -> Answer:
-            async with httpx.AsyncClient() as client:
+            async with httpx.AsyncClient(timeout=PATIENCE) as client:
                 return await answer_of(client, about, question, settings, shown)
 
         return asyncio.run(asked())

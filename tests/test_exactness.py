@@ -116,7 +116,7 @@ def test_the_command_prints_the_table_and_fails_when_the_distribution_is_missed(
     assert "algorithm-1" in done.output
     assert "0.85" in done.output
     done = CliRunner().invoke(app, ["verify-lossless", "--gamma", "1", "--tables", "1", "--json"])
-    found = json.loads(done.output)
+    found = json.loads(done.stdout)
     assert len(found["findings"]) == 16
     assert found["largest_deviation"] < DEVIATION_ALLOWED
     broken = Rule("token", BLOCK_RULE.weights, TOKEN_RULE.length_distribution)

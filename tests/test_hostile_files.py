@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,25 @@ from draftkit.schedule.step_rate_table import load_step_rate
 
 _NAMES = "abcdefghijklmnopqrstuvwxyz"
 BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in pairwise(_NAMES))
-RECIPES = {
-    "aliases that double": BOMB,
-    "merges": "base: &base {a: 1}\n" + "".join(f"k{i}:\n  <<: *base\n" for i in range(24)),
-    "a scalar of 20 MB": "name: " + "x" * (20 * 2**20),
-    "a number of 5,000 digits": "train: {steps: " + "9" * 5000 + "}",
-    "nested": "name: " + "[" * 20_000 + "]" * 20_000,
-    "nested a little": "name: " + "[" * 500 + "]" * 500,
+RECIPES = {  # and what refuses each, before it costs what it might
+    "aliases that double": (BOMB, r"aliases \(\*name\) are not taken"),
+    "merges": (
+        "base: &base {a: 1}\n" + "".join(f"k{i}:\n  <<: *base\n" for i in range(24)),
+        r"aliases \(\*name\) are not taken",
+    ),
+    "a scalar of 20 MB": ("name: " + "x" * (20 * 2**20), "has 20971526 bytes; a recipe has 262144 at most"),
+    "a number of 5,000 digits": ("train: {steps: " + "9" * 5000 + "}", "a value that cannot be read"),
+    "nested": ("name: " + "[" * 20_000 + "]" * 20_000, "nested too deeply for a recipe"),
+    "nested a little": ("name: " + "[" * 500 + "]" * 500, "nested too deeply for a recipe"),
 }
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_that_grows_is_one_line_at_once(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPES[name])
-    began = time.process_time()
-    with pytest.raises(ConfigError) as caught:
+def test_a_recipe_that_grows_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    path, (text, told) = tmp_path / "recipe.yaml", RECIPES[name]
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told) as caught:
         load_recipe(str(path), [])
-    assert time.process_time() - began < 2
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,12 @@ from draftkit.draft.checkpoint import save_drafter
 from draftkit.engine.outputs import StepOutput
 from draftkit.engine.paged_model import PagedModel
 from draftkit.errors import DataError, ServeError
+from draftkit.serve import llm as llm_module
 from draftkit.serve.llm import Piece
 from draftkit.target.transformers import TransformersTarget
 from support.drafters import make_drafter
 from support.engine import small
+from support.patience import PATIENCE
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
 TALK = [{"role": "user", "content": "What is a list?"}]
@@ -46,7 +49,7 @@ def test_importing_draftkit_imports_no_torch() -> None:
         "import draftkit, sys; assert 'torch' not in sys.modules; from draftkit import "
         "SamplingParams; SamplingParams()"
     )
-    subprocess.run([sys.executable, "-c", check], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", check], check=True)
 
 
 def test_texts_are_the_decoded_tokens_of_plain_greedy_decoding(llm: LLM, target: TransformersTarget) -> None:
@@ -138,7 +141,7 @@ def test_threads_may_ask_at_the_same_time(llm: LLM) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert found == {i: llm.generate(f"Step {i}", GREEDY)[0].outputs[0].text for i in range(4)}
 
 
@@ -209,7 +212,7 @@ def test_a_signal_interrupts_who_waits_and_never_a_step(llm: LLM) -> None:
         timer = threading.Timer(0.003 * moment, signal.raise_signal, [signal.SIGINT])
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012  # it may come at any of these lines
             timer.start()
-            until = time.monotonic() + 30
+            until = time.monotonic() + PATIENCE
             while time.monotonic() < until:
                 llm.generate(["def add", "Step 1"] * 3, replace(GREEDY, max_tokens=100))
         timer.join()
@@ -239,7 +242,7 @@ def test_a_constraint_that_raises_ends_its_own_call_alone(llm: LLM) -> None:
     other.start()
     with pytest.raises(ValueError, match="grammar of a user"):
         llm.generate("Step 1", replace(GREEDY, constraint=Broken()))
-    other.join(60)
+    other.join()
     assert [g.outputs[0].token_ids for g in found] == [whole]
     assert not llm.engine.has_work()
 
@@ -363,7 +366,10 @@ def test_stop_strings_of_all_answers_are_looked_for_as_they_come(
     assert made[0] < 150  # 300 where later answers are looked at when the first is complete
 
 
-def test_nothing_is_printed_where_nothing_takes_long(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed_where_nothing_takes_long(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(llm_module, "time", SimpleNamespace(monotonic=lambda: 0.0))  # nothing takes any time
     llm.generate("def add", GREEDY)
     assert capfd.readouterr() == ("", "")
 
@@ -372,9 +378,7 @@ def test_nothing_is_printed_where_nothing_takes_long(llm: LLM, capfd: pytest.Cap
 def test_a_program_may_end_while_the_passes_are_being_compiled(tmp_path: Path) -> None:
     program = "from draftkit import LLM; LLM('tiny', 'none')"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -111,7 +111,7 @@ def test_a_store_that_does_not_fit_is_exit_code_2_and_says_what_fits(tmp_path: P
     assert getattr(done.exception, "exit_code", None) == 2
     fits = CliRunner().invoke(app, [*words, "--count", "10", "--tokens", "4096", "--json"])
     assert fits.exit_code == 0, fits.output
-    told = json.loads(fits.output)
+    told = json.loads(fits.stdout)
     assert told["fits"] and told["way"].startswith("hybrid")
     assert told["bytes_per_token"]["live"] < 5
 
@@ -145,7 +145,7 @@ def test_specialising_deepseek_v4_flash_on_several_gpus(devices: int, tmp_path: 
     words = ["plan", "-r", "deepseek-v4-flash", "--set", f"target.path={folder}", "--count", "1000", "--json"]
     words += ["--tokens", "4096", "--devices", str(devices), "--tflops", "989", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, words)
-    told = json.loads(done.output)
+    told = json.loads(done.stdout)
     stages = {stage["stage"]: stage for stage in told["stages"]}
 
     hidden, inner, vocab, streams = 4096, 2048, 129_280, 4

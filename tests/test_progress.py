@@ -2,79 +2,112 @@
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from draftkit import progress
 from draftkit.progress import clock, doing, progress_bar
+from support.patience import wait_until
+
+NEVER = 1e6  # seconds
 
 
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "QUIET", 0.1)
-    monkeypatch.setattr(progress, "LINE_EVERY", 0.1)
+class Told:
+    """What was written to standard error until now."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._written = io.StringIO()
+        monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=self._written))
+
+    @property
+    def lines(self) -> list[str]:
+        return self._written.getvalue().splitlines()
+
+    def wait_for(self, pattern: str) -> None:
+        """Until a whole line is there that matches."""
+        wait_until(lambda: any(re.fullmatch(pattern, line) for line in self.lines), f"{pattern!r}")
 
 
-def test_what_is_long_is_told_and_what_is_short_is_not(capsys: Any) -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    return Told(monkeypatch)
+
+
+def pace(monkeypatch: pytest.MonkeyPatch, quiet: float, line_every: float = NEVER) -> None:
+    """Seconds without a word, and between lines."""
+    monkeypatch.setattr(progress, "QUIET", quiet)
+    monkeypatch.setattr(progress, "LINE_EVERY", line_every)
+
+
+class Clock:
+    """The time as `progress` reads it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def test_what_is_long_is_told_and_what_is_short_is_not(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+    pace(monkeypatch, 0.01)
     with doing("loading"):
-        time.sleep(0.3)
+        told.wait_for(r"loading \.\.\.")
+    pace(monkeypatch, NEVER)
     with doing("blinking"):
         pass
-    assert capsys.readouterr().err.splitlines() == ["loading ...", "loading: 0 s"]
+    assert len(told.lines) == 2 and re.fullmatch(r"loading: \d+ s", told.lines[1])
 
 
-def test_lines_come_by_themselves_and_say_what_is_left(capsys: Any) -> None:
+def test_lines_come_by_themselves_and_say_what_is_left(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+    pace(monkeypatch, 0.01, 0.01)
     with progress_bar("generate", 8, "warming up") as bar:
-        time.sleep(0.25)
+        told.wait_for(r"generate 0/8, warming up, \d:\d\d")
         bar.update(advance=2, note="1,000 tokens")
-        time.sleep(0.25)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) >= 3 and lines[0] == "generate 0/8, warming up, 0:00"
-    assert re.fullmatch(r"generate 2/8, 1,000 tokens, 0:0\d, 0:0\d left", lines[-1])
+        told.wait_for(r"generate 2/8, 1,000 tokens, \d:\d\d.*")
+    assert len(told.lines) >= 3, "and a last one"
 
 
-def test_what_is_left_never_grows_while_nothing_moves(capsys: Any) -> None:
-    with progress_bar("train", 100, percent=True) as bar:
-        time.sleep(0.5)
-        bar.update(completed=50, note="step 11, 0.1 steps/s")
-        time.sleep(1.2)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1] == "train 50 %, step 11, 0.1 steps/s, 0:02"  # the half second that was left is over
-    left = [line for line in lines if line.endswith("left")]
-    assert left and left == sorted(left, key=lambda line: line.split(", ")[-1], reverse=True)
+def test_what_is_left_never_grows_while_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    count = progress._Count("train", 100, percent=True)
+    clock.now += 8
+    count.update(completed=50, note="step 11, 0.1 steps/s")
+    lines = []
+    for _ in range(6):
+        lines.append(count.line())
+        clock.now += 2
+    passed = ("0:08, 0:08 left", "0:10, 0:06 left", "0:12, 0:04 left", "0:14, 0:02 left", "0:16", "0:18")
+    assert lines == [f"train 50 %, step 11, 0.1 steps/s, {told}" for told in passed]
 
 
-def test_a_part_has_its_own_name_count_and_clock(capsys: Any) -> None:
+def test_a_part_has_its_own_name_count_and_clock(monkeypatch: pytest.MonkeyPatch, told: Told) -> None:
+    pace(monkeypatch, 0.01, 0.01)
+    clock = Clock(monkeypatch)
     with progress_bar("train", 100, percent=True) as bar:
         bar.update(completed=90)
-        time.sleep(0.25)
+        clock.now += 60
+        told.wait_for("train 90 %, 1:00")
         with bar.part("validate", 40) as part:
-            time.sleep(0.15)
-            part.update(completed=12)
-            time.sleep(0.25)
+            clock.now += 5
+            told.wait_for("validate 0/40, 0:05")
+            part.update(completed=10)
+            told.wait_for("validate 10/40, 0:05, 0:15 left")
         bar.update(completed=95)
-        time.sleep(0.15)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("train 90 %, ") and lines[-1].startswith("train 95 %, ")
-    within = [line for line in lines if line.startswith("validate ")]
-    assert within[0].startswith("validate 0/40, 0:00") and within[-1].startswith("validate 12/40, 0:00")
+        told.wait_for("train 95 %, 1:05, .*")
 
 
-def test_a_rate_is_not_that_of_what_was_done_before(capsys: Any) -> None:
-    with progress_bar("generate", 100, done=90) as bar:
-        time.sleep(0.5)
-        bar.update(advance=1)
-        time.sleep(0.15)
-    assert capsys.readouterr().err.splitlines()[-1] in (  # nine times half a second
-        "generate 91/100, 0:01, 0:04 left",
-        "generate 91/100, 0:01, 0:05 left",
-    )
+def test_a_rate_is_not_that_of_what_was_done_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    count = progress._Count("generate", 100, done=90)
+    clock.now += 10
+    count.update(advance=1)
+    assert count.line() == "generate 91/100, 0:10, 1:30 left"  # nine times ten seconds
 
 
 def test_a_terminal_shows_the_same(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -86,24 +119,28 @@ def test_a_terminal_shows_the_same(monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert re.search(r"train .* 90 % step 11", capsys.readouterr().err)
 
 
-def test_a_second_process_of_a_run_tells_nothing(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_process_of_a_run_tells_nothing(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is there anything that could: a bar tells by a thread, and at its end."""
+    pace(monkeypatch, 0.0, 0.01)
     monkeypatch.setenv("RANK", "1")
     with progress_bar("train", 8) as bar:
-        time.sleep(0.25)
+        assert bar is progress.SILENT
         bar.update(advance=2)
-    assert capsys.readouterr().err == ""
+    assert told.lines == []
 
 
 IMPORTS = """
-import importlib.abc, sys, time
+import importlib.abc, sys, threading
 class Slow(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            time.sleep(0.5)
+            for thread in threading.enumerate():
+                if isinstance(thread, threading.Timer):
+                    thread.join()  # it has told what takes long
             raise SystemExit(7)
 sys.meta_path.insert(0, Slow())
 from draftkit import cli, progress
-progress.QUIET = 0.1
+progress.QUIET = 0.01
 cli.main()
 """
 
@@ -163,20 +200,16 @@ def test_generate_moves_by_tokens_before_an_answer_is_finished(tmp_path: Path) -
         "--set",
         "generate.max_new_tokens=400",
     ]
+    moved = r"generate 0/\d+, ([\d,]+) tokens.* at most \S+ left"
     with told.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            until = time.monotonic() + 90
-            while time.monotonic() < until and process.poll() is None:
-                if found := re.findall(
-                    r"generate 0/\d+, ([\d,]+) tokens.* at most \S+ left", told.read_text()
-                ):
-                    break
-                time.sleep(0.05)
+            wait_until(lambda: re.search(moved, told.read_text()) or process.poll() is not None)
         finally:
             process.kill()
             process.wait()
-    assert found and int(found[0].replace(",", "")) > 0
+    found = re.search(moved, told.read_text())
+    assert found is not None and int(found.group(1).replace(",", "")) > 0
 
 
 _FAST = "from draftkit import cli, progress; progress.QUIET = progress.LINE_EVERY = 0.05; cli.main()"

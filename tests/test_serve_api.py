@@ -3,10 +3,8 @@ metrics."""
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from support.patience import PATIENCE
 from support.server import CHAT, TEXT, Server, serving
 
 
@@ -28,7 +27,10 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(
-        base_url=server.url + "/v1", api_key="any", max_retries=0, http_client=httpx.Client(trust_env=False)
+        base_url=server.url + "/v1",
+        api_key="any",
+        max_retries=0,
+        http_client=httpx.Client(trust_env=False, timeout=PATIENCE),
     )
 
 
@@ -83,15 +85,6 @@ def test_openai_client_completions_with_stop_string_echo_and_list_of_prompts(cli
         model="fake", prompt="one", max_tokens=60, temperature=0, stop="jumps", stream=True
     )
     assert "".join(c.choices[0].text for c in streamed if c.choices) == expected
-
-
-def test_a_stop_string_ends_the_work_of_the_engine(server: Server) -> None:
-    before = server.metric("generation_tokens_total")
-    body = {"prompt": "x", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stop": ["quick"]}
-    answer = server.http.post("/v1/completions", json=body).json()
-    assert answer["choices"][0]["text"] == "The "
-    time.sleep(0.1)
-    assert server.metric("generation_tokens_total") - before < 40
 
 
 def test_token_ids_in_give_token_ids_out_and_include_stop_shows_the_stop(server: Server) -> None:
@@ -256,31 +249,6 @@ def test_metrics_parse_and_count(server: Server) -> None:
     assert drafted > verified > accepted > 0
     assert verified == accepted + server.metric("spec_decode_num_wasted_tokens_total")
     assert server.metric("spec_decode_num_accepted_tokens_per_pos_total") == accepted
-
-
-def test_an_answer_that_nobody_waits_for_is_counted_as_aborted(server: Server) -> None:
-    def counts() -> list[float]:
-        found = text_string_to_metric_families(server.http.get("/metrics").text)
-        names = ("request_success_total", "prompt_tokens_total")
-        samples = [s for f in found for s in f.samples if s.labels.get("finished_reason", "abort") == "abort"]
-        return [sum(s.value for s in samples if s.name == f"draftkit:{name}") for name in names]
-
-    before, whole = counts(), server.metric("e2e_request_latency_seconds_count")
-    for stream in (False, True):  # two choices each
-        body = {"prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True, "stream": stream, "n": 2}
-        with (
-            contextlib.suppress(httpx.ReadTimeout),
-            httpx.stream(
-                "POST", server.url + "/v1/completions", json=body, timeout=0.1, trust_env=False
-            ) as response,
-        ):
-            next(response.iter_lines())
-    for _ in range(100):
-        if counts()[0] == before[0] + 4:
-            break
-        time.sleep(0.05)
-    assert counts() == [before[0] + 4, before[1] + 4 * 3]
-    assert server.metric("e2e_request_latency_seconds_count") == whole
 
 
 def test_an_answer_that_a_stop_string_ends_is_a_finished_request(server: Server) -> None:

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.patience import PATIENCE, wait_until
 from support.server import ASSET, SERVE, Server, serving
 
 QUESTIONS = ("Solve for x: 3x + 4 = 19.", "Write a function that adds two numbers.", "What is 17 + 25?")
@@ -81,7 +81,7 @@ def test_together_and_streamed_they_are_the_same(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     assert texts == {i: reference[QUESTIONS[i % 3]] for i in range(9)}
 
 
@@ -97,7 +97,7 @@ def test_a_seed_gives_the_same_sample_alone_and_beside_others(client: openai.Ope
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join()
     assert beside.count(alone) >= 3
 
 
@@ -121,11 +121,8 @@ def test_metrics_count_and_a_client_that_leaves_frees_its_blocks(server: Server)
     body = {"prompt": "one two three", "max_tokens": 400, "ignore_eos": True, "stream": True}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         next(response.iter_lines())
-    for _ in range(100):
-        if server.metric("num_requests_running") == 0:
-            break
-        time.sleep(0.05)
-    assert server.metric("num_requests_running") == 0 and server.metric("generation_tokens_total") > 0
+    server.wait_for_running(0)
+    assert server.metric("generation_tokens_total") > 0
 
 
 @pytest.mark.slow
@@ -159,20 +156,20 @@ def test_sigterm_under_load_finishes_and_ends_with_zero() -> None:
         answers: list[httpx.Response] = []
 
         def one() -> None:
-            answers.append(httpx.post(server.url + "/v1/completions", json=body, timeout=60, trust_env=False))
+            answers.append(
+                httpx.post(server.url + "/v1/completions", json=body, timeout=PATIENCE, trust_env=False)
+            )
 
         threads = [threading.Thread(target=one) for _ in range(4)]
         for thread in threads:
             thread.start()
-        for _ in range(200):
-            if server.metric("num_requests_running") == 4:
-                break
-            time.sleep(0.02)
+        taken = ("num_requests_running", "num_requests_waiting", "request_success_total")
+        wait_until(lambda: sum(server.metric(name) for name in taken) == 4, "four that are taken")
         server.process.send_signal(signal.SIGTERM)
         for thread in threads:
-            thread.join(60)
+            thread.join()
         assert [a.json()["usage"]["completion_tokens"] for a in answers] == [300] * 4
-        assert server.process.wait(20) == 0
+        assert server.process.wait(PATIENCE) == 0
 
 
 @pytest.mark.slow
@@ -185,7 +182,7 @@ def test_after_a_sigkill_the_next_process_serves_the_same_port_with_the_same_ans
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             next(response.iter_lines())
             server.process.send_signal(signal.SIGKILL)
-            assert server.process.wait(10) == -signal.SIGKILL
+            assert server.process.wait(PATIENCE) == -signal.SIGKILL
     with serving("--port", port, command=SERVE[:-2]) as again:
         client = openai.OpenAI(base_url=again.url + "/v1", api_key="any", max_retries=0)
         assert again.url.endswith(port) and ask(client, QUESTIONS[0]) == reference[QUESTIONS[0]]
@@ -205,6 +202,6 @@ def test_after_a_sigkill_the_next_process_serves_the_same_port_with_the_same_ans
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_code_2(options: tuple[str, ...], message: str) -> None:
-    done = subprocess.run([*SERVE, *options], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([*SERVE, *options], capture_output=True, text=True, check=False)
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and re.search(message, line) and "Traceback" not in done.stderr

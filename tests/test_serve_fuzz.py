@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from draftkit.serve.anthropic_body import CountBody, MessagesBody
 from draftkit.serve.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from draftkit.serve.responses_body import ResponsesBody
+from support.patience import PATIENCE
 from support.server import Server, serving
 
 scalars = st.one_of(
@@ -200,7 +201,9 @@ def test_the_server_is_as_it_was(server: Server) -> None:
     threads = [
         threading.Thread(
             target=lambda: answers.append(
-                httpx.post(server.url + "/v1/completions", json=body, trust_env=False).status_code
+                httpx.post(
+                    server.url + "/v1/completions", json=body, trust_env=False, timeout=PATIENCE
+                ).status_code
             )
         )
         for _ in range(4)
@@ -208,5 +211,5 @@ def test_the_server_is_as_it_was(server: Server) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join()
     assert answers == [200] * 4

@@ -7,19 +7,24 @@ import random
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from llguidance import LLTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from draftkit.serve import structured
+from draftkit.serve import grammar_check, structured, token_table
 from draftkit.serve.formats import ForcedCalls, StructuredOutputs
 from draftkit.serve.grammar_source import GrammarSource
+from draftkit.serve.grammar_tester import GrammarTester
 from draftkit.serve.guard import Guarded
 from draftkit.serve.problem import ApiError
 from draftkit.serve.structured import GrammarConstraint, Grammars, constraint_of
 from support.fake_engine import ASSET, fake_served
+from support.patience import PATIENCE
 from support.server import Server, serving
 
 SERVED = fake_served()
@@ -52,7 +57,8 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "repeats": {"grammar": 'start: ((("x"{1,300}){1,300}){1,300})'},
     "states": {"regex": "(.*a.{12}b|.*b.{13}c|.*c.{14}d)+x.*y.{300}z"},
 }
-WALKABLE = ("empty loops", "states")  # within the bounds of the embedded target's vocabulary
+# within the bounds of the embedded target's vocabulary; the second one nearly not, on a slow machine
+WALKABLE, NEARLY = ("empty loops",), ("states",)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +70,10 @@ def server() -> Iterator[Server]:
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_form_that_would_take_the_server_down_is_refused_or_served(server: Server, name: str) -> None:
     body = {"prompt": "x", "max_tokens": 4, "structured_outputs": HOSTILE[name]}
-    answer = server.http.post("/v1/completions", json=body, timeout=60)
-    assert answer.status_code == (200 if name in WALKABLE else 400), answer.text
-    if name not in WALKABLE:
+    answer = server.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200 or name not in WALKABLE, answer.text
+    assert answer.status_code == 400 or name in WALKABLE + NEARLY, answer.text
+    if answer.status_code == 400:
         error = answer.json()["error"]
         assert error["message"].startswith("structured_outputs") and len(error["message"]) < 800
     assert server.process.poll() is None and server.http.get("/health").status_code == 200
@@ -79,7 +86,7 @@ def test_forced_calls_are_tried_like_any_other_form() -> None:
     assert (caught.value.status, caught.value.param) == (400, "tools")
 
 
-def test_a_good_form_is_compiled_once_and_serves_after_a_crash() -> None:
+def test_a_good_form_is_compiled_once_and_serves_after_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = (
         StructuredOutputs.model_validate(form) for form in ({"regex": "[0-9]{3}"}, {"grammar": rules(3000)})
     )
@@ -87,8 +94,8 @@ def test_a_good_form_is_compiled_once_and_serves_after_a_crash() -> None:
         with pytest.raises(ApiError, match="chained too deeply"):
             constraint_of(bad, SERVED)
         assert constraint_of(good, SERVED) is not None
-    began = time.monotonic()
-    assert constraint_of(good, SERVED) is not None and time.monotonic() - began < 0.1
+    monkeypatch.setattr(GrammarTester, "ask", None)  # nobody is asked again
+    assert constraint_of(good, SERVED) is not None
 
 
 def test_first_requests_that_come_together_share_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,18 +116,40 @@ def test_first_requests_that_come_together_share_one_process(monkeypatch: pytest
     assert len(made) == 1
 
 
-def test_a_grammar_that_takes_long_holds_up_no_other() -> None:
-    """It waits for a process of its own; those that are over in a moment do not."""
-    slow = StructuredOutputs.model_validate({"json": optional(2000)})
+def test_a_grammar_that_takes_long_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for a process of its own; those that are over in a moment do not. Which takes long is said
+    here: how long one takes depends on the machine."""
+    slow = StructuredOutputs.model_validate({"json": optional(20)})
     quick = StructuredOutputs.model_validate({"choice": ["yes", "perhaps"]})
     grammars = structured._grammars(SERVED.tokenizer, SERVED.engine.info.vocab_size)
+    ask, waits, turn = grammars._quick.ask, Event(), grammars._slow.turn
+
+    def said(source: str) -> dict[str, Any]:
+        return {"slow": True} if "p19" in source else ask(source)
+
+    def noted() -> Any:
+        waits.set()
+        return turn()
+
+    monkeypatch.setattr(grammars._quick, "ask", said)
     with ThreadPoolExecutor(1) as pool:
-        with grammars._slow.turn():
+        with turn():
+            monkeypatch.setattr(grammars._slow, "turn", noted)
             tried = pool.submit(constraint_of, slow, SERVED)
-            assert constraint_of(quick, SERVED) is not None
-            with pytest.raises(TimeoutError):
-                tried.result(timeout=2)
-        assert tried.result(timeout=60) is not None
+            assert waits.wait(PATIENCE)
+            assert constraint_of(quick, SERVED) is not None and not tried.done()
+        assert tried.result(PATIENCE) is not None
+
+
+def test_a_grammar_that_takes_the_quick_process_too_long_is_called_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A few milliseconds are allowed here, of processor time; it takes hundreds."""
+    monkeypatch.setattr(grammar_check, "QUICK_SECONDS", 0.005)
+    vocab = SERVED.engine.info.vocab_size
+    table = structured._grammars(SERVED.tokenizer, vocab).table
+    line = GrammarSource("schema", optional(2000)).dump()
+    assert grammar_check._in_a_fork(line, table, slow=False) == {"slow": True}
 
 
 def test_an_answer_ends_with_an_error_when_its_grammar_does() -> None:
@@ -201,6 +230,15 @@ def test_an_ordinary_schema_passes_with_a_vocabulary_of_real_size() -> None:
     constraint = GrammarConstraint(
         grammars.matcher(GrammarSource("schema", schema)), grammars.table.eos_tokens, len(tokenizer)
     )
-    before = time.thread_time()
     assert constraint.allowed().any()
-    assert time.thread_time() - before < 0.05, "nor does an answer wait for it"
+
+
+def test_the_first_mask_of_a_table_is_made_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes what all others use, for which no answer should wait."""
+    made: list[LLTokenizer] = []
+
+    def matcher(table: LLTokenizer, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(compute_bitmask=lambda: made.append(table))
+
+    monkeypatch.setattr(token_table, "LLMatcher", matcher)
+    assert made == [Grammars(SERVED.tokenizer, SERVED.engine.info.vocab_size).table]

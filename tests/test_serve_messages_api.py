@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import anthropic
@@ -15,6 +16,7 @@ from draftkit.serve.anthropic_body import MessagesBody
 from draftkit.serve.settings import ServeSettings
 from support.fake_engine import TEXT
 from support.in_thread import answering
+from support.patience import PATIENCE
 
 QWEN = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 SAID = f"<think>\nadd\n</think>\n\nI look.\n{QWEN}"
@@ -161,9 +163,8 @@ def test_keys_and_errors_are_those_that_its_clients_know() -> None:
 def test_what_is_refused_is_told_in_anthropics_form(
     api: anthropic.Anthropic, fields: dict[str, Any], told: str
 ) -> None:
-    answer = httpx.post(
-        f"{str(api.base_url).rstrip('/')}/v1/messages", json={**ASKED, **fields}, trust_env=False
-    )
+    url = f"{str(api.base_url).rstrip('/')}/v1/messages"
+    answer = httpx.post(url, json={**ASKED, **fields}, trust_env=False, timeout=PATIENCE)
     assert answer.status_code == 400
     body = answer.json()
     assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
@@ -171,6 +172,12 @@ def test_what_is_refused_is_told_in_anthropics_form(
 
 
 def test_a_stream_that_cannot_go_on_ends_with_an_error() -> None:
-    with client("chatml", breaks_after=3) as api, pytest.raises(anthropic.APIError, match="engine"):
-        for _ in api.messages.create(**{k: v for k, v in ASKED.items() if k != "tools"}, stream=True):
-            pass
+    breaks, asked = Event(), {k: v for k, v in ASKED.items() if k != "tools"}
+
+    def read(api: anthropic.Anthropic) -> None:
+        for event in api.messages.create(**asked, stream=True):
+            if event.type == "content_block_delta":
+                breaks.set()
+
+    with client("chatml", breaks=breaks) as api, pytest.raises(anthropic.APIError, match="engine"):
+        read(api)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,9 @@ from pydantic import ValidationError
 from draftkit.engine.sampling_params import SamplingParams
 from draftkit.errors import ServeError, TargetError
 from draftkit.serve import params as from_body
+from draftkit.serve import worker as worker_module
 from draftkit.serve.choice import Choice
+from draftkit.serve.detokenize import TokenTexts
 from draftkit.serve.metrics import ServerMetrics
 from draftkit.serve.problem import ApiError, from_validation
 from draftkit.serve.prompt_scores import Echo
@@ -29,6 +30,7 @@ from draftkit.serve.worker import Worker
 from draftkit.target.answer_parts import AnswerStyle
 from draftkit.target.answer_stream import AnswerDelta, AnswerStream
 from support.fake_engine import FakeEngine, fake_served, seam
+from support.patience import PATIENCE
 
 SERVED = fake_served()
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -162,6 +164,23 @@ def test_body_fields_become_sampling_parameters() -> None:
     assert from_body.answer_length(body, SERVED, [1, 2], None) == room
 
 
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenised_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encode, tokenised = TokenTexts.encode, list[int]()
+
+    def counted(self: TokenTexts, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        tokenised.append(len(text))
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(TokenTexts, "encode", counted)
+    text = "some words " * 250_000
+    body = CompletionBody.model_validate({"prompt": text})
+    with pytest.raises(ApiError, match="maximum context length is 512"):
+        from_body.completion_prompts(body, SERVED)
+    assert 0 < sum(tokenised) < len(text) / 20
+
+
 def test_messages_become_what_templates_expect() -> None:
     body = ChatBody.model_validate(
         {
@@ -192,11 +211,10 @@ def run_worker(load: Any, use: Any) -> Any:
     async def main() -> Any:
         worker = Worker(load, ServerMetrics(), 4)
         worker.start()
-        until = time.monotonic() + 10
-        while worker.state == "loading" and time.monotonic() < until:
+        while worker.state == "loading":
             await asyncio.sleep(0.01)
         try:
-            return await asyncio.wait_for(use(worker), 10)
+            return await asyncio.wait_for(use(worker), PATIENCE)
         finally:
             await asyncio.get_running_loop().run_in_executor(None, worker.stop)
 
@@ -227,8 +245,8 @@ def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest() -> None:
 
 
 def test_the_event_loop_is_not_woken_for_each_step_of_a_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For the first and the last one, and for some in between; with a stop string, or for a stream, for
-    each."""
+    """For the first and the last one, and for what was held for long enough; with a stop string, or for a
+    stream, for each."""
     params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
     counted: dict[str, int] = {}
 
@@ -241,11 +259,13 @@ def test_the_event_loop_is_not_woken_for_each_step_of_a_whole_answer(monkeypatch
             dispatch(self, held)
 
         monkeypatch.setattr(Worker, "_dispatch", count)
-        for name, whole, asked in (
-            ("whole", True, params),
-            ("stream", False, params),
-            ("stop", True, replace(params, stop=("never",))),
+        for name, whole, asked, held in (
+            ("whole", True, params, PATIENCE),
+            ("long", True, params, 0.0),
+            ("stream", False, params, PATIENCE),
+            ("stop", True, replace(params, stop=("never",)), PATIENCE),
         ):
+            monkeypatch.setattr(worker_module, "HELD", held)
             ticket = await worker.submit(name, [([1], asked)], whole)
             first = await ticket.items.get()
             assert not isinstance(first, ApiError) and first[1].finish_reason is None
@@ -255,7 +275,8 @@ def test_the_event_loop_is_not_woken_for_each_step_of_a_whole_answer(monkeypatch
             assert sum(len(o.events) for o in outputs) == 200
 
     run_worker(lambda: fake_served(0.0005), use)
-    assert min(counted["stream"], counted["stop"]) > 20 and counted["whole"] < counted["stop"] / 4
+    steps = 1 + -(-199 // 3)
+    assert counted == {"whole": 2, "long": steps, "stream": steps, "stop": steps}
 
 
 def test_a_model_that_does_not_load_is_reported() -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from checks.chats import TOOL
 from support.in_thread import answering
+from support.patience import PATIENCE
 from support.templates import FAMILIES
 
 MESSAGES: Any = [{"role": "user", "content": "What?"}]
@@ -126,7 +127,8 @@ def test_what_is_forced_or_asked_for_with_its_marks_is_left_whole() -> None:
 
 def test_template_variables_for_all_requests() -> None:
     with client("qwen3", "Four.", enable_thinking=False) as api:
-        http = httpx.Client(base_url=str(api.base_url).removesuffix("v1/"), trust_env=False)
+        base = str(api.base_url).removesuffix("v1/")
+        http = httpx.Client(base_url=base, trust_env=False, timeout=PATIENCE)
 
         def ending(**more: Any) -> str:
             ids = http.post("tokenize", json={"messages": MESSAGES, **more}).json()["tokens"]
@@ -146,5 +148,5 @@ def test_template_variables_for_all_requests() -> None:
 )
 def test_variables_that_nobody_knows_end_the_command(switch: str, told: str) -> None:
     command = [sys.executable, "-m", "draftkit.cli", "serve", "--port", "0", "--template-switch", switch]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and told in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from draftkit.serve.responses_body import ResponsesBody, messages_of
 from support.fake_engine import TEXT
 from support.in_thread import answering
+from support.patience import PATIENCE
 
 QWEN = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 SAID = f"<think>\nadd\n</think>\n\nI look.\n{QWEN}"
@@ -43,7 +45,7 @@ ORDER = [
 @contextmanager
 def client(family: str, text: str = TEXT) -> Iterator[openai.OpenAI]:
     with answering(family, text) as url:
-        http = httpx.Client(trust_env=False)
+        http = httpx.Client(trust_env=False, timeout=PATIENCE)
         yield openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0, http_client=http)
 
 
@@ -184,9 +186,13 @@ def test_what_is_refused_names_its_field(
 
 
 def test_a_stream_that_cannot_go_on_ends_with_a_failure() -> None:
-    with answering("chatml", breaks_after=3) as url:
+    breaks, events = Event(), list[Any]()
+    with answering("chatml", breaks=breaks) as url:
         api = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
-        events: list[Any] = list(api.responses.create(model="", input="hi", temperature=0, stream=True))
+        for event in api.responses.create(model="", input="hi", temperature=0, stream=True):
+            events.append(event)
+            if event.type == "response.output_text.delta":
+                breaks.set()
     last = events[-1]
     assert (last.type, last.response.status) == ("response.failed", "failed")
     assert last.response.error.message and "response.output_text.delta" in {e.type for e in events}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -45,7 +46,9 @@ def generate(shown: TemplateFormat, out: Path, servers: list[StubServer], count:
     answers = ServerAnswers([s.url for s in servers], shown, 4)
     about = made_with(shown, "a server", (), SETTINGS)
     generate_file(answers, shown, lambda first: prompts(count)[first:], out, SETTINGS, about)
-    return records(out)
+    found = records(out)
+    assert len(found) == len(out.read_bytes().splitlines()), "an answer is kept once"
+    return found
 
 
 def check_ids(found: dict[str, Any], shown: TemplateFormat, count: int = 30) -> None:
@@ -59,7 +62,8 @@ def check_ids(found: dict[str, Any], shown: TemplateFormat, count: int = 30) -> 
 def test_ids_go_out_and_come_back_and_sampling_fields_have_their_names(
     shown: TemplateFormat, probe: int, tmp_path: Path
 ) -> None:
-    with stubs(StubServer(probe), StubServer(probe)) as servers:
+    together = Barrier(2)  # neither server answers before both were asked
+    with stubs(StubServer(probe, first=together), StubServer(probe, first=together)) as servers:
         check_ids(generate(shown, tmp_path / "a.jsonl", servers), shown)
     answered = [ids for s in servers for ids in s.answered]
     assert len(answered) == len(set(answered)) == 30 and all(s.answered for s in servers)
@@ -89,12 +93,12 @@ def test_a_server_that_hangs_holds_nothing_up(
 ) -> None:
     """Without an answer and without an end; what it was asked is asked elsewhere, and answered once."""
     monkeypatch.setattr(servers_module, "OVERDUE", 0.3)
-    began = time.monotonic()
-    with stubs(StubServer(probe, trouble="hangs", well_for=3), StubServer(probe)) as servers:
+    began, together = time.monotonic(), Barrier(2)
+    hangs = StubServer(probe, trouble="hangs", well_for=3, first=together)
+    with stubs(hangs, StubServer(probe, first=together)) as servers:
         check_ids(generate(shown, tmp_path / "a.jsonl", servers), shown)
-        answered = [ids for server in servers for ids in server.answered]
-        assert len(servers[0].asked) > 3 and len(answered) == len(set(answered)) == 30
-    assert time.monotonic() - began < servers_module.TIMEOUT.read / 10
+        assert len(servers[0].asked) > 3
+    assert time.monotonic() - began < servers_module.TIMEOUT.read, "which would end the wait for it"
 
 
 def test_an_answer_that_comes_late_is_not_the_answer_to_the_next_turn(

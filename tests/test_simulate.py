@@ -379,7 +379,7 @@ def test_the_command_answers_for_the_packaged_pair_and_for_kinds_of_machines(tmp
     for extra in ([], ["--step-rate", "compute-bound", "--rate", "30", "-o", str(tmp_path)]):
         done = CliRunner().invoke(app, [*arguments, *extra])
         assert done.exit_code == 0, done.output
-        found = {o["arm"]: o for o in json.loads(done.output)["outcomes"]}
+        found = {o["arm"]: o for o in json.loads(done.stdout)["outcomes"]}
         assert len(found) == 9
         assert found["oracle"]["throughput"] > found["fixed 5"]["throughput"]
     assert (tmp_path / "simulation.png").exists()

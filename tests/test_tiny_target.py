@@ -119,7 +119,6 @@ def test_a_state_of_other_settings_is_refused_at_once(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # minutes on a busy machine: corpus, tokenizer and held-out loss, three times
 def test_training_goes_on_exactly_where_it_stopped(
     tmp_path: Path, corpus: Corpus, few: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

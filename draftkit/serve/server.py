@@ -32,6 +32,7 @@ from draftkit.serve.worker import Served, Worker
 
 log = logging.getLogger("draftkit.serve")
 _FLUSH_SECONDS = 10  # at most, for responses that are made but not yet sent when the last answer is complete
+_CUT_SECONDS = 1  # at most, for what those are told whose answers are cut off
 # threads that tokenise and check bodies give way to the event loop sooner than Python's 0.005
 SWITCH_SECONDS = 0.002
 KEPT_FILES = 128  # for everything but connections
@@ -206,7 +207,7 @@ class _Server(uvicorn.Server):
             worker.end_all(
                 ApiError(503, "the server ends before this answer is complete; send the request elsewhere")
             )
-            self._end(1)
+            self._end(_CUT_SECONDS)
         elif worker.state == "failed" or (self._deadline is not None and not worker.in_flight):
             self._end(min(left, _FLUSH_SECONDS))
         return await super().on_tick(counter)

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from support.patience import PATIENCE
 
 BROWSER = next(
     (p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None
@@ -75,9 +76,9 @@ class Page:
         return told["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until a condition holds in the page, 10 seconds at most."""
-        script = f"""new Promise((yes) => {{ let left = 200; const look = () =>
-            ({condition}) ? yes(true) : left-- > 0 ? setTimeout(look, 50) : yes(false); look(); }})"""
+        """Until a condition holds in the page."""
+        script = f"""new Promise((yes) => {{ const until = Date.now() + {1000 * PATIENCE}; const look = () =>
+            ({condition}) ? yes(true) : Date.now() < until ? setTimeout(look, 50) : yes(false); look(); }})"""
         assert self.run(script), f"{condition}: {self.run('document.body.innerText')} {self.console}"
 
     def press_enter(self, text: str = "") -> None:
@@ -124,15 +125,9 @@ def browsing(profile: Path) -> Iterator[Page]:
     )
     os.close(to_browser)
     os.close(from_browser)
-    watchdog = threading.Timer(60, process.kill)  # a browser that hangs ends the test instead of blocking it
-    watchdog.start()
     try:
         yield Page(into, out)
     finally:
-        watchdog.cancel()
         os.close(into)
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        process.kill()
+        process.wait()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -65,12 +66,18 @@ class Running:
 class FakeEngine:
     """Says `script` (token ids, then `eos`) to everybody; every round accepts two of four drafts."""
 
-    def __init__(self, script: list[int], eos: int, step_seconds: float = 0.0) -> None:
-        self.script, self.eos, self.step_seconds = script, eos, step_seconds
+    def __init__(
+        self, script: list[int], eos: int, step_seconds: float = 0.0, hold: Path | None = None
+    ) -> None:
+        self.script, self.eos, self.step_seconds, self.hold = script, eos, step_seconds, hold
         self.info = Info()
-        self.metrics = Metrics()
+        self.counts = Metrics()
         self.requests: dict[str, Running] = {}
         self.aborted: list[str] = []
+
+    @property
+    def metrics(self) -> Metrics:
+        return replace(self.counts, running=len(self.requests))
 
     def add_request(self, request_id: str, prompt_token_ids: list[int], params: Any) -> None:
         if request_id in self.requests:
@@ -90,6 +97,9 @@ class FakeEngine:
 
     def step(self) -> list[Any]:
         time.sleep(self.step_seconds)
+        if self.hold is not None and self.hold.exists():
+            time.sleep(0.002)
+            return []
         return [self._round(name, r) for name, r in list(self.requests.items())]
 
     def _round(self, name: str, running: Running) -> Any:
@@ -146,8 +156,8 @@ class FakeEngine:
                 accepted=old.accepted + took,
                 accepted_per_position=per,
             )
-            m = self.metrics
-            self.metrics = replace(
+            m = self.counts
+            self.counts = replace(
                 m,
                 rounds=m.rounds + 1,
                 drafted=m.drafted + GAMMA,
@@ -179,8 +189,11 @@ def fake_served(
     template: str | None = None,
     marks: Sequence[str] = (),
     switches: Mapping[str, Any] | None = None,
+    max_length: int = MAX_LENGTH,
+    hold: Path | None = None,
 ) -> Any:
-    """A `Served` over the embedded target's tokenizer, with another template and further special tokens."""
+    """A `Served` over the embedded target's tokenizer, with another template and further special tokens.
+    While the file `hold` is there, no answer goes on."""
     from transformers import AutoTokenizer
 
     from draftkit.serve.detokenize import TokenTexts
@@ -190,9 +203,11 @@ def fake_served(
     tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
     tokenizer.chat_template = template or tokenizer.chat_template
     engine = FakeEngine(
-        tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds
+        tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id, step_seconds, hold
     )
-    engine.info = replace(engine.info, vocab_size=len(tokenizer), max_running=max_running)
+    engine.info = replace(
+        engine.info, vocab_size=len(tokenizer), max_running=max_running, max_length=max_length
+    )
     texts = TokenTexts(tokenizer)
     return Served(
         engine, tokenizer, texts, name, honour_special_tokens=special, template_switches=switches or {}
@@ -210,6 +225,9 @@ def main() -> None:
     parser.add_argument("--text", default=TEXT)
     parser.add_argument("--name", default="fake")
     parser.add_argument("--api-key", action="append", default=[])
+    parser.add_argument("--max-length", type=int, default=MAX_LENGTH)
+    parser.add_argument("--hold", type=Path)
+    parser.add_argument("--constant", action="append", default=[], help="package.module.NAME=number")
     parser.add_argument("--max-running", type=int, default=64)
     parser.add_argument("--max-waiting", type=int, default=512)
     parser.add_argument("--drain-seconds", type=float, default=120)
@@ -218,6 +236,11 @@ def main() -> None:
     parser.add_argument("--allow-origin", action="append", default=[])
     parser.add_argument("--honour-special-tokens", action="store_true")
     given = parser.parse_args()
+    for constant in given.constant:
+        place, _, value = constant.partition("=")
+        module, _, name = place.rpartition(".")
+        assert isinstance(getattr(importlib.import_module(module), name), int | float)
+        setattr(sys.modules[module], name, float(value))
     settings = ServeSettings(
         port=given.port,
         api_keys=tuple(given.api_key),
@@ -230,7 +253,13 @@ def main() -> None:
 
     def served() -> Any:
         return fake_served(
-            given.step_seconds, given.text, given.max_running, given.name, given.honour_special_tokens
+            given.step_seconds,
+            given.text,
+            given.max_running,
+            given.name,
+            given.honour_special_tokens,
+            max_length=given.max_length,
+            hold=given.hold,
         )
 
     try:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from checks.misbehaving import MisbehavingHandler, MisbehavingServer
+from support.patience import PATIENCE
 
 MODEL = "the-model"
 
@@ -20,10 +21,19 @@ def answer_to(prompt: Sequence[int]) -> list[int]:
 
 
 class StubServer(MisbehavingServer):
-    """After `well_for` answers it is in `trouble`: a misbehaviour, or "slow", which answers late."""
+    """After `well_for` answers it is in `trouble`: a misbehaviour, or "slow", which answers late. With
+    `first` it answers its first question when so many servers have been asked theirs."""
 
-    def __init__(self, prompt_tokens: int, ids: bool = True, trouble: str = "", well_for: int = 0) -> None:
+    def __init__(
+        self,
+        prompt_tokens: int,
+        ids: bool = True,
+        trouble: str = "",
+        well_for: int = 0,
+        first: threading.Barrier | None = None,
+    ) -> None:
         super().__init__(_Handler)
+        self.first = first
         self.prompt_tokens, self.ids, self.trouble, self.well_for = prompt_tokens, ids, trouble, well_for
         self.answered: list[Any] = []
         self.asked: list[dict[str, Any]] = []
@@ -40,6 +50,9 @@ class _Handler(MisbehavingHandler):
         probing = body["max_tokens"] == 1
         if not probing:
             self.server.asked.append(body)
+            if first := self.server.first:
+                self.server.first = None
+                first.wait(PATIENCE)
             if self.server.trouble == "slow":
                 self.server.over.wait(0.5)
             elif len(self.server.answered) >= self.server.well_for and self.server.trouble:

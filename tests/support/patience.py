@@ -1,0 +1,18 @@
+"""How long tests wait. A machine may be eight times slower than usual, and any process may stand still for
+seconds: a wait for what will happen may be long, since it ends when it has happened; nothing is asked of how
+long anything took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+PATIENCE = 600.0  # seconds
+
+
+def wait_until(condition: Callable[[], object], what: str = "it") -> None:
+    """Look every few milliseconds until the condition holds; it fails when PATIENCE is over."""
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until, f"{what} has not come about in {PATIENCE:.0f} s"
+        time.sleep(0.005)
