@@ -10,13 +10,17 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["draftkit.cli", "draftkit.quickstart", "draftkit.schedule_stages"])
+_CONTEXT.set_forkserver_preload(
+    ["draftkit.cli", "draftkit.quickstart", "draftkit.schedule_stages", "matplotlib.figure"]
+)
+_IN_ORDER = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
 _DAC_OVERRIDE, _CAPABILITIES_3 = 1, 0x20080522  # linux/capability.h
 
 
@@ -31,9 +35,18 @@ class Disk:
     keeps_out: bool = False
 
 
-def start(command: Sequence[str], log: Path, disk: Disk | None = None) -> BaseProcess:
-    """Begin `draftkit COMMAND...`; what it prints goes to `log`."""
-    process = _CONTEXT.Process(target=_run, args=(list(command), log, disk or Disk()))
+def start(
+    command: Sequence[str],
+    log: Path,
+    disk: Disk | None = None,
+    before: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> BaseProcess:
+    """Begin `draftkit COMMAND...`; what it prints goes to `log`. `before` is called there first.
+    `environment`: variables beside those of this process when it began the first one."""
+    process = _CONTEXT.Process(
+        target=_run, args=(list(command), log, disk or Disk(), before, environment or {})
+    )
     process.start()
     return process
 
@@ -46,7 +59,58 @@ def finished(command: Sequence[str], log: Path, disk: Disk | None = None) -> tup
     return process.exitcode, log.read_text("utf-8", "replace")
 
 
-def _run(command: list[str], log: Path, disk: Disk) -> None:
+class Ranks:
+    """`draftkit COMMAND...` in several processes that are one run, with what torchrun tells them (RANK,
+    WORLD_SIZE, where they meet); one alone is told nothing. What each prints goes to a file of its own,
+    named after `log`."""
+
+    def __init__(
+        self, command: Sequence[str], count: int, log: Path, before: Callable[[], None] | None = None
+    ) -> None:
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port)}
+        meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+        meet |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        self._logs = [log.with_name(f"{log.name}-{rank}") for rank in range(count)]
+        told = [
+            meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)
+        ]
+        self.processes = [
+            start(command, path, None, before, environment)
+            for path, environment in zip(self._logs, told, strict=True)
+        ]
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes."""
+        return [process.pid for process in self.processes if process.pid is not None]
+
+    def finish(self) -> list[tuple[int, str]]:
+        """The exit code and the output of each. One that fails ends the others, which would wait for it."""
+        running = self.processes
+        while running:
+            connection.wait([process.sentinel for process in running])
+            running = [process for process in self.processes if process.exitcode is None]
+            if any(process.exitcode not in (None, *_IN_ORDER) for process in self.processes):
+                for process in running:
+                    process.kill()
+        codes = [process.exitcode for process in self.processes]
+        return [
+            (code or 0, path.read_text("utf-8", "replace"))
+            for code, path in zip(codes, self._logs, strict=True)
+        ]
+
+
+def _run(
+    command: list[str],
+    log: Path,
+    disk: Disk,
+    before: Callable[[], None] | None,
+    environment: Mapping[str, str],
+) -> None:
+    os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(out, stream)
@@ -57,6 +121,8 @@ def _run(command: list[str], log: Path, disk: Disk) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if disk.deadly else signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (disk.most_bytes, disk.most_bytes))
+    if before is not None:
+        before()
     from draftkit.cli import main
 
     sys.argv = ["draftkit", *command]

@@ -4,9 +4,6 @@ learns."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checks.forked import Ranks
 from draftkit import feature_stages, stages
 from draftkit.config import load_recipe
 from draftkit.data.conversations import Conversation, Message
+from support import split_experts
 from support.deepseek_v4 import tiny_folder
 
-TESTS = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SAID = [
     Conversation(
         str(i), "chat", (Message("user", f"Add {i}."), Message("assistant", "3 + 4 = 7." * (1 + i % 3)))
@@ -29,17 +26,11 @@ SAID = [
 ]
 
 
-def run(command: list[str]) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_experts_that_lie_apart_give_what_they_give_in_one_place() -> None:
+def test_experts_that_lie_apart_give_what_they_give_in_one_place(tmp_path: Path) -> None:
     """Outputs and gradients, with as many tokens in one process as there are, and none in the other."""
-    told = json.loads(run([*TORCHRUN, str(TESTS / "support" / "split_experts.py")]).splitlines()[-1])
+    done = Ranks(["--version"], 2, tmp_path / "log", before=split_experts.main).finish()
+    assert [code for code, _ in done] == [0, 0], done
+    told = json.loads(done[0][1].splitlines()[-2])
     assert [t["apart"] for t in told] == [True, True]
     assert max(t["worst"] for t in told) < 1e-5
     assert [t["held"] for t in told] == [[[2, 64, 64], [2, 64, 32]]] * 2  # two of the four experts
@@ -56,16 +47,17 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     recipe = load_recipe("tiny-deepseek-v4", sets)
     feature_stages.run_capture(*stages.open_target(recipe), recipe, SAID, tmp_path / "features")
 
-    def train(out: Path, start: list[str], *more: str) -> list[float]:
-        words = ["-m", "draftkit.cli", "train", "-r", "tiny-deepseek-v4", "-f", str(tmp_path / "features")]
-        words += ["-o", str(out), *(w for s in (*sets, *more) for w in ("--set", s))]
-        run([*start, *words])
+    def train(out: Path, processes: int, *more: str) -> list[float]:
+        words = ["train", "-r", "tiny-deepseek-v4", "-f", str(tmp_path / "features"), "-o", str(out)]
+        words += [w for s in (*sets, *more) for w in ("--set", s)]
+        done = Ranks(words, processes, tmp_path / "log").finish()
+        assert [code for code, _ in done] == [0] * processes, done
         lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if "loss" in line]
 
-    alone = train(tmp_path / "one", [sys.executable])
+    alone = train(tmp_path / "one", 1)
     assert len(alone) == 6
-    assert train(tmp_path / "two", TORCHRUN, "train.shard=true") == pytest.approx(alone, abs=1e-4)
+    assert train(tmp_path / "two", 2, "train.shard=true") == pytest.approx(alone, abs=1e-4)
     first, second = (load_file(tmp_path / n / "last" / "model.safetensors") for n in ("one", "two"))
     for name, value in first.items():
         torch.testing.assert_close(second[name].float(), value.float(), atol=2e-3, rtol=1e-2)

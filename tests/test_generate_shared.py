@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from checks.forked import finished, start
+from support.patience import wait_until
 from support.records import prompts, records
+from support.stopping import ANSWERS, signal_at, wait_for_stop
 
 pytestmark = pytest.mark.slow
 
@@ -24,13 +26,18 @@ def test_what_a_killed_process_left_is_taken_over_and_nothing_is_there_twice(
     command = ["generate", "-p", str(source), *[x for s in settings for x in ("--set", s)], "-o"]
     parts = shared.with_name("shared.jsonl.parts")
 
-    first, second = (start([*command, str(shared)], tmp_path / f"log{i}") for i in range(2))
-    until = time.monotonic() + 120
-    while time.monotonic() < until and sum(f.stat().st_size > 0 for f in parts.glob("*.jsonl")) < 2:
-        time.sleep(0.005)
+    to_shared = [*command, str(shared)]
+    first = start(to_shared, tmp_path / "log0", before=partial(signal_at, ANSWERS, 5))
+    assert first.pid is not None
+    wait_for_stop(first.pid)
+    second = start(to_shared, tmp_path / "log1")
+    wait_until(
+        lambda: len([f for f in parts.glob("*.jsonl") if f.stat().st_size]) > 1 or not second.is_alive()
+    )
+    assert second.is_alive(), "it waits for what the first one holds"
     first.kill()
     first.join()
-    second.join(240)
+    second.join()
     assert second.exitcode == 0, (tmp_path / "log1").read_text()
     code, told = finished([*command, str(alone)], tmp_path / "log")
     assert code == 0, told

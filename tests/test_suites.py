@@ -6,8 +6,6 @@ from __future__ import annotations
 import io
 import json
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from checks.forked import Ranks
 from draftkit import cli
 from draftkit.errors import ConfigError, DataError
 from draftkit.evaluate.fetch import ORIGINS, fetch_suite
@@ -202,15 +201,13 @@ def test_the_command_writes_the_same_json_with_one_process_and_with_two(tmp_path
     written: list[dict[str, object]] = []
     for processes in (1, 2):
         out = tmp_path / f"by {processes}"
-        start = [sys.executable, "-m"]
-        if processes > 1:
-            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        command = [*start, "draftkit.cli", "evaluate", "--suite", "paper", "--suite-folder", str(suite)]
-        command += ["-d", str(EMBEDDED / "drafter"), "-o", str(out), "--limit", "3"]
+        command = ["evaluate", "--suite", "paper", "--suite-folder", str(suite), "--limit", "3"]
+        command += ["-d", str(EMBEDDED / "drafter"), "-o", str(out)]
         command += [word for one in few for word in ("--set", one)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "aime25" in done.stdout and "not in" in done.stderr, "the sets that were not asked are named"
+        ended = Ranks(command, processes, tmp_path / "log").finish()
+        assert [code for code, _ in ended] == [0] * processes, ended
+        told = ended[0][1]
+        assert "aime25" in told and "not in" in told, "the sets that were not asked are named"
         for temperature in ("0", "1"):
             found = json.loads((out / f"evaluate-T{temperature}.json").read_text("utf-8"))
             written.append({name: value for name, value in found.items() if name != "environment"})

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
+from checks.forked import Ranks
 from draftkit.data.conversations import Conversation, Message
 from draftkit.draft.checkpoint import load_drafter
 from draftkit.settings import CaptureSettings
 from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
+from support import stopping
+from support.patience import PATIENCE, wait_until
 from support.stores import capture_by
 
 pytestmark = pytest.mark.slow
 
 WORDS = "list value holds step return what add number the a of is".split()
-STEPS = 30
+STEPS, EVERY = 12, 4  # and steps between validations
 
 
 @pytest.fixture(scope="module")
@@ -58,39 +62,35 @@ class Runs:
             "drafter.markov_rank": 6,
         }
         values |= {"drafter.block_size": 4, "train.batch_size": 8, "train.anchors": 6, "train.steps": STEPS}
-        values |= {"train.validate_every": 10, "train.validation_share": 0.2, "train.decode_prompts": 2}
+        values |= {"train.validate_every": EVERY, "train.validation_share": 0.2, "train.decode_prompts": 2}
         self.values, self.features = values, features
 
-    def command(self, out: Path, processes: int = 1, **changed: Any) -> list[str]:
+    def words(self, out: Path, **changed: Any) -> list[str]:
+        """The command, without the program."""
         values = self.values | {f"train.{k}" if "." not in k else k: v for k, v in changed.items()}
         sets = [
             part
             for key, value in values.items()
             for part in ("--set", f"{key}={json.dumps(value, default=str)}")
         ]
-        start = [sys.executable, "-m"]
-        if processes > 1:
-            start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-        return [*start, "draftkit.cli", "train", "-f", str(self.features), "-o", str(out), *sets]
+        return ["train", "-f", str(self.features), "-o", str(out), *sets]
 
-    def finish(self, out: Path, processes: int = 1, **changed: Any) -> str:
-        done = subprocess.run(
-            self.command(out, processes, **changed), capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+    def finish(self, out: Path, processes: int = 1, **changed: Any) -> list[str]:
+        """What each of them printed."""
+        ended = Ranks(self.words(out, **changed), processes, out.with_name("log")).finish()
+        assert [code for code, _ in ended] == [0] * processes, ended
+        return [told for _, told in ended]
 
-    def end(
-        self, out: Path, ready: Callable[[], bool], number: signal.Signals, processes: int = 1, **changed: Any
-    ) -> int:
-        process = subprocess.Popen(
-            self.command(out, processes, **changed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 240
-        while not ready() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(number)
-        return process.wait(timeout=120)
+    def end(self, out: Path, number: signal.Signals, **changed: Any) -> int:
+        """Send one process the signal when the state was saved for the first time; the exit code."""
+        stops = partial(stopping.signal_at, stopping.STATES, 1)
+        ranks = Ranks(self.words(out, **changed), 1, out.with_name("log"), stops)
+        [pid] = ranks.pids
+        stopping.wait_for_stop(pid)
+        os.kill(pid, number)
+        if number != signal.SIGKILL:
+            stopping.let_go([pid], number)
+        return ranks.finish()[0][0]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def runs(target_folder: Path, features: Path) -> Runs:
 @pytest.fixture(scope="module")
 def alone(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process, not disturbed."""
-    folder = tmp_path_factory.mktemp("alone")
+    folder = tmp_path_factory.mktemp("alone") / "run"
     runs.finish(folder)
     return folder
 
@@ -122,7 +122,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("algorithm", "shard", "processes"),
-    [("dspark", False, 2), ("dspark", False, 4), ("dspark", True, 2), ("eagle3", True, 2)],
+    [("dspark", False, 4), ("dspark", True, 2), ("eagle3", True, 2)],
 )
 def test_several_processes_give_the_loss_curve_and_validation_of_one(
     algorithm: str, shard: bool, processes: int, runs: Runs, alone: Path, tmp_path: Path
@@ -146,32 +146,48 @@ def test_several_processes_give_the_loss_curve_and_validation_of_one(
     simulated = [name for name in one if name != "decoded"]
     assert [two[k] for k in simulated] == pytest.approx([one[k] for k in simulated], abs=1e-3)
     assert "decoded" not in two, "answers for the log need the model, which no process of several loads"
-    assert printed.count("simulated accepted length") == 1, "only the first process speaks"
+    spoken = [told.count("simulated accepted length") for told in printed]
+    assert spoken == [1] + [0] * (processes - 1), "only the first process speaks"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_a_killed_run_goes_on_to_the_same_bits(
     number: signal.Signals, code: int, runs: Runs, alone: Path, tmp_path: Path
 ) -> None:
-    assert runs.end(tmp_path, lambda: (tmp_path / "state" / "position.json").exists(), number) == code
-    assert 10 <= len(curve(tmp_path)) < STEPS, "it was ended in the middle"
-    runs.finish(tmp_path)
-    assert curve(tmp_path) == curve(alone)
-    first, second = weights(alone), weights(tmp_path)
+    assert runs.end(tmp_path / "run", number) == code
+    assert EVERY <= len(curve(tmp_path / "run")) < STEPS, "it was ended in the middle"
+    runs.finish(tmp_path / "run")
+    assert curve(tmp_path / "run") == curve(alone)
+    first, second = weights(alone), weights(tmp_path / "run")
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@pytest.mark.parametrize(("before", "after", "shard"), [(1, 2, True), (2, 1, True)])
-def test_a_run_goes_on_with_another_number_of_processes(
-    before: int, after: int, shard: bool, runs: Runs, alone: Path, tmp_path: Path
-) -> None:
-    """SIGTERM to torchrun reaches all processes, which end after the same step; what they saved fits any
-    number."""
-    state = tmp_path / "state" / "position.json"
-    ended = runs.end(tmp_path, state.exists, signal.SIGTERM, before, shard=shard)
-    assert ended != 0
-    reached = json.loads(state.read_text())["step"]
-    assert 10 <= reached < STEPS
-    assert len(curve(tmp_path)) == reached, "the state is that of the last step in the log"
-    runs.finish(tmp_path, after, shard=shard)
-    assert curve(tmp_path) == pytest.approx(curve(alone), abs=1e-4)
+def is_in_the_middle(folder: Path) -> bool:
+    """Whether the state is that of the last step in the log, and not the end."""
+    step = json.loads((folder / "state" / "position.json").read_text())["step"]
+    return bool(EVERY <= step < STEPS and len(curve(folder)) == step)
+
+
+def test_a_run_goes_on_with_more_processes(runs: Runs, alone: Path, tmp_path: Path) -> None:
+    """What was saved fits any number."""
+    assert runs.end(tmp_path / "run", signal.SIGTERM, shard=True) == 143
+    assert is_in_the_middle(tmp_path / "run")
+    runs.finish(tmp_path / "run", 2, shard=True)
+    assert curve(tmp_path / "run") == pytest.approx(curve(alone), abs=1e-4)
+
+
+def test_torchrun_passes_a_signal_on_and_one_process_goes_on(runs: Runs, alone: Path, tmp_path: Path) -> None:
+    """Its processes end after the same step, and what they saved fits any number."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = [stopping.SCRIPT, stopping.STATES, "1", *runs.words(tmp_path / "run", shard=True)]
+    process = subprocess.Popen([*torchrun, *train], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = psutil.Process(process.pid).children
+    wait_until(lambda: len(started()) == 2 or process.poll() is not None)
+    workers = [child.pid for child in started()]
+    stopping.wait_for_stop(*workers)
+    process.send_signal(signal.SIGTERM)
+    stopping.let_go(workers, signal.SIGTERM)
+    assert process.wait(PATIENCE) != 0
+    assert is_in_the_middle(tmp_path / "run")
+    runs.finish(tmp_path / "run", shard=True)
+    assert curve(tmp_path / "run") == pytest.approx(curve(alone), abs=1e-4)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from checks.forked import Ranks
 from draftkit import feature_stages, stages, train_stages
 from draftkit.config import Recipe, load_recipe
 from draftkit.data.conversations import Conversation, Message
@@ -105,11 +103,13 @@ def features(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("a model was loaded")
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+
+def refuse_models() -> None:
+    """From now on this process loads none."""
+    AutoModelForCausalLM.from_pretrained = refuse
 
 
 @pytest.mark.parametrize("start", ["random", "target"])
@@ -119,7 +119,7 @@ def test_training_from_a_store_and_export_load_no_model(
     """And begin with the weights with which they begin beside a loaded target."""
     recipe = recipe_for(target_folder, "train.decode_prompts=0", f"drafter.start={start}")
     loaded = train_stages.new_drafter_for(recipe, *stages.open_target(recipe)).state_dict()
-    no_model(monkeypatch)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     found = train_stages.new_drafter_for(recipe, *stages.read_target(recipe)).state_dict()
     assert found.keys() == loaded.keys() and all(torch.equal(found[name], loaded[name]) for name in loaded)
     files, tokenizer = stages.read_target(recipe)
@@ -152,50 +152,14 @@ def test_answers_for_the_log_load_the_model_when_the_first_are_wanted(
 
 
 @pytest.mark.slow
-def test_under_torchrun_no_process_loads_the_model(
+def test_of_several_processes_none_loads_the_model(
     target_folder: Path, features: Path, tmp_path: Path
 ) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(
-        "import sys\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "def refuse(*_, **__): raise AssertionError('a model was loaded')\n"
-        "AutoModelForCausalLM.from_pretrained = refuse\n"
-        "from draftkit.cli import main\n"
-        "sys.argv[0] = 'draftkit'\n"
-        "main()\n"
-    )
-    sets = [
-        "drafter.num_features=2",
-        "drafter.num_layers=2",
-        "drafter.block_size=3",
-        "drafter.markov_rank=6",
-        "train.steps=2",
-    ]
-    sets += [
-        f"target.path={target_folder}",
-        "train.batch_size=4",
-        "train.anchors=6",
-        "train.validation_share=0.3",
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-        "train",
-    ]
-    command += [
-        "-f",
-        str(features),
-        "-o",
-        str(tmp_path / "run"),
-        *(part for one in sets for part in ("--set", one)),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    values = ["drafter.num_features=2", "drafter.num_layers=2", "drafter.block_size=3"]
+    values += ["drafter.markov_rank=6", "train.steps=2", f"target.path={target_folder}"]
+    values += ["train.batch_size=4", "train.anchors=6", "train.validation_share=0.3"]
+    sets = [part for one in values for part in ("--set", one)]
+    command = ["train", "-f", str(features), "-o", str(tmp_path / "run"), *sets]
+    ended = Ranks(command, 2, tmp_path / "log", before=refuse_models).finish()
+    assert [code for code, _ in ended] == [0, 0], ended
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Run under torchrun: experts that lie apart against experts in one place; prints one JSON object."""
+"""Experts that lie apart in two processes against experts in one place."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def pieces(config: DeepseekV4Config) -> tuple[SplitExperts, list[tuple[torch.Ten
 
 
 def main() -> None:
+    """In each of the processes; the first one prints a line of JSON."""
     dist.init_process_group("gloo")
     rank, config = dist.get_rank(), tiny_config()
     whole, rows = pieces(config)
@@ -60,7 +61,3 @@ def main() -> None:
     if rank == 0:
         print(json.dumps(told))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
