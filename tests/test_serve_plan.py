@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import logging
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,8 @@ from draftkit.serve.llm import LLM
 from draftkit.serve.pair import PlanFiles, find_drafter, open_pair
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.place import EMBEDDED, EMBEDDED_PAIR
-from support.server import serving
+from support.server import SERVE, serving
 
-SERVE = (sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")
 DRAFTER = EMBEDDED / "drafter"
 OWN = PlanFiles(EMBEDDED_PAIR / "step_rate.json", EMBEDDED_PAIR / "calibration.json")
 SMALL = EngineSettings(max_running=2, max_length=64, kv_bytes=2**22, compile=False)
