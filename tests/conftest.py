@@ -16,12 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from draftkit.target.loading import load_target
 from draftkit.target.transformers import TransformersTarget
 from support.targets import make_target_folder
 
 torch.set_num_threads(1)
+# how long an example, or drawing one, takes depends on the machine
+settings.register_profile("draftkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("draftkit")
 pytest_plugins = ("support.training",)
 
 

@@ -47,7 +47,7 @@ def pieces_of(tokenizer: Any, tokens: list[int], skip_special: bool) -> list[str
 
 
 @pytest.mark.parametrize("tokenizer", [TINY, METASPACE], ids=["byte-level", "sentencepiece"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.text(max_size=60), skip=st.booleans())
 def test_pieces_of_any_text_make_the_full_decode(tokenizer: Any, text: str, skip: bool) -> None:
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -57,7 +57,7 @@ def test_pieces_of_any_text_make_the_full_decode(tokenizer: Any, text: str, skip
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_of_any_tokens_make_the_full_decode(data: st.DataObject, skip: bool) -> None:
     """Random ids: broken UTF-8 and special tokens in the middle of characters."""
@@ -80,7 +80,7 @@ def test_special_tokens_show_only_when_asked() -> None:
     assert "".join(pieces_of(TINY, [eos], False)) == TINY.eos_token
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.text("abc", max_size=30),
     cuts=st.lists(st.integers(0, 30), max_size=8),

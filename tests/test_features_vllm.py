@@ -165,4 +165,4 @@ def test_a_file_that_comes_late_is_waited_for(
     files, _ = stages.read_target(recipe)
     with hidden_states_server(target, IDS, tmp_path) as url:
         feature_stages.server_reader(recipe, files, url, probe=True)
-    assert len(waits) == 3
+    assert len(waits) >= 3, "more where the server takes more than the ten seconds of hs-connectors"

@@ -131,5 +131,5 @@ class Pool(RuleBasedStateMachine):
         assert not held & set(self.pool._unused)
 
 
-Pool.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Pool.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestPool = Pool.TestCase

@@ -165,7 +165,7 @@ def server() -> Iterator[Server]:
 
 
 @pytest.mark.parametrize(("path", "kind", "needed"), ROUTES, ids=[r[0] for r in ROUTES])
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_body_breaks_the_server(
     server: Server, path: str, kind: Any, needed: str, data: st.DataObject
@@ -181,7 +181,7 @@ def test_no_body_breaks_the_server(
         assert '"error":{' not in response.text
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 @given(
     raw=st.binary(max_size=60), method=st.sampled_from(["GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
 )

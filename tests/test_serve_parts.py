@@ -48,7 +48,7 @@ def ids(text: str) -> list[int]:
     return list(SERVED.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     cuts=st.lists(st.integers(1, 9), max_size=20),
     stop=st.sampled_from(["jumps", "dog. The", "zzz", "naï", "日"]),
@@ -87,7 +87,7 @@ def test_half_a_character_at_the_end_becomes_a_replacement_character() -> None:
     assert choice.add(output(ids("x")[:0], "length")).text == "\ufffd"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(cuts=st.lists(st.integers(1, 12), max_size=30))
 def test_tool_calls_are_found_wherever_pieces_break(cuts: list[int]) -> None:
     text = f"Let me look. {CALL}\n{CALL} and <tool_call>not json</tool_call> <tool_cal"
