@@ -121,6 +121,10 @@ MISTAKES = (
         "--prompts features: is a folder; give a JSONL file of prompts",
     ),
     Mistake("bench --url http://127.0.0.1:9 -p set.jsonl", "did you mean sets.jsonl?"),
+    Mistake("serve --step-rate broken.jsonl", "broken.jsonl: is no step-rate table"),
+    Mistake("serve --calibration broken.jsonl", "broken.jsonl: is no calibration"),
+    Mistake("simulate --step-rate broken.jsonl", "broken.jsonl: is no step-rate table"),
+    Mistake("simulate --calibration broken.jsonl", "broken.jsonl: is no calibration"),
     Mistake("push broken.jsonl me/mine", "broken.jsonl: is a file; give the folder of a drafter"),
     Mistake(
         "push runs/quick/drafter/best me/mine --results broken.jsonl",

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -132,13 +131,3 @@ def test_files_of_another_pair_are_refused(tmp_path: Path) -> None:
             open_pair("tiny", None, SMALL, PlanFiles(**{name: path}))
     with pytest.raises(ScheduleError, match="there is no drafter"):
         open_pair("tiny", "none", SMALL, OWN)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("option", ["--step-rate", "--calibration"])
-def test_a_bad_file_is_one_line_and_exit_code_2(option: str, tmp_path: Path) -> None:
-    (tmp_path / "empty.json").write_text("")
-    command = [*SERVE, option, str(tmp_path / "empty.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and "empty.json: is no" in line and "Traceback" not in done.stderr
