@@ -255,10 +255,10 @@ def test_confidences_are_calibrated_and_evaluated_as_any_others(
     folder: Path, run: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "p.jsonl"
-    asked = [{"id": str(i), "messages": [{"role": "user", "content": f"Add {i}."}]} for i in range(4)]
+    asked = [{"id": str(i), "messages": [{"role": "user", "content": f"Add {i}."}]} for i in range(2)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in asked))
     given = ["-d", str(run / "a" / "best"), "-p", str(prompts), "-r", "tiny-deepseek-v4"]
-    given += ["--set", f"target.path={folder}", "--set", "evaluate.max_new_tokens=16"]
+    given += ["--set", f"target.path={folder}", "--set", "evaluate.max_new_tokens=8"]
     done = CliRunner().invoke(app, ["calibrate", *given, "-o", str(tmp_path / "c"), "--json"])
     assert done.exit_code == 0, done.output
     file = next((tmp_path / "c").glob("*.json"))

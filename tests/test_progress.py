@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from checks.forked import start
 from draftkit import progress
 from draftkit.progress import clock, doing, progress_bar
 from support.patience import wait_until
@@ -187,29 +188,22 @@ def test_clock() -> None:
     assert [clock(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
 
 
+def speak_at_once() -> None:
+    """From now on progress of this process is told without a pause."""
+    progress.QUIET = progress.LINE_EVERY = 0.05
+
+
 def test_generate_moves_by_tokens_before_an_answer_is_finished(tmp_path: Path) -> None:
     """Redirected, with answers longer than the time between two lines."""
     out, told = tmp_path / "answers.jsonl", tmp_path / "log"
-    command = [
-        sys.executable,
-        "-c",
-        _FAST,
-        "generate",
-        "-o",
-        str(out),
-        "--set",
-        "generate.max_new_tokens=400",
-    ]
+    told.touch()
     moved = r"generate 0/\d+, ([\d,]+) tokens.* at most \S+ left"
-    with told.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            wait_until(lambda: re.search(moved, told.read_text()) or process.poll() is not None)
-        finally:
-            process.kill()
-            process.wait()
+    command = ["generate", "-o", str(out), "--set", "generate.max_new_tokens=400"]
+    process = start(command, told, before=speak_at_once)
+    try:
+        wait_until(lambda: re.search(moved, told.read_text()) or not process.is_alive())
+    finally:
+        process.kill()
+        process.join()
     found = re.search(moved, told.read_text())
     assert found is not None and int(found.group(1).replace(",", "")) > 0
-
-
-_FAST = "from draftkit import cli, progress; progress.QUIET = progress.LINE_EVERY = 0.05; cli.main()"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,5 +130,5 @@ def browsing(profile: Path) -> Iterator[Page]:
         yield Page(into, out)
     finally:
         os.close(into)
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes of its pages
         process.wait()

@@ -11,8 +11,9 @@ PATIENCE = 600.0  # seconds
 
 
 def wait_until(condition: Callable[[], object], what: str = "it") -> None:
-    """Look every few milliseconds until the condition holds; it fails when PATIENCE is over."""
-    until = time.monotonic() + PATIENCE
+    """Look until the condition holds, at first every few milliseconds; it fails when PATIENCE is over."""
+    until, pause = time.monotonic() + PATIENCE, 0.002
     while not condition():
         assert time.monotonic() < until, f"{what} has not come about in {PATIENCE:.0f} s"
-        time.sleep(0.005)
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.05)  # looking takes time from what is waited for
