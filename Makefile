@@ -6,6 +6,7 @@ DEV := $(VENV)/.installed-dev
 SMOLLM2 := $(VENV)/.smollm2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+unexport PYTHONDONTWRITEBYTECODE  # or each of the tests' processes compiles the package anew
 
 .PHONY: quickstart demo test check bench clean
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from draftkit.doctor.server import check_server
 from draftkit.draft.checkpoint import open_drafter, save_drafter
 from draftkit.target.loading import load_target
 from draftkit.target.place import EMBEDDED, SMOLLM2_DRAFTER
+from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import DTYPES, TransformersTarget
 from draftkit.target.weights import TargetFiles
 from support.deepseek_v4 import tiny_folder
@@ -49,7 +50,7 @@ from support.faulty import (
 )
 
 DRAFTER = EMBEDDED / "drafter"
-SETTINGS = DoctorSettings(context=64)
+SETTINGS = DoctorSettings(context=512)
 V4 = DoctorSettings(context=64, per_domain=1, max_new_tokens=10)
 INDEX = "model.safetensors.index.json"
 
@@ -65,18 +66,21 @@ class Case:
     more: bool = False
 
 
-def planted(name: str, checks: tuple[str, ...], *faults: Fault, engine: str | None = None) -> Case:
-    """Faults in a copy of the embedded drafter."""
+def cases(settings: DoctorSettings = SETTINGS) -> Iterator[Case]:
+    """All of them, examined with these settings."""
 
-    def run(folder: Path) -> list[Finding]:
-        drafter = faulty(folder / ("dflash-like" if engine else "drafter"), *faults)
-        return list(examine("tiny", drafter, SETTINGS, engine).findings)
+    def planted(name: str, checks: tuple[str, ...], *faults: Fault, engine: str | None = None) -> Case:
+        """Faults in a copy of the embedded drafter."""
 
-    return Case(name, checks, run)
+        def run(folder: Path) -> list[Finding]:
+            drafter = faulty(folder / ("dflash-like" if engine else "drafter"), *faults)
+            return list(examine("tiny", drafter, settings, engine).findings)
 
+        return Case(name, checks, run)
 
-def cases() -> Iterator[Case]:
-    """All of them."""
+    def sound(target: str, drafter: Path) -> list[Finding]:
+        return list(examine(target, drafter, settings).findings)
+
     for check, faults in FAULTS.items():
         yield planted(check, (check,), *faults)
     yield planted("layer ids too high to load", ("layer ids",), UNKNOWN, fields(target_layer_ids=[8, 13]))
@@ -103,9 +107,10 @@ def cases() -> Iterator[Case]:
         more=True,  # the module is random, which is told, too
     )
     for form in ("portable", "deepspec", "float32"):
-        yield Case(f"sound: embedded, {form}", (), lambda folder, form=form: _written(folder, form))  # type: ignore[misc]
-    yield Case("sound: embedded, as packaged", (), lambda folder: _sound("tiny", DRAFTER))
-    yield Case("sound: SmolLM2, as packaged", (), lambda folder: _sound("smollm2", SMOLLM2_DRAFTER))
+        run = partial(lambda form, folder: sound("tiny", _written(folder, form)), form)
+        yield Case(f"sound: embedded, {form}", (), run)
+    yield Case("sound: embedded, as packaged", (), lambda folder: sound("tiny", DRAFTER))
+    yield Case("sound: SmolLM2, as packaged", (), lambda folder: sound("smollm2", SMOLLM2_DRAFTER))
 
 
 def _copies(embedding: float, head: float) -> Fault:
@@ -117,18 +122,14 @@ def _reduced(**wrong: bool) -> Fault:
     return lambda *files: reduced(TargetFiles("tiny"), **wrong)(*files)
 
 
-def _sound(target: str, drafter: Path) -> list[Finding]:
-    return list(examine(target, drafter, DoctorSettings(context=512)).findings)
-
-
-def _written(folder: Path, form: str) -> list[Finding]:
+def _written(folder: Path, form: str) -> Path:
     """The embedded drafter in another form or dtype."""
     note = json.loads((DRAFTER / "draftkit.json").read_text("utf-8"))
     kept = {k: note[k] for k in ("target", "target_fingerprint", "template_hash", "validation")}
     dtype = DTYPES["float32" if form == "float32" else "bfloat16"]
     drafter = open_drafter(DRAFTER, TargetFiles("tiny"))
     save_drafter(drafter, folder / form, kept, dtype, "deepspec" if form == "deepspec" else "portable")
-    return _sound("tiny", folder / form)
+    return folder / form
 
 
 def _asked(first: int, again: int, expected: float) -> list[Finding]:
@@ -148,7 +149,7 @@ def _v4(folder: Path) -> list[Finding]:
 
 
 def remember() -> None:
-    """Load each target, and let it answer, once for all cases: neither depends on the drafter."""
+    """Load each target and tokenizer, and let it answer, once for all cases: they depend on no drafter."""
     answers: dict[Any, list[Recorded]] = {}
 
     def recorded(
@@ -161,6 +162,7 @@ def remember() -> None:
 
     doctor.record = recorded  # type: ignore[attr-defined]
     doctor.load_target = cache(load_target)  # type: ignore[attr-defined]
+    doctor.load_tokenizer = cache(load_tokenizer)  # type: ignore[attr-defined]
 
 
 def main() -> None:

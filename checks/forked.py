@@ -19,7 +19,10 @@ from pathlib import Path
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
-        *("draftkit.cli", "draftkit.quickstart", "draftkit.schedule_stages", "draftkit.serve.server"),
+        "draftkit.cli",
+        "draftkit.quickstart",
+        "draftkit.schedule_stages",
+        "draftkit.serve.server",
         "matplotlib.figure",
     ]
 )
@@ -44,11 +47,13 @@ def start(
     disk: Disk | None = None,
     before: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
+    program: Callable[[], None] | None = None,
 ) -> BaseProcess:
-    """Begin `draftkit COMMAND...`; what it prints goes to `log`. `before` is called there first.
-    `environment`: variables beside those of this process when it began the first one."""
+    """Begin `draftkit COMMAND...`, or another program with these arguments; what it prints goes to `log`.
+    `before` is called there first. `environment`: variables beside those of this process when it began the
+    first one."""
     process = _CONTEXT.Process(
-        target=_run, args=(list(command), log, disk or Disk(), before, environment or {})
+        target=_run, args=(list(command), log, disk or Disk(), before, dict(environment or {}), program)
     )
     process.start()
     return process
@@ -112,6 +117,7 @@ def _run(
     disk: Disk,
     before: Callable[[], None] | None,
     environment: Mapping[str, str],
+    program: Callable[[], None] | None,
 ) -> None:
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -129,7 +135,7 @@ def _run(
     from draftkit.cli import main
 
     sys.argv = ["draftkit", *command]
-    main()
+    (program or main)()
 
 
 def _obey_permissions() -> None:

@@ -121,6 +121,10 @@ MISTAKES = (
         "--prompts features: is a folder; give a JSONL file of prompts",
     ),
     Mistake("bench --url http://127.0.0.1:9 -p set.jsonl", "did you mean sets.jsonl?"),
+    Mistake("serve --step-rate broken.jsonl", "broken.jsonl: is no step-rate table"),
+    Mistake("serve --calibration broken.jsonl", "broken.jsonl: is no calibration"),
+    Mistake("simulate --step-rate broken.jsonl", "broken.jsonl: is no step-rate table"),
+    Mistake("simulate --calibration broken.jsonl", "broken.jsonl: is no calibration"),
     Mistake("push broken.jsonl me/mine", "broken.jsonl: is a file; give the folder of a drafter"),
     Mistake(
         "push runs/quick/drafter/best me/mine --results broken.jsonl",
@@ -140,6 +144,14 @@ MISTAKES = (
     Mistake(
         "export --for llama.cpp --converter nothing.py -d runs/quick/drafter/best -o out --target tiny",
         "--converter nothing.py: no such file; give llama.cpp's convert_hf_to_gguf.py",
+    ),
+    Mistake(
+        "export --for vllm -d runs/quick/drafter/best -o broken.jsonl --target tiny",
+        "--out broken.jsonl is a file; give the name of a folder",
+    ),
+    Mistake(
+        "export --for llama.cpp -d runs/quick/drafter/best -o broken.jsonl --target tiny",
+        "--out broken.jsonl is a file; give the name of a folder",
     ),
 )
 

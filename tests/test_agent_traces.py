@@ -8,12 +8,12 @@ from pathlib import Path
 
 from draftkit.data.conversations import read_conversations
 from draftkit.data.traces import make_traces
-from support.server import forked_serving
+from support.server import SERVE, serving
 
 
 def test_its_log_becomes_conversations_of_words_and_calls(tmp_path: Path) -> None:
     log = tmp_path / "requests.jsonl"
-    with forked_serving("--drafter", "none") as server:
+    with serving("--drafter", "none", command=SERVE) as server:
         given = ["--conversations", "6", "--users", "3", "--max-tokens", "24"]
         command = [
             sys.executable,

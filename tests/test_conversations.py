@@ -46,6 +46,12 @@ def test_three_forms_become_one(tmp_path: Path) -> None:
     assert read_conversations([path])[1].id == sharegpt.id, "made-up ids are stable"
 
 
+def nested(levels: int) -> bytes:
+    """A row whose schema has so many levels, and the row around it four more."""
+    schema = b'{"a": ' * levels + b"1" + b"}" * levels
+    return b'{"turns": ["x"], "tools": [{"function": {"name": "f", "parameters": ' + schema + b"}}]}\n"
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
@@ -98,6 +104,8 @@ def test_three_forms_become_one(tmp_path: Path) -> None:
         (b'{"turns": ["a"], "domain": "\\ud800"}\n', ":1: holds half a character"),
         (b'{"turns": ["x"], "id": ' + b"9" * 5000 + b"}\n", ":1: holds a number that is too long"),
         (b"[" * 10**5 + b"\n", ":1: is nested too deeply"),
+        (nested(990), r":1: is nested too deeply for a conversation \(more than 100 levels\)"),
+        (nested(97), ":1: is nested too deeply"),
         (b'{"turns": ["x"], "id": "a"}\n{"turns": ["y"], "id": "a"}\n', ":2: id 'a' was there before"),
     ],
 )
@@ -108,6 +116,11 @@ def test_bad_lines_are_named(raw: bytes, message: str, tmp_path: Path) -> None:
         read_conversations([path])
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_schema_may_be_nested_as_deep_as_a_row_may(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_bytes(nested(96))
+    assert read_conversations([tmp_path / "deep.jsonl"])[0].tools
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

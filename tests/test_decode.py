@@ -76,8 +76,8 @@ def cut_by_confidence(confidence: Sequence[float]) -> int:
 def test_sampled_answers_follow_the_targets_distribution(
     target: TransformersTarget, rule: Rule, plan: Plan
 ) -> None:
-    """1,500 answers of three tokens from three: every count within five standard deviations of the target's
-    distribution."""
+    """500 answers of three tokens from three: every count within five standard deviations of the target's
+    distribution. (The proof is the enumeration in test_exactness; this is the real loop.)"""
     drafter = make_drafter(target, block=3)
     assert drafter.confidence_head is not None
     torch.nn.init.normal_(drafter.confidence_head.proj.weight, std=0.5)
@@ -88,12 +88,12 @@ def test_sampled_answers_follow_the_targets_distribution(
 @pytest.mark.slow
 def test_sampled_answers_of_eagle3_follow_the_targets_distribution(target: TransformersTarget) -> None:
     """Its draft vocabulary knows two of the three tokens, and one that the target never says."""
-    rounds = check_distribution(target, make_eagle(target, (5, 7, 9)), TOKEN_RULE, verify_all, count=1000)
+    rounds = check_distribution(target, make_eagle(target, (5, 7, 9)), TOKEN_RULE, verify_all)
     assert {r.accepted for r in rounds} >= {0, 1, 2}
 
 
 def check_distribution(
-    target: TransformersTarget, drafter: Drafter, rule: Rule, plan: Plan, count: int = 1500
+    target: TransformersTarget, drafter: Drafter, rule: Rule, plan: Plan, count: int = 500
 ) -> list[Round]:
     small = Shrunk(target.model, target.info)
     prompt, sampling = PROMPTS[0], Sampling(0.8)

@@ -16,7 +16,7 @@ from draftkit.serve.call_grammar import dsml_calls
 from draftkit.serve.grammar_source import GrammarSource, grammar_of
 from draftkit.target.deepseek_v4_prompts import DeepseekFormat
 from support.deepseek_v4 import tiny_folder
-from support.server import forked_serving
+from support.server import SERVE, serving
 from support.targets import TEXTS
 from tools.tiny_v4 import v4_tokenizer
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_enforced_is_named(function: dict[str, Any], told: str) -
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     """A server of a random tiny V4 and of the random module in its checkpoint."""
     folder = str(tiny_folder(tmp_path_factory.mktemp("v4") / "DeepSeek-V4-tiny"))
-    with forked_serving("--target", folder, "--drafter", folder) as running:
+    with serving("--target", folder, "--drafter", folder, command=SERVE) as running:
         yield openai.OpenAI(base_url=running.url + "/v1", api_key="any", max_retries=0)
 
 

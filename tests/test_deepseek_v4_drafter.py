@@ -16,11 +16,13 @@ from draftkit.draft.deepseek_v4_checkpoint import tensor_specs
 from draftkit.draft.drafter import TrainBatch
 from draftkit.draft.layout import lay_out
 from draftkit.errors import CheckpointError, ConfigError
+from draftkit.features.source import empty_sample
 from draftkit.ops.sampling import Sampling
 from draftkit.settings import LossSettings
 from draftkit.target.deepseek_v4_tensors import draft_tensors
 from draftkit.target.loading import load_target
 from draftkit.target.transformers import TransformersTarget
+from draftkit.train.batches import empty_batch
 from support.deepseek_v4 import tiny_drafter, tiny_shape, tiny_target
 from tools.tiny_v4 import tiny_model, write_checkpoint
 from tools.v4_configs import TINY
@@ -178,6 +180,16 @@ def test_training_sees_what_drafting_sees(target: TransformersTarget, drafter: D
     assert not still, still
     with torch.no_grad():
         assert torch.equal(drafter.loss(batch, LossSettings()).loss_sum, report.loss_sum)
+
+
+def test_a_batch_without_an_anchor_has_no_loss_and_gradients_of_zero(drafter: DeepseekV4Drafter) -> None:
+    """What a process runs when the rows of a step run out: experts that lie apart need it in step."""
+    width = FEATURES.shape[-1]
+    report = drafter.loss(empty_batch(empty_sample(width, 64, torch.float32), ("all",)), LossSettings())
+    report.loss_sum.backward()
+    assert report.loss_sum.item() == 0
+    grads = [p.grad for p in drafter.parameters() if p.requires_grad]
+    assert all(g is not None and not g.any() for g in grads)
 
 
 def test_a_module_comes_back_from_its_own_folder(target: TransformersTarget, tmp_path: Path) -> None:

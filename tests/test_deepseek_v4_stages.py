@@ -36,7 +36,7 @@ from support.browser import browsing, needs_browser
 from support.deepseek_v4 import tiny_folder
 from support.hidden_states_server import hidden_states_server
 from support.records import records
-from support.server import Server, forked_serving
+from support.server import SERVE, Server, serving
 
 SAID = [
     Conversation(
@@ -271,7 +271,7 @@ def test_confidences_are_calibrated_and_evaluated_as_any_others(
 @pytest.fixture(scope="module")
 def server(folder: Path, run: Path) -> Iterator[Server]:
     options = ("--target", str(folder), "--drafter", str(run / "a" / "best"))
-    with forked_serving(*options) as running:
+    with serving(*options, command=SERVE) as running:
         yield running
 
 

@@ -65,14 +65,15 @@ def answers(tiny: TransformersTarget) -> list[Recorded]:
 def once() -> Iterator[None]:
     """Targets are loaded, and answer, once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_target", "record"):
+        for name in ("load_target", "load_tokenizer", "record"):
             patch.setattr(doctor, name, getattr(doctor, name))  # as it was, afterwards
         remember()
         yield
 
 
-# SmolLM2 takes minutes: python -m checks.doctor_faults
-CASES = [case for case in cases() if "SmolLM2" not in case.name]
+SMALL = DoctorSettings(per_domain=3, max_new_tokens=24, context=64)
+# SmolLM2 and longer answers take minutes: python -m checks.doctor_faults
+CASES = [case for case in cases(SMALL) if "SmolLM2" not in case.name]
 
 
 @pytest.mark.slow
@@ -88,7 +89,7 @@ def test_a_planted_fault_is_named_and_nothing_in_a_sound_pair(case: Case, once: 
 @pytest.mark.slow
 def test_layers_one_too_high_are_named_where_they_do_not_even_load(once: None, tmp_path: Path) -> None:
     folder = faulty(tmp_path / "drafter", UNKNOWN, fields(target_layer_ids=[8, 13]))
-    [finding] = examine("tiny", folder, DoctorSettings(context=64)).findings
+    [finding] = examine("tiny", folder, SMALL).findings
     assert "[7, 12]" in finding.mend and "it does not load" in finding.cost
 
 
@@ -131,13 +132,13 @@ def test_a_trial_makes_the_sound_drafter_of_the_faulty_one(
 @pytest.mark.slow
 def test_what_a_fault_costs_is_measured(once: None, tiny: TransformersTarget, tmp_path: Path) -> None:
     folder = faulty(tmp_path / "drafter", with_copies(tiny), another_head)
-    [finding] = examine("tiny", folder, DoctorSettings(context=64)).findings
+    [finding] = examine("tiny", folder, SMALL).findings
     assert "% of the accepted length" in finding.cost  # by running, not by names alone
 
 
 @pytest.mark.slow
 def test_facts_of_a_sound_pair(once: None) -> None:
-    found = examine("tiny", DRAFTER, DoctorSettings(context=64))
+    found = examine("tiny", DRAFTER, SMALL)
     assert any(fact.startswith("break-even") for fact in found.facts)
 
 
@@ -193,11 +194,10 @@ def test_what_an_engine_refuses_is_found(once: None, tmp_path: Path) -> None:
     folder = faulty(
         tmp_path / "dflash-like", fields(confidence_head_with_markov=False), without("confidence")
     )
-    settings = DoctorSettings(context=64)
-    found = examine("tiny", DRAFTER, settings, engine="vllm")
+    found = examine("tiny", DRAFTER, SMALL, engine="vllm")
     assert found.findings == ()
     assert any("0.33.0" in fact for fact in found.facts)
-    found = examine("tiny", folder, settings, engine="vllm")
+    found = examine("tiny", folder, SMALL, engine="vllm")
     assert "vllm method" in {f.check for f in found.findings}
 
 

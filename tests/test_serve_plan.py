@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +21,8 @@ from draftkit.serve.llm import LLM
 from draftkit.serve.pair import PlanFiles, find_drafter, open_pair
 from draftkit.target.fingerprint import fingerprint
 from draftkit.target.place import EMBEDDED, EMBEDDED_PAIR
-from support.server import serving
+from support.server import SERVE, serving
 
-SERVE = (sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")
 DRAFTER = EMBEDDED / "drafter"
 OWN = PlanFiles(EMBEDDED_PAIR / "step_rate.json", EMBEDDED_PAIR / "calibration.json")
 SMALL = EngineSettings(max_running=2, max_length=64, kv_bytes=2**22, compile=False)
@@ -134,13 +131,3 @@ def test_files_of_another_pair_are_refused(tmp_path: Path) -> None:
             open_pair("tiny", None, SMALL, PlanFiles(**{name: path}))
     with pytest.raises(ScheduleError, match="there is no drafter"):
         open_pair("tiny", "none", SMALL, OWN)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("option", ["--step-rate", "--calibration"])
-def test_a_bad_file_is_one_line_and_exit_code_2(option: str, tmp_path: Path) -> None:
-    (tmp_path / "empty.json").write_text("")
-    command = [*SERVE, option, str(tmp_path / "empty.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and "empty.json: is no" in line and "Traceback" not in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from draftkit.serve.problem import ApiError, from_validation
 from draftkit.serve.protocol import CompletionBody
 from draftkit.serve.structured import GrammarConstraint, constraint_of
 from support.fake_engine import fake_served
-from support.server import serving
+from support.server import SERVE, serving
 
 SERVED = fake_served()
 SCHEMA = {
@@ -217,7 +216,7 @@ WANTED = {
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
-    with serving(command=(sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")) as server:
+    with serving(command=SERVE) as server:
         assert any("drafter" in line and "none" not in line for line in server.log), "this server must draft"
         yield openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
 

@@ -227,17 +227,18 @@ def test_repetitions_and_beginnings_are_dropped_and_related_ones_stay_together(t
     rows = [grown(f"user {u}", t) for u in range(200) for t in (1, 2, 3, 3)]
     elsewhere = [{"role": "user", "content": "elsewhere"}, {"role": "assistant", "content": "x"}]
     branch = grown("user 7", 1)["messages"] + elsewhere
-    rows += [{"messages": branch}, {"messages": [ASKED]}, "{broken"]
+    rows += [{"messages": branch}, {"messages": [ASKED]}, "{broken", "[" * 500 + "]" * 500, "[" * 10**5]
     report, skipped = make_traces([write(tmp_path / "log.jsonl", rows)], tmp_path / "out")
-    assert (report.beginnings, report.repeated, report.without_answer, report.invalid) == (400, 200, 1, 1)
+    assert (report.beginnings, report.repeated, report.without_answer, report.invalid) == (400, 200, 1, 3)
     assert sum(report.kept.values()) == 201 and all(report.kept.values())
     splits = {
         s: {c.messages[0].content for c in read_conversations([tmp_path / "out" / f"{s}.jsonl"])}
         for s in SPLITS
     }
     assert not splits["train"] & splits["heldout"] and not splits["train"] & splits["validation"]
-    [reason] = skipped.first
-    assert reason.startswith(f"{tmp_path / 'log.jsonl'}:803: is not JSON (Expecting property name")
+    broken, *deep = skipped.first
+    assert broken.startswith(f"{tmp_path / 'log.jsonl'}:803: is not JSON (Expecting property name")
+    assert [":804: is not JSON (nested too deeply" in deep[0], ":805: is" in deep[1]] == [True, True]
 
 
 SECRETS = {

@@ -81,16 +81,33 @@ def check_answers(out: Path, prompts: Sequence[Path], skip_invalid: bool) -> Non
 
 
 def check_simulation(traces: Path | None, step_rate: str | None, calibration: Path | None) -> None:
-    """Raise ConfigError when the files of a simulation are not there, or the kind of machine is not known."""
+    """Raise ConfigError when the files of a simulation are not there, or the kind of machine is not known;
+    ScheduleError when a file is another."""
     from draftkit.schedule.machines import MACHINES
 
     check_given("--traces", traces, "a file of draftkit calibrate")
-    check_given("--calibration", calibration, "a file of draftkit calibrate")
-    if step_rate is not None and step_rate not in MACHINES and not Path(step_rate).is_file():
+    named = step_rate in MACHINES
+    if step_rate is not None and not named and not Path(step_rate).is_file():
         hint = nearest(step_rate, MACHINES) or nearest_path(Path(step_rate))
         allowed = f"; give a file of draftkit profile, or one of {', '.join(MACHINES)}"
         what = "is a folder" if Path(step_rate).is_dir() else "no such file"
         raise ConfigError(f"--step-rate {step_rate}: {what}{hint or allowed}")
+    check_planning(None if step_rate is None or named else Path(step_rate), calibration)
+
+
+def check_planning(step_rate: Path | None, calibration: Path | None) -> None:
+    """Raise ConfigError where an option names no file, ScheduleError where the file is another than those of
+    `profile` and `calibrate`."""
+    check_given("--step-rate", step_rate, "a file of draftkit profile")
+    check_given("--calibration", calibration, "a file of draftkit calibrate")
+    if step_rate is not None:
+        from draftkit.schedule.step_rate_table import load_step_rate
+
+        load_step_rate(step_rate)
+    if calibration is not None:
+        from draftkit.schedule.calibration import read_calibration
+
+        read_calibration(calibration)
 
 
 def check_length(target: str, asked: int | None) -> None:

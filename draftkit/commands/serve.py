@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from draftkit.commands.early import check_given, check_serving
+from draftkit.commands.early import check_planning, check_serving
 from draftkit.commands.options import LIBRARIES
 from draftkit.engine.settings import EngineSettings
 from draftkit.progress import doing
@@ -118,8 +118,7 @@ def command(
             max_length=max_length,
             kv_bytes=max(1, int(kv_gib * 2**30)) if kv_gib is not None else None,
         )
-    check_given("--step-rate", step_rate, "a file of draftkit profile")
-    check_given("--calibration", calibration, "a file of draftkit calibrate")
+    check_planning(step_rate, calibration)
     check_serving(target, drafter, engine)
     with doing(LIBRARIES):
         from draftkit.serve.server import load_served, run_server

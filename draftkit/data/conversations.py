@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from draftkit.data.lines import check_line
+from draftkit.data.lines import NestedError, check_line, json_value
 from draftkit.data.messages import Conversation, Message
 from draftkit.data.row_forms import conversation_of
 from draftkit.errors import DataError
@@ -181,11 +181,11 @@ def _parsed(raw: bytes, where: str) -> Any:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: is not UTF-8 (byte {error.start}); convert the file") from error
     try:
-        return json.loads(text.rstrip("\r\n"))  # or what is missing at the end is told of column 1
+        return json_value(text.rstrip("\r\n"))  # or what is missing at the end is told of column 1
     except json.JSONDecodeError as error:
         hint = "the line is cut off" if not text.endswith("\n") else "one JSON object per line is needed"
         raise DataError(f"{where}: is not JSON ({error.msg} at column {error.colno}); {hint}") from error
+    except NestedError as error:
+        raise DataError(f"{where}: is {error}") from error
     except ValueError as error:  # Python reads no whole number of more than 4,300 digits
         raise DataError(f"{where}: holds a number that is too long for a conversation; remove it") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: is nested too deeply for a conversation") from error

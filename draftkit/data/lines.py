@@ -12,7 +12,30 @@ from typing import Any
 from draftkit.errors import DataError
 
 DIGEST = "record_digest"
+NESTED = 100  # levels of a row: what writes, renders or masks it calls itself for each
 _TAIL = re.compile(rb', "([^"]*)": "([0-9a-f]{32})"}\s*$')
+
+
+class NestedError(ValueError):
+    """JSON whose lists and objects lie more than NESTED levels within one another."""
+
+    def __init__(self) -> None:
+        super().__init__(f"nested too deeply for a conversation (more than {NESTED} levels)")
+
+
+def json_value(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError when it is none, NestedError."""
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise NestedError from error
+    inner = [found]
+    for _ in range(NESTED + 1):
+        inner = [one for one in inner if isinstance(one, dict | list)]
+        if not inner:
+            return found
+        inner = [child for one in inner for child in (one.values() if isinstance(one, dict) else one)]
+    raise NestedError
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
@@ -38,8 +61,8 @@ def check_line(line: bytes, where: str) -> None:
     if DIGEST.encode() not in line:
         return
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = json_value(line)
+    except ValueError as error:
         raise DataError(f"{where}: is no JSON any more ({error}); answer it again") from error
     if not isinstance(row, dict) or DIGEST not in row:
         return

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from draftkit.data.lines import json_value
+
 Row = dict[str, Any]
 
 
@@ -50,7 +52,7 @@ def _body(value: Any) -> Row:
     """An object, also where a log keeps it as text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json_value(value)
         except ValueError:
             return {}
     return value if isinstance(value, dict) else {}
@@ -125,7 +127,7 @@ def _attributes(given: Any) -> Row:
 def _listed(value: Any) -> list[Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = json_value(value)
         except ValueError:
             return []
     return value if isinstance(value, list) else []
@@ -295,6 +297,6 @@ def recognise(first: list[str]) -> str | None:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return json_value(line)
     except ValueError:
         return None

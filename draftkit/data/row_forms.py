@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from draftkit.data.lines import json_value
 from draftkit.data.messages import ROLES, Conversation, Message, WrittenTurn
 from draftkit.errors import DataError
 from draftkit.target.deepseek_v4_messages import FIELDS, check_conversation, fields_of, given_fields
@@ -284,8 +285,8 @@ def _ids(given: Any, where: str) -> tuple[int, ...]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return json_value(text)
+    except ValueError as error:
         raise DataError(f"{where}: is not JSON ({error!s:.60}): {text!r:.40}") from error
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from draftkit.data.conversations import SkippedRows
+from draftkit.data.lines import json_value
 from draftkit.data.log_formats import FORMATS, recognise
 from draftkit.data.messages import Conversation, Message
 from draftkit.data.row_forms import conversation_of
@@ -139,8 +140,8 @@ def _objects(lines: Iterable[str], path: Path, skipped: SkippedRows) -> Iterator
     """The JSON object of each line."""
     for number, line in enumerate(lines, 1):
         try:
-            found = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            found = json_value(line)
+        except ValueError as error:
             skipped.add(f"{path}:{number}: is not JSON ({str(error)[:80]})")
             continue
         if isinstance(found, dict):
@@ -225,8 +226,8 @@ def _is_call(content: str) -> bool:
     if "<tool_call>" in content:
         return True
     try:
-        said = json.loads(content) if content.lstrip().startswith("{") else None
-    except (ValueError, RecursionError):
+        said = json_value(content) if content.lstrip().startswith("{") else None
+    except ValueError:
         return False
     return isinstance(said, dict) and bool(_CALLED & said.keys()) and bool(_CALLED_WITH & said.keys())
 

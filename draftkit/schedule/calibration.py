@@ -72,6 +72,17 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
 def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibration:
     """Read the calibration of a drafter of gamma positions. Raises ScheduleError for another one, and for no
     calibration."""
+    calibration = read_calibration(path)
+    try:
+        calibration.check_gamma(gamma)
+        calibration.check_drafter(drafter_fingerprint)
+    except ScheduleError as error:
+        raise ScheduleError(f"{path}: {error}") from None
+    return calibration
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read a calibration, whatever drafter it is for. Raises ScheduleError for another file."""
     try:
         content = read_json(path, ScheduleError, "is no calibration")
         if was_changed(content):
@@ -80,16 +91,13 @@ def load_calibration(path: Path, gamma: int, drafter_fingerprint: str) -> Calibr
             )
         fields = {k: v for k, v in content.items() if k in Calibration.__annotations__}
         known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        calibration = Calibration(**known)
-        calibration.check_gamma(gamma)
-        calibration.check_drafter(drafter_fingerprint)
+        return Calibration(**known)
     except ScheduleError as error:
         raise ScheduleError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ScheduleError(
             f"{path}: is no calibration ({reason(error)}); make one with draftkit calibrate"
         ) from None
-    return calibration
 
 
 def logit(confidence: Floats, edge: float = EDGE) -> Floats:

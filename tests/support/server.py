@@ -1,4 +1,5 @@
-"""A server process for tests: start it, read its log, end it."""
+"""A server process for tests: start it, read its log, end it. draftkit's own and the stand-in are forked from
+a process that has imported everything (`checks/forked.py`); another command is a program of its own."""
 
 from __future__ import annotations
 
@@ -8,32 +9,59 @@ import re
 import socket
 import subprocess
 import sys
-import threading
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from checks.forked import start
+from checks import forked
+from support import fake_engine
 from support.patience import PATIENCE, wait_until
 
 ASSET = Path(__file__).parents[2] / "draftkit" / "assets" / "tiny"
-SERVE = (sys.executable, "-m", "draftkit.cli", "serve", "--port", "0")
+DRAFTKIT = (sys.executable, "-m", "draftkit.cli")
+SERVE = (*DRAFTKIT, "serve", "--port", "0")
 FAKE = Path(__file__).parent / "fake_engine.py"
+STAND_IN = (sys.executable, str(FAKE))
 TEXT = "The quick brown fox – naïve, 日本 – jumps over the lazy dog. " * 3
-ENDED = ""  # the last entry of the log of a process that has ended
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
 
 
+class Forked:
+    """A forked process with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, process: BaseProcess) -> None:
+        assert process.pid is not None
+        self.pid, self._process = process.pid, process
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 class Server:
-    def __init__(self, process: subprocess.Popen[str], url: str, log: list[str]) -> None:
-        self.process, self.url, self.log = process, url, log
+    def __init__(self, process: Forked | subprocess.Popen[bytes], url: str, log: Path) -> None:
+        self.process, self.url, self._log = process, url, log
         self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
+
+    @property
+    def log(self) -> list[str]:
+        """Its lines so far."""
+        return self._log.read_text("utf-8", "replace").splitlines()
 
     def metric(self, name: str) -> float:
         families = text_string_to_metric_families(self.http.get("/metrics").text)
@@ -50,8 +78,6 @@ class Server:
             return next((line for line in self.log if re.search(pattern, line)), None)
 
         wait_until(lambda: found() or self.process.poll() is not None, f"{pattern!r} in the log")
-        if found() is None:  # the last lines of a process that ended are still being read
-            wait_until(lambda: found() or self.log[-1:] == [ENDED], f"{pattern!r} in the log")
         line = found()
         assert line is not None, f"{pattern!r} is not in the log: {self.log}"
         return line
@@ -71,59 +97,32 @@ class Server:
         return self.connect(head.encode() + b"\r\nContent-Length: %d\r\n\r\n" % len(raw) + raw)
 
 
-class Forked:
-    """What `Server` asks of a process, of a forked one."""
-
-    def __init__(self, process: BaseProcess) -> None:
-        self._process, self.pid = process, process.pid
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self) -> None:
-        self._process.join()
-
-
 @contextmanager
-def serving(*options: str, command: Sequence[str] = (sys.executable, str(FAKE))) -> Iterator[Server]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    with _running(process, process.stderr) as server:
-        yield server
-
-
-@contextmanager
-def forked_serving(*options: str) -> Iterator[Server]:
-    """`draftkit serve`, from a process that has imported everything; for tests that neither end it nor ask
-    how it begins."""
-    with TemporaryDirectory() as folder:
-        pipe = Path(folder) / "log"
-        os.mkfifo(pipe)
-        process = Forked(start(["serve", "--port", "0", *options], pipe))
-        with pipe.open() as log, _running(process, log) as server:
+def serving(*options: str, command: Sequence[str] = STAND_IN) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.txt"
+        log.touch()
+        process = _started((*command, *options), log)
+        try:
+            server = Server(process, "", log)
+            url = re.search(r"http://\S+", server.logged("listening on"))
+            assert url is not None
+            server = Server(process, url.group(), log)
+            wait_until(lambda: _is_ready(server), "a server that is ready")
             yield server
+        finally:
+            process.kill()
+            process.wait()
 
 
-@contextmanager
-def _running(process: Any, stream: IO[str]) -> Iterator[Server]:
-    log: list[str] = []
-    reader = threading.Thread(target=_read, args=(stream, log), daemon=True)
-    reader.start()
-    try:
-        server = Server(process, "", log)
-        url = re.search(r"http://\S+", server.logged("listening on"))
-        assert url is not None
-        server = Server(process, url.group(), log)
-        wait_until(lambda: _is_ready(server), "a server that is ready")
-        yield server
-    finally:
-        process.kill()
-        process.wait()
-        reader.join(5)  # what it had started may hold the pipe a little longer
+def _started(command: tuple[str, ...], log: Path) -> Forked | subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if command[:3] == DRAFTKIT:
+        return Forked(forked.start(command[3:], log, environment=environment))
+    if command[:2] == STAND_IN:
+        return Forked(forked.start(command[2:], log, environment=environment, program=fake_engine.main))
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stderr=file, env=environment)
 
 
 def _is_ready(server: Server) -> bool:
@@ -132,9 +131,3 @@ def _is_ready(server: Server) -> bool:
         return server.http.get("/ready").status_code == 200
     except httpx.TransportError:  # it closed the connection: this process stood still for too long
         return False
-
-
-def _read(stream: Any, log: list[str]) -> None:
-    for line in stream:
-        log.append(line)
-    log.append(ENDED)
