@@ -176,6 +176,7 @@ def test_workers_render_what_this_process_would(
         assert captured(shown, tmp_path / "alone", MadeReader(), talk()).digest() == store.digest()
     beyond = Conversation("bad one", "chat", talk(1)[0].messages, turns=(WrittenTurn((3, 4), (1 << 17, 5)),))
     refused = [*talk(40), beyond]
+    monkeypatch.setattr(rendering, "workers_here", lambda: 1)  # it imports for seconds
     with pytest.raises(DataError, match="bad one"):
         captured(shown, tmp_path / "refused", None, refused)
 
@@ -197,6 +198,7 @@ def test_a_killed_worker_is_one_line_and_the_same_command_goes_on(
         patched.setattr(MadeReader, "read", killing)
         with pytest.raises(FeatureStoreError, match=r"rendered conversations was ended .* run the same"):
             captured(shown, tmp_path, MadeReader(), talk())
+    monkeypatch.setattr(rendering, "workers_here", lambda: 0)  # they import for seconds
     assert len(captured(shown, tmp_path, MadeReader(), talk())) == COUNT
 
 
