@@ -54,7 +54,8 @@ def ended(command: list[str], log: Path, place: str, count: int, number: signal.
     assert process.pid is not None and process.exitcode is None
     stopping.wait_for_stop(process.pid)
     os.kill(process.pid, number)
-    os.kill(process.pid, signal.SIGCONT)
+    if number != signal.SIGKILL:  # which needs no more
+        os.kill(process.pid, signal.SIGCONT)
     process.join()
     assert process.exitcode is not None
     return process.exitcode, log.read_text()
