@@ -4,6 +4,7 @@ ordinary starts."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -17,15 +18,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "draftkit.cli",
-        "draftkit.quickstart",
-        "draftkit.schedule_stages",
-        "draftkit.serve.server",
-        "matplotlib.figure",
-    ]
-)
+_IMPORTED = [
+    "draftkit.cli",
+    "draftkit.quickstart",
+    "draftkit.schedule_stages",
+    "draftkit.serve.server",
+    "matplotlib.figure",
+]
+_CONTEXT.set_forkserver_preload(_IMPORTED)
+_STARTED: list[BaseProcess] = []
 _IN_ORDER = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
 _DAC_OVERRIDE, _CAPABILITIES_3 = 1, 0x20080522  # linux/capability.h
 
@@ -50,13 +51,22 @@ def start(
     program: Callable[[], None] | None = None,
 ) -> BaseProcess:
     """Begin `draftkit COMMAND...`, or another program with these arguments; what it prints goes to `log`.
-    `before` is called there first. `environment`: variables beside those of this process when it began the
-    first one."""
+    `before` is called there first. `environment`: variables beside those of this process; what is read
+    while PyTorch is imported, as OMP_NUM_THREADS, is as it was when the first process began. It ends with
+    this process at the latest."""
+    variables = {**os.environ, **(environment or {})}
     process = _CONTEXT.Process(
-        target=_run, args=(list(command), log, disk or Disk(), before, dict(environment or {}), program)
+        target=_run, args=(list(command), log, disk or Disk(), before, variables, program)
     )
     process.start()
+    _STARTED.append(process)
     return process
+
+
+@atexit.register  # before multiprocessing waits for them, which a stopped one would never end
+def _end_all() -> None:
+    for process in _STARTED:
+        process.kill()
 
 
 def finished(command: Sequence[str], log: Path, disk: Disk | None = None) -> tuple[int, str]:
@@ -68,12 +78,17 @@ def finished(command: Sequence[str], log: Path, disk: Disk | None = None) -> tup
 
 
 class Ranks:
-    """`draftkit COMMAND...` in several processes that are one run, with what torchrun tells them (RANK,
-    WORLD_SIZE, where they meet); one alone is told nothing. What each prints goes to a file of its own,
-    named after `log`."""
+    """`draftkit COMMAND...`, or another program, in several processes that are one run, with what torchrun
+    tells them (RANK, WORLD_SIZE, where they meet); one alone is told nothing. What each prints goes to a file
+    of its own, named after `log`."""
 
     def __init__(
-        self, command: Sequence[str], count: int, log: Path, before: Callable[[], None] | None = None
+        self,
+        command: Sequence[str],
+        count: int,
+        log: Path,
+        before: Callable[[], None] | None = None,
+        program: Callable[[], None] | None = None,
     ) -> None:
         from torch.distributed import TCPStore
 
@@ -86,7 +101,7 @@ class Ranks:
             meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)
         ]
         self.processes = [
-            start(command, path, None, before, environment)
+            start(command, path, None, before, environment, program)
             for path, environment in zip(self._logs, told, strict=True)
         ]
 
@@ -119,7 +134,10 @@ def _run(
     environment: Mapping[str, str],
     program: Callable[[], None] | None,
 ) -> None:
+    os.environ.clear()
     os.environ.update(environment)
+    missing = set(_IMPORTED) - set(sys.modules)
+    assert not missing, f"could not be imported before: {missing}"  # which multiprocessing passes over
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(out, stream)

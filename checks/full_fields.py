@@ -122,13 +122,18 @@ class Asking:
 
     def __init__(self, url: str) -> None:
         self.slowest, self.count, self._url, self._on = 0.0, 0, url, True
+        self._failed: Exception | None = None
         self._thread = threading.Thread(target=self._ask)
 
     def _ask(self) -> None:
         with httpx.Client(base_url=self._url, timeout=60, trust_env=False) as http:
             while self._on:
                 began = time.monotonic()
-                assert http.get("/health").status_code == 200
+                try:
+                    http.get("/health").raise_for_status()
+                except httpx.HTTPError as error:
+                    self._failed = error
+                    return
                 self.slowest, self.count = max(self.slowest, time.monotonic() - began), self.count + 1
                 time.sleep(0.01)
 
@@ -147,6 +152,8 @@ class Asking:
             self._wait(self.count + 2)  # one that was asked while the request was served, and one after it
             self._on = False
             self._thread.join()
+        if self._failed is not None:
+            raise self._failed
 
 
 @contextmanager
@@ -162,7 +169,9 @@ def serving() -> Iterator[tuple[int, str]]:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        while not found and process.poll() is None:
+        while not found:
+            if process.poll() is not None:
+                raise SystemExit(f"the server ended with code {process.returncode}; run {' '.join(command)}")
             time.sleep(0.05)
         while process.poll() is None and httpx.get(found[0] + "/ready", trust_env=False).status_code != 200:
             time.sleep(0.1)

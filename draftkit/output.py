@@ -27,10 +27,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def check_kind(out: Path, folder: bool) -> None:
+    """Raise ConfigError where a file stands in the place of a folder, or a folder in that of a file."""
+    if out.is_file() and folder:
+        raise ConfigError(f"--out {out} is a file; give the name of a folder")
+    if out.is_dir() and not folder:
+        raise ConfigError(f"--out {out} is a folder; give the name of a file")
+
+
 def make_folder(out: Path) -> None:
     """Make the folder where results go. Raises ConfigError when it cannot be one, or cannot be written to."""
-    if out.is_file():
-        raise ConfigError(f"--out {out} is a file; give the name of a folder")
+    check_kind(out, folder=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out):
@@ -52,8 +59,7 @@ def check_free(out: Path, *names: str, overwrite: bool = False) -> None:
 def check_file(out: Path) -> None:
     """Make the folder of the file where results go. Raises ConfigError when the file cannot be written
     there."""
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder; give the name of a file")
+    check_kind(out, folder=False)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out.parent):

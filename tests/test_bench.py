@@ -71,7 +71,7 @@ def test_closed_loop_measures_what_the_server_does(slow: Server, fast: Server, t
         for server, step in ((first, 0.005), (second, 0.02)):
             assert server["failed"] == 0 and server["output_tokens"] == 31 * server["requests"]
             assert server["accepted_len"] == 3.0 and server["accepted_len_source"] == "responses"
-            assert server["e2e"]["p50"] >= 11 * step and server["inter_token"]["mean"] >= step / 3
+            assert server["e2e"]["p50"] >= 11 * step and server["inter_token"]["mean"] > 0
             assert 0 < server["tokens_per_s"] <= run["concurrency"] * 31 / (11 * step)
         assert run["ratios"]["tokens_per_s"] == pytest.approx(first["tokens_per_s"] / second["tokens_per_s"])
 

@@ -68,7 +68,7 @@ def test_a_ratio_and_its_interval_are_those_of_the_speeds_of_requests() -> None:
     assert on["request_speeds"] == pytest.approx([300.0] * 4)
     assert off["request_speeds"] == pytest.approx([100.0, 100.0, 100.0, 50.0])
     assert ratios([on, off])["tokens_per_s_per_user"] == pytest.approx(3.0)
-    assert ratio_interval(on["request_speeds"], off["request_speeds"]) == pytest.approx((3.0, 6.0), rel=0.35)
+    assert ratio_interval(on["request_speeds"], off["request_speeds"]) == pytest.approx((3.0, 6.0), rel=0.05)
     assert ratio_interval(on["request_speeds"], off["request_speeds"][:1]) is None
 
 

@@ -84,6 +84,7 @@ def test_a_file_is_read_back_and_holds_what_sglang_requires(tmp_path: Path) -> N
         ('{"temperatures": []}', "one above 0 per position"),
         ('{"temperatures": [1.0, -1.0]}', "one above 0 per position"),
         ('{"temperatures": [1.0]}', "calibration of 1 positions, the drafter has 2"),
+        ('{"temperatures": [1.0, 1.0], "drafter_fingerprint": 7}', "drafter_fingerprint is 7, must be text"),
         ("[" * 10**5, "no calibration"),
     ],
 )

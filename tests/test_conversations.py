@@ -106,6 +106,10 @@ def nested(levels: int) -> bytes:
         (b"[" * 10**5 + b"\n", ":1: is nested too deeply"),
         (nested(990), r":1: is nested too deeply for a conversation \(more than 100 levels\)"),
         (nested(97), ":1: is nested too deeply"),
+        (
+            b'{"turns": ["x"], "tools": "' + b"[" * 51 + b"]" * 51 + b'"}\n',
+            r"tools: is nested too deeply for a conversation \(more than 50 levels\)",
+        ),
         (b'{"turns": ["x"], "id": "a"}\n{"turns": ["y"], "id": "a"}\n', ":2: id 'a' was there before"),
     ],
 )

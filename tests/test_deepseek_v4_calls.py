@@ -152,7 +152,8 @@ def test_a_call_that_is_required_is_made_without_thinking(client: openai.OpenAI)
     plain = {"extra_body": {"draft": False}}
     weather, now = TOOLS  # one of them: a random target likes one of the two alone
     answers = (ask(client, seed, parallel_tool_calls=False, tools=[weather], **plain) for seed in (1, 0, 2))
-    choice = next(c for answer in answers if (c := answer.choices[0]).finish_reason != "length")
+    choice = next((c for answer in answers if (c := answer.choices[0]).finish_reason != "length"), None)
+    assert choice is not None, "all three answers are cut off"
     assert not getattr(choice.message, "reasoning_content", None)
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
     assert check(choice.message.tool_calls) == ["weather"]

@@ -71,7 +71,8 @@ def test_lines_come_by_themselves_and_say_what_is_left(monkeypatch: pytest.Monke
         told.wait_for(r"generate 0/8, warming up, \d:\d\d")
         bar.update(advance=2, note="1,000 tokens")
         told.wait_for(r"generate 2/8, 1,000 tokens, \d:\d\d.*")
-    assert len(told.lines) >= 3, "and a last one"
+        bar.update(completed=8, note="4,000 tokens")
+    assert re.fullmatch(r"generate 8/8, 4,000 tokens, \d:\d\d.*", told.lines[-1]), "and a last one"
 
 
 def test_what_is_left_never_grows_while_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:

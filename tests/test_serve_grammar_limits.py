@@ -71,6 +71,7 @@ def server() -> Iterator[Server]:
 def test_a_form_that_would_take_the_server_down_is_refused_or_served(server: Server, name: str) -> None:
     body = {"prompt": "x", "max_tokens": 4, "structured_outputs": HOSTILE[name]}
     answer = server.http.post("/v1/completions", json=body)
+    assert answer.status_code in (200, 400), answer.text
     assert answer.status_code == 200 or name not in WALKABLE, answer.text
     assert answer.status_code == 400 or name in WALKABLE + NEARLY, answer.text
     if answer.status_code == 400:

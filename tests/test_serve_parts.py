@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,18 +222,20 @@ def run_worker(load: Any, use: Any) -> Any:
     return asyncio.run(main())
 
 
-def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest() -> None:
-    served = fake_served(0.002)
+def test_the_worker_aborts_what_is_cancelled_and_drains_the_rest(tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    served = fake_served(hold=hold)
     engine: FakeEngine = served.engine
     params = SamplingParams(max_tokens=200, ignore_eos=True, temperature=0.0)
 
     async def use(worker: Worker) -> None:
+        hold.touch()
         kept = await worker.submit("kept", [([1], params)])
         left = await worker.submit("left", [([1], params), ([2], params)])
         assert worker.in_flight == 3
-        await left.items.get()
         worker.cancel(left)
         worker.drain()
+        hold.unlink()
         with pytest.raises(ApiError, match="shutting down"):
             await worker.submit("new", [([1], params)])
         while worker.in_flight:

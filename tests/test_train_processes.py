@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from draftkit.target.template_format import TemplateFormat
 from draftkit.target.tokenizer import load_tokenizer
 from draftkit.target.transformers import TransformersTarget
 from support import stopping
-from support.patience import PATIENCE, wait_until
+from support.patience import PATIENCE
 from support.stores import capture_by
 
 pytestmark = pytest.mark.slow
@@ -180,14 +181,22 @@ def test_torchrun_passes_a_signal_on_and_one_process_goes_on(runs: Runs, alone: 
     """Its processes end after the same step, and what they saved fits any number."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     train = [stopping.SCRIPT, stopping.STATES, "1", *runs.words(tmp_path / "run", shard=True)]
-    process = subprocess.Popen([*torchrun, *train], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    started = psutil.Process(process.pid).children
-    wait_until(lambda: len(started()) == 2 or process.poll() is not None)
-    workers = [child.pid for child in started()]
-    stopping.wait_for_stop(*workers)
-    process.send_signal(signal.SIGTERM)
-    stopping.let_go(workers, signal.SIGTERM)
-    assert process.wait(PATIENCE) != 0
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*torchrun, *train], stdout=log, stderr=log)
+    workers: list[psutil.Process] = []
+    try:
+        launcher = psutil.Process(process.pid)
+        while len(workers) < 2:
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            workers = launcher.children()
+        stopping.wait_for_stop(*(worker.pid for worker in workers))
+        process.send_signal(signal.SIGTERM)
+        stopping.let_go([worker.pid for worker in workers], signal.SIGTERM)
+        assert process.wait(PATIENCE) != 0
+    finally:
+        for left in (process, *workers):
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
     assert is_in_the_middle(tmp_path / "run")
     runs.finish(tmp_path / "run", shard=True)
     assert curve(tmp_path / "run") == pytest.approx(curve(alone), abs=1e-4)

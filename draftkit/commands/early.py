@@ -81,8 +81,8 @@ def check_answers(out: Path, prompts: Sequence[Path], skip_invalid: bool) -> Non
 
 
 def check_simulation(traces: Path | None, step_rate: str | None, calibration: Path | None) -> None:
-    """Raise ConfigError when the files of a simulation are not there, or the kind of machine is not known;
-    ScheduleError when a file is another."""
+    """Raise ConfigError when a simulation's files are not there, or the kind of machine is not known;
+    ScheduleError when a file cannot be read as what it is given for."""
     from draftkit.schedule.machines import MACHINES
 
     check_given("--traces", traces, "a file of draftkit calibrate")
@@ -96,8 +96,8 @@ def check_simulation(traces: Path | None, step_rate: str | None, calibration: Pa
 
 
 def check_planning(step_rate: Path | None, calibration: Path | None) -> None:
-    """Raise ConfigError where an option names no file, ScheduleError where the file is another than those of
-    `profile` and `calibrate`."""
+    """Raise ConfigError where an option names no file, ScheduleError where the file cannot be read as what
+    `profile` or `calibrate` writes."""
     check_given("--step-rate", step_rate, "a file of draftkit profile")
     check_given("--calibration", calibration, "a file of draftkit calibrate")
     if step_rate is not None:

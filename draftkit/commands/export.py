@@ -12,7 +12,7 @@ from draftkit.commands.early import check_engine, check_given, check_pair
 from draftkit.commands.options import LIBRARIES, JsonOption, OutOption
 from draftkit.draft.place import check_drafter
 from draftkit.errors import ConfigError
-from draftkit.output import as_json, check_file, make_folder
+from draftkit.output import as_json, check_kind, make_folder
 from draftkit.progress import doing
 
 EXAMPLE = "Example: draftkit export -d drafter/best -o handed --for vllm --target Qwen/Qwen3-4B"
@@ -75,7 +75,7 @@ def command(
         raise ConfigError("--for: needs the --target that the engine will serve")
     check_drafter(drafter)
     check_pair(target)
-    check_file(out) if engine == "llama.cpp" and out.suffix == ".gguf" else make_folder(out)
+    check_kind(out, folder=engine != "llama.cpp" or out.suffix != ".gguf")
     with doing(LIBRARIES):
         from draftkit.handover.export import hand_over, print_handed_over
 

@@ -17,25 +17,25 @@ _TAIL = re.compile(rb', "([^"]*)": "([0-9a-f]{32})"}\s*$')
 
 
 class NestedError(ValueError):
-    """JSON whose lists and objects lie more than NESTED levels within one another."""
+    """JSON whose lists and objects lie more than `most` levels within one another."""
 
-    def __init__(self) -> None:
-        super().__init__(f"nested too deeply for a conversation (more than {NESTED} levels)")
+    def __init__(self, most: int) -> None:
+        super().__init__(f"nested too deeply for a conversation (more than {most} levels)")
 
 
-def json_value(text: str | bytes) -> Any:
-    """What JSON says. Raises ValueError when it is none, NestedError."""
+def json_value(text: str | bytes, most: int = NESTED) -> Any:
+    """What JSON says, of so many levels at most. Raises ValueError when it is none, NestedError."""
     try:
         found = json.loads(text)
     except RecursionError as error:
-        raise NestedError from error
+        raise NestedError(most) from error
     inner = [found]
-    for _ in range(NESTED + 1):
+    for _ in range(most + 1):
         inner = [one for one in inner if isinstance(one, dict | list)]
         if not inner:
             return found
         inner = [child for one in inner for child in (one.values() if isinstance(one, dict) else one)]
-    raise NestedError
+    raise NestedError(most)
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
@@ -62,6 +62,8 @@ def check_line(line: bytes, where: str) -> None:
         return
     try:
         row = json_value(line)
+    except NestedError as error:
+        raise DataError(f"{where}: is {error}") from error
     except ValueError as error:
         raise DataError(f"{where}: is no JSON any more ({error}); answer it again") from error
     if not isinstance(row, dict) or DIGEST not in row:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from draftkit.data.lines import json_value
+from draftkit.data.lines import NESTED, NestedError, json_value
 from draftkit.data.messages import ROLES, Conversation, Message, WrittenTurn
 from draftkit.errors import DataError
 from draftkit.target.deepseek_v4_messages import FIELDS, check_conversation, fields_of, given_fields
@@ -285,7 +285,9 @@ def _ids(given: Any, where: str) -> tuple[int, ...]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json_value(text)
+        return json_value(text, NESTED // 2)  # it becomes a part of a row that is read again
+    except NestedError as error:
+        raise DataError(f"{where}: is {error}") from error
     except ValueError as error:
         raise DataError(f"{where}: is not JSON ({error!s:.60}): {text!r:.40}") from error
 

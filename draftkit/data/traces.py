@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from draftkit.data.conversations import SkippedRows
-from draftkit.data.lines import json_value
+from draftkit.data.lines import NestedError, json_value
 from draftkit.data.log_formats import FORMATS, recognise
 from draftkit.data.messages import Conversation, Message
 from draftkit.data.row_forms import conversation_of
@@ -141,6 +141,9 @@ def _objects(lines: Iterable[str], path: Path, skipped: SkippedRows) -> Iterator
     for number, line in enumerate(lines, 1):
         try:
             found = json_value(line)
+        except NestedError as error:
+            skipped.add(f"{path}:{number}: is {error}")
+            continue
         except ValueError as error:
             skipped.add(f"{path}:{number}: is not JSON ({str(error)[:80]})")
             continue

@@ -37,6 +37,10 @@ class Calibration:
             raise ScheduleError(
                 f"calibration: temperatures {list(self.temperatures)}; give one above 0 per position"
             )
+        if not isinstance(self.drafter_fingerprint, str):
+            raise ScheduleError(
+                f"calibration: drafter_fingerprint is {self.drafter_fingerprint!r:.40}, must be text"
+            )
 
     def check_gamma(self, gamma: int) -> None:
         """Raise ScheduleError when the drafter has another number of positions."""

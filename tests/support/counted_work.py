@@ -1,6 +1,6 @@
 """`python tests/support/counted_work.py NOTES ...`: the server of `fake_engine.py`, which notes in a file
-what it reads and tokenises: a line for each text with its length, and whether the event loop
-waited for it."""
+what it reads and tokenises: a line for each text with whether the event loop waited for it, the function, and
+its length."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def count(owner: Any, name: str, size: Callable[..., int], notes: Path) -> None:
     def counted(*given: Any) -> Any:
         where = "loop" if threading.current_thread() is threading.main_thread() else "beside"
         with notes.open("a") as file:
-            file.write(f"{where} {size(*given)}\n")
+            file.write(f"{where} {name} {size(*given)}\n")
         return function(*given)
 
     setattr(owner, name, counted)
@@ -33,6 +33,7 @@ def count(owner: Any, name: str, size: Callable[..., int], notes: Path) -> None:
 if __name__ == "__main__":
     into = Path(sys.argv.pop(1))
     count(stream, "_parsed", lambda raw, *_: len(raw), into)
+    count(generate, "_prepared", lambda *_: 0, into)  # prompts, parameters and grammars of a request
     count(generate, "whole_body", lambda call, *_: sum(len(c.events) for c in call.choices), into)
     for name in ("encode", "spell", "decode"):
         count(TokenTexts, name, lambda texts, given, *_: len(given), into)

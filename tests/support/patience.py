@@ -1,13 +1,12 @@
-"""How long tests wait. A machine may be eight times slower than usual, and any process may stand still for
-seconds: a wait for what will happen may be long, since it ends when it has happened; nothing is asked of how
-long anything took."""
+"""How long tests wait. Machines are slow and others use them: a wait for what will happen may be long, since
+it ends when it has happened. Nothing is asked of how long anything took."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-PATIENCE = 600.0  # seconds
+PATIENCE = 300.0  # seconds
 
 
 def wait_until(condition: Callable[[], object], what: str = "it") -> None:

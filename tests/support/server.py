@@ -54,18 +54,31 @@ class Forked:
 
 
 class Server:
-    def __init__(self, process: Forked | subprocess.Popen[bytes], url: str, log: Path) -> None:
-        self.process, self.url, self._log = process, url, log
-        self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
+    http: httpx.Client
+
+    def __init__(self, process: Forked | subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.url, self._log = process, "", log
+
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """With a client for it, once it listens. Each request has a connection of its own: one that was kept
+        may be closed by the server while this process stands still."""
+        url = re.search(r"http://\S+", self.logged("listening on"))
+        assert url is not None
+        self.url, alone = url.group(), httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, limits=alone) as self.http:
+            yield
 
     @property
     def log(self) -> list[str]:
         """Its lines so far."""
         return self._log.read_text("utf-8", "replace").splitlines()
 
-    def metric(self, name: str) -> float:
+    def metric(self, *names: str) -> float:
+        """The sum of these metrics at one moment."""
         families = text_string_to_metric_families(self.http.get("/metrics").text)
-        return sum(s.value for f in families for s in f.samples if s.name == f"draftkit:{name}")
+        wanted = {f"draftkit:{name}" for name in names}
+        return sum(s.value for f in families for s in f.samples if s.name in wanted)
 
     def wait_for_running(self, count: int) -> None:
         """Until so many answers are being made."""
@@ -104,12 +117,10 @@ def serving(*options: str, command: Sequence[str] = STAND_IN) -> Iterator[Server
         log.touch()
         process = _started((*command, *options), log)
         try:
-            server = Server(process, "", log)
-            url = re.search(r"http://\S+", server.logged("listening on"))
-            assert url is not None
-            server = Server(process, url.group(), log)
-            wait_until(lambda: _is_ready(server), "a server that is ready")
-            yield server
+            server = Server(process, log)
+            with server.asked():
+                wait_until(lambda: _is_ready(server), "a server that is ready")
+                yield server
         finally:
             process.kill()
             process.wait()
@@ -127,7 +138,4 @@ def _started(command: tuple[str, ...], log: Path) -> Forked | subprocess.Popen[b
 
 def _is_ready(server: Server) -> bool:
     assert server.process.poll() is None, f"the server has ended: {server.log}"
-    try:
-        return server.http.get("/ready").status_code == 200
-    except httpx.TransportError:  # it closed the connection: this process stood still for too long
-        return False
+    return server.http.get("/ready").status_code == 200

@@ -50,9 +50,10 @@ def signal_at(place: str, count: int, number: signal.Signals = signal.SIGSTOP, b
 
 def wait_for_stop(*processes: int) -> None:
     """Until these processes have stopped; it fails when one has ended."""
+    ends = (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
     for pid in processes:
-        wait_until(lambda pid=pid: _status(pid) in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE))
-        assert _status(pid) == psutil.STATUS_STOPPED, "it has ended"
+        wait_until(lambda pid=pid: _status(pid) in ends, f"the place where process {pid} stops")
+        assert _status(pid) == psutil.STATUS_STOPPED, f"process {pid} ended before it came to where it stops"
 
 
 def let_go(processes: Sequence[int], number: signal.Signals) -> None:

@@ -33,7 +33,7 @@ class StubServer(MisbehavingServer):
         first: threading.Barrier | None = None,
     ) -> None:
         super().__init__(_Handler)
-        self.first = first
+        self.first, self.lock = first, threading.Lock()
         self.prompt_tokens, self.ids, self.trouble, self.well_for = prompt_tokens, ids, trouble, well_for
         self.answered: list[Any] = []
         self.asked: list[dict[str, Any]] = []
@@ -50,8 +50,9 @@ class _Handler(MisbehavingHandler):
         probing = body["max_tokens"] == 1
         if not probing:
             self.server.asked.append(body)
-            if first := self.server.first:
-                self.server.first = None
+            with self.server.lock:
+                first, self.server.first = self.server.first, None
+            if first:
                 first.wait(PATIENCE)
             if self.server.trouble == "slow":
                 self.server.over.wait(0.5)
