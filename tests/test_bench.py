@@ -226,6 +226,7 @@ def test_an_out_that_is_a_file_is_refused_before_anything_is_measured(tmp_path: 
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_json_has_no_numbers_that_json_lacks() -> None:
     for rate in ("nan", "inf", "-inf", "0"):
         done = bench("--url", "http://127.0.0.1:9", "--rate", rate)

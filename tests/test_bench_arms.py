@@ -29,6 +29,7 @@ def fast() -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.slow
 def test_one_server_with_drafts_and_without(fast: Server, tmp_path: Path) -> None:
     """The stand-in makes three tokens per step with drafts and one without. How fast that was depends on the
     machine; what is made of such times is tested below."""

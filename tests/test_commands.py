@@ -36,6 +36,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.command)
 def test_a_mistake_is_told_before_anything_heavy_is_loaded(mistake: Mistake, prepared: Path) -> None:
     """Without PyTorch, whose import takes seconds; the check says how long each takes."""

@@ -55,6 +55,7 @@ def widened(fast: PagedModel, family: str) -> PagedModel:
     return PagedModel(type(target)(target.model.float(), target.info), fast.stack.slots, 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_nearer_to_float32_than_pytorch_in_bfloat16(family: str, processor: str) -> None:
     _, half = build(family, HALF)
@@ -83,6 +84,7 @@ def test_products_are_those_of_float32(processor: str, tokens: int) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "mistral", "gemma4"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_tokens_logits_are_the_same_to_the_bit_in_any_batch_and_any_cut(
@@ -198,6 +200,7 @@ def answers(engine: Engine, together: bool) -> list[list[int]]:
     return list(made.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["packaged", "gated", "eagle3"])
 def test_the_engine_answers_alike_with_and_without_a_drafter_alone_and_together(kind: str) -> None:
     target = load_target("tiny", dtype="bfloat16")

@@ -146,6 +146,7 @@ def ask(client: openai.OpenAI, seed: int, **fields: Any) -> Any:
     return client.chat.completions.create(model="", messages=messages, seed=seed, **given)
 
 
+@pytest.mark.slow
 def test_a_call_that_is_required_is_made_without_thinking(client: openai.OpenAI) -> None:
     """A step of this target takes tens of milliseconds on a CPU, so few tokens are asked for, and no
     drafts."""
@@ -170,6 +171,7 @@ def test_a_call_that_is_required_is_made_without_thinking(client: openai.OpenAI)
     assert check(one.message.tool_calls) == ["now"], "which is one call where one alone is allowed"
 
 
+@pytest.mark.slow
 def test_a_stream_and_drafts_change_nothing_of_it(client: openai.OpenAI) -> None:
     fields: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "tools": TOOLS[1:]}
     told = []

@@ -103,6 +103,7 @@ def check_same(
     return 1
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_targets_own_at_every_count_of_accepted_tokens(
     target: TransformersTarget,
 ) -> None:
@@ -121,6 +122,7 @@ def test_greedy_answers_are_the_targets_own_at_every_count_of_accepted_tokens(
     assert parted <= 1
 
 
+@pytest.mark.slow
 def test_the_engine_gives_the_targets_own_greedy_answers_to_many_requests_at_once(
     target: TransformersTarget,
 ) -> None:
@@ -138,6 +140,7 @@ def test_the_engine_gives_the_targets_own_greedy_answers_to_many_requests_at_onc
     assert engine.metrics.kv_used == 0
 
 
+@pytest.mark.slow
 def test_the_engines_sampled_answers_are_those_of_the_reference_loop(target: TransformersTarget) -> None:
     """Drafts are drawn from the drafter's own distribution, and the same numbers give the same tokens: what
     is proven of the loop holds for the engine. A request that a penalty changes keeps greedy drafts."""
@@ -170,6 +173,7 @@ def test_the_engines_sampled_answers_are_those_of_the_reference_loop(target: Tra
     assert sum(done.accepted for done in wanted.rounds) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_the_distribution_is_the_targets_own_by_enumeration(rule: object) -> None:
     """Three tokens, two drafted, both models' own probabilities after every text of up to five tokens."""

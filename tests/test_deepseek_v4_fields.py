@@ -134,6 +134,7 @@ def answers(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work / "a.jsonl"
 
 
+@pytest.mark.slow
 def test_prompts_are_deepseeks_own_and_answers_what_the_target_writes_after_them(
     answers: Path, folder: Path, encoder: str
 ) -> None:
@@ -164,6 +165,7 @@ def learnt(folder: Path) -> dict[str, tuple[list[int], list[bool]]]:
     return {s.id: (s.tokens_T.tolist(), s.loss_mask_T.tolist()) for s in FeatureStore(folder)}  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_record_is_captured_as_it_was_written(answers: Path, words: list[str], tmp_path: Path) -> None:
     ran("capture", *words, "-c", answers, "-o", tmp_path)
     found = learnt(tmp_path)

@@ -176,6 +176,7 @@ def test_modules_that_are_none(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_what_is_asked_of_a_sound_one(
     folder: Path, refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

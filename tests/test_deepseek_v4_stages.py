@@ -78,6 +78,7 @@ def run(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_module_is_trained_and_reads_the_last_three_layers(recipe: Recipe, run: Path) -> None:
     drafter = open_drafter(run / "a" / "best", TargetFiles(recipe.target.path))
     assert isinstance(drafter, DeepseekV4Drafter)
@@ -150,6 +151,7 @@ def test_a_module_that_was_put_into_the_checkpoint_goes_on_as_it_was(
     assert first(untouched, tmp_path / "released") != own
 
 
+@pytest.mark.slow
 def test_it_trains_on_what_a_vllm_server_reads(
     recipe: Recipe, run: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -280,6 +282,7 @@ def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=server.url + "/v1", api_key="any", max_retries=0)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_pages_switch_says_how_to_think(server: Server, tmp_path: Path) -> None:
     """Non-think, High, Max, in a browser: what is sent, and how long the prompt that the model reads is."""

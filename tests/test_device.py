@@ -62,6 +62,7 @@ def test_the_device_refuses_what_a_gpu_refuses() -> None:
             mine.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "sampled"])
 def test_the_loop_and_the_engine_answer_alike(
     target: TransformersTarget, there: TransformersTarget, sampling: Sampling
@@ -78,6 +79,7 @@ def test_the_loop_and_the_engine_answer_alike(
             assert [d.tokens for d in decode_all(engine, asked)] == in_batch
 
 
+@pytest.mark.slow
 def test_traces_answers_and_features_are_the_same(
     target: TransformersTarget, there: TransformersTarget, target_folder: Path, tmp_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def test_a_target_that_the_lean_forward_cannot_run_gives_the_same_answers(tmp_pa
             assert tokens_of(outputs[str(seed)]) == list(wanted.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_eagle_proposes_in_the_engine_what_it_proposes_alone(
     target: TransformersTarget, temperature: float

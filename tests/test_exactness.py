@@ -21,6 +21,7 @@ from draftkit.evaluate.exactness_cases import (
 from draftkit.ops.verify import BLOCK_RULE, RULES, TOKEN_RULE, Rule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [1, 2, 3])
 @pytest.mark.parametrize("requests", [1, 2])
 def test_every_rule_with_every_planner_keeps_the_joint_distribution(requests: int, gamma: int) -> None:

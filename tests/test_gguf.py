@@ -56,6 +56,7 @@ def test_tokenizer_and_template_come_from_the_file(model_file: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_text_is_split_as_llama_cpp_does_where_transformers_does_not_know_how(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,7 @@ def test_another_file_of_the_same_name_is_another_target(model_file: Path, tmp_p
     assert resolve_target(str(tmp_path / "small.gguf")) != resolve_target(str(model_file))
 
 
+@pytest.mark.slow
 def test_a_split_model_is_joined_and_a_missing_part_is_named(tmp_path: Path) -> None:
     parts = [tmp_path / f"m-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]
     write_gguf(parts[0], small_llama(VOCAB), EMBEDDED, parts=parts)
@@ -170,6 +172,7 @@ def test_missing_packages_are_named_with_the_command(
         load_target("smollm2")
 
 
+@pytest.mark.slow
 def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "none.gguf").write_bytes(b"nothing")
     command = [

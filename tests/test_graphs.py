@@ -52,6 +52,7 @@ def drafter_on_pages(**changes: object) -> PagedBlockDrafter:
     return fast
 
 
+@pytest.mark.slow
 def test_recorded_passes_of_the_target_equal_the_eager_ones() -> None:
     """Prompts first, then rounds whose requests read 1 to 4 tokens each: two sizes, as far as recordings are
     concerned."""
@@ -140,6 +141,7 @@ def test_recorded_blocks_and_contexts_equal_the_eager_ones() -> None:
     assert recorder.count == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["markov", "rnn"])
 def test_the_greedy_way_along_the_head_is_recorded_whole(head: str) -> None:
     _, eager = build_drafter(head_dim=16, head=head)

@@ -63,6 +63,7 @@ def proposal(target: TransformersTarget, drafter: BlockDrafter, prompt: tuple[in
     return drafter.propose(context, torch.tensor(prompt[-1:]), Sampling(0.0), torch.zeros(1, drafter.gamma))
 
 
+@pytest.mark.slow
 def test_the_grown_target_gives_the_same_logits_and_answers(
     tiny: TransformersTarget, grown: TransformersTarget
 ) -> None:
@@ -76,6 +77,7 @@ def test_the_grown_target_gives_the_same_logits_and_answers(
     assert answers(grown, None)[0] == answers(tiny, None)[0]
 
 
+@pytest.mark.slow
 def test_the_grown_drafter_makes_the_same_proposals(
     tiny: TransformersTarget, grown: TransformersTarget, drafter: BlockDrafter
 ) -> None:

@@ -117,6 +117,7 @@ def gguf_pair(folder: Path, draft_ids: torch.Tensor | None) -> tuple[Path, Path,
     return folder / "target.gguf", folder / "drafter", drafter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [None, torch.arange(1, 4096, 3)], ids=["whole", "reduced"])
 def test_a_gguf_holds_the_drafter_as_llama_cpp_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ids: torch.Tensor | None

@@ -247,6 +247,7 @@ def test_a_constraint_that_raises_ends_its_own_call_alone(llm: LLM) -> None:
     assert not llm.engine.has_work()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafter", ["none", None])
 def test_an_llm_that_is_given_up_frees_its_memory_at_once(drafter: str | None) -> None:
     """Not when the garbage collector next comes by: the memory of keys and values may be most of a GPU's."""

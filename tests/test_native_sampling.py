@@ -180,6 +180,7 @@ def proposals(vocab: int, settings: list[Sampling], seed: int = 0) -> tuple[Nati
     return native, DenseProposals(torch.from_numpy(tokens_RG), p_RGV, q_RGV, torch.from_numpy(lengths_R))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("certain", [False, True], ids=["drawn", "taken for certain"])
 @pytest.mark.parametrize("vocab", [13, 300, VOCAB])
 def test_verdicts_in_described_rows_are_those_of_the_token_rule(vocab: int, certain: bool) -> None:

@@ -375,6 +375,7 @@ def test_what_is_only_run_is_not_written(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DFLASH2, XPRESS])
 def test_the_engine_gives_the_targets_own_answers(
     config: dict[str, Any], target: TransformersTarget, tmp_path: Path

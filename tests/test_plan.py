@@ -137,6 +137,7 @@ def test_one_epoch_is_read_live(tmp_path: Path) -> None:
     assert plan.plan(recipe, [], (10, 100, 0.5), tmp_path).way == "live"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [8, 16])
 def test_specialising_deepseek_v4_flash_on_several_gpus(devices: int, tmp_path: Path) -> None:
     """The printed numbers, added up here by hand from the published configuration."""

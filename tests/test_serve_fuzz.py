@@ -164,6 +164,7 @@ def server() -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "kind", "needed"), ROUTES, ids=[r[0] for r in ROUTES])
 @settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(data=st.data())

@@ -211,6 +211,7 @@ def test_formats_that_nobody_knows_are_annotations() -> None:
         )
 
 
+@pytest.mark.slow
 def test_an_ordinary_schema_passes_with_a_vocabulary_of_real_size() -> None:
     """The first mask of a table took 0.15 s for 49,152 tokens, in each trial: every form was refused."""
     chance = random.Random(0)

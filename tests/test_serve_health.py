@@ -60,6 +60,7 @@ def test_a_full_field_keeps_nobody_waiting(
     assert prepared or answer.status_code != 200 or "tokenize" in path
 
 
+@pytest.mark.slow
 def test_others_are_answered_while_a_body_is_being_read_and_a_signal_is_taken(tmp_path: Path) -> None:
     """Reading takes for ever here, as long as a file is there."""
     hold = tmp_path / "hold"

@@ -134,6 +134,7 @@ def test_requests_take_the_targets_sampling_where_they_leave_it_out() -> None:
     assert sampling_params(CompletionBody(prompt="a"), served, None).temperature == 0.6
 
 
+@pytest.mark.slow
 def test_collecting_garbage_does_not_go_over_what_is_loaded() -> None:
     """Hundreds of thousands of objects, of libraries mostly: a collection of all of them held every stream
     up."""

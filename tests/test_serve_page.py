@@ -68,6 +68,7 @@ def test_the_page_is_self_contained(server: Server) -> None:
     assert server.http.get("/../app.py").status_code == 404
 
 
+@pytest.mark.slow
 @needs_browser
 def test_chat_shows_accepted_rejected_and_target_made_tokens(server: Server, tmp_path: Path) -> None:
     with browsing(tmp_path / "profile") as page:
@@ -117,6 +118,7 @@ def test_chat_shows_accepted_rejected_and_target_made_tokens(server: Server, tmp
             Path(wanted).write_bytes(picture)
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_page_works_with_an_api_key_and_shows_errors(tmp_path: Path) -> None:
     model = "document.getElementById('model')"
@@ -195,6 +197,7 @@ def test_rejected_drafts_are_shown_as_their_box_says_also_after_the_browser_came
             page.click("show-rejected")
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_screen_reader_gets_the_answer_and_names_for_everything_else(
     server: Server, tmp_path: Path
@@ -254,6 +257,7 @@ def test_kinds_of_tokens_differ_by_more_than_colour_and_can_be_read_in_both_sche
             assert [kind for kind in kinds if page.run(f"{contrast}('{kind}')") < 4.5] == [], scheme
 
 
+@pytest.mark.slow
 @needs_browser
 def test_shares_of_nothing_are_not_a_number(server: Server, tmp_path: Path) -> None:
     """Rounds in which nothing was drafted."""

@@ -42,6 +42,7 @@ def opened(page: Page, url: str) -> None:
     )
 
 
+@pytest.mark.slow
 @needs_browser
 def test_compare_asks_twice_with_the_same_context_and_shows_both_side_by_side(
     server: Server, tmp_path: Path
@@ -102,6 +103,7 @@ def test_a_drafter_that_rests_is_told_with_both_speeds(server: Server, tmp_path:
         assert "alone was measured at 100 tokens/s, with drafts at 80." in texts(page, "#resting")[0]
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_server_that_is_gone_is_told_and_forgotten_when_it_is_back(tmp_path: Path) -> None:
     hidden = "document.getElementById('state').hidden"

@@ -138,6 +138,7 @@ def test_template_variables_for_all_requests() -> None:
         assert ending(chat_template_kwargs={"enable_thinking": True}).endswith("assistant\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("switch", "told"),
     [

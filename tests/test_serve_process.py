@@ -258,6 +258,7 @@ def serving_within(soft: int, hard: int) -> AbstractContextManager[Server]:
     return serving(command=(sys.executable, "-c", start, str(FAKE)))
 
 
+@pytest.mark.slow
 def test_idle_connections_cannot_use_up_the_files() -> None:
     """However few there are: the connection that has been idle for longest makes room."""
     with serving_within(80, 80) as server:
@@ -270,6 +271,7 @@ def test_idle_connections_cannot_use_up_the_files() -> None:
         assert len([line for line in server.log if "files" in line]) <= 1
 
 
+@pytest.mark.slow
 def test_the_limit_of_files_is_raised_as_far_as_it_may_be() -> None:
     with serving_within(60, 300) as server:
         many = [server.connect() for _ in range(150)]
