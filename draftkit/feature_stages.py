@@ -16,7 +16,7 @@ from torch import nn
 
 from draftkit.config import Recipe
 from draftkit.data.messages import Conversation
-from draftkit.data.samples import SampleCounts
+from draftkit.data.samples import SampleCounts, unshown_line
 from draftkit.draft.loss_terms import needs_target
 from draftkit.errors import ConfigError
 from draftkit.features.capture import CaptureReport, capture
@@ -208,7 +208,7 @@ def capture_by(
         settings = recipe.capture
         report = capture(target.info, reader, shown, conversations, out, layers, settings, tick, append)
     first = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
-    if first and (line := report.counts.unshown_line()):
+    if first and (line := unshown_line(report.counts.unshown)):
         print(line, file=sys.stderr)
     return report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date
@@ -139,6 +140,9 @@ def _generate(
     """Generate, and tell the progress; of `total` conversations those that are there already count as
     done."""
     before = SharedWork(out).count()
+    if total is not None and before > total:
+        print(f"{out}: holds {before} answers already; those to these prompts are added", file=sys.stderr)
+        before = 0  # how many of them are to these is not known
     made, done, began = 0, 0, time.perf_counter()
     with progress_bar("generate", total, done=before) as bar:
 

@@ -106,6 +106,9 @@ def test_what_a_template_rewrites_is_left_out_and_counted(
         FeatureStoreError, match=r"none of 1 conversations .* 1 rewritten by the chat template"
     ):
         capture_by(target, TemplateFormat(tokenizer), told[:1], tmp_path / "none", (0, 2), CAPTURE)
+    asked = [Conversation("a", "chat", (Message("user", "add"),))]
+    with pytest.raises(FeatureStoreError, match="answer them with `draftkit generate` first"):
+        capture_by(target, TemplateFormat(tokenizer), asked, tmp_path / "asked", (0, 2), CAPTURE)
 
 
 class Stop(Exception):

@@ -237,6 +237,16 @@ def test_a_prompt_without_room_is_told_and_costs_no_other_answer(
     assert found == records(answers)
 
 
+def test_what_the_template_does_not_show_of_a_prompt_is_named(
+    target: TransformersTarget, shown: TemplateFormat, answer_all: Answers, tmp_path: Path, capsys: Any
+) -> None:
+    tools = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+    asked = [replace(p, tools=tools) if i == 2 else p for i, p in enumerate(prompts(4))]
+    report = generate(target, shown, asked, tmp_path / "answers.jsonl", SETTINGS, answer_all)
+    assert report.unshown == {"tools": 1} and report.records == 4
+    assert "not shown by the chat template: tools (in 1)" in capsys.readouterr().err
+
+
 def test_a_conversation_that_fills_the_context_ends_with_its_last_answer(
     target: TransformersTarget, shown: TemplateFormat, tmp_path: Path
 ) -> None:

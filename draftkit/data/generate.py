@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from draftkit.data.messages import Conversation
 from draftkit.data.parts import Part, SharedWork
 from draftkit.data.records import check_manifest
 from draftkit.data.refused import asked_ones
+from draftkit.data.samples import unshown_line
 from draftkit.settings import GenerateSettings
 from draftkit.target.prompt_format import PromptFormat
 
@@ -30,11 +32,13 @@ WAIT_SECONDS = 1.0  # between looks at parts that other processes work on
 
 @dataclass
 class GenerateReport:
-    """What a file of records holds, by finish reason, and what this run made of it."""
+    """What a file of records holds, by finish reason, and what this run made of it; `unshown` are parts of
+    its prompts that the template does not show, by name."""
 
     reasons: dict[str, int] = field(default_factory=dict)
     answered_here: int = 0
     tokens_here: int = 0
+    unshown: Counter[str] = field(default_factory=Counter)
 
     @property
     def records(self) -> int:
@@ -72,7 +76,7 @@ def generate_file(
     all_parts = False
     while True:
         claims = work.claims(prompts, all_parts)
-        for record in _answer(answers, prompt_format, claims, settings, skipped):
+        for record in _answer(answers, prompt_format, claims, settings, skipped, report.unshown):
             report.answered_here += 1
             report.tokens_here += record["completion_tokens"]
             tick(1, 0)
@@ -83,6 +87,8 @@ def generate_file(
         all_parts = not work.busy
     for done in work.reasons.values():
         report.reasons[done.reason] = report.reasons.get(done.reason, 0) + 1
+    if line := unshown_line(report.unshown):
+        print(line, file=sys.stderr)
     if count := report.reasons.get(TOO_LONG):
         longest = next(name for name, done in work.reasons.items() if done.reason == TOO_LONG)
         line = f"{count} of {report.records} prompts leave no room for an answer, {longest!r} first"
@@ -96,6 +102,7 @@ def _answer(
     parts: Iterator[Part],
     settings: GenerateSettings,
     skipped: SkippedRows | None,
+    unshown: Counter[str],
 ) -> Iterator[dict[str, Any]]:
     """Records as they are finished and written. As many conversations are open as `answers` has room for."""
     running: dict[str, tuple[Dialogue, Part]] = {}
@@ -115,6 +122,9 @@ def _answer(
                         close(part)
                     continue
                 dialogue = Dialogue(prompt, prompt_format, settings.seed)
+                asked = prompt.prompt().as_dicts()
+                spoken = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in asked]
+                unshown.update(prompt_format.unshown(spoken, prompt.tools))
                 if dialogue.question is not None:
                     running[dialogue.id] = dialogue, part
                     answers.ask(dialogue.question, settings)

@@ -47,10 +47,11 @@ class SampleCounts:
     without_answer: int = 0
     unshown: Counter[str] = field(default_factory=Counter)
 
-    def unshown_line(self) -> str:
-        """What the template does not show, in words; empty where it shows all."""
-        parts = ", ".join(f"{name} (in {count})" for name, count in sorted(self.unshown.items()))
-        return f"not shown by the chat template: {parts}" if parts else ""
+
+def unshown_line(unshown: Counter[str]) -> str:
+    """What the template does not show, in words; empty where it shows all."""
+    parts = ", ".join(f"{name} (in {count})" for name, count in sorted(unshown.items()))
+    return f"not shown by the chat template: {parts}" if parts else ""
 
 
 @contextmanager

@@ -188,8 +188,10 @@ class _Work:
         counts, too_long, tokens = added(self.index.parts[p] for p in parts)
         report = CaptureReport(sum(self.index.parts[p]["records"] for p in parts), tokens, too_long, counts)
         if not report.samples:
+            unanswered = counts.without_answer == counts.conversations
             none = f"none of {counts.conversations} conversations has an answer that can be learnt"
-            raise FeatureStoreError(f"{none} ({report.left_out()}); give others")
+            mend = "answer them with `draftkit generate` first" if unanswered else "give others"
+            raise FeatureStoreError(f"{none} ({report.left_out()}); {mend}")
         return report
 
     def _chunks(self, conversations: Iterable[Conversation]) -> Iterator[Chunk]:
