@@ -80,7 +80,10 @@ MISTAKES = (
     Mistake("train -f featurs=0.5 -o out", "did you mean features?"),
     Mistake("train -f other -o out", "--features other: is no feature store"),
     Mistake("train -f features -o out -r other", "other: is a folder and no recipe"),
-    Mistake("train -f features -o out --set train.leraning_rate=1", "did you mean train.lr?"),
+    Mistake(
+        "train -f features -o out --set train.leraning_rate=1",
+        "--set train.leraning_rate: is not a known key; did you mean train.lr?",
+    ),
     Mistake("train -f features -o out --set train.num_epochs=1", "did you mean train.epochs?"),
     Mistake("train -f features -o out --set lr=1", "lr: is not a known key; did you mean train.lr?"),
     Mistake("evaluate -d broken.jsonl -o out", "broken.jsonl: is a file; give the folder of a drafter"),

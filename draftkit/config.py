@@ -101,7 +101,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path.name}: {_first(error)}") from error
+        field, keys = _field(error), [override.partition("=")[0].strip() for override in overrides]
+        given = any(f"{field}.".startswith(f"{key}.") for key in keys)
+        raise ConfigError(f"{'--set ' if given else f'{path.name}: '}{_first(error)}") from error
 
 
 def packaged_recipes() -> list[str]:
@@ -155,10 +157,14 @@ def _meant(given: list[str], allowed: list[str]) -> str | None:
     return next((f"{other}.{name}" for other, own in keys.items() if name in own), None)
 
 
+def _field(error: ValidationError) -> str:
+    """The dotted field of the first mistake."""
+    return ".".join(str(part) for part in error.errors()[0]["loc"])
+
+
 def _first(error: ValidationError) -> str:
     """The first mistake in words, with its dotted field and, for an unknown key, the nearest allowed one."""
-    mistake = error.errors()[0]
-    field = ".".join(str(part) for part in mistake["loc"])
+    mistake, field = error.errors()[0], _field(error)
     if mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         section: Any = Recipe
         for part in mistake["loc"][:-1]:
