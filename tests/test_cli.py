@@ -86,7 +86,7 @@ def test_a_mistake_in_an_override_is_one_line_and_exit_code_2(tmp_path: Path) ->
     done = draftkit("quickstart", "--set", "train.lr=fast", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: tiny-quickstart.yaml: train.lr: must be a number, got 'fast'\n"
+    assert done.stderr == "error: --set train.lr: must be a number, got 'fast'\n"
     assert list(tmp_path.iterdir()) == []  # refused before anything is written
 
 
