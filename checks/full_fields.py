@@ -157,9 +157,8 @@ class Asking:
 
 
 @contextmanager
-def serving() -> Iterator[tuple[int, str]]:
-    """A server that takes bodies of BODY bytes, on one processor: its process id and URL."""
-    command = [sys.executable, str(ENGINE), "--max-body-bytes", str(BODY), "--step-seconds", "0.02"]
+def started(command: list[str]) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server that is ready, and its URL. Raises SystemExit when it ends before."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     found: list[str] = []
 
@@ -169,19 +168,25 @@ def serving() -> Iterator[tuple[int, str]]:
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        while not found:
+        while not found or httpx.get(found[0] + "/ready", trust_env=False).status_code != 200:
             if process.poll() is not None:
                 raise SystemExit(f"the server ended with code {process.returncode}; run {' '.join(command)}")
             time.sleep(0.05)
-        while process.poll() is None and httpx.get(found[0] + "/ready", trust_env=False).status_code != 200:
-            time.sleep(0.1)
-        if hasattr(os, "sched_setaffinity"):
-            for thread in psutil.Process(process.pid).threads():
-                os.sched_setaffinity(thread.id, {min(os.sched_getaffinity(0))})
-        yield process.pid, found[0]
+        yield process, found[0]
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def serving() -> Iterator[tuple[int, str]]:
+    """A server that takes bodies of BODY bytes, on one processor: its process id and URL."""
+    options = ["--max-body-bytes", str(BODY), "--step-seconds", "0.02"]
+    with started([sys.executable, str(ENGINE), *options]) as (process, url):
+        if hasattr(os, "sched_setaffinity"):
+            for thread in psutil.Process(process.pid).threads():
+                os.sched_setaffinity(thread.id, {min(os.sched_getaffinity(0))})
+        yield process.pid, url
 
 
 def main() -> None:

@@ -16,18 +16,17 @@ import argparse
 import asyncio
 import json
 import random
-import re
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import httpx
 import numpy as np
+
+from checks.full_fields import started
 
 QUESTIONS = [
     "What is a list?",
@@ -89,27 +88,9 @@ def hostile(chance: random.Random) -> tuple[str, Any]:
     return chance.choice(attacks)
 
 
-@contextmanager
-def serving() -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving() -> AbstractContextManager[tuple[subprocess.Popen[str], str]]:
     """A server of the embedded target."""
-    command = [sys.executable, "-m", "draftkit.cli", "serve", "--port", "0", "--max-running", "32"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    found: list[str] = []
-
-    def read() -> None:
-        for line in process.stderr or ():
-            found.extend(re.findall(r"listening on (http://\S+)", line))
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        while not found and process.poll() is None:
-            time.sleep(0.05)
-        while process.poll() is None and httpx.get(found[0] + "/ready", trust_env=False).status_code != 200:
-            time.sleep(0.1)
-        yield process, found[0]
-    finally:
-        process.kill()
-        process.wait()
+    return started([sys.executable, "-m", "draftkit.cli", "serve", "--port", "0", "--max-running", "32"])
 
 
 def said(path: str, body: Any) -> Any:
